@@ -1,0 +1,46 @@
+"""Federated learning for PyTorch Lightning: a round is an epoch, and a method is a callback."""
+
+from lightning_fedhaw.aggregation import AggregationRule, FedAvgCallback, FedHAWCallback, RuleStep
+from lightning_fedhaw.channel import Channel
+from lightning_fedhaw.clients import ClientObjective
+from lightning_fedhaw.cohort import ClientUpdate, ClientVectors, Cohort
+from lightning_fedhaw.data import (
+    DirichletPartitioner,
+    FederatedDataModule,
+    IIDPartitioner,
+    IndexPartitioner,
+    KeyPartitioner,
+)
+from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.observer import RoundObserver
+from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.progress import RoundProgressBar
+from lightning_fedhaw.server import Server
+from lightning_fedhaw.streams import stream
+from lightning_fedhaw.trainer import FederatedTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AggregationRule",
+    "Channel",
+    "ClientObjective",
+    "ClientUpdate",
+    "ClientVectors",
+    "Cohort",
+    "DirichletPartitioner",
+    "FedAvgCallback",
+    "FedHAWCallback",
+    "FederatedDataModule",
+    "FederatedTrainer",
+    "FederationOptions",
+    "IIDPartitioner",
+    "IndexPartitioner",
+    "KeyPartitioner",
+    "ParameterLayout",
+    "RoundObserver",
+    "RoundProgressBar",
+    "RuleStep",
+    "Server",
+    "stream",
+]

@@ -1,0 +1,125 @@
+"""The base of every aggregation rule, and the second door through which a federation is entered."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from lightning_fedhaw.cohort import Cohort
+from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.options import FederationOptions
+
+State = dict[str, Any]
+
+
+class ServerView(Protocol):
+    """What a rule may ask of the server."""
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """Where each trainable parameter lives in the flat vector."""
+
+    def loss(self, vector: Tensor, batch: Any, batch_idx: int = 0) -> Tensor:
+        """The module's training loss at any parameters ``[P]``, differentiable with respect to them."""
+
+
+@dataclass(frozen=True)
+class RuleStep:
+    """What a rule makes of a cohort.
+
+    Attributes:
+        parameters: ``[P]``, the new global parameters.
+        state: The rule's new state.
+        weights: ``[K]`` float64, the normalised weight of each client in the cohort, summing to one. Buffers are
+            averaged with them.
+        metrics: Numbers for the log.
+    """
+
+    parameters: Tensor
+    state: State
+    weights: Tensor
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class AggregationRule(Callback):
+    """How the server turns a cohort into the next global model.
+
+    A rule is a callback: give it to a :class:`~lightning_fedhaw.FederatedTrainer`, or to a stock
+    ``lightning.pytorch.Trainer``, which then plays federated rounds with the training data of whatever ``fit`` is
+    given.
+
+    A new rule implements :meth:`step`, and :meth:`init` if it keeps state between rounds. Both are pure: state goes
+    in, state comes out. State holds tensors and plain Python values only, so that a checkpoint can be read back
+    safely.
+
+    Args:
+        federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`, for the second door.
+
+    Attributes:
+        state: The state after the last round; empty before the first.
+    """
+
+    needs_learning_rates: bool = False
+    """Whether the rule reads the clients' learning rates; then each trainable parameter needs exactly one optimiser."""
+
+    raw_weight: Any = None
+    """``raw_weight(client_update) -> float``, where a rule's weights are known before the cohort is complete. Then
+    vectors are summed as they come and memory does not grow with the cohort."""
+
+    def __init__(self, **federation: Any) -> None:
+        super().__init__()
+        self.options = FederationOptions(**federation)
+        self.state: State = {}
+
+    def init(self, start: Tensor, num_examples: Tensor) -> State:
+        """The state before the first round.
+
+        Args:
+            start: ``[P]``, the initial global parameters.
+            num_examples: ``[N]`` int64, training examples of every client.
+        """
+        return {}
+
+    @abstractmethod
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+        """One aggregation.
+
+        Args:
+            cohort: What reached the server.
+            state: The state after the last round. Not changed: the new state is part of the answer.
+            server: The parameter layout, and a loss that is differentiable in the global parameters.
+        """
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Puts the round loop in the place of a stock trainer's fit loop."""
+        if stage == "fit":
+            from lightning_fedhaw.loop import attach
+
+            attach(trainer, self.options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, for a checkpoint."""
+        return dict(self.state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of a checkpoint."""
+        self.state = dict(state_dict)
+
+
+def normalised(weights: Tensor) -> Tensor:
+    """Weights scaled to sum to one, in float64.
+
+    Raises:
+        ZeroDivisionError: If they sum to zero.
+    """
+    wide = weights.to(torch.float64)
+    total = wide.sum()
+    if not total > 0:
+        raise ZeroDivisionError(f"Aggregation weights must have a positive sum, got {wide.tolist()}.")
+    return wide / total

@@ -1,0 +1,44 @@
+"""FedAvg: average the local models by their number of training examples.
+
+H. B. McMahan, E. Moore, D. Ramage, S. Hampson, B. Aguera y Arcas: Communication-Efficient Learning of Deep Networks
+from Decentralized Data. AISTATS 2017, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.cohort import ClientUpdate, Cohort
+
+Weighting = Literal["examples", "uniform"]
+
+
+class FedAvgCallback(AggregationRule):
+    """Average the local models: ``w <- sum_k p_k w_k`` with ``p_k = n_k / sum_j n_j`` over the clients that arrived.
+
+    Args:
+        weighting: ``"examples"``: by the number of training examples, as published. ``"uniform"``: equal weights.
+        federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
+
+    Raises:
+        ValueError: If ``weighting`` is unknown.
+    """
+
+    def __init__(self, weighting: Weighting = "examples", **federation: Any) -> None:
+        super().__init__(**federation)
+        if weighting not in get_args(Weighting):
+            raise ValueError(
+                f"`weighting` must be one of {', '.join(map(repr, get_args(Weighting)))}, got {weighting!r}."
+            )
+        self.weighting = weighting
+
+    def raw_weight(self, update: ClientUpdate) -> float:
+        """A client's weight before normalisation."""
+        return float(update.num_examples) if self.weighting == "examples" else 1.0
+
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+        """One average."""
+        counts = cohort.num_examples if self.weighting == "examples" else cohort.num_examples.clamp(1, 1)
+        weights = normalised(counts)
+        return RuleStep(parameters=cohort.vectors.weighted_sum(weights), state=state, weights=weights)

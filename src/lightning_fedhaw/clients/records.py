@@ -1,0 +1,191 @@
+"""What a module logs while its clients train: collected per client, merged once a round."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from operator import add
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+Reduction = Literal["mean", "sum", "min", "max"]
+
+
+@dataclass(frozen=True)
+class Logged:
+    """One logged name, merged over the steps of a client or over the clients of a round.
+
+    Attributes:
+        total: The weighted sum (``mean``), sum, smallest or largest value.
+        weight: The examples behind it.
+        reduction: How values are merged.
+        options: What ``self.log`` was told: ``prog_bar``, ``logger``, ``on_step``, ``on_epoch``, ``metric_attribute``.
+        metric: A ``torchmetrics`` object, merged by its own reduction instead.
+    """
+
+    total: float
+    weight: float
+    reduction: Reduction
+    options: Mapping[str, Any]
+    metric: Metric | None = None
+
+    @property
+    def value(self) -> float:
+        """The merged value."""
+        return self.total / self.weight if self.reduction == "mean" else self.total
+
+    def merged(self, other: Logged) -> Logged:
+        """This and another record of the same name as one."""
+        join: dict[Reduction, Callable[[float, float], float]] = {"mean": add, "sum": add, "min": min, "max": max}
+        total = join[self.reduction](self.total, other.total)
+        return replace(self, total=total, weight=self.weight + other.weight)
+
+
+def merge(records: Iterable[Mapping[str, Logged]]) -> dict[str, Logged]:
+    """Several clients' records as one: means are weighted by examples."""
+    merged: dict[str, Logged] = {}
+    for record in records:
+        for name, logged in record.items():
+            merged[name] = merged[name].merged(logged) if name in merged else logged
+    return merged
+
+
+class LogRecorder:
+    """Stands in for ``LightningModule.log`` while clients train.
+
+    A call costs an append; nothing is reduced, synchronised or sent to a logger before the client is done.
+
+    Args:
+        module: The user's module.
+        callbacks: Callbacks whose own ``log`` is to be recorded too.
+
+    Attributes:
+        batch_size: Samples in the batch at hand: the weight of what is logged, unless ``self.log`` is told otherwise.
+    """
+
+    def __init__(self, module: Any, callbacks: Iterable[Any] = ()) -> None:
+        self._redirected = [module, *callbacks]
+        self._own: list[Any] = []
+        self.batch_size = 1
+        self._entries: dict[str, tuple[tuple[Any, ...], list[Any], list[float]]] = {}
+        self._metrics: dict[str, tuple[tuple[Any, ...], Metric]] = {}
+
+    def __enter__(self) -> LogRecorder:
+        self._own = [each.__dict__.get("log") for each in self._redirected]
+        for each in self._redirected:
+            each.log = self.log
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each, own in zip(self._redirected, self._own, strict=True):
+            del each.log
+            if own is not None:
+                each.log = own
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Callable[..., Any] = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
+        """Record a value; the arguments are those of ``LightningModule.log``."""
+        settings = (prog_bar, logger, on_step, on_epoch, reduce_fx, metric_attribute)
+        if isinstance(value, Metric):
+            self._metrics[name] = (settings, value)
+            return
+        entry = self._entries.get(name)
+        if entry is None:
+            _check(name, on_step, on_epoch, enable_graph)
+            entry = self._entries[name] = (settings, [], [])
+        elif entry[0] != settings:
+            raise ValueError(
+                f"`self.log({name!r}, ...)` was called twice with different arguments, which cannot be merged."
+            )
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(
+                    f"`self.log({name!r}, ...)` takes a single number, got a tensor of the shape {list(value.shape)}."
+                    f" Log `{name}.mean()`."
+                )
+            # A copy: the tensor may be changed in place after it was logged.
+            value = value.detach().clone()
+        elif not isinstance(value, numbers.Number):
+            raise ValueError(
+                f"`self.log({name!r}, ...)` takes a number, a tensor or a torchmetrics Metric, got"
+                f" {type(value).__name__}. Log each entry under its own name."
+            )
+        entry[1].append(value)
+        entry[2].append(float(self.batch_size if batch_size is None else batch_size))
+
+    def collect(self) -> dict[str, Logged]:
+        """What was recorded since the last call, merged over the steps; one synchronisation a name."""
+        collected: dict[str, Logged] = {}
+        for name, (settings, values, weights) in self._entries.items():
+            reduction = _reduction(name, settings[4])
+            numbers_ = torch.stack([torch.as_tensor(v).reshape(()).double() for v in values])
+            weighted = torch.tensor(weights, dtype=torch.float64, device=numbers_.device)
+            total = {
+                "mean": lambda n, w: (n * w).sum(),
+                "sum": lambda n, w: n.sum(),
+                "min": lambda n, w: n.min(),
+                "max": lambda n, w: n.max(),
+            }[reduction](numbers_, weighted)
+            collected[name] = Logged(float(total), sum(weights), reduction, _options(settings))
+        for name, (settings, metric) in self._metrics.items():
+            collected[name] = Logged(0.0, 0.0, "mean", _options(settings), metric)
+        self._entries.clear()
+        self._metrics.clear()
+        return collected
+
+
+def _options(settings: tuple[Any, ...]) -> dict[str, Any]:
+    prog_bar, logger, on_step, on_epoch, _, metric_attribute = settings
+    return {
+        "prog_bar": prog_bar,
+        "logger": True if logger is None else logger,
+        # The defaults of `training_step`: on the step, not on the epoch. Here the two coincide: a step is a round.
+        "on_step": True if on_step is None else on_step,
+        "on_epoch": False if on_epoch is None else on_epoch,
+        "metric_attribute": metric_attribute,
+    }
+
+
+def _check(name: str, on_step: bool | None, on_epoch: bool | None, enable_graph: bool) -> None:
+    if on_step is False and not on_epoch:
+        raise ValueError(f"`self.log({name!r}, on_step=False, on_epoch=False)` logs nothing; set one of them.")
+    if enable_graph:
+        raise ValueError(
+            f"`self.log({name!r}, enable_graph=True)` is not supported: what clients log is merged once a round, when"
+            " their graphs are gone. Remove it."
+        )
+
+
+def _reduction(name: str, reduce_fx: str | Callable[..., Any]) -> Reduction:
+    known: dict[Any, Reduction] = {
+        "mean": "mean", "avg": "mean", torch.mean: "mean",
+        "sum": "sum", torch.sum: "sum", sum: "sum",
+        "min": "min", torch.min: "min", min: "min",
+        "max": "max", torch.max: "max", max: "max",
+    }  # fmt: skip
+    key = reduce_fx.lower() if isinstance(reduce_fx, str) else reduce_fx
+    if key not in known:
+        raise ValueError(
+            f"`self.log({name!r}, reduce_fx=...)` takes 'mean', 'sum', 'min' or 'max', got {reduce_fx!r}. For another"
+            " reduction log a torchmetrics Metric."
+        )
+    return known[key]

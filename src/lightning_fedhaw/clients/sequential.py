@@ -1,0 +1,233 @@
+"""The sequential engine: one client after another in the user's own module, through a lean loop."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.clients.isolation import isolated_randomness, seed_randomness
+from lightning_fedhaw.clients.objective import ClientObjective
+from lightning_fedhaw.clients.records import LogRecorder
+from lightning_fedhaw.clients.steps import AutomaticStep, Host, ManualStep, PlainSGDStep, StepCounts
+from lightning_fedhaw.cohort import ClientUpdate
+from lightning_fedhaw.data.federation import ClientData
+from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.options import OptimizerState
+from lightning_fedhaw.streams import seed_of
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """What a client does in a round.
+
+    Attributes:
+        epochs: Passes over its data; or
+        steps: optimiser steps.
+        limit: Batches a pass at most: a number, or a share of the pass.
+        optimizer_state: Whether clients find the optimiser state they left behind.
+        seed: The federation's seed.
+    """
+
+    epochs: int | None
+    steps: int | None
+    limit: int | float | None
+    optimizer_state: OptimizerState
+    seed: int
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One client's call: what it heard, and where its displacement goes.
+
+    Attributes:
+        client: The client's number.
+        start: ``[P]``, the parameters it starts from.
+        buffers: The buffers it starts from.
+        out: ``[P]``, on the model's device; the engine writes the displacement into it.
+    """
+
+    client: int
+    start: Tensor
+    buffers: Mapping[str, Tensor]
+    out: Tensor
+
+
+class SequentialEngine:
+    """Trains clients one by one in the user's module.
+
+    Args:
+        host: The trainer around it.
+        layout: Where each trainable parameter lives in the flat vector.
+        data: The clients' data.
+        plan: What a client does in a round.
+        objectives: What clients add to their loss.
+
+    Attributes:
+        kept: With ``optimizer_state="kept"``, each client's optimiser states, by position of the parameter.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        layout: ParameterLayout,
+        data: ClientData,
+        plan: LocalPlan,
+        objectives: Sequence[ClientObjective] = (),
+    ) -> None:
+        self.host = host
+        self.layout = layout
+        self.data = data
+        self.plan = plan
+        self.objectives = objectives
+        self.kept: dict[int, list[dict[int, dict[str, Any]]]] = {}
+
+    def run(self, visits: Iterator[Visit]) -> Generator[ClientUpdate, None, None]:
+        """Train the cohort, one client at a time.
+
+        The module holds a client's model while it trains; whoever runs the engine puts the server's back.
+
+        Yields:
+            Each client's update, before the next client starts.
+        """
+        host = self.host
+        parameters = self.layout.tensors(host.module)
+        settings = [[_settings(group) for group in o.param_groups] for o in host.optimizers]
+        schedules = host.schedules()
+        furthest = schedules
+        scale = host.scaler.state_dict() if host.scaler is not None else None
+        scales: list[dict[str, Any]] = []
+        step = self._make_step()
+        try:
+            with isolated_randomness(host.device), LogRecorder(host.module, host.callbacks) as recorder:
+                for visit in visits:
+                    for optimizer, groups in zip(host.optimizers, settings, strict=True):
+                        for group, values in zip(optimizer.param_groups, groups, strict=True):
+                            group.update(values)
+                    host.load_schedules(schedules)
+                    if scale is not None:
+                        host.scaler.load_state_dict(dict(scale))
+                    yield self._visit(visit, parameters, step, recorder)
+                    furthest = _further(furthest, host.schedules())
+                    if scale is not None:
+                        scales.append(host.scaler.state_dict())
+        finally:
+            for optimizer, groups in zip(host.optimizers, settings, strict=True):
+                optimizer.state = defaultdict(dict)
+                for group, values in zip(optimizer.param_groups, groups, strict=True):
+                    group.update(values)
+            close: Callable[[], None] = getattr(step, "close", lambda: None)
+            close()
+        if scales:
+            host.scaler.load_state_dict(min(scales, key=lambda state: state["scale"]))
+        host.load_schedules(furthest)
+
+    def _make_step(self) -> PlainSGDStep | AutomaticStep | ManualStep:
+        if not self.host.module.automatic_optimization:
+            return ManualStep(self.host)
+        return PlainSGDStep(self.host) if self.host.is_plain_sgd else AutomaticStep(self.host)
+
+    def _visit(self, visit: Visit, parameters: Sequence[Tensor], step: Any, recorder: LogRecorder) -> ClientUpdate:
+        host, client = self.host, visit.client
+        self.layout.write(visit.start, parameters)
+        own_buffers = dict(host.module.named_buffers())
+        for name, value in visit.buffers.items():
+            own_buffers[name].copy_(value)
+        host.module.zero_grad(set_to_none=True)
+        self._give_state(client)
+        seed_randomness(seed_of(self.plan.seed, "client", client, "round", host.round, "model"), host.device)
+
+        start = self.layout.views(visit.start)
+        states = [objective.client_state(client, start) for objective in self.objectives]
+        named = dict(zip(self.layout.names, parameters, strict=True))
+
+        def penalty() -> Tensor:
+            terms = (o.penalty(named, start, s) for o, s in zip(self.objectives, states, strict=True))
+            return sum(terms, torch.zeros((), device=host.device))
+
+        counts = self._train(client, step, recorder, penalty if self.objectives else None)
+        self._take_state(client)
+        for objective, state in zip(self.objectives, states, strict=True):
+            ended = objective.end_client(state, start, {n: p.detach() for n, p in named.items()}, counts.made)
+            objective.keep_client_state(client, ended)
+        self.layout.read(parameters, out=visit.out)
+        visit.out.sub_(visit.start)
+        return ClientUpdate(
+            client=client,
+            num_examples=len(self.data.train_indices[client]),
+            num_steps=counts.made,
+            num_skipped=counts.skipped,
+            displacement=visit.out,
+            buffers={name: own_buffers[name].detach().clone() for name in visit.buffers},
+            logged=recorder.collect(),
+        )
+
+    def _train(self, client: int, step: Any, recorder: LogRecorder, penalty: Callable[[], Tensor] | None) -> StepCounts:
+        host, plan, counts = self.host, self.plan, StepCounts()
+        batches = self.data.batches(
+            client,
+            host.round,
+            epochs=plan.epochs,
+            num_batches=None if plan.steps is None else plan.steps * host.accumulate,
+            limit=plan.limit,
+        )
+        skipping = False
+        for batch in batches:
+            if batch.index == 0:
+                skipping = False
+            if skipping:
+                continue
+            data = host.prepare(batch.data)
+            recorder.batch_size = batch.size
+            if host.on_batch_start(data, batch.index):
+                skipping = True
+                continue
+            outputs = step(data, batch, counts, penalty)
+            host.on_batch_end(outputs, data, batch.index)
+        return counts
+
+    def _give_state(self, client: int) -> None:
+        """Put a client's kept optimiser state in place, or a fresh one."""
+        kept = self.kept.get(client)
+        for i, optimizer in enumerate(self.host.optimizers):
+            optimizer.state = defaultdict(dict)
+            if kept is None:
+                continue
+            for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                if index in kept[i]:
+                    optimizer.state[parameter] = {
+                        name: value.to(parameter.device) if isinstance(value, Tensor) and name != "step" else value
+                        for name, value in kept[i][index].items()
+                    }
+
+    def _take_state(self, client: int) -> None:
+        """Take the optimiser state out after a visit and, where it is kept, park it in host memory."""
+        if self.plan.optimizer_state == "fresh":
+            return
+        taken = []
+        for optimizer in self.host.optimizers:
+            order = [p for group in optimizer.param_groups for p in group["params"]]
+            taken.append(
+                {
+                    index: {n: v.cpu() if isinstance(v, Tensor) else v for n, v in optimizer.state[parameter].items()}
+                    for index, parameter in enumerate(order)
+                    if parameter in optimizer.state
+                }
+            )
+        self.kept[client] = taken
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's numbers, which a module may change while a client trains."""
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value for name, value in group.items() if name != "params"
+    }
+
+
+def _further(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of two states of each schedule, the one that is further on."""
+    return [y if y.get("last_epoch", 0) > x.get("last_epoch", 0) else x for x, y in zip(a, b, strict=True)]

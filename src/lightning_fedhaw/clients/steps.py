@@ -1,0 +1,228 @@
+"""One optimiser step of a client, in three ways: plain SGD without an optimiser object, automatic, manual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fedhaw.data.federation import Batch
+from lightning_fedhaw.layout import ParameterLayout
+
+Penalty = Callable[[], Tensor]
+
+
+class Host(Protocol):
+    """What an engine needs of the trainer around it; the round loop provides it."""
+
+    module: Any
+    strategy: Any
+    scaler: Any
+    device: torch.device
+
+    @property
+    def callbacks(self) -> Sequence[Any]:
+        """The callbacks whose hooks are called while clients train."""
+
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """The module's optimisers."""
+
+    @property
+    def accumulate(self) -> int:
+        """Batches behind one optimiser step."""
+
+    @property
+    def round(self) -> int:
+        """The round that is being played."""
+
+    @property
+    def is_plain_sgd(self) -> bool:
+        """Whether a step needs no optimiser object, precision plugin or hook."""
+
+    @property
+    def can_evaluate(self) -> bool:
+        """Whether a client's data can be run through the module without training on it."""
+
+    def prepare(self, data: Any) -> Any:
+        """Convert a batch to the precision and move it to the device."""
+
+    def arguments(self, data: Any, batch_idx: int) -> tuple[Any, ...]:
+        """The arguments of ``training_step``."""
+
+    def on_batch_start(self, data: Any, batch_idx: int) -> bool:
+        """Call the hooks before a local step; true if the module asks to skip the rest of the pass."""
+
+    def on_batch_end(self, outputs: Any, data: Any, batch_idx: int) -> None:
+        """Call the hooks after a local step."""
+
+    def before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        """Call the hooks before gradients are cleared."""
+
+    def learning_rates(self, layout: ParameterLayout) -> tuple[float, ...]:
+        """The learning rate of each parameter tensor in the layout's order, as scheduled for this round."""
+
+    def forward(self, data: Any, batch_idx: int) -> Any:
+        """Call ``training_step`` in the trainer's precision, without hooks or optimisers."""
+
+    def evaluate(self, data: Any, batch_idx: int) -> Any:
+        """Call ``validation_step``; ``training_step`` where there is none."""
+
+    def schedules(self) -> list[dict[str, Any]]:
+        """The states of learning-rate schedules that the module steps itself."""
+
+    def load_schedules(self, states: list[dict[str, Any]]) -> None:
+        """Put such states back."""
+
+
+class StepCounts:
+    """Optimiser steps of one visit: made, and tried but skipped."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.skipped = 0
+
+
+def loss_of(output: Any) -> tuple[Tensor | None, dict[str, Any]]:
+    """The loss in what ``training_step`` returned, and what else is in it.
+
+    Raises:
+        TypeError: If it is neither a tensor, nor a mapping with the key ``loss``, nor ``None``.
+    """
+    if output is None:
+        return None, {}
+    if isinstance(output, Tensor):
+        return output, {}
+    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+        return output["loss"], {k: v for k, v in output.items() if k != "loss"}
+    raise TypeError(
+        "`training_step` must return a loss tensor, a dict with the key 'loss', or None to skip the step, got"
+        f" {type(output).__name__}."
+    )
+
+
+class PlainSGDStep:
+    """SGD without momentum or decay: one ``autograd.grad`` and one in-place add, equal to ``SGD.step`` bit by bit."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    def __call__(self, data: Any, batch: Batch, counts: StepCounts, penalty: Penalty | None) -> Any:
+        """Train on one batch; what ``training_step`` returned, without its graph."""
+        loss, extra = loss_of(self.host.strategy.training_step(*self.host.arguments(data, batch.index)))
+        if loss is None:
+            counts.skipped += 1
+            return None
+        objective = loss if penalty is None else loss + penalty()
+        groups = self.host.optimizers[0].param_groups
+        grads = iter(torch.autograd.grad(objective, [p for g in groups for p in g["params"]], allow_unused=True))
+        for group in groups:
+            pairs = [(p, g) for p, g in zip(group["params"], grads, strict=False) if g is not None]
+            if pairs:
+                with torch.no_grad():
+                    torch._foreach_add_([p for p, _ in pairs], [g for _, g in pairs], alpha=-group["lr"])
+        counts.made += 1
+        return {"loss": loss.detach(), **extra}
+
+
+class AutomaticStep:
+    """Any optimiser and precision, with every hook of Lightning's own automatic optimisation."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.executed = 0
+        self._window_has_loss = False
+        (self._wrapped,) = _as_list(host.module.optimizers())
+        self._handle = host.optimizers[0].register_step_post_hook(self._count)
+
+    def close(self) -> None:
+        """Stop counting steps."""
+        self._handle.remove()
+
+    def __call__(self, data: Any, batch: Batch, counts: StepCounts, penalty: Penalty | None) -> Any:
+        """Train on one batch; what ``training_step`` returned, without its graph."""
+        host, result = self.host, {}
+
+        def closure() -> Tensor | None:
+            loss, extra = loss_of(host.strategy.training_step(*host.arguments(data, batch.index)))
+            if batch.index % host.accumulate == 0:
+                host.before_zero_grad(self._wrapped)
+                host.module.optimizer_zero_grad(host.round, batch.index, self._wrapped)
+            if loss is None:
+                return None
+            result.update({"loss": loss.detach().clone(), **extra})
+            self._window_has_loss = True
+            objective = (loss if penalty is None else loss + penalty()) / host.accumulate
+            host.strategy.backward(objective, host.optimizers[0])
+            accumulated: Tensor = result["loss"] / host.accumulate
+            return accumulated
+
+        if (batch.index + 1) % host.accumulate and not batch.last:
+            closure()
+            return result
+        before = self.executed
+        with torch.enable_grad():
+            host.module.optimizer_step(host.round, batch.index, self._wrapped, closure)
+        if self.executed > before and self._window_has_loss:
+            counts.made += 1
+        else:
+            counts.skipped += 1
+        self._window_has_loss = False
+        return result
+
+    def _count(self, *_: Any) -> None:
+        self.executed += 1
+
+
+class ManualStep:
+    """Manual optimisation: ``training_step`` steps its optimisers itself; the busiest one is counted."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.executed = [0] * len(host.optimizers)
+        self._handles = [o.register_step_post_hook(self._counter(i)) for i, o in enumerate(host.optimizers)]
+
+    def close(self) -> None:
+        """Stop counting steps."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __call__(self, data: Any, batch: Batch, counts: StepCounts, penalty: Penalty | None) -> Any:
+        """Train on one batch; what ``training_step`` returned, without its graph."""
+        before = list(self.executed)
+        scale = self.host.scaler.get_scale() if self.host.scaler is not None else 0.0
+        output = self.host.strategy.training_step(*self.host.arguments(data, batch.index))
+        counts.made += max(now - then for now, then in zip(self.executed, before, strict=True))
+        if self.host.scaler is not None and self.host.scaler.get_scale() < scale:
+            counts.skipped += 1
+        return output
+
+    def _counter(self, index: int) -> Callable[..., None]:
+        def count(*_: Any) -> None:
+            self.executed[index] += 1
+
+        return count
+
+
+def is_plain_sgd(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether an optimiser does nothing but subtract the gradient times the learning rate from these parameters."""
+    if (
+        type(optimizer) is not torch.optim.SGD
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+    ):
+        return False
+    own = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    if own != set(parameters) or any(p._post_accumulate_grad_hooks for p in parameters):
+        return False
+    return not any(
+        group[option]
+        for group in optimizer.param_groups
+        for option in ("momentum", "dampening", "weight_decay", "nesterov", "maximize", "differentiable")
+    )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

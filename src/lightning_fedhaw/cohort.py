@@ -1,0 +1,287 @@
+"""What a round brings to the server: frozen records, and the linear algebra of a cohort's parameter vectors.
+
+Shapes: N clients exist, K of them are in the cohort, P trainable parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 16
+"""Columns handled at a time: a block of float32 stays in cache, and sums over blocks are kept in float64."""
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What one client did in one round.
+
+    Attributes:
+        client: The client's number, 0 to N-1.
+        num_examples: Training examples the client holds.
+        num_steps: Optimiser steps that changed parameters.
+        num_skipped: Steps that were tried and skipped (a loss-scale overflow, a ``training_step`` that gave ``None``).
+        displacement: ``[P]``, the client's model minus the model it heard.
+        buffers: The client's buffers after training, by name.
+        logged: What its ``training_step`` logged, merged over its steps.
+    """
+
+    client: int
+    num_examples: int
+    num_steps: int
+    num_skipped: int
+    displacement: Tensor
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    logged: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ClientVectors:
+    """K parameter vectors, used through a few linear verbs.
+
+    The vectors are kept as displacements from a common start, because client models are nearly equal and the
+    information is in the difference. As a matrix, row k is ``start + matrix[k]``.
+
+    ``weighted_sum`` and ``inner`` are differentiable, and each is the other's transpose.
+
+    Args:
+        matrix: ``[K, P]`` displacements; on any device, in any floating dtype.
+        start: ``[P]``, what the rows are displaced from. ``None`` stands for zero.
+
+    Example:
+        >>> vectors = ClientVectors(torch.tensor([[0.0, 1.0], [2.0, 0.0]]), start=torch.tensor([1.0, 1.0]))
+        >>> vectors.weighted_sum(torch.tensor([0.5, 0.5]))
+        tensor([2.0000, 1.5000])
+        >>> vectors.inner(torch.tensor([1.0, 0.0])).tolist()
+        [1.0, 3.0]
+    """
+
+    def __init__(self, matrix: Tensor, start: Tensor | None = None) -> None:
+        if matrix.ndim != 2:
+            raise ValueError(f"`matrix` must have the shape [clients, parameters], got {list(matrix.shape)}.")
+        self.matrix = matrix
+        self.start = start
+
+    def __len__(self) -> int:
+        return self.matrix.shape[0]
+
+    @property
+    def displacements(self) -> ClientVectors:
+        """The same rows measured from the start: ``matrix`` alone."""
+        return ClientVectors(self.matrix) if self.start is not None else self
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Mix the clients: ``sum_k weights[k] * vector_k``.
+
+        Args:
+            weights: ``[K]``; gradients flow back to it.
+
+        Returns:
+            ``[P]`` on the start's device (the matrix's without a start).
+        """
+        _check_length("weights", weights, len(self))
+        return _WeightedSum.apply(weights, self)  # type: ignore[no-any-return]
+
+    def inner(self, vector: Tensor) -> Tensor:
+        """Pull a server vector back onto the clients: ``<vector, vector_k>`` for every client.
+
+        Args:
+            vector: ``[P]``; gradients flow back to it.
+
+        Returns:
+            ``[K]`` float64, on the CPU: sums over parameters are kept in double precision.
+        """
+        _check_length("vector", vector, self.matrix.shape[1])
+        return _Inner.apply(vector, self)  # type: ignore[no-any-return]
+
+    def gram(self) -> Tensor:
+        """``[K, K]`` float64 on the CPU: inner products of all pairs of vectors."""
+        total = torch.zeros(len(self), len(self), dtype=torch.float64)
+        for rows in self._blocks():
+            total += (rows @ rows.T).double().cpu()
+        return total
+
+    def norms(self, groups: Mapping[str, Sequence[slice]] | None = None) -> Tensor:
+        """Euclidean norms of the vectors, ``[K]``; with parameter groups, ``[groups, K]``. Float64 on the CPU."""
+        return self.distances(None, groups)
+
+    def distances(self, center: Tensor | None, groups: Mapping[str, Sequence[slice]] | None = None) -> Tensor:
+        """Euclidean distances from a point ``[P]`` (``None``: the origin), ``[K]`` or ``[groups, K]``, float64, CPU."""
+
+        def squared(columns: slice) -> Tensor:
+            rows = self._rows(columns)
+            if center is not None:
+                rows = rows - center[columns].to(rows)
+            return rows.double().square().sum(1).cpu()
+
+        if groups is None:
+            blocks = (slice(i, i + BLOCK) for i in range(0, self.matrix.shape[1], BLOCK))
+            return _total(squared(block) for block in blocks).sqrt()
+        return torch.stack([_total(squared(part) for part in parts).sqrt() for parts in groups.values()])
+
+    def gather(self) -> Tensor:
+        """All vectors as one new matrix ``[K, P]``: for rules that need order statistics, at the price of a copy."""
+        return self._rows(slice(None)).clone()
+
+    def _rows(self, columns: slice) -> Tensor:
+        rows = self.matrix[:, columns]
+        if self.start is None:
+            return rows
+        return rows.to(self.start.device, self.start.dtype) + self.start[columns]
+
+    def _blocks(self) -> Iterator[Tensor]:
+        for i in range(0, self.matrix.shape[1], BLOCK):
+            yield self._rows(slice(i, i + BLOCK))
+
+    @property
+    def _working_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.matrix.dtype, torch.float32)
+
+    def _weighted_sum(self, weights: Tensor) -> Tensor:
+        matrix = self.matrix
+        scaled = weights.to(matrix.device, self._working_dtype)
+        if matrix.dtype == self._working_dtype:
+            mixed = matrix.T.mv(scaled)
+        else:
+            mixed = torch.empty(matrix.shape[1], dtype=self._working_dtype, device=matrix.device)
+            for i in range(0, matrix.shape[1], BLOCK):
+                torch.mv(matrix[:, i : i + BLOCK].to(scaled).T, scaled, out=mixed[i : i + BLOCK])
+        if self.start is None:
+            return mixed
+        # The start's share is one scalar times one vector; weights that sum to one leave it exactly alone.
+        return self.start * weights.sum().item() + mixed.to(self.start)
+
+    def _inner(self, vector: Tensor) -> Tensor:
+        matrix = self.matrix
+        moved = vector.to(matrix.device, self._working_dtype)
+        products = torch.zeros(len(self), dtype=torch.float64, device="cpu")
+        for i in range(0, matrix.shape[1], BLOCK):
+            products += torch.mv(matrix[:, i : i + BLOCK].to(moved), moved[i : i + BLOCK]).double().cpu()
+        return products if self.start is None else products + dot(vector, self.start)
+
+
+class AccumulatedVectors:
+    """The weighted sum of vectors that were never kept, for rules that name each client's weight beforehand.
+
+    Memory is one vector, whatever the number of clients. Only the mix for the accumulated weights exists; any other
+    verb needs the vectors and says so.
+
+    Args:
+        total: ``[P]``, the sum of raw weight times displacement.
+        raw_weights: ``[K]``, the raw weight of each client that was added.
+        start: ``[P]``, what the displacements are measured from.
+        rule: Name of the rule, for error messages.
+    """
+
+    def __init__(self, total: Tensor, raw_weights: Tensor, start: Tensor, rule: str) -> None:
+        self.total = total
+        self.raw_weights = raw_weights
+        self.start = start
+        self.rule = rule
+
+    def __len__(self) -> int:
+        return len(self.raw_weights)
+
+    @property
+    def weights(self) -> Tensor:
+        """``[K]`` float64: the raw weights, normalised to sum to one."""
+        return self.raw_weights / self.raw_weights.sum()
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """The mix, for the one set of weights that was accumulated (up to a common factor).
+
+        Raises:
+            RuntimeError: If other weights are asked for.
+        """
+        _check_length("weights", weights, len(self))
+        scale = weights.detach().double().sum() / self.raw_weights.sum()
+        if not torch.allclose(weights.detach().double(), self.raw_weights * scale, rtol=1e-9, atol=0.0):
+            raise RuntimeError(self._sentence("a weighted sum with weights other than its `raw_weight`"))
+        return self.start * weights.sum().item() + self.total * scale.item()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in {"inner", "gram", "norms", "distances", "gather", "displacements", "matrix"}:
+            raise RuntimeError(self._sentence(f"`{name}`"))
+        raise AttributeError(name)
+
+    def _sentence(self, what: str) -> str:
+        return (
+            f"`{self.rule}` declares `raw_weight`, so the clients' vectors were summed as they came and not kept, but"
+            f' it then asked for {what}. Remove `raw_weight` from the rule, or set `storage="device"`.'
+        )
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """What reached the server in one round.
+
+    Clients that did not arrive are not in here, so a rule needs no mask. A slot that a channel filled in for a client
+    nobody heard is here with ``heard`` false.
+
+    Attributes:
+        round: The round's number, from 0.
+        clients: ``[K]`` int64, client numbers.
+        num_examples: ``[K]`` int64, training examples each holds.
+        num_steps: ``[K]`` int64, optimiser steps each made this round.
+        heard: ``[K]`` bool, whether the message really came from the client.
+        start: ``[P]``, the global parameters that were broadcast.
+        vectors: The clients' parameter vectors as the server received them.
+        learning_rates: The round's local learning rate of each parameter tensor, in the layout's order.
+    """
+
+    round: int
+    clients: Tensor
+    num_examples: Tensor
+    num_steps: Tensor
+    heard: Tensor
+    start: Tensor
+    vectors: ClientVectors | AccumulatedVectors
+    learning_rates: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of two vectors ``[P]`` in float64, as a CPU scalar: products by blocks, blocks summed in double."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(0, a.numel(), BLOCK):
+        total += torch.dot(a[i : i + BLOCK], b[i : i + BLOCK].to(a)).double().cpu()
+    return total
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, vectors: ClientVectors) -> Tensor:
+        ctx.vectors, ctx.like = vectors, weights
+        return vectors._weighted_sum(weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.vectors.inner(grad).to(ctx.like), None
+
+
+class _Inner(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, vectors: ClientVectors) -> Tensor:
+        ctx.vectors, ctx.like = vectors, vector
+        return vectors._inner(vector)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.vectors.weighted_sum(grad).to(ctx.like), None
+
+
+def _total(parts: Iterator[Tensor]) -> Tensor:
+    total = next(parts)
+    for part in parts:
+        total = total + part
+    return total
+
+
+def _check_length(name: str, tensor: Tensor, length: int) -> None:
+    if tensor.shape != (length,):
+        raise ValueError(f"`{name}` must have the shape [{length}], got {list(tensor.shape)}.")

@@ -1,0 +1,56 @@
+"""The clients' data: partitioners, cohort samplers, and the data module."""
+
+from lightning_fedhaw.data.federation import Batch, ClientData, LoaderSettings
+from lightning_fedhaw.data.labels import find_labels
+from lightning_fedhaw.data.module import FederatedDataModule
+from lightning_fedhaw.data.partition import (
+    DirichletPartitioner,
+    HybridDirichletPartitioner,
+    IIDPartitioner,
+    IndexPartitioner,
+    KeyPartitioner,
+    LabelSwap,
+    LongTailPartitioner,
+    Partition,
+    Partitioner,
+    QuantitySkewPartitioner,
+    ShardPartitioner,
+    balanced_subset,
+)
+from lightning_fedhaw.data.preview import draw_histogram, format_histogram
+from lightning_fedhaw.data.samplers import (
+    CohortSampler,
+    EveryoneSampler,
+    FixedSequenceSampler,
+    UniformSampler,
+    WeightedSampler,
+)
+from lightning_fedhaw.data.split import split
+
+__all__ = [
+    "Batch",
+    "ClientData",
+    "CohortSampler",
+    "DirichletPartitioner",
+    "EveryoneSampler",
+    "FederatedDataModule",
+    "FixedSequenceSampler",
+    "HybridDirichletPartitioner",
+    "IIDPartitioner",
+    "IndexPartitioner",
+    "KeyPartitioner",
+    "LabelSwap",
+    "LoaderSettings",
+    "LongTailPartitioner",
+    "Partition",
+    "Partitioner",
+    "QuantitySkewPartitioner",
+    "ShardPartitioner",
+    "UniformSampler",
+    "WeightedSampler",
+    "balanced_subset",
+    "draw_histogram",
+    "find_labels",
+    "format_histogram",
+    "split",
+]

@@ -1,0 +1,314 @@
+"""The clients' data: one data set, seen by each client through its own indices."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
+
+from lightning_fedhaw.data.partition import Partition, swap_labels
+from lightning_fedhaw.streams import stream
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How a client turns its samples into batches: what a ``DataLoader`` says, without its data set.
+
+    Attributes:
+        batch_size: Samples in a batch.
+        shuffle: Whether a client's samples are shuffled anew in every local epoch.
+        drop_last: Whether an incomplete last batch of a local epoch is left out.
+        collate_fn: Makes a batch from a list of samples.
+        num_workers: Worker processes for data that has to be fetched sample by sample.
+        pin_memory: Whether batches are put into page-locked memory.
+        worker_init_fn: Called in each worker.
+        prefetch_factor: Batches a worker fetches ahead.
+        timeout: Seconds to wait for a worker.
+        multiprocessing_context: How workers are started.
+    """
+
+    batch_size: int = 32
+    shuffle: bool = True
+    drop_last: bool = False
+    collate_fn: Callable[[list[Any]], Any] = default_collate
+    num_workers: int = 0
+    pin_memory: bool = False
+    worker_init_fn: Callable[[int], None] | None = None
+    prefetch_factor: int | None = None
+    timeout: float = 0
+    multiprocessing_context: Any = None
+
+    @classmethod
+    def of(cls, loader: Any) -> LoaderSettings:
+        """The settings of a training data loader.
+
+        Raises:
+            TypeError: If it is not a single ``DataLoader`` over a map-style data set.
+            ValueError: If it draws samples in a way that clients could not keep.
+        """
+        if isinstance(loader, (list, tuple, dict)) or type(loader).__name__ == "CombinedLoader":
+            raise TypeError(
+                f"`train_dataloaders` must be one DataLoader, got {type(loader).__name__} of several: a client has one"
+                " training set. Combine the data sets (`torch.utils.data.ConcatDataset`) and give one loader."
+            )
+        if not isinstance(loader, DataLoader):
+            raise TypeError(
+                f"`train_dataloaders` must be a `torch.utils.data.DataLoader`, got {type(loader).__name__}: its data"
+                " set is split over the clients. Wrap the data set in a DataLoader, or use `FederatedDataModule`."
+            )
+        if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__getitem__"):
+            raise TypeError(
+                f"`train_dataloaders` must be over a map-style data set (with `__getitem__` and `__len__`), got the"
+                f" iterable {type(loader.dataset).__name__}, whose samples cannot be dealt to clients. Read it into a"
+                " list or a TensorDataset first."
+            )
+        if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
+            raise ValueError(
+                "`train_dataloaders` must make its batches by `batch_size`, got the custom `batch_sampler`"
+                f" {type(loader.batch_sampler).__name__}: every client draws its own batches. Give `batch_size=`."
+            )
+        if type(loader.sampler) not in (RandomSampler, SequentialSampler) or (
+            isinstance(loader.sampler, RandomSampler)
+            and (loader.sampler.replacement or loader.sampler.num_samples != len(cast(Sized, loader.dataset)))
+        ):
+            raise ValueError(
+                f"`train_dataloaders` must sample with `shuffle=True` or `False`, got the custom sampler"
+                f" {type(loader.sampler).__name__}: every client draws its own samples. Remove `sampler=`; unequal"
+                " clients come from the partitioner."
+            )
+        return cls(
+            batch_size=loader.batch_size,
+            shuffle=isinstance(loader.sampler, RandomSampler),
+            drop_last=loader.drop_last,
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+            worker_init_fn=loader.worker_init_fn,
+            prefetch_factor=loader.prefetch_factor,
+            timeout=loader.timeout,
+            multiprocessing_context=loader.multiprocessing_context,
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of a client.
+
+    Attributes:
+        data: What ``training_step`` gets.
+        size: Samples in it.
+        index: Its number from 0: within the local epoch, or within the visit where a visit is counted in steps.
+        last: Whether it is the last of those.
+    """
+
+    data: Any
+    size: int
+    index: int
+    last: bool
+
+
+class ClientData:
+    """All clients' training data: a data set, and the indices that each client owns.
+
+    Data that is tensors in memory (a ``TensorDataset``, also under ``Subset`` or ``ConcatDataset``) is sliced; anything
+    else is fetched and collated sample by sample.
+
+    Args:
+        dataset: A map-style data set.
+        partition: Who owns which sample.
+        settings: How batches are made.
+        seed: The federation's seed.
+        held_out: Share of each client's samples that is kept out of training.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        partition: Partition,
+        settings: LoaderSettings,
+        *,
+        seed: int,
+        held_out: float = 0.0,
+    ) -> None:
+        self.dataset = dataset
+        self.partition = partition
+        self.settings = settings
+        self.seed = seed
+        self._tensors = tensors_of(dataset) if settings.collate_fn is default_collate else None
+        self.train_indices, self.held_out_indices = _split_each(partition.indices, held_out, seed)
+        if settings.drop_last:
+            short = [k for k, own in enumerate(self.train_indices) if len(own) < settings.batch_size]
+            if short:
+                raise ValueError(
+                    f"`drop_last=True` leaves clients {short[:10]} without a batch: they own fewer than"
+                    f" `batch_size`={settings.batch_size} samples. Set `drop_last=False` or a smaller `batch_size`."
+                )
+
+    @property
+    def num_clients(self) -> int:
+        """N."""
+        return len(self.train_indices)
+
+    @property
+    def num_examples(self) -> Tensor:
+        """``[N]`` int64, training examples of each client."""
+        return torch.tensor([len(own) for own in self.train_indices])
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether batches are slices of tensors in memory."""
+        return self._tensors is not None
+
+    def batches(
+        self,
+        client: int,
+        round_: int,
+        *,
+        epochs: int | None = None,
+        num_batches: int | None = None,
+        limit: int | float | None = None,
+    ) -> Iterator[Batch]:
+        """A client's batches of one round.
+
+        The order is drawn from the stream named by client and round: it does not depend on who else trains.
+
+        Args:
+            client: The client's number.
+            round_: The round's number.
+            epochs: Passes over the client's data; or
+            num_batches: batches in all, going on into further passes.
+            limit: Batches a pass at most: a number, or a share of the pass.
+        """
+        own = self.train_indices[client]
+        generator = stream(self.seed, "client", client, "round", round_, "batches")
+        per_epoch = self._batches_per_epoch(len(own), limit)
+        done = 0
+        for _ in itertools.count() if epochs is None else range(epochs):
+            order = own[torch.randperm(len(own), generator=generator)] if self.settings.shuffle else own
+            for index, (data, size) in enumerate(self._pass(client, order, per_epoch, generator)):
+                if num_batches is None:
+                    yield Batch(data, size, index, last=index + 1 == per_epoch)
+                    continue
+                done += 1
+                yield Batch(data, size, done - 1, last=done == num_batches)
+                if done == num_batches:
+                    return
+
+    def evaluation_batches(self, client: int, at_most: int) -> Iterator[Batch]:
+        """Batches for evaluating a model on a client: its held-out samples, else its training samples, in order.
+
+        Args:
+            client: The client's number.
+            at_most: Samples at most; more are thinned evenly by a draw that depends on the client alone.
+        """
+        own = self.held_out_indices[client]
+        own = own if len(own) else self.train_indices[client]
+        if len(own) > at_most:
+            chosen = torch.randperm(len(own), generator=stream(self.seed, "client", client, "evaluation"))[:at_most]
+            own = own[chosen.sort().values]
+        count = -(-len(own) // self.settings.batch_size)
+        generator = stream(self.seed, "client", client, "evaluation", "workers")
+        for index, (data, size) in enumerate(self._pass(client, own, count, generator)):
+            yield Batch(data, size, index, last=index + 1 == count)
+
+    def _batches_per_epoch(self, samples: int, limit: int | float | None) -> int:
+        size = self.settings.batch_size
+        full = samples // size if self.settings.drop_last else -(-samples // size)
+        if limit is None:
+            return full
+        return min(full, limit) if isinstance(limit, int) else max(1, int(full * limit))
+
+    def _pass(self, client: int, order: Tensor, count: int, generator: torch.Generator) -> Iterator[tuple[Any, int]]:
+        """``count`` batches of samples in the given order, with the size of each."""
+        size = self.settings.batch_size
+        order = order[: count * size]
+        swap = self.partition.label_swaps.get(client)
+        if self._tensors is not None:
+            # One gather a pass; batches are views of it.
+            gathered = [tensor.index_select(0, order.to(tensor.device)) for tensor in self._tensors]
+            if swap is not None:
+                gathered[1] = swap_labels(gathered[1], swap)
+            if self.settings.pin_memory and torch.cuda.is_available():
+                gathered = [tensor.pin_memory() for tensor in gathered]
+            for i in range(0, len(order), size):
+                yield [tensor[i : i + size] for tensor in gathered], min(size, len(order) - i)
+            return
+        chunks = [chunk.tolist() for chunk in torch.split(order, size)]
+        dataset = self.dataset if swap is None else _SwappedLabels(self.dataset, swap)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=cast(Any, chunks),
+            collate_fn=self.settings.collate_fn,
+            num_workers=self.settings.num_workers,
+            pin_memory=self.settings.pin_memory,
+            worker_init_fn=self.settings.worker_init_fn,
+            prefetch_factor=self.settings.prefetch_factor,
+            timeout=self.settings.timeout,
+            multiprocessing_context=self.settings.multiprocessing_context,
+            generator=generator,
+        )
+        yield from zip(loader, map(len, chunks), strict=True)
+
+
+class _SwappedLabels(Dataset[Any]):
+    """A data set seen by a client that takes two labels for each other."""
+
+    def __init__(self, dataset: Dataset[Any], swap: tuple[int, int]) -> None:
+        self.dataset, self.swap = dataset, swap
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.dataset[index]
+        label = swap_labels(torch.as_tensor(sample[1]), self.swap)
+        return (sample[0], label if isinstance(sample[1], Tensor) else label.item(), *sample[2:])
+
+
+def tensors_of(dataset: Dataset[Any]) -> tuple[Tensor, ...] | None:
+    """The tensors behind a data set whose samples are their rows; ``None`` if it is something else."""
+    if type(dataset) is TensorDataset:
+        return dataset.tensors
+    if type(dataset) is Subset:
+        inner = tensors_of(dataset.dataset)
+        if inner is None:
+            return None
+        index = torch.as_tensor(dataset.indices, dtype=torch.int64)
+        return tuple(tensor[index.to(tensor.device)] for tensor in inner)
+    if type(dataset) is ConcatDataset:
+        parts = [tensors_of(part) for part in dataset.datasets]
+        if any(part is None for part in parts) or len({_signature(part) for part in parts if part}) != 1:
+            return None
+        return tuple(torch.cat(columns) for columns in zip(*cast(list[tuple[Tensor, ...]], parts), strict=True))
+    return None
+
+
+def _signature(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    return tuple((t.shape[1:], t.dtype, t.device) for t in tensors)
+
+
+def _split_each(indices: Sequence[Tensor], share: float, seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Each client's training and held-out indices."""
+    if share == 0.0:
+        return tuple(indices), tuple(own[:0] for own in indices)
+    train, held_out = [], []
+    for client, own in enumerate(indices):
+        # A client with one sample keeps it for training: without it there would be no client.
+        count = min(max(1, round(share * len(own))), len(own) - 1)
+        order = torch.randperm(len(own), generator=stream(seed, "client", client, "held out"))
+        held_out.append(own[order[:count].sort().values])
+        train.append(own[order[count:].sort().values])
+    return tuple(train), tuple(held_out)

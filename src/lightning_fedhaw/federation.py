@@ -1,0 +1,504 @@
+"""A federation: who takes part, and the order of a round. It knows no particular rule."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep
+from lightning_fedhaw.channel.base import Channel
+from lightning_fedhaw.clients.isolation import isolated_randomness, seed_randomness
+from lightning_fedhaw.clients.objective import ClientObjective
+from lightning_fedhaw.clients.records import Logged, LogRecorder, merge
+from lightning_fedhaw.clients.sequential import LocalPlan, SequentialEngine, Visit
+from lightning_fedhaw.clients.steps import Host
+from lightning_fedhaw.cohort import AccumulatedVectors, ClientUpdate, ClientVectors, Cohort
+from lightning_fedhaw.data.federation import ClientData
+from lightning_fedhaw.data.samplers import CohortSampler
+from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.server import Server, all_finite, averaged_buffers
+from lightning_fedhaw.streams import seed_of
+from lightning_fedhaw.summary import PHASES
+
+EVALUATION_CAP = 1000
+"""Samples a client is evaluated on at most."""
+
+RECALIBRATION_BATCHES = 50
+"""Batches that buffers are recomputed on, over the whole cohort."""
+
+
+@dataclass
+class Tally:
+    """What a run has cost so far; part of a checkpoint."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    bytes_down: int = 0
+    bytes_up: int = 0
+    heard: int = 0
+    nonfinite_updates: int = 0
+    skipped_rounds: int = 0
+    skipped_steps: int = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - begin
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a round leaves behind for the log.
+
+    Attributes:
+        round: The round's number, from 0.
+        clients: The clients that were drawn.
+        metrics: The rule's and the round's own numbers.
+        logged: What the clients' ``training_step`` logged, merged.
+    """
+
+    round: int
+    clients: Sequence[int]
+    metrics: Mapping[str, float]
+    logged: Mapping[str, Logged]
+
+
+class Federation:
+    """Everything of a run that lasts longer than a round.
+
+    Args:
+        host: The trainer around it.
+        server: The global model.
+        data: The clients' data.
+        sampler: Who comes in a round.
+        rule: How the server aggregates.
+        callbacks: The trainer's callbacks, of which channels and client objectives are picked in list order.
+        options: The federation's arguments.
+        limit: Batches a local pass at most.
+        cohort_cap: Clients a round at most, for a development run.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        server: Server,
+        data: ClientData,
+        sampler: CohortSampler,
+        rule: AggregationRule,
+        callbacks: Sequence[Any],
+        options: FederationOptions,
+        *,
+        limit: int | float | None = None,
+        cohort_cap: int | None = None,
+    ) -> None:
+        self.host, self.server, self.data, self.sampler, self.rule = host, server, data, sampler, rule
+        self.options = options
+        self.seed = options.resolved_seed
+        self.cohort_cap = cohort_cap
+        channels = [c for c in callbacks if isinstance(c, Channel)]
+        self.uplink = [c for c in channels if c.link == "uplink"]
+        self.downlink = [c for c in channels if c.link == "downlink"]
+        objectives = [c for c in callbacks if isinstance(c, ClientObjective)]
+        if objectives and not host.module.automatic_optimization:
+            names = ", ".join(type(o).__name__ for o in objectives)
+            raise ValueError(
+                f"Client objectives ({names}) are added to the loss that `training_step` returns, and with"
+                " `automatic_optimization=False` it returns none. Add the term in `training_step`, or use automatic"
+                " optimisation."
+            )
+        if options.buffers == "recalibrate" and not host.module.automatic_optimization:
+            raise ValueError(
+                '`buffers="recalibrate"` runs `training_step` without stepping optimisers, which'
+                ' `automatic_optimization=False` does not allow. Use `buffers="average"`.'
+            )
+        plan = LocalPlan(
+            epochs=None if options.local_steps is not None else options.local_epochs or 1,
+            steps=options.local_steps,
+            limit=limit,
+            optimizer_state=options.optimizer_state,
+            seed=self.seed,
+        )
+        self.engine = SequentialEngine(host, server.layout, data, plan, objectives)
+        self.local_buffers: dict[int, dict[str, Tensor]] = {}
+        self.tally = Tally()
+        self.on_round_start: Callable[[int, list[int]], None] = lambda round_, clients: None
+        self.on_client_end: Callable[[ClientUpdate], None] = lambda update: None
+        self.on_round_end: Callable[[Report], None] = lambda report: None
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """Where each trainable parameter lives in the flat vector."""
+        return self.server.layout
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of one model on a link, buffers included where they travel."""
+        buffers = sum(b.numel() * b.element_size() for b in self.server.buffers.values())
+        return self.layout.message_bytes + (0 if self.options.buffers in ("keep", "local") else buffers)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What two runs must share for one to go on from the other's checkpoint."""
+        return {
+            "rule": type(self.rule).__name__,
+            "num_clients": self.data.num_clients,
+            "split": self.data.partition.fingerprint(),
+            "parameters": self.layout.numel,
+        }
+
+    def cohort(self, round_: int) -> list[int]:
+        """The clients that are drawn for a round."""
+        clients = self.sampler.sample(
+            round_, num_clients=self.data.num_clients, sizes=self.data.num_examples, seed=self.seed
+        )
+        return clients[: self.cohort_cap]
+
+    def play(self, round_: int) -> Report:
+        """One communication round.
+
+        Raises:
+            FloatingPointError: If a client returns NaN or infinity and ``on_nonfinite="raise"``, or if every client
+                that was heard does.
+        """
+        tally, server = self.tally, self.server
+        clients = self.cohort(round_)
+        with tally.phase("broadcast"):
+            self.on_round_start(round_, clients)
+            start = server.parameters()
+            heard_down = self._broadcast(round_, clients, start)
+            lost_up = self._uplink_outages(round_, list(heard_down))
+        store = _store(self.rule, self.options, start, len(clients))
+        updates = self._train(round_, heard_down, lost_up, store)
+        for client, channel in lost_up.items():
+            filled = channel.fill(client, start)
+            if filled is not None:
+                store.slot().copy_(filled.displacement)
+                examples = len(self.data.train_indices[client])
+                store.commit(ClientUpdate(client, examples, filled.num_steps, 0, store.slot()), heard=False)
+        with tally.phase("aggregation"):
+            metrics = self._aggregate(round_, start, store, updates)
+        tally.bytes_down += len(clients) * self.message_bytes
+        tally.bytes_up += len(updates) * self.message_bytes
+        tally.heard += len(updates)
+        tally.skipped_steps += sum(update.num_skipped for update in updates)
+        metrics = {**metrics, "clients_heard": float(len(updates))}
+        report = Report(round_, clients, metrics, merge(update.logged for update in updates))
+        self.on_round_end(report)
+        return report
+
+    def restore_module(self) -> None:
+        """Put the global model back into the module, which may hold a client's."""
+        self.server.write(self.server.parameters(), self.server.buffers)
+
+    # ------------------------------------------------------------------ the parts of a round
+
+    def _broadcast(self, round_: int, clients: Sequence[int], start: Tensor) -> dict[int, Tensor]:
+        """What each client starts from, ``[P]``; clients that hear nothing and have nothing are absent."""
+        sent = self.layout.rounded(start)
+        heard = dict.fromkeys(clients, sent)
+        for channel in self.downlink:
+            present = list(heard)
+            lost = channel.outage(round_, present, self.seed).tolist()
+            for client, is_lost in zip(present, lost, strict=True):
+                if not is_lost:
+                    heard[client] = channel.transmit(heard[client], round_=round_, client=client, seed=self.seed)
+                    channel.remember(client, heard[client], torch.zeros_like(start), 0)
+                    continue
+                last = channel.last_broadcast(client)
+                if last is None:
+                    del heard[client]
+                else:
+                    heard[client] = last.to(start)
+        return {client: vector if vector is sent else self.layout.rounded(vector) for client, vector in heard.items()}
+
+    def _uplink_outages(self, round_: int, clients: list[int]) -> dict[int, Channel]:
+        """The clients whose update will not arrive, drawn before they train, with the first channel that loses it."""
+        lost: dict[int, Channel] = {}
+        for channel in self.uplink:
+            for client, is_lost in zip(clients, channel.outage(round_, clients, self.seed).tolist(), strict=True):
+                if is_lost:
+                    lost.setdefault(client, channel)
+        return lost
+
+    def _train(
+        self, round_: int, heard: Mapping[int, Tensor], lost: Mapping[int, Channel], store: _Store
+    ) -> list[ClientUpdate]:
+        """Local training, and the way up: the updates that were heard, already in the store."""
+        updates: list[ClientUpdate] = []
+        trainees = [client for client in heard if client not in lost]
+        visits = (
+            Visit(client, heard[client], self.local_buffers.get(client, self.server.buffers), store.slot())
+            for client in trainees
+        )
+        with closing(self.engine.run(visits)) as training:
+            while True:
+                with self.tally.phase("local training"):
+                    update = next(training, None)
+                if update is None:
+                    break
+                with self.tally.phase("channel"):
+                    self._transmit(round_, update)
+                self.on_client_end(update)
+                if not self._is_finite(round_, update):
+                    continue
+                for channel in self.uplink:
+                    channel.remember(update.client, self.server.parameters(), update.displacement, update.num_steps)
+                if self.options.buffers == "local":
+                    self.local_buffers[update.client] = dict(update.buffers)
+                store.commit(update, heard=True)
+                updates.append(update)
+        if trainees and not updates:
+            raise FloatingPointError(
+                f"Every client of round {round_} returned non-finite parameters, so training has diverged. The global"
+                " model is the one before this round. Lower the local learning rate, or clip gradients"
+                " (`gradient_clip_val=1.0`)."
+            )
+        return updates
+
+    def _transmit(self, round_: int, update: ClientUpdate) -> None:
+        for channel in self.uplink:
+            received = channel.transmit(update.displacement, round_=round_, client=update.client, seed=self.seed)
+            if received is not update.displacement:
+                update.displacement.copy_(received)
+
+    def _is_finite(self, round_: int, update: ClientUpdate) -> bool:
+        bad = [name for name, b in update.buffers.items() if b.is_floating_point() and not all_finite(b)]
+        if all_finite(update.displacement) and not bad:
+            return True
+        where = f"buffers {bad[:3]}" if bad else "parameters"
+        sentence = f"Client {update.client} returned non-finite {where} in round {round_}"
+        if self.options.on_nonfinite == "raise":
+            raise FloatingPointError(
+                f'{sentence}, and `on_nonfinite="raise"` ends the run. Lower the local learning rate, clip gradients,'
+                ' or set `on_nonfinite="exclude"`.'
+            )
+        rank_zero_warn(f"{sentence} and was left out of the aggregation.")
+        self.tally.nonfinite_updates += 1
+        return False
+
+    def _aggregate(
+        self, round_: int, start: Tensor, store: _Store, updates: Sequence[ClientUpdate]
+    ) -> Mapping[str, float]:
+        if not len(store) or (not updates and self.options.empty_round == "skip"):
+            rank_zero_warn(
+                f"Nobody was heard in round {round_}: the global model and the rule's state stay as they were."
+            )
+            self.tally.skipped_rounds += 1
+            self.restore_module()
+            return {"round_skipped": 1.0}
+        rates = self.host.learning_rates(self.layout) if self.rule.needs_learning_rates else ()
+        cohort = store.cohort(round_, start, rates)
+        step = self.rule.step(cohort, self.rule.state, self.server)
+        self.server.install(step.parameters, self._buffers(cohort, step, updates))
+        self.rule.state = dict(step.state)
+        if self.options.buffers == "recalibrate" and updates:
+            self._recalibrate(round_, [update.client for update in updates])
+        return step.metrics
+
+    def _buffers(self, cohort: Cohort, step: RuleStep, updates: Sequence[ClientUpdate]) -> Mapping[str, Tensor] | None:
+        """The server's new buffers; ``None`` leaves them."""
+        if self.options.buffers == "keep" or not self.server.buffers or not updates:
+            return None
+        by_client = dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
+        weights = torch.tensor([by_client[update.client] for update in updates], dtype=torch.float64)
+        if not weights.sum() > 0:
+            return None
+        return averaged_buffers(self.server.buffers, (u.buffers for u in updates), weights / weights.sum())
+
+    @torch.no_grad()
+    def _recalibrate(self, round_: int, clients: Sequence[int]) -> None:
+        """Recompute normalisation statistics with the new global model, as plain averages over the cohort's data."""
+        module = self.host.module
+        norms = [m for m in module.modules() if getattr(m, "running_mean", None) is not None and hasattr(m, "momentum")]
+        modes = [(norm.momentum, norm.training) for norm in norms]
+        each = max(1, RECALIBRATION_BATCHES // len(clients))
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            with isolated_randomness(self.host.device), LogRecorder(module):
+                for client in clients:
+                    seed_randomness(
+                        seed_of(self.seed, "client", client, "round", round_, "recalibrate"), self.host.device
+                    )
+                    for batch in self.data.batches(client, round_, epochs=1, limit=each):
+                        self.host.forward(self.host.prepare(batch.data), batch.index)
+        finally:
+            for norm, (momentum, training) in zip(norms, modes, strict=True):
+                norm.momentum = momentum
+                norm.train(training)
+        self.server.buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+
+    # ------------------------------------------------------------------ the end of a run
+
+    @torch.no_grad()
+    def evaluate_clients(self) -> tuple[dict[str, Tensor], dict[str, bool]]:
+        """The global model on every client's own data.
+
+        Returns:
+            ``[N]`` per metric that every client logged, and whether higher is better where a metric says so.
+        """
+        module = self.host.module
+        modes = {m: m.training for m in module.modules()}
+        rows: list[dict[str, float]] = []
+        better: dict[str, bool] = {}
+        module.eval()
+        try:
+            with isolated_randomness(self.host.device), LogRecorder(module, self.host.callbacks) as recorder:
+                for client in range(self.data.num_clients):
+                    seed_randomness(seed_of(self.seed, "client", client, "evaluation"), self.host.device)
+                    for batch in self.data.evaluation_batches(client, EVALUATION_CAP):
+                        recorder.batch_size = batch.size
+                        self.host.evaluate(self.host.prepare(batch.data), batch.index)
+                    row: dict[str, float] = {}
+                    for name, logged in recorder.collect().items():
+                        if logged.metric is None:
+                            row[name] = logged.value
+                            continue
+                        row[name] = float(logged.metric.compute())
+                        logged.metric.reset()
+                        if logged.metric.higher_is_better is not None:
+                            better[name] = logged.metric.higher_is_better
+                    rows.append(row)
+        finally:
+            for submodule, mode in modes.items():
+                submodule.training = mode
+        shared = set.intersection(*(set(row) for row in rows))
+        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0] if name in shared}, better
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is not in the module, the rule or another callback; plain values and tensors."""
+        state: dict[str, Any] = {
+            "fingerprint": self.fingerprint,
+            "optimizers": dict(self.engine.kept),
+            "buffers": dict(self.local_buffers),
+            "tally": {**vars(self.tally), "seconds": dict(self.tally.seconds)},
+        }
+        if not self.layout.is_exact:
+            state["parameters"] = self.server.parameters().cpu()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: If it is of another federation.
+        """
+        theirs, ours = state["fingerprint"], self.fingerprint
+        words = {
+            "rule": "the rule",
+            "num_clients": "`num_clients`",
+            "split": "the split of the training data (seed, partitioner, labels or data)",
+            "parameters": "the number of trainable parameters",
+        }
+        for key, word in words.items():
+            if theirs[key] != ours[key]:
+                raise ValueError(
+                    f"The checkpoint (or earlier `fit`) to go on from is of another federation: {word} was"
+                    f" {theirs[key]!r} there and is {ours[key]!r} here. Resume with the arguments of that run, or"
+                    " start anew from its weights with `load_from_checkpoint`."
+                )
+        self.engine.kept = dict(state["optimizers"])
+        self.local_buffers = {k: dict(v) for k, v in state["buffers"].items()}
+        self.tally = Tally(**{**state["tally"], "seconds": dict(state["tally"]["seconds"])})
+        if "parameters" in state:
+            self.server.install(state["parameters"].to(self.server.parameters()))
+
+
+# ---------------------------------------------------------------------- where a cohort's vectors go
+
+
+class _Store:
+    """Collects what reaches the server in a round."""
+
+    def __init__(self, start: Tensor) -> None:
+        self.scratch = torch.empty_like(start)
+        self.updates: list[ClientUpdate] = []
+        self.heard: list[bool] = []
+
+    def __len__(self) -> int:
+        return len(self.updates)
+
+    def slot(self) -> Tensor:
+        """``[P]`` on the model's device: where the next displacement is written."""
+        return self.scratch
+
+    def commit(self, update: ClientUpdate, *, heard: bool) -> None:
+        """Keep what stands in the slot."""
+        self.updates.append(update)
+        self.heard.append(heard)
+
+    def vectors(self, start: Tensor) -> ClientVectors | AccumulatedVectors:
+        raise AssertionError("a store without vectors")
+
+    def cohort(self, round_: int, start: Tensor, learning_rates: tuple[float, ...]) -> Cohort:
+        """The round's cohort."""
+        return Cohort(
+            round=round_,
+            clients=torch.tensor([u.client for u in self.updates]),
+            num_examples=torch.tensor([u.num_examples for u in self.updates]),
+            num_steps=torch.tensor([u.num_steps for u in self.updates]),
+            heard=torch.tensor(self.heard),
+            start=start,
+            vectors=self.vectors(start),
+            learning_rates=learning_rates,
+        )
+
+
+class _Rows(_Store):
+    """One row per client, on the device or in host memory."""
+
+    def __init__(self, start: Tensor, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.matrix = torch.empty(capacity, start.numel(), device=device, dtype=dtype)
+        self.in_place = device == start.device and dtype == start.dtype
+        super().__init__(start[:0] if self.in_place else start)
+
+    def slot(self) -> Tensor:
+        return self.matrix[len(self)] if self.in_place else self.scratch
+
+    def commit(self, update: ClientUpdate, *, heard: bool) -> None:
+        if not self.in_place:
+            self.matrix[len(self)].copy_(self.scratch)
+        super().commit(update, heard=heard)
+
+    def vectors(self, start: Tensor) -> ClientVectors:
+        return ClientVectors(self.matrix[: len(self)], start)
+
+
+class _Sum(_Store):
+    """The running weighted sum, for rules that know a client's weight beforehand."""
+
+    def __init__(self, start: Tensor, rule: AggregationRule) -> None:
+        super().__init__(start)
+        self.rule = rule
+        self.total = torch.zeros_like(start)
+        self.raw_weights: list[float] = []
+
+    def commit(self, update: ClientUpdate, *, heard: bool) -> None:
+        weight = float(self.rule.raw_weight(update))
+        self.total.add_(self.scratch, alpha=weight)
+        self.raw_weights.append(weight)
+        super().commit(update, heard=heard)
+
+    def vectors(self, start: Tensor) -> AccumulatedVectors:
+        raw = torch.tensor(self.raw_weights, dtype=torch.float64)
+        return AccumulatedVectors(self.total, raw, start, type(self.rule).__name__)
+
+
+def _store(rule: AggregationRule, options: FederationOptions, start: Tensor, capacity: int) -> _Store:
+    if options.storage == "auto" and rule.raw_weight is not None:
+        return _Sum(start, rule)
+    device = torch.device("cpu") if options.storage == "host" else start.device
+    return _Rows(start, capacity, device, options.storage_dtype or start.dtype)

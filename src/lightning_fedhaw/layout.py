@@ -1,0 +1,173 @@
+"""The flat view of a model: one vector ``[P]`` on one side, named tensors on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """Where each trainable parameter lives in the flat vector ``[P]``.
+
+    Only trainable parameters travel between server and clients, in ``named_parameters()`` order; a frozen backbone
+    has no place here. The flat vector is kept in at least float32, so a model in ``bf16-true`` has a float32 vector on
+    the server and small updates are not lost.
+
+    Attributes:
+        names: Parameter names.
+        shapes: Parameter shapes, in the order of ``names``.
+        dtypes: Parameter dtypes as they are in the model, in the order of ``names``.
+        dtype: Dtype of the flat vector.
+
+    Example:
+        >>> layout = ParameterLayout.of(nn.Linear(2, 3))
+        >>> layout.names, layout.numel
+        (('weight', 'bias'), 9)
+        >>> layout.views(torch.arange(9.0))["bias"]
+        tensor([6., 7., 8.])
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    dtype: torch.dtype
+    sizes: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(shape.numel() for shape in self.shapes))
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ParameterLayout:
+        """The layout of a module's trainable parameters.
+
+        Raises:
+            ValueError: If the module has no trainable parameter, or one that is not a floating-point tensor.
+        """
+        named = trainable(module)
+        if not named:
+            raise ValueError(
+                f"`model` ({type(module).__name__}) has no trainable parameter, so there is nothing a federation could"
+                " learn. Set `requires_grad=True` on the parameters that should travel."
+            )
+        for name, parameter in named.items():
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"Trainable parameters must be real floating-point tensors; `{name}` is {parameter.dtype}."
+                    " Freeze it, or keep it as a buffer."
+                )
+        dtype = torch.float32
+        for parameter in named.values():
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        return cls(
+            names=tuple(named),
+            shapes=tuple(p.shape for p in named.values()),
+            dtypes=tuple(p.dtype for p in named.values()),
+            dtype=dtype,
+        )
+
+    @property
+    def numel(self) -> int:
+        """P, the number of trainable parameters."""
+        return sum(self.sizes)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the model stores its parameters in the flat vector's own dtype, so that the model is the vector."""
+        return all(dtype == self.dtype for dtype in self.dtypes)
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of one model on the link, in the model's own dtypes."""
+        return sum(size * dtype.itemsize for size, dtype in zip(self.sizes, self.dtypes, strict=True))
+
+    def views(self, vector: Tensor) -> dict[str, Tensor]:
+        """Named tensors that share memory (and the autograd graph) with a flat vector.
+
+        Args:
+            vector: ``[..., P]``; leading axes are kept, so a stack of clients gives a stack of each parameter.
+        """
+        lead = vector.shape[:-1]
+        parts = torch.split(vector, list(self.sizes), dim=-1)
+        return {
+            name: part.view(*lead, *shape) if part.is_contiguous() else part.reshape(*lead, *shape)
+            for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
+        }
+
+    def tensors(self, module: nn.Module) -> list[nn.Parameter]:
+        """The module's trainable parameters in the layout's order.
+
+        Raises:
+            RuntimeError: If the set of trainable parameters is no longer the one this layout was made from.
+        """
+        named = trainable(module)
+        if tuple(named) != self.names:
+            gone = sorted(set(self.names) - set(named))
+            new = sorted(set(named) - set(self.names))
+            raise RuntimeError(
+                "The set of trainable parameters changed during `fit`"
+                f" (no longer trainable: {gone[:5] or 'none'}; newly trainable: {new[:5] or 'none'}), but clients and"
+                " server must agree on what travels. Freeze and unfreeze before `fit`, or call `fit` again afterwards."
+            )
+        return list(named.values())
+
+    @torch.no_grad()
+    def read(
+        self, parameters: Sequence[Tensor], out: Tensor | None = None, device: torch.device | None = None
+    ) -> Tensor:
+        """Copy parameters into a flat vector ``[P]``.
+
+        Args:
+            parameters: The tensors to copy, in the layout's order, as :meth:`tensors` gives them.
+            out: A vector to write into; a new one without it.
+            device: Where a new vector is made; the parameters' own device by default.
+        """
+        if out is None:
+            out = torch.empty(self.numel, dtype=self.dtype, device=device or parameters[0].device)
+        torch._foreach_copy_(list(self.views(out).values()), list(parameters))
+        return out
+
+    @torch.no_grad()
+    def write(self, vector: Tensor, parameters: Sequence[Tensor]) -> None:
+        """Copy a flat vector ``[P]`` into parameters, cast to their dtypes."""
+        torch._foreach_copy_(list(parameters), list(self.views(vector.detach()).values()))
+
+    def rounded(self, vector: Tensor) -> Tensor:
+        """What a model that stores this vector really holds: the vector after a trip through the model's dtypes."""
+        if self.is_exact:
+            return vector
+        rounded = torch.empty_like(vector)
+        for target, source, dtype in zip(
+            self.views(rounded).values(), self.views(vector).values(), self.dtypes, strict=True
+        ):
+            target.copy_(source.to(dtype))
+        return rounded
+
+    def expand(self, values: Iterable[float], device: torch.device | None = None) -> Tensor:
+        """One number per parameter tensor, spread over its elements.
+
+        Returns:
+            A scalar ``[]`` when all numbers are equal, else a vector ``[P]``.
+        """
+        numbers = list(values)
+        if len(set(numbers)) == 1:
+            return torch.tensor(numbers[0], dtype=self.dtype, device=device)
+        per_tensor = torch.tensor(numbers, dtype=self.dtype, device=device)
+        return per_tensor.repeat_interleave(torch.tensor(self.sizes, device=device))
+
+    def groups(self) -> dict[str, list[slice]]:
+        """Slices of the flat vector by the module that owns the parameter (weight and bias of a layer together)."""
+        found: dict[str, list[slice]] = {}
+        begin = 0
+        for name, size in zip(self.names, self.sizes, strict=True):
+            found.setdefault(name.rpartition(".")[0], []).append(slice(begin, begin + size))
+            begin += size
+        return found
+
+
+def trainable(module: nn.Module) -> Mapping[str, nn.Parameter]:
+    """The module's trainable parameters by name; tied parameters once."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}

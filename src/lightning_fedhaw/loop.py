@@ -1,0 +1,596 @@
+"""The Lightning adapter: a fit loop whose epochs are communication rounds.
+
+This is the only file that touches Lightning's protected names. The loop keeps the stock loop's book-keeping, in which
+an epoch has exactly one batch: the round. So checkpoints, loggers, early stopping, validation and resuming keep their
+meaning, and ``global_step`` counts rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightning_fedhaw.aggregation.base import AggregationRule
+from lightning_fedhaw.channel.base import Channel
+from lightning_fedhaw.clients.objective import ClientObjective
+from lightning_fedhaw.clients.records import Logged
+from lightning_fedhaw.clients.steps import is_plain_sgd
+from lightning_fedhaw.data.federation import ClientData, LoaderSettings
+from lightning_fedhaw.data.module import FederatedDataModule
+from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
+from lightning_fedhaw.data.split import split
+from lightning_fedhaw.federation import Federation, Report
+from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.progress import replace_default_bar
+from lightning_fedhaw.refusals import check_callbacks, check_trainer
+from lightning_fedhaw.server import Server, step_arguments
+from lightning_fedhaw.summary import client_statistics, flat_numbers, format_summary, spread
+
+DEVELOPMENT_ROUNDS = 2
+DEVELOPMENT_CLIENTS = 2
+
+_BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")
+_STEP_HOOKS = (
+    *_BATCH_HOOKS,
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "backward",
+    "optimizer_step",
+    "optimizer_zero_grad",
+    "configure_gradient_clipping",
+)
+_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+def attach(trainer: Any, options: FederationOptions) -> None:
+    """Put the round loop in the place of a trainer's fit loop, or merge a rule's options into the one that is there.
+
+    Args:
+        trainer: A ``lightning.pytorch.Trainer``.
+        options: The federation's arguments.
+
+    Raises:
+        TypeError: If it is not such a trainer.
+        ValueError: If there is not exactly one rule, if trainer and rule disagree, or if the trainer was given
+            something that has no meaning in a federation.
+    """
+    if not isinstance(trainer, pl.Trainer):
+        raise TypeError(
+            f"A rule callback needs a `lightning.pytorch.Trainer`, got {type(trainer).__module__}."
+            f"{type(trainer).__qualname__}: `pytorch_lightning` and `lightning.pytorch` objects do not mix. Write"
+            " `import lightning.pytorch as pl` instead of `import pytorch_lightning as pl`."
+        )
+    find_rule(trainer)
+    if not isinstance(trainer.fit_loop, RoundLoop):
+        trainer.fit_loop = RoundLoop(trainer, FederationOptions())
+    trainer.fit_loop.options = trainer.fit_loop.trainer_options.merged(options)
+    check_trainer(trainer, sync_batchnorm=trainer._accelerator_connector._layer_sync is not None)
+    replace_default_bar(trainer)
+
+
+def find_rule(trainer: pl.Trainer) -> AggregationRule:
+    """The trainer's one aggregation rule.
+
+    Raises:
+        ValueError: If there is none, or more than one.
+    """
+    rules = [c for c in cast(Any, trainer).callbacks if isinstance(c, AggregationRule)]
+    if len(rules) != 1:
+        names = ", ".join(type(rule).__name__ for rule in rules)
+        raise ValueError(
+            "A federation needs exactly one aggregation rule among `callbacks`, got "
+            + (
+                f"{len(rules)} ({names}). Remove all but one."
+                if rules
+                else "none. Add one, such as `FedHAWCallback()`."
+            )
+        )
+    return rules[0]
+
+
+class RoundLoop(_FitLoop):
+    """A fit loop that plays communication rounds.
+
+    Args:
+        trainer: The trainer it belongs to; the limits and data sources of its present fit loop are taken over.
+        options: The federation's arguments as the trainer was given them.
+    """
+
+    def __init__(self, trainer: pl.Trainer, options: FederationOptions) -> None:
+        old = trainer.fit_loop
+        super().__init__(trainer, min_epochs=old.min_epochs, max_epochs=old.max_epochs)
+        self.epoch_loop = _RoundEpochLoop(trainer, min_steps=old.min_steps, max_steps=old.max_steps)
+        self.epoch_loop.val_loop = old.epoch_loop.val_loop
+        self._data_source = old._data_source
+        self.trainer_options = options
+        self.options = options
+        self.federation: Federation | None = None
+        self._federation_state: dict[str, Any] | None = None
+        self._clients: tuple[ClientData, list[str]] | None = None
+
+    # ------------------------------------------------------------------ data
+
+    def setup_data(self) -> None:
+        """Deal the training data to the clients."""
+        if self._combined_loader is not None:
+            return
+        trainer: Any = self.trainer
+        module = trainer.lightning_module
+        if trainer.limit_train_batches == 0 or not is_overridden("training_step", module):
+            return
+        if trainer.fast_dev_run:
+            self.max_epochs, self.epoch_loop.max_steps = DEVELOPMENT_ROUNDS, -1
+        loader = _request_dataloader(self._data_source)
+        settings = LoaderSettings.of(loader)
+        options = self._data_options()
+        partition, assumed = split(
+            loader.dataset,
+            num_clients=options.num_clients,
+            alpha=options.alpha,
+            partitioner=options.partitioner,
+            labels=options.labels,
+            seed=options.resolved_seed,
+        )
+        data = ClientData(
+            loader.dataset,
+            partition,
+            settings,
+            seed=options.resolved_seed,
+            held_out=options.client_val_fraction,
+        )
+        if partition.dropped:
+            rank_zero_info(
+                f"The split leaves out {partition.dropped} of {len(loader.dataset)} samples, as it is defined."
+            )
+        self._clients = data, assumed
+        self._combined_loader = CombinedLoader(loader, "max_size_cycle")
+        self._combined_loader.limits = [1]
+        self.max_batches = 1
+        self._setup_validation_interval()
+
+    def _data_options(self) -> FederationOptions:
+        """The options together with what the data module says of the split."""
+        trainer: Any = self.trainer
+        datamodule = trainer.datamodule
+        if not isinstance(datamodule, FederatedDataModule):
+            return self.options
+        if self.options.alpha is not None and datamodule.partitioner is not None:
+            raise ValueError(
+                f"`alpha`={self.options.alpha} is given beside the data module's `partitioner`"
+                f" {datamodule.partitioner!r}. Give one of them."
+            )
+        said = FederationOptions(
+            num_clients=datamodule.num_clients, partitioner=datamodule.partitioner, labels=datamodule.labels
+        )
+        return self.options.merged(said)
+
+    def _setup_validation_interval(self) -> None:
+        """In rounds: every ``check_val_every_n_epoch``; with None, every ``val_check_interval`` rounds."""
+        trainer: Any = self.trainer
+        interval = trainer.val_check_interval
+        if getattr(trainer, "_val_check_time_interval", None) is not None:
+            import time
+
+            trainer.val_check_batch = None
+            trainer._train_start_time = trainer._last_val_time = time.monotonic()
+        else:
+            trainer.val_check_batch = interval if isinstance(interval, int) else 1
+
+    # ------------------------------------------------------------------ a run
+
+    def on_run_start(self) -> None:
+        """Found the federation, or go on with the checkpoint's."""
+        self._found()
+        super().on_run_start()
+
+    def _found(self) -> None:
+        trainer: Any = self.trainer
+        rule = find_rule(trainer)
+        assert self._clients is not None
+        data, assumed = self._clients
+        options = self._data_options()
+        check_callbacks(trainer.callbacks)
+        layout = ParameterLayout.of(trainer.lightning_module)
+        host = _Host(trainer)
+        if rule.needs_learning_rates:
+            host.learning_rates(layout)
+        previous = self.federation
+        server = Server(trainer.lightning_module, layout)
+        self.federation = Federation(
+            host,
+            server,
+            data,
+            self._sampler(options, data, assumed),
+            rule,
+            trainer.callbacks,
+            options,
+            limit=None if trainer.limit_train_batches == 1.0 else trainer.limit_train_batches,
+            cohort_cap=DEVELOPMENT_CLIENTS if trainer.fast_dev_run else None,
+        )
+        if self.epoch_loop.global_step == 0:
+            # Callbacks may have served another run before.
+            rule.state = rule.init(server.parameters(), data.num_examples)
+            for callback in trainer.callbacks:
+                if isinstance(callback, (Channel, ClientObjective)):
+                    callback.load_state_dict({})
+        elif self._federation_state is not None:
+            self.federation.load_state_dict(self._federation_state)
+        elif previous is not None:
+            # A second `fit` goes on.
+            self.federation.load_state_dict(previous.state_dict())
+        else:
+            raise ValueError(
+                f"`ckpt_path`={str(trainer.ckpt_path)!r} was not written by a federation, so there are no rounds to go"
+                " on from. Load its weights (`load_from_checkpoint`) and start a new federation with them."
+            )
+        self._federation_state = None
+        self.federation.on_round_start = self._observers("on_round_start")
+        self.federation.on_client_end = self._observers("on_client_end")
+        self.federation.on_round_end = self._observers("on_round_end")
+        self._announce(self.federation, assumed, options)
+
+    def _observers(self, name: str) -> Callable[..., None]:
+        """Call an observing hook of all callbacks that have it."""
+        trainer: Any = self.trainer
+        hooks = [getattr(callback, name) for callback in trainer.callbacks if hasattr(callback, name)]
+
+        def observe(*args: Any) -> None:
+            for hook in hooks:
+                hook(trainer, trainer.lightning_module, *args)
+
+        return observe
+
+    def _sampler(self, options: FederationOptions, data: ClientData, assumed: list[str]) -> CohortSampler:
+        if options.sampler is not None:
+            return options.sampler  # type: ignore[no-any-return]
+        per_round = options.clients_per_round
+        if per_round is None:
+            return EveryoneSampler()
+        if isinstance(per_round, int) and per_round > data.num_clients:
+            raise ValueError(
+                f"`clients_per_round` must be at most the number of clients, {data.num_clients}, got {per_round}."
+            )
+        return UniformSampler(per_round)
+
+    def _announce(self, federation: Federation, assumed: list[str], options: FederationOptions) -> None:
+        """One line with what will happen, and what was assumed because nobody said it."""
+        data, cohort = federation.data, len(federation.cohort(self.epoch_loop.global_step))
+        sizes = data.num_examples
+        if options.clients_per_round is None and options.sampler is None:
+            assumed = [*assumed, "everyone takes part"]
+        if options.local_epochs is None and options.local_steps is None:
+            assumed = [*assumed, "one local epoch"]
+        down = cohort * federation.message_bytes
+        rule = federation.rule
+        rates = [
+            f"{name}={getattr(rule, name)}" for name in ("lr_gamma", "lr_lambda", "normalise_by") if hasattr(rule, name)
+        ]
+        rank_zero_info(
+            f"Federation: {type(rule).__name__}({', '.join(rates)}), {data.num_clients} clients with"
+            f" {int(sizes.min())} to {int(sizes.max())} samples, {cohort} a round, batch size"
+            f" {data.settings.batch_size}, {federation.layout.numel:,} parameters, {down / 1e6:.3g} MB each way a round"
+            + (f". Assumed: {'; '.join(assumed)}." if assumed else ".")
+        )
+
+    def advance(self) -> None:
+        """One round, and its validation."""
+        trainer: Any = self.trainer
+        with trainer.profiler.profile("run_training_epoch"):
+            self.epoch_loop.run(None)  # type: ignore[arg-type]
+
+    def play_round(self) -> Report:
+        """One communication round; whatever happens, the module ends with a global model."""
+        assert self.federation is not None
+        try:
+            return self.federation.play(self.epoch_loop.global_step)
+        except BaseException:
+            self.federation.restore_module()
+            raise
+
+    def on_run_end(self) -> None:
+        """Close the run with one table."""
+        super().on_run_end()
+        self._summarise()
+
+    def _summarise(self) -> None:
+        trainer: Any = self.trainer
+        federation = self.federation
+        assert federation is not None
+        tally, rule = federation.tally, federation.rule
+        rounds = self.epoch_loop.global_step
+        client_metrics: dict[str, dict[str, float]] = {}
+        if federation.options.client_eval and federation.host.can_evaluate:
+            with trainer.strategy.precision_plugin.val_step_context():
+                client_metrics = client_statistics(*federation.evaluate_clients())
+        summary: dict[str, Any] = {
+            "rule": type(rule).__name__,
+            "rounds": rounds,
+            "clients": federation.data.num_clients,
+            "clients_per_round": tally.heard / max(rounds, 1),
+            "parameters": federation.layout.numel,
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items() if _is_headline(name)},
+            "client_metrics": client_metrics,
+            "bytes_down": tally.bytes_down,
+            "bytes_up": tally.bytes_up,
+            "nonfinite_updates": tally.nonfinite_updates,
+            "skipped_rounds": tally.skipped_rounds,
+            "skipped_steps": tally.skipped_steps,
+            "seconds": dict(tally.seconds),
+        }
+        if "gamma" in rule.state:
+            weights = torch.softmax(rule.state["lambda_"], 0)
+            summary["scale"] = float(rule.state["gamma"].exp())
+            summary["weight_min"], summary["weight_max"] = spread(weights)
+        trainer.federation_summary = summary
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(flat_numbers(summary), step=max(rounds - 1, 0))
+                logger.save()
+            print(format_summary(summary))
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        """The stock loop's state, and the federation's."""
+        state = super().on_save_checkpoint()
+        if self.federation is not None:
+            state["federation"] = self.federation.state_dict()
+        return state
+
+    def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        """Keep the federation's state until it is founded."""
+        self._federation_state = state_dict.get("federation")
+        super().on_load_checkpoint(state_dict)
+
+
+class _RoundEpochLoop(_TrainingEpochLoop):
+    """An epoch with one batch, which is a round."""
+
+    def on_run_start(self, data_fetcher: Any) -> None:
+        """There is nothing to fetch."""
+
+    def advance(self, data_fetcher: Any) -> None:
+        """Play the round and log it."""
+        trainer: Any = self.trainer
+        if self.restarting and self._should_check_val_fx(data_fetcher):
+            if self.val_loop.restarted_mid_evaluation:
+                return
+            if self.restarted_on_last:
+                self._skip_next_val = True
+                return
+            self.val_loop.increment_progress_to_evaluation_end()
+        self.val_loop.restarting = False
+
+        connector = trainer._logger_connector
+        self.batch_progress.is_last_batch = True
+        self.batch_progress.increment_ready()
+        connector.on_batch_start(None)
+        self._call_stock("on_train_batch_start", None, 0)
+        self.batch_progress.increment_started()
+        with trainer.profiler.profile("run_training_batch"):
+            report = trainer.fit_loop.play_round()
+        self.batch_progress.increment_processed()
+        # A round is one optimiser step of the global model.
+        self.automatic_optimization.optim_progress.optimizer.step.increment_ready()
+        self.automatic_optimization.optim_progress.optimizer.step.increment_completed()
+        self.manual_optimization.optim_step_progress.increment_ready()
+        self.manual_optimization.optim_step_progress.increment_completed()
+
+        self.update_lr_schedulers("step", update_plateau_schedulers=False)
+        self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        self._log(report)
+        self._call_stock("on_train_batch_end", None, None, 0)
+        connector.on_batch_end()
+        self.batch_progress.increment_completed()
+        # Once a round is as seldom as it gets, so `log_every_n_steps` does not thin it out.
+        connector.log_metrics(connector.metrics["log"])
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        """Validate."""
+        trainer: Any = self.trainer
+        federation = trainer.fit_loop.federation
+        with federation.tally.phase("validation"):
+            super().on_advance_end(data_fetcher)
+
+    def _call_stock(self, name: str, *args: Any) -> None:
+        """Call Lightning's own callbacks, for which a batch is a round."""
+        trainer: Any = self.trainer
+        for callback in trainer.callbacks:
+            if _hook_owner(callback, name) == "lightning":
+                getattr(callback, name)(trainer, trainer.lightning_module, *args)
+
+    def _log(self, report: Report) -> None:
+        results = self._results
+        results.reset()
+
+        def write(name: str, value: float, options: Mapping[str, Any]) -> None:
+            results.log(
+                "training_step",
+                name,
+                torch.tensor(
+                    value, dtype=torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+                ),
+                batch_size=1,
+                **options,
+            )
+
+        for name, logged in report.logged.items():
+            keep = ("prog_bar", "logger", "on_step", "on_epoch")
+            write(name, _merged_value(logged), {key: logged.options[key] for key in keep})
+        for name, value in report.metrics.items():
+            write(name, value, {"on_step": True, "on_epoch": False, "prog_bar": name == "scale"})
+
+
+class _Host:
+    """What the engine needs of the trainer, resolved once per run."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.module = trainer.lightning_module
+        self.strategy = trainer.strategy
+        self.device: torch.device = trainer.strategy.root_device
+        self.optimizers: Sequence[torch.optim.Optimizer] = trainer.strategy.optimizers
+        self.callbacks = [c for c in trainer.callbacks if not isinstance(c, AggregationRule)]
+        self.precision = trainer.strategy.precision_plugin
+        self.scaler = getattr(self.precision, "scaler", None)
+        self._hooks = {name: self._users(name) for name in (*_BATCH_HOOKS, "on_before_zero_grad")}
+        self._module_hooks = {name for name in _STEP_HOOKS if is_overridden(name, self.module)}
+        self._moves_nothing = self._is_plain and self.device.type == "cpu" and not self._transfers
+        self._takes_index = len(step_arguments(self.module.training_step, None, 0)) > 1
+        self.has_validation = is_overridden("validation_step", self.module)
+
+    def _users(self, name: str) -> list[Callable[..., Any]]:
+        return [getattr(c, name) for c in self.callbacks if _hook_owner(c, name) == "user"]
+
+    @property
+    def _is_plain(self) -> bool:
+        return type(self.precision) is Precision
+
+    @property
+    def _transfers(self) -> bool:
+        sources = [self.module, self.trainer.datamodule]
+        return any(is_overridden(name, s) for name in _TRANSFER_HOOKS for s in sources if s is not None)
+
+    @property
+    def accumulate(self) -> int:
+        """Batches behind one optimiser step."""
+        return int(self.trainer.accumulate_grad_batches)
+
+    @property
+    def round(self) -> int:
+        """The round that is being played."""
+        return int(self.trainer.global_step)
+
+    @property
+    def can_evaluate(self) -> bool:
+        """Whether a client's data can be run through the module without training on it."""
+        return self.has_validation or bool(self.module.automatic_optimization)
+
+    @property
+    def is_plain_sgd(self) -> bool:
+        """Whether a step needs no optimiser object, precision plugin or hook."""
+        return (
+            self._is_plain
+            and len(self.optimizers) == 1
+            and self.accumulate == 1
+            and not self.trainer.gradient_clip_val
+            and not self._module_hooks
+            and not any(self._users(name) for name in _STEP_HOOKS if hasattr(pl.Callback, name))
+            and type(self.strategy) is SingleDeviceStrategy
+            and is_plain_sgd(self.optimizers[0], [p for p in self.module.parameters() if p.requires_grad])
+        )
+
+    def prepare(self, data: Any) -> Any:
+        """Convert a batch to the precision and move it to the device, through the module's transfer hooks."""
+        if self._moves_nothing:
+            return data
+        data = self.precision.convert_input(data)
+        data = self.module._on_before_batch_transfer(data, dataloader_idx=0)
+        return self.strategy.batch_to_device(data, dataloader_idx=0)
+
+    def arguments(self, data: Any, batch_idx: int) -> tuple[Any, ...]:
+        """The arguments of ``training_step``, whose ``batch_idx`` is optional."""
+        return (data, batch_idx) if self._takes_index else (data,)
+
+    def on_batch_start(self, data: Any, batch_idx: int) -> bool:
+        """Call the hooks before a local step; true if the module asks to skip the rest of the pass."""
+        for hook in self._hooks["on_train_batch_start"]:
+            hook(self.trainer, self.module, data, batch_idx)
+        return "on_train_batch_start" in self._module_hooks and self.module.on_train_batch_start(data, batch_idx) == -1
+
+    def on_batch_end(self, outputs: Any, data: Any, batch_idx: int) -> None:
+        """Call the hooks after a local step."""
+        for hook in self._hooks["on_train_batch_end"]:
+            hook(self.trainer, self.module, outputs, data, batch_idx)
+        if "on_train_batch_end" in self._module_hooks:
+            self.module.on_train_batch_end(outputs, data, batch_idx)
+
+    def before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        """Call the hooks before gradients are cleared."""
+        for hook in self._hooks["on_before_zero_grad"]:
+            hook(self.trainer, self.module, optimizer)
+        if "on_before_zero_grad" in self._module_hooks:
+            self.module.on_before_zero_grad(optimizer)
+
+    def learning_rates(self, layout: ParameterLayout) -> tuple[float, ...]:
+        """The learning rate of each parameter tensor in the layout's order, as scheduled for this round.
+
+        Raises:
+            ValueError: If a trainable parameter has no optimiser, or more than one.
+        """
+        rates: dict[Tensor, list[float]] = {}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    rates.setdefault(parameter, []).append(float(group["lr"]))
+        found = []
+        for name, parameter in zip(layout.names, layout.tensors(self.module), strict=True):
+            own = rates.get(parameter, [])
+            if len(own) != 1:
+                raise ValueError(
+                    f"The rule divides by the local learning rate, and the trainable parameter `{name}` is in"
+                    f" {len(own)} optimisers instead of exactly one. Give it one in `configure_optimizers`, freeze it,"
+                    " or give the rate as `learning_rate=`."
+                )
+            found.append(own[0])
+        return tuple(found)
+
+    def forward(self, data: Any, batch_idx: int) -> Any:
+        """Call ``training_step`` in the trainer's precision, without hooks or optimisers."""
+        return self.strategy.training_step(*self.arguments(data, batch_idx))
+
+    def evaluate(self, data: Any, batch_idx: int) -> Any:
+        """Call ``validation_step``; ``training_step`` where there is none."""
+        if not self.has_validation:
+            return self.forward(data, batch_idx)
+        return self.strategy.validation_step(*step_arguments(self.module.validation_step, data, batch_idx))
+
+    def schedules(self) -> list[dict[str, Any]]:
+        """The states of learning-rate schedules that the module steps itself."""
+        if self.module.automatic_optimization:
+            return []
+        return [dict(config.scheduler.state_dict()) for config in self.trainer.lr_scheduler_configs]
+
+    def load_schedules(self, states: list[dict[str, Any]]) -> None:
+        """Put such states back."""
+        if states:
+            for config, state in zip(self.trainer.lr_scheduler_configs, states, strict=True):
+                config.scheduler.load_state_dict(dict(state))
+
+
+def _hook_owner(callback: Any, name: str) -> str | None:
+    """Who overrides a callback's hook: ``"lightning"``, the ``"user"``, or nobody."""
+    if name in vars(callback):
+        return "user"
+    defined = getattr(type(callback), name)
+    if defined is getattr(pl.Callback, name):
+        return None
+    return "lightning" if defined.__module__.startswith(("lightning.", "lightning_fedhaw.")) else "user"
+
+
+def _merged_value(logged: Logged) -> float:
+    if logged.metric is None:
+        return logged.value
+    value = float(logged.metric.compute())
+    logged.metric.reset()
+    return value
+
+
+def _is_headline(name: str) -> bool:
+    """Whether a metric belongs in the closing table: per-client weights and the rule's inner numbers do not."""
+    return not name.startswith(("lambda/", "weight/", "hypergradient", "gamma", "scale", "clients_", "summary/"))

@@ -1,0 +1,42 @@
+"""Hooks for people who watch a federation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback
+
+
+class RoundObserver(Callback):
+    """A callback with hooks inside a round. Any callback that has methods of these names gets the calls.
+
+    Observers see, and change nothing: weights belong to rules, messages to channels, losses to client objectives.
+    """
+
+    def on_round_start(self, trainer: Any, pl_module: Any, round_: int, clients: list[int]) -> None:
+        """A cohort was drawn; nobody has trained yet.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module, with the global model in it.
+            round_: The round's number, from 0.
+            clients: The cohort.
+        """
+
+    def on_client_end(self, trainer: Any, pl_module: Any, update: Any) -> None:
+        """A client has trained and its message has crossed the uplink.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module, with the client's model in it.
+            update: The :class:`~lightning_fedhaw.ClientUpdate`. Its displacement is only valid during the call.
+        """
+
+    def on_round_end(self, trainer: Any, pl_module: Any, report: Any) -> None:
+        """The new global model is in the module.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            report: The round's :class:`~lightning_fedhaw.federation.Report`.
+        """

@@ -1,0 +1,184 @@
+"""The federation's arguments as one frozen record."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+
+OptimizerState = Literal["fresh", "kept"]
+BufferPolicy = Literal["average", "keep", "local", "recalibrate"]
+OnNonfinite = Literal["exclude", "raise"]
+EmptyRound = Literal["skip", "follow"]
+Storage = Literal["auto", "device", "host"]
+
+
+@dataclass(frozen=True)
+class FederationOptions:
+    """Who the clients are, which of them come, and what they do in a round.
+
+    The same names are arguments of :class:`~lightning_fedhaw.FederatedTrainer` and of every rule callback; where both
+    say something they must agree.
+
+    Attributes:
+        num_clients: N, the number of clients the training data is split over. Default: what the data module says,
+            else 10.
+        alpha: Concentration of a label-skewed Dirichlet split; small is unequal. Short for
+            ``partitioner=DirichletPartitioner(alpha)``. Default: 0.1 where labels are found, else an IID split.
+        partitioner: How the training data is split; see ``lightning_fedhaw.data``.
+        labels: Labels for a label-skewed split: an array ``[samples]``, or a callable that takes the dataset. Default:
+            the dataset's ``targets`` or ``labels``, else a second integer item of its samples.
+        clients_per_round: Clients drawn per round, a number or a fraction of N. Default: everyone.
+        sampler: Who comes in a round; excludes ``clients_per_round``.
+        local_epochs: Passes over its own data that a client makes in a round. Default: 1.
+        local_steps: Optimiser steps that a client makes in a round, whatever its size; excludes ``local_epochs``.
+        optimizer_state: ``"fresh"``: a client starts every round with a new optimiser state. ``"kept"``: each client
+            finds the momentum and moments it left behind (held in host memory, checkpointed).
+        buffers: What happens to buffers such as BatchNorm statistics. ``"average"``: floating-point buffers by the
+            rule's normalised weights, integer ones by their maximum. ``"keep"``: the server's never change.
+            ``"local"``: each client keeps its own; the server's are their average. ``"recalibrate"``: recomputed with
+            the new global model on the cohort's training data.
+        on_nonfinite: ``"exclude"``: a client that returns NaN or infinity is named in a warning and left out.
+            ``"raise"``: it ends the run.
+        empty_round: A round in which nobody is heard. ``"skip"``: nothing changes. ``"follow"``: the rule runs on
+            what the channel filled in, as the FedHAW authors' code does.
+        client_val_fraction: Share of each client's data held out of training for the closing table's per-client
+            metrics. 0 evaluates on the training data, at most 1,000 samples a client.
+        client_eval: Whether the final global model is evaluated on each client at the end.
+        storage: Where the cohort's vectors are kept. ``"auto"``: nowhere if the rule only needs their weighted sum,
+            else on the model's device. ``"device"``, ``"host"``: there.
+        storage_dtype: Dtype of the stored displacements, such as ``torch.bfloat16``; the layout's by default.
+        seed: Seed of every draw the federation makes. Default: the one given to ``seed_everything``, else 0.
+    """
+
+    num_clients: int | None = None
+    alpha: float | None = None
+    partitioner: Any = None
+    labels: Any | Callable[[Any], Any] = None
+    clients_per_round: int | float | None = None
+    sampler: Any = None
+    local_epochs: int | None = None
+    local_steps: int | None = None
+    optimizer_state: OptimizerState = "fresh"
+    buffers: BufferPolicy = "average"
+    on_nonfinite: OnNonfinite = "exclude"
+    empty_round: EmptyRound = "skip"
+    client_val_fraction: float = 0.0
+    client_eval: bool = True
+    storage: Storage = "auto"
+    storage_dtype: torch.dtype | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check_split()
+        self._check_round()
+        for name, allowed in (
+            ("optimizer_state", get_args(OptimizerState)),
+            ("buffers", get_args(BufferPolicy)),
+            ("on_nonfinite", get_args(OnNonfinite)),
+            ("empty_round", get_args(EmptyRound)),
+            ("storage", get_args(Storage)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}."
+                )
+        if not 0.0 <= self.client_val_fraction < 1.0:
+            raise ValueError(
+                f"`client_val_fraction` must lie in [0, 1), got {self.client_val_fraction!r}; 0.1 holds out a tenth of"
+                " each client's data."
+            )
+        if self.storage_dtype is not None and not self.storage_dtype.is_floating_point:
+            raise ValueError(f"`storage_dtype` must be a floating-point dtype, got {self.storage_dtype}.")
+        if self.seed is not None:
+            _whole("seed", self.seed, 0)
+
+    def _check_split(self) -> None:
+        if self.num_clients is not None:
+            _whole("num_clients", self.num_clients, 1)
+        if self.alpha is not None and not (_is_number(self.alpha) and 0 < self.alpha < float("inf")):
+            raise ValueError(
+                f"`alpha` must be a positive number (0.1 is strong label skew, 100 nearly IID), got {self.alpha!r}."
+            )
+        if self.alpha is not None and self.partitioner is not None:
+            raise ValueError(
+                "Give `alpha` or `partitioner`, not both: `alpha` is short for `DirichletPartitioner(alpha)`."
+            )
+        if self.partitioner is not None and not callable(getattr(self.partitioner, "partition", None)):
+            raise TypeError(
+                f"`partitioner` must be a `lightning_fedhaw.data.Partitioner`, got {type(self.partitioner).__name__}."
+            )
+
+    def _check_round(self) -> None:
+        per_round = self.clients_per_round
+        if per_round is not None:
+            if isinstance(per_round, float):
+                if not 0.0 < per_round <= 1.0:
+                    raise ValueError(
+                        f"`clients_per_round` as a float is a share of all clients in (0, 1], got {per_round}; give an"
+                        " int for a number of clients."
+                    )
+            else:
+                _whole("clients_per_round", per_round, 1)
+                if self.num_clients is not None and per_round > self.num_clients:
+                    raise ValueError(
+                        f"`clients_per_round` must be at most `num_clients`={self.num_clients}, got {per_round}."
+                    )
+        if self.sampler is not None:
+            if per_round is not None:
+                raise ValueError("Give `clients_per_round` or `sampler`, not both: a sampler knows how many come.")
+            if not callable(getattr(self.sampler, "sample", None)):
+                raise TypeError(
+                    f"`sampler` must be a `lightning_fedhaw.data.CohortSampler`, got {type(self.sampler).__name__}."
+                )
+        if self.local_epochs is not None and self.local_steps is not None:
+            raise ValueError(
+                f"Give `local_epochs` or `local_steps`, not both, got {self.local_epochs!r} and {self.local_steps!r}."
+            )
+        for name in ("local_epochs", "local_steps"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1)
+
+    def merged(self, other: FederationOptions) -> FederationOptions:
+        """These options with another's where only the other says something.
+
+        Raises:
+            ValueError: If both say something and it differs.
+        """
+        values: dict[str, Any] = {}
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if not _same(mine, f.default) and not _same(theirs, f.default) and not _same(mine, theirs):
+                raise ValueError(
+                    f"`{f.name}` is given to both the trainer ({mine!r}) and the rule callback ({theirs!r}) and they"
+                    " differ. Give it once."
+                )
+            values[f.name] = theirs if _same(mine, f.default) else mine
+        return FederationOptions(**values)
+
+    @property
+    def resolved_seed(self) -> int:
+        """The seed in force: the one given, else the one of ``seed_everything``, else 0."""
+        if self.seed is not None:
+            return self.seed
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b) or isinstance(a, (torch.Tensor,)) or hasattr(a, "__array__"):
+        return False
+    return bool(a == b)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")

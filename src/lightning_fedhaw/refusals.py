@@ -1,0 +1,83 @@
+"""What a stock trainer can be told that has no meaning in a federation, and the sentence for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import callbacks as stock
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+_CALLBACKS: dict[str, str] = {
+    "StochasticWeightAveraging": "it replaces learning-rate schedules and batch-norm statistics in the middle of a fit."
+    " Average global models with `EMAWeightAveraging`",
+    "BatchSizeFinder": "it runs trial fits of single batches. Give the clients' `batch_size`",
+    "LearningRateFinder": "it runs trial fits of single batches. Give the clients' learning rate",
+    "BaseFinetuning": "it changes which parameters are trainable during `fit`, and clients and server must agree on"
+    " what travels. Freeze before `fit`, or call `fit` once per stage",
+    "ModelPruning": "it changes the set of parameters during `fit`. Prune before or after",
+    "ThroughputMonitor": "it measures batches of a central loader. The closing table has the seconds per phase",
+    "SpikeDetection": "it watches the loss of single batches and restarts the run without them. Use"
+    ' `on_nonfinite="exclude"` for clients that diverge',
+}
+
+
+def check_callbacks(callbacks: Sequence[Any]) -> None:
+    """Refuse Lightning's callbacks that mean nothing here.
+
+    Raises:
+        ValueError: Naming the callback, why, and the remedy.
+    """
+    for name, why in _CALLBACKS.items():
+        kind = getattr(stock, name, None)
+        for callback in callbacks:
+            if kind is not None and isinstance(callback, kind):
+                raise ValueError(f"`callbacks`: {type(callback).__name__} has no meaning in a federation: {why}.")
+
+
+def check_trainer(trainer: Any, *, sync_batchnorm: bool = False) -> None:
+    """Refuse trainer arguments that mean nothing here.
+
+    Args:
+        trainer: The trainer.
+        sync_batchnorm: Whether it was told to synchronise batch norm.
+
+    Raises:
+        ValueError: Naming the argument, what came, what is allowed, and the remedy.
+    """
+
+    def refuse(argument: str, why: str) -> None:
+        raise ValueError(f"`Trainer({argument})` has no meaning in a federation: {why}.")
+
+    strategy = type(trainer.strategy)
+    if trainer.world_size > 1 or not issubclass(strategy, SingleDeviceStrategy):
+        refuse(
+            f"strategy={strategy.__name__}, devices={trainer.num_devices}, num_nodes={trainer.num_nodes}",
+            "clients train one after another on one device; `accelerator` chooses which. Set `devices=1`,"
+            ' `num_nodes=1`, `strategy="auto"`',
+        )
+    if trainer.barebones:
+        refuse("barebones=True", "it turns off the logging that a round reports through. Turn off parts one by one")
+    if trainer.overfit_batches:
+        refuse(
+            f"overfit_batches={trainer.overfit_batches}",
+            "it repeats batches of one central loader. Use `limit_train_batches`, which counts per client and pass",
+        )
+    if trainer.reload_dataloaders_every_n_epochs:
+        refuse(
+            f"reload_dataloaders_every_n_epochs={trainer.reload_dataloaders_every_n_epochs}",
+            "the training data is dealt to the clients once. Remove it",
+        )
+    if sync_batchnorm:
+        refuse("sync_batchnorm=True", "clients never see each other's batches. Choose a policy with `buffers=`")
+    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    if isinstance(interval, float) and interval != 1.0:
+        refuse(
+            f"val_check_interval={interval}",
+            "validation sees global models, which exist between rounds only. Use `check_val_every_n_epoch`, in rounds",
+        )
+    if isinstance(interval, int) and not isinstance(interval, bool) and interval > 1 and every is not None:
+        refuse(
+            f"val_check_interval={interval}, check_val_every_n_epoch={every}",
+            f"a round is one step. Use `check_val_every_n_epoch={interval}`",
+        )

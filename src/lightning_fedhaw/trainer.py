@@ -1,0 +1,161 @@
+"""The first door: a Lightning trainer whose epochs are communication rounds."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_fedhaw.data.partition import Partitioner
+from lightning_fedhaw.data.samplers import CohortSampler
+from lightning_fedhaw.loop import RoundLoop, find_rule
+from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.progress import replace_default_bar
+from lightning_fedhaw.refusals import check_callbacks, check_trainer
+
+
+class FederatedTrainer(pl.Trainer):
+    """A ``lightning.pytorch.Trainer`` that trains an ordinary LightningModule by communication rounds.
+
+    A round is an epoch: ``current_epoch`` and ``global_step`` count rounds, and callbacks, loggers, checkpoints,
+    validation and ``fit(ckpt_path=...)`` keep their meaning. ``docs/trainer_arguments.md`` says what every argument of
+    the stock trainer means here.
+
+    Args:
+        rounds: Communication rounds, in the place of ``max_epochs``; -1 goes on until something stops it.
+        num_clients: See :class:`~lightning_fedhaw.FederationOptions`, as for all that follow.
+        alpha: As there.
+        partitioner: As there.
+        labels: As there.
+        clients_per_round: As there.
+        sampler: As there.
+        local_epochs: As there.
+        local_steps: As there.
+        optimizer_state: As there.
+        buffers: As there.
+        on_nonfinite: As there.
+        empty_round: As there.
+        client_val_fraction: As there.
+        client_eval: As there.
+        storage: As there.
+        storage_dtype: As there.
+        seed: As there.
+        kwargs: The arguments of ``lightning.pytorch.Trainer``.
+
+    Attributes:
+        federation_summary: After ``fit``, what the closing table says, as a plain dict.
+
+    Raises:
+        ValueError: If an argument has no meaning in a federation.
+
+    Example:
+        >>> from lightning_fedhaw import FederatedTrainer, FedHAWCallback
+        >>> trainer = FederatedTrainer(rounds=2, clients_per_round=5, callbacks=[FedHAWCallback()], logger=False)
+        >>> trainer.max_epochs
+        2
+    """
+
+    federation_summary: dict[str, Any]
+
+    def __init__(
+        self,
+        *,
+        rounds: int | None = None,
+        num_clients: int | None = None,
+        alpha: float | None = None,
+        partitioner: Partitioner | None = None,
+        labels: Any = None,
+        clients_per_round: int | float | None = None,
+        sampler: CohortSampler | None = None,
+        local_epochs: int | None = None,
+        local_steps: int | None = None,
+        optimizer_state: Literal["fresh", "kept"] = "fresh",
+        buffers: Literal["average", "keep", "local", "recalibrate"] = "average",
+        on_nonfinite: Literal["exclude", "raise"] = "exclude",
+        empty_round: Literal["skip", "follow"] = "skip",
+        client_val_fraction: float = 0.0,
+        client_eval: bool = True,
+        storage: Literal["auto", "device", "host"] = "auto",
+        storage_dtype: torch.dtype | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        options = FederationOptions(
+            num_clients=num_clients,
+            alpha=alpha,
+            partitioner=partitioner,
+            labels=labels,
+            clients_per_round=clients_per_round,
+            sampler=sampler,
+            local_epochs=local_epochs,
+            local_steps=local_steps,
+            optimizer_state=optimizer_state,
+            buffers=buffers,
+            on_nonfinite=on_nonfinite,
+            empty_round=empty_round,
+            client_val_fraction=client_val_fraction,
+            client_eval=client_eval,
+            storage=storage,
+            storage_dtype=storage_dtype,
+            seed=seed,
+        )
+        asked_precision = kwargs.get("precision")
+        max_epochs = _rounds(rounds, kwargs)
+        kwargs.pop("max_epochs", None)
+        super().__init__(max_epochs=max_epochs, **kwargs)
+        _refuse_silent_bf16(asked_precision, self.precision)
+        self.fit_loop: RoundLoop = RoundLoop(self, options)
+        check_trainer(self, sync_batchnorm=bool(kwargs.get("sync_batchnorm")))
+        check_callbacks(cast(Any, self).callbacks)
+        replace_default_bar(self)
+
+    def fit(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        """Train by communication rounds; the arguments are those of ``lightning.pytorch.Trainer.fit``.
+
+        Raises:
+            ValueError: If there is not exactly one aggregation rule among the callbacks.
+            TypeError: If the model is not a ``lightning.pytorch.LightningModule``.
+        """
+        for thing in (model, *args, *kwargs.values()):
+            _refuse_other_lightning(thing)
+        if not is_overridden("configure_callbacks", model):
+            find_rule(self)
+        super().fit(model, *args, **kwargs)
+
+
+def _rounds(rounds: int | None, kwargs: dict[str, Any]) -> int:
+    if "max_epochs" in kwargs and kwargs["max_epochs"] is not None:
+        if rounds is not None and rounds != kwargs["max_epochs"]:
+            raise ValueError(
+                f"`rounds`={rounds} and `max_epochs`={kwargs['max_epochs']} mean the same and differ. Give `rounds`."
+            )
+        rounds = kwargs["max_epochs"]
+    if rounds is None:
+        if any(kwargs.get(name) not in (None, -1, False) for name in ("max_steps", "max_time", "fast_dev_run")):
+            return -1
+        raise ValueError(
+            "`rounds` must say how many communication rounds to play (-1: until something stops it), got none."
+        )
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < -1:
+        raise ValueError(f"`rounds` must be a whole number of at least 0, or -1 for no limit, got {rounds!r}.")
+    return rounds
+
+
+def _refuse_silent_bf16(asked: Any, got: str) -> None:
+    if str(asked) in ("16", "16-mixed") and got == "bf16-mixed":
+        raise ValueError(
+            "`precision='16-mixed'` is for GPUs: on this CPU Lightning would train in bf16-mixed instead. Set"
+            " `precision='bf16-mixed'` or `precision='32-true'`, or choose an accelerator."
+        )
+
+
+def _refuse_other_lightning(thing: Any) -> None:
+    for base in type(thing).__mro__:
+        if base.__module__.split(".")[0] == "pytorch_lightning":
+            raise TypeError(
+                f"`fit` needs `lightning.pytorch` objects, got {type(thing).__name__}, which is a"
+                f" `pytorch_lightning.{base.__name__}`; the two packages do not mix. Import `lightning.pytorch as pl`"
+                " instead of `pytorch_lightning as pl`."
+            )

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
+
+from lightning_fedhaw.data.labels import find_labels
+
+X = torch.zeros(4, 2)
+Y = torch.tensor([2, 0, 1, 1])
+
+
+class Samples(Dataset):
+    """Samples as given; counts how many are read."""
+
+    def __init__(self, samples, **attributes):
+        self.samples, self.read = samples, 0
+        self.__dict__.update(attributes)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        self.read += 1
+        return self.samples[index]
+
+
+def pairs(labels):
+    return [(torch.zeros(2), label) for label in labels]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [Y, Y[:, None], Y.numpy(), Y.int(), Y.tolist(), tuple(Y), lambda dataset: Y, [*"cabb"], np.array([*"cabb"])],
+)
+def test_given_labels(given):
+    found = find_labels(Samples([None] * 4), given)
+    assert found.dtype == torch.int64 and found.equal(Y)
+
+
+def test_a_callable_gets_the_dataset():
+    assert find_labels(Samples([3, 4, 5, 6]), lambda dataset: dataset.samples).tolist() == [3, 4, 5, 6]
+
+
+def test_given_labels_come_first():
+    assert find_labels(TensorDataset(X, Y), [7, 7, 7, 8]).tolist() == [7, 7, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "match"),
+    [
+        ([1, 2, 3], ValueError, r"`labels` must have one entry per sample \(4\), got 3"),
+        (torch.zeros(4, 2).long(), ValueError, r"`labels` must have one entry per sample \(4\), got shape \[4, 2\]"),
+        (torch.rand(4), TypeError, "`labels` must be integers or strings, got dtype float32"),
+        ([1, "a", None, 2], TypeError, "`labels` must be integers or strings, got dtype object"),
+    ],
+)
+def test_wrong_labels(given, error, match):
+    with pytest.raises(error, match=match):
+        find_labels(TensorDataset(X, Y), given)
+
+
+@pytest.mark.parametrize("labels", [Y, Y[:, None], Y.to(torch.uint8)])
+def test_tensor_dataset(labels):
+    assert find_labels(TensorDataset(X, labels)).equal(Y)
+
+
+@pytest.mark.parametrize("tensors", [(X,), (X, X), (X, torch.rand(4)), (X, torch.zeros(4, 3).long())])
+def test_tensor_dataset_without_labels(tensors):
+    assert find_labels(TensorDataset(*tensors)) is None
+
+
+@pytest.mark.parametrize("name", ["targets", "labels"])
+@pytest.mark.parametrize("values", [Y, Y.numpy(), Y.tolist()])
+def test_attributes_are_used_without_reading(name, values):
+    dataset = Samples(pairs([9, 9, 9, 9]), **{name: values})
+    assert find_labels(dataset).equal(Y) and dataset.read == 0
+
+
+@pytest.mark.parametrize("values", [[1, 2], [[1], [2, 3], [4], [5]], torch.rand(4), "abcd", lambda: Y])
+def test_attributes_that_are_not_labels_are_passed_over(values):
+    assert find_labels(Samples(pairs(Y.tolist()), targets=values)).equal(Y)
+    assert find_labels(Samples(pairs([9] * 4), targets=values, labels=Y)).equal(Y)
+
+
+def test_unwraps_subsets_and_concatenations():
+    inner = ConcatDataset([Subset(TensorDataset(X, Y), [3, 0]), Samples(pairs([9] * 4), targets=Y)])
+    assert find_labels(inner).tolist() == [1, 2, 2, 0, 1, 1]
+    assert find_labels(Subset(inner, [5, 1])).tolist() == [1, 2]
+    assert find_labels(Subset(inner, torch.tensor([5, 1]))).tolist() == [1, 2]
+
+
+def test_reads_only_the_subset():
+    dataset = Samples(pairs([5, 6, 7, 8]))
+    assert find_labels(Subset(dataset, [2, 0])).tolist() == [7, 5] and dataset.read == 2
+    mixed = ConcatDataset([TensorDataset(X, Y), dataset])
+    assert find_labels(mixed).tolist() == [2, 0, 1, 1, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("label", [int, torch.tensor, np.int64, lambda y: torch.tensor(y, dtype=torch.uint8), np.array])
+def test_reads_the_second_item_of_every_sample(label):
+    dataset = Samples(pairs([label(y) for y in Y.tolist()]))
+    assert find_labels(dataset).equal(Y) and dataset.read == 4
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        pairs([0.5, 1.0]),
+        pairs([torch.zeros(1).long()] * 2),
+        pairs(["a", "b"]),
+        pairs([None, None]),
+        [torch.zeros(2)] * 2,
+        [(torch.zeros(2),)] * 2,
+        [{"x": 0, "y": 1}] * 2,
+    ],
+)
+def test_none_after_the_first_sample(samples):
+    dataset = Samples(samples)
+    assert find_labels(dataset) is None and dataset.read == 1
+
+
+def test_none_when_a_later_sample_has_no_label():
+    assert find_labels(Samples(pairs([1, 2, 0.5]))) is None
+
+
+def test_nothing_to_read():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(pairs([1, 2]))
+
+    assert find_labels(Samples([])) is None
+    assert find_labels(Stream()) is None
+
+
+def test_reading_leaves_the_random_state_alone():
+    class Augmented(Samples):
+        def __getitem__(self, index):
+            return torch.rand(2), self.samples[index]
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert find_labels(Augmented([1, 2])).tolist() == [1, 2]
+    assert torch.get_rng_state().equal(before)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from lightning_fedhaw.data.samplers import EveryoneSampler, FixedSequenceSampler, UniformSampler, WeightedSampler
+
+SIZES = torch.tensor([5, 1, 0, 10, 4])
+SAMPLERS = {
+    "everyone": (EveryoneSampler(), 5),
+    "uniform": (UniformSampler(2), 2),
+    "uniform, share": (UniformSampler(0.5), 3),
+    "weighted": (WeightedSampler(3), 3),
+    "weighted, given": (WeightedSampler(0.2, [1, 2, 3, 4, 5]), 1),
+    "fixed": (FixedSequenceSampler([[3, 0]] * 200), 2),
+}
+
+
+def draw(sampler, round_=0, num_clients=5, seed=0):
+    return sampler.sample(round_, num_clients=num_clients, sizes=SIZES[:num_clients], seed=seed)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_contract(name):
+    sampler, many = SAMPLERS[name]
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for round_ in range(20):
+        cohort = draw(sampler, round_)
+        assert cohort == sorted(set(cohort)) and len(cohort) == many
+        assert all(type(client) is int and 0 <= client < 5 for client in cohort)
+        assert draw(sampler, round_) == cohort
+    assert torch.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize("name", ["uniform", "uniform, share", "weighted", "weighted, given"])
+def test_rounds_and_seeds_draw_anew(name):
+    sampler, _ = SAMPLERS[name]
+    rounds = [draw(sampler, round_) for round_ in range(20)]
+    assert len(set(map(tuple, rounds))) > 1
+    assert rounds != [draw(sampler, round_, seed=1) for round_ in range(20)]
+
+
+def test_uniform_is_uniform():
+    came = Counter(client for round_ in range(2000) for client in draw(UniformSampler(2), round_))
+    assert all(came[client] == pytest.approx(800, abs=100) for client in range(5))  # sd 22
+
+
+def test_weights_are_client_sizes_and_zero_never_comes():
+    came = Counter(client for round_ in range(2000) for client in draw(WeightedSampler(1), round_))
+    expected = [500, 100, 0, 1000, 400]
+    assert [came[client] for client in range(5)] == pytest.approx(expected, abs=90)
+    pairs = Counter(tuple(draw(WeightedSampler(2, [2, 1, 1]), round_, 3)) for round_ in range(3000))
+    # First 0 (1/2) then 1 (1/2), or first 1 (1/4) then 0 (2/3): 1/4 + 1/6 = 5/12; the pair (1, 2) gets the rest, 1/6.
+    assert pairs[0, 1] == pytest.approx(1250, abs=110) and pairs[1, 2] == pytest.approx(500, abs=90)
+
+
+@pytest.mark.parametrize(("share", "many"), [(0.01, 1), (0.3, 2), (0.5, 3), (1.0, 5)])
+def test_a_share_is_rounded_and_at_least_one(share, many):
+    assert len(draw(UniformSampler(share))) == many
+
+
+def test_one_as_a_number_and_as_a_share():
+    assert len(draw(UniformSampler(1))) == 1 and len(draw(UniformSampler(1.0))) == 5
+
+
+def test_fixed_sequence_goes_through_its_cohorts():
+    sampler = FixedSequenceSampler([[2, 0], torch.tensor([1])])
+    assert [draw(sampler, round_) for round_ in (0, 1, 0)] == [[0, 2], [1], [0, 2]]
+    with pytest.raises(ValueError, match="`cohorts` must have an entry for every round, got 2 where round 2 "):
+        draw(sampler, 2)
+    with pytest.raises(ValueError, match=r"`cohorts` must name clients in 0 \.\. 1, got \[0, 2\] for round 0"):
+        draw(sampler, 0, num_clients=2)
+
+
+@pytest.mark.parametrize("sampler", [UniformSampler, WeightedSampler])
+@pytest.mark.parametrize("per_round", [0, -1, 0.0, 1.5, True, "2", float("nan")])
+def test_clients_per_round_out_of_range(sampler, per_round):
+    with pytest.raises(ValueError, match="`clients_per_round`"):
+        sampler(per_round)
+
+
+@pytest.mark.parametrize("sampler", [UniformSampler(6), WeightedSampler(6)])
+def test_more_than_there_are(sampler):
+    with pytest.raises(ValueError, match="`clients_per_round` must be at most the number of clients 5, got 6"):
+        draw(sampler)
+
+
+@pytest.mark.parametrize("weights", [[1, -1], [float("nan"), 1], [[1, 2]]])
+def test_bad_weights(weights):
+    with pytest.raises(ValueError, match="`weights` must be one finite number"):
+        WeightedSampler(1, weights)
+
+
+def test_weights_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"`weights` must have one entry per client \(5\), got 2"):
+        draw(WeightedSampler(1, [1, 2]))
+    with pytest.raises(ValueError, match="`weights` must be positive for at least the 5 clients of a round, got 4"):
+        draw(WeightedSampler(5))
+
+
+@pytest.mark.parametrize("cohorts", [[[0], []], [[0], [1, 1]]])
+def test_bad_cohorts(cohorts):
+    with pytest.raises(ValueError, match=r"`cohorts` must name at least one client a round and none twice.*round 1"):
+        FixedSequenceSampler(cohorts)
+
+
+def test_samplers_compare_by_value():
+    assert UniformSampler(2) == UniformSampler(2) != UniformSampler(3)
+    assert FixedSequenceSampler([[1, 0]]) == FixedSequenceSampler(([0, 1],))
