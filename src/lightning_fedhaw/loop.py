@@ -315,8 +315,7 @@ class RoundLoop(_FitLoop):
         rounds = self.epoch_loop.global_step
         client_metrics: dict[str, dict[str, float]] = {}
         if federation.options.client_eval and federation.host.can_evaluate:
-            with trainer.strategy.precision_plugin.val_step_context():
-                client_metrics = client_statistics(*federation.evaluate_clients())
+            client_metrics = client_statistics(*federation.evaluate_clients())
         summary: dict[str, Any] = {
             "rule": type(rule).__name__,
             "rounds": rounds,

@@ -36,7 +36,8 @@ def pairs(labels):
 )
 def test_given_labels(given):
     found = find_labels(Samples([None] * 4), given)
-    assert found.dtype == torch.int64 and found.equal(Y)
+    assert found.dtype == torch.int64
+    assert found.equal(Y)
 
 
 def test_a_callable_gets_the_dataset():
@@ -75,7 +76,8 @@ def test_tensor_dataset_without_labels(tensors):
 @pytest.mark.parametrize("values", [Y, Y.numpy(), Y.tolist()])
 def test_attributes_are_used_without_reading(name, values):
     dataset = Samples(pairs([9, 9, 9, 9]), **{name: values})
-    assert find_labels(dataset).equal(Y) and dataset.read == 0
+    assert find_labels(dataset).equal(Y)
+    assert dataset.read == 0
 
 
 @pytest.mark.parametrize("values", [[1, 2], [[1], [2, 3], [4], [5]], torch.rand(4), "abcd", lambda: Y])
@@ -93,7 +95,8 @@ def test_unwraps_subsets_and_concatenations():
 
 def test_reads_only_the_subset():
     dataset = Samples(pairs([5, 6, 7, 8]))
-    assert find_labels(Subset(dataset, [2, 0])).tolist() == [7, 5] and dataset.read == 2
+    assert find_labels(Subset(dataset, [2, 0])).tolist() == [7, 5]
+    assert dataset.read == 2
     mixed = ConcatDataset([TensorDataset(X, Y), dataset])
     assert find_labels(mixed).tolist() == [2, 0, 1, 1, 5, 6, 7, 8]
 
@@ -101,7 +104,8 @@ def test_reads_only_the_subset():
 @pytest.mark.parametrize("label", [int, torch.tensor, np.int64, lambda y: torch.tensor(y, dtype=torch.uint8), np.array])
 def test_reads_the_second_item_of_every_sample(label):
     dataset = Samples(pairs([label(y) for y in Y.tolist()]))
-    assert find_labels(dataset).equal(Y) and dataset.read == 4
+    assert find_labels(dataset).equal(Y)
+    assert dataset.read == 4
 
 
 @pytest.mark.parametrize(
@@ -118,7 +122,8 @@ def test_reads_the_second_item_of_every_sample(label):
 )
 def test_none_after_the_first_sample(samples):
     dataset = Samples(samples)
-    assert find_labels(dataset) is None and dataset.read == 1
+    assert find_labels(dataset) is None
+    assert dataset.read == 1
 
 
 def test_none_when_a_later_sample_has_no_label():

@@ -80,9 +80,11 @@ def test_contract(name):
     used = torch.cat(partition.indices)
     assert all(own.dtype == torch.int64 and bool((own.diff() > 0).all()) for own in partition.indices)
     assert len(set(used.tolist())) == len(used) == N - partition.dropped
-    assert used.min() >= 0 and used.max() < N
+    assert used.min() >= 0
+    assert used.max() < N
     assert partition.sizes.tolist() == [len(own) for own in partition.indices]
-    assert len(partition.sizes) == K and partition.sizes.min() > 0
+    assert len(partition.sizes) == K
+    assert partition.sizes.min() > 0
     if name != "long tail of shards":
         assert partition.dropped == DROPPED.get(name, 0)
     assert split(scheme).fingerprint() == partition.fingerprint()
@@ -117,7 +119,8 @@ def test_global_random_state_is_neither_used_nor_moved(name):
     torch.manual_seed(1)
     before = np.random.get_state()[1].copy(), torch.get_rng_state()
     fingerprint = split((RANDOM | FIXED)[name]).fingerprint()
-    assert (np.random.get_state()[1] == before[0]).all() and torch.get_rng_state().equal(before[1])
+    assert (np.random.get_state()[1] == before[0]).all()
+    assert torch.get_rng_state().equal(before[1])
     np.random.seed(2)
     torch.manual_seed(2)
     assert split((RANDOM | FIXED)[name]).fingerprint() == fingerprint
@@ -176,13 +179,15 @@ def test_largest_remainder_by_hand():
 def test_largest_remainder_sums_and_stays_near_the_shares(fractions, total):
     counts = largest_remainder(fractions, total)
     exact = np.array(fractions) / sum(fractions) * total
-    assert counts.sum() == total and counts.min() >= 0
+    assert counts.sum() == total
+    assert counts.min() >= 0
     assert (np.abs(counts - exact) < 1 + 1e-6).all()
 
 
 def test_long_tail_by_hand():
     ten = [5000, 3871, 2997, 2320, 1796, 1391, 1077, 834, 645, 500]
-    assert long_tail_counts([5000] * 10, 10).tolist() == ten and sum(ten) == 20431
+    assert long_tail_counts([5000] * 10, 10).tolist() == ten
+    assert sum(ten) == 20431
     five = [5000, 4181, 3496, 2924, 2445, 2044, 1709, 1429, 1195, 1000]
     assert long_tail_counts([5000] * 10, 5).tolist() == five
     assert long_tail_counts([20] * 10, 10).tolist() == [20, 15, 11, 9, 7, 5, 4, 3, 2, 2]
@@ -206,7 +211,8 @@ def test_count_tables_share_out_every_class_at_any_alpha(sizes, num_clients, alp
     tables.append(clientwise_counts(rng, sizes, wanted, alpha))
     assert tables[-1].sum(1).tolist() == wanted.tolist()
     for table in tables:
-        assert table.min() >= 0 and table.sum(0).tolist() == sizes.tolist()
+        assert table.min() >= 0
+        assert table.sum(0).tolist() == sizes.tolist()
 
 
 def test_a_huge_alpha_is_even_and_a_tiny_one_a_corner():
@@ -242,7 +248,9 @@ def test_clientwise_serves_requests_for_a_scarce_class_in_random_order():
         counts = clientwise_counts(np.random.default_rng(seed), np.array([10, 10]), np.array([10, 10]), 5e-324)
         assert counts.sum(0).tolist() == counts.sum(1).tolist() == [10, 10]
         served.append(counts[0, 0])
-    assert np.mean(served) == pytest.approx(5, abs=0.6) and {0, 10} <= set(served) and len(set(served)) > 4
+    assert np.mean(served) == pytest.approx(5, abs=0.6)
+    assert {0, 10} <= set(served)
+    assert len(set(served)) > 4
 
 
 def test_hybrid_halves():
@@ -268,7 +276,8 @@ def test_smaller_alpha_is_more_skewed():
 
     for kind in ("balanced", "unbalanced", "client"):
         strong, mild, none = (share_of_largest_class(alpha, kind) for alpha in (0.1, 1.0, 100.0))
-        assert strong > mild + 0.05 and mild > none + 0.05
+        assert strong > mild + 0.05
+        assert mild > none + 0.05
 
 
 @pytest.mark.parametrize("kind", ["balanced", "unbalanced"])
@@ -287,7 +296,8 @@ def test_infeasible_split_raises_or_moves():
     with pytest.warns(UserWarning, match="`min_size`=10 samples; samples were moved") as caught:
         partition = split(scheme, 0, labels, 20)
     assert caught[0].filename == __file__  # it points at the caller, not into the package
-    assert partition.sizes.min() == 10 and partition.histogram(labels).sum(0).tolist() == [200, 200]
+    assert partition.sizes.min() == 10
+    assert partition.histogram(labels).sum(0).tolist() == [200, 200]
 
 
 def test_moving_can_fill_everyone_exactly():
@@ -307,7 +317,8 @@ def test_client_kind_gives_the_sizes():
 def test_shards_of_mnist():
     labels = torch.arange(60000) % 10
     partition = split(ShardPartitioner(2, shard_size=300), 3, labels, 100)
-    assert partition.sizes.tolist() == [600] * 100 and partition.dropped == 0
+    assert partition.sizes.tolist() == [600] * 100
+    assert partition.dropped == 0
     # 6000 per class are twenty whole shards, so that no client sees more than two classes.
     assert set((partition.histogram(labels) > 0).sum(1).tolist()) == {1, 2}
     assert partition.fingerprint() == split(ShardPartitioner(2), 3, labels, 100).fingerprint()
@@ -346,7 +357,8 @@ def test_label_swap_leaves_the_split_and_swaps_a_share_of_the_clients():
         assert len(swapped.label_swaps) == many
         assert len(set(swapped.label_swaps.values())) == min(many, 1)
     pairs = split(LabelSwap(base, 1.0, per_client=True)).label_swaps
-    assert list(pairs) == list(range(K)) and len(set(pairs.values())) > 1
+    assert list(pairs) == list(range(K))
+    assert len(set(pairs.values())) > 1
     assert all(a != b and a in LABELS and b in LABELS for a, b in pairs.values())
     assert set(split(LabelSwap(base, 1.0, (3, 21))).label_swaps.values()) == {(3, 21)}
 
@@ -354,7 +366,8 @@ def test_label_swap_leaves_the_split_and_swaps_a_share_of_the_clients():
 def test_label_swap_is_an_involution():
     once = swap_labels(LABELS, (3, 21))
     assert once.equal(torch.tensor([{3: 21, 21: 3}.get(v, v) for v in LABELS.tolist()]))
-    assert swap_labels(once, (3, 21)).equal(LABELS) and once.dtype == LABELS.dtype
+    assert swap_labels(once, (3, 21)).equal(LABELS)
+    assert once.dtype == LABELS.dtype
 
 
 def test_histogram_applies_the_swap_to_the_swapped_client_alone():
@@ -372,7 +385,8 @@ def test_histogram_applies_the_swap_to_the_swapped_client_alone():
 @pytest.mark.parametrize("as_", [list, np.array, lambda keys: (key for key in keys)])
 def test_keys_in_order_of_first_appearance(as_):
     scheme = KeyPartitioner(as_(["b", "a", "b", "c", "a"]))
-    assert scheme.names == ("b", "a", "c") and scheme.num_clients == 3
+    assert scheme.names == ("b", "a", "c")
+    assert scheme.num_clients == 3
     partition = scheme.partition(None, num_samples=5)
     assert [own.tolist() for own in partition.indices] == [[0, 2], [1, 4], [3]]
 
@@ -383,12 +397,14 @@ def test_integer_tensor_keys():
 
 def test_indices_are_sorted_and_the_rest_is_dropped():
     partition = IndexPartitioner([[4, 1], torch.tensor([3]), np.array([0])]).partition(None, num_samples=6)
-    assert [own.tolist() for own in partition.indices] == [[1, 4], [3], [0]] and partition.dropped == 2
+    assert [own.tolist() for own in partition.indices] == [[1, 4], [3], [0]]
+    assert partition.dropped == 2
 
 
 def test_a_swap_takes_the_number_of_clients_from_its_base():
     scheme = LabelSwap(FIXED["keys"], 0.5)
-    assert scheme.num_clients == K and len(split(scheme, num_clients=None).indices) == K
+    assert scheme.num_clients == K
+    assert len(split(scheme, num_clients=None).indices) == K
 
 
 def test_partitioners_compare_and_print_by_value():
@@ -420,7 +436,8 @@ def test_balanced_subset_is_balanced_and_disjoint():
     chosen, rest = balanced_subset(LABELS, 43, seed=5)  # five of each of eight classes, three short of 43
     assert torch.bincount(LABELS[chosen])[::3].tolist() == [5] * 8
     assert torch.cat([chosen, rest]).sort().values.equal(torch.arange(N))
-    assert (chosen.diff() > 0).all() and (rest.diff() > 0).all()
+    assert (chosen.diff() > 0).all()
+    assert (rest.diff() > 0).all()
     assert not balanced_subset(LABELS, 43, seed=6)[0].equal(chosen)
     assert balanced_subset(LABELS, 43, seed=5)[0].equal(chosen)
 
@@ -431,7 +448,8 @@ def test_long_tailed_subset():
     assert torch.bincount(labels[chosen]).tolist() == [20, 15, 11, 9, 7, 5, 4, 3, 2, 2]
     assert len(chosen) + len(rest) == 1000
     everything, nothing = subset_by_class(labels, [100] * 10)
-    assert len(everything) == 1000 and len(nothing) == 0
+    assert len(everything) == 1000
+    assert len(nothing) == 0
 
 
 # Errors

@@ -29,7 +29,8 @@ def test_contract(name):
     before = torch.get_rng_state()
     for round_ in range(20):
         cohort = draw(sampler, round_)
-        assert cohort == sorted(set(cohort)) and len(cohort) == many
+        assert cohort == sorted(set(cohort))
+        assert len(cohort) == many
         assert all(type(client) is int and 0 <= client < 5 for client in cohort)
         assert draw(sampler, round_) == cohort
     assert torch.get_rng_state().equal(before)
@@ -54,7 +55,8 @@ def test_weights_are_client_sizes_and_zero_never_comes():
     assert [came[client] for client in range(5)] == pytest.approx(expected, abs=90)
     pairs = Counter(tuple(draw(WeightedSampler(2, [2, 1, 1]), round_, 3)) for round_ in range(3000))
     # First 0 (1/2) then 1 (1/2), or first 1 (1/4) then 0 (2/3): 1/4 + 1/6 = 5/12; the pair (1, 2) gets the rest, 1/6.
-    assert pairs[0, 1] == pytest.approx(1250, abs=110) and pairs[1, 2] == pytest.approx(500, abs=90)
+    assert pairs[0, 1] == pytest.approx(1250, abs=110)
+    assert pairs[1, 2] == pytest.approx(500, abs=90)
 
 
 @pytest.mark.parametrize(("share", "many"), [(0.01, 1), (0.3, 2), (0.5, 3), (1.0, 5)])
@@ -63,7 +65,8 @@ def test_a_share_is_rounded_and_at_least_one(share, many):
 
 
 def test_one_as_a_number_and_as_a_share():
-    assert len(draw(UniformSampler(1))) == 1 and len(draw(UniformSampler(1.0))) == 5
+    assert len(draw(UniformSampler(1))) == 1
+    assert len(draw(UniformSampler(1.0))) == 5
 
 
 def test_fixed_sequence_goes_through_its_cohorts():

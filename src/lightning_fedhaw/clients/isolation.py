@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def isolated_randomness(device: torch.device) -> Iterator[None]:
-    """Save the global random states of torch (CPU and ``device``), NumPy and ``random``, and restore them at the end."""
+    """Save the global random states of torch (CPU and ``device``), NumPy and ``random``; restore them at the end."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [device] if device.type == "cuda" else []
     try:

@@ -1,0 +1,365 @@
+"""The FedHAW authors' MNIST experiment: FedAvg and FedHAW on their split of MNIST over ten clients.
+
+A. Nakai-Kasai and T. Wadayama: FedHAW, arXiv 2605.00458, section IV-B; https://github.com/a-nakai-k/FedHAW.
+
+    python benchmarks/parity/mnist.py --data SPLIT.npz --out RUNS
+
+``SPLIT.npz`` holds ``train_x`` [60000, 28, 28] and ``test_x`` [10000, 28, 28] (bytes 0 to 255), ``train_y`` and
+``test_y`` (labels), and the client of each training image under the two splits, ``client_alpha01`` and
+``client_alpha1`` [60000]. Images are scaled to [-1, 1], for training and for testing alike.
+
+Every (variant, seed) writes its rounds to ``RUNS`` when it is finished and is not run again, so an interrupted
+experiment goes on where it was. At the end, and with ``--report-only`` at any time, the finished runs become a table
+and one CSV (``--results``) and a picture (``--pictures``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
+
+from lightning_fedhaw import (
+    AggregationRule,
+    FedAvgCallback,
+    FederatedDataModule,
+    FederatedTrainer,
+    FedHAWCallback,
+    IndexPartitioner,
+    RoundObserver,
+)
+
+LEARNING_RATE = 1e-3
+BATCH_SIZE = 64
+LAST_ROUNDS = 10
+TARGET = 0.8
+TEST_BATCH_SIZE = 1000
+
+VARIANTS: dict[str, Callable[[], AggregationRule]] = {
+    "fedavg": FedAvgCallback,
+    "diagonal": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalise_by="lr"),
+    "exact": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalise_by="lr", jacobian="exact"),
+    "default": FedHAWCallback,
+}
+LABELS = {
+    "fedavg": "FedAvg",
+    "diagonal": "FedHAW, diagonal (authors' rule)",
+    "exact": "FedHAW, exact",
+    "default": "FedHAW, package defaults",
+}
+# Okabe and Ito's colours, told apart with any colour vision; line styles tell them apart in grey.
+STYLES = {
+    "fedavg": ("#000000", "--"),
+    "diagonal": ("#0072B2", "-"),
+    "exact": ("#D55E00", "-"),
+    "default": ("#009E73", "-."),
+}
+
+
+@dataclass(frozen=True)
+class Round:
+    """One row of a run's CSV."""
+
+    round: int
+    test_accuracy: float
+    test_loss: float
+    train_loss: float
+    scale: float
+    weight_min: float
+    weight_max: float
+    seconds: float
+
+
+Runs = dict[str, list[list[Round]]]
+"""Finished runs by variant, one list of rounds per seed."""
+
+
+class MLP(pl.LightningModule):
+    """784-128-128-10 with ReLU, negative log-likelihood and plain SGD."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10), nn.LogSoftmax(dim=1)
+        )
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.nll_loss(self.net(x), y)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        x, y = batch
+        scores = self.net(x)
+        self.log("val_loss", F.nll_loss(scores, y))
+        self.log("val_acc", (scores.argmax(1) == y).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=LEARNING_RATE)
+
+
+class Recorder(RoundObserver):
+    """Collects a :class:`Round` after every validation."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.rounds: list[Round] = []
+        self._since = time.perf_counter()
+        self._metrics: dict[str, float] = {}
+        self._train_loss = float("nan")
+
+    def on_round_end(self, trainer: Any, pl_module: Any, report: Any) -> None:
+        self._metrics = dict(report.metrics)
+        self._train_loss = float(report.logged["train_loss"].value)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        weights = [value for key, value in self._metrics.items() if key.startswith("weight/")]
+        now = time.perf_counter()
+        self.rounds.append(
+            Round(
+                round=len(self.rounds),
+                test_accuracy=float(trainer.callback_metrics["val_acc"]),
+                test_loss=float(trainer.callback_metrics["val_loss"]),
+                train_loss=self._train_loss,
+                scale=self._metrics.get("scale", 1.0),
+                weight_min=min(weights, default=float("nan")),
+                weight_max=max(weights, default=float("nan")),
+                seconds=now - self._since,
+            )
+        )
+        self._since = now
+        if len(self.rounds) % 10 == 0:
+            row = self.rounds[-1]
+            print(f"{self.name} round {row.round}: accuracy {row.test_accuracy:.4f}, scale {row.scale:.4f}", flush=True)
+
+
+# ---------------------------------------------------------------------- running
+
+
+def load(path: Path, split: str) -> tuple[TensorDataset, TensorDataset, list[list[int]]]:
+    """Training set, test set, and each client's indices into the training set."""
+    with np.load(path) as arrays:
+        train, test = (
+            TensorDataset(_scaled(arrays[f"{part}_x"]), torch.from_numpy(arrays[f"{part}_y"]).long())
+            for part in ("train", "test")
+        )
+        owner = arrays[f"client_{split}"]
+    return train, test, [np.flatnonzero(owner == k).tolist() for k in range(int(owner.max()) + 1)]
+
+
+def _scaled(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images).flatten(1).float() / 127.5 - 1
+
+
+def run(
+    variant: str, seed: int, rounds: int, train: TensorDataset, test: TensorDataset, clients: list[list[int]]
+) -> list[Round]:
+    """Train one variant with one seed; the initial model and the clients' batches depend on the seed alone."""
+    torch.manual_seed(seed)
+    recorder = Recorder(f"{variant}, seed {seed},")
+    trainer = FederatedTrainer(
+        rounds=rounds,
+        local_epochs=1,
+        seed=seed,
+        callbacks=[VARIANTS[variant](), recorder],
+        client_eval=False,
+        num_sanity_val_steps=0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    # A batch of indices at a time: collating 10,000 samples one by one would cost a fifth of a run.
+    batches = BatchSampler(SequentialSampler(test), TEST_BATCH_SIZE, drop_last=False)
+    val = DataLoader(test, sampler=batches, batch_size=None)
+    data = FederatedDataModule(train, partitioner=IndexPartitioner(clients), batch_size=BATCH_SIZE, val=val)
+    trainer.fit(MLP(), datamodule=data)
+    return recorder.rounds
+
+
+def run_file(out: Path, split: str, rounds: int, variant: str, seed: int) -> Path:
+    return out / f"mnist_{split}_{rounds}_{variant}_seed{seed}.csv"
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a CSV so that it is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(unfinished, path)
+
+
+def read_run(path: Path) -> list[Round]:
+    kinds = {f.name: int if f.name == "round" else float for f in fields(Round)}
+    with path.open(newline="") as file:
+        return [Round(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+
+
+def finished(out: Path, split: str, rounds: int, variants: Iterable[str], seeds: Sequence[int]) -> Runs:
+    """The runs that are there."""
+    found: Runs = {}
+    for variant in variants:
+        paths = [run_file(out, split, rounds, variant, seed) for seed in seeds]
+        if runs := [read_run(path) for path in paths if path.exists()]:
+            found[variant] = runs
+    return found
+
+
+# ---------------------------------------------------------------------- reporting
+
+
+def column(runs: Sequence[Sequence[Round]], name: str) -> np.ndarray:
+    """``[seeds, rounds]``."""
+    return np.array([[getattr(row, name) for row in rounds] for rounds in runs])
+
+
+def spread(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sample standard deviation over seeds (0 for one seed)."""
+    many = values.shape[axis] > 1
+    return values.mean(axis), values.std(axis, ddof=1) if many else np.zeros_like(values.mean(axis))
+
+
+def rounds_to(accuracy: np.ndarray, target: float) -> np.ndarray:
+    """``[seeds]``: how many rounds it takes to reach an accuracy; infinity where it is not reached."""
+    reached = accuracy >= target
+    return np.where(reached.any(1), reached.argmax(1) + 1.0, np.inf)
+
+
+def table(runs: Runs) -> str:
+    """One row per variant, as markdown; mean and standard deviation over seeds."""
+    head = (
+        "rule",
+        "seeds",
+        f"accuracy, mean of last {LAST_ROUNDS} rounds (%)",
+        "final accuracy (%)",
+        f"rounds to {TARGET:.0%}",
+        "final scale",
+        "seconds a round",
+    )
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for variant, seeds in runs.items():
+        accuracy = column(seeds, "test_accuracy")
+        cells = (
+            LABELS[variant],
+            str(len(seeds)),
+            _cell(100 * accuracy[:, -LAST_ROUNDS:].mean(1), 2),
+            _cell(100 * accuracy[:, -1], 2),
+            _cell(rounds_to(accuracy, TARGET), 1),
+            _cell(column(seeds, "scale")[:, -1], 4),
+            _cell(column(seeds, "seconds").mean(1), 2),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: np.ndarray, digits: int) -> str:
+    if not np.isfinite(values).all():
+        reached = int(np.isfinite(values).sum())
+        return f"reached by {reached} of {len(values)} seeds"
+    mean, deviation = spread(values)
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
+def tidy(runs: Runs) -> list[dict[str, Any]]:
+    """One row per variant and round: means and standard deviations over seeds."""
+    rows = []
+    for variant, seeds in runs.items():
+        columns = {name: spread(column(seeds, name)) for name in ("test_accuracy", "test_loss", "train_loss", "scale")}
+        for t in range(len(seeds[0])):
+            row: dict[str, Any] = {"variant": variant, "seeds": len(seeds), "round": t}
+            for name, (mean, deviation) in columns.items():
+                row[f"{name}_mean"], row[f"{name}_std"] = f"{mean[t]:.6f}", f"{deviation[t]:.6f}"
+            rows.append(row)
+    return rows
+
+
+def draw(runs: Runs, path: Path, title: str) -> None:
+    """Accuracy and scale by round; bands are one standard deviation over seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    for variant, seeds in runs.items():
+        color, style = STYLES[variant]
+        for axes, name, factor in ((left, "test_accuracy", 100), (right, "scale", 1)):
+            mean, deviation = spread(factor * column(seeds, name))
+            at = np.arange(1, len(mean) + 1)
+            axes.plot(at, mean, style, color=color, lw=1.8, label=LABELS[variant])
+            axes.fill_between(at, mean - deviation, mean + deviation, color=color, alpha=0.18, lw=0)
+    left.set(xlabel="communication round", ylabel="test accuracy (%)", title="Accuracy of the global model")
+    right.set(xlabel="communication round", ylabel="scale  exp(γ)", title="Scale of the averaged model")
+    left.legend(loc="lower right", frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, lw=0.6)
+        axes.margins(x=0.01)
+    figure.suptitle(title, fontsize=12)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def report(runs: Runs, args: argparse.Namespace) -> None:
+    if not runs:
+        print("No finished runs.")
+        return
+    name = "mnist_parity" if args.split == "alpha01" else f"mnist_parity_{args.split}"
+    args.results.mkdir(parents=True, exist_ok=True)
+    markdown = table(runs)
+    (args.results / f"{name}.md").write_text(markdown)
+    write_csv(args.results / f"{name}.csv", tidy(runs))
+    alpha = {"alpha01": "0.1", "alpha1": "1.0"}[args.split]
+    seeds = max(len(r) for r in runs.values())
+    draw(
+        runs,
+        args.pictures / f"{name}.png",
+        f"MNIST, ten clients, the FedHAW authors' Dirichlet({alpha}) split, mean of {seeds} seeds",
+    )
+    print(markdown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the split, an npz file")
+    parser.add_argument("--out", type=Path, default=Path("runs/mnist_parity"), help="folder of the finished runs")
+    parser.add_argument("--split", choices=["alpha01", "alpha1"], default="alpha01")
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of table and CSV")
+    parser.add_argument("--pictures", type=Path, default=Path("docs/images"), help="folder of the picture")
+    parser.add_argument("--report-only", action="store_true", help="run nothing, report on what is there")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    data = None
+    for seed in args.seeds:
+        for variant in args.variants:
+            path = run_file(args.out, args.split, args.rounds, variant, seed)
+            if args.report_only or path.exists():
+                continue
+            data = data or load(args.data, args.split)
+            write_csv(path, [asdict(row) for row in run(variant, seed, args.rounds, *data)])
+    report(finished(args.out, args.split, args.rounds, args.variants, args.seeds), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Imports run downwards only."""
+
+import ast
+from pathlib import Path
+
+import lightning_fedhaw
+
+ROOT = Path(lightning_fedhaw.__file__).parent
+
+# A file or folder may import rows below its own. Inside a folder, files share what the folder is made of.
+ROWS = [
+    {"layout", "streams"},
+    {"cohort", "options", "observer"},
+    {"data", "channel", "aggregation", "summary", "progress", "refusals"},
+    {"server", "clients"},
+    {"federation"},
+    {"loop"},
+    {"trainer"},
+    {"plotting"},
+]
+EXCEPTIONS = {("aggregation", "loop")}  # AggregationRule.setup opens the second door, and imports it lazily.
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [node.module] if node.module != "lightning_fedhaw" else [f"{node.module}.{a.name}" for a in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("lightning_fedhaw.")}
+    return found
+
+
+def test_every_room_has_a_row_and_imports_run_downwards():
+    row = {name: i for i, rooms in enumerate(ROWS) for name in rooms}
+    for path in ROOT.rglob("*.py"):
+        own = room(path)
+        if own == "__init__":
+            continue
+        for other in imported_rooms(path) - {own}:
+            if (own, other) in EXCEPTIONS:
+                continue
+            assert row[other] < row[own], f"{path.relative_to(ROOT)} imports {other}, which is not below it"
+
+
+def test_rules_do_not_import_each_other():
+    for path in (ROOT / "aggregation").glob("*.py"):
+        if path.name in ("__init__.py", "base.py"):
+            continue
+        text = path.read_text()
+        others = {p.stem for p in (ROOT / "aggregation").glob("*.py")} - {"__init__", "base", path.stem}
+        assert not any(f"aggregation.{other}" in text for other in others)
+
+
+def test_only_the_loop_touches_lightnings_protected_names():
+    for path in ROOT.rglob("*.py"):
+        if path.name == "loop.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning."):
+                assert not any(alias.name.startswith("_") for alias in node.names), path
+
+
+def test_optional_packages_are_imported_where_they_are_used():
+    for path in ROOT.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(n.split(".")[0] in {"torchvision", "timm", "wandb", "matplotlib"} for n in names), path

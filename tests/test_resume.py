@@ -1,0 +1,162 @@
+"""Stop at any round, go on, and nothing shows."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from federations import Classifier, flat, loader, trainer, val_loader
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_fedhaw import FedAvgCallback, FedHAWCallback
+
+ROUNDS = 5
+
+
+def rule():
+    return FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1, hyper_optimizer=torch.optim.Adam)
+
+
+def fit(rounds, ckpt_path=None, save=None, make_rule=rule, module=None, **kwargs):
+    checkpoint = save or ModelCheckpoint(dirpath="kept", save_top_k=-1, save_last=True, filename="{epoch}")
+    options = {
+        "clients_per_round": 2,
+        "optimizer_state": "kept",
+        "enable_checkpointing": True,
+        "buffers": "local",
+        **kwargs,
+    }
+    chosen = make_rule()
+    runner = trainer(rounds=rounds, rule=chosen, callbacks=[checkpoint], **options)
+    module = module or Classifier(lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), norm=True, dropout=0.2)
+    runner.fit(module, loader(), val_loader(), ckpt_path=ckpt_path)
+    return runner, module, chosen
+
+
+def same(a, b):
+    assert torch.equal(flat(a[1]), flat(b[1]))
+    for name in ("gamma", "lambda_", "previous_clients", "previous_displacements"):
+        assert torch.equal(a[2].state[name], b[2].state[name]), name
+    assert a[0].fit_loop.federation.cohort(ROUNDS) == b[0].fit_loop.federation.cohort(ROUNDS)
+    kept = [r[0].fit_loop.federation.engine.kept for r in (a, b)]
+    assert kept[0].keys() == kept[1].keys()
+    for client in kept[0]:
+        for index, state in kept[0][client][0].items():
+            assert torch.equal(state["momentum_buffer"], kept[1][client][0][index]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("stop", range(1, ROUNDS))
+def test_resuming_after_any_round_is_bit_identical(stop):
+    straight = fit(ROUNDS)
+    same(straight, fit(ROUNDS, ckpt_path=f"kept/epoch={stop - 1}.ckpt"))
+
+
+def test_last_resumes_a_shorter_run():
+    straight = fit(ROUNDS)
+    for path in Path("kept").iterdir():
+        path.unlink()
+    fit(2)
+    same(straight, fit(ROUNDS, ckpt_path="last"))
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        {"monitor": "val_loss", "save_top_k": -1},
+        {"every_n_train_steps": 1, "save_top_k": -1},
+        {"save_on_train_epoch_end": True, "save_top_k": -1},
+    ],
+    ids=["after validation", "after a step", "after an epoch"],
+)
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Be aware that when using `ckpt_path`")
+def test_whenever_lightning_saves(save):
+    straight = fit(ROUNDS, save=ModelCheckpoint(dirpath="all", filename="{step}", **save))
+    path = Path("all/step=3.ckpt")
+    assert path.exists(), list(Path("all").iterdir())
+    again = fit(ROUNDS, ckpt_path=path, save=ModelCheckpoint(dirpath="other"))
+    same(straight, again)
+    assert again[0].global_step == again[0].current_epoch == ROUNDS
+
+
+def test_one_checkpoint_a_round():
+    fit(ROUNDS)
+    assert {p.name for p in Path("kept").glob("epoch*.ckpt")} == {f"epoch={i}.ckpt" for i in range(ROUNDS)}
+
+
+def test_checkpoints_load_with_weights_only_and_open_in_a_process_without_this_package():
+    _, module, _ = fit(3)
+    checkpoint = torch.load("kept/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 3
+    script = Path("plain.py")
+    script.write_text(
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, *a):\n"
+        "        if name.startswith('lightning_fedhaw'): raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "import lightning.pytorch as pl, torch\n"
+        "from torch import nn\n"
+        "class Plain(pl.LightningModule):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))\n"
+        "    def training_step(self, b, i): return self.net(b[0]).sum()\n"
+        "    def test_step(self, b, i): pass\n"
+        "    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)\n"
+        "data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(4, 6)), batch_size=4)\n"
+        "m = Plain.load_from_checkpoint('kept/last.ckpt')\n"
+        "t = pl.Trainer(max_epochs=4, logger=False, enable_checkpointing=False, accelerator='cpu')\n"
+        "t.test(m, data, ckpt_path='kept/last.ckpt')\n"
+        "t.fit(m, data, ckpt_path='kept/last.ckpt')\n"
+        "print('sum', sum(float(p.sum()) for p in Plain.load_from_checkpoint('kept/last.ckpt').parameters()))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    total = float(done.stdout.split("sum")[-1])
+    assert total == pytest.approx(sum(p.detach().sum().item() for p in module.parameters()), abs=1e-5)
+
+
+def test_validating_the_best_checkpoint_returns_the_logged_number_exactly():
+    checkpoint = ModelCheckpoint(dirpath="best", monitor="val_acc", mode="max")
+    runner, _, _ = fit(ROUNDS, save=checkpoint)
+    (result,) = runner.validate(ckpt_path="best", dataloaders=val_loader(), verbose=False)
+    assert result["val_acc"] == float(checkpoint.best_model_score)
+
+
+def test_low_precision_models_resume_the_servers_float32_vector():
+    def run(**kwargs):
+        return fit(4, precision="bf16-true", optimizer_state="fresh", **kwargs)
+
+    straight = run()
+    again = run(ckpt_path="kept/epoch=1.ckpt")
+    servers = [r[0].fit_loop.federation.server.parameters() for r in (straight, again)]
+    assert servers[0].dtype == torch.float32
+    assert torch.equal(*servers)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"num_clients": 5}, "`num_clients` was 4 there and is 5 here"),
+        ({"make_rule": FedAvgCallback}, "the rule was 'FedHAWCallback' there and is 'FedAvgCallback' here"),
+        ({"seed": 9}, "the split of the training data"),
+        ({"module": Classifier(lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), norm=True, hidden=9)}, "size mismatch"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_checkpoint_of_another_federation_is_refused(kwargs, said):
+    fit(2)
+    with pytest.raises((ValueError, RuntimeError), match=said):
+        fit(4, ckpt_path="kept/last.ckpt", **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:The dirpath has changed")
+def test_a_checkpoint_of_a_central_run_is_refused():
+    central = pl.Trainer(max_epochs=1, logger=False, enable_progress_bar=False, default_root_dir="central", accelerator="cpu")
+    module = Classifier(lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), norm=True)
+    central.fit(module, loader())
+    central.save_checkpoint("central.ckpt")
+    with pytest.raises(ValueError, match="was not written by a federation"):
+        fit(4, ckpt_path="central.ckpt")
