@@ -70,7 +70,8 @@ def check_trainer(trainer: Any, *, sync_batchnorm: bool = False) -> None:
         )
     if sync_batchnorm:
         refuse("sync_batchnorm=True", "clients never see each other's batches. Choose a policy with `buffers=`")
-    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    # Lightning leaves the attribute out where the interval is a time.
+    interval, every = getattr(trainer, "val_check_interval", None), trainer.check_val_every_n_epoch
     if isinstance(interval, float) and interval != 1.0:
         refuse(
             f"val_check_interval={interval}",

@@ -96,35 +96,32 @@ class SequentialEngine:
         """
         host = self.host
         parameters = self.layout.tensors(host.module)
-        settings = [[_settings(group) for group in o.param_groups] for o in host.optimizers]
-        schedules = host.schedules()
-        furthest = schedules
+        settings, schedules = _settings(host.optimizers), host.schedules()
+        furthest = settings, schedules
         scale = host.scaler.state_dict() if host.scaler is not None else None
         scales: list[dict[str, Any]] = []
         step = self._make_step()
         try:
             with isolated_randomness(host.device), LogRecorder(host.module, host.callbacks) as recorder:
                 for visit in visits:
-                    for optimizer, groups in zip(host.optimizers, settings, strict=True):
-                        for group, values in zip(optimizer.param_groups, groups, strict=True):
-                            group.update(values)
+                    _restore(host.optimizers, settings)
                     host.load_schedules(schedules)
                     if scale is not None:
                         host.scaler.load_state_dict(dict(scale))
                     yield self._visit(visit, parameters, step, recorder)
-                    furthest = _further(furthest, host.schedules())
+                    if _progress(host.schedules()) > _progress(furthest[1]):
+                        furthest = _settings(host.optimizers), host.schedules()
                     if scale is not None:
                         scales.append(host.scaler.state_dict())
         finally:
-            for optimizer, groups in zip(host.optimizers, settings, strict=True):
+            for optimizer in host.optimizers:
                 optimizer.state = defaultdict(dict)
-                for group, values in zip(optimizer.param_groups, groups, strict=True):
-                    group.update(values)
+            _restore(host.optimizers, furthest[0])
+            host.load_schedules(furthest[1])
             close: Callable[[], None] = getattr(step, "close", lambda: None)
             close()
         if scales:
             host.scaler.load_state_dict(min(scales, key=lambda state: state["scale"]))
-        host.load_schedules(furthest)
 
     def _make_step(self) -> PlainSGDStep | AutomaticStep | ManualStep:
         if not self.host.module.automatic_optimization:
@@ -221,13 +218,26 @@ class SequentialEngine:
         self.kept[client] = taken
 
 
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group's numbers, which a module may change while a client trains."""
-    return {
-        name: value.clone() if isinstance(value, Tensor) else value for name, value in group.items() if name != "params"
-    }
+Settings = list[list[dict[str, Any]]]
 
 
-def _further(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of two states of each schedule, the one that is further on."""
-    return [y if y.get("last_epoch", 0) > x.get("last_epoch", 0) else x for x, y in zip(a, b, strict=True)]
+def _settings(optimizers: Sequence[torch.optim.Optimizer]) -> Settings:
+    """The numbers of every parameter group, which a module may change while a client trains."""
+    return [
+        [
+            {n: v.clone() if isinstance(v, Tensor) else v for n, v in group.items() if n != "params"}
+            for group in optimizer.param_groups
+        ]
+        for optimizer in optimizers
+    ]
+
+
+def _restore(optimizers: Sequence[torch.optim.Optimizer], settings: Settings) -> None:
+    for optimizer, groups in zip(optimizers, settings, strict=True):
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            group.update(values)
+
+
+def _progress(schedules: list[dict[str, Any]]) -> int:
+    """How far the schedules have come, in all."""
+    return sum(state.get("last_epoch", 0) for state in schedules)

@@ -124,6 +124,8 @@ class PlainSGDStep:
                 with torch.no_grad():
                     torch._foreach_add_([p for p, _ in pairs], [g for _, g in pairs], alpha=-group["lr"])
         counts.made += 1
+        # What `optimizer.step` would leave behind; a schedule that steps next looks for it.
+        self.host.optimizers[0]._opt_called = True  # type: ignore[attr-defined]
         return {"loss": loss.detach(), **extra}
 
 
