@@ -17,11 +17,20 @@ class ClientObjective(Callback):
 
     A new objective implements :meth:`penalty`; one that remembers something per client also :meth:`init_client` and
     :meth:`end_client`. All are pure. State exists only for clients that took part, and is checkpointed.
+
+    Args:
+        name: Tells two objectives of one class apart in a checkpoint.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str | None = None) -> None:
         super().__init__()
+        self.name = name
         self._states: dict[int, ClientState] = {}
+
+    @property
+    def state_key(self) -> str:
+        """Class and name: Lightning keeps one state per key."""
+        return "/".join(filter(None, (type(self).__qualname__, self.name)))
 
     @abstractmethod
     def penalty(self, parameters: Mapping[str, Tensor], start: Mapping[str, Tensor], state: ClientState) -> Tensor:
