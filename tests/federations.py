@@ -43,16 +43,16 @@ def val_loader() -> DataLoader:
 class Classifier(pl.LightningModule):
     """An ordinary module: nothing in it knows of a federation."""
 
-    def __init__(self, optimizer: Any = None, hidden: int = 8, norm: bool = False, dropout: float = 0.0, seed: int = 3):
+    def __init__(self, optimizer: Any = None, hidden: int = 8, norm: bool = False, dropout: float = 0.0, seed: int = 3, classes: int = 3):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             layers: list[nn.Module] = [nn.Linear(6, hidden)]
             layers += [nn.BatchNorm1d(hidden)] if norm else []
-            layers += [nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 3)]
+            layers += [nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, classes)]
             self.net = nn.Sequential(*layers)
         self.make_optimizer = optimizer or (lambda p: torch.optim.SGD(p, lr=0.1))
-        self.accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=3)
+        self.accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=classes)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         x, y = batch

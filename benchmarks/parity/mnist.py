@@ -52,12 +52,17 @@ VARIANTS: dict[str, Callable[[], AggregationRule]] = {
     "diagonal": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalise_by="lr"),
     "exact": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalise_by="lr", jacobian="exact"),
     "default": FedHAWCallback,
+    "scale_only": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=0.0, normalise_by="lr"),
+    "weights_only": lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=1e-2, normalise_by="lr"),
 }
+MAIN_VARIANTS = ["fedavg", "diagonal", "exact", "default"]
 LABELS = {
     "fedavg": "FedAvg",
     "diagonal": "FedHAW, diagonal (authors' rule)",
     "exact": "FedHAW, exact",
     "default": "FedHAW, package defaults",
+    "scale_only": "FedHAW, scale alone",
+    "weights_only": "FedHAW, diagonal, weights alone",
 }
 # Okabe and Ito's colours, told apart with any colour vision; line styles tell them apart in grey.
 STYLES = {
@@ -65,6 +70,8 @@ STYLES = {
     "diagonal": ("#0072B2", "-"),
     "exact": ("#D55E00", "-"),
     "default": ("#009E73", "-."),
+    "scale_only": ("#CC79A7", ":"),
+    "weights_only": ("#E69F00", ":"),
 }
 
 
@@ -343,7 +350,7 @@ def main() -> None:
     parser.add_argument("--split", choices=["alpha01", "alpha1"], default="alpha01")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=MAIN_VARIANTS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of table and CSV")
     parser.add_argument("--pictures", type=Path, default=Path("docs/images"), help="folder of the picture")

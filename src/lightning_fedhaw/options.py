@@ -107,7 +107,7 @@ class FederationOptions:
             raise ValueError(
                 "Give `alpha` or `partitioner`, not both: `alpha` is short for `DirichletPartitioner(alpha)`."
             )
-        if self.partitioner is not None and not callable(getattr(self.partitioner, "partition", None)):
+        if self.partitioner is not None and not hasattr(self.partitioner, "needs_labels"):
             raise TypeError(
                 f"`partitioner` must be a `lightning_fedhaw.data.Partitioner`, got {type(self.partitioner).__name__}."
             )

@@ -70,7 +70,7 @@ def replace_default_bar(trainer: Any) -> None:
     """Give a trainer that has a stock progress bar the one that counts rounds; a customised bar is left alone."""
     for i, callback in enumerate(trainer.callbacks):
         if type(callback) in (TQDMProgressBar, RichProgressBar):
-            bar = RoundProgressBar(refresh_rate=callback.refresh_rate)
+            bar = RoundProgressBar()
             bar._trainer = trainer
             if callback.is_disabled:
                 bar.disable()

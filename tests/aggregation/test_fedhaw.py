@@ -402,6 +402,17 @@ def test_a_step_that_is_not_finite_is_refused(kwargs):
     close(step.parameters, 0.25 * tensor(now[0]) + 0.75 * tensor(now[1]), atol=1e-12)
 
 
+def test_a_refused_step_leaves_no_trace_in_the_hyper_optimizer():
+    rule = make_rule(hyper_optimizer=torch.optim.Adam, jacobian="exact")
+    good = two_steps(rule)
+    memory = copy.deepcopy({key: good.state[key] for key in ("gamma_optimizer", "lambda_optimizer")})
+    with pytest.warns(UserWarning, match="refused"):
+        step = rule.step(make_cohort([[math.inf, 0.0], [1.0, 1.0]], good.parameters), good.state, make_server())
+    for key, kept in memory.items():
+        for name, value in kept.items():
+            assert torch.equal(step.state[key][name], value), (key, name)
+
+
 def test_a_scale_that_does_not_fit_the_parameters_is_refused():
     rule = make_rule(lr_gamma=20.0, lr_lambda=0.0)
     first = first_step(rule)

@@ -149,9 +149,9 @@ def largest_differences(cohorts: list[list[int]], formulas: Formulas, **kwargs: 
     assert np.abs(theirs[-1].lam - theirs[0].lam).max() > 1e-3
     pairs = list(zip(ours, theirs, strict=True))
     return {
-        "displacement": max(np.abs(displacement(a, start) - displacement(b, start)).max() for a, b in pairs),
-        "gamma": max(abs(a.gamma - b.gamma) for a, b in pairs),
-        "lambda": max(np.abs(a.lam - b.lam).max() for a, b in pairs),
+        "displacement": max(float(np.abs(displacement(a, start) - displacement(b, start)).max()) for a, b in pairs),
+        "gamma": max(float(abs(a.gamma - b.gamma)) for a, b in pairs),
+        "lambda": max(float(np.abs(a.lam - b.lam).max()) for a, b in pairs),
     }
 
 

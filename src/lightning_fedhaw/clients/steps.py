@@ -116,12 +116,12 @@ class PlainSGDStep:
             counts.skipped += 1
             return None
         objective = loss if penalty is None else loss + penalty()
-        groups = self.host.optimizers[0].param_groups
-        grads = iter(torch.autograd.grad(objective, [p for g in groups for p in g["params"]], allow_unused=True))
-        for group in groups:
-            pairs = [(p, g) for p, g in zip(group["params"], grads, strict=False) if g is not None]
-            if pairs:
-                with torch.no_grad():
+        groups = [[p for p in g["params"] if p.requires_grad] for g in self.host.optimizers[0].param_groups]
+        grads = iter(torch.autograd.grad(objective, [p for own in groups for p in own], allow_unused=True))
+        with torch.no_grad():
+            for group, own in zip(self.host.optimizers[0].param_groups, groups, strict=True):
+                pairs = [(p, g) for p, g in zip(own, grads, strict=False) if g is not None]
+                if pairs:
                     torch._foreach_add_([p for p, _ in pairs], [g for _, g in pairs], alpha=-group["lr"])
         counts.made += 1
         # What `optimizer.step` would leave behind; a schedule that steps next looks for it.

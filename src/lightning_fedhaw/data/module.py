@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from lightning_fedhaw.data.federation import LoaderSettings
@@ -90,6 +91,10 @@ class FederatedDataModule(pl.LightningDataModule):
         self._proxy_set: Dataset[Any] | None = None
         if self.inner is None:
             self._train = self._joined(train)
+        for name, source in (("val_dataloader", val), ("test_dataloader", test), ("predict_dataloader", test)):
+            if source is None and (self.inner is None or not is_overridden(name, self.inner)):
+                # Lightning asks whether the hook is overridden; without data it must not seem to be.
+                setattr(self, name, getattr(super(), name))
 
     def _joined(self, train: Any) -> Dataset[Any]:
         if isinstance(train, (list, tuple)):
@@ -240,7 +245,7 @@ class FederatedDataModule(pl.LightningDataModule):
 
     def _evaluation(self, source: Source | None, name: str) -> Any:
         if source is None:
-            return getattr(self.inner, name)() if self.inner is not None else []
+            return getattr(self.inner, name)()
         if isinstance(source, (DataLoader, list, tuple)):
             return source
         return DataLoader(source, batch_size=self.batch_size or LoaderSettings.batch_size, **self._loader)  # type: ignore[arg-type]

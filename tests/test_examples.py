@@ -1,0 +1,23 @@
+"""The examples run as a newcomer runs them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_digits(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "digits.py"), "--rounds", "3", "--output", "pictures"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    for word in ("FedAvg", "FedHAW", "worst decile", "mean of last 10"):
+        assert word in done.stdout
+    assert "3/3" in done.stdout, "the bar counts rounds"
+    for name in ("digits_clients.png", "digits_weights.png"):
+        assert (tmp_path / "pictures" / name).stat().st_size > 5_000
