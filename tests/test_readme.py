@@ -33,10 +33,10 @@ def test_code_block(page, index, monkeypatch):
     monkeypatch.setattr(L.Trainer, "__init__", short)
     names = {
         "model": Classifier(classes=10),
-        "dataset": samples(10000, classes=10),
+        "dataset": samples(60_000, classes=10),
         "datamodule": Module(),
         "loader": loader(800),
-        "speakers": ["Romeo", "Juliet"] * 5000,
+        "speakers": ["Romeo", "Juliet"] * 30_000,
     }
     exec(compile(blocks(page)[index], f"{page}, block {index}", "exec"), names)
     if (trainer := names.get("trainer")) is not None:

@@ -14,12 +14,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from federations import QUIET, Classifier, flat, samples
 from lightning.pytorch import callbacks as stock
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
+from federations import QUIET, Classifier, flat, samples
 from lightning_fedhaw import (
     FedAvgCallback,
     FederatedTrainer,
@@ -153,14 +153,14 @@ HOOKS_OF_A_ROUND = [("round",)] + [
 
 
 @row
-def Callback(door: int, _: Any) -> None:  # noqa: N802
+def Callback(door: int, _: Any) -> None:
     mine = Mine()
     play(door, mine)
     assert mine.calls == 4 * HOOKS_OF_A_ROUND
 
 
 @row
-def LambdaCallback(door: int, _: Any) -> None:  # noqa: N802
+def LambdaCallback(door: int, _: Any) -> None:
     mine = Mine()
     names = ("on_train_epoch_start", "on_train_batch_start", "on_train_batch_end")
     play(door, stock.LambdaCallback(**{name: getattr(mine, name) for name in names}))
@@ -171,7 +171,7 @@ def LambdaCallback(door: int, _: Any) -> None:  # noqa: N802
 
 
 @row
-def Checkpoint(door: int, _: Any) -> None:  # noqa: N802
+def Checkpoint(door: int, _: Any) -> None:
     class Saves(stock.Checkpoint):
         def on_train_epoch_end(self, trainer, pl_module):
             trainer.save_checkpoint(f"{trainer.current_epoch}.ckpt")
@@ -184,7 +184,7 @@ def Checkpoint(door: int, _: Any) -> None:  # noqa: N802
 
 
 @row
-def ModelCheckpoint(door: int, _: Any) -> None:  # noqa: N802
+def ModelCheckpoint(door: int, _: Any) -> None:
     models = global_models()
 
     def names(**arguments: Any) -> tuple[Any, dict[str, Path]]:
@@ -234,13 +234,14 @@ class Breaks(Module):
 
 
 @row
-def OnExceptionCheckpoint(door: int, _: Any) -> None:  # noqa: N802
+def OnExceptionCheckpoint(door: int, _: Any) -> None:
     models, module = global_models(), Breaks()
-    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="out of memory"):
+    with warnings.catch_warnings():
         # With this callback, Lightning looks for its file and says so at the start of every `fit`.
         warnings.filterwarnings("ignore", ".*The last model of the previous `fit` call will be used")
         warnings.filterwarnings("ignore", ".*there is no last checkpoint available")
-        play(door, stock.OnExceptionCheckpoint("."), module=module)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            play(door, stock.OnExceptionCheckpoint("."), module=module)
     assert module.steps == (2 * CLIENTS + 1) * BATCHES + 2
     assert torch.equal(saved("on_exception.ckpt"), models[1])
     assert torch.equal(flat(module), models[1])
@@ -259,7 +260,7 @@ def OnExceptionCheckpoint(door: int, _: Any) -> None:  # noqa: N802
 
 
 @row
-def EarlyStopping(door: int, _: Any) -> None:  # noqa: N802
+def EarlyStopping(door: int, _: Any) -> None:
     def rounds(monitor: str, **arguments: Any) -> int:
         rule = FedHAWCallback if monitor == "scale" else FedAvgCallback
         rest = {"check_val_every_n_epoch": arguments.pop("every")} if "every" in arguments else {}
@@ -275,7 +276,7 @@ def EarlyStopping(door: int, _: Any) -> None:  # noqa: N802
 
 
 @row
-def Timer(door: int, _: Any) -> None:  # noqa: N802
+def Timer(door: int, _: Any) -> None:
     for interval in ("step", "epoch"):
         timer = stock.Timer(timedelta(microseconds=100), interval=interval)
         trainer, module = play(door, timer)
@@ -291,7 +292,7 @@ def Timer(door: int, _: Any) -> None:  # noqa: N802
 
 
 @row
-def LearningRateMonitor(door: int, _: Any) -> None:  # noqa: N802
+def LearningRateMonitor(door: int, _: Any) -> None:
     class Halves(Module):
         interval = "epoch"
 
@@ -312,7 +313,7 @@ def LearningRateMonitor(door: int, _: Any) -> None:  # noqa: N802
 
 
 @row
-def DeviceStatsMonitor(door: int, _: Any) -> None:  # noqa: N802
+def DeviceStatsMonitor(door: int, _: Any) -> None:
     class Clock(CPUAccelerator):
         reads = 0
 
@@ -322,9 +323,7 @@ def DeviceStatsMonitor(door: int, _: Any) -> None:  # noqa: N802
 
     # Told to read the CPU, it asks the accelerator and not psutil.
     monitor = stock.DeviceStatsMonitor(cpu_stats=True)
-    trainer, _module = play(
-        door, monitor, accelerator=Clock(), devices=1, logger=CSVLogger("."), limit_val_batches=0
-    )
+    trainer, _module = play(door, monitor, accelerator=Clock(), devices=1, logger=CSVLogger("."), limit_val_batches=0)
     for hook, reads in (("start", ["1.0", "3.0", "5.0", "7.0"]), ("end", ["2.0", "4.0", "6.0", "8.0"])):
         name = f"DeviceStatsMonitor.on_train_batch_{hook}/reads"
         assert [r[name] for r in csv_rows(trainer) if r[name]] == reads
@@ -343,7 +342,7 @@ class _Records(logging.Handler):
 
 
 @row
-def ModelSummary(door: int, _: Any) -> None:  # noqa: N802
+def ModelSummary(door: int, _: Any) -> None:
     records = _Records()
     log = logging.getLogger("lightning.pytorch.callbacks.model_summary")
     log.addHandler(records)
@@ -360,14 +359,14 @@ def ModelSummary(door: int, _: Any) -> None:  # noqa: N802
 
 
 @row
-def RichModelSummary(door: int, capsys: Any) -> None:  # noqa: N802
+def RichModelSummary(door: int, capsys: Any) -> None:
     pytest.importorskip("rich")
     play(door, stock.RichModelSummary(), enable_model_summary=True)
     assert capsys.readouterr().out.count("Trainable params") == 1
 
 
 @row
-def BasePredictionWriter(door: int, _: Any) -> None:  # noqa: N802
+def BasePredictionWriter(door: int, _: Any) -> None:
     class Writes(stock.BasePredictionWriter):
         def write_on_epoch_end(self, trainer, pl_module, predictions, batch_indices):
             torch.save(torch.cat(predictions), "predictions.pt")
@@ -381,7 +380,7 @@ def BasePredictionWriter(door: int, _: Any) -> None:  # noqa: N802
 
 
 @row
-def GradientAccumulationScheduler(door: int, _: Any) -> None:  # noqa: N802
+def GradientAccumulationScheduler(door: int, _: Any) -> None:
     class Counts(Module):
         def configure_optimizers(self):
             optimizer = super().configure_optimizers()
@@ -406,20 +405,20 @@ def averaging(door: int, averager: Callable[[], Any], averages: list[torch.Tenso
     assert (averages[-1] - models[-1]).abs().max() > 1e-3
     for i, average in enumerate(averages):
         torch.testing.assert_close(saved(f"averages/epoch={i}-step={i + 1}.ckpt"), average)
-    keeper = stock.ModelCheckpoint(dirpath="resumed", save_top_k=-1)
+    keeper = stock.ModelCheckpoint(dirpath="averages", save_top_k=-1)
     _trainer, resumed = play(door, averager(), keeper, ckpt="averages/epoch=1-step=2.ckpt")
     assert resumed.steps == 2 * CLIENTS * BATCHES
     assert torch.equal(flat(resumed), flat(module))
 
 
 @row
-def WeightAveraging(door: int, _: Any) -> None:  # noqa: N802
+def WeightAveraging(door: int, _: Any) -> None:
     models = global_models()
     averaging(door, stock.WeightAveraging, [torch.stack(models[: i + 1]).mean(0) for i in range(4)])
 
 
 @row
-def EMAWeightAveraging(door: int, _: Any) -> None:  # noqa: N802
+def EMAWeightAveraging(door: int, _: Any) -> None:
     models = global_models()
     averages = models[:1]
     for model in models[1:]:
@@ -435,7 +434,7 @@ def EMAWeightAveraging(door: int, _: Any) -> None:  # noqa: N802
 
 
 @row
-def ProgressBar(door: int, _: Any) -> None:  # noqa: N802
+def ProgressBar(door: int, _: Any) -> None:
     class Mine(stock.ProgressBar):
         def __init__(self) -> None:
             super().__init__()
@@ -458,7 +457,7 @@ def ProgressBar(door: int, _: Any) -> None:  # noqa: N802
 
 
 @row
-def TQDMProgressBar(door: int, capsys: Any) -> None:  # noqa: N802
+def TQDMProgressBar(door: int, capsys: Any) -> None:
     trainer, module = play(door, stock.TQDMProgressBar(), enable_progress_bar=True)
     bar = trainer.progress_bar_callback
     assert type(bar) is RoundProgressBar
@@ -495,7 +494,7 @@ def TQDMProgressBar(door: int, capsys: Any) -> None:  # noqa: N802
 
 
 @row
-def RichProgressBar(door: int, capsys: Any) -> None:  # noqa: N802
+def RichProgressBar(door: int, capsys: Any) -> None:
     pytest.importorskip("rich")
     trainer, _module = play(door, stock.RichProgressBar(), enable_progress_bar=True)
     bar = trainer.progress_bar_callback

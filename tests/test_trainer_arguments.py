@@ -16,7 +16,6 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from federations import QUIET, Classifier, flat, samples
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, ModelSummary
 from lightning.pytorch.loggers import CSVLogger
@@ -28,6 +27,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from federations import QUIET, Classifier, flat, samples
 from lightning_fedhaw import (
     FedAvgCallback,
     FederatedTrainer,
@@ -142,13 +142,17 @@ def moved(door: int, **arguments: Any) -> torch.Tensor:
 def refuses(door: int, match: str, *, processes: bool = False, **arguments: Any) -> None:
     """That a trainer is refused before anything is trained."""
     module = Watched()
-    with pytest.raises(ValueError, match=match):
-        if processes and door == 2:
-            # The hook that Lightning calls first, without starting the processes.
-            trainer: Any = build(door, **arguments)
+
+    def attempt() -> None:
+        trainer: Any = build(door, **arguments)
+        if processes:
+            # The hook that `fit` calls first, without starting the processes.
             trainer.callbacks[0].setup(trainer, module, "fit")
         else:
-            play(door, module, **arguments)
+            trainer.fit(module, train_loader())
+
+    with pytest.raises(ValueError, match=match):
+        attempt()
     assert not module.steps
 
 
@@ -657,6 +661,20 @@ def test_counters_count_rounds(door):
     trainer, _ = play(door, rounds=2, callbacks=[counts])
     assert counts.rows == [("start", 0, 0), ("end", 0, 1), ("start", 1, 1), ("end", 1, 2)]
     assert isinstance(trainer.train_dataloader, DataLoader)
+
+
+@pytest.mark.parametrize("door", [1, 2])
+def test_a_resumed_run_that_steps_limit_counts_its_rounds_on(door):
+    play(door, rounds=-1, max_steps=2, enable_checkpointing=True)
+    (path,) = files(".ckpt")
+    trainer, module = (
+        build(door, rounds=-1, max_steps=4, check_val_every_n_epoch=2, enable_checkpointing=True),
+        Watched(),
+    )
+    trainer.fit(module, train_loader(), val_loader(), ckpt_path=path, weights_only=True)
+    assert len(module.steps) == 2 * CLIENTS * BATCHES
+    assert trainer.current_epoch == trainer.global_step == 4
+    assert module.validated == [4]
 
 
 @pytest.mark.parametrize("door", [1, 2])

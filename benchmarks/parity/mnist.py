@@ -2,13 +2,13 @@
 
 A. Nakai-Kasai and T. Wadayama: FedHAW, arXiv 2605.00458, section IV-B; https://github.com/a-nakai-k/FedHAW.
 
-    python benchmarks/parity/mnist.py --data SPLIT.npz --out RUNS
+    python benchmarks/parity/mnist.py --data SPLIT.npz
 
 ``SPLIT.npz`` holds ``train_x`` [60000, 28, 28] and ``test_x`` [10000, 28, 28] (bytes 0 to 255), ``train_y`` and
 ``test_y`` (labels), and the client of each training image under the two splits, ``client_alpha01`` and
 ``client_alpha1`` [60000]. Images are scaled to [-1, 1], for training and for testing alike.
 
-Every (variant, seed) writes its rounds to ``RUNS`` when it is finished and is not run again, so an interrupted
+Every (variant, seed) writes its rounds to the folder ``--out`` when it is finished and is not run again, so an interrupted
 experiment goes on where it was. At the end, and with ``--report-only`` at any time, the finished runs become a table
 and one CSV (``--results``) and a picture (``--pictures``).
 """
@@ -346,7 +346,7 @@ def report(runs: Runs, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the split, an npz file")
-    parser.add_argument("--out", type=Path, default=Path("runs/mnist_parity"), help="folder of the finished runs")
+    parser.add_argument("--out", type=Path, default=Path("outputs/mnist_parity"), help="folder of the finished runs")
     parser.add_argument("--split", choices=["alpha01", "alpha1"], default="alpha01")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

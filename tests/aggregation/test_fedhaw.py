@@ -82,7 +82,7 @@ def make_rule(**kwargs: Any) -> FedHAWCallback:
 
 def first_step(rule: FedHAWCallback, *, gamma: float = 0.0, before: Any = BEFORE, sizes: Any = SIZES) -> RuleStep:
     """The round that comes before the first hyper step, with a log-scale of our choice."""
-    start = torch.zeros(len(before[0]), dtype=torch.float64)
+    start = torch.linspace(-1, 2, len(before[0]), dtype=torch.float64)
     state = rule.init(start, torch.as_tensor(sizes)) | {"gamma": tensor(gamma)}
     return rule.step(make_cohort(before, start, round_=0), state, make_server(len(start)))
 
@@ -547,6 +547,20 @@ def test_momentum_remembers():
         after = rule.step(make_cohort(NOW, before.parameters), before.state, make_server())
         ends.append(after.state["gamma"])
     close(ends[1] - ends[0], 0.9 * (second.state["gamma"] - 0.0), atol=1e-12)
+
+
+def test_momentum_moves_no_absent_client():
+    """A client keeps its logit while it is away, even where the hyper-optimiser's momentum would move it."""
+    rule = make_rule(jacobian="exact", hyper_optimizer=partial(torch.optim.SGD, momentum=0.9))
+    start, server = tensor([0.3, -0.7]), make_server()
+    state = rule.init(start, torch.tensor([2, 3, 5]))
+    logits = []
+    for round_, clients in enumerate([[0, 1], [1, 2], [1, 2], [0, 2]]):
+        step = rule.step(make_cohort(NOW, start, clients=clients, round_=round_), state, server)
+        start, state = step.parameters, step.state
+        logits.append(state["lambda_"])
+    assert logits[1][0] != logits[0][0]
+    assert logits[2][0] == logits[3][0] == logits[1][0]
 
 
 # ---------------------------------------------------------------------- what goes in and what comes out
