@@ -665,16 +665,16 @@ def test_counters_count_rounds(door):
 
 @pytest.mark.parametrize("door", [1, 2])
 def test_a_resumed_run_that_steps_limit_counts_its_rounds_on(door):
-    play(door, rounds=-1, max_steps=2, enable_checkpointing=True)
+    limits = {"rounds": -1, "enable_checkpointing": True, "check_val_every_n_epoch": 2}
+    play(door, max_steps=2, **limits)
     (path,) = files(".ckpt")
-    trainer, module = (
-        build(door, rounds=-1, max_steps=4, check_val_every_n_epoch=2, enable_checkpointing=True),
-        Watched(),
-    )
-    trainer.fit(module, train_loader(), val_loader(), ckpt_path=path, weights_only=True)
-    assert len(module.steps) == 2 * CLIENTS * BATCHES
-    assert trainer.current_epoch == trainer.global_step == 4
-    assert module.validated == [4]
+    for validation, rounds in ((None, []), (val_loader(), [4])):
+        trainer, module = build(door, max_steps=4, **limits), Watched()
+        trainer.fit(module, train_loader(), validation, ckpt_path=path, weights_only=True)
+        assert len(module.steps) == 2 * CLIENTS * BATCHES
+        assert trainer.current_epoch == trainer.global_step == 4
+        assert module.validated == rounds
+        Path(trainer.checkpoint_callback.best_model_path).unlink()
 
 
 @pytest.mark.parametrize("door", [1, 2])

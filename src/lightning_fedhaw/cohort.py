@@ -101,7 +101,7 @@ class ClientVectors:
         """``[K, K]`` float64 on the CPU: inner products of all pairs of vectors."""
         total = torch.zeros(len(self), len(self), dtype=torch.float64)
         for rows in self._blocks():
-            total += (rows @ rows.T).double().cpu()
+            total += (rows @ rows.T).cpu().double()
         return total
 
     def norms(self, groups: Mapping[str, Sequence[slice]] | None = None) -> Tensor:
@@ -159,7 +159,7 @@ class ClientVectors:
         moved = vector.to(matrix.device, self._working_dtype)
         products = torch.zeros(len(self), dtype=torch.float64, device="cpu")
         for i in range(0, matrix.shape[1], BLOCK):
-            products += torch.mv(matrix[:, i : i + BLOCK].to(moved), moved[i : i + BLOCK]).double().cpu()
+            products += torch.mv(matrix[:, i : i + BLOCK].to(moved), moved[i : i + BLOCK]).cpu().double()
         return products if self.start is None else products + dot(vector, self.start)
 
 
@@ -249,7 +249,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of two vectors ``[P]`` in float64, as a CPU scalar: products by blocks, blocks summed in double."""
     total = torch.zeros((), dtype=torch.float64)
     for i in range(0, a.numel(), BLOCK):
-        total += torch.dot(a[i : i + BLOCK], b[i : i + BLOCK].to(a)).double().cpu()
+        total += torch.dot(a[i : i + BLOCK], b[i : i + BLOCK].to(a)).cpu().double()
     return total
 
 
