@@ -65,7 +65,9 @@ def read(path: str) -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(x[chosen].flatten(1) / 255, y[chosen].long()), test
 
 
-def accuracy(rule: AggregationRule, make: MakeOptimizer, data: tuple[TensorDataset, TensorDataset], rounds: int) -> float:
+def accuracy(
+    rule: AggregationRule, make: MakeOptimizer, data: tuple[TensorDataset, TensorDataset], rounds: int
+) -> float:
     history = History()
     trainer = pl.Trainer(
         max_epochs=rounds,

@@ -2,8 +2,8 @@
 
     python examples/digits.py
 
-No download, under a minute on two cores. Prints who owns what, two progress bars that count rounds, a table for each run
-and a comparison; writes `outputs/digits_clients.png` and `outputs/digits_weights.png`.
+No download, under a minute on two cores. Prints who owns what, two progress bars that count rounds, a table for each
+run and a comparison; writes `outputs/digits_clients.png` and `outputs/digits_weights.png`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def digits(clients: int, alpha: float, seed: int) -> FederatedDataModule:
     )
 
 
-def run(rule: AggregationRule, args: argparse.Namespace) -> tuple[History, FederatedTrainer]:
+def run(rule: AggregationRule, args: argparse.Namespace) -> History:
     """One federation: the same clients, cohorts, batches and initial model for every rule."""
     history = History()
     torch.manual_seed(args.seed)
@@ -89,7 +89,7 @@ def run(rule: AggregationRule, args: argparse.Namespace) -> tuple[History, Feder
         enable_model_summary=False,
     )
     trainer.fit(DigitClassifier(), digits(args.clients, args.alpha, args.seed))
-    return history, trainer
+    return history
 
 
 def main(argv: list[str] | None = None) -> dict[str, History]:
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> dict[str, History]:
     rows = []
     for name, rule in {"FedAvg": FedAvgCallback(), "FedHAW": FedHAWCallback()}.items():
         print(f"\n{name}")
-        histories[name], trainer = run(rule, args)
+        histories[name] = run(rule, args)
         accuracy = histories[name].curve("val_acc")
         last = accuracy[-10:]
         rows.append(f"{name:8}{accuracy[-1]:>10.1%}{sum(last) / len(last):>18.1%}{max(accuracy):>10.1%}")

@@ -43,7 +43,15 @@ def val_loader() -> DataLoader:
 class Classifier(pl.LightningModule):
     """An ordinary module: nothing in it knows of a federation."""
 
-    def __init__(self, optimizer: Any = None, hidden: int = 8, norm: bool = False, dropout: float = 0.0, seed: int = 3, classes: int = 3):
+    def __init__(
+        self,
+        optimizer: Any = None,
+        hidden: int = 8,
+        norm: bool = False,
+        dropout: float = 0.0,
+        seed: int = 3,
+        classes: int = 3,
+    ):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)

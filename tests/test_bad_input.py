@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from federations import QUIET, Classifier, loader, samples, trainer
 from torch.utils.data import DataLoader
 
+from federations import QUIET, Classifier, loader, samples, trainer
 from lightning_fedhaw import FedAvgCallback, FederatedTrainer, FedHAWCallback, IIDPartitioner
 from lightning_fedhaw.data import EveryoneSampler
 
@@ -116,7 +116,9 @@ def test_training_step_must_give_a_loss():
         def training_step(self, batch, batch_idx):
             return {"lose": 1}
 
-    with pytest.raises(TypeError, match="`training_step` must return a loss tensor, a dict with the key 'loss', or None"):
+    with pytest.raises(
+        TypeError, match="`training_step` must return a loss tensor, a dict with the key 'loss', or None"
+    ):
         trainer().fit(Forgets(), loader())
 
 

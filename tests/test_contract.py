@@ -5,9 +5,9 @@ import io
 
 import pytest
 import torch
-from federations import Classifier, flat, loader, trainer
 from torch import Tensor, nn
 
+from federations import Classifier, flat, loader, trainer
 from lightning_fedhaw import ClientVectors, Cohort, FedAvgCallback, FedHAWCallback, ParameterLayout
 from lightning_fedhaw.cohort import AccumulatedVectors
 

@@ -6,9 +6,9 @@ import lightning.pytorch as pl
 import pytest
 import pytorch_lightning
 import torch
-from federations import QUIET, Classifier, flat, loader, samples, trainer, val_loader
 from torch.utils.data import DataLoader, TensorDataset
 
+from federations import QUIET, Classifier, flat, loader, samples, trainer, val_loader
 from lightning_fedhaw import FedAvgCallback, FederatedDataModule, FederatedTrainer, FedHAWCallback
 
 FEDERATION = {"num_clients": 5, "alpha": 0.5, "clients_per_round": 3, "local_epochs": 2, "seed": 4}
@@ -185,8 +185,12 @@ def test_pytorch_lightning_objects_get_one_clear_sentence():
 
 def test_trainer_and_rule_must_agree():
     runner = FederatedTrainer(rounds=1, num_clients=4, callbacks=[FedAvgCallback(num_clients=5)], **QUIET)
-    with pytest.raises(ValueError, match=r"`num_clients` is given to both the trainer \(4\) and the rule callback \(5\)"):
+    with pytest.raises(
+        ValueError, match=r"`num_clients` is given to both the trainer \(4\) and the rule callback \(5\)"
+    ):
         runner.fit(Classifier(), loader())
-    runner = FederatedTrainer(rounds=1, num_clients=4, callbacks=[FedAvgCallback(local_epochs=2, num_clients=4)], **QUIET)
+    runner = FederatedTrainer(
+        rounds=1, num_clients=4, callbacks=[FedAvgCallback(local_epochs=2, num_clients=4)], **QUIET
+    )
     runner.fit(Classifier(), loader())
     assert runner.fit_loop.options.local_epochs == 2

@@ -5,10 +5,10 @@ import csv
 import pytest
 import torch
 import torchmetrics
-from federations import Classifier, flat, loader, samples, train, trainer, val_loader
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from federations import Classifier, flat, loader, samples, train, trainer, val_loader
 from lightning_fedhaw import (
     AggregationRule,
     Channel,
@@ -228,7 +228,9 @@ def test_a_round_without_anybody_can_follow_the_authors_code():
     scale = rule.scale
     assert scale != 1
     assert scale == reference.scale
-    assert torch.allclose(flat(module), scale * flat(other), atol=1e-6), "the model is multiplied by the scale all the same"
+    assert torch.allclose(flat(module), scale * flat(other), atol=1e-6), (
+        "the model is multiplied by the scale all the same"
+    )
 
 
 def test_channel_memory_survives_a_checkpoint():
@@ -353,7 +355,9 @@ def test_buffers_are_averaged_by_weight_and_counters_take_the_maximum():
     norm, _ = buffers("average", rounds=1, callbacks=[Watch()], partitioner=uneven)
     (n0, b0), (n1, b1) = seen
     assert (n0, n1) == (30, 10)
-    assert torch.allclose(norm.running_mean, 0.75 * b0["net.1.running_mean"] + 0.25 * b1["net.1.running_mean"], atol=1e-6)
+    assert torch.allclose(
+        norm.running_mean, 0.75 * b0["net.1.running_mean"] + 0.25 * b1["net.1.running_mean"], atol=1e-6
+    )
     assert norm.num_batches_tracked.dtype == torch.int64
     assert int(norm.num_batches_tracked) == 4 == max(int(b["net.1.num_batches_tracked"]) for b in (b0, b1))
 
@@ -564,7 +568,12 @@ def test_observers_see_rounds_and_clients():
 def test_the_closing_table(capsys):
     runner, module = train(rounds=2, rule=FedHAWCallback(), val=val_loader())
     summary, out = runner.federation_summary, capsys.readouterr().out
-    assert (summary["rule"], summary["rounds"], summary["clients"], summary["parameters"]) == ("FedHAWCallback", 2, 4, 83)
+    assert (summary["rule"], summary["rounds"], summary["clients"], summary["parameters"]) == (
+        "FedHAWCallback",
+        2,
+        4,
+        83,
+    )
     assert summary["bytes_down"] == summary["bytes_up"] == 2 * 4 * 83 * 4
     assert list(summary["seconds"]) == ["broadcast", "local training", "channel", "aggregation", "validation"]
     assert summary["weight_min"] <= 0.25 <= summary["weight_max"]

@@ -33,7 +33,9 @@ def imported_rooms(path: Path) -> set[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            names = [node.module] if node.module != "lightning_fedhaw" else [f"{node.module}.{a.name}" for a in node.names]
+            names = (
+                [node.module] if node.module != "lightning_fedhaw" else [f"{node.module}.{a.name}" for a in node.names]
+            )
         found |= {name.split(".")[1] for name in names if name.startswith("lightning_fedhaw.")}
     return found
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+
 from federations import QUIET, Classifier, loader, samples
 
 ROOT = Path(__file__).parents[1]

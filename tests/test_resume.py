@@ -7,9 +7,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from federations import Classifier, flat, loader, trainer, val_loader
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from federations import Classifier, flat, loader, trainer, val_loader
 from lightning_fedhaw import FedAvgCallback, FedHAWCallback
 
 ROUNDS = 5
@@ -142,7 +142,10 @@ def test_low_precision_models_resume_the_servers_float32_vector():
         ({"num_clients": 5}, "`num_clients` was 4 there and is 5 here"),
         ({"make_rule": FedAvgCallback}, "the rule was 'FedHAWCallback' there and is 'FedAvgCallback' here"),
         ({"seed": 9}, "the split of the training data"),
-        ({"module": Classifier(lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), norm=True, hidden=9)}, "size mismatch"),
+        (
+            {"module": Classifier(lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), norm=True, hidden=9)},
+            "size mismatch",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -154,7 +157,9 @@ def test_a_checkpoint_of_another_federation_is_refused(kwargs, said):
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:The dirpath has changed")
 def test_a_checkpoint_of_a_central_run_is_refused():
-    central = pl.Trainer(max_epochs=1, logger=False, enable_progress_bar=False, default_root_dir="central", accelerator="cpu")
+    central = pl.Trainer(
+        max_epochs=1, logger=False, enable_progress_bar=False, default_root_dir="central", accelerator="cpu"
+    )
     module = Classifier(lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), norm=True)
     central.fit(module, loader())
     central.save_checkpoint("central.ckpt")

@@ -665,16 +665,15 @@ def test_counters_count_rounds(door):
 
 @pytest.mark.parametrize("door", [1, 2])
 def test_a_resumed_run_that_steps_limit_counts_its_rounds_on(door):
-    limits = {"rounds": -1, "enable_checkpointing": True, "check_val_every_n_epoch": 2}
-    play(door, max_steps=2, **limits)
+    play(door, rounds=-1, max_steps=2, enable_checkpointing=True)
     (path,) = files(".ckpt")
-    for validation, rounds in ((None, []), (val_loader(), [4])):
-        trainer, module = build(door, max_steps=4, **limits), Watched()
+    for validation, every, rounds in ((None, 1, []), (val_loader(), 2, [4])):
+        module = Watched()
+        trainer = build(door, rounds=-1, max_steps=4, enable_checkpointing=True, check_val_every_n_epoch=every)
         trainer.fit(module, train_loader(), validation, ckpt_path=path, weights_only=True)
         assert len(module.steps) == 2 * CLIENTS * BATCHES
         assert trainer.current_epoch == trainer.global_step == 4
         assert module.validated == rounds
-        Path(trainer.checkpoint_callback.best_model_path).unlink()
 
 
 @pytest.mark.parametrize("door", [1, 2])

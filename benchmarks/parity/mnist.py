@@ -8,9 +8,9 @@ A. Nakai-Kasai and T. Wadayama: FedHAW, arXiv 2605.00458, section IV-B; https://
 ``test_y`` (labels), and the client of each training image under the two splits, ``client_alpha01`` and
 ``client_alpha1`` [60000]. Images are scaled to [-1, 1], for training and for testing alike.
 
-Every (variant, seed) writes its rounds to the folder ``--out`` when it is finished and is not run again, so an interrupted
-experiment goes on where it was. At the end, and with ``--report-only`` at any time, the finished runs become a table
-and one CSV (``--results``) and a picture (``--pictures``).
+Every (variant, seed) writes its rounds to the folder ``--out`` when it is finished and is not run again, so an
+interrupted experiment goes on where it was. At the end, and with ``--report-only`` at any time, the finished runs
+become a table and one CSV (``--results``) and a picture (``--pictures``).
 """
 
 from __future__ import annotations

@@ -94,12 +94,12 @@ class FederationOptions:
         if self.storage_dtype is not None and not self.storage_dtype.is_floating_point:
             raise ValueError(f"`storage_dtype` must be a floating-point dtype, got {self.storage_dtype}.")
         if self.seed is not None:
-            _whole("seed", self.seed, 0)
+            check_whole("seed", self.seed, 0)
 
     def _check_split(self) -> None:
         if self.num_clients is not None:
-            _whole("num_clients", self.num_clients, 1)
-        if self.alpha is not None and not (_is_number(self.alpha) and 0 < self.alpha < float("inf")):
+            check_whole("num_clients", self.num_clients, 1)
+        if self.alpha is not None and not (is_number(self.alpha) and 0 < self.alpha < float("inf")):
             raise ValueError(
                 f"`alpha` must be a positive number (0.1 is strong label skew, 100 nearly IID), got {self.alpha!r}."
             )
@@ -122,7 +122,7 @@ class FederationOptions:
                         " int for a number of clients."
                     )
             else:
-                _whole("clients_per_round", per_round, 1)
+                check_whole("clients_per_round", per_round, 1)
                 if self.num_clients is not None and per_round > self.num_clients:
                     raise ValueError(
                         f"`clients_per_round` must be at most `num_clients`={self.num_clients}, got {per_round}."
@@ -140,7 +140,7 @@ class FederationOptions:
             )
         for name in ("local_epochs", "local_steps"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1)
+                check_whole(name, getattr(self, name), 1)
 
     def merged(self, other: FederationOptions) -> FederationOptions:
         """These options with another's where only the other says something.
@@ -175,10 +175,16 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is an int or a float, and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _whole(name: str, value: Any, least: int) -> None:
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Refuse what is not a whole number of at least ``least``.
+
+    Raises:
+        ValueError: Naming the argument, what is allowed, and what came.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")

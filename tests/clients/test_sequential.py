@@ -5,12 +5,12 @@ from collections import Counter
 import lightning.pytorch as pl
 import pytest
 import torch
-from federations import QUIET, Classifier, flat, samples, trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_fedhaw import FederatedTrainer, FedAvgCallback, FedHAWCallback, IIDPartitioner, RoundObserver
+from federations import QUIET, Classifier, flat, samples, trainer
+from lightning_fedhaw import FedAvgCallback, FederatedTrainer, FedHAWCallback, IIDPartitioner, RoundObserver
 
 
 class Watch(RoundObserver):
@@ -222,7 +222,9 @@ def test_returning_minus_one_ends_the_pass():
             return -1 if batch_idx == 2 else None
 
     watch = Watch()
-    trainer(rounds=1, local_epochs=2, num_clients=1, callbacks=[watch]).fit(Stops(), DataLoader(samples(40), batch_size=8))
+    trainer(rounds=1, local_epochs=2, num_clients=1, callbacks=[watch]).fit(
+        Stops(), DataLoader(samples(40), batch_size=8)
+    )
     assert watch.updates[0][0].num_steps == 4
 
 

@@ -1,9 +1,9 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from federations import QUIET, Classifier, samples
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Subset, WeightedRandomSampler
 
+from federations import QUIET, Classifier, samples
 from lightning_fedhaw import DirichletPartitioner, FedAvgCallback, FederatedDataModule, FederatedTrainer, IIDPartitioner
 from lightning_fedhaw.data import ClientData, LabelSwap, LoaderSettings
 
@@ -86,7 +86,10 @@ class Stream(IterableDataset):
         (DataLoader(Stream(), batch_size=2), "map-style data set"),
         ({"a": DataLoader(samples()), "b": DataLoader(samples())}, "must be one DataLoader, got dict of several"),
         ([DataLoader(samples()), DataLoader(samples())], "must be one DataLoader, got list of several"),
-        (DataLoader(samples(), sampler=WeightedRandomSampler([1.0] * 120, 120)), "custom sampler WeightedRandomSampler"),
+        (
+            DataLoader(samples(), sampler=WeightedRandomSampler([1.0] * 120, 120)),
+            "custom sampler WeightedRandomSampler",
+        ),
         (DataLoader(samples(), sampler=RandomSampler(samples(), replacement=True)), "custom sampler RandomSampler"),
         (DataLoader(samples(), batch_sampler=[[0, 1], [2, 3]]), "custom `batch_sampler` list"),
         (DataLoader(samples(), batch_size=None), "custom `batch_sampler`"),

@@ -17,6 +17,7 @@ from lightning_fedhaw.data.labels import find_labels
 from lightning_fedhaw.data.partition import IndexPartitioner, Partition, Partitioner, balanced_subset
 from lightning_fedhaw.data.preview import draw_histogram, format_histogram
 from lightning_fedhaw.data.split import split
+from lightning_fedhaw.options import check_whole
 
 Source = Dataset[Any] | DataLoader[Any] | Sequence[DataLoader[Any]]
 
@@ -74,12 +75,9 @@ class FederatedDataModule(pl.LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if batch_size is not None and (
-            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
-        ):
-            raise ValueError(f"`batch_size` must be a whole number of at least 1, got {batch_size!r}.")
-        if num_clients is not None and (not isinstance(num_clients, int) or num_clients < 1):
-            raise ValueError(f"`num_clients` must be a whole number of at least 1, got {num_clients!r}.")
+        for name, number in (("batch_size", batch_size), ("num_clients", num_clients)):
+            if number is not None:
+                check_whole(name, number, 1)
         self.inner = train if isinstance(train, pl.LightningDataModule) else None
         self.num_clients, self.partitioner = num_clients, partitioner
         self.batch_size, self.labels = batch_size, labels

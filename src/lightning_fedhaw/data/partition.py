@@ -22,7 +22,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from lightning_fedhaw.options import _is_number, _whole
+from lightning_fedhaw.options import check_whole, is_number
 from lightning_fedhaw.streams import seed_of
 
 Integers = NDArray[np.int64]
@@ -140,7 +140,7 @@ class Partitioner(ABC):
             ValueError: If the arguments do not fit each other, or the scheme leaves a client without data.
         """
         clients = self._resolve(num_clients)
-        _whole("num_samples", num_samples, 1)
+        check_whole("num_samples", num_samples, 1)
         if num_samples < clients:
             raise ValueError(
                 f"`num_samples` must be at least `num_clients`={clients}, got {num_samples}; use fewer clients."
@@ -165,7 +165,7 @@ class Partitioner(ABC):
             if own is None:
                 raise ValueError(f"`num_clients` must be given for {name}, got None; give a whole number, such as 10.")
             return own
-        _whole("num_clients", num_clients, 1)
+        check_whole("num_clients", num_clients, 1)
         if own is not None and own != num_clients:
             raise ValueError(f"`num_clients` must be {own}, which {name} dictates, or None, got {num_clients}.")
         return num_clients
@@ -239,7 +239,7 @@ def largest_remainder(fractions: ArrayLike, total: int) -> Integers:
         >>> largest_remainder((0.15, 0.35, 0.5), 7).tolist()
         [1, 2, 4]
     """
-    _whole("total", total, 0)
+    check_whole("total", total, 0)
     weights = np.asarray(fractions, dtype=np.float64)
     if weights.ndim != 1 or not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
         raise ValueError(f"`fractions` must be non-negative finite numbers, not all zero, got {fractions!r}.")
@@ -481,9 +481,9 @@ class DirichletPartitioner(Partitioner):
         _positive("alpha", self.alpha)
         _one_of("kind", self.kind, get_args(DirichletKind))
         _one_of("on_infeasible", self.on_infeasible, get_args(OnInfeasible))
-        _whole("max_tries", self.max_tries, 1)
+        check_whole("max_tries", self.max_tries, 1)
         if self.min_size is not None:
-            _whole("min_size", self.min_size, 1)
+            check_whole("min_size", self.min_size, 1)
         if self.kind == "client" and self.min_size is not None:
             raise ValueError(f'`min_size` must be None for kind="client", got {self.min_size}; give `sizes` instead.')
         if self.sizes is not None:
@@ -491,7 +491,7 @@ class DirichletPartitioner(Partitioner):
                 raise ValueError(f'`sizes` must be None for kind="{self.kind}", got {self.sizes!r}; use kind="client".')
             object.__setattr__(self, "sizes", tuple(_listed(self.sizes)))
             for size in self.sizes:
-                _whole("sizes", size, 1)
+                check_whole("sizes", size, 1)
 
     def _split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
         rng, class_sizes = _rng(seed, "dirichlet", self.kind), _class_sizes(labels)
@@ -544,9 +544,9 @@ class HybridDirichletPartitioner(Partitioner):
     def __post_init__(self) -> None:
         _positive("alpha_balanced", self.alpha_balanced)
         _positive("alpha_skewed", self.alpha_skewed)
-        _whole("max_tries", self.max_tries, 1)
+        check_whole("max_tries", self.max_tries, 1)
         if self.min_size is not None:
-            _whole("min_size", self.min_size, 1)
+            check_whole("min_size", self.min_size, 1)
 
     def _split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
         if num_clients % 2:
@@ -580,9 +580,9 @@ class ShardPartitioner(Partitioner):
     needs_labels = True
 
     def __post_init__(self) -> None:
-        _whole("shards_per_client", self.shards_per_client, 1)
+        check_whole("shards_per_client", self.shards_per_client, 1)
         if self.shard_size is not None:
-            _whole("shard_size", self.shard_size, 1)
+            check_whole("shard_size", self.shard_size, 1)
 
     def _split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
         needed = num_clients * self.shards_per_client
@@ -630,18 +630,18 @@ class QuantitySkewPartitioner(Partitioner):
     def __post_init__(self) -> None:
         if self.sigma is not None and self.alpha is not None:
             raise ValueError(f"Give `sigma` or `alpha`, not both, got {self.sigma!r} and {self.alpha!r}.")
-        if self.sigma is not None and not (_is_number(self.sigma) and 0 <= self.sigma < float("inf")):
+        if self.sigma is not None and not (is_number(self.sigma) and 0 <= self.sigma < float("inf")):
             raise ValueError(f"`sigma` must be a number of at least 0 (0 is equal sizes), got {self.sigma!r}.")
         if self.alpha is not None:
             _positive("alpha", self.alpha)
-        _whole("max_tries", self.max_tries, 1)
+        check_whole("max_tries", self.max_tries, 1)
         if self.min_size is not None:
-            _whole("min_size", self.min_size, 1)
+            check_whole("min_size", self.min_size, 1)
 
     def sizes(self, num_clients: int, num_samples: int, seed: int = 0) -> list[int]:
         """Samples of each client, ``[K]`` of sum ``num_samples``."""
-        _whole("num_clients", num_clients, 1)
-        _whole("num_samples", num_samples, num_clients)
+        check_whole("num_clients", num_clients, 1)
+        check_whole("num_samples", num_samples, num_clients)
         rng = _rng(seed, "quantity-skew", "sizes")
         counts = _redraw(
             lambda: largest_remainder(self._shares(rng, num_clients), num_samples)[:, None],  # [K, 1]
@@ -734,7 +734,7 @@ class LabelSwap(Partitioner):
 
     def __post_init__(self) -> None:
         _partitioner(self.base)
-        if not (_is_number(self.fraction) and 0 <= self.fraction <= 1):
+        if not (is_number(self.fraction) and 0 <= self.fraction <= 1):
             raise ValueError(f"`fraction` must be a share of the clients in [0, 1], got {self.fraction!r}.")
         if self.labels is None:
             return
@@ -862,7 +862,7 @@ def balanced_subset(labels: Tensor, total: int, seed: int = 0) -> tuple[Tensor, 
         TypeError: If the labels are not integers.
         ValueError: If ``total`` is less than C, or a class has too few samples.
     """
-    _whole("total", total, 1)
+    check_whole("total", total, 1)
     num_classes = len(_class_sizes(_integer_labels(labels)))
     if total < num_classes:
         raise ValueError(f"`total` must be at least one sample for each of {num_classes} classes, got {total}.")
@@ -967,12 +967,12 @@ def _partitioner(base: Any) -> None:
 
 
 def _positive(name: str, value: Any) -> None:
-    if not (_is_number(value) and isfinite(value) and value > 0):
+    if not (is_number(value) and isfinite(value) and value > 0):
         raise ValueError(f"`{name}` must be a positive number (0.1 is strong skew, 100 nearly none), got {value!r}.")
 
 
 def _at_least_one(name: str, value: Any) -> None:
-    if not (_is_number(value) and isfinite(value) and value >= 1):
+    if not (is_number(value) and isfinite(value) and value >= 1):
         raise ValueError(f"`{name}` must be a number of at least 1, got {value!r}.")
 
 

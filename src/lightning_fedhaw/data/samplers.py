@@ -10,7 +10,7 @@ from math import floor
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.options import _whole
+from lightning_fedhaw.options import check_whole
 from lightning_fedhaw.streams import stream
 
 
@@ -148,7 +148,7 @@ class FixedSequenceSampler(CohortSampler):
 
 def _check_per_round(per_round: int | float) -> None:
     if not isinstance(per_round, float):
-        _whole("clients_per_round", per_round, 1)
+        check_whole("clients_per_round", per_round, 1)
     elif not 0.0 < per_round <= 1.0:
         raise ValueError(
             f"`clients_per_round` as a float is a share of all clients in (0, 1], got {per_round}; give an int for a"
