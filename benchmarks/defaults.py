@@ -2,8 +2,8 @@
 
     python benchmarks/defaults.py --data mnist.npz [--rounds 30] [--seeds 0 1]
 
-12,000 MNIST samples (train_x, train_y, test_x, test_y in the file), MLP 784-128-128-10, batch 64, in a stock Trainer with
-one added line. Prints a markdown table: test accuracy, mean of the last five rounds, and the final scale.
+12,000 MNIST samples (train_x, train_y, test_x, test_y in the file), MLP 784-128-128-10, batch 64, in a stock Trainer
+with one added line. Prints a markdown table: test accuracy, mean of the last five rounds, and the final scale.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def test_checkpoints_load_with_weights_only_and_open_in_a_process_without_this_p
         "class Plain(pl.LightningModule):\n"
         "    def __init__(self):\n"
         "        super().__init__()\n"
-        "        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))\n"
+        "        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3))\n"
         "    def training_step(self, b, i): return self.net(b[0]).sum()\n"
         "    def test_step(self, b, i): pass\n"
         "    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)\n"

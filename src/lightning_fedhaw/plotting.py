@@ -73,7 +73,7 @@ def draw_comparison(
         ModuleNotFoundError: If matplotlib is missing.
     """
     figure_class, canvas = _matplotlib()
-    figure = figure_class(figsize=(11, 4.4), layout="constrained")
+    figure: Figure = figure_class(figsize=(11, 4.4), layout="constrained")
     canvas(figure)
     curves, heat = figure.subplots(1, 2, width_ratios=(1, 1.15))
     for colour, (name, history) in zip(_COLOURS, runs.items(), strict=False):
