@@ -19,7 +19,7 @@ import argparse
 import csv
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -96,8 +96,9 @@ Runs = dict[str, list[list[Round]]]
 class MLP(pl.LightningModule):
     """784-128-128-10 with ReLU, negative log-likelihood and plain SGD."""
 
-    def __init__(self) -> None:
+    def __init__(self, lr: float) -> None:
         super().__init__()
+        self.lr = lr
         self.net = nn.Sequential(
             nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10), nn.LogSoftmax(dim=1)
         )
@@ -115,7 +116,7 @@ class MLP(pl.LightningModule):
         self.log("val_acc", (scores.argmax(1) == y).float().mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=LEARNING_RATE)
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
 class Recorder(RoundObserver):
@@ -172,9 +173,14 @@ def _scaled(images: np.ndarray) -> Tensor:
 
 
 def run(
-    variant: str, seed: int, rounds: int, train: TensorDataset, test: TensorDataset, clients: list[list[int]]
+    variant: str,
+    seed: int,
+    rounds: int,
+    lr: float,
+    data: tuple[TensorDataset, TensorDataset, list[list[int]]],
 ) -> list[Round]:
     """Train one variant with one seed; the initial model and the clients' batches depend on the seed alone."""
+    train, test, clients = data
     torch.manual_seed(seed)
     recorder = Recorder(f"{variant}, seed {seed},")
     trainer = FederatedTrainer(
@@ -193,13 +199,14 @@ def run(
     # A batch of indices at a time: collating 10,000 samples one by one would cost a fifth of a run.
     batches = BatchSampler(SequentialSampler(test), TEST_BATCH_SIZE, drop_last=False)
     val = DataLoader(test, sampler=batches, batch_size=None)
-    data = FederatedDataModule(train, partitioner=IndexPartitioner(clients), batch_size=BATCH_SIZE, val=val)
-    trainer.fit(MLP(), datamodule=data)
+    module = FederatedDataModule(train, partitioner=IndexPartitioner(clients), batch_size=BATCH_SIZE, val=val)
+    trainer.fit(MLP(lr), datamodule=module)
     return recorder.rounds
 
 
-def run_file(out: Path, split: str, rounds: int, variant: str, seed: int) -> Path:
-    return out / f"mnist_{split}_{rounds}_{variant}_seed{seed}.csv"
+def run_file(args: argparse.Namespace, variant: str, seed: int) -> Path:
+    rate = "" if args.lr == LEARNING_RATE else f"_lr{args.lr:g}"
+    return args.out / f"mnist_{args.split}_{args.rounds}_{variant}{rate}_seed{seed}.csv"
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -219,11 +226,11 @@ def read_run(path: Path) -> list[Round]:
         return [Round(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
 
 
-def finished(out: Path, split: str, rounds: int, variants: Iterable[str], seeds: Sequence[int]) -> Runs:
+def finished(args: argparse.Namespace) -> Runs:
     """The runs that are there."""
     found: Runs = {}
-    for variant in variants:
-        paths = [run_file(out, split, rounds, variant, seed) for seed in seeds]
+    for variant in args.variants:
+        paths = [run_file(args, variant, seed) for seed in args.seeds]
         if runs := [read_run(path) for path in paths if path.exists()]:
             found[variant] = runs
     return found
@@ -323,7 +330,7 @@ def draw(runs: Runs, path: Path, title: str) -> None:
             axes.fill_between(at, mean - deviation, mean + deviation, color=color, alpha=0.18, lw=0)
     left.set(xlabel="communication round", ylabel="test accuracy (%)", title="Accuracy of the global model")
     right.set(xlabel="communication round", ylabel="scale  exp(γ)", title="Scale of the averaged model")
-    left.legend(loc="lower right", frameon=False)
+    left.legend(loc="lower right", frameon=False, handlelength=3)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, lw=0.6)
@@ -337,7 +344,9 @@ def report(runs: Runs, args: argparse.Namespace) -> None:
     if not runs:
         print("No finished runs.")
         return
-    name = "mnist_parity" if args.split == "alpha01" else f"mnist_parity_{args.split}"
+    name = "mnist_parity"
+    name += "" if args.split == "alpha01" else f"_{args.split}"
+    name += "" if args.lr == LEARNING_RATE else f"_lr{args.lr:g}"
     args.results.mkdir(parents=True, exist_ok=True)
     markdown = table(runs)
     (args.results / f"{name}.md").write_text(markdown)
@@ -360,6 +369,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=MAIN_VARIANTS)
+    parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="local learning rate")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of table and CSV")
     parser.add_argument("--pictures", type=Path, default=Path("docs/images"), help="folder of the picture")
@@ -369,12 +379,12 @@ def main() -> None:
     data = None
     for seed in args.seeds:
         for variant in args.variants:
-            path = run_file(args.out, args.split, args.rounds, variant, seed)
+            path = run_file(args, variant, seed)
             if args.report_only or path.exists():
                 continue
             data = data or load(args.data, args.split)
-            write_csv(path, [asdict(row) for row in run(variant, seed, args.rounds, *data)])
-    report(finished(args.out, args.split, args.rounds, args.variants, args.seeds), args)
+            write_csv(path, [asdict(row) for row in run(variant, seed, args.rounds, args.lr, data)])
+    report(finished(args), args)
 
 
 if __name__ == "__main__":
