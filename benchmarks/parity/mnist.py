@@ -53,7 +53,8 @@ VARIANTS: dict[str, Callable[[], AggregationRule]] = {
     "exact": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalise_by="lr", jacobian="exact"),
     "default": FedHAWCallback,
     "scale_only": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=0.0, normalise_by="lr"),
-    "weights_only": lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=1e-2, normalise_by="lr"),
+    "diagonal_weights": lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=1e-2, normalise_by="lr"),
+    "exact_weights": lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=1e-2, normalise_by="lr", jacobian="exact"),
 }
 MAIN_VARIANTS = ["fedavg", "diagonal", "exact", "default"]
 LABELS = {
@@ -62,7 +63,8 @@ LABELS = {
     "exact": "FedHAW, exact",
     "default": "FedHAW, package defaults",
     "scale_only": "FedHAW, scale alone",
-    "weights_only": "FedHAW, diagonal, weights alone",
+    "diagonal_weights": "FedHAW, diagonal, weights alone",
+    "exact_weights": "FedHAW, exact, weights alone",
 }
 # Okabe and Ito's colours, told apart with any colour vision; line styles tell them apart in grey.
 STYLES = {
@@ -71,7 +73,8 @@ STYLES = {
     "exact": ("#D55E00", "-"),
     "default": ("#009E73", "-."),
     "scale_only": ("#CC79A7", ":"),
-    "weights_only": ("#E69F00", ":"),
+    "diagonal_weights": ("#E69F00", ":"),
+    "exact_weights": ("#56B4E9", ":"),
 }
 
 

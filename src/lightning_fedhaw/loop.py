@@ -7,7 +7,8 @@ meaning, and ``global_step`` counts rounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -75,21 +76,22 @@ def attach(trainer: Any, options: FederationOptions) -> None:
             f"{type(trainer).__qualname__}: `pytorch_lightning` and `lightning.pytorch` objects do not mix. Write"
             " `import lightning.pytorch as pl` instead of `import pytorch_lightning as pl`."
         )
-    find_rule(trainer)
+    find_rule(cast(Any, trainer).callbacks)
     if not isinstance(trainer.fit_loop, RoundLoop):
         trainer.fit_loop = RoundLoop(trainer, FederationOptions())
     trainer.fit_loop.options = trainer.fit_loop.trainer_options.merged(options)
+    check_callbacks(cast(Any, trainer).callbacks)
     check_trainer(trainer, sync_batchnorm=trainer._accelerator_connector._layer_sync is not None)
     replace_default_bar(trainer)
 
 
-def find_rule(trainer: pl.Trainer) -> AggregationRule:
-    """The trainer's one aggregation rule.
+def find_rule(callbacks: Iterable[Any]) -> AggregationRule:
+    """The one aggregation rule among callbacks.
 
     Raises:
         ValueError: If there is none, or more than one.
     """
-    rules = [c for c in cast(Any, trainer).callbacks if isinstance(c, AggregationRule)]
+    rules = [c for c in callbacks if isinstance(c, AggregationRule)]
     if len(rules) != 1:
         names = ", ".join(type(rule).__name__ for rule in rules)
         raise ValueError(
@@ -119,6 +121,8 @@ class RoundLoop(_FitLoop):
         self._data_source = old._data_source
         self.trainer_options = options
         self.options = options
+        # Callbacks that log by themselves ask for it, and a round is always logged.
+        cast(Any, trainer).log_every_n_steps = 1
         self.federation: Federation | None = None
         self._federation_state: dict[str, Any] | None = None
         self._clients: tuple[ClientData, list[str]] | None = None
@@ -182,13 +186,11 @@ class RoundLoop(_FitLoop):
     def _setup_validation_interval(self) -> None:
         """In rounds: every ``check_val_every_n_epoch``; with None, every ``val_check_interval`` rounds."""
         trainer: Any = self.trainer
-        interval = trainer.val_check_interval
         if getattr(trainer, "_val_check_time_interval", None) is not None:
-            import time
-
             trainer.val_check_batch = None
             trainer._train_start_time = trainer._last_val_time = time.monotonic()
         else:
+            interval = trainer.val_check_interval
             trainer.val_check_batch = interval if isinstance(interval, int) else 1
 
     # ------------------------------------------------------------------ a run
@@ -200,7 +202,7 @@ class RoundLoop(_FitLoop):
 
     def _found(self) -> None:
         trainer: Any = self.trainer
-        rule = find_rule(trainer)
+        rule = find_rule(trainer.callbacks)
         assert self._clients is not None
         data, assumed = self._clients
         options = self._data_options()
@@ -211,6 +213,7 @@ class RoundLoop(_FitLoop):
             host.learning_rates(layout)
         previous = self.federation
         server = Server(trainer.lightning_module, layout)
+        limit = trainer.limit_train_batches  # 1.0 is all batches, 1 is one.
         self.federation = Federation(
             host,
             server,
@@ -219,7 +222,7 @@ class RoundLoop(_FitLoop):
             rule,
             trainer.callbacks,
             options,
-            limit=None if trainer.limit_train_batches == 1.0 else trainer.limit_train_batches,
+            limit=None if type(limit) is float and limit == 1.0 else limit,
             cohort_cap=DEVELOPMENT_CLIENTS if trainer.fast_dev_run else None,
         )
         if self.epoch_loop.global_step == 0:
@@ -287,6 +290,10 @@ class RoundLoop(_FitLoop):
             + (f". Assumed: {'; '.join(assumed)}." if assumed else ".")
         )
 
+    def _iteration_based_training(self) -> bool:
+        """Never: with ``max_steps`` too, a step is a whole epoch, and a resumed run counts on from it."""
+        return False
+
     def advance(self) -> None:
         """One round, and its validation."""
         trainer: Any = self.trainer
@@ -314,7 +321,7 @@ class RoundLoop(_FitLoop):
         tally, rule = federation.tally, federation.rule
         rounds = self.epoch_loop.global_step
         client_metrics: dict[str, dict[str, float]] = {}
-        if federation.options.client_eval and federation.host.can_evaluate:
+        if federation.options.client_eval and federation.host.can_evaluate and not trainer.fast_dev_run:
             client_metrics = client_statistics(*federation.evaluate_clients())
         summary: dict[str, Any] = {
             "rule": type(rule).__name__,
@@ -360,6 +367,11 @@ class RoundLoop(_FitLoop):
 class _RoundEpochLoop(_TrainingEpochLoop):
     """An epoch with one batch, which is a round."""
 
+    @property
+    def batch_idx(self) -> int:
+        """Rounds before this one: schedules with ``interval="step"`` count their ``frequency`` in it."""
+        return self.total_batch_idx
+
     def on_run_start(self, data_fetcher: Any) -> None:
         """There is nothing to fetch."""
 
@@ -381,7 +393,9 @@ class _RoundEpochLoop(_TrainingEpochLoop):
         connector.on_batch_start(None)
         self._call_stock("on_train_batch_start", None, 0)
         self.batch_progress.increment_started()
-        with trainer.profiler.profile("run_training_batch"):
+        # The second name is the one that the PyTorch profiler takes for a step.
+        step = f"[Strategy]{type(trainer.strategy).__name__}.training_step"
+        with trainer.profiler.profile("run_training_batch"), trainer.profiler.profile(step):
             report = trainer.fit_loop.play_round()
         self.batch_progress.increment_processed()
         # A round is one optimiser step of the global model.

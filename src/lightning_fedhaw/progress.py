@@ -70,7 +70,9 @@ def replace_default_bar(trainer: Any) -> None:
     """Give a trainer that has a stock progress bar the one that counts rounds; a customised bar is left alone."""
     for i, callback in enumerate(trainer.callbacks):
         if type(callback) in (TQDMProgressBar, RichProgressBar):
-            bar = RoundProgressBar()
+            # A rich bar's rate counts refreshes a second, which means nothing to this one.
+            rate = callback.refresh_rate if isinstance(callback, TQDMProgressBar) else 1
+            bar = RoundProgressBar(refresh_rate=rate)
             bar._trainer = trainer
             if callback.is_disabled:
                 bar.disable()

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.data.partition import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.loop import RoundLoop, find_rule
@@ -101,6 +102,10 @@ class FederatedTrainer(pl.Trainer):
             storage_dtype=storage_dtype,
             seed=seed,
         )
+        given = kwargs.get("callbacks") or []
+        rules = [c for c in (given if isinstance(given, list) else [given]) if isinstance(c, AggregationRule)]
+        if len(rules) > 1:
+            find_rule(rules)
         asked_precision = kwargs.get("precision")
         max_epochs = _rounds(rounds, kwargs)
         kwargs.pop("max_epochs", None)
@@ -121,7 +126,7 @@ class FederatedTrainer(pl.Trainer):
         for thing in (model, *args, *kwargs.values()):
             _refuse_other_lightning(thing)
         if not is_overridden("configure_callbacks", model):
-            find_rule(self)
+            find_rule(cast(Any, self).callbacks)
         super().fit(model, *args, **kwargs)
 
 
