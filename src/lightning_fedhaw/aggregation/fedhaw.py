@@ -266,7 +266,9 @@ class FedHAWCallback(AggregationRule):
         optimizer = self.hyper_optimizer([variable], lr=lr)
         memory = f"{name}_optimizer"
         if memory in state:
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: dict(state[memory])}})
+            # Copies: an optimiser changes its memory in place, and the old state is not ours to change.
+            old = {key: v.clone() if isinstance(v, Tensor) else v for key, v in state[memory].items()}
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: old}})
         variable.grad = grad.clone()
         optimizer.step()
         kept = optimizer.state_dict()["state"].get(0, {})
