@@ -31,7 +31,7 @@ from lightning_fedhaw.data import EveryoneSampler
         ({"on_nonfinite": "ignore"}, "`on_nonfinite` must be one of 'exclude', 'raise'"),
         ({"empty_round": "stop"}, "`empty_round` must be one of"),
         ({"storage": "disk"}, "`storage` must be one of"),
-        ({"storage_dtype": torch.int8}, "`storage_dtype` must be a floating-point dtype, got torch.int8"),
+        ({"storage_dtype": torch.int8}, "`storage_dtype` must be a floating-point dtype of .* got torch.int8"),
         ({"client_val_fraction": 1.0}, r"`client_val_fraction` must lie in \[0, 1\), got 1.0"),
         ({"seed": -1}, "`seed` must be a whole number of at least 0"),
     ],

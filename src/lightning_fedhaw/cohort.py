@@ -28,6 +28,7 @@ class ClientUpdate:
         displacement: ``[P]``, the client's model minus the model it heard.
         buffers: The client's buffers after training, by name.
         logged: What its ``training_step`` logged, merged over its steps.
+        memory: What it would find again next time (kept optimiser state, objectives' state), if the update is heard.
     """
 
     client: int
@@ -37,6 +38,7 @@ class ClientUpdate:
     displacement: Tensor
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     logged: Mapping[str, Any] = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ClientVectors:

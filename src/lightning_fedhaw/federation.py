@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -11,10 +12,10 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep
 from lightning_fedhaw.channel.base import Channel
-from lightning_fedhaw.clients.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.clients.objective import ClientObjective
 from lightning_fedhaw.clients.records import Logged, LogRecorder, merge
 from lightning_fedhaw.clients.sequential import LocalPlan, SequentialEngine, Visit
@@ -22,6 +23,7 @@ from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import AccumulatedVectors, ClientUpdate, ClientVectors, Cohort
 from lightning_fedhaw.data.federation import ClientData
 from lightning_fedhaw.data.samplers import CohortSampler
+from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.server import Server, all_finite, averaged_buffers
@@ -132,6 +134,7 @@ class Federation:
         self.engine = SequentialEngine(host, server.layout, data, plan, objectives)
         self.local_buffers: dict[int, dict[str, Tensor]] = {}
         self.tally = Tally()
+        self.in_round = False
         self.on_round_start: Callable[[int, list[int]], None] = lambda round_, clients: None
         self.on_client_end: Callable[[ClientUpdate], None] = lambda update: None
         self.on_round_end: Callable[[Report], None] = lambda report: None
@@ -155,22 +158,57 @@ class Federation:
             "num_clients": self.data.num_clients,
             "split": self.data.partition.fingerprint(),
             "parameters": self.layout.numel,
+            "seed": self.seed,
         }
 
     def cohort(self, round_: int) -> list[int]:
         """The clients that are drawn for a round."""
-        clients = self.sampler.sample(
-            round_, num_clients=self.data.num_clients, sizes=self.data.num_examples, seed=self.seed
-        )
+        count = self.data.num_clients
+        drawn = self.sampler.sample(round_, num_clients=count, sizes=self.data.num_examples, seed=self.seed)
+        # In ascending order, so that sums over clients do not depend on the order they were named in.
+        clients = sorted(int(client) for client in drawn)
+        if len(set(clients)) != len(clients) or any(not 0 <= client < count for client in clients):
+            raise ValueError(
+                f"`sampler` ({type(self.sampler).__name__}) must name distinct clients of 0 to {count - 1}, got"
+                f" {clients} for round {round_}."
+            )
         return clients[: self.cohort_cap]
 
     def play(self, round_: int) -> Report:
-        """One communication round.
+        """One communication round. If it fails, it leaves nothing behind.
 
         Raises:
             FloatingPointError: If a client returns NaN or infinity and ``on_nonfinite="raise"``, or if every client
                 that was heard does.
         """
+        before = self._memories()
+        self.in_round = True
+        try:
+            return self._play(round_)
+        except BaseException:
+            self._restore_memories(before)
+            self.restore_module()
+            raise
+        finally:
+            self.in_round = False
+
+    def _memories(self) -> tuple[Any, ...]:
+        """What clients and channels remember; entries are replaced and never changed, so shallow copies do."""
+        stateful = [*self.uplink, *self.downlink, *self.engine.objectives]
+        states = [{k: copy.copy(v) for k, v in each.state_dict().items()} for each in stateful]
+        return dict(self.engine.kept), dict(self.local_buffers), list(zip(stateful, states, strict=True))
+
+    def _restore_memories(self, memories: tuple[Any, ...]) -> None:
+        self.engine.kept, self.local_buffers, states = memories
+        for each, state in states:
+            each.load_state_dict(state)
+        for metric in self._torchmetrics():
+            metric.reset()
+
+    def _torchmetrics(self) -> list[Metric]:
+        return [module for module in self.host.module.modules() if isinstance(module, Metric)]
+
+    def _play(self, round_: int) -> Report:
         tally, server = self.tally, self.server
         clients = self.cohort(round_)
         with tally.phase("broadcast"):
@@ -209,10 +247,9 @@ class Federation:
         heard = dict.fromkeys(clients, sent)
         for channel in self.downlink:
             present = list(heard)
-            lost = channel.outage(round_, present, self.seed).tolist()
-            for client, is_lost in zip(present, lost, strict=True):
+            for client, is_lost in zip(present, self._outage(channel, round_, present), strict=True):
                 if not is_lost:
-                    heard[client] = channel.transmit(heard[client], round_=round_, client=client, seed=self.seed)
+                    heard[client] = self._through(channel, heard[client], round_, client)
                     channel.remember(client, heard[client], torch.zeros_like(start), 0)
                     continue
                 last = channel.last_broadcast(client)
@@ -226,7 +263,7 @@ class Federation:
         """The clients whose update will not arrive, drawn before they train, with the first channel that loses it."""
         lost: dict[int, Channel] = {}
         for channel in self.uplink:
-            for client, is_lost in zip(clients, channel.outage(round_, clients, self.seed).tolist(), strict=True):
+            for client, is_lost in zip(clients, self._outage(channel, round_, clients), strict=True):
                 if is_lost:
                     lost.setdefault(client, channel)
         return lost
@@ -247,11 +284,13 @@ class Federation:
                     update = next(training, None)
                 if update is None:
                     break
+                # A client that failed moves no channel's state; and a channel may spoil what was good.
                 with self.tally.phase("channel"):
-                    self._transmit(round_, update)
+                    kept = self._is_finite(round_, update) and self._transmit(round_, update)
                 self.on_client_end(update)
-                if not self._is_finite(round_, update):
+                if not kept:
                     continue
+                self.engine.commit(update)
                 for channel in self.uplink:
                     channel.remember(update.client, self.server.parameters(), update.displacement, update.num_steps)
                 if self.options.buffers == "local":
@@ -266,14 +305,36 @@ class Federation:
             )
         return updates
 
-    def _transmit(self, round_: int, update: ClientUpdate) -> None:
+    def _transmit(self, round_: int, update: ClientUpdate) -> bool:
+        """Send an update up; false if what arrives is not finite."""
+        changed = False
         for channel in self.uplink:
-            received = channel.transmit(update.displacement, round_=round_, client=update.client, seed=self.seed)
+            received = self._through(channel, update.displacement, round_, update.client)
             if received is not update.displacement:
                 update.displacement.copy_(received)
+                changed = True
+        return not changed or self._is_finite(round_, update)
+
+    def _outage(self, channel: Channel, round_: int, clients: list[int]) -> list[bool]:
+        lost = torch.as_tensor(channel.outage(round_, clients, self.seed), dtype=torch.bool)
+        if lost.shape != (len(clients),):
+            raise ValueError(
+                f"`{type(channel).__name__}.outage` must say for each of {len(clients)} clients whether its message is"
+                f" lost, got the shape {list(lost.shape)}."
+            )
+        return lost.tolist()
+
+    def _through(self, channel: Channel, message: Tensor, round_: int, client: int) -> Tensor:
+        received = channel.transmit(message, round_=round_, client=client, seed=self.seed)
+        if received.shape != message.shape:
+            raise ValueError(
+                f"`{type(channel).__name__}.transmit` must return a message of the shape {list(message.shape)}, got"
+                f" {list(received.shape)}."
+            )
+        return received
 
     def _is_finite(self, round_: int, update: ClientUpdate) -> bool:
-        bad = [name for name, b in update.buffers.items() if b.is_floating_point() and not all_finite(b)]
+        bad = [] if self.options.buffers == "keep" else [n for n, b in update.buffers.items() if self._is_spoilt(n, b)]
         if all_finite(update.displacement) and not bad:
             return True
         where = f"buffers {bad[:3]}" if bad else "parameters"
@@ -286,6 +347,12 @@ class Federation:
         rank_zero_warn(f"{sentence} and was left out of the aggregation.")
         self.tally.nonfinite_updates += 1
         return False
+
+    def _is_spoilt(self, name: str, buffer: Tensor) -> bool:
+        """Whether training put NaN or infinity into a buffer; an attention mask has always had them."""
+        if not (buffer.is_floating_point() or buffer.is_complex()) or all_finite(buffer):
+            return False
+        return bool((~torch.isfinite(buffer) & (buffer != self.server.buffers[name])).any())
 
     def _aggregate(
         self, round_: int, start: Tensor, store: _Store, updates: Sequence[ClientUpdate]
@@ -339,7 +406,12 @@ class Federation:
             for norm, (momentum, training) in zip(norms, modes, strict=True):
                 norm.momentum = momentum
                 norm.train(training)
-        self.server.buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+        recomputed = {id(b) for norm in norms for b in norm.buffers()}
+        for name, buffer in module.named_buffers():
+            if id(buffer) in recomputed:
+                self.server.buffers[name] = buffer.detach().clone()
+        # Whatever else the passes changed is not theirs to change.
+        self.restore_module()
 
     # ------------------------------------------------------------------ the end of a run
 
@@ -352,6 +424,7 @@ class Federation:
         """
         module = self.host.module
         modes = {m: m.training for m in module.modules()}
+        restore = self._remember_evaluation_state()
         rows: list[dict[str, float]] = []
         better: dict[str, bool] = {}
         module.eval()
@@ -375,8 +448,30 @@ class Federation:
         finally:
             for submodule, mode in modes.items():
                 submodule.training = mode
+            restore()
         shared = set.intersection(*(set(row) for row in rows))
         return {name: torch.tensor([row[name] for row in rows]) for name in rows[0] if name in shared}, better
+
+    def _remember_evaluation_state(self) -> Callable[[], None]:
+        """What evaluating clients would leave in the module: buffers, metrics, lists that outputs are appended to."""
+        module = self.host.module
+        buffers = {name: (b, b.detach().clone()) for name, b in module.named_buffers()}
+        metrics = [(m, {k: copy.copy(v) for k, v in vars(m).items() if k in m._defaults}) for m in self._torchmetrics()]
+        counts = [(m, m._update_count, m._computed) for m in self._torchmetrics()]
+        plain = {k: copy.copy(v) for k, v in vars(module).items() if type(v) in (list, dict, set) and k[0] != "_"}
+
+        def restore() -> None:
+            for buffer, value in buffers.values():
+                buffer.copy_(value)
+            for metric, values in metrics:
+                for name, value in values.items():
+                    setattr(metric, name, value)
+            for metric, count, computed in counts:
+                metric._update_count, metric._computed = count, computed
+            for name, value in plain.items():
+                setattr(module, name, value)
+
+        return restore
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is not in the module, the rule or another callback; plain values and tensors."""
@@ -402,6 +497,7 @@ class Federation:
             "num_clients": "`num_clients`",
             "split": "the split of the training data (seed, partitioner, labels or data)",
             "parameters": "the number of trainable parameters",
+            "seed": "`seed` (or that of `seed_everything`)",
         }
         for key, word in words.items():
             if theirs[key] != ours[key]:
@@ -470,11 +566,19 @@ class _Rows(_Store):
 
     def commit(self, update: ClientUpdate, *, heard: bool) -> None:
         if not self.in_place:
-            self.matrix[len(self)].copy_(self.scratch)
+            row = self.matrix[len(self)]
+            row.copy_(self.scratch)
+            if not all_finite(row):
+                raise FloatingPointError(
+                    f"The update of client {update.client} does not fit into `storage_dtype`={row.dtype}. Use"
+                    " torch.bfloat16, which has the range of float32, or leave it out."
+                )
         super().commit(update, heard=heard)
 
     def vectors(self, start: Tensor) -> ClientVectors:
-        return ClientVectors(self.matrix[: len(self)], start)
+        rows = self.matrix[: len(self)]
+        # A copy where clients stayed away: a rule may keep the rows, and should not keep the empty ones with them.
+        return ClientVectors(rows if len(rows) == len(self.matrix) else rows.clone(), start)
 
 
 class _Sum(_Store):

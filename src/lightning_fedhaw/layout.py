@@ -54,6 +54,11 @@ class ParameterLayout:
                 " learn. Set `requires_grad=True` on the parameters that should travel."
             )
         for name, parameter in named.items():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(
+                    f"Parameter `{name}` of a lazy module has no shape yet, so nobody can say what travels. Run one"
+                    " batch through the model before `fit`, for example in `configure_model`."
+                )
             if not parameter.is_floating_point():
                 raise ValueError(
                     f"Trainable parameters must be real floating-point tensors; `{name}` is {parameter.dtype}."
@@ -93,7 +98,7 @@ class ParameterLayout:
         lead = vector.shape[:-1]
         parts = torch.split(vector, list(self.sizes), dim=-1)
         return {
-            name: part.view(*lead, *shape) if part.is_contiguous() else part.reshape(*lead, *shape)
+            name: part.reshape((*lead, *shape))
             for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
         }
 

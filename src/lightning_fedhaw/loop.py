@@ -18,9 +18,10 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
 from lightning_fedhaw.aggregation.base import AggregationRule
@@ -79,6 +80,7 @@ def attach(trainer: Any, options: FederationOptions) -> None:
     find_rule(cast(Any, trainer).callbacks)
     if not isinstance(trainer.fit_loop, RoundLoop):
         trainer.fit_loop = RoundLoop(trainer, FederationOptions())
+    trainer.federation_summary = {}  # type: ignore[attr-defined]
     trainer.fit_loop.options = trainer.fit_loop.trainer_options.merged(options)
     check_callbacks(cast(Any, trainer).callbacks)
     check_trainer(trainer, sync_batchnorm=trainer._accelerator_connector._layer_sync is not None)
@@ -230,12 +232,15 @@ class RoundLoop(_FitLoop):
             rule.state = rule.init(server.parameters(), data.num_examples)
             for callback in trainer.callbacks:
                 if isinstance(callback, (Channel, ClientObjective)):
-                    callback.load_state_dict({})
+                    callback.reset()
         elif self._federation_state is not None:
             self.federation.load_state_dict(self._federation_state)
         elif previous is not None:
-            # A second `fit` goes on.
-            self.federation.load_state_dict(previous.state_dict())
+            # A second `fit` goes on, from the weights that are in the module.
+            state = previous.state_dict()
+            if not torch.equal(layout.rounded(previous.server.parameters()), server.parameters()):
+                state.pop("parameters", None)
+            self.federation.load_state_dict(state)
         else:
             raise ValueError(
                 f"`ckpt_path`={str(trainer.ckpt_path)!r} was not written by a federation, so there are no rounds to go"
@@ -245,6 +250,9 @@ class RoundLoop(_FitLoop):
         self.federation.on_round_start = self._observers("on_round_start")
         self.federation.on_client_end = self._observers("on_client_end")
         self.federation.on_round_end = self._observers("on_round_end")
+        if options.sampler is not None and self.max_epochs is not None:
+            for round_ in range(self.epoch_loop.global_step, self.max_epochs):
+                self.federation.cohort(round_)  # a mistake in a late cohort is found before the first
         self._announce(self.federation, assumed, options)
 
     def _observers(self, name: str) -> Callable[..., None]:
@@ -301,13 +309,9 @@ class RoundLoop(_FitLoop):
             self.epoch_loop.run(None)  # type: ignore[arg-type]
 
     def play_round(self) -> Report:
-        """One communication round; whatever happens, the module ends with a global model."""
+        """One communication round."""
         assert self.federation is not None
-        try:
-            return self.federation.play(self.epoch_loop.global_step)
-        except BaseException:
-            self.federation.restore_module()
-            raise
+        return self.federation.play(self.epoch_loop.global_step)
 
     def on_run_end(self) -> None:
         """Close the run with one table."""
@@ -322,7 +326,14 @@ class RoundLoop(_FitLoop):
         rounds = self.epoch_loop.global_step
         client_metrics: dict[str, dict[str, float]] = {}
         if federation.options.client_eval and federation.host.can_evaluate and not trainer.fast_dev_run:
-            client_metrics = client_statistics(*federation.evaluate_clients())
+            try:
+                client_metrics = client_statistics(*federation.evaluate_clients())
+            except Exception as error:
+                # The run is over and its model is good; a table without client metrics is better than none.
+                rank_zero_warn(
+                    f"The clients could not be evaluated on their own data ({type(error).__name__}: {error}), so the"
+                    " closing table has no client metrics. `client_eval=False` skips this."
+                )
         summary: dict[str, Any] = {
             "rule": type(rule).__name__,
             "rounds": rounds,
@@ -355,6 +366,11 @@ class RoundLoop(_FitLoop):
         """The stock loop's state, and the federation's."""
         state = super().on_save_checkpoint()
         if self.federation is not None:
+            if self.federation.in_round:
+                raise RuntimeError(
+                    "A checkpoint was asked for while a client trains, when the module holds that client's model. Save"
+                    " between rounds: in `on_train_epoch_end`, or with `ModelCheckpoint`."
+                )
             state["federation"] = self.federation.state_dict()
         return state
 
@@ -429,7 +445,6 @@ class _RoundEpochLoop(_TrainingEpochLoop):
 
     def _log(self, report: Report) -> None:
         results = self._results
-        results.reset()
 
         def write(name: str, value: float, options: Mapping[str, Any]) -> None:
             results.log(
@@ -464,6 +479,17 @@ class _Host:
         self._hooks = {name: self._users(name) for name in (*_BATCH_HOOKS, "on_before_zero_grad")}
         self._module_hooks = {name for name in _STEP_HOOKS if is_overridden(name, self.module)}
         self._moves_nothing = self._is_plain and self.device.type == "cpu" and not self._transfers
+        if is_param_in_hook_signature(self.module.training_step, "dataloader_iter", explicit=True):
+            raise ValueError(
+                "`training_step(self, dataloader_iter)` has no meaning in a federation: clients are given batches."
+                " Write `training_step(self, batch, batch_idx)`."
+            )
+        own = {id(p) for p in self.module.parameters()}
+        if any(id(p) not in own for o in self.optimizers for group in o.param_groups for p in group["params"]):
+            raise ValueError(
+                "`configure_optimizers` returned an optimiser over parameters that are not the module's own, so they"
+                " would be trained by all clients together. Register them in the module."
+            )
         self._takes_index = len(step_arguments(self.module.training_step, None, 0)) > 1
         self.has_validation = is_overridden("validation_step", self.module)
 

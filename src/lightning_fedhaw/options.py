@@ -15,6 +15,8 @@ OnNonfinite = Literal["exclude", "raise"]
 EmptyRound = Literal["skip", "follow"]
 Storage = Literal["auto", "device", "host"]
 
+STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True)
 class FederationOptions:
@@ -91,8 +93,9 @@ class FederationOptions:
                 f"`client_val_fraction` must lie in [0, 1), got {self.client_val_fraction!r}; 0.1 holds out a tenth of"
                 " each client's data."
             )
-        if self.storage_dtype is not None and not self.storage_dtype.is_floating_point:
-            raise ValueError(f"`storage_dtype` must be a floating-point dtype, got {self.storage_dtype}.")
+        if self.storage_dtype not in (None, *STORAGE_DTYPES):
+            names = ", ".join(map(str, STORAGE_DTYPES))
+            raise ValueError(f"`storage_dtype` must be a floating-point dtype of {names}, got {self.storage_dtype}.")
         if self.seed is not None:
             check_whole("seed", self.seed, 0)
 

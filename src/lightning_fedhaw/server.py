@@ -56,10 +56,16 @@ class Server:
     @torch.no_grad()
     def write(self, parameters: Tensor, buffers: Mapping[str, Tensor]) -> None:
         """Put parameters ``[P]`` and buffers into the module without making them the server's."""
-        self.layout.write(parameters, self.layout.tensors(self.module))
+        # By name, whatever is trainable at the moment: this also runs when a fit is interrupted.
+        named = dict(self.module.named_parameters())
+        self.layout.write(parameters, [named[name] for name in self.layout.names])
         own = dict(self.module.named_buffers())
         for name, value in buffers.items():
-            own[name].copy_(value)
+            if name in own and own[name].shape == value.shape:
+                own[name].copy_(value)
+            else:  # an interrupted step had put something else in its place
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.module.get_submodule(owner), leaf, value.clone())
 
     def loss(self, vector: Tensor, batch: Any, batch_idx: int = 0) -> Tensor:
         """The module's training loss at any parameters, differentiable with respect to them.
@@ -136,7 +142,9 @@ def averaged_buffers(
         stack = torch.stack([row[name].to(own.device) for row in rows])
         if own.is_floating_point() or own.is_complex():
             wide = torch.promote_types(own.dtype, torch.float32)
-            change = torch.tensordot(weights.to(own.device, wide), stack.to(wide) - own.to(wide), dims=1)
+            # An infinity that nobody changes (a mask) is no change.
+            changes = torch.where(stack == own, 0, stack.to(wide) - own.to(wide))
+            change = torch.tensordot(weights.to(own.device, wide), changes, dims=1)
             merged[name] = (own.to(wide) + change).to(own.dtype)
         else:
             merged[name] = stack.amax(0) if own.dtype != torch.bool else stack.any(0)

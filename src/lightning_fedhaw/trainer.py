@@ -46,7 +46,7 @@ class FederatedTrainer(pl.Trainer):
         kwargs: The arguments of ``lightning.pytorch.Trainer``.
 
     Attributes:
-        federation_summary: After ``fit``, what the closing table says, as a plain dict.
+        federation_summary: After ``fit``, what the closing table says, as a plain dict; empty before.
 
     Raises:
         ValueError: If an argument has no meaning in a federation.
@@ -112,6 +112,7 @@ class FederatedTrainer(pl.Trainer):
         super().__init__(max_epochs=max_epochs, **kwargs)
         _refuse_silent_bf16(asked_precision, self.precision)
         self.fit_loop: RoundLoop = RoundLoop(self, options)
+        self.federation_summary = {}
         check_trainer(self, sync_batchnorm=bool(kwargs.get("sync_batchnorm")))
         check_callbacks(cast(Any, self).callbacks)
         replace_default_bar(self)
@@ -125,7 +126,7 @@ class FederatedTrainer(pl.Trainer):
         """
         for thing in (model, *args, *kwargs.values()):
             _refuse_other_lightning(thing)
-        if not is_overridden("configure_callbacks", model):
+        if isinstance(model, pl.LightningModule) and not is_overridden("configure_callbacks", model):
             find_rule(cast(Any, self).callbacks)
         super().fit(model, *args, **kwargs)
 

@@ -5,7 +5,6 @@ from collections import Counter
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -492,9 +491,9 @@ def test_transfer_hooks_are_called():
 def test_each_parameter_needs_exactly_one_optimizer():
     class Forgets(TwoOptimizers):
         def configure_optimizers(self):
-            return super().configure_optimizers()[0], torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+            return super().configure_optimizers()[0], torch.optim.SGD([self.net[0].weight], lr=0.1)
 
-    with pytest.raises(ValueError, match=r"`net\.3\.weight` is in 0 optimisers instead of exactly one"):
+    with pytest.raises(ValueError, match=r"`net\.0\.weight` is in 2 optimisers instead of exactly one"):
         trainer(rule=FedHAWCallback()).fit(Forgets(), DataLoader(samples(40), batch_size=8))
     runner = trainer(rule=FedHAWCallback(), rounds=2)
     runner.fit(TwoOptimizers(), DataLoader(samples(40), batch_size=8))

@@ -237,7 +237,7 @@ class FedHAWCallback(AggregationRule):
         new_lambda = new_lambda.clamp(min=new_lambda.max() - LOGIT_FLOOR)
 
         metrics = {"hypergradient_gamma": gamma_grad.abs().item(), "hypergradient_lambda": grad.norm().item()}
-        if not (torch.isfinite(new_gamma) and torch.isfinite(new_lambda).all() and new_gamma < _largest(r.dtype)):
+        if not (torch.isfinite(new_gamma) and torch.isfinite(new_lambda).all() and new_gamma.abs() < _largest(r.dtype)):
             rank_zero_warn(
                 f"FedHAW's hypergradient step of round {cohort.round} is not finite (norms {metrics}) and was refused:"
                 " gamma and lambda stay as they were. Lower `lr_gamma`, or set `scale_bounds=(0.5, 2.0)`."

@@ -35,8 +35,12 @@ class Channel(Callback):
     rest), or both. Losses are drawn before local training, so a client whose uplink fails does not train; messages are
     changed one client at a time.
 
-    On the uplink the message is the client's displacement from the model that was broadcast, on the downlink it is the
-    global model. Buffers are not changed.
+    On the uplink the message is the client's displacement from the model it heard, on the downlink it is the global
+    model. Buffers are not changed.
+
+    A channel with state of its own overrides :meth:`state_dict`, :meth:`load_state_dict` and :meth:`reset`, and
+    replaces values instead of changing them in place: a round that is interrupted is undone by putting back
+    the old ones.
 
     Args:
         link: ``"uplink"``: from the clients to the server. ``"downlink"``: from the server to the clients.
@@ -46,14 +50,17 @@ class Channel(Callback):
             was heard. ``"discard"``: nothing, and the weights of the others are normalised. The reuse policies are a
             zero update until something was heard. On the downlink: ``"reuse_model"``: the client trains the last
             global model it heard, and does not take part before it heard one. ``"discard"``: it does not take part.
+            Default: ``"zero_update"`` on the uplink, ``"discard"`` on the downlink.
         name: Tells two channels of one class on one link apart in a checkpoint.
 
     Raises:
         ValueError: If ``link`` or ``fallback`` is unknown, or the fallback has no meaning on the link.
     """
 
-    def __init__(self, link: Link = "uplink", fallback: Fallback = "zero_update", name: str | None = None) -> None:
+    def __init__(self, link: Link = "uplink", fallback: Fallback | None = None, name: str | None = None) -> None:
         super().__init__()
+        if fallback is None:
+            fallback = "zero_update" if link == "uplink" else "discard"
         if link not in get_args(Link):
             raise ValueError(f"`link` must be one of {', '.join(map(repr, get_args(Link)))}, got {link!r}.")
         allowed = get_args(Fallback) if link == "uplink" else ("reuse_model", "discard")
@@ -122,6 +129,10 @@ class Channel(Callback):
         """The last global model ``[P]`` a client heard, on a downlink that reuses it."""
         kept = self._heard.get(client)
         return None if kept is None else kept["vector"]
+
+    def reset(self) -> None:
+        """Forget what another run left behind."""
+        self._heard = {}
 
     def state_dict(self) -> dict[str, Any]:
         """What was heard last, for a checkpoint."""

@@ -74,6 +74,10 @@ class ClientObjective(Callback):
         if state:
             self._states[client] = {name: value.detach().cpu() for name, value in state.items()}
 
+    def reset(self) -> None:
+        """Forget what another run left behind."""
+        self._states = {}
+
     def state_dict(self) -> dict[str, Any]:
         """The clients' states, for a checkpoint."""
         return {"clients": dict(self._states)} if self._states else {}

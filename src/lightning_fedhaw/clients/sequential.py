@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.clients.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.clients.objective import ClientObjective
 from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.steps import AutomaticStep, Host, ManualStep, PlainSGDStep, StepCounts
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.data.federation import ClientData
+from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.options import OptimizerState
 from lightning_fedhaw.streams import seed_of
@@ -100,20 +101,25 @@ class SequentialEngine:
         furthest = settings, schedules
         scale = host.scaler.state_dict() if host.scaler is not None else None
         scales: list[dict[str, Any]] = []
-        step = self._make_step()
+        step, modes = self._make_step(), _Modes(host.module, self.layout)
         try:
             with isolated_randomness(host.device), LogRecorder(host.module, host.callbacks) as recorder:
                 for visit in visits:
                     _restore(host.optimizers, settings)
                     host.load_schedules(schedules)
+                    modes.restore()
                     if scale is not None:
                         host.scaler.load_state_dict(dict(scale))
-                    yield self._visit(visit, parameters, step, recorder)
+                    update = self._visit(visit, parameters, step, recorder)
+                    modes.check(visit.client)
+                    yield update
                     if _progress(host.schedules()) > _progress(furthest[1]):
                         furthest = _settings(host.optimizers), host.schedules()
                     if scale is not None:
                         scales.append(host.scaler.state_dict())
         finally:
+            modes.restore()
+            host.module.zero_grad(set_to_none=True)
             for optimizer in host.optimizers:
                 optimizer.state = defaultdict(dict)
             _restore(host.optimizers, furthest[0])
@@ -147,10 +153,16 @@ class SequentialEngine:
             return sum(terms, torch.zeros((), device=host.device))
 
         counts = self._train(client, step, recorder, penalty if self.objectives else None)
-        self._take_state(client)
-        for objective, state in zip(self.objectives, states, strict=True):
-            ended = objective.end_client(state, start, {n: p.detach() for n, p in named.items()}, counts.made)
-            objective.keep_client_state(client, ended)
+        end = {name: parameter.detach() for name, parameter in named.items()}
+        memory = {
+            "optimizers": self._take_state(),
+            "objectives": [
+                objective.end_client(state, start, end, counts.made)
+                for objective, state in zip(self.objectives, states, strict=True)
+            ],
+        }
+        # Read anew: a step may have put another tensor in a buffer's place.
+        ended = dict(host.module.named_buffers())
         self.layout.read(parameters, out=visit.out)
         visit.out.sub_(visit.start)
         return ClientUpdate(
@@ -159,9 +171,17 @@ class SequentialEngine:
             num_steps=counts.made,
             num_skipped=counts.skipped,
             displacement=visit.out,
-            buffers={name: own_buffers[name].detach().clone() for name in visit.buffers},
+            buffers={name: _same_shape(name, ended.get(name), value) for name, value in visit.buffers.items()},
             logged=recorder.collect(),
+            memory=memory,
         )
+
+    def commit(self, update: ClientUpdate) -> None:
+        """Let a client whose update was heard find its state again next time."""
+        if self.plan.optimizer_state == "kept":
+            self.kept[update.client] = update.memory["optimizers"]
+        for objective, state in zip(self.objectives, update.memory["objectives"], strict=True):
+            objective.keep_client_state(update.client, state)
 
     def _train(self, client: int, step: Any, recorder: LogRecorder, penalty: Callable[[], Tensor] | None) -> StepCounts:
         host, plan, counts = self.host, self.plan, StepCounts()
@@ -183,8 +203,13 @@ class SequentialEngine:
             if host.on_batch_start(data, batch.index):
                 skipping = True
                 continue
-            outputs = step(data, batch, counts, penalty)
-            host.on_batch_end(outputs, data, batch.index)
+            try:
+                outputs = step(data, batch, counts, penalty)
+                host.on_batch_end(outputs, data, batch.index)
+            except Exception as error:
+                if hasattr(error, "add_note"):  # Python 3.11
+                    error.add_note(f"In local training: client {client}, round {host.round}, a batch of {batch.size}.")
+                raise
         return counts
 
     def _give_state(self, client: int) -> None:
@@ -196,15 +221,18 @@ class SequentialEngine:
                 continue
             for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
                 if index in kept[i]:
+                    # Copies: what is kept is not changed before the update is heard.
                     optimizer.state[parameter] = {
-                        name: value.to(parameter.device) if isinstance(value, Tensor) and name != "step" else value
+                        name: value.to("cpu" if name == "step" else parameter.device, copy=True)
+                        if isinstance(value, Tensor)
+                        else copy.deepcopy(value)
                         for name, value in kept[i][index].items()
                     }
 
-    def _take_state(self, client: int) -> None:
-        """Take the optimiser state out after a visit and, where it is kept, park it in host memory."""
+    def _take_state(self) -> list[dict[int, dict[str, Any]]]:
+        """The optimiser states after a visit, in host memory, where they are kept."""
         if self.plan.optimizer_state == "fresh":
-            return
+            return []
         taken = []
         for optimizer in self.host.optimizers:
             order = [p for group in optimizer.param_groups for p in group["params"]]
@@ -215,7 +243,7 @@ class SequentialEngine:
                     if parameter in optimizer.state
                 }
             )
-        self.kept[client] = taken
+        return taken
 
 
 Settings = list[list[dict[str, Any]]]
@@ -235,7 +263,44 @@ def _settings(optimizers: Sequence[torch.optim.Optimizer]) -> Settings:
 def _restore(optimizers: Sequence[torch.optim.Optimizer], settings: Settings) -> None:
     for optimizer, groups in zip(optimizers, settings, strict=True):
         for group, values in zip(optimizer.param_groups, groups, strict=True):
-            group.update(values)
+            # Copies, so that a rate changed in place does not change what it is restored to.
+            group.update({n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()})
+
+
+class _Modes:
+    """What no client may leave behind: training flags, trainability, other values of frozen parameters."""
+
+    def __init__(self, module: Any, layout: ParameterLayout) -> None:
+        self.training = [(submodule, submodule.training) for submodule in module.modules()]
+        self.trainable = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+        self.frozen = {n: (p, p._version) for n, p in module.named_parameters() if n not in set(layout.names)}
+
+    def restore(self) -> None:
+        for submodule, training in self.training:
+            if submodule.training != training:
+                submodule.training = training
+        for parameter, trainable in self.trainable:
+            if parameter.requires_grad != trainable:
+                parameter.requires_grad_(trainable)
+
+    def check(self, client: int) -> None:
+        for name, (parameter, version) in self.frozen.items():
+            if parameter._version != version:
+                raise RuntimeError(
+                    f"Client {client} changed the frozen parameter `{name}` in local training, and frozen parameters do"
+                    " not travel: the change would pass to whoever trains next. Make it a buffer (`register_buffer`),"
+                    " which `buffers=` takes care of, or trainable."
+                )
+
+
+def _same_shape(name: str, ended: Tensor | None, started: Tensor) -> Tensor:
+    if ended is None or ended.shape != started.shape:
+        shape = "gone" if ended is None else f"of the shape {list(ended.shape)}"
+        raise ValueError(
+            f"Buffer `{name}` of the shape {list(started.shape)} is {shape} after local training, and buffers that"
+            " change their shape cannot be sent. Keep its shape, or hold it in an attribute that is not a buffer."
+        )
+    return ended.detach().clone()
 
 
 def _progress(schedules: list[dict[str, Any]]) -> int:

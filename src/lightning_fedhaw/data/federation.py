@@ -35,7 +35,7 @@ class LoaderSettings:
         shuffle: Whether a client's samples are shuffled anew in every local epoch.
         drop_last: Whether an incomplete last batch of a local epoch is left out.
         collate_fn: Makes a batch from a list of samples.
-        num_workers: Worker processes for data that has to be fetched sample by sample.
+        num_workers: Worker processes for data that has to be fetched sample by sample; started for every client's pass.
         pin_memory: Whether batches are put into page-locked memory.
         worker_init_fn: Called in each worker.
         prefetch_factor: Batches a worker fetches ahead.
@@ -199,9 +199,10 @@ class ClientData:
         generator = stream(self.seed, "client", client, "round", round_, "batches")
         per_epoch = self._batches_per_epoch(len(own), limit)
         done = 0
-        for _ in itertools.count() if epochs is None else range(epochs):
+        for epoch in itertools.count() if epochs is None else range(epochs):
             order = own[torch.randperm(len(own), generator=generator)] if self.settings.shuffle else own
-            for index, (data, size) in enumerate(self._pass(client, order, per_epoch, generator)):
+            workers = stream(self.seed, "client", client, "round", round_, "workers", epoch)
+            for index, (data, size) in enumerate(self._pass(client, order, per_epoch, workers)):
                 if num_batches is None:
                     yield Batch(data, size, index, last=index + 1 == per_epoch)
                     continue

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
+from lightning_fedhaw.isolation import isolated_randomness
+
 
 def find_labels(dataset: Dataset[Any], labels: Any | Callable[[Any], Any] = None) -> Tensor | None:
     """The integer label of every sample, if the data set has such a thing.
@@ -80,7 +82,7 @@ def _read(dataset: Any) -> Tensor | None:
         return None
     labels: list[int] = []
     # Random transforms draw while samples are read; looking at labels must not change what training draws later.
-    with torch.random.fork_rng(devices=[]):
+    with isolated_randomness(torch.device("cpu")):
         for i in range(len(dataset)):
             label = _second_integer(dataset[i])
             if label is None:
