@@ -104,7 +104,8 @@ def main(argv: list[str] | None = None) -> dict[str, History]:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    for known in (".*does not have many workers", ".*LeafSpec.* is deprecated"):
+        warnings.filterwarnings("ignore", message=known)
 
     args.output.mkdir(parents=True, exist_ok=True)
     data = digits(args.clients, args.alpha, args.seed)

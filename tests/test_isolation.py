@@ -496,3 +496,84 @@ def test_an_iterator_in_the_place_of_batches_is_refused():
 
 def test_the_summary_is_there_from_the_start():
     assert trainer().federation_summary == {}
+
+
+def test_the_hyper_optimiser_follows_the_clients_unless_it_was_given():
+    def chosen(rule, optimizer):
+        trainer(rounds=1, rule=rule).fit(Classifier(optimizer), loader())
+        return rule.hyper_optimizer
+
+    def adam(p):
+        return torch.optim.AdamW(p, lr=0.01)
+
+    assert chosen(FedHAWCallback(), None) is torch.optim.SGD
+    assert chosen(FedHAWCallback(), adam) is torch.optim.Adam
+    assert chosen(FedHAWCallback(normalise_by="lr"), adam) is torch.optim.SGD
+    assert chosen(FedHAWCallback(hyper_optimizer=torch.optim.SGD), adam) is torch.optim.SGD
+
+
+def test_a_diverged_run_names_the_scale():
+    rule = FedHAWCallback(lr_gamma=1e-3)
+    rule.state = {"gamma": torch.tensor(30.0), "lambda_": torch.zeros(4)}
+    assert "scale stands at 1.07e+13" in rule.advice()
+    rule.state["gamma"] = torch.tensor(0.1)
+    assert rule.advice() == ""
+
+
+def test_what_a_rule_returns_is_checked():
+    class Forgets(FedAvgCallback):
+        def step(self, cohort, state, server):
+            return super().step(cohort, state, server).parameters
+
+    with pytest.raises(
+        TypeError, match=r"`Forgets.step` must return a `RuleStep\(parameters, state, weights\)`, got Tensor"
+    ):
+        trainer(rule=Forgets()).fit(Classifier(), loader())
+
+
+def test_misspelt_arguments_name_the_nearest():
+    with pytest.raises(
+        TypeError, match="`FedHAWCallback` got an unexpected keyword argument 'num_client'; did you mean"
+    ):
+        FedHAWCallback(num_client=3)
+    with pytest.raises(TypeError, match="'client_per_round'; did you mean `clients_per_round`"):
+        trainer(client_per_round=3)
+    with pytest.raises(TypeError, match=r"got the class FedAvgCallback. Write `FedAvgCallback\(\)`"):
+        trainer(rule=FedAvgCallback)
+    with pytest.raises(ValueError, match="`scale_bounds` must be two positive numbers"):
+        FedHAWCallback(scale_bounds=0.5)
+    with pytest.raises(TypeError, match="`partitioner` must be"):
+        trainer(alpha=None, partitioner=IIDPartitioner)
+
+
+def test_a_round_without_a_step_is_said():
+    class Nothing(Classifier):
+        def training_step(self, batch, batch_idx):
+            return None
+
+    with pytest.warns(UserWarning, match="No client made an optimiser step in round 0"):
+        trainer(rounds=1).fit(Nothing(), loader())
+
+
+def test_after_a_fit_the_data_module_tells_the_split_that_was_trained_on():
+    from lightning_fedhaw import FederatedDataModule
+
+    data = FederatedDataModule(samples(), num_clients=4)
+    before = data.partition().fingerprint()
+    trainer(seed=7, alpha=None).fit(Classifier(), data)
+    assert data.partition().fingerprint() == data.partition(seed=7).fingerprint() != before
+
+
+def test_rules_see_the_proxy_data():
+    from lightning_fedhaw import FederatedDataModule
+
+    class Looks(FedAvgCallback):
+        def step(self, cohort, state, server):
+            self.seen = len(server.proxy_dataset)
+            return super().step(cohort, state, server)
+
+    rule = Looks()
+    trainer(rounds=1, rule=rule, alpha=None).fit(
+        Classifier(), FederatedDataModule(samples(300), num_clients=4, proxy=30)
+    )
+    assert rule.seen == 30

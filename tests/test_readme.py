@@ -1,5 +1,6 @@
 """Every code block of the README and of the guide runs as it stands."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def test_code_block(page, index, monkeypatch):
     """The block runs unchanged; trainers are kept short and silent from outside."""
     stock = L.Trainer.__init__
 
+    @functools.wraps(stock)
     def short(self, **kwargs):
         stock(self, **{**kwargs, **QUIET, "max_epochs": min(kwargs.get("max_epochs") or 2, 2)})
 
@@ -35,6 +37,7 @@ def test_code_block(page, index, monkeypatch):
     names = {
         "model": Classifier(classes=10),
         "dataset": samples(60_000, classes=10),
+        "val_dataset": samples(200, classes=10),
         "datamodule": Module(),
         "loader": loader(800),
         "speakers": ["Romeo", "Juliet"] * 30_000,

@@ -301,8 +301,10 @@ class Federation:
             raise FloatingPointError(
                 f"Every client of round {round_} returned non-finite parameters, so training has diverged. The global"
                 " model is the one before this round. Lower the local learning rate, or clip gradients"
-                " (`gradient_clip_val=1.0`)."
+                f" (`gradient_clip_val=1.0`).{self.rule.advice()}"
             )
+        if updates and not any(update.num_steps for update in updates):
+            rank_zero_warn(f"No client made an optimiser step in round {round_}; `training_step` may return None.")
         return updates
 
     def _transmit(self, round_: int, update: ClientUpdate) -> bool:
@@ -367,6 +369,7 @@ class Federation:
         rates = self.host.learning_rates(self.layout) if self.rule.needs_learning_rates else ()
         cohort = store.cohort(round_, start, rates)
         step = self.rule.step(cohort, self.rule.state, self.server)
+        _check_step(step, type(self.rule).__name__, len(cohort))
         self.server.install(step.parameters, self._buffers(cohort, step, updates))
         self.rule.state = dict(step.state)
         if self.options.buffers == "recalibrate" and updates:
@@ -511,6 +514,18 @@ class Federation:
         self.tally = Tally(**{**state["tally"], "seconds": dict(state["tally"]["seconds"])})
         if "parameters" in state:
             self.server.install(state["parameters"].to(self.server.parameters()))
+
+
+def _check_step(step: Any, rule: str, clients: int) -> None:
+    if not isinstance(step, RuleStep):
+        raise TypeError(
+            f"`{rule}.step` must return a `RuleStep(parameters, state, weights)`, got {type(step).__name__}."
+        )
+    if step.weights.shape != (clients,):
+        raise ValueError(
+            f"`{rule}.step` must return one weight per client of the cohort, [{clients}], got"
+            f" {list(step.weights.shape)}."
+        )
 
 
 # ---------------------------------------------------------------------- where a cohort's vectors go

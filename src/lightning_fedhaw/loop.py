@@ -93,7 +93,11 @@ def find_rule(callbacks: Iterable[Any]) -> AggregationRule:
     Raises:
         ValueError: If there is none, or more than one.
     """
-    rules = [c for c in callbacks if isinstance(c, AggregationRule)]
+    given = list(callbacks)
+    rules = [c for c in given if isinstance(c, AggregationRule)]
+    for each in given:
+        if isinstance(each, type) and issubclass(each, pl.Callback):
+            raise TypeError(f"`callbacks` must hold objects, got the class {each.__name__}. Write `{each.__name__}()`.")
     if len(rules) != 1:
         names = ", ".join(type(rule).__name__ for rule in rules)
         raise ValueError(
@@ -164,6 +168,8 @@ class RoundLoop(_FitLoop):
                 f"The split leaves out {partition.dropped} of {len(loader.dataset)} samples, as it is defined."
             )
         self._clients = data, assumed
+        if isinstance(trainer.datamodule, FederatedDataModule):
+            trainer.datamodule.dealt = partition
         self._combined_loader = CombinedLoader(loader, "max_size_cycle")
         self._combined_loader.limits = [1]
         self.max_batches = 1
@@ -183,7 +189,7 @@ class RoundLoop(_FitLoop):
         said = FederationOptions(
             num_clients=datamodule.num_clients, partitioner=datamodule.partitioner, labels=datamodule.labels
         )
-        return self.options.merged(said)
+        return self.options.merged(said, "the trainer or the rule", "the data module")
 
     def _setup_validation_interval(self) -> None:
         """In rounds: every ``check_val_every_n_epoch``; with None, every ``val_check_interval`` rounds."""
@@ -214,7 +220,9 @@ class RoundLoop(_FitLoop):
         if rule.needs_learning_rates:
             host.learning_rates(layout)
         previous = self.federation
-        server = Server(trainer.lightning_module, layout)
+        datamodule = trainer.datamodule
+        proxy = datamodule.proxy_dataset if isinstance(datamodule, FederatedDataModule) else None
+        server = Server(trainer.lightning_module, layout, proxy)
         limit = trainer.limit_train_batches  # 1.0 is all batches, 1 is one.
         self.federation = Federation(
             host,
@@ -291,6 +299,8 @@ class RoundLoop(_FitLoop):
         rates = [
             f"{name}={getattr(rule, name)}" for name in ("lr_gamma", "lr_lambda", "normalise_by") if hasattr(rule, name)
         ]
+        if hasattr(rule, "hyper_optimizer"):
+            rates.append(f"hyper_optimizer={getattr(rule.hyper_optimizer, '__name__', rule.hyper_optimizer)}")
         rank_zero_info(
             f"Federation: {type(rule).__name__}({', '.join(rates)}), {data.num_clients} clients with"
             f" {int(sizes.min())} to {int(sizes.max())} samples, {cohort} a round, batch size"
@@ -342,6 +352,7 @@ class RoundLoop(_FitLoop):
             "parameters": federation.layout.numel,
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items() if _is_headline(name)},
             "client_metrics": client_metrics,
+            "clients_measured_on": "held-out data" if federation.options.client_val_fraction else "training data",
             "bytes_down": tally.bytes_down,
             "bytes_up": tally.bytes_up,
             "nonfinite_updates": tally.nonfinite_updates,

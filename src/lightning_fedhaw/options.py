@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 import torch
@@ -110,7 +111,9 @@ class FederationOptions:
             raise ValueError(
                 "Give `alpha` or `partitioner`, not both: `alpha` is short for `DirichletPartitioner(alpha)`."
             )
-        if self.partitioner is not None and not hasattr(self.partitioner, "needs_labels"):
+        if self.partitioner is not None and (
+            isinstance(self.partitioner, type) or not hasattr(self.partitioner, "needs_labels")
+        ):
             raise TypeError(
                 f"`partitioner` must be a `lightning_fedhaw.data.Partitioner`, got {type(self.partitioner).__name__}."
             )
@@ -145,7 +148,9 @@ class FederationOptions:
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)
 
-    def merged(self, other: FederationOptions) -> FederationOptions:
+    def merged(
+        self, other: FederationOptions, mine_of: str = "the trainer", theirs_of: str = "the rule callback"
+    ) -> FederationOptions:
         """These options with another's where only the other says something.
 
         Raises:
@@ -156,8 +161,8 @@ class FederationOptions:
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             if not _same(mine, f.default) and not _same(theirs, f.default) and not _same(mine, theirs):
                 raise ValueError(
-                    f"`{f.name}` is given to both the trainer ({mine!r}) and the rule callback ({theirs!r}) and they"
-                    " differ. Give it once."
+                    f"`{f.name}` is given to both {mine_of} ({mine!r}) and {theirs_of} ({theirs!r}) and they differ."
+                    " Give it once."
                 )
             values[f.name] = theirs if _same(mine, f.default) else mine
         return FederationOptions(**values)
@@ -176,6 +181,22 @@ def _same(a: Any, b: Any) -> bool:
     if type(a) is not type(b) or isinstance(a, (torch.Tensor,)) or hasattr(a, "__array__"):
         return False
     return bool(a == b)
+
+
+def check_names(taker: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse keyword arguments that nobody knows.
+
+    Raises:
+        TypeError: Naming who got it, the argument, and the nearest that exists.
+    """
+    names = list(known)
+    for name in given:
+        if name not in names:
+            near = get_close_matches(name, names, 1)
+            raise TypeError(
+                f"`{taker}` got an unexpected keyword argument '{name}'"
+                + (f"; did you mean `{near[0]}`?" if near else f"; it takes {', '.join(sorted(names))}.")
+            )
 
 
 def is_number(value: Any) -> bool:

@@ -60,7 +60,7 @@ def draw_comparison(
     path: str | Path | None = None,
     metric: str = "val_acc",
 ) -> Figure:
-    """Several runs' metric over rounds, and the weights that one of them learned.
+    """Several runs' metric and scale over rounds, and the weights that one of them learned.
 
     Args:
         runs: What each run logged, by name.
@@ -73,16 +73,22 @@ def draw_comparison(
         ModuleNotFoundError: If matplotlib is missing.
     """
     figure_class, canvas = _matplotlib()
-    figure: Figure = figure_class(figsize=(11, 4.4), layout="constrained")
+    figure: Figure = figure_class(figsize=(11, 4.8), layout="constrained")
     canvas(figure)
-    curves, heat = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    panels = figure.subplot_mosaic([["curves", "heat"], ["scale", "heat"]], width_ratios=(1, 1.1), height_ratios=(2, 1))
+    curves, scale, heat = panels["curves"], panels["scale"], panels["heat"]
     for colour, (name, history) in zip(_COLOURS, runs.items(), strict=False):
         values = history.curve(metric)
-        curves.plot(range(1, len(values) + 1), values, color=colour, label=name, linewidth=2)
-    curves.set(xlabel="round", ylabel=metric, title=f"{metric} of the global model")
-    curves.grid(alpha=0.25)
+        rounds = range(1, len(values) + 1)
+        curves.plot(rounds, values, color=colour, label=name, linewidth=2)
+        scales = [1.0 if value != value else value for value in history.curve("scale")]
+        scale.plot(rounds, scales, color=colour, linewidth=2)
+    curves.set(ylabel=metric, title=f"{metric} of the global model")
     curves.legend(frameon=False)
-    curves.spines[["top", "right"]].set_visible(False)
+    scale.set(xlabel="round", ylabel="scale")
+    for axes in (curves, scale):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
 
     shares = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
     change = runs[learned].weight_matrix(len(sizes)).double() / shares[:, None]

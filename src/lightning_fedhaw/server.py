@@ -19,10 +19,12 @@ class Server:
     Args:
         module: The user's LightningModule; it stores the global model between rounds.
         layout: Where each trainable parameter lives in the flat vector.
+        proxy_dataset: The server's own data, for rules that want some.
     """
 
-    def __init__(self, module: nn.Module, layout: ParameterLayout) -> None:
+    def __init__(self, module: nn.Module, layout: ParameterLayout, proxy_dataset: Any = None) -> None:
         self.module = module
+        self.proxy_dataset = proxy_dataset
         self.layout = layout
         self._vector = layout.read(layout.tensors(module))
         self.buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}

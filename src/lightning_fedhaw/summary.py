@@ -59,7 +59,12 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     if summary["client_metrics"]:
         blocks.append(
             _table(
-                (f"over {summary['clients']} clients", "mean", "std", "worst decile"),
+                (
+                    f"over {summary['clients']} clients, their {summary['clients_measured_on']}",
+                    "mean",
+                    "std",
+                    "worst decile",
+                ),
                 [
                     (name, *(f"{s[key]:.4g}" for key in ("mean", "std", "worst_decile")))
                     for name, s in summary["client_metrics"].items()

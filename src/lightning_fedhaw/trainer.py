@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -12,7 +13,7 @@ from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.data.partition import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.loop import RoundLoop, find_rule
-from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.options import FederationOptions, check_names
 from lightning_fedhaw.progress import replace_default_bar
 from lightning_fedhaw.refusals import check_callbacks, check_trainer
 
@@ -103,9 +104,14 @@ class FederatedTrainer(pl.Trainer):
             seed=seed,
         )
         given = kwargs.get("callbacks") or []
-        rules = [c for c in (given if isinstance(given, list) else [given]) if isinstance(c, AggregationRule)]
-        if len(rules) > 1:
-            find_rule(rules)
+        given = given if isinstance(given, list) else [given]
+        if len([c for c in given if isinstance(c, AggregationRule)]) > 1 or any(isinstance(c, type) for c in given):
+            find_rule(given)
+        check_names(
+            "FederatedTrainer",
+            kwargs,
+            {*inspect.signature(pl.Trainer).parameters, *inspect.signature(FederatedTrainer).parameters} - {"kwargs"},
+        )
         asked_precision = kwargs.get("precision")
         max_epochs = _rounds(rounds, kwargs)
         kwargs.pop("max_epochs", None)

@@ -417,7 +417,8 @@ def test_a_scale_that_does_not_fit_the_parameters_is_refused():
     rule = make_rule(lr_gamma=20.0, lr_lambda=0.0)
     first = first_step(rule)
     # gamma becomes 53.75: exp(2 gamma) is a number in float64 and none in float32.
-    rule.step(make_cohort(NOW, first.parameters), first.state, make_server())
+    with pytest.warns(UserWarning, match="scale left"):
+        rule.step(make_cohort(NOW, first.parameters), first.state, make_server())
     with pytest.warns(UserWarning, match="refused"):
         rule.step(make_cohort(NOW, first.parameters, dtype=torch.float32), first.state, make_server())
 

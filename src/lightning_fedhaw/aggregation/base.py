@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.layout import ParameterLayout
-from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.options import FederationOptions, check_names
 
 State = dict[str, Any]
 
@@ -24,6 +24,10 @@ class ServerView(Protocol):
     @property
     def layout(self) -> ParameterLayout:
         """Where each trainable parameter lives in the flat vector."""
+
+    @property
+    def proxy_dataset(self) -> Any:
+        """The server's own data, from ``FederatedDataModule(proxy=...)``; ``None`` without it."""
 
     def loss(self, vector: Tensor, batch: Any, batch_idx: int = 0) -> Tensor:
         """The module's training loss at any parameters ``[P]``, differentiable with respect to them."""
@@ -74,6 +78,7 @@ class AggregationRule(Callback):
 
     def __init__(self, **federation: Any) -> None:
         super().__init__()
+        check_names(type(self).__name__, federation, [f.name for f in fields(FederationOptions)])
         self.options = FederationOptions(**federation)
         self.state: State = {}
 
@@ -95,6 +100,10 @@ class AggregationRule(Callback):
             state: The state after the last round. Not changed: the new state is part of the answer.
             server: The parameter layout, and a loss that is differentiable in the global parameters.
         """
+
+    def advice(self) -> str:
+        """What a user should know of the rule's state when training has diverged; nothing by default."""
+        return ""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Puts the round loop in the place of a stock trainer's fit loop."""

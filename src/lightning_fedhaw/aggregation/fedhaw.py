@@ -31,7 +31,7 @@ every difference.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -49,6 +49,9 @@ Memory = Literal["device", "host"]
 
 LOGIT_FLOOR = 30.0
 """How far a logit may fall below the largest: a weight of exp(-30) can come back, one of 0 never could."""
+
+USUAL_SCALES = (0.5, 2.0)
+"""A scale outside of this range is worth a word: it multiplies the model every round."""
 
 SUMMARY_ABOVE = 20
 """With more clients than this, the log gets the range of the weights instead of one curve per client."""
@@ -110,7 +113,10 @@ class FedHAWCallback(AggregationRule):
             group and as scheduled.
         scale_bounds: The smallest and largest scale allowed, such as ``(0.5, 2.0)``. Default: no bounds, as published.
         hyper_optimizer: Makes the optimiser of ``gamma`` and that of ``lambda_`` from ``(parameters, lr=...)``, such
-            as ``torch.optim.Adam`` or a ``functools.partial`` of it. Default: plain SGD, as published.
+            as ``torch.optim.Adam`` or a ``functools.partial`` of it; one that steps on a given gradient. Default:
+            ``torch.optim.SGD``, as published. Where ``normalise_by="lr*steps"`` and clients do not train with SGD,
+            ``torch.optim.Adam``: a client's displacement is then not in the units of a gradient, and a step that does
+            not depend on units keeps the step sizes meaningful.
         memory: Where the previous cohort's models are kept.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
@@ -138,7 +144,7 @@ class FedHAWCallback(AggregationRule):
         normalise_by: NormaliseBy = "lr*steps",
         learning_rate: float | None = None,
         scale_bounds: tuple[float, float] | None = None,
-        hyper_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+        hyper_optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         memory: Memory = "device",
         **federation: Any,
     ) -> None:
@@ -157,11 +163,15 @@ class FedHAWCallback(AggregationRule):
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
         if learning_rate is not None and not (math.isfinite(learning_rate) and learning_rate > 0):
             raise ValueError(f"`learning_rate` must be a positive number, got {learning_rate!r}.")
-        if scale_bounds is not None and not 0 < scale_bounds[0] <= 1 <= scale_bounds[1] < math.inf:
+        if scale_bounds is not None and not (
+            isinstance(scale_bounds, Sequence)
+            and len(scale_bounds) == 2
+            and 0 < scale_bounds[0] <= 1 <= scale_bounds[1] < math.inf
+        ):
             raise ValueError(
                 f"`scale_bounds` must be two positive numbers around 1, such as (0.5, 2.0), got {scale_bounds!r}."
             )
-        if not callable(hyper_optimizer):
+        if hyper_optimizer is not None and not callable(hyper_optimizer):
             raise TypeError(
                 "`hyper_optimizer` must make an optimiser from parameters and `lr`, such as `torch.optim.Adam` or a"
                 f" `functools.partial` of it, got {type(hyper_optimizer).__name__}."
@@ -174,7 +184,8 @@ class FedHAWCallback(AggregationRule):
         self.normalise_by = normalise_by
         self.learning_rate = learning_rate
         self.scale_bounds = scale_bounds
-        self.hyper_optimizer = hyper_optimizer
+        self._chooses_hyper_optimizer = hyper_optimizer is None and normalise_by == "lr*steps"
+        self.hyper_optimizer = hyper_optimizer or torch.optim.SGD
         self.memory = memory
 
     @property
@@ -186,6 +197,22 @@ class FedHAWCallback(AggregationRule):
     def scale(self) -> float:
         """The scale in force, ``exp(gamma)``; 1 before the first round."""
         return float(self.state["gamma"].exp()) if "gamma" in self.state else 1.0
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Choose the hyper-optimiser by what the clients train with, if nobody else did."""
+        if self._chooses_hyper_optimizer:
+            plain = all(isinstance(optimizer, torch.optim.SGD) for optimizer in trainer.optimizers)
+            self.hyper_optimizer = torch.optim.SGD if plain else torch.optim.Adam
+
+    def advice(self) -> str:
+        """The scale, if it has left the range in which models live."""
+        low, high = USUAL_SCALES
+        if low <= self.scale <= high:
+            return ""
+        return (
+            f" FedHAW's scale stands at {self.scale:.3g}, and it multiplies the model every round: lower"
+            f" `lr_gamma` ({self.lr_gamma}), set `scale_bounds`, or use `hyper_optimizer=torch.optim.Adam`."
+        )
 
     def init(self, start: Tensor, num_examples: Tensor) -> State:
         """``gamma = 0`` and ``lambda_k = log(n_k / sum_j n_j)``: the weights of FedAvg."""
@@ -200,6 +227,7 @@ class FedHAWCallback(AggregationRule):
         if isinstance(vectors, AccumulatedVectors):
             raise TypeError("FedHAW needs the clients' vectors, not their accumulated sum.")
         state = dict(state)
+        previous_scale = state["gamma"].exp().item()
         metrics: dict[str, float] = {"hypergradient_gamma": 0.0, "hypergradient_lambda": 0.0}
         if "previous_clients" in state:
             state, metrics = self._hyper_step(cohort, vectors, state, server)
@@ -212,6 +240,13 @@ class FedHAWCallback(AggregationRule):
             "previous_displacements": vectors.matrix.to(device),
         }
         metrics |= _summary(state["gamma"], state["lambda_"], cohort.clients, weights)
+        low, high = USUAL_SCALES
+        if not low <= scale <= high and low <= previous_scale <= high:
+            rank_zero_warn(
+                f"FedHAW's scale left [{low}, {high}] in round {cohort.round} ({scale:.3g}); it multiplies the model"
+                " every round. If training suffers, lower `lr_gamma`, set `scale_bounds`, or use"
+                " `hyper_optimizer=torch.optim.Adam`."
+            )
         return RuleStep(vectors.weighted_sum(scale * weights), state, weights, metrics)
 
     def _hyper_step(

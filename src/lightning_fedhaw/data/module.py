@@ -17,7 +17,7 @@ from lightning_fedhaw.data.labels import find_labels
 from lightning_fedhaw.data.partition import IndexPartitioner, Partition, Partitioner, balanced_subset
 from lightning_fedhaw.data.preview import draw_histogram, format_histogram
 from lightning_fedhaw.data.split import split
-from lightning_fedhaw.options import check_whole
+from lightning_fedhaw.options import FederationOptions, check_whole
 
 Source = Dataset[Any] | DataLoader[Any] | Sequence[DataLoader[Any]]
 
@@ -78,6 +78,7 @@ class FederatedDataModule(pl.LightningDataModule):
         for name, number in (("batch_size", batch_size), ("num_clients", num_clients)):
             if number is not None:
                 check_whole(name, number, 1)
+        FederationOptions(partitioner=partitioner)  # the same check and the same sentence
         self.inner = train if isinstance(train, pl.LightningDataModule) else None
         self.num_clients, self.partitioner = num_clients, partitioner
         self.batch_size, self.labels = batch_size, labels
@@ -85,6 +86,7 @@ class FederatedDataModule(pl.LightningDataModule):
         self._loader = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": collate_fn}
         self._drop_last = drop_last
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.dealt: Partition | None = None
         self._train: Dataset[Any] | None = None
         self._proxy_set: Dataset[Any] | None = None
         if self.inner is None:
@@ -173,7 +175,13 @@ class FederatedDataModule(pl.LightningDataModule):
         return self._proxy_set if isinstance(self._proxy, int) else self._proxy
 
     def partition(self, seed: int | None = None) -> Partition:
-        """Who owns which training sample, as a federation with this seed deals them."""
+        """Who owns which training sample: as the last ``fit`` dealt them, before that as one with this seed would.
+
+        Args:
+            seed: The federation's seed; asks for its split even after a ``fit``.
+        """
+        if self.dealt is not None and seed is None:
+            return self.dealt
         partition, _ = split(
             self.train_dataset,
             num_clients=self.num_clients,
@@ -186,20 +194,18 @@ class FederatedDataModule(pl.LightningDataModule):
     def preview(
         self, path: str | Path | None = None, class_names: Sequence[str] | None = None, seed: int | None = None
     ) -> str:
-        """The label histogram of every client, as text and, with a path, as a picture.
+        """The label histogram of every client, as text and, with a path, as a picture; without labels, the sizes.
 
         Args:
             path: Where the picture goes; its suffix chooses the format. Needs matplotlib.
             class_names: Names of the classes.
-            seed: The federation's seed.
-
-        Raises:
-            ValueError: If the data set shows no labels.
+            seed: The federation's seed, where it is not that of the data module.
         """
-        labels = find_labels(self.train_dataset, self.labels)
+        labels, partition = find_labels(self.train_dataset, self.labels), self.partition(seed)
         if labels is None:
-            raise ValueError("`preview` counts labels, and the data set shows none. Give `labels=` to the data module.")
-        histogram = self.partition(seed).histogram(labels)
+            histogram, class_names = partition.sizes[:, None], class_names or ["any"]
+        else:
+            histogram = partition.histogram(labels)
         if path is not None:
             draw_histogram(histogram, path, class_names)
         return format_histogram(histogram, class_names)

@@ -143,7 +143,7 @@ class Partitioner(ABC):
         check_whole("num_samples", num_samples, 1)
         if num_samples < clients:
             raise ValueError(
-                f"`num_samples` must be at least `num_clients`={clients}, got {num_samples}; use fewer clients."
+                f"`num_clients` must be at most the number of samples, {num_samples}, got {clients}; use fewer clients."
             )
         partition = self._split(clients, self._labels(labels, num_samples), seed)
         _check(partition, clients, num_samples, type(self).__name__)
@@ -174,8 +174,9 @@ class Partitioner(ABC):
         name = type(self).__name__
         if labels is None and self.needs_labels:
             raise ValueError(
-                f"`labels` must be given for {name}, got None; give the labels of all samples, or split without labels"
-                " by `IIDPartitioner()`."
+                f"`labels` must be given for {name}, got None (no integer class labels were found in the data set);"
+                " give the labels of all samples, or split without labels: leave `alpha` out, or use"
+                " `IIDPartitioner()`."
             )
         if labels is not None and len(labels) != num_samples:
             raise ValueError(f"`labels` must have one entry per sample ({num_samples}), got {len(labels)}.")
@@ -784,6 +785,8 @@ class KeyPartitioner(Partitioner):
     """
 
     def __init__(self, keys: Iterable[Hashable]) -> None:
+        if isinstance(keys, str):
+            raise TypeError(f"`keys` must be the column of keys itself, one entry per sample, got the text {keys!r}.")
         values = _listed(keys)
         for sample, key in enumerate(values):
             if not isinstance(key, Hashable):
@@ -825,7 +828,10 @@ class IndexPartitioner(Partitioner):
     """
 
     def __init__(self, indices: Iterable[Iterable[int]]) -> None:
-        given = [_listed(own) for own in indices]
+        lists = list(indices)
+        if not all(isinstance(own, Iterable) for own in lists):
+            raise TypeError(f"`indices` must be a list of lists, one per client, got {lists[:5]}.")
+        given = [_listed(own) for own in lists]
         for client, own in enumerate(given):
             if not all(type(i) is int for i in own):
                 raise TypeError(f"`indices` must be lists of whole numbers, got {own[:5]} .. for client {client}.")

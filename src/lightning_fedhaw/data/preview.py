@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -113,6 +114,7 @@ def draw_histogram(
     handles = [Patch(facecolor=colours[c], label=names[c]) for c in shown]
     figure.legend(handles=handles, title="class", loc="outside right upper", frameon=False, handlelength=1.0)
     if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     return figure
 
