@@ -577,3 +577,21 @@ def test_rules_see_the_proxy_data():
         Classifier(), FederatedDataModule(samples(300), num_clients=4, proxy=30)
     )
     assert rule.seen == 30
+
+
+def test_an_observer_that_fails_after_the_aggregation_undoes_the_round():
+    from lightning_fedhaw import RoundObserver
+
+    class Fails(RoundObserver):
+        def on_round_end(self, trainer, pl_module, report):
+            if report.round == 1 and not getattr(self, "failed", False):
+                self.failed = True
+                raise RuntimeError("boom")
+
+    rule, module, straight = FedHAWCallback(), Classifier(), Classifier()
+    runner = trainer(rule=rule, callbacks=[Fails()])
+    with pytest.raises(RuntimeError, match="boom"):
+        runner.fit(module, loader())
+    runner.fit(module, loader())
+    trainer(rule=FedHAWCallback()).fit(straight, loader())
+    assert torch.equal(flat(module), flat(straight))

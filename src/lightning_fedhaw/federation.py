@@ -181,13 +181,14 @@ class Federation:
             FloatingPointError: If a client returns NaN or infinity and ``on_nonfinite="raise"``, or if every client
                 that was heard does.
         """
-        before = self._memories()
+        before, model, state = self._memories(), (self.server.parameters(), self.server.buffers), self.rule.state
         self.in_round = True
         try:
             return self._play(round_)
         except BaseException:
             self._restore_memories(before)
-            self.restore_module()
+            self.rule.state = state
+            self.server.put_back(*model)
             raise
         finally:
             self.in_round = False
@@ -410,9 +411,8 @@ class Federation:
                 norm.momentum = momentum
                 norm.train(training)
         recomputed = {id(b) for norm in norms for b in norm.buffers()}
-        for name, buffer in module.named_buffers():
-            if id(buffer) in recomputed:
-                self.server.buffers[name] = buffer.detach().clone()
+        fresh = {n: b.detach().clone() for n, b in module.named_buffers() if id(b) in recomputed}
+        self.server.buffers = {**self.server.buffers, **fresh}
         # Whatever else the passes changed is not theirs to change.
         self.restore_module()
 

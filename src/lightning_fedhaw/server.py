@@ -55,6 +55,11 @@ class Server:
             self.buffers = {name: buffers[name].detach().clone() for name in self.buffers}
         self.write(self._vector, self.buffers)
 
+    def put_back(self, parameters: Tensor, buffers: dict[str, Tensor]) -> None:
+        """Make parameters and buffers that were the server's before its own again, after a round that failed."""
+        self._vector, self.buffers = parameters, buffers
+        self.write(parameters, buffers)
+
     @torch.no_grad()
     def write(self, parameters: Tensor, buffers: Mapping[str, Tensor]) -> None:
         """Put parameters ``[P]`` and buffers into the module without making them the server's."""
