@@ -166,3 +166,21 @@ def test_a_checkpoint_of_a_central_run_is_refused():
     central.save_checkpoint("central.ckpt")
     with pytest.raises(ValueError, match="was not written by a federation"):
         fit(4, ckpt_path="central.ckpt")
+
+
+def test_going_on_with_other_rounds_is_said():
+    fit(2)
+    with pytest.warns(UserWarning, match="`local_epochs` from None to 2"):
+        fit(3, ckpt_path="kept/last.ckpt", local_epochs=2)
+
+
+def test_the_closing_table_says_nothing_twice():
+    class Both(Classifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("both", 1.0, on_step=True, on_epoch=True)
+            return loss
+
+    runner = trainer(rounds=1)
+    runner.fit(Both(), loader())
+    assert set(runner.federation_summary["metrics"]) == {"train_loss", "both"}

@@ -161,6 +161,12 @@ class Federation:
             "seed": self.seed,
         }
 
+    @property
+    def _round_options(self) -> dict[str, Any]:
+        """What may change between two parts of a run, but seldom should."""
+        names = ("clients_per_round", "local_epochs", "local_steps", "optimizer_state", "buffers")
+        return {**{name: getattr(self.options, name) for name in names}, "batch_size": self.data.settings.batch_size}
+
     def cohort(self, round_: int) -> list[int]:
         """The clients that are drawn for a round."""
         count = self.data.num_clients
@@ -480,6 +486,7 @@ class Federation:
         """Everything that is not in the module, the rule or another callback; plain values and tensors."""
         state: dict[str, Any] = {
             "fingerprint": self.fingerprint,
+            "round_options": self._round_options,
             "optimizers": dict(self.engine.kept),
             "buffers": dict(self.local_buffers),
             "tally": {**vars(self.tally), "seconds": dict(self.tally.seconds)},
@@ -509,6 +516,12 @@ class Federation:
                     f" {theirs[key]!r} there and is {ours[key]!r} here. Resume with the arguments of that run, or"
                     " start anew from its weights with `load_from_checkpoint`."
                 )
+        changed = {
+            k: (v, self._round_options[k]) for k, v in state["round_options"].items() if v != self._round_options[k]
+        }
+        if changed:
+            told = ", ".join(f"`{name}` from {then} to {now}" for name, (then, now) in changed.items())
+            rank_zero_warn(f"Going on with another way to play a round than before: {told}.")
         self.engine.kept = dict(state["optimizers"])
         self.local_buffers = {k: dict(v) for k, v in state["buffers"].items()}
         self.tally = Tally(**{**state["tally"], "seconds": dict(state["tally"]["seconds"])})

@@ -303,7 +303,7 @@ class RoundLoop(_FitLoop):
             rates.append(f"hyper_optimizer={getattr(rule.hyper_optimizer, '__name__', rule.hyper_optimizer)}")
         rank_zero_info(
             f"Federation: {type(rule).__name__}({', '.join(rates)}), {data.num_clients} clients with"
-            f" {int(sizes.min())} to {int(sizes.max())} samples, {cohort} a round, batch size"
+            f" {_range(sizes)} samples, {cohort} a round, batch size"
             f" {data.settings.batch_size}, {federation.layout.numel:,} parameters, {down / 1e6:.3g} MB each way a round"
             + (f". Assumed: {'; '.join(assumed)}." if assumed else ".")
         )
@@ -350,7 +350,7 @@ class RoundLoop(_FitLoop):
             "clients": federation.data.num_clients,
             "clients_per_round": tally.heard / max(rounds, 1),
             "parameters": federation.layout.numel,
-            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items() if _is_headline(name)},
+            "metrics": _headlines(trainer.callback_metrics),
             "client_metrics": client_metrics,
             "clients_measured_on": "held-out data" if federation.options.client_val_fraction else "training data",
             "bytes_down": tally.bytes_down,
@@ -641,6 +641,13 @@ def _merged_value(logged: Logged) -> float:
     return value
 
 
-def _is_headline(name: str) -> bool:
-    """Whether a metric belongs in the closing table: per-client weights and the rule's inner numbers do not."""
-    return not name.startswith(("lambda/", "weight/", "hypergradient", "gamma", "scale", "clients_", "summary/"))
+def _range(sizes: Tensor) -> str:
+    low, high = int(sizes.min()), int(sizes.max())
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _headlines(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """What belongs in the closing table: not per-client weights and the rule's inner numbers, and nothing twice."""
+    inner = ("lambda/", "weight/", "hypergradient", "gamma", "scale", "clients_", "summary/")
+    again = {f"{name}{suffix}" for name in metrics for suffix in ("_step", "_epoch")}
+    return {n: float(value) for n, value in metrics.items() if not n.startswith(inner) and n not in again}
