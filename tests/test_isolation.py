@@ -595,3 +595,51 @@ def test_an_observer_that_fails_after_the_aggregation_undoes_the_round():
     runner.fit(module, loader())
     trainer(rule=FedHAWCallback()).fit(straight, loader())
     assert torch.equal(flat(module), flat(straight))
+
+
+def test_a_failed_round_puts_schedules_of_manual_optimisation_back():
+    def make(breaks):
+        class Steps(Classifier):
+            def __init__(self):
+                super().__init__()
+                self.automatic_optimization = False
+                self.calls = 0
+
+            def training_step(self, batch, batch_idx):
+                self.calls += 1
+                if breaks and self.calls == 25:
+                    raise RuntimeError("pulled the plug")
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(cross_entropy(self.net(batch[0]), batch[1]))
+                optimizer.step()
+                self.lr_schedulers().step()
+
+            def configure_optimizers(self):
+                optimizer = torch.optim.SGD(self.parameters(), lr=0.2)
+                return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+        return Steps()
+
+    straight, crashing = make(False), make(True)
+    trainer().fit(straight, loader())
+    runner = trainer()
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        runner.fit(crashing, loader())
+    (config,) = runner.lr_scheduler_configs
+    began, rate = config.scheduler.last_epoch, runner.optimizers[0].param_groups[0]["lr"]
+    assert runner.global_step == 1, "it broke in the second round"
+    assert rate == pytest.approx(0.2 * 0.9**began)
+    runner.save_checkpoint("crashed.ckpt")
+    again = make(False)
+    trainer().fit(again, loader(), ckpt_path="crashed.ckpt")
+    assert torch.equal(flat(straight), flat(again))
+
+
+def test_a_batch_of_one_that_batch_norm_cannot_take_says_what_to_do():
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel") as caught:
+        trainer(num_clients=1).fit(Classifier(norm=True), DataLoader(samples(9), batch_size=8, shuffle=True))
+    if hasattr(caught.value, "add_note"):
+        assert (
+            "client 0, round 0, a batch of 1. Leave such batches out by `drop_last=True`" in caught.value.__notes__[0]
+        )

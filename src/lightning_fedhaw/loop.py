@@ -8,7 +8,7 @@ meaning, and ``global_step`` counts rounds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -39,7 +39,7 @@ from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.progress import replace_default_bar
 from lightning_fedhaw.refusals import check_callbacks, check_trainer
 from lightning_fedhaw.server import Server, step_arguments
-from lightning_fedhaw.summary import client_statistics, flat_numbers, format_summary, spread
+from lightning_fedhaw.summary import client_statistics, flat_numbers, format_summary
 
 DEVELOPMENT_ROUNDS = 2
 DEVELOPMENT_CLIENTS = 2
@@ -228,7 +228,7 @@ class RoundLoop(_FitLoop):
             host,
             server,
             data,
-            self._sampler(options, data, assumed),
+            self._sampler(options),
             rule,
             trainer.callbacks,
             options,
@@ -274,17 +274,10 @@ class RoundLoop(_FitLoop):
 
         return observe
 
-    def _sampler(self, options: FederationOptions, data: ClientData, assumed: list[str]) -> CohortSampler:
+    def _sampler(self, options: FederationOptions) -> CohortSampler:
         if options.sampler is not None:
             return options.sampler  # type: ignore[no-any-return]
-        per_round = options.clients_per_round
-        if per_round is None:
-            return EveryoneSampler()
-        if isinstance(per_round, int) and per_round > data.num_clients:
-            raise ValueError(
-                f"`clients_per_round` must be at most the number of clients, {data.num_clients}, got {per_round}."
-            )
-        return UniformSampler(per_round)
+        return EveryoneSampler() if options.clients_per_round is None else UniformSampler(options.clients_per_round)
 
     def _announce(self, federation: Federation, assumed: list[str], options: FederationOptions) -> None:
         """One line with what will happen, and what was assumed because nobody said it."""
@@ -295,14 +288,8 @@ class RoundLoop(_FitLoop):
         if options.local_epochs is None and options.local_steps is None:
             assumed = [*assumed, "one local epoch"]
         down = cohort * federation.message_bytes
-        rule = federation.rule
-        rates = [
-            f"{name}={getattr(rule, name)}" for name in ("lr_gamma", "lr_lambda", "normalise_by") if hasattr(rule, name)
-        ]
-        if hasattr(rule, "hyper_optimizer"):
-            rates.append(f"hyper_optimizer={getattr(rule.hyper_optimizer, '__name__', rule.hyper_optimizer)}")
         rank_zero_info(
-            f"Federation: {type(rule).__name__}({', '.join(rates)}), {data.num_clients} clients with"
+            f"Federation: {federation.rule.describe()}, {data.num_clients} clients with"
             f" {_range(sizes)} samples, {cohort} a round, batch size"
             f" {data.settings.batch_size}, {federation.layout.numel:,} parameters, {down / 1e6:.3g} MB each way a round"
             + (f". Assumed: {'; '.join(assumed)}." if assumed else ".")
@@ -350,7 +337,8 @@ class RoundLoop(_FitLoop):
             "clients": federation.data.num_clients,
             "clients_per_round": tally.heard / max(rounds, 1),
             "parameters": federation.layout.numel,
-            "metrics": _headlines(trainer.callback_metrics),
+            "metrics": _headlines(trainer.callback_metrics, self.epoch_loop.rule_metrics),
+            **rule.summary(),
             "client_metrics": client_metrics,
             "clients_measured_on": "held-out data" if federation.options.client_val_fraction else "training data",
             "bytes_down": tally.bytes_down,
@@ -360,10 +348,6 @@ class RoundLoop(_FitLoop):
             "skipped_steps": tally.skipped_steps,
             "seconds": dict(tally.seconds),
         }
-        if "gamma" in rule.state:
-            weights = torch.softmax(rule.state["lambda_"], 0)
-            summary["scale"] = float(rule.state["gamma"].exp())
-            summary["weight_min"], summary["weight_max"] = spread(weights)
         trainer.federation_summary = summary
         if trainer.is_global_zero:
             for logger in trainer.loggers:
@@ -393,6 +377,10 @@ class RoundLoop(_FitLoop):
 
 class _RoundEpochLoop(_TrainingEpochLoop):
     """An epoch with one batch, which is a round."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rule_metrics: set[str] = set()
 
     @property
     def batch_idx(self) -> int:
@@ -471,8 +459,11 @@ class _RoundEpochLoop(_TrainingEpochLoop):
         for name, logged in report.logged.items():
             keep = ("prog_bar", "logger", "on_step", "on_epoch")
             write(name, _merged_value(logged), {key: logged.options[key] for key in keep})
+        trainer: Any = self.trainer
+        in_bar = trainer.fit_loop.federation.rule.prog_bar
+        self.rule_metrics |= report.metrics.keys()
         for name, value in report.metrics.items():
-            write(name, value, {"on_step": True, "on_epoch": False, "prog_bar": name == "scale"})
+            write(name, value, {"on_step": True, "on_epoch": False, "prog_bar": name in in_bar})
 
 
 class _Host:
@@ -646,8 +637,7 @@ def _range(sizes: Tensor) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _headlines(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """What belongs in the closing table: not per-client weights and the rule's inner numbers, and nothing twice."""
-    inner = ("lambda/", "weight/", "hypergradient", "gamma", "scale", "clients_", "summary/")
+def _headlines(metrics: Mapping[str, Tensor], inner: Collection[str]) -> dict[str, float]:
+    """What belongs in the closing table: not the rule's inner numbers, and nothing twice."""
     again = {f"{name}{suffix}" for name in metrics for suffix in ("_step", "_epoch")}
-    return {n: float(value) for n, value in metrics.items() if not n.startswith(inner) and n not in again}
+    return {name: float(value) for name, value in metrics.items() if name not in inner and name not in again}

@@ -121,18 +121,11 @@ class FederationOptions:
     def _check_round(self) -> None:
         per_round = self.clients_per_round
         if per_round is not None:
-            if isinstance(per_round, float):
-                if not 0.0 < per_round <= 1.0:
-                    raise ValueError(
-                        f"`clients_per_round` as a float is a share of all clients in (0, 1], got {per_round}; give an"
-                        " int for a number of clients."
-                    )
-            else:
-                check_whole("clients_per_round", per_round, 1)
-                if self.num_clients is not None and per_round > self.num_clients:
-                    raise ValueError(
-                        f"`clients_per_round` must be at most `num_clients`={self.num_clients}, got {per_round}."
-                    )
+            check_number_or_share("clients_per_round", per_round)
+            if isinstance(per_round, int) and self.num_clients is not None and per_round > self.num_clients:
+                raise ValueError(
+                    f"`clients_per_round` must be at most `num_clients`={self.num_clients}, got {per_round}."
+                )
         if self.sampler is not None:
             if per_round is not None:
                 raise ValueError("Give `clients_per_round` or `sampler`, not both: a sampler knows how many come.")
@@ -212,3 +205,18 @@ def check_whole(name: str, value: Any, least: int) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+
+
+def check_number_or_share(name: str, value: Any) -> None:
+    """Refuse what is neither a whole number of clients nor, as a float, a share of all of them.
+
+    Raises:
+        ValueError: Naming the argument, what is allowed, and what came.
+    """
+    if not isinstance(value, float):
+        check_whole(name, value, 1)
+    elif not 0.0 < value <= 1.0:
+        raise ValueError(
+            f"`{name}` as a float is a share of all clients in (0, 1], got {value}; give an int for a number of"
+            " clients."
+        )

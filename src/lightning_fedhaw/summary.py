@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 PHASES = ("broadcast", "local training", "channel", "aggregation", "validation")
@@ -110,8 +109,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return f" {cells[0]:<{widths[0]}}{rest}".rstrip()
 
     return "\n".join([rule, line(head), rule, *map(line, rows), rule])
-
-
-def spread(weights: Tensor) -> tuple[float, float]:
-    """Smallest and largest weight."""
-    return torch.min(weights).item(), torch.max(weights).item()

@@ -87,7 +87,7 @@ def test_clients_per_round_out_of_range(sampler, per_round):
 
 @pytest.mark.parametrize("sampler", [UniformSampler(6), WeightedSampler(6)])
 def test_more_than_there_are(sampler):
-    with pytest.raises(ValueError, match="`clients_per_round` must be at most the number of clients 5, got 6"):
+    with pytest.raises(ValueError, match="`clients_per_round` must be at most the number of clients, 5, got 6"):
         draw(sampler)
 
 

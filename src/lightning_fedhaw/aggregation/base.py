@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -100,6 +100,17 @@ class AggregationRule(Callback):
             state: The state after the last round. Not changed: the new state is part of the answer.
             server: The parameter layout, and a loss that is differentiable in the global parameters.
         """
+
+    prog_bar: Sequence[str] = ()
+    """Names among the rule's metrics that belong into the progress bar."""
+
+    def describe(self) -> str:
+        """The rule and its settings, for the line that opens a run."""
+        return type(self).__name__
+
+    def summary(self) -> dict[str, float]:
+        """What the rule has learned, for the table that closes a run; nothing by default."""
+        return {}
 
     def advice(self) -> str:
         """What a user should know of the rule's state when training has diverged; nothing by default."""

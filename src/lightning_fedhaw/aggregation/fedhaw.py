@@ -188,6 +188,8 @@ class FedHAWCallback(AggregationRule):
         self.hyper_optimizer = hyper_optimizer or torch.optim.SGD
         self.memory = memory
 
+    prog_bar = ("scale",)
+
     @property
     def needs_learning_rates(self) -> bool:  # type: ignore[override]
         """Whether the local learning rate is read from the clients' optimiser."""
@@ -203,6 +205,19 @@ class FedHAWCallback(AggregationRule):
         if self._chooses_hyper_optimizer:
             plain = all(isinstance(optimizer, torch.optim.SGD) for optimizer in trainer.optimizers)
             self.hyper_optimizer = torch.optim.SGD if plain else torch.optim.Adam
+
+    def describe(self) -> str:
+        """The rule and its settings, for the line that opens a run."""
+        hyper = getattr(self.hyper_optimizer, "__name__", self.hyper_optimizer)
+        return (
+            f"FedHAWCallback(lr_gamma={self.lr_gamma}, lr_lambda={self.lr_lambda}, jacobian={self.jacobian},"
+            f" normalise_by={self.normalise_by}, hyper_optimizer={hyper})"
+        )
+
+    def summary(self) -> dict[str, float]:
+        """The scale, and the range of the weights over all clients."""
+        weights = torch.softmax(self.state["lambda_"], 0)
+        return {"scale": self.scale, "weight_min": weights.min().item(), "weight_max": weights.max().item()}
 
     def advice(self) -> str:
         """The scale, if it has left the range in which models live."""

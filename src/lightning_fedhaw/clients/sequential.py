@@ -101,6 +101,7 @@ class SequentialEngine:
         furthest = settings, schedules
         scale = host.scaler.state_dict() if host.scaler is not None else None
         scales: list[dict[str, Any]] = []
+        complete = False
         step, modes = self._make_step(), _Modes(host.module, self.layout)
         try:
             with isolated_randomness(host.device), LogRecorder(host.module, host.callbacks) as recorder:
@@ -117,7 +118,10 @@ class SequentialEngine:
                         furthest = _settings(host.optimizers), host.schedules()
                     if scale is not None:
                         scales.append(host.scaler.state_dict())
+            complete = True
         finally:
+            if not complete:  # the round failed, and will be played again from where it began
+                furthest, scales = (settings, schedules), [] if scale is None else [scale]
             modes.restore()
             host.module.zero_grad(set_to_none=True)
             for optimizer in host.optimizers:
@@ -126,8 +130,8 @@ class SequentialEngine:
             host.load_schedules(furthest[1])
             close: Callable[[], None] = getattr(step, "close", lambda: None)
             close()
-        if scales:
-            host.scaler.load_state_dict(min(scales, key=lambda state: state["scale"]))
+            if scales:
+                host.scaler.load_state_dict(min(scales, key=lambda state: state["scale"]))
 
     def _make_step(self) -> PlainSGDStep | AutomaticStep | ManualStep:
         if not self.host.module.automatic_optimization:
@@ -208,7 +212,9 @@ class SequentialEngine:
                 host.on_batch_end(outputs, data, batch.index)
             except Exception as error:
                 if hasattr(error, "add_note"):  # Python 3.11
-                    error.add_note(f"In local training: client {client}, round {host.round}, a batch of {batch.size}.")
+                    remedy = " Leave such batches out by `drop_last=True` or another `batch_size`." * (batch.size == 1)
+                    where = f"client {client}, round {host.round}, a batch of {batch.size}"
+                    error.add_note(f"In local training: {where}.{remedy}")
                 raise
         return counts
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,7 @@ class FederatedDataModule(pl.LightningDataModule):
         self._val, self._test, self._proxy = val, test, proxy
         self._loader = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": collate_fn}
         self._drop_last = drop_last
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.seed = FederationOptions(seed=seed).resolved_seed
         self.dealt: Partition | None = None
         self._train: Dataset[Any] | None = None
         self._proxy_set: Dataset[Any] | None = None

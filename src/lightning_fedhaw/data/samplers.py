@@ -10,7 +10,7 @@ from math import floor
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.options import check_whole
+from lightning_fedhaw.options import check_number_or_share
 from lightning_fedhaw.streams import stream
 
 
@@ -59,7 +59,7 @@ class UniformSampler(CohortSampler):
     clients_per_round: int | float
 
     def __post_init__(self) -> None:
-        _check_per_round(self.clients_per_round)
+        check_number_or_share("clients_per_round", self.clients_per_round)
 
     def sample(self, round_: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
         """A uniform draw without replacement; see :meth:`CohortSampler.sample`."""
@@ -85,7 +85,7 @@ class WeightedSampler(CohortSampler):
     weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        _check_per_round(self.clients_per_round)
+        check_number_or_share("clients_per_round", self.clients_per_round)
         if self.weights is None:
             return
         weights = torch.as_tensor(self.weights, dtype=torch.float64)
@@ -146,19 +146,9 @@ class FixedSequenceSampler(CohortSampler):
         return cohort
 
 
-def _check_per_round(per_round: int | float) -> None:
-    if not isinstance(per_round, float):
-        check_whole("clients_per_round", per_round, 1)
-    elif not 0.0 < per_round <= 1.0:
-        raise ValueError(
-            f"`clients_per_round` as a float is a share of all clients in (0, 1], got {per_round}; give an int for a"
-            " number of clients."
-        )
-
-
 def _cohort_size(per_round: int | float, num_clients: int) -> int:
     if isinstance(per_round, float):
         return max(1, floor(per_round * num_clients + 0.5))
     if per_round > num_clients:
-        raise ValueError(f"`clients_per_round` must be at most the number of clients {num_clients}, got {per_round}.")
+        raise ValueError(f"`clients_per_round` must be at most the number of clients, {num_clients}, got {per_round}.")
     return per_round
