@@ -16,9 +16,10 @@ from torchmetrics import Metric
 
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep
 from lightning_fedhaw.channel.base import Channel
+from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit
 from lightning_fedhaw.clients.objective import ClientObjective
 from lightning_fedhaw.clients.records import Logged, LogRecorder, merge
-from lightning_fedhaw.clients.sequential import LocalPlan, SequentialEngine, Visit
+from lightning_fedhaw.clients.sequential import SequentialEngine
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import AccumulatedVectors, ClientUpdate, ClientVectors, Cohort
 from lightning_fedhaw.data.federation import ClientData
@@ -131,7 +132,7 @@ class Federation:
             optimizer_state=options.optimizer_state,
             seed=self.seed,
         )
-        self.engine = SequentialEngine(host, server.layout, data, plan, objectives)
+        self.engine: Engine = SequentialEngine(host, server.layout, data, plan, objectives)
         self.local_buffers: dict[int, dict[str, Tensor]] = {}
         self.tally = Tally()
         self.in_round = False
@@ -282,7 +283,7 @@ class Federation:
         updates: list[ClientUpdate] = []
         trainees = [client for client in heard if client not in lost]
         visits = (
-            Visit(client, heard[client], self.local_buffers.get(client, self.server.buffers), store.slot())
+            Visit(client, heard[client], self.local_buffers.get(client, self.server.buffers), store.slot)
             for client in trainees
         )
         with closing(self.engine.run(visits)) as training:
@@ -560,7 +561,7 @@ class _Store:
         return self.scratch
 
     def commit(self, update: ClientUpdate, *, heard: bool) -> None:
-        """Keep what stands in the slot."""
+        """Keep an update, whether its displacement stands in the slot or elsewhere."""
         self.updates.append(update)
         self.heard.append(heard)
 
@@ -593,10 +594,10 @@ class _Rows(_Store):
         return self.matrix[len(self)] if self.in_place else self.scratch
 
     def commit(self, update: ClientUpdate, *, heard: bool) -> None:
-        if not self.in_place:
-            row = self.matrix[len(self)]
-            row.copy_(self.scratch)
-            if not all_finite(row):
+        row = self.matrix[len(self)]
+        if update.displacement.data_ptr() != row.data_ptr():
+            row.copy_(update.displacement)
+            if row.dtype != update.displacement.dtype and not all_finite(row):
                 raise FloatingPointError(
                     f"The update of client {update.client} does not fit into `storage_dtype`={row.dtype}. Use"
                     " torch.bfloat16, which has the range of float32, or leave it out."
@@ -620,7 +621,7 @@ class _Sum(_Store):
 
     def commit(self, update: ClientUpdate, *, heard: bool) -> None:
         weight = float(self.rule.raw_weight(update))
-        self.total.add_(self.scratch, alpha=weight)
+        self.total.add_(update.displacement, alpha=weight)
         self.raw_weights.append(weight)
         super().commit(update, heard=heard)
 

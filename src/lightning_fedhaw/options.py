@@ -15,6 +15,9 @@ BufferPolicy = Literal["average", "keep", "local", "recalibrate"]
 OnNonfinite = Literal["exclude", "raise"]
 EmptyRound = Literal["skip", "follow"]
 Storage = Literal["auto", "device", "host"]
+EngineName = Literal["auto", "sequential", "vectorized"]
+DataDevice = Literal["auto", "model", "cpu"]
+Reduction = Literal["fast", "ordered"]
 
 STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -54,6 +57,20 @@ class FederationOptions:
         storage: Where the cohort's vectors are kept. ``"auto"``: nowhere if the rule only needs their weighted sum,
             else on the model's device. ``"device"``, ``"host"``: there.
         storage_dtype: Dtype of the stored displacements, such as ``torch.bfloat16``; the layout's by default.
+        engine: How a cohort trains. ``"sequential"``: one client after another; takes any module. ``"vectorized"``: all
+            at once in one batched computation; takes modules whose step is a function. ``"auto"``: by the rule in
+            ``docs/speed.md``.
+        compile_clients: Whether the vectorized engine compiles its step with ``torch.compile``, from the second round
+            on; pays for small models and many rounds.
+        chunk_memory: Bytes that the vectorized engine may use at a time, such as ``2**30``; more clients than fit are
+            trained chunk by chunk. Default: a quarter of the memory that is free.
+        channels_last: Whether 4-D parameters and inputs are laid out channels-last while clients train; faster for
+            most convolutional models.
+        data_device: Where training data that is tensors in memory is kept. ``"model"``: on the model's device, moved
+            once. ``"cpu"``: where it is; batches are moved. ``"auto"``: on the model's device if it fits into half of
+            the memory that is free there.
+        reduction: How sums over clients are formed on several processes. ``"fast"``: each process sums its own
+            clients. ``"ordered"``: in the order of the clients, which gives the bits of one process.
         seed: Seed of every draw the federation makes. Default: the one given to ``seed_everything``, else 0.
     """
 
@@ -73,6 +90,12 @@ class FederationOptions:
     client_eval: bool = True
     storage: Storage = "auto"
     storage_dtype: torch.dtype | None = None
+    engine: EngineName = "auto"
+    compile_clients: bool = False
+    chunk_memory: int | None = None
+    channels_last: bool = False
+    data_device: DataDevice = "auto"
+    reduction: Reduction = "fast"
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -84,6 +107,11 @@ class FederationOptions:
             ("on_nonfinite", get_args(OnNonfinite)),
             ("empty_round", get_args(EmptyRound)),
             ("storage", get_args(Storage)),
+            ("engine", get_args(EngineName)),
+            ("compile_clients", (True, False)),
+            ("channels_last", (True, False)),
+            ("data_device", get_args(DataDevice)),
+            ("reduction", get_args(Reduction)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -97,6 +125,8 @@ class FederationOptions:
         if self.storage_dtype not in (None, *STORAGE_DTYPES):
             names = ", ".join(map(str, STORAGE_DTYPES))
             raise ValueError(f"`storage_dtype` must be a floating-point dtype of {names}, got {self.storage_dtype}.")
+        if self.chunk_memory is not None:
+            check_whole("chunk_memory", self.chunk_memory, 1)
         if self.seed is not None:
             check_whole("seed", self.seed, 0)
 

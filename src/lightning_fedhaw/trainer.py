@@ -43,6 +43,12 @@ class FederatedTrainer(pl.Trainer):
         client_eval: As there.
         storage: As there.
         storage_dtype: As there.
+        engine: As there.
+        compile_clients: As there.
+        chunk_memory: As there.
+        channels_last: As there.
+        data_device: As there.
+        reduction: As there.
         seed: As there.
         kwargs: The arguments of ``lightning.pytorch.Trainer``.
 
@@ -81,6 +87,12 @@ class FederatedTrainer(pl.Trainer):
         client_eval: bool = True,
         storage: Literal["auto", "device", "host"] = "auto",
         storage_dtype: torch.dtype | None = None,
+        engine: Literal["auto", "sequential", "vectorized"] = "auto",
+        compile_clients: bool = False,
+        chunk_memory: int | None = None,
+        channels_last: bool = False,
+        data_device: Literal["auto", "model", "cpu"] = "auto",
+        reduction: Literal["fast", "ordered"] = "fast",
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -101,6 +113,12 @@ class FederatedTrainer(pl.Trainer):
             client_eval=client_eval,
             storage=storage,
             storage_dtype=storage_dtype,
+            engine=engine,
+            compile_clients=compile_clients,
+            chunk_memory=chunk_memory,
+            channels_last=channels_last,
+            data_device=data_device,
+            reduction=reduction,
             seed=seed,
         )
         given = kwargs.get("callbacks") or []

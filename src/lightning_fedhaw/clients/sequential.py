@@ -4,90 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.clients.objective import ClientObjective
+from lightning_fedhaw.clients.engine import Engine, Visit
 from lightning_fedhaw.clients.records import LogRecorder
-from lightning_fedhaw.clients.steps import AutomaticStep, Host, ManualStep, PlainSGDStep, StepCounts
+from lightning_fedhaw.clients.steps import AutomaticStep, ManualStep, PlainSGDStep, StepCounts
 from lightning_fedhaw.cohort import ClientUpdate
-from lightning_fedhaw.data.federation import ClientData
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.layout import ParameterLayout
-from lightning_fedhaw.options import OptimizerState
 from lightning_fedhaw.streams import seed_of
 
 
-@dataclass(frozen=True)
-class LocalPlan:
-    """What a client does in a round.
+class SequentialEngine(Engine):
+    """Trains clients one by one in the user's module."""
 
-    Attributes:
-        epochs: Passes over its data; or
-        steps: optimiser steps.
-        limit: Batches a pass at most: a number, or a share of the pass.
-        optimizer_state: Whether clients find the optimiser state they left behind.
-        seed: The federation's seed.
-    """
-
-    epochs: int | None
-    steps: int | None
-    limit: int | float | None
-    optimizer_state: OptimizerState
-    seed: int
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One client's call: what it heard, and where its displacement goes.
-
-    Attributes:
-        client: The client's number.
-        start: ``[P]``, the parameters it starts from.
-        buffers: The buffers it starts from.
-        out: ``[P]``, on the model's device; the engine writes the displacement into it.
-    """
-
-    client: int
-    start: Tensor
-    buffers: Mapping[str, Tensor]
-    out: Tensor
-
-
-class SequentialEngine:
-    """Trains clients one by one in the user's module.
-
-    Args:
-        host: The trainer around it.
-        layout: Where each trainable parameter lives in the flat vector.
-        data: The clients' data.
-        plan: What a client does in a round.
-        objectives: What clients add to their loss.
-
-    Attributes:
-        kept: With ``optimizer_state="kept"``, each client's optimiser states, by position of the parameter.
-    """
-
-    def __init__(
-        self,
-        host: Host,
-        layout: ParameterLayout,
-        data: ClientData,
-        plan: LocalPlan,
-        objectives: Sequence[ClientObjective] = (),
-    ) -> None:
-        self.host = host
-        self.layout = layout
-        self.data = data
-        self.plan = plan
-        self.objectives = objectives
-        self.kept: dict[int, list[dict[int, dict[str, Any]]]] = {}
-
-    def run(self, visits: Iterator[Visit]) -> Generator[ClientUpdate, None, None]:
+    def run(self, visits: Iterable[Visit]) -> Generator[ClientUpdate, None, None]:
         """Train the cohort, one client at a time.
 
         The module holds a client's model while it trains; whoever runs the engine puts the server's back.
@@ -167,25 +102,17 @@ class SequentialEngine:
         }
         # Read anew: a step may have put another tensor in a buffer's place.
         ended = dict(host.module.named_buffers())
-        self.layout.read(parameters, out=visit.out)
-        visit.out.sub_(visit.start)
+        displacement = self.layout.read(parameters, out=visit.slot()).sub_(visit.start)
         return ClientUpdate(
             client=client,
             num_examples=len(self.data.train_indices[client]),
             num_steps=counts.made,
             num_skipped=counts.skipped,
-            displacement=visit.out,
+            displacement=displacement,
             buffers={name: _same_shape(name, ended.get(name), value) for name, value in visit.buffers.items()},
             logged=recorder.collect(),
             memory=memory,
         )
-
-    def commit(self, update: ClientUpdate) -> None:
-        """Let a client whose update was heard find its state again next time."""
-        if self.plan.optimizer_state == "kept":
-            self.kept[update.client] = update.memory["optimizers"]
-        for objective, state in zip(self.objectives, update.memory["objectives"], strict=True):
-            objective.keep_client_state(update.client, state)
 
     def _train(self, client: int, step: Any, recorder: LogRecorder, penalty: Callable[[], Tensor] | None) -> StepCounts:
         host, plan, counts = self.host, self.plan, StepCounts()

@@ -1,0 +1,101 @@
+"""What every engine is given, and what it gives back: the local plan, a visit, and the memory of clients."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_fedhaw.clients.objective import ClientObjective
+from lightning_fedhaw.clients.steps import Host
+from lightning_fedhaw.cohort import ClientUpdate
+from lightning_fedhaw.data.federation import ClientData
+from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.options import OptimizerState
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """What a client does in a round.
+
+    Attributes:
+        epochs: Passes over its data; or
+        steps: optimiser steps.
+        limit: Batches a pass at most: a number, or a share of the pass.
+        optimizer_state: Whether clients find the optimiser state they left behind.
+        seed: The federation's seed.
+    """
+
+    epochs: int | None
+    steps: int | None
+    limit: int | float | None
+    optimizer_state: OptimizerState
+    seed: int
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One client's call: what it heard, and where its displacement goes.
+
+    Attributes:
+        client: The client's number.
+        start: ``[P]``, the parameters it starts from.
+        buffers: The buffers it starts from.
+        slot: Gives the place ``[P]``, on the model's device, where the next update is kept: an engine that trains one
+            client at a time writes the displacement there, and saves a copy.
+    """
+
+    client: int
+    start: Tensor
+    buffers: Mapping[str, Tensor]
+    slot: Callable[[], Tensor]
+
+
+class Engine(ABC):
+    """How a cohort trains.
+
+    Args:
+        host: The trainer around it.
+        layout: Where each trainable parameter lives in the flat vector.
+        data: The clients' data.
+        plan: What a client does in a round.
+        objectives: What clients add to their loss.
+
+    Attributes:
+        kept: With ``optimizer_state="kept"``, each client's optimiser states, by position of the parameter.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        layout: ParameterLayout,
+        data: ClientData,
+        plan: LocalPlan,
+        objectives: Sequence[ClientObjective] = (),
+    ) -> None:
+        self.host = host
+        self.layout = layout
+        self.data = data
+        self.plan = plan
+        self.objectives = objectives
+        self.kept: dict[int, list[dict[int, dict[str, Any]]]] = {}
+
+    @abstractmethod
+    def run(self, visits: Iterable[Visit]) -> Generator[ClientUpdate, None, None]:
+        """Train the cohort.
+
+        The module may hold a client's model meanwhile; whoever runs the engine puts the server's back.
+
+        Yields:
+            Each client's update, in the order of the visits.
+        """
+
+    def commit(self, update: ClientUpdate) -> None:
+        """Let a client whose update was heard find its state again next time."""
+        if self.plan.optimizer_state == "kept":
+            self.kept[update.client] = update.memory["optimizers"]
+        for objective, state in zip(self.objectives, update.memory["objectives"], strict=True):
+            objective.keep_client_state(update.client, state)
