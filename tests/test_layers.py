@@ -9,11 +9,11 @@ ROOT = Path(lightning_fedhaw.__file__).parent
 
 # A file or folder may import rows below its own. Inside a folder, files share what the folder is made of.
 ROWS = [
-    {"layout", "streams", "isolation"},
+    {"layout", "streams", "isolation", "ranks"},
     {"cohort", "options", "observer"},
-    {"data", "channel", "aggregation", "summary", "progress", "refusals"},
+    {"data", "channel", "aggregation", "spread", "summary", "progress", "refusals"},
     {"server", "clients"},
-    {"federation"},
+    {"federation", "strategy", "evaluation"},
     {"loop"},
     {"trainer"},
     {"plotting"},

@@ -73,7 +73,10 @@ class ClientVectors:
     @property
     def displacements(self) -> ClientVectors:
         """The same rows measured from the start: ``matrix`` alone."""
-        return ClientVectors(self.matrix) if self.start is not None else self
+        return self._like(self.matrix, None) if self.start is not None else self
+
+    def _like(self, matrix: Tensor, start: Tensor | None) -> ClientVectors:
+        return ClientVectors(matrix, start)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Mix the clients: ``sum_k weights[k] * vector_k``.
@@ -153,8 +156,7 @@ class ClientVectors:
                 torch.mv(matrix[:, i : i + BLOCK].to(scaled).T, scaled, out=mixed[i : i + BLOCK])
         if self.start is None:
             return mixed
-        # The start's share is one scalar times one vector; weights that sum to one leave it exactly alone.
-        return self.start * weights.sum().item() + mixed.to(self.start)
+        return start_share(self.start, weights, mixed)
 
     def _inner(self, vector: Tensor) -> Tensor:
         matrix = self.matrix
@@ -275,6 +277,12 @@ class _Inner(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.vectors.weighted_sum(grad).to(ctx.like), None
+
+
+def start_share(start: Tensor, weights: Tensor, mixed: Tensor) -> Tensor:
+    """A mix of displacements ``[P]`` as a mix of vectors: the start's share is one scalar times one vector."""
+    # Weights that sum to one leave the start exactly alone.
+    return start * weights.sum().item() + mixed.to(start)
 
 
 def _total(parts: Iterator[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,12 +27,16 @@ from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.ranks import Ranks, deal
 from lightning_fedhaw.server import Server, all_finite, averaged_buffers
+from lightning_fedhaw.spread import SpreadVectors
 from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.summary import PHASES
 
 EVALUATION_CAP = 1000
 """Samples a client is evaluated on at most."""
+
+_NOTHING = torch.empty(0)
 
 RECALIBRATION_BATCHES = 50
 """Batches that buffers are recomputed on, over the whole cohort."""
@@ -58,6 +62,38 @@ class Tally:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - begin
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What every process knows of an update.
+
+    Attributes:
+        update: The update, without its vector and what only its client needs.
+        heard: Whether the message really came from the client.
+        raw_weight: Its weight before normalisation, where the rule names it beforehand.
+        rank: The process that holds its vector.
+    """
+
+    update: ClientUpdate
+    heard: bool
+    raw_weight: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one process brings back from its share of a round.
+
+    Attributes:
+        records: What its clients did, in the order of its rows.
+        excluded: A sentence for each client that was left out.
+        aftermath: The state of schedules and loss scale after its clients.
+    """
+
+    records: list[_Record]
+    excluded: list[str]
+    aftermath: Any
 
 
 @dataclass(frozen=True)
@@ -90,6 +126,7 @@ class Federation:
         options: The federation's arguments.
         limit: Batches a local pass at most.
         cohort_cap: Clients a round at most, for a development run.
+        ranks: The processes that share the work; this one alone by default.
     """
 
     def __init__(
@@ -104,11 +141,13 @@ class Federation:
         *,
         limit: int | float | None = None,
         cohort_cap: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.host, self.server, self.data, self.sampler, self.rule = host, server, data, sampler, rule
         self.options = options
         self.seed = options.resolved_seed
         self.cohort_cap = cohort_cap
+        self.ranks = ranks or Ranks()
         channels = [c for c in callbacks if isinstance(c, Channel)]
         self.uplink = [c for c in channels if c.link == "uplink"]
         self.downlink = [c for c in channels if c.link == "downlink"]
@@ -136,6 +175,7 @@ class Federation:
         self.local_buffers: dict[int, dict[str, Tensor]] = {}
         self.tally = Tally()
         self.in_round = False
+        self._homes: dict[int, int] = {}
         self.on_round_start: Callable[[int, list[int]], None] = lambda round_, clients: None
         self.on_client_end: Callable[[ClientUpdate], None] = lambda update: None
         self.on_round_end: Callable[[Report], None] = lambda report: None
@@ -167,6 +207,21 @@ class Federation:
         """What may change between two parts of a run, but seldom should."""
         names = ("clients_per_round", "local_epochs", "local_steps", "optimizer_state", "buffers")
         return {**{name: getattr(self.options, name) for name in names}, "batch_size": self.data.settings.batch_size}
+
+    def check_agreement(self) -> None:
+        """Refuse to go on where processes were given different data or another split.
+
+        Raises:
+            ValueError: Naming the processes that differ.
+        """
+        everybody = self.ranks.gather((self.fingerprint, self.data.sample_hash()) if self.ranks.size > 1 else None)
+        others = [rank for rank, theirs in enumerate(everybody) if theirs != everybody[0]]
+        if others:
+            raise ValueError(
+                f"Processes {others} of {self.ranks.size} were given other training data, another split or another seed"
+                " than process 0, and every process must know the whole federation. Seed whatever makes the data"
+                " (`seed_everything`) before it is made."
+            )
 
     def cohort(self, round_: int) -> list[int]:
         """The clients that are drawn for a round."""
@@ -217,23 +272,31 @@ class Federation:
         return [module for module in self.host.module.modules() if isinstance(module, Metric)]
 
     def _play(self, round_: int) -> Report:
-        tally, server = self.tally, self.server
+        tally = self.tally
         clients = self.cohort(round_)
         with tally.phase("broadcast"):
             self.on_round_start(round_, clients)
-            start = server.parameters()
+            start = self.server.parameters()
             heard_down = self._broadcast(round_, clients, start)
             lost_up = self._uplink_outages(round_, list(heard_down))
-        store = _store(self.rule, self.options, start, len(clients))
-        updates = self._train(round_, heard_down, lost_up, store)
-        for client, channel in lost_up.items():
-            filled = channel.fill(client, start)
-            if filled is not None:
-                store.slot().copy_(filled.displacement)
-                examples = len(self.data.train_indices[client])
-                store.commit(ClientUpdate(client, examples, filled.num_steps, 0, store.slot()), heard=False)
+            trainees = [client for client in heard_down if client not in lost_up]
+            self._deal([*trainees, *lost_up])
+        own = [client for client in (*trainees, *lost_up) if self._homes[client] == self.ranks.rank]
+        store = _store(self.rule, self.options, start, len(own), self.ranks)
+        shares = self.ranks.exchange(lambda: self._work(round_, own, heard_down, lost_up, store))
+        self.engine.settle([share.aftermath for share in shares])
+        order = {client: slot for slot, client in enumerate((*trainees, *lost_up))}
+        arrived = sorted(
+            (record for share in shares for record in share.records), key=lambda record: order[record.update.client]
+        )
+        updates = [record.update for record in arrived if record.heard]
+        excluded = [sentence for share in shares for sentence in share.excluded]
+        for sentence in excluded:
+            rank_zero_warn(f"{sentence} and was left out of the aggregation.")
+        tally.nonfinite_updates += len(excluded)
+        self._check_arrivals(round_, trainees, updates)
         with tally.phase("aggregation"):
-            metrics = self._aggregate(round_, start, store, updates)
+            metrics = self._aggregate(round_, start, store, arrived)
         tally.bytes_down += len(clients) * self.message_bytes
         tally.bytes_up += len(updates) * self.message_bytes
         tally.heard += len(updates)
@@ -276,15 +339,42 @@ class Federation:
                     lost.setdefault(client, channel)
         return lost
 
-    def _train(
-        self, round_: int, heard: Mapping[int, Tensor], lost: Mapping[int, Channel], store: _Store
-    ) -> list[ClientUpdate]:
-        """Local training, and the way up: the updates that were heard, already in the store."""
-        updates: list[ClientUpdate] = []
-        trainees = [client for client in heard if client not in lost]
+    def _deal(self, clients: Sequence[int]) -> None:
+        """Say which process does what: those with most to do first, and whoever is remembered where they were."""
+        if self.ranks.size == 1:
+            self._homes = dict.fromkeys(clients, 0)
+            return
+        known = self._homes if self._remembers else {}
+        homes = {i: known[client] for i, client in enumerate(clients) if client in known}
+        costs = [self.engine.cost(client) for client in clients]
+        self._homes = {**known, **dict(zip(clients, deal(costs, self.ranks.size, homes), strict=True))}
+
+    @property
+    def _remembers(self) -> bool:
+        """Whether clients leave something behind that is found again where they were."""
+        options = self.options
+        channels = any(
+            channel.fallback.startswith("reuse") or type(channel).state_dict is not Channel.state_dict
+            for channel in self.uplink
+        )
+        kept = options.optimizer_state == "kept" or options.buffers == "local"
+        return kept or channels or bool(self.engine.objectives)
+
+    def _work(
+        self,
+        round_: int,
+        clients: Sequence[int],
+        heard: Mapping[int, Tensor],
+        lost: Mapping[int, Channel],
+        store: _Store,
+    ) -> _Share:
+        """This process's part of a round: local training, the way up, and what stands in for lost messages."""
+        records: list[_Record] = []
+        excluded: list[str] = []
         visits = (
             Visit(client, heard[client], self.local_buffers.get(client, self.server.buffers), store.slot)
-            for client in trainees
+            for client in clients
+            if client not in lost
         )
         with closing(self.engine.run(visits)) as training:
             while True:
@@ -294,17 +384,40 @@ class Federation:
                     break
                 # A client that failed moves no channel's state; and a channel may spoil what was good.
                 with self.tally.phase("channel"):
-                    kept = self._is_finite(round_, update) and self._transmit(round_, update)
+                    sentence = self._spoilt(round_, update) or self._transmit(round_, update)
                 self.on_client_end(update)
-                if not kept:
+                if sentence:
+                    excluded.append(sentence)
                     continue
                 self.engine.commit(update)
                 for channel in self.uplink:
                     channel.remember(update.client, self.server.parameters(), update.displacement, update.num_steps)
                 if self.options.buffers == "local":
                     self.local_buffers[update.client] = dict(update.buffers)
-                store.commit(update, heard=True)
-                updates.append(update)
+                records.append(self._record(update, store, heard=True))
+        for client in clients:
+            filled = lost[client].fill(client, self.server.parameters()) if client in lost else None
+            if filled is not None:
+                examples = len(self.data.train_indices[client])
+                update = ClientUpdate(client, examples, filled.num_steps, 0, filled.displacement)
+                records.append(self._record(update, store, heard=False))
+        return _Share(records, excluded, self.engine.aftermath())
+
+    def _record(self, update: ClientUpdate, store: _Store, *, heard: bool) -> _Record:
+        """Keep an update's vector here, and note the rest for everybody."""
+        weight = 0.0 if self.rule.raw_weight is None else float(self.rule.raw_weight(update))
+        store.commit(update, weight)
+        return _Record(self._abridged(update), heard, weight, self.ranks.rank)
+
+    def _abridged(self, update: ClientUpdate) -> ClientUpdate:
+        """An update without its vector; on several processes, also without buffers that did not change."""
+        buffers, logged = update.buffers, update.logged
+        if self.ranks.size > 1:
+            buffers = {n: b.cpu() for n, b in buffers.items() if not torch.equal(b, self.server.buffers[n])}
+            logged = {name: each.located(self.host.module) for name, each in logged.items()}
+        return replace(update, displacement=_NOTHING, buffers=buffers, logged=logged, memory={})
+
+    def _check_arrivals(self, round_: int, trainees: Sequence[int], updates: Sequence[ClientUpdate]) -> None:
         if trainees and not updates:
             raise FloatingPointError(
                 f"Every client of round {round_} returned non-finite parameters, so training has diverged. The global"
@@ -313,17 +426,16 @@ class Federation:
             )
         if updates and not any(update.num_steps for update in updates):
             rank_zero_warn(f"No client made an optimiser step in round {round_}; `training_step` may return None.")
-        return updates
 
-    def _transmit(self, round_: int, update: ClientUpdate) -> bool:
-        """Send an update up; false if what arrives is not finite."""
+    def _transmit(self, round_: int, update: ClientUpdate) -> str:
+        """Send an update up; a sentence if what arrives is not finite."""
         changed = False
         for channel in self.uplink:
             received = self._through(channel, update.displacement, round_, update.client)
             if received is not update.displacement:
                 update.displacement.copy_(received)
                 changed = True
-        return not changed or self._is_finite(round_, update)
+        return self._spoilt(round_, update) if changed else ""
 
     def _outage(self, channel: Channel, round_: int, clients: list[int]) -> list[bool]:
         lost = torch.as_tensor(channel.outage(round_, clients, self.seed), dtype=torch.bool)
@@ -343,10 +455,11 @@ class Federation:
             )
         return received
 
-    def _is_finite(self, round_: int, update: ClientUpdate) -> bool:
+    def _spoilt(self, round_: int, update: ClientUpdate) -> str:
+        """A sentence if an update is not finite."""
         bad = [] if self.options.buffers == "keep" else [n for n, b in update.buffers.items() if self._is_spoilt(n, b)]
         if all_finite(update.displacement) and not bad:
-            return True
+            return ""
         where = f"buffers {bad[:3]}" if bad else "parameters"
         sentence = f"Client {update.client} returned non-finite {where} in round {round_}"
         if self.options.on_nonfinite == "raise":
@@ -354,9 +467,7 @@ class Federation:
                 f'{sentence}, and `on_nonfinite="raise"` ends the run. Lower the local learning rate, clip gradients,'
                 ' or set `on_nonfinite="exclude"`.'
             )
-        rank_zero_warn(f"{sentence} and was left out of the aggregation.")
-        self.tally.nonfinite_updates += 1
-        return False
+        return sentence
 
     def _is_spoilt(self, name: str, buffer: Tensor) -> bool:
         """Whether training put NaN or infinity into a buffer; an attention mask has always had them."""
@@ -364,10 +475,9 @@ class Federation:
             return False
         return bool((~torch.isfinite(buffer) & (buffer != self.server.buffers[name])).any())
 
-    def _aggregate(
-        self, round_: int, start: Tensor, store: _Store, updates: Sequence[ClientUpdate]
-    ) -> Mapping[str, float]:
-        if not len(store) or (not updates and self.options.empty_round == "skip"):
+    def _aggregate(self, round_: int, start: Tensor, store: _Store, arrived: Sequence[_Record]) -> Mapping[str, float]:
+        updates = [record.update for record in arrived if record.heard]
+        if not arrived or (not updates and self.options.empty_round == "skip"):
             rank_zero_warn(
                 f"Nobody was heard in round {round_}: the global model and the rule's state stay as they were."
             )
@@ -375,7 +485,16 @@ class Federation:
             self.restore_module()
             return {"round_skipped": 1.0}
         rates = self.host.learning_rates(self.layout) if self.rule.needs_learning_rates else ()
-        cohort = store.cohort(round_, start, rates)
+        cohort = Cohort(
+            round=round_,
+            clients=torch.tensor([record.update.client for record in arrived]),
+            num_examples=torch.tensor([record.update.num_examples for record in arrived]),
+            num_steps=torch.tensor([record.update.num_steps for record in arrived]),
+            heard=torch.tensor([record.heard for record in arrived]),
+            start=start,
+            vectors=store.vectors(start, arrived),
+            learning_rates=rates,
+        )
         step = self.rule.step(cohort, self.rule.state, self.server)
         _check_step(step, type(self.rule).__name__, len(cohort))
         self.server.install(step.parameters, self._buffers(cohort, step, updates))
@@ -435,19 +554,20 @@ class Federation:
         module = self.host.module
         modes = {m: m.training for m in module.modules()}
         restore = self._remember_evaluation_state()
-        rows: list[dict[str, float]] = []
-        better: dict[str, bool] = {}
         module.eval()
-        try:
+
+        def evaluate() -> tuple[list[dict[str, float]], dict[str, bool]]:
+            rows: list[dict[str, float]] = []
+            better: dict[str, bool] = {}
             with isolated_randomness(self.host.device), LogRecorder(module, self.host.callbacks) as recorder:
-                for client in range(self.data.num_clients):
+                for client in range(self.ranks.rank, self.data.num_clients, self.ranks.size):
                     seed_randomness(seed_of(self.seed, "client", client, "evaluation"), self.host.device)
                     for batch in self.data.evaluation_batches(client, EVALUATION_CAP):
                         recorder.batch_size = batch.size
                         self.host.evaluate(self.host.prepare(batch.data), batch.index)
                     row: dict[str, float] = {}
                     for name, logged in recorder.collect().items():
-                        if logged.metric is None:
+                        if not isinstance(logged.metric, Metric):
                             row[name] = logged.value
                             continue
                         row[name] = float(logged.metric.compute())
@@ -455,10 +575,16 @@ class Federation:
                         if logged.metric.higher_is_better is not None:
                             better[name] = logged.metric.higher_is_better
                     rows.append(row)
+            return rows, better
+
+        try:
+            shares = self.ranks.exchange(evaluate)
         finally:
             for submodule, mode in modes.items():
                 submodule.training = mode
             restore()
+        rows = [shares[k % self.ranks.size][0][k // self.ranks.size] for k in range(self.data.num_clients)]
+        better = {name: higher for share in shares for name, higher in share[1].items()}
         shared = set.intersection(*(set(row) for row in rows))
         return {name: torch.tensor([row[name] for row in rows]) for name in rows[0] if name in shared}, better
 
@@ -467,7 +593,9 @@ class Federation:
         module = self.host.module
         buffers = {name: (b, b.detach().clone()) for name, b in module.named_buffers()}
         metrics = [(m, {k: copy.copy(v) for k, v in vars(m).items() if k in m._defaults}) for m in self._torchmetrics()]
-        counts = [(m, m._update_count, m._computed) for m in self._torchmetrics()]
+        counts = [(m, m._update_count, m._computed, m.sync_on_compute) for m in self._torchmetrics()]
+        for metric in self._torchmetrics():
+            metric.sync_on_compute = False  # a client is evaluated by one process
         plain = {k: copy.copy(v) for k, v in vars(module).items() if type(v) in (list, dict, set) and k[0] != "_"}
 
         def restore() -> None:
@@ -476,15 +604,41 @@ class Federation:
             for metric, values in metrics:
                 for name, value in values.items():
                     setattr(metric, name, value)
-            for metric, count, computed in counts:
-                metric._update_count, metric._computed = count, computed
+            for metric, count, computed, pools in counts:
+                metric._update_count, metric._computed, metric.sync_on_compute = count, computed, pools
             for name, value in plain.items():
                 setattr(module, name, value)
 
         return restore
 
+    def collect(self) -> None:
+        """Bring what clients and channels remember on other processes to process 0, which writes checkpoints."""
+        if self.ranks.size == 1 or not self._remembers:
+            return
+        stateful = [*self.uplink, *self.engine.objectives]
+        everybody = self.ranks.gather_to_first(
+            (self.engine.kept, self.local_buffers, [each.state_dict() for each in stateful])
+        )
+        if not everybody:
+            return
+        kept, buffers, states = zip(*everybody, strict=True)
+        self.engine.kept, self.local_buffers = self._by_home(kept), self._by_home(buffers)
+        for each, own in zip(stateful, zip(*states, strict=True), strict=True):
+            names = {name for state in own for name in state}
+            each.load_state_dict({name: self._by_home([state.get(name) for state in own]) for name in sorted(names)})
+
+    def _by_home(self, memories: Sequence[Any]) -> Any:
+        """Each client's memory as the process holds it where it was last; anything else as process 0 does."""
+        if not all(isinstance(memory, (dict, type(None))) for memory in memories):
+            return memories[0]
+        memories = [memory or {} for memory in memories]
+        clients = {client for memory in memories for client in memory}
+        merged = {client: memories[self._homes.get(client, 0)].get(client) for client in clients}
+        return {client: merged[client] for client in sorted(clients) if merged[client] is not None}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that is not in the module, the rule or another callback; plain values and tensors."""
+        self.collect()
         state: dict[str, Any] = {
             "fingerprint": self.fingerprint,
             "round_options": self._round_options,
@@ -546,55 +700,40 @@ def _check_step(step: Any, rule: str, clients: int) -> None:
 
 
 class _Store:
-    """Collects what reaches the server in a round."""
+    """Collects what reaches the server in a round, as far as this process trained it."""
 
-    def __init__(self, start: Tensor) -> None:
-        self.scratch = torch.empty_like(start)
-        self.updates: list[ClientUpdate] = []
-        self.heard: list[bool] = []
-
-    def __len__(self) -> int:
-        return len(self.updates)
+    def __init__(self, scratch: Tensor) -> None:
+        self.scratch = scratch
+        self.count = 0
 
     def slot(self) -> Tensor:
-        """``[P]`` on the model's device: where the next displacement is written."""
+        """``[P]`` on the model's device: where the next displacement may be written."""
         return self.scratch
 
-    def commit(self, update: ClientUpdate, *, heard: bool) -> None:
+    def commit(self, update: ClientUpdate, weight: float) -> None:
         """Keep an update, whether its displacement stands in the slot or elsewhere."""
-        self.updates.append(update)
-        self.heard.append(heard)
+        self.count += 1
 
-    def vectors(self, start: Tensor) -> ClientVectors | AccumulatedVectors:
+    def vectors(self, start: Tensor, records: Sequence[_Record]) -> ClientVectors | AccumulatedVectors:
         raise AssertionError("a store without vectors")
-
-    def cohort(self, round_: int, start: Tensor, learning_rates: tuple[float, ...]) -> Cohort:
-        """The round's cohort."""
-        return Cohort(
-            round=round_,
-            clients=torch.tensor([u.client for u in self.updates]),
-            num_examples=torch.tensor([u.num_examples for u in self.updates]),
-            num_steps=torch.tensor([u.num_steps for u in self.updates]),
-            heard=torch.tensor(self.heard),
-            start=start,
-            vectors=self.vectors(start),
-            learning_rates=learning_rates,
-        )
 
 
 class _Rows(_Store):
     """One row per client, on the device or in host memory."""
 
-    def __init__(self, start: Tensor, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, start: Tensor, capacity: int, options: FederationOptions, ranks: Ranks) -> None:
+        device = torch.device("cpu") if options.storage == "host" else start.device
+        dtype = options.storage_dtype or start.dtype
         self.matrix = torch.empty(capacity, start.numel(), device=device, dtype=dtype)
         self.in_place = device == start.device and dtype == start.dtype
-        super().__init__(start[:0] if self.in_place else start)
+        self.ranks, self.ordered = ranks, options.reduction == "ordered"
+        super().__init__(start[:0] if self.in_place else torch.empty_like(start))
 
     def slot(self) -> Tensor:
-        return self.matrix[len(self)] if self.in_place else self.scratch
+        return self.matrix[self.count] if self.in_place else self.scratch
 
-    def commit(self, update: ClientUpdate, *, heard: bool) -> None:
-        row = self.matrix[len(self)]
+    def commit(self, update: ClientUpdate, weight: float) -> None:
+        row = self.matrix[self.count]
         if update.displacement.data_ptr() != row.data_ptr():
             row.copy_(update.displacement)
             if row.dtype != update.displacement.dtype and not all_finite(row):
@@ -602,36 +741,49 @@ class _Rows(_Store):
                     f"The update of client {update.client} does not fit into `storage_dtype`={row.dtype}. Use"
                     " torch.bfloat16, which has the range of float32, or leave it out."
                 )
-        super().commit(update, heard=heard)
+        super().commit(update, weight)
 
-    def vectors(self, start: Tensor) -> ClientVectors:
-        rows = self.matrix[: len(self)]
-        # A copy where clients stayed away: a rule may keep the rows, and should not keep the empty ones with them.
-        return ClientVectors(rows if len(rows) == len(self.matrix) else rows.clone(), start)
+    def vectors(self, start: Tensor, records: Sequence[_Record]) -> ClientVectors | AccumulatedVectors:
+        # A rule may keep these, the rows of who stayed away included: a copy would be a third matrix for a while.
+        rows = self.matrix[: self.count]
+        if self.ranks.size == 1:
+            return ClientVectors(rows, start)
+        return SpreadVectors(rows, start, [r.rank for r in records], self.ranks, ordered=self.ordered)
 
 
 class _Sum(_Store):
     """The running weighted sum, for rules that know a client's weight beforehand."""
 
-    def __init__(self, start: Tensor, rule: AggregationRule) -> None:
-        super().__init__(start)
-        self.rule = rule
+    def __init__(self, start: Tensor, rule: AggregationRule, ranks: Ranks) -> None:
+        super().__init__(torch.empty_like(start))
+        self.rule, self.ranks = rule, ranks
         self.total = torch.zeros_like(start)
-        self.raw_weights: list[float] = []
 
-    def commit(self, update: ClientUpdate, *, heard: bool) -> None:
-        weight = float(self.rule.raw_weight(update))
+    def commit(self, update: ClientUpdate, weight: float) -> None:
         self.total.add_(update.displacement, alpha=weight)
-        self.raw_weights.append(weight)
-        super().commit(update, heard=heard)
+        super().commit(update, weight)
 
-    def vectors(self, start: Tensor) -> AccumulatedVectors:
-        raw = torch.tensor(self.raw_weights, dtype=torch.float64)
-        return AccumulatedVectors(self.total, raw, start, type(self.rule).__name__)
+    def vectors(self, start: Tensor, records: Sequence[_Record]) -> AccumulatedVectors:
+        raw = torch.tensor([record.raw_weight for record in records], dtype=torch.float64)
+        return AccumulatedVectors(self.ranks.sum(self.total), raw, start, type(self.rule).__name__)
 
 
-def _store(rule: AggregationRule, options: FederationOptions, start: Tensor, capacity: int) -> _Store:
-    if options.storage == "auto" and rule.raw_weight is not None:
-        return _Sum(start, rule)
-    device = torch.device("cpu") if options.storage == "host" else start.device
-    return _Rows(start, capacity, device, options.storage_dtype or start.dtype)
+class _OrderedSum(_Rows):
+    """The same sum with the bits of one process, at the price of keeping the rows until all have arrived."""
+
+    def __init__(self, start: Tensor, capacity: int, rule: AggregationRule, options: FederationOptions, ranks: Ranks):
+        super().__init__(start, capacity, options, ranks)
+        self.rule = rule
+
+    def vectors(self, start: Tensor, records: Sequence[_Record]) -> AccumulatedVectors:
+        raw = torch.tensor([record.raw_weight for record in records], dtype=torch.float64)
+        total = super().vectors(start, records).displacements.weighted_sum(raw)
+        return AccumulatedVectors(total, raw, start, type(self.rule).__name__)
+
+
+def _store(rule: AggregationRule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks) -> _Store:
+    if options.storage != "auto" or rule.raw_weight is None:
+        return _Rows(start, capacity, options, ranks)
+    if ranks.size > 1 and options.reduction == "ordered":
+        return _OrderedSum(start, capacity, rule, options, ranks)
+    return _Sum(start, rule, ranks)

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -33,12 +33,15 @@ from lightning_fedhaw.data.federation import ClientData, LoaderSettings
 from lightning_fedhaw.data.module import FederatedDataModule
 from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
 from lightning_fedhaw.data.split import split
+from lightning_fedhaw.evaluation import SharedEvaluationLoop, same_value
 from lightning_fedhaw.federation import Federation, Report
 from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.progress import replace_default_bar
+from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.refusals import check_callbacks, check_trainer
 from lightning_fedhaw.server import Server, step_arguments
+from lightning_fedhaw.strategy import FederatedStrategy, never_wrap
 from lightning_fedhaw.summary import client_statistics, flat_numbers, format_summary
 
 DEVELOPMENT_ROUNDS = 2
@@ -80,6 +83,8 @@ def attach(trainer: Any, options: FederationOptions) -> None:
     find_rule(cast(Any, trainer).callbacks)
     if not isinstance(trainer.fit_loop, RoundLoop):
         trainer.fit_loop = RoundLoop(trainer, FederationOptions())
+    if isinstance(trainer.strategy, DDPStrategy) and not isinstance(trainer.strategy, FederatedStrategy):
+        never_wrap(trainer.strategy)
     trainer.federation_summary = {}  # type: ignore[attr-defined]
     trainer.fit_loop.options = trainer.fit_loop.trainer_options.merged(options)
     check_callbacks(cast(Any, trainer).callbacks)
@@ -123,7 +128,7 @@ class RoundLoop(_FitLoop):
         old = trainer.fit_loop
         super().__init__(trainer, min_epochs=old.min_epochs, max_epochs=old.max_epochs)
         self.epoch_loop = _RoundEpochLoop(trainer, min_steps=old.min_steps, max_steps=old.max_steps)
-        self.epoch_loop.val_loop = old.epoch_loop.val_loop
+        self.epoch_loop.val_loop = SharedEvaluationLoop.of(old.epoch_loop.val_loop)
         self._data_source = old._data_source
         self.trainer_options = options
         self.options = options
@@ -234,7 +239,9 @@ class RoundLoop(_FitLoop):
             options,
             limit=None if type(limit) is float and limit == 1.0 else limit,
             cohort_cap=DEVELOPMENT_CLIENTS if trainer.fast_dev_run else None,
+            ranks=Ranks.of_group(trainer.strategy.root_device),
         )
+        self.federation.check_agreement()
         if self.epoch_loop.global_step == 0:
             # Callbacks may have served another run before.
             rule.state = rule.init(server.parameters(), data.num_examples)
@@ -292,6 +299,7 @@ class RoundLoop(_FitLoop):
             f"Federation: {federation.rule.describe()}, {data.num_clients} clients with"
             f" {_range(sizes)} samples, {cohort} a round, batch size"
             f" {data.settings.batch_size}, {federation.layout.numel:,} parameters, {down / 1e6:.3g} MB each way a round"
+            + (f", {federation.ranks.size} processes" if federation.ranks.size > 1 else "")
             + (f". Assumed: {'; '.join(assumed)}." if assumed else ".")
         )
 
@@ -443,6 +451,7 @@ class _RoundEpochLoop(_TrainingEpochLoop):
                 getattr(callback, name)(trainer, trainer.lightning_module, *args)
 
     def _log(self, report: Report) -> None:
+        trainer: Any = self.trainer
         results = self._results
 
         def write(name: str, value: float, options: Mapping[str, Any]) -> None:
@@ -453,13 +462,17 @@ class _RoundEpochLoop(_TrainingEpochLoop):
                     value, dtype=torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
                 ),
                 batch_size=1,
+                # Every process has the same value: there is nothing to synchronise.
+                sync_dist=True,
+                sync_dist_fn=same_value,
                 **options,
             )
 
         for name, logged in report.logged.items():
             keep = ("prog_bar", "logger", "on_step", "on_epoch")
-            write(name, _merged_value(logged), {key: logged.options[key] for key in keep})
-        trainer: Any = self.trainer
+            write(
+                name, _merged_value(logged, self.trainer.lightning_module), {key: logged.options[key] for key in keep}
+            )
         in_bar = trainer.fit_loop.federation.rule.prog_bar
         self.rule_metrics |= report.metrics.keys()
         for name, value in report.metrics.items():
@@ -532,7 +545,7 @@ class _Host:
             and not self.trainer.gradient_clip_val
             and not self._module_hooks
             and not any(self._users(name) for name in _STEP_HOOKS if hasattr(pl.Callback, name))
-            and type(self.strategy) is SingleDeviceStrategy
+            and (type(self.strategy) is SingleDeviceStrategy or isinstance(self.strategy, DDPStrategy))
             and is_plain_sgd(self.optimizers[0], [p for p in self.module.parameters() if p.requires_grad])
         )
 
@@ -624,11 +637,12 @@ def _hook_owner(callback: Any, name: str) -> str | None:
     return "lightning" if defined.__module__.startswith(("lightning.", "lightning_fedhaw.")) else "user"
 
 
-def _merged_value(logged: Logged) -> float:
+def _merged_value(logged: Logged, module: Any) -> float:
     if logged.metric is None:
         return logged.value
-    value = float(logged.metric.compute())
-    logged.metric.reset()
+    metric = module.get_submodule(logged.metric) if isinstance(logged.metric, str) else logged.metric
+    value = float(metric.compute())
+    metric.reset()
     return value
 
 

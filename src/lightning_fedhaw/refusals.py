@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import callbacks as stock
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 _CALLBACKS: dict[str, str] = {
     "StochasticWeightAveraging": "it replaces learning-rate schedules and batch-norm statistics in the middle of a fit."
@@ -50,11 +50,11 @@ def check_trainer(trainer: Any, *, sync_batchnorm: bool = False) -> None:
         raise ValueError(f"`Trainer({argument})` has no meaning in a federation: {why}.")
 
     strategy = type(trainer.strategy)
-    if trainer.world_size > 1 or not issubclass(strategy, SingleDeviceStrategy):
+    if not issubclass(strategy, (SingleDeviceStrategy, DDPStrategy)):
         refuse(
-            f"strategy={strategy.__name__}, devices={trainer.num_devices}, num_nodes={trainer.num_nodes}",
-            "clients train one after another on one device; `accelerator` chooses which. Set `devices=1`,"
-            ' `num_nodes=1`, `strategy="auto"`',
+            f"strategy={strategy.__name__}",
+            "it spreads one model over the devices, and a federation spreads the clients, each with a whole model."
+            ' Set `strategy="federated"`',
         )
     if trainer.barebones:
         refuse("barebones=True", "it turns off the logging that a round reports through. Turn off parts one by one")

@@ -140,13 +140,13 @@ def averaged_buffers(
 
     Args:
         server: The buffers that were broadcast.
-        clients: The K clients' buffers after training.
+        clients: The K clients' buffers after training; one that is absent did not change.
         weights: ``[K]``, summing to one.
     """
     rows = list(clients)
     merged: dict[str, Tensor] = {}
     for name, own in server.items():
-        stack = torch.stack([row[name].to(own.device) for row in rows])
+        stack = torch.stack([row.get(name, own).to(own.device) for row in rows])
         if own.is_floating_point() or own.is_complex():
             wide = torch.promote_types(own.dtype, torch.float32)
             # An infinity that nobody changes (a mask) is no change.

@@ -12,10 +12,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.data.partition import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
+from lightning_fedhaw.evaluation import SharedEvaluationLoop
 from lightning_fedhaw.loop import RoundLoop, find_rule
 from lightning_fedhaw.options import FederationOptions, check_names
 from lightning_fedhaw.progress import replace_default_bar
 from lightning_fedhaw.refusals import check_callbacks, check_trainer
+from lightning_fedhaw.strategy import default_strategy
 
 
 class FederatedTrainer(pl.Trainer):
@@ -133,9 +135,15 @@ class FederatedTrainer(pl.Trainer):
         asked_precision = kwargs.get("precision")
         max_epochs = _rounds(rounds, kwargs)
         kwargs.pop("max_epochs", None)
+        if kwargs.get("strategy", "auto") == "auto":
+            kwargs["strategy"] = default_strategy(
+                kwargs.get("accelerator", "auto"), kwargs.get("devices", "auto"), kwargs.get("num_nodes", 1)
+            )
         super().__init__(max_epochs=max_epochs, **kwargs)
         _refuse_silent_bf16(asked_precision, self.precision)
         self.fit_loop: RoundLoop = RoundLoop(self, options)
+        self.validate_loop = SharedEvaluationLoop.of(self.validate_loop)
+        self.test_loop = SharedEvaluationLoop.of(self.test_loop)
         self.federation_summary = {}
         check_trainer(self, sync_batchnorm=bool(kwargs.get("sync_batchnorm")))
         check_callbacks(cast(Any, self).callbacks)

@@ -93,6 +93,19 @@ class Engine(ABC):
             Each client's update, in the order of the visits.
         """
 
+    def cost(self, client: int) -> float:
+        """What a client's visit is estimated to cost: the samples it will see."""
+        if self.plan.steps is not None:
+            return float(self.plan.steps * self.data.settings.batch_size)
+        return float(len(self.data.train_indices[client]) * (self.plan.epochs or 1))
+
+    def aftermath(self) -> Any:
+        """What the last run left in schedules and loss scale, for the other processes; ``None`` if nothing."""
+        return None
+
+    def settle(self, aftermaths: Sequence[Any]) -> None:  # noqa: B027 (most engines leave nothing)
+        """Go on from where all processes' runs ended."""
+
     def commit(self, update: ClientUpdate) -> None:
         """Let a client whose update was heard find its state again next time."""
         if self.plan.optimizer_state == "kept":

@@ -9,7 +9,7 @@ from operator import add
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 Reduction = Literal["mean", "sum", "min", "max"]
@@ -24,19 +24,35 @@ class Logged:
         weight: The examples behind it.
         reduction: How values are merged.
         options: What ``self.log`` was told: ``prog_bar``, ``logger``, ``on_step``, ``on_epoch``, ``metric_attribute``.
-        metric: A ``torchmetrics`` object, merged by its own reduction instead.
+        metric: A ``torchmetrics`` object, merged by its own reduction instead; or its place in the module.
     """
 
     total: float
     weight: float
     reduction: Reduction
     options: Mapping[str, Any]
-    metric: Metric | None = None
+    metric: Metric | str | None = None
 
     @property
     def value(self) -> float:
         """The merged value."""
         return self.total / self.weight if self.reduction == "mean" else self.total
+
+    def located(self, module: nn.Module) -> Logged:
+        """The same record with a metric's place in the module for the metric, so that it can be sent.
+
+        Raises:
+            ValueError: If the metric has no place there.
+        """
+        if not isinstance(self.metric, Metric):
+            return self
+        for name, each in module.named_modules():
+            if each is self.metric:
+                return replace(self, metric=name)
+        raise ValueError(
+            f"A {type(self.metric).__name__} that is logged on several processes must be an attribute of the module,"
+            " so that all of them can pool it. Make it one in the module's `__init__`."
+        )
 
     def merged(self, other: Logged) -> Logged:
         """This and another record of the same name as one."""

@@ -61,12 +61,23 @@ class SequentialEngine(Engine):
             host.module.zero_grad(set_to_none=True)
             for optimizer in host.optimizers:
                 optimizer.state = defaultdict(dict)
-            _restore(host.optimizers, furthest[0])
-            host.load_schedules(furthest[1])
             close: Callable[[], None] = getattr(step, "close", lambda: None)
             close()
-            if scales:
-                host.scaler.load_state_dict(min(scales, key=lambda state: state["scale"]))
+            self._aftermath = (*furthest, scales)
+            self.settle([self._aftermath])
+
+    def aftermath(self) -> tuple[Settings, list[dict[str, Any]], list[dict[str, Any]]]:
+        """Settings of the optimisers, states of the schedules, and the clients' loss scales."""
+        return self._aftermath
+
+    def settle(self, aftermaths: Sequence[Any]) -> None:
+        """Take the furthest schedule, and the smallest loss scale."""
+        settings, schedules, _ = max(aftermaths, key=lambda aftermath: _progress(aftermath[1]))
+        _restore(self.host.optimizers, settings)
+        self.host.load_schedules(schedules)
+        scales = [scale for *_, scales in aftermaths for scale in scales]
+        if scales:
+            self.host.scaler.load_state_dict(min(scales, key=lambda state: state["scale"]))
 
     def _make_step(self) -> PlainSGDStep | AutomaticStep | ManualStep:
         if not self.host.module.automatic_optimization:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from torch.utils.data import (
 
 from lightning_fedhaw.data.partition import Partition, swap_labels
 from lightning_fedhaw.streams import stream
+
+_HASHED_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,14 @@ class ClientData:
     def is_sliced(self) -> bool:
         """Whether batches are slices of tensors in memory."""
         return self._tensors is not None
+
+    def sample_hash(self) -> str:
+        """A hash of some samples in memory, by which processes see whether they were given the same data."""
+        digest = hashlib.blake2b(digest_size=16)
+        for tensor in self._tensors or ():
+            rows = tensor[:: max(1, len(tensor) // _HASHED_ROWS)].contiguous().cpu()
+            digest.update(rows.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def batches(
         self,

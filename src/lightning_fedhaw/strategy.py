@@ -1,0 +1,116 @@
+"""Processes for a federation: Lightning starts them, and nothing is synchronised behind the round's back."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from lightning_fedhaw.options import check_whole
+from lightning_fedhaw.ranks import Ranks
+
+_START_METHODS = {
+    "federated": ("popen", "starts the script once more for every further process"),
+    "federated_spawn": ("spawn", "starts processes from `fit`; what they need must be picklable"),
+    "federated_notebook": ("fork", "forks processes from `fit`, for notebooks"),
+}
+
+
+class FederatedStrategy(DDPStrategy):
+    """Clients spread over processes, GPUs and machines.
+
+    Lightning's own launchers start the processes (or ``torchrun`` does), each holds the module, and none is wrapped:
+    gradients stay with the client they belong to.
+
+    Args:
+        threads_per_worker: Threads that a process computes with. Default: the cores, shared evenly.
+        kwargs: The arguments of ``lightning.pytorch.strategies.DDPStrategy``, such as ``timeout`` or
+            ``process_group_backend``.
+
+    Raises:
+        ValueError: If ``threads_per_worker`` is not a whole number of at least 1.
+    """
+
+    strategy_name = "federated"
+
+    def __init__(self, *args: Any, threads_per_worker: int | None = None, **kwargs: Any) -> None:
+        if threads_per_worker is not None:
+            check_whole("threads_per_worker", threads_per_worker, 1)
+        super().__init__(*args, **kwargs)
+        self.threads_per_worker = threads_per_worker
+
+    def setup_environment(self) -> None:
+        """Join the other processes."""
+        if self.threads_per_worker is not None:
+            torch.set_num_threads(self.threads_per_worker)
+        super().setup_environment()
+
+    def configure_ddp(self) -> None:
+        """Start everybody from process 0's model; wrap nothing."""
+        share_model(self)
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        if isinstance(self._launcher, _MultiProcessingLauncher):
+            self._launcher = _Launcher(self, start_method=self._start_method)  # type: ignore[arg-type]
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Make the strategy known to trainers by its names."""
+        for name, (start_method, what) in _START_METHODS.items():
+            strategy_registry.register(
+                name, cls, description=f"Clients spread over processes; {what}.", start_method=start_method
+            )
+
+
+class _Launcher(_MultiProcessingLauncher):
+    """Brings home what a run leaves in the trainer and its callbacks, too."""
+
+    def get_extra_results(self, trainer: Any) -> dict[str, Any]:
+        extra: dict[str, Any] = super().get_extra_results(trainer)
+        states = {c.state_key: c.state_dict() for c in trainer.callbacks}
+        return {**extra, "federation_summary": getattr(trainer, "federation_summary", {}), "callback_states": states}
+
+    def update_main_process_results(self, trainer: Any, extra: dict[str, Any]) -> None:
+        trainer.federation_summary = extra.pop("federation_summary")
+        states = extra.pop("callback_states")
+        for callback in trainer.callbacks:
+            if states.get(callback.state_key):
+                callback.load_state_dict(states[callback.state_key])
+        super().update_main_process_results(trainer, extra)
+
+
+def share_model(strategy: Any) -> None:
+    """Give every process the model of process 0, and leave it as it is: nothing is wrapped around it."""
+    Ranks.of_group(strategy.root_device).share_model(strategy.model)
+
+
+def never_wrap(strategy: DDPStrategy) -> None:
+    """Keep a stock strategy from wrapping the model: its gradient synchronisation would mix the clients."""
+    strategy.configure_ddp = partial(share_model, strategy)  # type: ignore[method-assign]
+
+
+def default_strategy(accelerator: Any, devices: Any, num_nodes: int) -> str:
+    """The name of the strategy for a trainer that was not given one."""
+    from lightning.fabric.utilities.imports import _IS_INTERACTIVE
+
+    if isinstance(devices, str) and devices.strip("-").isdigit():
+        devices = int(devices)
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part]
+    if devices in ("auto", -1):
+        on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        devices = torch.cuda.device_count() if on_gpu else 1
+    several = num_nodes > 1 or (len(devices) if isinstance(devices, (list, tuple)) else devices) > 1
+    if not several:
+        return "auto"
+    return "federated_notebook" if _IS_INTERACTIVE else "federated"
+
+
+for _name in _START_METHODS:
+    if _name not in StrategyRegistry:
+        FederatedStrategy.register_strategies(StrategyRegistry)
+        break
