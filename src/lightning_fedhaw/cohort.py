@@ -5,7 +5,7 @@ Shapes: N clients exist, K of them are in the cohort, P trainable parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch import Tensor
 
 BLOCK = 1 << 16
 """Columns handled at a time: a block of float32 stays in cache, and sums over blocks are kept in float64."""
+
+STATE_TYPE = "ClientVectors"
+"""By what a checkpoint's reader tells vectors from other dictionaries."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,30 @@ class ClientVectors:
     def displacements(self) -> ClientVectors:
         """The same rows measured from the start: ``matrix`` alone."""
         return ClientVectors(self.matrix) if self.start is not None else self
+
+    def to(self, device: torch.device) -> ClientVectors:
+        """The same vectors on a device; themselves if they are there already."""
+        start = None if self.start is None else self.start.to(device)
+        matrix = self.matrix.to(device)
+        return self if matrix is self.matrix and start is self.start else ClientVectors(matrix, start)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The vectors as plain tensors, for a checkpoint; :meth:`from_state` makes them vectors again."""
+        matrix = self.matrix
+        # A file holds a view's whole storage, rows of nobody included.
+        if matrix.untyped_storage().nbytes() > matrix.numel() * matrix.element_size():
+            matrix = matrix.clone()
+        return {"type": STATE_TYPE, "matrix": matrix, "start": self.start}
+
+    @staticmethod
+    def is_state(value: Any) -> bool:
+        """Whether a value of a checkpoint is what :meth:`state_dict` gave."""
+        return isinstance(value, Mapping) and value.get("type") == STATE_TYPE
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> ClientVectors:
+        """The vectors of a checkpoint."""
+        return cls(state["matrix"], state["start"])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Mix the clients: ``sum_k weights[k] * vector_k``.
@@ -253,6 +280,28 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     for i in range(0, a.numel(), BLOCK):
         total += torch.dot(a[i : i + BLOCK], b[i : i + BLOCK].to(a)).cpu().double()
     return total
+
+
+def accumulate(out: Tensor, rows: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
+    """Add ``sum_k weights[k] * rows[k]`` to a vector, one row after another.
+
+    On the CPU each element depends on its own column alone: columns may be shared out between processes anyhow, and
+    rows may come in several calls; the bits stay the same.
+
+    Args:
+        out: ``[P]``, changed in place.
+        rows: K rows ``[P]`` of any floating dtype, on the device of ``out``; a matrix ``[K, P]`` will do.
+        weights: K numbers.
+
+    Returns:
+        ``out``.
+    """
+    terms = list(zip(rows, weights, strict=True))
+    for i in range(0, out.numel(), BLOCK):
+        block = out[i : i + BLOCK]
+        for row, weight in terms:
+            block.add_(row[i : i + BLOCK], alpha=weight)
+    return out
 
 
 class _WeightedSum(torch.autograd.Function):

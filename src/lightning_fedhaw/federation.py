@@ -605,9 +605,8 @@ class _Rows(_Store):
         super().commit(update, heard=heard)
 
     def vectors(self, start: Tensor) -> ClientVectors:
-        rows = self.matrix[: len(self)]
-        # A copy where clients stayed away: a rule may keep the rows, and should not keep the empty ones with them.
-        return ClientVectors(rows if len(rows) == len(self.matrix) else rows.clone(), start)
+        # A rule may keep these, the rows of who stayed away included: a copy would be a third matrix for a while.
+        return ClientVectors(self.matrix[: len(self)], start)
 
 
 class _Sum(_Store):
