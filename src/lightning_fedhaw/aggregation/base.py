@@ -129,9 +129,7 @@ class AggregationRule(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of a checkpoint."""
-        self.state = {
-            k: ClientVectors.from_state(v) if ClientVectors.is_state(v) else v for k, v in state_dict.items()
-        }
+        self.state = {k: ClientVectors.from_state(v) if ClientVectors.is_state(v) else v for k, v in state_dict.items()}
 
 
 def normalised(weights: Tensor) -> Tensor:

@@ -305,7 +305,13 @@ class FedHAWCallback(AggregationRule):
                 f"FedHAW divides by the local learning rate, and that of round {cohort.round} is {min(rates)}. Use a"
                 " schedule that stays above 0, or give the rate as `learning_rate=`."
             )
-        return -vectors.displacements.weighted_sum(shares) / server.layout.expand(rates, cohort.start.device)
+        moved = vectors.displacements
+        if len(set(rates)) == 1:
+            return moved.weighted_sum(-shares / rates[0])
+        r = moved.weighted_sum(-shares)
+        for part, rate in zip(server.layout.views(r).values(), rates, strict=True):
+            part.div_(rate)
+        return r
 
     def _descend(
         self, name: str, value: Tensor, grad: Tensor, lr: float, state: Mapping[str, Any]
