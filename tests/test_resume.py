@@ -37,8 +37,10 @@ def fit(rounds, ckpt_path=None, save=None, make_rule=rule, module=None, **kwargs
 
 def same(a, b):
     assert torch.equal(flat(a[1]), flat(b[1]))
-    for name in ("gamma", "lambda_", "previous_clients", "previous_displacements"):
+    for name in ("gamma", "lambda_", "previous_clients"):
         assert torch.equal(a[2].state[name], b[2].state[name]), name
+    for name in ("matrix", "start"):
+        assert torch.equal(*(getattr(run[2].state["previous"], name) for run in (a, b))), name
     assert a[0].fit_loop.federation.cohort(ROUNDS) == b[0].fit_loop.federation.cohort(ROUNDS)
     kept = [r[0].fit_loop.federation.engine.kept for r in (a, b)]
     assert kept[0].keys() == kept[1].keys()

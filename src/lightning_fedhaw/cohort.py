@@ -5,15 +5,24 @@ Shapes: N clients exist, K of them are in the cohort, P trainable parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 16
-"""Columns handled at a time: a block of float32 stays in cache, and sums over blocks are kept in float64."""
+BLOCK = 1 << 18
+"""Columns that rows are added to at a time: a block of float32 stays in cache."""
+
+PIECE = 1 << 19
+"""Elements of a ``[K, columns]`` product that exist at a time."""
+
+RUN = 1 << 10
+"""Products that are summed in the vectors' own precision; the sums of runs are added in float64."""
+
+STATE_TYPE = "ClientVectors"
+"""By what a checkpoint's reader tells vectors from other dictionaries."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,9 @@ class ClientVectors:
     The vectors are kept as displacements from a common start, because client models are nearly equal and the
     information is in the difference. As a matrix, row k is ``start + matrix[k]``.
 
-    ``weighted_sum`` and ``inner`` are differentiable, and each is the other's transpose.
+    ``weighted_sum`` and ``inner`` are differentiable, and each is the other's transpose. On the CPU and with an equal
+    number of threads, an element of ``weighted_sum`` depends to the last bit on its own column alone, and a number of
+    ``inner``, ``norms`` and ``distances`` on its own row.
 
     Args:
         matrix: ``[K, P]`` displacements; on any device, in any floating dtype.
@@ -78,6 +89,30 @@ class ClientVectors:
     def _like(self, matrix: Tensor, start: Tensor | None) -> ClientVectors:
         return ClientVectors(matrix, start)
 
+    def to(self, device: torch.device) -> ClientVectors:
+        """The same vectors on a device; themselves if they are there already."""
+        start = None if self.start is None else self.start.to(device)
+        matrix = self.matrix.to(device)
+        return self if matrix is self.matrix and start is self.start else self._like(matrix, start)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The vectors as plain tensors, for a checkpoint; :meth:`from_state` makes them vectors again."""
+        matrix = self.matrix
+        # A file holds a view's whole storage, rows of nobody included.
+        if matrix.untyped_storage().nbytes() > matrix.numel() * matrix.element_size():
+            matrix = matrix.clone()
+        return {"type": STATE_TYPE, "matrix": matrix, "start": self.start}
+
+    @staticmethod
+    def is_state(value: Any) -> bool:
+        """Whether a value of a checkpoint is what :meth:`state_dict` gave."""
+        return isinstance(value, Mapping) and value.get("type") == STATE_TYPE
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> ClientVectors:
+        """The vectors of a checkpoint."""
+        return cls(state["matrix"], state["start"])
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Mix the clients: ``sum_k weights[k] * vector_k``.
 
@@ -105,7 +140,9 @@ class ClientVectors:
     def gram(self) -> Tensor:
         """``[K, K]`` float64 on the CPU: inner products of all pairs of vectors."""
         total = torch.zeros(len(self), len(self), dtype=torch.float64)
-        for rows in self._blocks():
+        span = _span(len(self))
+        for i in range(0, self.matrix.shape[1], span):
+            rows = self._rows(slice(i, i + span))
             total += (rows @ rows.T).cpu().double()
         return total
 
@@ -116,54 +153,55 @@ class ClientVectors:
     def distances(self, center: Tensor | None, groups: Mapping[str, Sequence[slice]] | None = None) -> Tensor:
         """Euclidean distances from a point ``[P]`` (``None``: the origin), ``[K]`` or ``[groups, K]``, float64, CPU."""
 
-        def squared(columns: slice) -> Tensor:
+        def squares(columns: slice) -> Tensor:
             rows = self._rows(columns)
             if center is not None:
                 rows = rows - center[columns].to(rows)
-            return rows.double().square().sum(1).cpu()
+            return rows.square()
+
+        def squared(part: slice) -> Tensor:
+            begin, end, _ = part.indices(self.matrix.shape[1])
+            return _row_sums(squares, len(self), begin, end)
 
         if groups is None:
-            blocks = (slice(i, i + BLOCK) for i in range(0, self.matrix.shape[1], BLOCK))
-            return _total(squared(block) for block in blocks).sqrt()
-        return torch.stack([_total(squared(part) for part in parts).sqrt() for parts in groups.values()])
+            return squared(slice(None)).sqrt()
+        return torch.stack([torch.stack([squared(part) for part in parts]).sum(0) for parts in groups.values()]).sqrt()
 
     def gather(self) -> Tensor:
         """All vectors as one new matrix ``[K, P]``: for rules that need order statistics, at the price of a copy."""
-        return self._rows(slice(None)).clone()
+        return self.matrix.clone() if self.start is None else self._rows(slice(None))
 
     def _rows(self, columns: slice) -> Tensor:
         rows = self.matrix[:, columns]
         if self.start is None:
-            return rows
-        return rows.to(self.start.device, self.start.dtype) + self.start[columns]
-
-    def _blocks(self) -> Iterator[Tensor]:
-        for i in range(0, self.matrix.shape[1], BLOCK):
-            yield self._rows(slice(i, i + BLOCK))
+            return rows.to(self._working_dtype)
+        return rows.to(self.start.device, self._working_dtype) + self.start[columns]
 
     @property
     def _working_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.matrix.dtype, torch.float32)
+        own = torch.promote_types(self.matrix.dtype, torch.float32)
+        return own if self.start is None else torch.promote_types(own, self.start.dtype)
 
     def _weighted_sum(self, weights: Tensor) -> Tensor:
-        matrix = self.matrix
-        scaled = weights.to(matrix.device, self._working_dtype)
-        if matrix.dtype == self._working_dtype:
-            mixed = matrix.T.mv(scaled)
+        matrix, dtype = self.matrix, self._working_dtype
+        if matrix.is_cuda:
+            scaled = weights.to(matrix.device, dtype)
+            mixed = torch.cat([piece.to(dtype).T.mv(scaled) for piece in torch.split(matrix, BLOCK, 1)])
         else:
-            mixed = torch.empty(matrix.shape[1], dtype=self._working_dtype, device=matrix.device)
-            for i in range(0, matrix.shape[1], BLOCK):
-                torch.mv(matrix[:, i : i + BLOCK].to(scaled).T, scaled, out=mixed[i : i + BLOCK])
+            mixed = torch.zeros(matrix.shape[1], dtype=dtype, device=matrix.device)
+            accumulate(mixed, matrix, weights.tolist())
         if self.start is None:
             return mixed
-        return start_share(self.start, weights, mixed)
+        return from_start(self.start, weights, mixed)
 
     def _inner(self, vector: Tensor) -> Tensor:
         matrix = self.matrix
-        moved = vector.to(matrix.device, self._working_dtype)
-        products = torch.zeros(len(self), dtype=torch.float64, device="cpu")
-        for i in range(0, matrix.shape[1], BLOCK):
-            products += torch.mv(matrix[:, i : i + BLOCK].to(moved), moved[i : i + BLOCK]).cpu().double()
+        moved = vector.to(matrix.device, torch.promote_types(matrix.dtype, torch.float32))
+        if matrix.is_cuda:
+            pieces = zip(torch.split(matrix, BLOCK, 1), torch.split(moved, BLOCK), strict=True)
+            products = torch.stack([piece.to(moved).mv(part) for piece, part in pieces]).cpu().double().sum(0)
+        else:
+            products = _row_sums(lambda c: matrix[:, c] * moved[c], len(self), 0, len(moved))
         return products if self.start is None else products + dot(vector, self.start)
 
 
@@ -204,7 +242,7 @@ class AccumulatedVectors:
         scale = weights.detach().double().sum() / self.raw_weights.sum()
         if not torch.allclose(weights.detach().double(), self.raw_weights * scale, rtol=1e-9, atol=0.0):
             raise RuntimeError(self._sentence("a weighted sum with weights other than its `raw_weight`"))
-        return self.start * weights.sum().item() + self.total * scale.item()
+        return (self.total * scale.item()).add_(self.start, alpha=weights.sum().item())
 
     def __getattr__(self, name: str) -> Any:
         if name in {"inner", "gram", "norms", "distances", "gather", "displacements", "matrix"}:
@@ -250,11 +288,30 @@ class Cohort:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of two vectors ``[P]`` in float64, as a CPU scalar: products by blocks, blocks summed in double."""
-    total = torch.zeros((), dtype=torch.float64)
-    for i in range(0, a.numel(), BLOCK):
-        total += torch.dot(a[i : i + BLOCK], b[i : i + BLOCK].to(a)).cpu().double()
-    return total
+    """Inner product of two vectors ``[P]`` as a float64 CPU scalar: runs of products, added in double precision."""
+    return _row_sums(lambda c: (a[c] * b[c].to(a)).unsqueeze(0), 1, 0, len(a))[0]
+
+
+def accumulate(out: Tensor, rows: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
+    """Add ``sum_k weights[k] * rows[k]`` to a vector, one row after another.
+
+    On the CPU each element depends on its own column alone: columns may be shared out between processes anyhow, and
+    rows may come in several calls; the bits stay the same.
+
+    Args:
+        out: ``[P]``, changed in place.
+        rows: K rows ``[P]`` of any floating dtype, on the device of ``out``; a matrix ``[K, P]`` will do.
+        weights: K numbers.
+
+    Returns:
+        ``out``.
+    """
+    terms = list(zip(rows, weights, strict=True))
+    for i in range(0, out.numel(), BLOCK):
+        block = out[i : i + BLOCK]
+        for row, weight in terms:
+            block.add_(row[i : i + BLOCK], alpha=weight)
+    return out
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -279,17 +336,29 @@ class _Inner(torch.autograd.Function):
         return ctx.vectors.weighted_sum(grad).to(ctx.like), None
 
 
-def start_share(start: Tensor, weights: Tensor, mixed: Tensor) -> Tensor:
-    """A mix of displacements ``[P]`` as a mix of vectors: the start's share is one scalar times one vector."""
-    # Weights that sum to one leave the start exactly alone.
-    return start * weights.sum().item() + mixed.to(start)
+def from_start(start: Tensor, weights: Tensor, mixed: Tensor) -> Tensor:
+    """A mix of displacements ``[P]``, which is used up, as a mix of vectors."""
+    # The start's share is one scalar times one vector; weights that sum to one leave it exactly alone.
+    return mixed.to(start).add_(start, alpha=weights.sum().item())
 
 
-def _total(parts: Iterator[Tensor]) -> Tensor:
-    total = next(parts)
-    for part in parts:
-        total = total + part
-    return total
+def _row_sums(elements: Callable[[slice], Tensor], rows: int, begin: int, end: int) -> Tensor:
+    """``[K]`` float64 on the CPU: sums along the rows of a ``[K, columns]`` matrix that is made piece by piece.
+
+    The bits of a row's sum depend on that row alone: not on the other rows or their number, and not on where it lies
+    in memory, as those of a library's inner product do.
+    """
+    whole, span = end - (end - begin) % RUN, _span(rows)
+    runs = [elements(slice(i, min(i + span, whole))).reshape(rows, -1, RUN).sum(2) for i in range(begin, whole, span)]
+    if whole < end:
+        runs.append(elements(slice(whole, end)).sum(1, keepdim=True))
+    sums = torch.cat(runs, 1).cpu().double()
+    return torch.stack([row.sum() for row in sums])
+
+
+def _span(rows: int) -> int:
+    """How many columns of so many rows are handled at a time."""
+    return max(RUN, min(BLOCK, PIECE // max(rows, 1)) // RUN * RUN)
 
 
 def _check_length(name: str, tensor: Tensor, length: int) -> None:

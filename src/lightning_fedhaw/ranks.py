@@ -207,7 +207,7 @@ def deal(costs: Sequence[float], size: int, homes: Mapping[int, int] | None = No
 
     Example:
         >>> deal([5, 1, 4, 2], 2)
-        [0, 1, 1, 0]
+        [0, 0, 1, 1]
     """
     homes = homes or {}
     dealt = [homes.get(piece, 0) for piece in range(len(costs))]

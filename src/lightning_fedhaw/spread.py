@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.cohort import ClientVectors, start_share
+from lightning_fedhaw.cohort import ClientVectors, from_start
 from lightning_fedhaw.ranks import Ranks
 
 
@@ -85,7 +85,7 @@ class SpreadVectors(ClientVectors):
                 if rows.numel():
                     mixed[columns] = ClientVectors(rows)._weighted_sum(weights).to(mixed.device)
             mixed = self.ranks.sum(mixed)
-        return mixed if self.start is None else start_share(self.start, weights, mixed)
+        return mixed if self.start is None else from_start(self.start, weights, mixed)
 
     def _inner(self, vector: Tensor) -> Tensor:
         return self._everywhere(self._here._inner(vector))

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from lightning_fedhaw.cohort import Cohort
+from lightning_fedhaw.cohort import ClientVectors, Cohort
 from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.options import FederationOptions, check_names
 
@@ -59,8 +59,8 @@ class AggregationRule(Callback):
     given.
 
     A new rule implements :meth:`step`, and :meth:`init` if it keeps state between rounds. Both are pure: state goes
-    in, state comes out. State holds tensors and plain Python values only, so that a checkpoint can be read back
-    safely.
+    in, state comes out. State holds tensors, plain Python values, and whole :class:`~lightning_fedhaw.ClientVectors`
+    as direct entries; a checkpoint holds those as tensors, so that it can be read back safely.
 
     Args:
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`, for the second door.
@@ -124,12 +124,12 @@ class AggregationRule(Callback):
             attach(trainer, self.options)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, for a checkpoint."""
-        return dict(self.state)
+        """The state, for a checkpoint: tensors and plain values, with client vectors taken apart."""
+        return {k: v.state_dict() if isinstance(v, ClientVectors) else v for k, v in self.state.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of a checkpoint."""
-        self.state = dict(state_dict)
+        self.state = {k: ClientVectors.from_state(v) if ClientVectors.is_state(v) else v for k, v in state_dict.items()}
 
 
 def normalised(weights: Tensor) -> Tensor:

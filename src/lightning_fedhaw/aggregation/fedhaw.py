@@ -121,8 +121,8 @@ class FedHAWCallback(AggregationRule):
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
-        state: ``gamma`` [] and ``lambda_`` [N] in float64 on the CPU; after the first cohort also its client numbers,
-            its start and its displacements.
+        state: ``gamma`` [] and ``lambda_`` [N] in float64 on the CPU; after the first cohort also its client numbers
+            and its vectors, ``previous_clients`` and ``previous``.
 
     Raises:
         ValueError: If an argument is not one of the allowed values.
@@ -251,8 +251,7 @@ class FedHAWCallback(AggregationRule):
         device = torch.device("cpu") if self.memory == "host" else cohort.start.device
         state |= {
             "previous_clients": cohort.clients.clone(),
-            "previous_start": cohort.start.to(device),
-            "previous_displacements": vectors.matrix.to(device),
+            "previous": vectors.to(device),
         }
         metrics |= _summary(state["gamma"], state["lambda_"], cohort.clients, weights)
         low, high = USUAL_SCALES
@@ -270,7 +269,7 @@ class FedHAWCallback(AggregationRule):
         gamma, lambda_, previous = state["gamma"], state["lambda_"], state["previous_clients"]
         r = self._pseudo_gradient(cohort, vectors, lambda_, server)
         r_w = dot(r, cohort.start)
-        r_u = ClientVectors(state["previous_displacements"], state["previous_start"]).inner(r)
+        r_u = state["previous"].inner(r)
         shares = torch.softmax(lambda_[previous], 0)
 
         gamma_grad = gamma_hypergradient(r_w, gamma, self.pseudo_gradient)
@@ -306,7 +305,13 @@ class FedHAWCallback(AggregationRule):
                 f"FedHAW divides by the local learning rate, and that of round {cohort.round} is {min(rates)}. Use a"
                 " schedule that stays above 0, or give the rate as `learning_rate=`."
             )
-        return -vectors.displacements.weighted_sum(shares) / server.layout.expand(rates, cohort.start.device)
+        moved = vectors.displacements
+        if len(set(rates)) == 1:
+            return moved.weighted_sum(-shares / rates[0])
+        r = moved.weighted_sum(-shares)
+        for part, rate in zip(server.layout.views(r).values(), rates, strict=True):
+            part.div_(rate)
+        return r
 
     def _descend(
         self, name: str, value: Tensor, grad: Tensor, lr: float, state: Mapping[str, Any]
