@@ -11,7 +11,7 @@ ROOT = Path(lightning_fedhaw.__file__).parent
 ROWS = [
     {"layout", "streams", "isolation", "ranks"},
     {"cohort", "options", "observer"},
-    {"data", "channel", "aggregation", "spread", "summary", "progress", "refusals"},
+    {"checkpoint", "data", "channel", "aggregation", "spread", "summary", "progress", "refusals"},
     {"server", "clients"},
     {"federation", "strategy", "evaluation"},
     {"loop"},

@@ -16,6 +16,7 @@ from lightning_fedhaw.observer import RoundObserver
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.progress import RoundProgressBar
 from lightning_fedhaw.server import Server
+from lightning_fedhaw.strategy import FederatedStrategy
 from lightning_fedhaw.streams import stream
 from lightning_fedhaw.trainer import FederatedTrainer
 
@@ -32,6 +33,7 @@ __all__ = [
     "FedAvgCallback",
     "FedHAWCallback",
     "FederatedDataModule",
+    "FederatedStrategy",
     "FederatedTrainer",
     "FederationOptions",
     "IIDPartitioner",

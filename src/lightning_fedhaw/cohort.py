@@ -348,6 +348,8 @@ def _row_sums(elements: Callable[[slice], Tensor], rows: int, begin: int, end: i
     The bits of a row's sum depend on that row alone: not on the other rows or their number, and not on where it lies
     in memory, as those of a library's inner product do.
     """
+    if not rows:
+        return torch.zeros(0, dtype=torch.float64)
     whole, span = end - (end - begin) % RUN, _span(rows)
     runs = [elements(slice(i, min(i + span, whole))).reshape(rows, -1, RUN).sum(2) for i in range(begin, whole, span)]
     if whole < end:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.channel.base import Channel
+from lightning_fedhaw.checkpoint import write_atomically
 from lightning_fedhaw.clients.objective import ClientObjective
 from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.clients.steps import is_plain_sgd
@@ -85,6 +86,7 @@ def attach(trainer: Any, options: FederationOptions) -> None:
         trainer.fit_loop = RoundLoop(trainer, FederationOptions())
     if isinstance(trainer.strategy, DDPStrategy) and not isinstance(trainer.strategy, FederatedStrategy):
         never_wrap(trainer.strategy)
+    write_atomically(trainer.strategy)
     trainer.federation_summary = {}  # type: ignore[attr-defined]
     trainer.fit_loop.options = trainer.fit_loop.trainer_options.merged(options)
     check_callbacks(cast(Any, trainer).callbacks)
@@ -295,10 +297,14 @@ class RoundLoop(_FitLoop):
         if options.local_epochs is None and options.local_steps is None:
             assumed = [*assumed, "one local epoch"]
         down = cohort * federation.message_bytes
+        kept = (
+            cohort * federation.layout.numel * federation.layout.dtype.itemsize if federation.rule.keeps_cohort else 0
+        )
         rank_zero_info(
             f"Federation: {federation.rule.describe()}, {data.num_clients} clients with"
             f" {_range(sizes)} samples, {cohort} a round, batch size"
             f" {data.settings.batch_size}, {federation.layout.numel:,} parameters, {down / 1e6:.3g} MB each way a round"
+            + (f", a checkpoint holds {kept / 1e6:.3g} MB of client vectors" if kept else "")
             + (f", {federation.ranks.size} processes" if federation.ranks.size > 1 else "")
             + (f". Assumed: {'; '.join(assumed)}." if assumed else ".")
         )

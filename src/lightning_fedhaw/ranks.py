@@ -160,7 +160,7 @@ class Ranks:
             whole[slot] = incoming
         return whole
 
-    def columns(self, rows: Tensor, owners: Sequence[int], width: int = BLOCK) -> Iterator[tuple[slice, Tensor]]:
+    def columns(self, rows: Tensor, owners: Sequence[int], block: int = BLOCK) -> Iterator[tuple[slice, Tensor]]:
         """All rows of a spread matrix, a range of columns at a time, each process getting ranges of its own.
 
         Everybody has to iterate to the end.
@@ -168,7 +168,7 @@ class Ranks:
         Args:
             rows: ``[own rows, P]``, in order.
             owners: ``[K]``, the process of each row.
-            width: Columns a process gets at a time.
+            block: Columns a process gets at a time.
 
         Yields:
             A range of columns (empty where none is left), and ``[K, columns]`` on ``device``.
@@ -176,22 +176,24 @@ class Ranks:
         counts = [owners.count(rank) for rank in range(self.size)]
         order = torch.tensor([slot for rank in range(self.size) for slot, own in enumerate(owners) if own == rank])
         total, dtype = rows.shape[1], rows.dtype
-        if dtype.itemsize == 2:
-            rows = rows.view(torch.int16)  # only moved, and not every backend knows bfloat16
-        for begin in range(0, total, width * self.size):
-            ends = [min(begin + (rank + 1) * width, total) for rank in range(self.size)]
-            parts = [slice(min(begin + rank * width, total), end) for rank, end in enumerate(ends)]
+        for begin in range(0, total, block * self.size):
+            ends = [min(begin + (rank + 1) * block, total) for rank in range(self.size)]
+            parts = [slice(min(begin + rank * block, total), end) for rank, end in enumerate(ends)]
             widths = [part.stop - part.start for part in parts]
-            sent = torch.cat([rows[:, part].reshape(-1) for part in parts]).to(self.device)
+            # As bytes: they are only moved, and not every backend knows every dtype.
+            sent = torch.cat([rows[:, part].reshape(-1) for part in parts]).to(self.device).view(torch.uint8)
             mine = widths[self.rank]
-            received = torch.empty(sum(counts) * mine, dtype=rows.dtype, device=self.device)
+            received = torch.empty(sum(counts) * mine, dtype=dtype, device=self.device)
             with self._talking():
                 dist.all_to_all_single(
-                    received, sent, [count * mine for count in counts], [len(rows) * each for each in widths]
+                    received.view(torch.uint8),
+                    sent,
+                    [count * mine * dtype.itemsize for count in counts],
+                    [len(rows) * width * dtype.itemsize for width in widths],
                 )
-            by_slot = torch.empty(len(owners), mine, dtype=rows.dtype, device=self.device)
+            by_slot = torch.empty(len(owners), mine, dtype=dtype, device=self.device)
             by_slot[order.to(self.device)] = received.view(len(owners), mine)
-            yield parts[self.rank], by_slot.view(dtype)
+            yield parts[self.rank], by_slot
 
 
 def deal(costs: Sequence[float], size: int, homes: Mapping[int, int] | None = None) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from functools import partial
 from typing import Any
 
@@ -69,14 +70,22 @@ class FederatedStrategy(DDPStrategy):
 class _Launcher(_MultiProcessingLauncher):
     """Brings home what a run leaves in the trainer and its callbacks, too."""
 
+    _states: bytes = b""
+
+    def _collect_rank_zero_results(self, trainer: Any, results: Any) -> Any:
+        states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # asked of all processes
+        file = io.BytesIO()
+        torch.save(states, file)
+        self._states = file.getvalue()
+        return super()._collect_rank_zero_results(trainer, results)
+
     def get_extra_results(self, trainer: Any) -> dict[str, Any]:
-        extra: dict[str, Any] = super().get_extra_results(trainer)
-        states = {c.state_key: c.state_dict() for c in trainer.callbacks}
-        return {**extra, "federation_summary": getattr(trainer, "federation_summary", {}), "callback_states": states}
+        summary = getattr(trainer, "federation_summary", {})
+        return {**super().get_extra_results(trainer), "federation_summary": summary, "callback_states": self._states}
 
     def update_main_process_results(self, trainer: Any, extra: dict[str, Any]) -> None:
         trainer.federation_summary = extra.pop("federation_summary")
-        states = extra.pop("callback_states")
+        states = torch.load(io.BytesIO(extra.pop("callback_states")), weights_only=False)
         for callback in trainer.callbacks:
             if states.get(callback.state_key):
                 callback.load_state_dict(states[callback.state_key])

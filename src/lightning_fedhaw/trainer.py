@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fedhaw.aggregation.base import AggregationRule
+from lightning_fedhaw.checkpoint import every_n_rounds, write_atomically
 from lightning_fedhaw.data.partition import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.evaluation import SharedEvaluationLoop
 from lightning_fedhaw.loop import RoundLoop, find_rule
-from lightning_fedhaw.options import FederationOptions, check_names
+from lightning_fedhaw.options import FederationOptions, check_names, check_whole
 from lightning_fedhaw.progress import replace_default_bar
 from lightning_fedhaw.refusals import check_callbacks, check_trainer
 from lightning_fedhaw.strategy import default_strategy
@@ -52,6 +53,8 @@ class FederatedTrainer(pl.Trainer):
         data_device: As there.
         reduction: As there.
         seed: As there.
+        checkpoint_every_n_rounds: Write a checkpoint every so many rounds and keep the latest, for runs that may be
+            cut off. Short for a ``ModelCheckpoint`` among the callbacks.
         kwargs: The arguments of ``lightning.pytorch.Trainer``.
 
     Attributes:
@@ -96,6 +99,7 @@ class FederatedTrainer(pl.Trainer):
         data_device: Literal["auto", "model", "cpu"] = "auto",
         reduction: Literal["fast", "ordered"] = "fast",
         seed: int | None = None,
+        checkpoint_every_n_rounds: int | None = None,
         **kwargs: Any,
     ) -> None:
         options = FederationOptions(
@@ -132,6 +136,14 @@ class FederatedTrainer(pl.Trainer):
             kwargs,
             {*inspect.signature(pl.Trainer).parameters, *inspect.signature(FederatedTrainer).parameters} - {"kwargs"},
         )
+        if checkpoint_every_n_rounds is not None:
+            check_whole("checkpoint_every_n_rounds", checkpoint_every_n_rounds, 1)
+            if kwargs.get("enable_checkpointing") is False:
+                raise ValueError(
+                    f"`checkpoint_every_n_rounds`={checkpoint_every_n_rounds} contradicts `enable_checkpointing=False`."
+                    " Leave one of them out."
+                )
+            kwargs["callbacks"] = [*given, every_n_rounds(checkpoint_every_n_rounds)]
         asked_precision = kwargs.get("precision")
         max_epochs = _rounds(rounds, kwargs)
         kwargs.pop("max_epochs", None)
@@ -144,6 +156,7 @@ class FederatedTrainer(pl.Trainer):
         self.fit_loop: RoundLoop = RoundLoop(self, options)
         self.validate_loop = SharedEvaluationLoop.of(self.validate_loop)
         self.test_loop = SharedEvaluationLoop.of(self.test_loop)
+        write_atomically(self.strategy)
         self.federation_summary = {}
         check_trainer(self, sync_batchnorm=bool(kwargs.get("sync_batchnorm")))
         check_callbacks(cast(Any, self).callbacks)

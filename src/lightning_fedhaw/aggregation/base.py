@@ -72,6 +72,9 @@ class AggregationRule(Callback):
     needs_learning_rates: bool = False
     """Whether the rule reads the clients' learning rates; then each trainable parameter needs exactly one optimiser."""
 
+    keeps_cohort: bool = False
+    """Whether the state holds a cohort's vectors, so that a checkpoint grows with them."""
+
     raw_weight: Any = None
     """``raw_weight(client_update) -> float``, where a rule's weights are known before the cohort is complete. Then
     vectors are summed as they come and memory does not grow with the cohort."""

@@ -189,6 +189,7 @@ class FedHAWCallback(AggregationRule):
         self.memory = memory
 
     prog_bar = ("scale",)
+    keeps_cohort = True
 
     @property
     def needs_learning_rates(self) -> bool:  # type: ignore[override]

@@ -1,0 +1,55 @@
+"""Checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the file and renames: whoever is killed while writing leaves the previous checkpoint in place.
+
+    Paths with a protocol, such as ``s3://``, are left to Lightning.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Args:
+            checkpoint: What to write.
+            path: Where to.
+            storage_options: Not used, as in Lightning.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.part")
+        with part.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(target)
+
+
+def write_atomically(strategy: Any) -> None:
+    """Use :class:`AtomicCheckpointIO` where nobody asked for another writer."""
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+def every_n_rounds(rounds: int) -> ModelCheckpoint:
+    """A callback that keeps the latest checkpoint, written every so many rounds."""
+    return ModelCheckpoint(
+        filename="round={step}",
+        auto_insert_metric_name=False,
+        every_n_epochs=rounds,
+        save_on_train_epoch_end=True,
+        save_top_k=1,
+    )
