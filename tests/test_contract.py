@@ -92,7 +92,8 @@ def test_inputs_are_untouched(make):
     assert old.keys() == state.keys()
     for key, value in old.items():
         if isinstance(value, ClientVectors):
-            assert torch.equal(value.matrix, state[key].matrix) and torch.equal(value.start, state[key].start)
+            assert torch.equal(value.matrix, state[key].matrix)
+            assert torch.equal(value.start, state[key].start)
         else:
             assert torch.equal(value, state[key]) if isinstance(value, Tensor) else value == state[key]
 

@@ -26,6 +26,7 @@ from lightning_fedhaw.data.federation import ClientData
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.memory import empty
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.server import Server, all_finite, averaged_buffers
 from lightning_fedhaw.streams import seed_of
@@ -549,7 +550,7 @@ class _Store:
     """Collects what reaches the server in a round."""
 
     def __init__(self, start: Tensor) -> None:
-        self.scratch = torch.empty_like(start)
+        self.scratch = empty(*start.shape, dtype=start.dtype, device=start.device)
         self.updates: list[ClientUpdate] = []
         self.heard: list[bool] = []
 
@@ -586,7 +587,7 @@ class _Rows(_Store):
     """One row per client, on the device or in host memory."""
 
     def __init__(self, start: Tensor, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.matrix = torch.empty(capacity, start.numel(), device=device, dtype=dtype)
+        self.matrix = empty(capacity, start.numel(), dtype=dtype, device=device)
         self.in_place = device == start.device and dtype == start.dtype
         super().__init__(start[:0] if self.in_place else start)
 
@@ -615,7 +616,7 @@ class _Sum(_Store):
     def __init__(self, start: Tensor, rule: AggregationRule) -> None:
         super().__init__(start)
         self.rule = rule
-        self.total = torch.zeros_like(start)
+        self.total = empty(*start.shape, dtype=start.dtype, device=start.device).zero_()
         self.raw_weights: list[float] = []
 
     def commit(self, update: ClientUpdate, *, heard: bool) -> None:
