@@ -17,10 +17,12 @@ LARGE = 1 << 25
 """Bytes from which a block is kept."""
 
 _spare: list[Tensor] = []
+_keeping = False
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``torch.empty`` on any device, which remembers large blocks of host memory."""
+    global _keeping
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < LARGE:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -30,12 +32,20 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     else:
         release()
         block = torch.empty(size, dtype=torch.uint8)
+    _keeping = True
     # The tensor and all its views share the lease; when the last of them is gone, so is the lease.
     lease = block[:size].numpy()
-    weakref.finalize(lease, _spare.append, block).atexit = False
+    weakref.finalize(lease, _keep, block).atexit = False
     return torch.frombuffer(lease, dtype=dtype).view(shape)
 
 
 def release() -> None:
-    """Give the blocks that nobody uses back to the kernel."""
+    """Give back to the kernel what nobody uses, and what comes free before the next block is asked for."""
+    global _keeping
+    _keeping = False
     _spare.clear()
+
+
+def _keep(block: Tensor) -> None:
+    if _keeping:
+        _spare.append(block)
