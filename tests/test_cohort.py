@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_fedhaw import ClientVectors
-from lightning_fedhaw.cohort import BLOCK, AccumulatedVectors, dot
+from lightning_fedhaw.cohort import BLOCK, RUN, AccumulatedVectors, accumulate, dot
 
 
 def vectors(k=3, p=5, seed=0, dtype=torch.float64, start=True):
@@ -98,3 +98,84 @@ def test_accumulated_vectors_know_one_mix_only():
     for verb in ("inner", "gram", "norms", "distances", "gather"):
         with pytest.raises(RuntimeError, match=f"asked for `{verb}`"):
             getattr(summed, verb)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 7),
+    st.integers(1, 5 * RUN),
+    st.integers(0, 20),
+    st.integers(0, 1000),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.data(),
+)
+def test_each_number_depends_on_its_own_row_or_column_alone(k, p, shift, seed, dtype, data):
+    """To the last bit: whatever the other rows, the partition of the columns, and the place in memory."""
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.randn(k, p + shift, generator=g).to(dtype)
+    moved, matrix = wide[:, shift:], wide[:, shift:].clone()
+    whole, shifted = ClientVectors(matrix), ClientVectors(moved)
+    x = torch.randn(p, generator=g)
+    weights = torch.rand(k, generator=g, dtype=torch.float64)
+
+    mix = whole.weighted_sum(weights)
+    assert torch.equal(mix, shifted.weighted_sum(weights))
+    cut = data.draw(st.integers(0, p))
+    parts = [ClientVectors(part).weighted_sum(weights) for part in (matrix[:, :cut], matrix[:, cut:])]
+    assert torch.equal(mix, torch.cat(parts))
+    one_by_one = torch.zeros_like(mix)
+    for row, weight in zip(matrix, weights.tolist(), strict=True):
+        one_by_one.add_(row, alpha=weight)
+    assert torch.equal(mix, one_by_one)
+    first = data.draw(st.integers(0, k))
+    two_calls = accumulate(torch.zeros_like(mix), moved[:first], weights[:first].tolist())
+    assert torch.equal(mix, accumulate(two_calls, matrix[first:], weights[first:].tolist()))
+
+    rows = data.draw(st.lists(st.integers(0, k - 1), min_size=1, max_size=k))
+    some = ClientVectors(moved[rows])
+    for verb in (lambda v: v.inner(x), lambda v: v.norms(), lambda v: v.distances(x)):
+        assert torch.equal(verb(whole), verb(shifted))
+        assert torch.equal(verb(whole)[rows], verb(some))
+        assert verb(whole).dtype == torch.float64
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bits_hold_where_vectors_have_many_blocks(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        p = 2 * BLOCK + 3 * RUN + 77
+        matrix, x = torch.randn(5, p), torch.randn(p)
+        weights = torch.rand(5, dtype=torch.float64)
+        whole = ClientVectors(matrix)
+        mix = whole.weighted_sum(weights)
+        for cut in (BLOCK, BLOCK + 1, 12345):
+            parts = [ClientVectors(part).weighted_sum(weights) for part in (matrix[:, :cut], matrix[:, cut:])]
+            assert torch.equal(mix, torch.cat(parts))
+        for rows in ([0], [3, 1], [4, 2, 0, 1]):
+            assert torch.equal(whole.inner(x)[rows], ClientVectors(matrix[rows]).inner(x))
+            assert torch.equal(whole.norms()[rows], ClientVectors(matrix[rows]).norms())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_vectors_survive_a_checkpoint_without_the_rows_of_nobody():
+    v = vectors(k=5)
+    some = ClientVectors(v.matrix[:2], v.start)
+    state = some.state_dict()
+    assert ClientVectors.is_state(state)
+    assert not ClientVectors.is_state({"matrix": v.matrix})
+    assert state["matrix"].untyped_storage().nbytes() == 2 * 5 * 8
+    again = ClientVectors.from_state(state)
+    assert torch.equal(again.gather(), v.gather()[:2])
+    assert v.state_dict()["matrix"] is v.matrix, "a copy of the whole would be a third matrix"
+    assert v.to(torch.device("cpu")) is v
+
+
+def test_vectors_of_another_precision_than_the_model():
+    start = torch.randn(3000, dtype=torch.float64)
+    kept = ClientVectors(torch.randn(3, 3000), start)
+    full = ClientVectors(kept.matrix.double(), start)
+    for verb in (lambda v: v.norms(), lambda v: v.gram(), lambda v: v.gather(), lambda v: v.distances(start)):
+        assert torch.allclose(verb(kept), verb(full), rtol=1e-12)
+        assert verb(kept).dtype == torch.float64

@@ -5,12 +5,14 @@ Shapes: N clients exist, K of them are in the cohort, P trainable parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_fedhaw.memory import empty
 
 BLOCK = 1 << 18
 """Columns that rows are added to at a time: a block of float32 stays in cache."""
@@ -139,10 +141,10 @@ class ClientVectors:
 
     def gram(self) -> Tensor:
         """``[K, K]`` float64 on the CPU: inner products of all pairs of vectors."""
-        total = torch.zeros(len(self), len(self), dtype=torch.float64)
-        span = _span(len(self))
-        for i in range(0, self.matrix.shape[1], span):
-            rows = self._rows(slice(i, i + span))
+        count, length = self.matrix.shape
+        total = torch.zeros(count, count, dtype=torch.float64)
+        for columns, rows in _pieces(count, 0, length, self.matrix, self._working_dtype):
+            self._rows(columns, rows)
             total += (rows @ rows.T).cpu().double()
         return total
 
@@ -153,15 +155,15 @@ class ClientVectors:
     def distances(self, center: Tensor | None, groups: Mapping[str, Sequence[slice]] | None = None) -> Tensor:
         """Euclidean distances from a point ``[P]`` (``None``: the origin), ``[K]`` or ``[groups, K]``, float64, CPU."""
 
-        def squares(columns: slice) -> Tensor:
-            rows = self._rows(columns)
+        def squares(columns: slice, out: Tensor) -> None:
+            self._rows(columns, out)
             if center is not None:
-                rows = rows - center[columns].to(rows)
-            return rows.square()
+                out -= center[columns].to(out)
+            out.square_()
 
         def squared(part: slice) -> Tensor:
             begin, end, _ = part.indices(self.matrix.shape[1])
-            return _row_sums(squares, len(self), begin, end)
+            return _row_sums(squares, len(self), begin, end, self.matrix, self._working_dtype)
 
         if groups is None:
             return squared(slice(None)).sqrt()
@@ -169,13 +171,15 @@ class ClientVectors:
 
     def gather(self) -> Tensor:
         """All vectors as one new matrix ``[K, P]``: for rules that need order statistics, at the price of a copy."""
-        return self.matrix.clone() if self.start is None else self._rows(slice(None))
+        like = self.matrix if self.start is None else self.start
+        return self._rows(slice(None), torch.empty_like(self.matrix, dtype=self._working_dtype, device=like.device))
 
-    def _rows(self, columns: slice) -> Tensor:
-        rows = self.matrix[:, columns]
-        if self.start is None:
-            return rows.to(self._working_dtype)
-        return rows.to(self.start.device, self._working_dtype) + self.start[columns]
+    def _rows(self, columns: slice, out: Tensor) -> Tensor:
+        """The vectors' own columns, written into ``[K, columns]`` of the working dtype."""
+        out.copy_(self.matrix[:, columns])
+        if self.start is not None:
+            out += self.start[columns].to(out.device)
+        return out
 
     @property
     def _working_dtype(self) -> torch.dtype:
@@ -188,7 +192,7 @@ class ClientVectors:
             scaled = weights.to(matrix.device, dtype)
             mixed = torch.cat([piece.to(dtype).T.mv(scaled) for piece in torch.split(matrix, BLOCK, 1)])
         else:
-            mixed = torch.zeros(matrix.shape[1], dtype=dtype, device=matrix.device)
+            mixed = empty(matrix.shape[1], dtype=dtype, device=matrix.device).zero_()
             accumulate(mixed, matrix, weights.tolist())
         if self.start is None:
             return mixed
@@ -201,7 +205,9 @@ class ClientVectors:
             pieces = zip(torch.split(matrix, BLOCK, 1), torch.split(moved, BLOCK), strict=True)
             products = torch.stack([piece.to(moved).mv(part) for piece, part in pieces]).cpu().double().sum(0)
         else:
-            products = _row_sums(lambda c: matrix[:, c] * moved[c], len(self), 0, len(moved))
+            products = _row_sums(
+                lambda c, out: torch.mul(matrix[:, c], moved[c], out=out), len(self), 0, len(moved), moved, moved.dtype
+            )
         return products if self.start is None else products + dot(vector, self.start)
 
 
@@ -289,7 +295,7 @@ class Cohort:
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of two vectors ``[P]`` as a float64 CPU scalar: runs of products, added in double precision."""
-    return _row_sums(lambda c: (a[c] * b[c].to(a)).unsqueeze(0), 1, 0, len(a))[0]
+    return _row_sums(lambda c, out: torch.mul(a[c], b[c].to(a), out=out[0]), 1, 0, len(a), a, a.dtype)[0]
 
 
 def accumulate(out: Tensor, rows: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
@@ -342,25 +348,38 @@ def from_start(start: Tensor, weights: Tensor, mixed: Tensor) -> Tensor:
     return mixed.to(start).add_(start, alpha=weights.sum().item())
 
 
-def _row_sums(elements: Callable[[slice], Tensor], rows: int, begin: int, end: int) -> Tensor:
-    """``[K]`` float64 on the CPU: sums along the rows of a ``[K, columns]`` matrix that is made piece by piece.
+def _row_sums(
+    write: Callable[[slice, Tensor], object], rows: int, begin: int, end: int, like: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``[K]`` float64 on the CPU: sums along the rows of a ``[K, columns]`` matrix that is written piece by piece.
 
     The bits of a row's sum depend on that row alone: not on the other rows or their number, and not on where it lies
     in memory, as those of a library's inner product do.
     """
     if not rows:
         return torch.zeros(0, dtype=torch.float64)
-    whole, span = end - (end - begin) % RUN, _span(rows)
-    runs = [elements(slice(i, min(i + span, whole))).reshape(rows, -1, RUN).sum(2) for i in range(begin, whole, span)]
-    if whole < end:
-        runs.append(elements(slice(whole, end)).sum(1, keepdim=True))
-    sums = torch.cat(runs, 1).cpu().double()
-    return torch.stack([row.sum() for row in sums])
+    sums = torch.empty(rows, -(-(end - begin) // RUN), dtype=dtype, device=like.device)
+    runs = 0
+    for columns, piece in _pieces(rows, begin, end, like, dtype):
+        write(columns, piece)
+        width = min(RUN, piece.shape[1])
+        count = piece.shape[1] // width
+        torch.sum(piece.view(rows, count, width), 2, out=sums[:, runs : runs + count])
+        runs += count
+    return torch.stack([row.sum() for row in sums.cpu().double()])
 
 
-def _span(rows: int) -> int:
-    """How many columns of so many rows are handled at a time."""
-    return max(RUN, min(BLOCK, PIECE // max(rows, 1)) // RUN * RUN)
+def _pieces(rows: int, begin: int, end: int, like: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Columns in pieces of whole runs (the last few columns by themselves), each with a place ``[K, columns]``.
+
+    It is one place for all: a temporary a piece, small things kept between them, would leave the heap in shreds.
+    """
+    whole, span = end - (end - begin) % RUN, max(RUN, min(BLOCK, PIECE // max(rows, 1)) // RUN * RUN)
+    place = torch.empty(rows * min(span, end - begin), dtype=dtype, device=like.device)
+    for i in (*range(begin, whole, span), *([whole] if whole < end else [])):
+        columns = slice(i, min(i + span, whole) if i < whole else end)
+        width = columns.stop - i
+        yield columns, place[: rows * width].view(rows, width)
 
 
 def _check_length(name: str, tensor: Tensor, length: int) -> None:

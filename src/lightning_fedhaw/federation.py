@@ -26,6 +26,7 @@ from lightning_fedhaw.data.federation import ClientData
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.memory import empty
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks, deal
 from lightning_fedhaw.server import Server, all_finite, averaged_buffers
@@ -702,8 +703,8 @@ def _check_step(step: Any, rule: str, clients: int) -> None:
 class _Store:
     """Collects what reaches the server in a round, as far as this process trained it."""
 
-    def __init__(self, scratch: Tensor) -> None:
-        self.scratch = scratch
+    def __init__(self, start: Tensor) -> None:
+        self.scratch = empty(*start.shape, dtype=start.dtype, device=start.device)
         self.count = 0
 
     def slot(self) -> Tensor:
@@ -724,10 +725,10 @@ class _Rows(_Store):
     def __init__(self, start: Tensor, capacity: int, options: FederationOptions, ranks: Ranks) -> None:
         device = torch.device("cpu") if options.storage == "host" else start.device
         dtype = options.storage_dtype or start.dtype
-        self.matrix = torch.empty(capacity, start.numel(), device=device, dtype=dtype)
+        self.matrix = empty(capacity, start.numel(), dtype=dtype, device=device)
         self.in_place = device == start.device and dtype == start.dtype
         self.ranks, self.ordered = ranks, options.reduction == "ordered"
-        super().__init__(start[:0] if self.in_place else torch.empty_like(start))
+        super().__init__(start[:0] if self.in_place else start)
 
     def slot(self) -> Tensor:
         return self.matrix[self.count] if self.in_place else self.scratch
@@ -755,9 +756,9 @@ class _Sum(_Store):
     """The running weighted sum, for rules that know a client's weight beforehand."""
 
     def __init__(self, start: Tensor, rule: AggregationRule, ranks: Ranks) -> None:
-        super().__init__(torch.empty_like(start))
+        super().__init__(start)
         self.rule, self.ranks = rule, ranks
-        self.total = torch.zeros_like(start)
+        self.total = empty(*start.shape, dtype=start.dtype, device=start.device).zero_()
 
     def commit(self, update: ClientUpdate, weight: float) -> None:
         self.total.add_(update.displacement, alpha=weight)

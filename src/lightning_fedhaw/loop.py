@@ -37,6 +37,7 @@ from lightning_fedhaw.data.split import split
 from lightning_fedhaw.evaluation import SharedEvaluationLoop, same_value
 from lightning_fedhaw.federation import Federation, Report
 from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.memory import release
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.progress import replace_default_bar
 from lightning_fedhaw.ranks import Ranks
@@ -327,6 +328,7 @@ class RoundLoop(_FitLoop):
     def on_run_end(self) -> None:
         """Close the run with one table."""
         super().on_run_end()
+        release()
         self._summarise()
 
     def _summarise(self) -> None:
@@ -381,6 +383,8 @@ class RoundLoop(_FitLoop):
                     " between rounds: in `on_train_epoch_end`, or with `ModelCheckpoint`."
                 )
             state["federation"] = self.federation.state_dict()
+        # The file is put together in memory; it may have the room that no round needs at the moment.
+        release()
         return state
 
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
