@@ -23,13 +23,14 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.profilers import AdvancedProfiler
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from federations import QUIET, Classifier, flat, samples
 from lightning_fedhaw import (
     FedAvgCallback,
+    FederatedStrategy,
     FederatedTrainer,
     FedHAWCallback,
     IIDPartitioner,
@@ -207,18 +208,26 @@ def strategy(door: int) -> None:
     trainer, module = play(door, strategy=mine, accelerator="auto")
     assert trainer.strategy is mine
     assert torch.equal(flat(module) - flat(Watched()), moved(door))
-    refuses(door, "strategy=DDPStrategy", processes=True, strategy="ddp", devices=1)
+    refuses(door, "strategy=ModelParallelStrategy.*federated", processes=True, strategy=ModelParallelStrategy())
 
 
 @row
 def devices(door: int) -> None:
     assert play(door, devices=1)[1].steps_by_round == [CLIENTS * BATCHES] * 3
-    refuses(door, "devices=2.*Set `devices=1`", processes=True, devices=2)
+    forked = "federated_notebook" if door == 1 else "ddp_notebook"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*does not have many workers")
+        two = moved(door, devices=2, strategy=forked)
+    assert torch.allclose(two, moved(door), rtol=1e-6, atol=1e-7)
 
 
 @row
 def num_nodes(door: int) -> None:
-    refuses(door, "num_nodes=2.*`num_nodes=1`", processes=True, num_nodes=2, devices=1)
+    trainer: Any = build(door, num_nodes=2, devices=1)
+    assert trainer.world_size == 2
+    assert isinstance(trainer.strategy, FederatedStrategy if door == 1 else DDPStrategy)
+    trainer.callbacks[0].setup(trainer, Watched(), "fit")
 
 
 @row
