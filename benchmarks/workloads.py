@@ -1,8 +1,8 @@
 """What every contender runs: the data, the model and the shape of a round, and how a contender reports.
 
-A contender is a script that is given one :class:`Job` as JSON and prints one JSON line. Everybody gets the same samples,
-split, cohorts and start, from a file that :func:`prepare` wrote. This file needs NumPy; what needs torch says so by
-importing it inside, because not every contender has it.
+A contender is a script that is given one :class:`Job` as JSON and prints one JSON line. Everybody gets the same
+samples, split, cohorts and start, from a file that :func:`prepare` wrote. Torch is imported where it is needed, because
+not every contender has it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ class Workload:
     Attributes:
         title: What it is, for people.
         model: Key of :data:`MODELS`.
-        sizes: Samples of each client; a pair stands for uniformly random sizes between the two.
+        sizes: Samples of each client.
         cohort: Clients in a round.
         rounds: Timed rounds; one more is played before them.
+        random_sizes: Whether sizes are drawn between the first two instead.
+        shape: Of one input.
     """
 
     title: str
@@ -52,17 +54,28 @@ class Workload:
 
 
 WORKLOADS = {
-    "W0": Workload("Two clients with one sample each, linear 4-2: a round of overhead", "tiny", (1, 1), 2, 1, 1, 0.1, 200,
-                   shape=(4,)),
+    "W0": Workload(
+        "two clients with one sample each, linear 4-2: overhead", "tiny", (1, 1), 2, 1, 1, 0.1, 200, shape=(4,)
+    ),
     "W1": Workload("MNIST MLP 784-128-128-10, 10 clients, batch 64", "mlp", MNIST_SIZES, 10, 64, 1, 0.001, 5),
     "W2": Workload("FedAvg CNN, 1000 clients x 60, cohort 100, batch 20", "cnn", (60,) * 1000, 100, 20, 1, 0.1, 3),
-    "W3": Workload("Logistic regression 60-10 on Synthetic(1,1), 1000 clients of 50 to 90, cohort 100, batch 10, E=5",
-                   "linear", (50, 90) * 500, 100, 10, 5, 0.01, 10, random_sizes=True, shape=(60,)),
-    "W4": Workload("ResNet-18, CIFAR stem, 10 clients x 100 random 3x32x32, batch 50", "resnet", (100,) * 10, 10, 50, 1,
-                   0.01, 1, shape=(3, 32, 32)),
-    "W6": Workload("Logistic regression 60-10, 10,000 clients x 10, cohort 1000, batch 10: memory", "linear",
-                   (10,) * 10_000, 1000, 10, 1, 0.01, 5, shape=(60,)),
-}  # fmt: skip
+    "W3": Workload(
+        "logistic regression 60-10 on Synthetic(1,1), 1000 clients of 50 to 90, cohort 100, batch 10, E=5",
+        *("linear", (50, 90) * 500, 100, 10, 5, 0.01, 10),
+        random_sizes=True,
+        shape=(60,),
+    ),
+    "W4": Workload(
+        "ResNet-18, CIFAR stem, 10 clients x 100 random 3x32x32, batch 50",
+        *("resnet", (100,) * 10, 10, 50, 1, 0.01, 1),
+        shape=(3, 32, 32),
+    ),
+    "W6": Workload(
+        "logistic regression 60-10, 10,000 clients x 10, cohort 1000, batch 10: memory",
+        *("linear", (10,) * 10_000, 1000, 10, 1, 0.01, 5),
+        shape=(60,),
+    ),
+}
 QUICK = {
     "W0": {"rounds": 20},
     "W1": {"sizes": tuple(size // 20 for size in MNIST_SIZES), "rounds": 3},
@@ -84,11 +97,10 @@ def workload(name: str, quick: bool = False, **changes: Any) -> Workload:
 def images(work: Workload, rng: np.random.Generator, mnist: str | None) -> Arrays:
     """MNIST in [-1, 1], or learnable random images of the same size."""
     if mnist is None:
-        sizes, noise = np.array(work.sizes), 1.0
+        sizes = np.array(work.sizes)
         prototypes = rng.standard_normal((10, *work.shape), dtype=np.float32)
         y = rng.integers(10, size=sizes.sum())
         x = rng.standard_normal((len(y), *work.shape), dtype=np.float32)
-        x *= noise
         x += prototypes[y]
         return x, y, np.repeat(np.arange(len(sizes)), sizes)
     with np.load(mnist) as file:
@@ -270,12 +282,24 @@ class Job:
         return model
 
 
-class Clock:
-    """Seconds between ticks; on a GPU a tick waits for the work before it."""
+@lru_cache
+def job_of(text: str) -> Job:
+    """The job that a JSON text tells of; one object for one text, so that a worker process reads its data once."""
+    return Job(**json.loads(text))
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
+
+class Clock:
+    """Seconds between ticks; on a GPU a tick waits for the work before it.
+
+    Args:
+        device: Where the work is done.
+        every: Which of the spans count: 2 leaves out every second one.
+    """
+
+    def __init__(self, device: str = "cpu", every: int = 1) -> None:
+        self.device, self.every = device, every
         self.ticks: list[float] = []
+        self.tree_mb = 0.0
 
     def tick(self, *_: object) -> None:
         if self.device.startswith("cuda"):
@@ -284,28 +308,33 @@ class Clock:
             torch.cuda.synchronize()
         self.ticks.append(time.perf_counter())
 
+    def stop(self) -> None:
+        """The last tick; and the memory of this process and its children while they still live."""
+        self.tick()
+        self.tree_mb = sum(memory("VmHWM", pid) for pid in family(os.getpid()))
+
     @property
     def seconds(self) -> list[float]:
-        return np.diff(self.ticks).tolist()
+        return np.diff(self.ticks)[:: self.every].tolist()
 
 
-Play = Callable[[Job], "tuple[list[float], Callable[[], float]] | None"]
-"""Runs a job; gives the seconds of each round and what computes the final loss, or nothing where another process does."""
+Play = Callable[[Job], "tuple[Clock, Callable[[], float]] | None"]
+"""Runs a job; gives its clock and what computes the final loss, or nothing where another process does."""
 
 
 def run_contender(play: Play, *packages: str) -> None:
     """Play the job of the command line and print its report as the last line of the output."""
     before = memory("VmRSS")
-    job = Job(**json.loads(sys.argv[1]))
+    job = job_of(sys.argv[1])
     played = play(job)
     if played is None:
         return
-    seconds, loss = played
+    clock, loss = played
     report = {
-        "seconds": seconds,
+        "seconds": clock.seconds,
         "import_mb": before,
         "peak_mb": memory("VmHWM"),
-        "tree_mb": sum(memory("VmHWM", pid) for pid in family(os.getpid())),
+        "tree_mb": clock.tree_mb or memory("VmHWM"),
         "versions": {name: installed(name) for name in ("numpy", "torch", *packages) if installed(name)},
         "python": ".".join(map(str, sys.version_info[:3])),
     }

@@ -47,40 +47,40 @@ class Rounds(RoundObserver):
         self.clock.tick()
 
     def on_train_end(self, *_: Any) -> None:
-        self.clock.tick()
+        self.clock.stop()
 
 
-def play(job: Job) -> tuple[list[float], Callable[[], float]] | None:
+def fit(job: Job, clock: Clock) -> tuple[FederatedTrainer, Module]:
+    """Train by the job's rounds; the module ends with the global model in it."""
     work, options = job.workload, dict(job.options)
     logged, rule = options.pop("logged", False), options.pop("rule", "fedavg")
-    if logged:
-        options["logger"] = pl.loggers.CSVLogger(tempfile.mkdtemp())
-    clock = Clock(job.device)
-    settings = {
+    settings: dict[str, Any] = {
         "rounds": job.rounds,
         "sampler": FixedSequenceSampler(job.cohorts),
         "local_epochs": work.epochs,
         "callbacks": [FedHAWCallback() if rule == "fedhaw" else FedAvgCallback(), Rounds(clock)],
         "client_eval": False,
-        "accelerator": "cuda" if job.device.startswith("cuda") else "cpu",
+        "accelerator": job.device.split(":")[0],
+        "devices": 1,
         "precision": job.precision,
-        "logger": False,
+        "logger": pl.loggers.CSVLogger(tempfile.mkdtemp()) if logged else False,
         "enable_checkpointing": False,
         "enable_progress_bar": logged,
         "enable_model_summary": False,
     }
-    if job.device.startswith("cuda"):
-        settings["devices"] = 1
     trainer = FederatedTrainer(**{**settings, **options})
     module = Module(job.network(), work.lr)
-    data = FederatedDataModule(
-        TensorDataset(*job.samples()), partitioner=IndexPartitioner(job.rows), batch_size=work.batch
-    )
-    trainer.fit(module, data)
+    samples = TensorDataset(*job.samples())
+    trainer.fit(module, FederatedDataModule(samples, partitioner=IndexPartitioner(job.rows), batch_size=work.batch))
+    return trainer, module
+
+
+def play(job: Job) -> tuple[Clock, Callable[[], float]] | None:
+    clock = Clock(job.device)
+    trainer, module = fit(job, clock)
     if trainer.global_rank:
         return None
-    x, y = job.samples()
-    return clock.seconds, lambda: train_loss(module.net.cpu(), x, y)
+    return clock, lambda: train_loss(module.net.cpu(), *job.samples())
 
 
 if __name__ == "__main__":

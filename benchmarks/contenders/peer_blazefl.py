@@ -34,16 +34,14 @@ class Data:
         return DataLoader(self.clients[cid], batch_size=batch_size, shuffle=True, generator=generator)
 
 
-def play(job: Job) -> tuple[list[float], Callable[[], float]]:
+def play(job: Job) -> tuple[Clock, Callable[[], float]]:
     work, models, data = job.workload, Models(job), Data(job)
     many = len(work.sizes)
     shared = {"model_selector": models, "model_name": "net", "dataset": data, "device": "cpu", "seed": 0}
     handler = FedAvgBaseServerHandler(
         **shared, global_round=job.rounds, num_clients=many, sample_ratio=work.cohort / many, batch_size=work.batch
     )
-    trainer = FedAvgBaseClientTrainer(
-        **shared, num_clients=many, epochs=work.epochs, batch_size=work.batch, lr=work.lr
-    )
+    trainer = FedAvgBaseClientTrainer(**shared, num_clients=many, epochs=work.epochs, batch_size=work.batch, lr=work.lr)
     clock = Clock()
     clock.tick()
     for cohort in job.cohorts:
@@ -51,7 +49,7 @@ def play(job: Job) -> tuple[list[float], Callable[[], float]]:
         for package in trainer.uplink_package():
             handler.load(package)
         clock.tick()
-    return clock.seconds, lambda: train_loss(handler.model, *job.samples())
+    return clock, lambda: train_loss(handler.model, *job.samples())
 
 
 if __name__ == "__main__":

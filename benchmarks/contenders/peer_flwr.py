@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,29 +15,19 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from workloads import Clock, Job, run_contender, train_loss
+from workloads import Clock, Job, job_of, run_contender, train_loss
 
 client_app, server_app = ClientApp(), ServerApp()
 clock = Clock()
 ended: dict[str, Any] = {}
 
 
-@lru_cache
-def job() -> Job:
-    return Job(**json.loads(os.environ["JOB"]))
-
-
-@lru_cache
-def data() -> tuple[torch.Tensor, torch.Tensor]:
-    torch.set_num_threads(1)
-    return job().samples()
-
-
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
-    work, (x, y) = job().workload, data()
-    rows = job().rows[int(context.node_config["partition-id"])]
-    model = job().network()
+    job = job_of(os.environ["JOB"])
+    work, (x, y), rows = job.workload, job.samples(), job.rows[int(context.node_config["partition-id"])]
+    torch.set_num_threads(1)
+    model = job.network()
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=work.lr)
     samples = TensorDataset(x[rows], y[rows])
@@ -60,25 +48,29 @@ class Timed(FedAvg):
 
 @server_app.main()
 def serve(grid: Grid, context: Context) -> None:
-    work = job().workload
+    job = job_of(os.environ["JOB"])
+    work = job.workload
     strategy = Timed(
         fraction_train=work.cohort / len(work.sizes), fraction_evaluate=0.0, min_available_nodes=len(work.sizes)
     )
-    result = strategy.start(grid, ArrayRecord(job().network().state_dict()), num_rounds=job().rounds)
-    clock.tick()
+    result = strategy.start(grid, ArrayRecord(job.network().state_dict()), num_rounds=job.rounds)
+    clock.stop()
     ended.update(result.arrays.to_torch_state_dict())
 
 
-def play(played: Job) -> tuple[list[float], Callable[[], float]]:
+def play(job: Job) -> tuple[Clock, Callable[[], float]]:
     run_simulation(
         server_app,
         client_app,
-        num_supernodes=len(played.workload.sizes),
-        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"log_to_driver": False}},
+        num_supernodes=len(job.workload.sizes),
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "init_args": {"log_to_driver": False, "_node_ip_address": "127.0.0.1"},
+        },
     )
-    model = played.network()
+    model = job.network()
     model.load_state_dict(ended)
-    return clock.seconds, lambda: train_loss(model, *played.samples())
+    return clock, lambda: train_loss(model, *job.samples())
 
 
 if __name__ == "__main__":

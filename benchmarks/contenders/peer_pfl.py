@@ -1,4 +1,4 @@
-"""pfl-research: ``FederatedAveraging`` in its ``SimulatedBackend``. It keeps a client's batches and does not shuffle."""
+"""pfl-research: ``FederatedAveraging`` in its ``SimulatedBackend``. It keeps a client's batches and never shuffles."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Rounds(TrainingProcessCallback):
         return False, Metrics()
 
 
-def play(job: Job) -> tuple[list[float], Callable[[], float]]:
+def play(job: Job) -> tuple[Clock, Callable[[], float]]:
     work = job.workload
     x, y = job.samples()
     clients = [PyTorchTensorDataset((x[rows], y[rows]), user_id=str(k)) for k, rows in enumerate(job.rows)]
@@ -51,7 +51,7 @@ def play(job: Job) -> tuple[list[float], Callable[[], float]]:
         callbacks=[Rounds(clock)],
         send_metrics_to_platform=False,
     )
-    return clock.seconds, lambda: train_loss(model, x, y)
+    return clock, lambda: train_loss(model, x, y)
 
 
 if __name__ == "__main__":

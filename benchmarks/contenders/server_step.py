@@ -1,8 +1,8 @@
 """FedHAW's server step alone: K client vectors of P parameters come in, the next global model goes out.
 
-``{"how": "ours"}``: ``FedHAWCallback.step``. ``{"how": "authors"}``: the same formulas as the authors' code writes them,
-Python sums over clients for each named tensor. ``{"how": "read"}``: every vector of the cohort read once by a dot product,
-which is what memory allows.
+``{"how": "ours"}``: ``FedHAWCallback.step``. ``{"how": "authors"}``: the same formulas as the authors' code writes
+them, Python sums over clients for each named tensor. ``{"how": "read"}``: every vector of the cohort read once by a dot
+product, which is what memory allows.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def authors(start: Tensor, stacks: list[Tensor], rounds: int, clock: Clock) -> T
     clients = range(len(stacks[0]))
     moves = [[named(row) for row in stack] for stack in stacks]
     previous: list[Named] = []
-    w, gamma, lambda_ = named(start), torch.zeros(()), torch.zeros(len(clients))
+    w, gamma, lambda_ = named(start), start.new_zeros(()), start.new_zeros(len(clients))
     for t in range(rounds):
         cohort = [{n: w[n] + move[n] for n in names} for move in moves[t % 2]]
         clock.tick()
@@ -83,7 +83,7 @@ def read(start: Tensor, stacks: list[Tensor], rounds: int, clock: Clock) -> Tens
     return start
 
 
-def play(job: Job) -> tuple[list[float], Callable[[], float]]:
+def play(job: Job) -> tuple[Clock, Callable[[], float]]:
     clients, parameters = job.options["clients"], job.options["parameters"] // LAYERS * LAYERS
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(parameters, generator=generator).to(job.device)
@@ -91,10 +91,10 @@ def play(job: Job) -> tuple[list[float], Callable[[], float]]:
     for stack in stacks:
         for row in stack:
             row.copy_(torch.randn(parameters, generator=generator)).mul_(0.01)
-    clock = Clock(job.device)
+    clock = Clock(job.device, every=2)
     how = {"ours": ours, "authors": authors, "read": read}[job.options["how"]]
     end = how(start, stacks, job.options["rounds"] + 1, clock)
-    return clock.seconds[::2], lambda: end.double().norm().item()
+    return clock, lambda: end.double().norm().item()
 
 
 if __name__ == "__main__":
