@@ -1,0 +1,89 @@
+"""An ordinary LightningModule with ``self.log`` in its step, through ``FederatedTrainer``.
+
+The job's options are arguments of ``FederatedTrainer``; besides, ``rule="fedhaw"`` takes another rule than FedAvg and
+``logged=True`` adds a CSV logger and a progress bar.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+from workloads import Clock, Job, run_contender, train_loss
+
+from lightning_fedhaw import FedAvgCallback, FederatedDataModule, FederatedTrainer, FedHAWCallback, RoundObserver
+from lightning_fedhaw.data import FixedSequenceSampler, IndexPartitioner
+
+
+class Module(pl.LightningModule):
+    def __init__(self, net: torch.nn.Module, lr: float) -> None:
+        super().__init__()
+        self.net, self.lr = net, lr
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Rounds(RoundObserver):
+    """A tick where a round starts, and one after the last: nothing of a round is left out."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def on_round_start(self, *_: Any) -> None:
+        self.clock.tick()
+
+    def on_train_end(self, *_: Any) -> None:
+        self.clock.stop()
+
+
+def fit(job: Job, clock: Clock) -> tuple[FederatedTrainer, Module]:
+    """Train by the job's rounds; the module ends with the global model in it."""
+    work, options = job.workload, dict(job.options)
+    logged, rule = options.pop("logged", False), options.pop("rule", "fedavg")
+    settings: dict[str, Any] = {
+        "rounds": job.rounds,
+        "sampler": FixedSequenceSampler(job.cohorts),
+        "local_epochs": work.epochs,
+        "callbacks": [FedHAWCallback() if rule == "fedhaw" else FedAvgCallback(), Rounds(clock)],
+        "client_eval": False,
+        "accelerator": job.device.split(":")[0],
+        "devices": 1,
+        "precision": job.precision,
+        "logger": pl.loggers.CSVLogger(tempfile.mkdtemp()) if logged else False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": logged,
+        "enable_model_summary": False,
+    }
+    trainer = FederatedTrainer(**{**settings, **options})
+    module = Module(job.network(), work.lr)
+    samples = TensorDataset(*job.samples())
+    trainer.fit(module, FederatedDataModule(samples, partitioner=IndexPartitioner(job.rows), batch_size=work.batch))
+    return trainer, module
+
+
+def play(job: Job) -> tuple[Clock, Callable[[], float]] | None:
+    clock = Clock(job.device)
+    trainer, module = fit(job, clock)
+    if trainer.global_rank:
+        return None
+    return clock, lambda: train_loss(module.net.cpu(), *job.samples())
+
+
+if __name__ == "__main__":
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    run_contender(play, "lightning", "lightning-fedhaw")

@@ -1,0 +1,87 @@
+"""Whether every engine, device and precision trains to what the sequential engine trains to on the CPU.
+
+    python benchmarks/engines_agree.py --device cuda [--markdown FILE]
+
+Small versions of W1 to W4. The figure is the distance to the CPU's displacement, relative to its length; the script
+ends with an error where one is too large.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+import warnings
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from speed import HERE, write_between
+from workloads import Clock, Job, prepare
+
+sys.path.insert(0, str(HERE / "contenders"))
+from ours import fit
+
+FLOAT32, BF16 = 2e-3, 0.4
+"""Allowed distances; one that did not train would be at 1. Another device adds in another order, bf16 has 8 bits."""
+CHANGES = {"W2": {"lr": 0.01}, "W4": {"lr": 0.001, "sizes": [40, 40], "batch": 20}}
+"""Large steps, and BatchNorm over the two samples of a quick W4, would enlarge any difference."""
+WAYS: list[tuple[dict[str, Any], str, float]] = [
+    ({"engine": "sequential"}, "32-true", FLOAT32),
+    ({"engine": "sequential", "data_device": "cpu"}, "32-true", FLOAT32),
+    ({"engine": "vectorized"}, "32-true", FLOAT32),
+    ({"engine": "vectorized", "compile_clients": True}, "32-true", FLOAT32),
+    ({"engine": "sequential", "channels_last": True}, "32-true", FLOAT32),
+    ({"engine": "sequential"}, "bf16-mixed", BF16),
+    ({"engine": "vectorized"}, "bf16-mixed", BF16),
+]
+
+
+def trained(job: Job) -> torch.Tensor:
+    """The displacement after all rounds, ``[P]``."""
+    with redirect_stdout(StringIO()):  # the closing table
+        _, module = fit(job, Clock())
+    end = torch.nn.utils.parameters_to_vector(module.net.cpu().parameters()).detach()
+    return end - torch.from_numpy(job.arrays["start"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--markdown", type=Path)
+    args = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    torch.backends.cudnn.allow_tf32 = False
+    lines = ["| work | engine | precision | distance | allowed | |", "|---|---|---|---:|---:|---|"]
+    failed = 0
+    for work in ("W1", "W2", "W3", "W4"):
+        with tempfile.TemporaryDirectory() as folder:
+            job = Job(work, str(Path(folder) / "data.npz"), quick=True, changes=CHANGES.get(work, {}))
+            prepare(job.workload, Path(job.data))
+            expected = trained(replace(job, options={"engine": "sequential"}))
+            for options, precision, allowed in WAYS:
+                if options.get("channels_last") and work in ("W1", "W3"):
+                    continue
+                try:
+                    got = trained(replace(job, options=options, precision=precision, device=args.device))
+                    distance = ((got - expected).norm() / expected.norm()).item()
+                    cells = f"{distance:.1e} | {allowed:g} | {'agrees' if distance <= allowed else '**differs**'}"
+                    failed += not distance <= allowed
+                except Exception as error:
+                    cells = f"| {allowed:g} | **{type(error).__name__}: {str(error).splitlines()[0][:150]}**"
+                    failed += 1
+                words = ", ".join(f"{key}={value}" for key, value in options.items())
+                lines.append(f"| {work} | {words} | {precision} | {cells} |")
+                print(lines[-1], flush=True)
+    if args.markdown:
+        write_between(args.markdown, "agreement", "\n".join(lines))
+    sys.exit(f"{failed} ways of training do not agree with the CPU." if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

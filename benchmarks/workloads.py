@@ -1,0 +1,378 @@
+"""What every contender runs: the data, the model and the shape of a round, and how a contender reports.
+
+A contender is a script that is given one :class:`Job` as JSON and prints one JSON line. Everybody gets the same
+samples, split, cohorts and start, from a file that :func:`prepare` wrote. Torch is imported where it is needed, because
+not every contender has it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Inputs [samples, ...], labels [samples], and the client of each sample [samples]."""
+
+MNIST_SIZES = (1491, 8571, 8767, 6241, 4893, 3800, 6424, 8330, 3285, 8198)
+"""Samples of the ten clients in the FedHAW authors' Dirichlet(0.1) split of MNIST."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A federation and its local training.
+
+    Attributes:
+        title: What it is, for people.
+        model: Key of :data:`MODELS`.
+        sizes: Samples of each client.
+        cohort: Clients in a round.
+        rounds: Timed rounds; one more is played before them.
+        random_sizes: Whether sizes are drawn between the first two instead.
+        shape: Of one input.
+    """
+
+    title: str
+    model: str
+    sizes: tuple[int, ...]
+    cohort: int
+    batch: int
+    epochs: int
+    lr: float
+    rounds: int
+    random_sizes: bool = False
+    shape: tuple[int, ...] = (784,)
+
+
+WORKLOADS = {
+    "W0": Workload(
+        "two clients with one sample each, linear 4-2: overhead", "tiny", (1, 1), 2, 1, 1, 0.1, 200, shape=(4,)
+    ),
+    "W1": Workload("MNIST MLP 784-128-128-10, 10 clients, batch 64", "mlp", MNIST_SIZES, 10, 64, 1, 0.001, 5),
+    "W2": Workload("FedAvg CNN, 1000 clients x 60, cohort 100, batch 20", "cnn", (60,) * 1000, 100, 20, 1, 0.1, 3),
+    "W3": Workload(
+        "logistic regression 60-10 on Synthetic(1,1), 1000 clients of 50 to 90, cohort 100, batch 10, E=5",
+        *("linear", (50, 90) * 500, 100, 10, 5, 0.01, 10),
+        random_sizes=True,
+        shape=(60,),
+    ),
+    "W4": Workload(
+        "ResNet-18, CIFAR stem, 10 clients x 100 random 3x32x32, batch 50",
+        *("resnet", (100,) * 10, 10, 50, 1, 0.01, 1),
+        shape=(3, 32, 32),
+    ),
+    "W6": Workload(
+        "logistic regression 60-10, 10,000 clients x 10, cohort 1000, batch 10: memory",
+        *("linear", (10,) * 10_000, 1000, 10, 1, 0.01, 5),
+        shape=(60,),
+    ),
+}
+QUICK = {
+    "W0": {"rounds": 20},
+    "W1": {"sizes": tuple(size // 20 for size in MNIST_SIZES), "rounds": 3},
+    "W2": {"sizes": (60,) * 40, "cohort": 4, "rounds": 2},
+    "W3": {"sizes": (50, 90) * 50, "cohort": 20, "rounds": 4},
+    "W4": {"sizes": (4,) * 2, "cohort": 2, "batch": 2},
+    "W6": {"sizes": (10,) * 1000, "cohort": 100, "rounds": 3},
+}
+
+
+def workload(name: str, quick: bool = False, **changes: Any) -> Workload:
+    """A workload by name; ``quick`` is a small one of the same kind."""
+    return replace(WORKLOADS[name], **{**(QUICK[name] if quick else {}), **changes})
+
+
+# ---------------------------------------------------------------------- data
+
+
+def images(work: Workload, rng: np.random.Generator, mnist: str | None) -> Arrays:
+    """MNIST in [-1, 1], or learnable random images of the same size."""
+    if mnist is None:
+        sizes = np.array(work.sizes)
+        prototypes = rng.standard_normal((10, *work.shape), dtype=np.float32)
+        y = rng.integers(10, size=sizes.sum())
+        x = rng.standard_normal((len(y), *work.shape), dtype=np.float32)
+        x += prototypes[y]
+        return x, y, np.repeat(np.arange(len(sizes)), sizes)
+    with np.load(mnist) as file:
+        x, y, client = file["train_x"], file["train_y"], file["client_alpha01"]
+    if len(work.sizes) == len(MNIST_SIZES):
+        chosen = np.concatenate([np.flatnonzero(client == k)[:size] for k, size in enumerate(work.sizes)])
+    else:
+        chosen = rng.permutation(len(y))[: sum(work.sizes)]
+    client = np.repeat(np.arange(len(work.sizes)), work.sizes)
+    return x[chosen].reshape(-1, *work.shape).astype(np.float32) / 127.5 - 1, y[chosen].astype(np.int64), client
+
+
+def synthetic(work: Workload, rng: np.random.Generator, mnist: str | None) -> Arrays:
+    """Synthetic(1, 1) of Li et al. 2020 (FedProx): every client has its own inputs and its own rule."""
+    features = work.shape[0]
+    scales = np.arange(1, features + 1) ** -0.6
+    xs, ys, clients = [], [], []
+    sizes = rng.integers(work.sizes[0], work.sizes[1] + 1, len(work.sizes)) if work.random_sizes else work.sizes
+    for k, size in enumerate(sizes):
+        u, center = rng.standard_normal(2)
+        x = rng.normal(rng.normal(center, 1, features), scales, (size, features))
+        scores = x @ rng.normal(u, 1, (features, 10)) + rng.normal(u, 1, 10)
+        xs.append(x.astype(np.float32))
+        ys.append(scores.argmax(1))
+        clients.append(np.full(size, k))
+    return np.concatenate(xs), np.concatenate(ys), np.concatenate(clients)
+
+
+def noise(work: Workload, rng: np.random.Generator, mnist: str | None) -> Arrays:
+    """Random inputs with random labels."""
+    x = rng.standard_normal((sum(work.sizes), *work.shape), dtype=np.float32)
+    classes = 2 if work.model == "tiny" else 10
+    return x, rng.integers(classes, size=len(x)), np.repeat(np.arange(len(work.sizes)), work.sizes)
+
+
+DATA: dict[str, Callable[..., Arrays]] = {
+    "mlp": images, "cnn": images, "linear": synthetic, "resnet": noise, "tiny": noise
+}  # fmt: skip
+
+
+def prepare(work: Workload, path: Path, mnist: str | None = None) -> None:
+    """Write what all contenders of a workload share. Needs torch, for the start."""
+    import torch
+
+    rng = np.random.default_rng(0)
+    x, y, client = DATA[work.model](work, rng, mnist)
+    many = len(work.sizes)
+    cohorts = [np.sort(rng.permutation(many)[: work.cohort]) for _ in range(work.rounds + 1)]
+    torch.manual_seed(0)
+    start = torch.nn.utils.parameters_to_vector(network(work.model).parameters()).detach().numpy()
+    np.savez(path, x=x, y=y.astype(np.int64), client=client, cohorts=np.array(cohorts), start=start)
+
+
+# ---------------------------------------------------------------------- models (torch)
+
+
+def network(name: str) -> Any:
+    """A model by name; cross entropy is its loss everywhere."""
+    from torch import nn
+
+    if name == "tiny":
+        return nn.Linear(4, 2)
+    if name == "linear":
+        return nn.Linear(60, 10)
+    if name == "mlp":
+        return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    if name == "cnn":
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 28, 28)),
+            nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, 10),
+        )  # fmt: skip
+    return _resnet18()
+
+
+def _resnet18() -> Any:
+    """ResNet-18 for 3x32x32 inputs: a 3x3 stem, stride 1 and no pooling after it."""
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self, before: int, after: int, stride: int) -> None:
+            super().__init__()
+            self.body = nn.Sequential(
+                nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(),
+                nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after),
+            )  # fmt: skip
+            self.skip = (
+                nn.Identity()
+                if (before, stride) == (after, 1)
+                else nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+            )
+
+        def forward(self, x: Any) -> Any:
+            return (self.body(x) + self.skip(x)).relu()
+
+    widths = ((64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2))
+    blocks = [Block(*width) for width in (*widths, (512, 512, 1))]
+    stem = (nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+def train_loss(model: Any, x: Any, y: Any) -> float:
+    """Mean cross entropy over all training data, in training mode: BatchNorm by batches, so parameters alone count."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    model.train()
+    with torch.no_grad():
+        parts = zip(x.split(1000), y.split(1000), strict=True)
+        return sum(cross_entropy(model(a), b, reduction="sum").item() for a, b in parts) / len(x)
+
+
+# ---------------------------------------------------------------------- jobs and reports
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one contender.
+
+    Attributes:
+        work: Name of the workload.
+        data: The file of :func:`prepare`.
+        quick: Whether it is the small workload of that name.
+        device: Where torch contenders train, such as ``"cpu"`` or ``"cuda"``.
+        precision: Precision in Lightning's words.
+        options: The contender's own.
+        changes: Attributes of the workload that differ.
+    """
+
+    work: str
+    data: str
+    quick: bool = False
+    device: str = "cpu"
+    precision: str = "32-true"
+    options: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def workload(self) -> Workload:
+        return workload(self.work, self.quick, **self.changes)
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        with np.load(self.data) as file:
+            return dict(file)
+
+    @property
+    def rounds(self) -> int:
+        """All rounds, with the one before the clock counts."""
+        return self.workload.rounds + 1
+
+    @property
+    def cohorts(self) -> list[list[int]]:
+        return self.arrays["cohorts"].tolist()
+
+    @cached_property
+    def rows(self) -> list[np.ndarray]:
+        """The samples of each client."""
+        client = self.arrays["client"]
+        order = np.argsort(client, kind="stable")
+        return np.split(order, np.cumsum(np.bincount(client))[:-1])
+
+    def samples(self) -> tuple[Any, Any]:
+        """Inputs and labels as torch tensors in host memory."""
+        import torch
+
+        return torch.from_numpy(self.arrays["x"]), torch.from_numpy(self.arrays["y"])
+
+    def network(self) -> Any:
+        """The torch model, at the common start."""
+        import torch
+
+        model = network(self.workload.model)
+        start = torch.from_numpy(self.arrays["start"].copy())
+        torch.nn.utils.vector_to_parameters(start, model.parameters())
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        return model
+
+
+@lru_cache
+def job_of(text: str) -> Job:
+    """The job that a JSON text tells of; one object for one text, so that a worker process reads its data once."""
+    return Job(**json.loads(text))
+
+
+class Clock:
+    """Seconds between ticks; on a GPU a tick waits for the work before it.
+
+    Args:
+        device: Where the work is done.
+        every: Which of the spans count: 2 leaves out every second one.
+    """
+
+    def __init__(self, device: str = "cpu", every: int = 1) -> None:
+        self.device, self.every = device, every
+        self.ticks: list[float] = []
+        self.tree_mb = 0.0
+
+    def tick(self, *_: object) -> None:
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.synchronize()
+        self.ticks.append(time.perf_counter())
+
+    def stop(self) -> None:
+        """The last tick; and the memory of this process and its children while they still live."""
+        self.tick()
+        self.tree_mb = sum(memory("VmHWM", pid) for pid in family(os.getpid()))
+
+    @property
+    def seconds(self) -> list[float]:
+        return np.diff(self.ticks)[:: self.every].tolist()
+
+
+Play = Callable[[Job], "tuple[Clock, Callable[[], float]] | None"]
+"""Runs a job; gives its clock and what computes the final loss, or nothing where another process does."""
+
+
+def run_contender(play: Play, *packages: str) -> None:
+    """Play the job of the command line and print its report as the last line of the output."""
+    before = memory("VmRSS")
+    job = job_of(sys.argv[1])
+    played = play(job)
+    if played is None:
+        return
+    clock, loss = played
+    report = {
+        "seconds": clock.seconds,
+        "import_mb": before,
+        "peak_mb": memory("VmHWM"),
+        "tree_mb": clock.tree_mb or memory("VmHWM"),
+        "versions": {name: installed(name) for name in ("numpy", "torch", *packages) if installed(name)},
+        "python": ".".join(map(str, sys.version_info[:3])),
+    }
+    if torch := sys.modules.get("torch"):
+        report["threads"] = torch.get_num_threads()
+        if job.device.startswith("cuda"):
+            report["gpu_mb"] = torch.cuda.max_memory_allocated() / 1e6
+            report["gpu"] = torch.cuda.get_device_name()
+    print(json.dumps({**report, "loss": loss()}), flush=True)
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def memory(field_: str, pid: int | str = "self") -> float:
+    """A line of a process's memory account, in MB; 0 where there is none."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(field_)), 0.0)
+
+
+def family(pid: int) -> Iterator[int]:
+    """A process and all that descend from it."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            after_name = entry.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents.setdefault(int(after_name[1]), []).append(int(entry.parent.name))
+    waiting = [pid]
+    while waiting:
+        one = waiting.pop()
+        yield one
+        waiting += parents.get(one, [])
