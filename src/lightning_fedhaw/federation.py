@@ -171,6 +171,7 @@ class Federation:
             limit=limit,
             optimizer_state=options.optimizer_state,
             seed=self.seed,
+            channels_last=options.channels_last,
         )
         self.engine: Engine = SequentialEngine(host, server.layout, data, plan, objectives)
         self.local_buffers: dict[int, dict[str, Tensor]] = {}

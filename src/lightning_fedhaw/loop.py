@@ -224,7 +224,9 @@ class RoundLoop(_FitLoop):
         options = self._data_options()
         check_callbacks(trainer.callbacks)
         layout = ParameterLayout.of(trainer.lightning_module)
-        host = _Host(trainer)
+        device: torch.device = trainer.strategy.root_device
+        data.place(_device_of_data(options.data_device, device, data), channels_last=options.channels_last)
+        host = _Host(trainer, data.device)
         if rule.needs_learning_rates:
             host.learning_rates(layout)
         previous = self.federation
@@ -492,7 +494,7 @@ class _RoundEpochLoop(_TrainingEpochLoop):
 class _Host:
     """What the engine needs of the trainer, resolved once per run."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, data_device: torch.device | None = None) -> None:
         self.trainer = trainer
         self.module = trainer.lightning_module
         self.strategy = trainer.strategy
@@ -501,9 +503,12 @@ class _Host:
         self.callbacks = [c for c in trainer.callbacks if not isinstance(c, AggregationRule)]
         self.precision = trainer.strategy.precision_plugin
         self.scaler = getattr(self.precision, "scaler", None)
+        self._is_plain = type(self.precision) is Precision
         self._hooks = {name: self._users(name) for name in (*_BATCH_HOOKS, "on_before_zero_grad")}
         self._module_hooks = {name for name in _STEP_HOOKS if is_overridden(name, self.module)}
-        self._moves_nothing = self._is_plain and self.device.type == "cpu" and not self._transfers
+        converts = type(self.precision).convert_input is not Precision.convert_input
+        is_there = self.device.type == "cpu" or data_device == self.device
+        self._moves_nothing = is_there and not converts and not self._transfers
         if is_param_in_hook_signature(self.module.training_step, "dataloader_iter", explicit=True):
             raise ValueError(
                 "`training_step(self, dataloader_iter)` has no meaning in a federation: clients are given batches."
@@ -520,10 +525,6 @@ class _Host:
 
     def _users(self, name: str) -> list[Callable[..., Any]]:
         return [getattr(c, name) for c in self.callbacks if _hook_owner(c, name) == "user"]
-
-    @property
-    def _is_plain(self) -> bool:
-        return type(self.precision) is Precision
 
     @property
     def _transfers(self) -> bool:
@@ -616,13 +617,19 @@ class _Host:
 
     def forward(self, data: Any, batch_idx: int) -> Any:
         """Call ``training_step`` in the trainer's precision, without hooks or optimisers."""
-        return self.strategy.training_step(*self.arguments(data, batch_idx))
+        # The module itself and not `strategy.training_step`, which may go through a wrapper around it.
+        step, arguments = self.module.training_step, self.arguments(data, batch_idx)
+        if self._is_plain:  # whose context does nothing
+            return step(*arguments)
+        with self.precision.train_step_context():
+            return step(*arguments)
 
     def evaluate(self, data: Any, batch_idx: int) -> Any:
         """Call ``validation_step``; ``training_step`` where there is none."""
         if not self.has_validation:
             return self.forward(data, batch_idx)
-        return self.strategy.validation_step(*step_arguments(self.module.validation_step, data, batch_idx))
+        with self.precision.val_step_context():
+            return self.module.validation_step(*step_arguments(self.module.validation_step, data, batch_idx))
 
     def schedules(self) -> list[dict[str, Any]]:
         """The states of learning-rate schedules that the module steps itself."""
@@ -635,6 +642,15 @@ class _Host:
         if states:
             for config, state in zip(self.trainer.lr_scheduler_configs, states, strict=True):
                 config.scheduler.load_state_dict(dict(state))
+
+
+def _device_of_data(choice: str, device: torch.device, data: ClientData) -> torch.device | None:
+    """Where training data in memory belongs; ``None`` leaves it where it is."""
+    if device.type == "cpu" or choice == "cpu":
+        return None
+    if choice == "auto":
+        return device if device.type == "cuda" and data.nbytes <= torch.cuda.mem_get_info(device)[0] // 2 else None
+    return device
 
 
 def _hook_owner(callback: Any, name: str) -> str | None:

@@ -27,6 +27,7 @@ class LocalPlan:
         limit: Batches a pass at most: a number, or a share of the pass.
         optimizer_state: Whether clients find the optimiser state they left behind.
         seed: The federation's seed.
+        channels_last: Whether 4-D parameters are laid out channels-last meanwhile.
     """
 
     epochs: int | None
@@ -34,6 +35,7 @@ class LocalPlan:
     limit: int | float | None
     optimizer_state: OptimizerState
     seed: int
+    channels_last: bool = False
 
 
 @dataclass(frozen=True)

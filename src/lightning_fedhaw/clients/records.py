@@ -73,7 +73,7 @@ def merge(records: Iterable[Mapping[str, Logged]]) -> dict[str, Logged]:
 class LogRecorder:
     """Stands in for ``LightningModule.log`` while clients train.
 
-    A call costs an append; nothing is reduced, synchronised or sent to a logger before the client is done.
+    A call costs a copy and an append; nothing is reduced, synchronised or sent to a logger before the client is done.
 
     Args:
         module: The user's module.
@@ -121,7 +121,8 @@ class LogRecorder:
     ) -> None:
         """Record a value; the arguments are those of ``LightningModule.log``."""
         settings = (prog_bar, logger, on_step, on_epoch, reduce_fx, metric_attribute)
-        if isinstance(value, Metric):
+        # Tensors first: asking whether something is a Metric, an abstract class, is slow.
+        if not isinstance(value, Tensor) and isinstance(value, Metric):
             self._metrics[name] = (settings, value)
             return
         entry = self._entries.get(name)
@@ -140,6 +141,8 @@ class LogRecorder:
                 )
             # A copy: the tensor may be changed in place after it was logged.
             value = value.detach().clone()
+            if value.ndim:
+                value = value.reshape(())
         elif not isinstance(value, numbers.Number):
             raise ValueError(
                 f"`self.log({name!r}, ...)` takes a number, a tensor or a torchmetrics Metric, got"
@@ -149,24 +152,37 @@ class LogRecorder:
         entry[2].append(float(self.batch_size if batch_size is None else batch_size))
 
     def collect(self) -> dict[str, Logged]:
-        """What was recorded since the last call, merged over the steps; one synchronisation a name."""
+        """What was recorded since the last call, merged over the steps; the device is waited for once."""
+        totals = {
+            name: _TOTALS[_reduction(name, settings[4])](_stack(values), weights)
+            for name, (settings, values, weights) in self._entries.items()
+        }
         collected: dict[str, Logged] = {}
-        for name, (settings, values, weights) in self._entries.items():
-            reduction = _reduction(name, settings[4])
-            numbers_ = torch.stack([torch.as_tensor(v).reshape(()).double() for v in values])
-            weighted = torch.tensor(weights, dtype=torch.float64, device=numbers_.device)
-            total = {
-                "mean": lambda n, w: (n * w).sum(),
-                "sum": lambda n, w: n.sum(),
-                "min": lambda n, w: n.min(),
-                "max": lambda n, w: n.max(),
-            }[reduction](numbers_, weighted)
-            collected[name] = Logged(float(total), sum(weights), reduction, _options(settings))
+        for name, (settings, _, weights) in self._entries.items():
+            total = float(totals[name])
+            collected[name] = Logged(total, sum(weights), _reduction(name, settings[4]), _options(settings))
         for name, (settings, metric) in self._metrics.items():
             collected[name] = Logged(0.0, 0.0, "mean", _options(settings), metric)
         self._entries.clear()
         self._metrics.clear()
         return collected
+
+
+_TOTALS: dict[Reduction, Callable[[Tensor, list[float]], Tensor]] = {
+    "mean": lambda values, weights: values @ values.new_tensor(weights),
+    "sum": lambda values, weights: values.sum(),
+    "min": lambda values, weights: values.min(),
+    "max": lambda values, weights: values.max(),
+}
+
+
+def _stack(values: list[Any]) -> Tensor:
+    """Numbers and scalar tensors as one float64 vector, on the device of the tensors."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if len(tensors) == len(values) and len({(t.dtype, t.device) for t in tensors}) == 1:
+        return torch.stack(tensors).double()
+    device = tensors[0].device if tensors else None
+    return torch.stack([torch.as_tensor(value, device=device).double() for value in values])
 
 
 def _options(settings: tuple[Any, ...]) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_fedhaw.clients.engine import Engine, Visit
 from lightning_fedhaw.clients.records import LogRecorder
@@ -39,7 +40,11 @@ class SequentialEngine(Engine):
         complete = False
         step, modes = self._make_step(), _Modes(host.module, self.layout)
         try:
-            with isolated_randomness(host.device), LogRecorder(host.module, host.callbacks) as recorder:
+            with (
+                isolated_randomness(host.device),
+                LogRecorder(host.module, host.callbacks) as recorder,
+                _channels_last(host.module.parameters() if self.plan.channels_last else ()),
+            ):
                 for visit in visits:
                     _restore(host.optimizers, settings)
                     host.load_schedules(schedules)
@@ -58,7 +63,6 @@ class SequentialEngine(Engine):
             if not complete:  # the round failed, and will be played again from where it began
                 furthest, scales = (settings, schedules), [] if scale is None else [scale]
             modes.restore()
-            host.module.zero_grad(set_to_none=True)
             for optimizer in host.optimizers:
                 optimizer.state = defaultdict(dict)
             close: Callable[[], None] = getattr(step, "close", lambda: None)
@@ -87,14 +91,14 @@ class SequentialEngine(Engine):
     def _visit(self, visit: Visit, parameters: Sequence[Tensor], step: Any, recorder: LogRecorder) -> ClientUpdate:
         host, client = self.host, visit.client
         self.layout.write(visit.start, parameters)
-        own_buffers = dict(host.module.named_buffers())
-        for name, value in visit.buffers.items():
-            own_buffers[name].copy_(value)
-        host.module.zero_grad(set_to_none=True)
+        if visit.buffers:
+            own_buffers = dict(host.module.named_buffers())
+            for name, value in visit.buffers.items():
+                own_buffers[name].copy_(value)
         self._give_state(client)
         seed_randomness(seed_of(self.plan.seed, "client", client, "round", host.round, "model"), host.device)
 
-        start = self.layout.views(visit.start)
+        start = self.layout.views(visit.start) if self.objectives else {}
         states = [objective.client_state(client, start) for objective in self.objectives]
         named = dict(zip(self.layout.names, parameters, strict=True))
 
@@ -112,7 +116,7 @@ class SequentialEngine(Engine):
             ],
         }
         # Read anew: a step may have put another tensor in a buffer's place.
-        ended = dict(host.module.named_buffers())
+        ended = dict(host.module.named_buffers()) if visit.buffers else {}
         displacement = self.layout.read(parameters, out=visit.slot()).sub_(visit.start)
         return ClientUpdate(
             client=client,
@@ -211,8 +215,21 @@ def _restore(optimizers: Sequence[torch.optim.Optimizer], settings: Settings) ->
             group.update({n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()})
 
 
+@contextmanager
+def _channels_last(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Lay out 4-D parameters channels-last; at the end, as they were."""
+    moved = [p for p in parameters if p.ndim == 4 and not p.is_contiguous(memory_format=torch.channels_last)]
+    try:
+        for parameter in moved:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for parameter in moved:
+            parameter.data = parameter.data.contiguous()
+
+
 class _Modes:
-    """What no client may leave behind: training flags, trainability, other values of frozen parameters."""
+    """What no client may leave behind: training flags, trainability, gradients, other values of frozen parameters."""
 
     def __init__(self, module: Any, layout: ParameterLayout) -> None:
         self.training = [(submodule, submodule.training) for submodule in module.modules()]
@@ -224,6 +241,7 @@ class _Modes:
             if submodule.training != training:
                 submodule.training = training
         for parameter, trainable in self.trainable:
+            parameter.grad = None
             if parameter.requires_grad != trainable:
                 parameter.requires_grad_(trainable)
 

@@ -111,18 +111,24 @@ class PlainSGDStep:
 
     def __call__(self, data: Any, batch: Batch, counts: StepCounts, penalty: Penalty | None) -> Any:
         """Train on one batch; what ``training_step`` returned, without its graph."""
-        loss, extra = loss_of(self.host.strategy.training_step(*self.host.arguments(data, batch.index)))
+        loss, extra = loss_of(self.host.forward(data, batch.index))
         if loss is None:
             counts.skipped += 1
             return None
         objective = loss if penalty is None else loss + penalty()
-        groups = [[p for p in g["params"] if p.requires_grad] for g in self.host.optimizers[0].param_groups]
-        grads = iter(torch.autograd.grad(objective, [p for own in groups for p in own], allow_unused=True))
+        groups = self.host.optimizers[0].param_groups
+        owned = [[p for p in group["params"] if p.requires_grad] for group in groups]
+        grads = torch.autograd.grad(objective, [p for own in owned for p in own], allow_unused=True)
+        begin = 0
         with torch.no_grad():
-            for group, own in zip(self.host.optimizers[0].param_groups, groups, strict=True):
-                pairs = [(p, g) for p, g in zip(own, grads, strict=False) if g is not None]
-                if pairs:
-                    torch._foreach_add_([p for p, _ in pairs], [g for _, g in pairs], alpha=-group["lr"])
+            for group, own in zip(groups, owned, strict=True):
+                changes = grads[begin : begin + len(own)]
+                begin += len(own)
+                if any(change is None for change in changes):
+                    own = [p for p, change in zip(own, changes, strict=True) if change is not None]
+                    changes = tuple(change for change in changes if change is not None)
+                if own:
+                    torch._foreach_add_(own, changes, alpha=-group["lr"])
         counts.made += 1
         # What `optimizer.step` would leave behind; a schedule that steps next looks for it.
         self.host.optimizers[0]._opt_called = True  # type: ignore[attr-defined]
@@ -148,7 +154,7 @@ class AutomaticStep:
         host, result = self.host, {}
 
         def closure() -> Tensor | None:
-            loss, extra = loss_of(host.strategy.training_step(*host.arguments(data, batch.index)))
+            loss, extra = loss_of(host.forward(data, batch.index))
             if batch.index % host.accumulate == 0:
                 host.before_zero_grad(self._wrapped)
                 host.module.optimizer_zero_grad(host.round, batch.index, self._wrapped)
@@ -195,7 +201,7 @@ class ManualStep:
         """Train on one batch; what ``training_step`` returned, without its graph."""
         before = list(self.executed)
         scale = self.host.scaler.get_scale() if self.host.scaler is not None else 0.0
-        output = self.host.strategy.training_step(*self.host.arguments(data, batch.index))
+        output = self.host.forward(data, batch.index)
         counts.made += max(now - then for now, then in zip(self.executed, before, strict=True))
         if self.host.scaler is not None and self.host.scaler.get_scale() < scale:
             counts.skipped += 1

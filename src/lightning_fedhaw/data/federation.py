@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -24,7 +25,7 @@ from torch.utils.data import (
 )
 
 from lightning_fedhaw.data.partition import Partition, swap_labels
-from lightning_fedhaw.streams import stream
+from lightning_fedhaw.streams import PathPart, stream
 
 _HASHED_ROWS = 1000
 
@@ -109,7 +110,7 @@ class LoaderSettings:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, which would triple the cost of making one
 class Batch:
     """One batch of a client.
 
@@ -154,6 +155,7 @@ class ClientData:
         self.settings = settings
         self.seed = seed
         self._tensors = tensors_of(dataset) if settings.collate_fn is default_collate else None
+        self._channels_last = False
         self.train_indices, self.held_out_indices = _split_each(partition.indices, held_out, seed)
         if settings.drop_last:
             short = [k for k, own in enumerate(self.train_indices) if len(own) < settings.batch_size]
@@ -186,6 +188,46 @@ class ClientData:
             digest.update(rows.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where batches come from: the device of the tensors in memory, ``None`` where there are several or none."""
+        devices = {tensor.device for tensor in self._tensors or ()}
+        return devices.pop() if len(devices) == 1 else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in memory."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors or ())
+
+    def place(self, device: torch.device | None = None, *, channels_last: bool = False) -> None:
+        """Choose where tensors in memory are kept and how batches are laid out; the data set itself stays as it is.
+
+        Args:
+            device: Where tensors in memory are moved; they stay where they are without it.
+            channels_last: Whether 4-D tensors ``[B, C, H, W]`` are laid out channels-last: tensors in memory once and
+                for all, other data batch by batch.
+        """
+        self._channels_last = channels_last
+        if self._tensors is None:
+            return
+        tensors = tensors_of(self.dataset) or ()
+        if channels_last:
+            # Stored as [samples, H, W, C], because a gather of rows keeps no other layout than the plain one.
+            tensors = tuple(t.permute(0, 2, 3, 1).contiguous() if t.ndim == 4 else t for t in tensors)
+        self._tensors = tuple(t if device is None else t.to(device) for t in tensors)
+
+    def gather(self, index: Tensor) -> list[Tensor]:
+        """The rows of the tensors in memory, ``[*index.shape, ...]`` each."""
+        assert self._tensors is not None
+        flat = index.reshape(-1)
+        if self.device is not None and self.device.type == "cuda":
+            # Out of page-locked memory, so that the host need not wait until the device has come this far.
+            flat = flat.pin_memory().to(self.device, non_blocking=True)
+        rows = [t.index_select(0, flat.to(t.device)).view(*index.shape, *t.shape[1:]) for t in self._tensors]
+        if self._channels_last:
+            rows = [row.movedim(-1, -3) if t.ndim == 4 else row for row, t in zip(rows, self._tensors, strict=True)]
+        return rows
+
     def batches(
         self,
         client: int,
@@ -212,8 +254,8 @@ class ClientData:
         done = 0
         for epoch in itertools.count() if epochs is None else range(epochs):
             order = own[torch.randperm(len(own), generator=generator)] if self.settings.shuffle else own
-            workers = stream(self.seed, "client", client, "round", round_, "workers", epoch)
-            for index, (data, size) in enumerate(self._pass(client, order, per_epoch, workers)):
+            batches = self._pass(client, order, per_epoch, "round", round_, "workers", epoch)
+            for index, (data, size) in enumerate(batches):
                 if num_batches is None:
                     yield Batch(data, size, index, last=index + 1 == per_epoch)
                     continue
@@ -235,8 +277,7 @@ class ClientData:
             chosen = torch.randperm(len(own), generator=stream(self.seed, "client", client, "evaluation"))[:at_most]
             own = own[chosen.sort().values]
         count = -(-len(own) // self.settings.batch_size)
-        generator = stream(self.seed, "client", client, "evaluation", "workers")
-        for index, (data, size) in enumerate(self._pass(client, own, count, generator)):
+        for index, (data, size) in enumerate(self._pass(client, own, count, "evaluation", "workers")):
             yield Batch(data, size, index, last=index + 1 == count)
 
     def _batches_per_epoch(self, samples: int, limit: int | float | None) -> int:
@@ -246,20 +287,28 @@ class ClientData:
             return full
         return min(full, limit) if isinstance(limit, int) else max(1, int(full * limit))
 
-    def _pass(self, client: int, order: Tensor, count: int, generator: torch.Generator) -> Iterator[tuple[Any, int]]:
-        """``count`` batches of samples in the given order, with the size of each."""
+    def _pass(self, client: int, order: Tensor, count: int, *workers: PathPart) -> Iterator[tuple[Any, int]]:
+        """``count`` batches of samples in the given order, with the size of each.
+
+        Args:
+            client: The client's number.
+            order: ``[samples]``, indices into the data set.
+            count: Batches at most.
+            workers: The name of the client's stream that worker processes draw from.
+        """
         size = self.settings.batch_size
         order = order[: count * size]
         swap = self.partition.label_swaps.get(client)
         if self._tensors is not None:
             # One gather a pass; batches are views of it.
-            gathered = [tensor.index_select(0, order.to(tensor.device)) for tensor in self._tensors]
+            gathered = self.gather(order)
             if swap is not None:
                 gathered[1] = swap_labels(gathered[1], swap)
             if self.settings.pin_memory and torch.cuda.is_available():
-                gathered = [tensor.pin_memory() for tensor in gathered]
-            for i in range(0, len(order), size):
-                yield [tensor[i : i + size] for tensor in gathered], min(size, len(order) - i)
+                gathered = [t.pin_memory() if t.device.type == "cpu" else t for t in gathered]
+            samples = len(order)
+            for i in range(0, samples, size):
+                yield [tensor[i : i + size] for tensor in gathered], min(size, samples - i)
             return
         chunks = [chunk.tolist() for chunk in torch.split(order, size)]
         dataset = self.dataset if swap is None else _SwappedLabels(self.dataset, swap)
@@ -273,9 +322,10 @@ class ClientData:
             prefetch_factor=self.settings.prefetch_factor,
             timeout=self.settings.timeout,
             multiprocessing_context=self.settings.multiprocessing_context,
-            generator=generator,
+            generator=stream(self.seed, "client", client, *workers),
         )
-        yield from zip(loader, map(len, chunks), strict=True)
+        for data, chunk in zip(loader, chunks, strict=True):
+            yield apply_to_collection(data, Tensor, _channels_last) if self._channels_last else data, len(chunk)
 
 
 class _SwappedLabels(Dataset[Any]):
@@ -288,6 +338,10 @@ class _SwappedLabels(Dataset[Any]):
         sample = self.dataset[index]
         label = swap_labels(torch.as_tensor(sample[1]), self.swap)
         return (sample[0], label if isinstance(sample[1], Tensor) else label.item(), *sample[2:])
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
 def tensors_of(dataset: Dataset[Any]) -> tuple[Tensor, ...] | None:
