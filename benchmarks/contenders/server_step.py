@@ -54,11 +54,14 @@ def authors(start: Tensor, stacks: list[Tensor], rounds: int, clock: Clock) -> T
         return dict(zip(names, vector.chunk(LAYERS), strict=True))
 
     clients = range(len(stacks[0]))
-    moves = [[named(row) for row in stack] for stack in stacks]
+    centers = [torch.zeros_like(start) for _ in stacks]
     previous: list[Named] = []
     w, gamma, lambda_ = named(start), start.new_zeros(()), start.new_zeros(len(clients))
     for t in range(rounds):
-        cohort = [{n: w[n] + move[n] for n in names} for move in moves[t % 2]]
+        now = torch.cat(list(w.values()))
+        stacks[t % 2] += now - centers[t % 2]  # displacements become models where they are: a copy would be gigabytes
+        centers[t % 2] = now
+        cohort = [named(row) for row in stacks[t % 2]]
         clock.tick()
         if previous:
             s = lambda_.exp() / lambda_.exp().sum()

@@ -20,6 +20,9 @@ BLOCK = 1 << 18
 PIECE = 1 << 19
 """Elements of a ``[K, columns]`` product that exist at a time."""
 
+GROUP = 8
+"""Rows whose products are formed at a time: with more, pieces of a row are too short for the memory to keep up."""
+
 RUN = 1 << 10
 """Products that are summed in the vectors' own precision; the sums of runs are added in float64."""
 
@@ -144,7 +147,7 @@ class ClientVectors:
         count, length = self.matrix.shape
         total = torch.zeros(count, count, dtype=torch.float64)
         for columns, rows in _pieces(count, 0, length, self.matrix, self._working_dtype):
-            self._rows(columns, rows)
+            self._rows(slice(None), columns, rows)
             total += (rows @ rows.T).cpu().double()
         return total
 
@@ -155,8 +158,8 @@ class ClientVectors:
     def distances(self, center: Tensor | None, groups: Mapping[str, Sequence[slice]] | None = None) -> Tensor:
         """Euclidean distances from a point ``[P]`` (``None``: the origin), ``[K]`` or ``[groups, K]``, float64, CPU."""
 
-        def squares(columns: slice, out: Tensor) -> None:
-            self._rows(columns, out)
+        def squares(rows: slice, columns: slice, out: Tensor) -> None:
+            self._rows(rows, columns, out)
             if center is not None:
                 out -= center[columns].to(out)
             out.square_()
@@ -172,11 +175,13 @@ class ClientVectors:
     def gather(self) -> Tensor:
         """All vectors as one new matrix ``[K, P]``: for rules that need order statistics, at the price of a copy."""
         like = self.matrix if self.start is None else self.start
-        return self._rows(slice(None), torch.empty_like(self.matrix, dtype=self._working_dtype, device=like.device))
+        return self._rows(
+            slice(None), slice(None), torch.empty_like(self.matrix, dtype=self._working_dtype, device=like.device)
+        )
 
-    def _rows(self, columns: slice, out: Tensor) -> Tensor:
-        """The vectors' own columns, written into ``[K, columns]`` of the working dtype."""
-        out.copy_(self.matrix[:, columns])
+    def _rows(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
+        """A piece of the vectors themselves, written into ``[rows, columns]`` of the working dtype."""
+        out.copy_(self.matrix[rows, columns])
         if self.start is not None:
             out += self.start[columns].to(out.device)
         return out
@@ -206,7 +211,12 @@ class ClientVectors:
             products = torch.stack([piece.to(moved).mv(part) for piece, part in pieces]).cpu().double().sum(0)
         else:
             products = _row_sums(
-                lambda c, out: torch.mul(matrix[:, c], moved[c], out=out), len(self), 0, len(moved), moved, moved.dtype
+                lambda k, c, out: torch.mul(matrix[k, c], moved[c], out=out),
+                len(self),
+                0,
+                len(moved),
+                moved,
+                moved.dtype,
             )
         return products if self.start is None else products + dot(vector, self.start)
 
@@ -295,7 +305,7 @@ class Cohort:
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of two vectors ``[P]`` as a float64 CPU scalar: runs of products, added in double precision."""
-    return _row_sums(lambda c, out: torch.mul(a[c], b[c].to(a), out=out[0]), 1, 0, len(a), a, a.dtype)[0]
+    return _row_sums(lambda _, c, out: torch.mul(a[c], b[c].to(a), out=out[0]), 1, 0, len(a), a, a.dtype)[0]
 
 
 def accumulate(out: Tensor, rows: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
@@ -349,7 +359,7 @@ def from_start(start: Tensor, weights: Tensor, mixed: Tensor) -> Tensor:
 
 
 def _row_sums(
-    write: Callable[[slice, Tensor], object], rows: int, begin: int, end: int, like: Tensor, dtype: torch.dtype
+    write: Callable[[slice, slice, Tensor], object], rows: int, begin: int, end: int, like: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """``[K]`` float64 on the CPU: sums along the rows of a ``[K, columns]`` matrix that is written piece by piece.
 
@@ -359,13 +369,14 @@ def _row_sums(
     if not rows:
         return torch.zeros(0, dtype=torch.float64)
     sums = torch.empty(rows, -(-(end - begin) // RUN), dtype=dtype, device=like.device)
-    runs = 0
-    for columns, piece in _pieces(rows, begin, end, like, dtype):
-        write(columns, piece)
-        width = min(RUN, piece.shape[1])
-        count = piece.shape[1] // width
-        torch.sum(piece.view(rows, count, width), 2, out=sums[:, runs : runs + count])
-        runs += count
+    for first in range(0, rows, GROUP):
+        group = slice(first, min(first + GROUP, rows))
+        done = 0
+        for columns, piece in _pieces(group.stop - first, begin, end, like, dtype):
+            write(group, columns, piece)
+            runs = piece.view(len(piece), -1, min(RUN, piece.shape[1]))
+            torch.sum(runs, 2, out=sums[group, done : done + runs.shape[1]])
+            done += runs.shape[1]
     return torch.stack([row.sum() for row in sums.cpu().double()])
 
 
