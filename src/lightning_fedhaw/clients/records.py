@@ -153,6 +153,80 @@ class LogRecorder:
         return collected
 
 
+class StackRecorder(LogRecorder):
+    """The recorder of many clients that train at once: what is logged is a stack, one value per client."""
+
+    def __init__(self, module: Any, callbacks: Iterable[Any] = ()) -> None:
+        super().__init__(module, callbacks)
+        self._pending: list[tuple[str, float]] = []
+        self._calls: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Record a value; the arguments are those of ``LightningModule.log``.
+
+        Raises:
+            NotAFunctionError: If it is a torchmetrics object.
+        """
+        if isinstance(value, Metric):
+            raise NotAFunctionError(f"logs the torchmetrics object `{name}`, which keeps what it has seen")
+        super().log(name, value, *args, **kwargs)
+
+    def take(self, like: Tensor) -> list[Tensor]:
+        """Inside a batched call: the values logged in it so far, to be handed out of it; numbers on ``like``'s device.
+
+        What it gives comes back by :meth:`put`, as stacks.
+        """
+        taken = []
+        for name, (_, values, weights) in self._entries.items():
+            for value, weight in zip(values, weights, strict=True):
+                number = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+                taken.append(number.reshape(()).to(like.device))
+                self._pending.append((name, weight))
+            values.clear()
+            weights.clear()
+        return taken
+
+    def put(self, rows: Tensor, stacks: Iterable[Tensor]) -> None:
+        """After a batched call: what :meth:`take` gave, ``[len(rows)]`` each."""
+        for (name, weight), stack in zip(self._pending, stacks, strict=True):
+            self._calls.setdefault(name, []).append((rows, stack, weight))
+        self._pending.clear()
+
+    def collect_rows(self, count: int) -> list[dict[str, Logged]]:
+        """What was recorded for each of ``count`` clients since the last call; one synchronisation a name."""
+        records: list[dict[str, Logged]] = [{} for _ in range(count)]
+        for name, calls in self._calls.items():
+            settings = self._entries[name][0]
+            reduction = _reduction(name, settings[4])
+            rows = torch.cat([r for r, _, _ in calls]).to(calls[0][1].device)
+            values = torch.cat([s.double() for _, s, _ in calls])
+            weights = torch.tensor([w for _, _, w in calls], dtype=torch.float64)
+            weights = weights.repeat_interleave(torch.tensor([len(r) for r, _, _ in calls])).to(values.device)
+            total = torch.zeros(count, dtype=torch.float64, device=values.device)
+            if reduction in ("mean", "sum"):
+                total.index_add_(0, rows, values * weights if reduction == "mean" else values)
+            else:
+                how = "amin" if reduction == "min" else "amax"
+                total.scatter_reduce_(0, rows, values, how, include_self=False)
+            weight = torch.zeros_like(total).index_add_(0, rows, weights)
+            options = _options(settings)
+            for row, (t, w) in enumerate(torch.stack([total, weight], 1).tolist()):
+                if w:
+                    records[row][name] = Logged(t, w, reduction, options)
+        self.forget()
+        return records
+
+    def forget(self) -> None:
+        """Drop what was recorded, of clients that are trained again."""
+        self._entries.clear()
+        self._pending.clear()
+        self._calls.clear()
+
+
+class NotAFunctionError(RuntimeError):
+    """What a step does that only a module of its own can hold."""
+
+
 def _options(settings: tuple[Any, ...]) -> dict[str, Any]:
     prog_bar, logger, on_step, on_epoch, _, metric_attribute = settings
     return {

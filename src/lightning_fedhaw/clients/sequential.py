@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.clients.engine import Engine, Visit
+from lightning_fedhaw.clients.engine import Engine, Visit, give_states, states_of
 from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.steps import AutomaticStep, ManualStep, PlainSGDStep, StepCounts
 from lightning_fedhaw.cohort import ClientUpdate
@@ -59,8 +57,8 @@ class SequentialEngine(Engine):
                 furthest, scales = (settings, schedules), [] if scale is None else [scale]
             modes.restore()
             host.module.zero_grad(set_to_none=True)
-            for optimizer in host.optimizers:
-                optimizer.state = defaultdict(dict)
+            for optimizer, states in zip(host.optimizers, self.initial, strict=True):
+                give_states(optimizer, states)
             _restore(host.optimizers, furthest[0])
             host.load_schedules(furthest[1])
             close: Callable[[], None] = getattr(step, "close", lambda: None)
@@ -80,7 +78,8 @@ class SequentialEngine(Engine):
         for name, value in visit.buffers.items():
             own_buffers[name].copy_(value)
         host.module.zero_grad(set_to_none=True)
-        self._give_state(client)
+        for optimizer, states in zip(host.optimizers, self.kept.get(client, self.initial), strict=True):
+            give_states(optimizer, states)
         seed_randomness(seed_of(self.plan.seed, "client", client, "round", host.round, "model"), host.device)
 
         start = self.layout.views(visit.start)
@@ -94,7 +93,7 @@ class SequentialEngine(Engine):
         counts = self._train(client, step, recorder, penalty if self.objectives else None)
         end = {name: parameter.detach() for name, parameter in named.items()}
         memory = {
-            "optimizers": self._take_state(),
+            "optimizers": [states_of(o) for o in host.optimizers] if self.plan.optimizer_state == "kept" else [],
             "objectives": [
                 objective.end_client(state, start, end, counts.made)
                 for objective, state in zip(self.objectives, states, strict=True)
@@ -144,39 +143,6 @@ class SequentialEngine(Engine):
                     error.add_note(f"In local training: {where}.{remedy}")
                 raise
         return counts
-
-    def _give_state(self, client: int) -> None:
-        """Put a client's kept optimiser state in place, or a fresh one."""
-        kept = self.kept.get(client)
-        for i, optimizer in enumerate(self.host.optimizers):
-            optimizer.state = defaultdict(dict)
-            if kept is None:
-                continue
-            for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-                if index in kept[i]:
-                    # Copies: what is kept is not changed before the update is heard.
-                    optimizer.state[parameter] = {
-                        name: value.to("cpu" if name == "step" else parameter.device, copy=True)
-                        if isinstance(value, Tensor)
-                        else copy.deepcopy(value)
-                        for name, value in kept[i][index].items()
-                    }
-
-    def _take_state(self) -> list[dict[int, dict[str, Any]]]:
-        """The optimiser states after a visit, in host memory, where they are kept."""
-        if self.plan.optimizer_state == "fresh":
-            return []
-        taken = []
-        for optimizer in self.host.optimizers:
-            order = [p for group in optimizer.param_groups for p in group["params"]]
-            taken.append(
-                {
-                    index: {n: v.cpu() if isinstance(v, Tensor) else v for n, v in optimizer.state[parameter].items()}
-                    for index, parameter in enumerate(order)
-                    if parameter in optimizer.state
-                }
-            )
-        return taken
 
 
 Settings = list[list[dict[str, Any]]]

@@ -43,6 +43,14 @@ class Host(Protocol):
         """Whether a step needs no optimiser object, precision plugin or hook."""
 
     @property
+    def clipping(self) -> tuple[float, str] | None:
+        """The bound of gradient clipping, and ``"norm"`` or ``"value"``; ``None`` without."""
+
+    @property
+    def obstacle(self) -> str | None:
+        """What in trainer or module keeps a step from being a function of its tensors; ``None`` if nothing."""
+
+    @property
     def can_evaluate(self) -> bool:
         """Whether a client's data can be run through the module without training on it."""
 

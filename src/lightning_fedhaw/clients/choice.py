@@ -1,0 +1,76 @@
+"""Which engine trains a federation: the one asked for, or the one that was measured to be faster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_fedhaw.clients.engine import Engine
+from lightning_fedhaw.clients.probe import NoFunctionError, free_memory, probe
+from lightning_fedhaw.clients.vectorized import VectorizedEngine
+from lightning_fedhaw.options import EngineName
+
+MIN_CLIENTS = 10
+"""Clients a round from which a batched step is faster."""
+
+MAX_WORK = 1_000_000
+"""Parameters of a client times its batch up to which a batched step is faster."""
+
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+
+
+def slower(engine: Engine, cohort: int) -> str | None:
+    """Why one client after another is faster, by the rule of ``docs/speed.md``; ``None`` if it is not."""
+    if cohort < MIN_CLIENTS:
+        return f"{cohort} clients a round are fewer than {MIN_CLIENTS}"
+    if engine.host.device.type == "cpu" and any(isinstance(m, _CONVOLUTIONS) for m in engine.host.module.modules()):
+        return "batched convolutions are slow on the CPU"
+    work = engine.layout.numel * engine.data.settings.batch_size
+    if work > MAX_WORK:
+        return f"parameters times batch size are {work:,}, more than {MAX_WORK:,}"
+    return None
+
+
+def choose(
+    sequential: Engine, asked: EngineName, *, cohort: int, chunk_memory: int | None, compile_clients: bool
+) -> tuple[Engine, str]:
+    """The engine of a run, and one line that says which and why.
+
+    Args:
+        sequential: The sequential engine.
+        asked: The argument ``engine``.
+        cohort: Clients a round.
+        chunk_memory: Bytes in use at a time; a quarter of what is free by default.
+        compile_clients: Whether the batched step is compiled.
+
+    Raises:
+        ValueError: If the vectorized engine was asked for and cannot be had.
+    """
+    if asked == "sequential":
+        return sequential, "Engine: sequential, as asked."
+    why = slower(sequential, cohort) if asked == "auto" else None
+    if why is not None:
+        return sequential, f"Engine: sequential, because {why}."
+    host = sequential.host
+    given: tuple[Any, ...] = (host, sequential.layout, sequential.data, sequential.plan, sequential.objectives)
+    try:
+        facts = probe(*given)
+    except NoFunctionError as error:
+        name = f"`{type(host.module).__name__}.training_step`"
+        if asked == "vectorized":
+            raise ValueError(
+                f'`engine="vectorized"` needs a step that is a function, and {name} {error}. Use `engine="sequential"`,'
+                ' or `engine="auto"`, which chooses by itself.'
+            ) from error
+        return sequential, f"Engine: sequential, because {name} {error}."
+    memory = chunk_memory or free_memory(host.device) // 4
+    engine = VectorizedEngine(*given, facts=facts, chunk_memory=memory)
+    engine.kept = sequential.kept
+    at_once = min(engine.chunk, cohort)
+    told = f"Engine: vectorized, {at_once} of {cohort} clients at a time" + (
+        ", as asked" if asked == "vectorized" else ""
+    )
+    if facts.draws_other:
+        told += "; random numbers other than dropout differ from those of the sequential engine"
+    return engine, f"{told}."
