@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,31 @@ from lightning_fedhaw.clients.steps import Host, loss_of
 from lightning_fedhaw.layout import ParameterLayout
 
 Named = Mapping[str, Tensor]
+Arguments = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int, Named | None, Sequence[Named]]
+"""Parameters, buffers, batch, its number, starts and states of client objectives."""
+
+
+class Gradients(NamedTuple):
+    """What one batched call gives.
+
+    Attributes:
+        losses: ``[rows]``, or ``None`` if the step gave no loss.
+        gradients: ``[rows, *shape]`` each; ``None`` for a parameter that was not used.
+        replaced: Buffers that were replaced rather than changed in place, by their number.
+        logged: ``[rows]`` each.
+    """
+
+    losses: Tensor | None
+    gradients: Sequence[Tensor | None]
+    replaced: Sequence[tuple[int, Tensor]]
+    logged: Sequence[Tensor]
+
+    def buffers(self, given: Sequence[Tensor]) -> list[Tensor]:
+        """The buffers after the call, of those that it was given."""
+        after = list(given)
+        for i, value in self.replaced:
+            after[i] = value
+        return after
 
 
 class BatchedStep:
@@ -88,6 +113,19 @@ class BatchedStep:
         rest = given[1:] if self._has_loss else given
         replaced = list(zip(self._replaced, rest, strict=False))
         return loss, replaced, rest[len(replaced) :]
+
+    def gradients(self, trained: Sequence[int], call: Arguments) -> Gradients:
+        """The losses, and each client's own gradient of its own loss: the sum of all has them in its rows.
+
+        Args:
+            trained: Which parameters, by their number.
+            call: What :meth:`__call__` takes.
+        """
+        losses, replaced, logged = self(*call)
+        if losses is None:
+            return Gradients(None, [], replaced, logged)
+        found = torch.autograd.grad(losses.sum(), [call[0][i] for i in trained], allow_unused=True)
+        return Gradients(losses.detach(), found, replaced, [value.detach() for value in logged])
 
     def _one(self, *flat: Tensor) -> tuple[Tensor, ...]:
         """One client's step; every tensor lacks the leading axis that it has outside."""
@@ -194,7 +232,7 @@ class _Masks(torch.autograd.Function):
     """``[*shape]`` of one client inside a batched call; outside, one mask per generator."""
 
     @staticmethod
-    def forward(ticket: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+    def forward(ticket: Tensor, *_: Any) -> Tensor:
         raise AssertionError("dropout masks are drawn inside a batched call")
 
     @staticmethod
@@ -202,7 +240,7 @@ class _Masks(torch.autograd.Function):
         """Nothing flows back to a mask."""
 
     @staticmethod
-    def vmap(  # type: ignore[override]
+    def vmap(
         info: Any,
         in_dims: Any,
         ticket: Tensor,
@@ -216,4 +254,3 @@ class _Masks(torch.autograd.Function):
         for mask, generator in zip(masks, generators, strict=True):
             mask.bernoulli_(1 - p, generator=generator)
         return masks.div_(1 - p), 0
-

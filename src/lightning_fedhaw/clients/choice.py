@@ -57,15 +57,20 @@ def choose(
     try:
         facts = probe(*given)
     except NoFunctionError as error:
-        name = f"`{type(host.module).__name__}.training_step`"
         if asked == "vectorized":
             raise ValueError(
-                f'`engine="vectorized"` needs a step that is a function, and {name} {error}. Use `engine="sequential"`,'
+                f'`engine="vectorized"` needs a step that is a function, and {error}. Use `engine="sequential"`,'
                 ' or `engine="auto"`, which chooses by itself.'
             ) from error
-        return sequential, f"Engine: sequential, because {name} {error}."
+        return sequential, f"Engine: sequential, because {error}."
     memory = chunk_memory or free_memory(host.device) // 4
-    engine = VectorizedEngine(*given, facts=facts, chunk_memory=memory)
+    engine = VectorizedEngine(
+        *given,
+        facts=facts,
+        chunk_memory=memory,
+        compile_clients=compile_clients and not (facts.uses_index or facts.draws_dropout or facts.draws_other),
+        fallback=sequential if asked == "auto" else None,
+    )
     engine.kept = sequential.kept
     at_once = min(engine.chunk, cohort)
     told = f"Engine: vectorized, {at_once} of {cohort} clients at a time" + (

@@ -201,7 +201,7 @@ def row_states(optimizer: torch.optim.Optimizer, initial: OptimizerStates) -> fr
     found = {n for own in alone[0][1] for n, v in own.items() if isinstance(v, Tensor) and v.ndim}
     for index, parameter in enumerate(together):
         for row, (parameters, own) in enumerate(alone):
-            pairs = [(parameter[row], parameters[index])]
+            pairs: list[tuple[Any, Any]] = [(parameter[row], parameters[index])]
             for n in states[index]:
                 whole, part = states[index][n], own[index].get(n)
                 pairs.append((whole[row] if n in found else whole, part))

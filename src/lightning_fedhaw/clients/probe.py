@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 import inspect
-import math
+import os
 import random
 import sys
 from collections import deque
@@ -25,14 +25,14 @@ from lightning_fedhaw.clients.batched import BatchedStep, ClientDropout
 from lightning_fedhaw.clients.engine import LocalPlan, states_of
 from lightning_fedhaw.clients.objective import ClientObjective
 from lightning_fedhaw.clients.optimizers import row_states
-from lightning_fedhaw.clients.records import LogRecorder, StackRecorder
+from lightning_fedhaw.clients.records import LogRecorder, NotAFunctionError, StackRecorder
 from lightning_fedhaw.clients.steps import Host, loss_of
 from lightning_fedhaw.data.federation import ClientData
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.streams import seed_of, stream
 
-_LIBRARIES = tuple(str(Path(m.__file__).parent) for m in (torch, lightning, torchmetrics, lightning_fedhaw))
+_LIBRARIES = tuple(str(Path(m.__file__ or "").parent) for m in (torch, lightning, torchmetrics, lightning_fedhaw))
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Facts:
 
 
 class NoFunctionError(Exception):
-    """Why a step is not a function, as a sentence without its subject."""
+    """Why a step is not a function, as a sentence."""
 
 
 def probe(
@@ -70,8 +70,9 @@ def probe(
     Raises:
         NoFunctionError: If it is not a function, saying why and where.
     """
+    step = f"`{type(host.module).__name__}.training_step`"
     if host.obstacle is not None:
-        raise NoFunctionError(host.obstacle)
+        raise NoFunctionError(f"{step} {host.obstacle}")
     if not data.is_sliced:
         raise NoFunctionError(
             f"the data set {type(data.dataset).__name__} is not tensors in memory (a `TensorDataset` with the default"
@@ -86,6 +87,8 @@ def probe(
     with isolated_randomness(host.device):
         try:
             return _Trial(host, layout, data, plan, objectives, kept).facts(rows, uses_index)
+        except NoFunctionError as error:
+            raise NoFunctionError(f"{step} {error}") from error
         finally:
             kept.restore()
 
@@ -129,11 +132,12 @@ class _Trial:
             try:
                 alone.append(self._alone(row))
             except Exception as error:
-                raise NoFunctionError(f"raised {_said(error)}{_line_of(error)}") from error
+                raise NoFunctionError(explained(error)) from error
             if what := self.kept.changed():
                 raise NoFunctionError(what + self._line_that(lambda: self.kept.changed() is not None))
             if _foreign_randomness() != drawn:
-                line = self._line_that(lambda before=_foreign_randomness(): _foreign_randomness() != before)
+                drawn = _foreign_randomness()
+                line = self._line_that(lambda drawn=drawn: _foreign_randomness() != drawn)  # type: ignore[misc]
                 raise NoFunctionError(f"draws from NumPy's or Python's random numbers, once for all clients{line}")
         self.kept.restore()
         dropout = ClientDropout()
@@ -142,7 +146,7 @@ class _Trial:
         try:
             together = self._together(dropout)
         except Exception as error:
-            raise NoFunctionError(f"{_said(error)}{_line_of(error)}") from error
+            raise NoFunctionError(explained(error)) from error
         draws_other = not torch.equal(before, _torch_randomness(self.host.device))
         if what := self.kept.changed():
             raise NoFunctionError(what)
@@ -234,8 +238,6 @@ class _Trial:
     def _line_that(self, changed: Callable[[], bool]) -> str:
         """The line of the user's code after which something has changed, found by running the step again."""
         self.kept.restore()
-        if isinstance(self.host.module.training_step, type(None)):
-            return ""
         found: list[str] = []
         last: list[str] = []
 
@@ -264,7 +266,8 @@ class _Trial:
         buffers = 2 * sum(b.numel() * b.element_size() for b in self.host.module.buffers())
         batch = 2 * sum(t[0].numel() * t.element_size() for t in self.batch)
         # Backward holds about as much again as forward saved.
-        return copies + 2 * layout.numel * layout.dtype.itemsize + buffers + batch + 2 * self.activations
+        total: int = copies + 2 * layout.numel * layout.dtype.itemsize + buffers + batch + 2 * self.activations
+        return total
 
 
 class _Kept:
@@ -275,7 +278,9 @@ class _Kept:
         self.tensors = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
         self.frozen = [(n, p, p._version) for n, p in module.named_parameters() if not p.requires_grad]
         self.trainable = [(n, p, p.requires_grad) for n, p in module.named_parameters()]
-        self.dicts = [(own, dict(own)) for m in module.modules() for own in (m._parameters, m._buffers)]
+        self.dicts: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (own, dict(own)) for m in module.modules() for own in (vars(m)["_parameters"], vars(m)["_buffers"])
+        ]
         self.attributes = [(name, m, dict(_attributes(m))) for name, m in module.named_modules()]
         self._undo: list[Callable[[], None]] = []
         self._prints = [
@@ -371,8 +376,8 @@ def _close(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         # A batched call may give zeros for what a client alone does not use.
         return all(t is None or not t.any() for t in (a, b))
-    if a.shape != b.shape:
-        return False
+    if a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
     loose = 0.05 if torch.finfo(a.dtype).bits < 32 else 1e-3 if a.dtype == torch.float32 else 1e-7
     a, b = a.double().cpu(), b.double().cpu()
     scale = b[torch.isfinite(b)].abs().max().item() if torch.isfinite(b).any() else 1.0
@@ -396,7 +401,7 @@ def _looks_at_index(step: Callable[..., Any]) -> bool:
 
 
 def _foreign_randomness() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()
+    _, keys, *rest = np.random.get_state()
     return random.getstate(), np.asarray(keys).tobytes(), *rest
 
 
@@ -422,20 +427,24 @@ def _line_of(error: BaseException) -> str:
     return found
 
 
+def explained(error: BaseException) -> str:
+    """An error in one line, as a sentence without its subject, with the line of the user's code that it came from."""
+    return _said(error) + _line_of(error)
+
+
 def _said(error: BaseException) -> str:
-    """An error in one line."""
     first = str(error).strip().partition("\n")[0]
     if "data-dependent control flow" in str(error) or ".item()" in str(error):
         return "lets a tensor's value decide what is computed"
-    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
+    if isinstance(error, NotAFunctionError):
+        return first
+    return f"raises {type(error).__name__}: {first[:200]}" if first else f"raises {type(error).__name__}"
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; half a GiB where the system does not say."""
+    """Bytes that are free on a device; 2 GiB where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import os
-
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import add
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,9 @@ def merge(records: Iterable[Mapping[str, Logged]]) -> dict[str, Logged]:
     return merged
 
 
+Recorder = TypeVar("Recorder", bound="LogRecorder")
+
+
 class LogRecorder:
     """Stands in for ``LightningModule.log`` while clients train.
 
@@ -74,7 +77,7 @@ class LogRecorder:
         self._entries: dict[str, tuple[tuple[Any, ...], list[Any], list[float]]] = {}
         self._metrics: dict[str, tuple[tuple[Any, ...], Metric]] = {}
 
-    def __enter__(self) -> LogRecorder:
+    def __enter__(self: Recorder) -> Recorder:
         self._own = [each.__dict__.get("log") for each in self._redirected]
         for each in self._redirected:
             each.log = self.log
@@ -186,6 +189,15 @@ class StackRecorder(LogRecorder):
             weights.clear()
         return taken
 
+    def drop_pending(self) -> list[tuple[str, float]]:
+        """Names and weights of what was taken in the last call, which will not come back by :meth:`put`."""
+        pending, self._pending = self._pending, []
+        return pending
+
+    def pend(self, pending: Sequence[tuple[str, float]]) -> None:
+        """Expect these names and weights at the next :meth:`put`, of a call that was not made through :meth:`log`."""
+        self._pending = list(pending)
+
     def put(self, rows: Tensor, stacks: Iterable[Tensor]) -> None:
         """After a batched call: what :meth:`take` gave, ``[len(rows)]`` each."""
         for (name, weight), stack in zip(self._pending, stacks, strict=True):
@@ -218,7 +230,9 @@ class StackRecorder(LogRecorder):
 
     def forget(self) -> None:
         """Drop what was recorded, of clients that are trained again."""
-        self._entries.clear()
+        for _, values, weights in self._entries.values():
+            values.clear()
+            weights.clear()
         self._pending.clear()
         self._calls.clear()
 

@@ -78,8 +78,8 @@ class SequentialEngine(Engine):
         for name, value in visit.buffers.items():
             own_buffers[name].copy_(value)
         host.module.zero_grad(set_to_none=True)
-        for optimizer, states in zip(host.optimizers, self.kept.get(client, self.initial), strict=True):
-            give_states(optimizer, states)
+        for optimizer, memory in zip(host.optimizers, self.kept.get(client, self.initial), strict=True):
+            give_states(optimizer, memory)
         seed_randomness(seed_of(self.plan.seed, "client", client, "round", host.round, "model"), host.device)
 
         start = self.layout.views(visit.start)
@@ -92,7 +92,7 @@ class SequentialEngine(Engine):
 
         counts = self._train(client, step, recorder, penalty if self.objectives else None)
         end = {name: parameter.detach() for name, parameter in named.items()}
-        memory = {
+        memories = {
             "optimizers": [states_of(o) for o in host.optimizers] if self.plan.optimizer_state == "kept" else [],
             "objectives": [
                 objective.end_client(state, start, end, counts.made)
@@ -110,7 +110,7 @@ class SequentialEngine(Engine):
             displacement=displacement,
             buffers={name: _same_shape(name, ended.get(name), value) for name, value in visit.buffers.items()},
             logged=recorder.collect(),
-            memory=memory,
+            memory=memories,
         )
 
     def _train(self, client: int, step: Any, recorder: LogRecorder, penalty: Callable[[], Tensor] | None) -> StepCounts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_fedhaw.clients.batched import BatchedStep, ClientDropout
+from lightning_fedhaw.clients.compiled import CompiledStep
 from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit
 from lightning_fedhaw.clients.objective import ClientObjective, ClientState
 from lightning_fedhaw.clients.optimizers import StackedOptimizer
-from lightning_fedhaw.clients.probe import Facts
+from lightning_fedhaw.clients.probe import Facts, explained
 from lightning_fedhaw.clients.records import Logged, StackRecorder
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate
@@ -42,6 +43,8 @@ class VectorizedEngine(Engine):
         objectives: As there.
         facts: What the probe found.
         chunk_memory: Bytes in use at a time.
+        compile_clients: Whether the step is compiled from the second round on.
+        fallback: Goes on where a step turns out not to be a function after all; without it, that is an error.
     """
 
     def __init__(
@@ -54,10 +57,14 @@ class VectorizedEngine(Engine):
         *,
         facts: Facts,
         chunk_memory: int,
+        compile_clients: bool = False,
+        fallback: Engine | None = None,
     ) -> None:
         super().__init__(host, layout, data, plan, objectives)
-        self.facts = facts
+        self.facts, self.fallback, self.gave_up = facts, fallback, False
         self.chunk = max(1, chunk_memory // facts.bytes_per_client)
+        self.compile_clients, self.rounds = compile_clients, 0
+        self.compiled: CompiledStep | None = None
 
     def run(self, visits: Iterable[Visit]) -> Generator[ClientUpdate, None, None]:
         """Train the cohort, chunk by chunk. The module keeps its own tensors throughout.
@@ -66,42 +73,64 @@ class VectorizedEngine(Engine):
             Each client's update, in the order of the visits.
         """
         host, pending = self.host, iter(visits)
+        left: deque[list[Visit]] = deque()
         with isolated_randomness(host.device), StackRecorder(host.module, host.callbacks) as recorder:
-            step = BatchedStep(
-                host, self.layout, self.objectives, recorder, ClientDropout() if self.facts.draws_dropout else None
-            )
-            while chunk := list(islice(pending, self.chunk)):
-                parts = deque([chunk])
-                while parts:
-                    part = parts.popleft()
-                    try:
-                        updates = _Chunk(self, step, part).train()
-                    except Exception as error:
-                        if len(part) == 1 or not is_out_of_memory(error):
-                            self._explain(error, part)
-                            raise
-                        recorder.forget()
-                        updates = None
-                    if updates is None:  # outside of the handler, whose traceback holds the tensors
-                        self.chunk = (len(part) + 1) // 2
-                        rank_zero_warn(
-                            f"{len(part)} clients at once do not fit into memory; they are trained again, {self.chunk}"
-                            " at a time. `chunk_memory=` bounds what is tried."
-                        )
-                        parts.extendleft((part[self.chunk :], part[: self.chunk]))
-                        continue
-                    yield from updates
-                    del updates
+            dropout = ClientDropout() if self.facts.draws_dropout else None
+            step = BatchedStep(host, self.layout, self.objectives, recorder, dropout)
+            if self.compile_clients and self.rounds and self.compiled is None:
+                self.compiled = CompiledStep()
+            if self.compiled is not None:
+                self.compiled.begin(step)
+            self.rounds += 1
+            while not self.gave_up and (left or (chunk := list(islice(pending, self.chunk)))):
+                part = left.popleft() if left else chunk
+                trained = self._try(step, part)
+                if trained is not None:
+                    yield from trained.updates()
+                else:
+                    left.extendleft((part[self.chunk :], part[: self.chunk]))
+                    left = deque(filter(None, left))
+                del trained
+            if self.compiled is not None:
+                self.compiled.report()
         # What `optimizer.step` would leave behind; a schedule that steps next looks for it.
         host.optimizers[0]._opt_called = True  # type: ignore[attr-defined]
+        if self.gave_up and self.fallback is not None:
+            self.fallback.kept = self.kept
+            yield from self.fallback.run(chain(*left, pending))
 
-    def _explain(self, error: Exception, visits: Sequence[Visit]) -> None:
-        if hasattr(error, "add_note"):  # Python 3.11
-            clients = [visit.client for visit in visits[:10]]
-            error.add_note(
-                f"In local training of {len(visits)} clients at once ({clients}{' ...' * (len(visits) > 10)}), round"
-                f' {self.host.round}. `engine="sequential"` trains one after another, and names the client.'
+    def _try(self, step: BatchedStep, visits: Sequence[Visit]) -> _Chunk | None:
+        try:
+            chunk = _Chunk(self, step, visits)
+            chunk.train()
+            return chunk
+        except Exception as error:
+            self._check(error, visits)
+        step.recorder.forget()
+        return None
+
+    def _check(self, error: Exception, visits: Sequence[Visit]) -> None:
+        """After a failure: less at a time, or one after another; if neither helps, the error."""
+        if is_out_of_memory(error) and len(visits) > 1:
+            self.chunk = (len(visits) + 1) // 2
+            rank_zero_warn(
+                f"{len(visits)} clients at once do not fit into memory; they are trained again, {self.chunk} at a time."
+                " `chunk_memory=` bounds what is tried."
             )
+        elif self.fallback is not None:
+            self.gave_up = True
+            rank_zero_warn(
+                "Going on with the sequential engine for the rest of the run: in round"
+                f" {self.host.round} `training_step` {explained(error)}."
+            )
+        else:
+            if hasattr(error, "add_note"):  # Python 3.11
+                clients = ", ".join(str(visit.client) for visit in visits[:10]) + " ..." * (len(visits) > 10)
+                error.add_note(
+                    f"In local training of {len(visits)} clients at once ({clients}), round {self.host.round}."
+                    ' `engine="sequential"` trains one after another, and takes any step.'
+                )
+            raise error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -133,7 +162,7 @@ class _Chunk:
     def __init__(self, engine: VectorizedEngine, step: BatchedStep, visits: Sequence[Visit]) -> None:
         self.engine, self.step = engine, step
         host, plan, data, layout = engine.host, engine.plan, engine.data, engine.layout
-        size = self.size = data.settings.batch_size
+        self.size = data.settings.batch_size
         orders = [
             list(data.orders(v.client, host.round, epochs=plan.epochs, num_batches=plan.steps, limit=plan.limit))
             for v in visits
@@ -195,11 +224,14 @@ class _Chunk:
             device = self.engine.host.device
             self.states.append({name: torch.stack([s[name].to(device) for s in own]) for name in own[0]})
 
-    def train(self) -> list[ClientUpdate]:
-        """Train to the end; the updates, in the order of the visits."""
+    def train(self) -> None:
+        """Train to the end."""
         for call in self._calls():
             self._make(call)
-        return self._updates()
+        layout = self.engine.layout
+        self.displacements = torch.empty_like(self.start, memory_format=torch.contiguous_format)
+        torch._foreach_copy_(list(layout.views(self.displacements).values()), self.stacks)
+        self.displacements.sub_(self.start)
 
     def _calls(self) -> Iterator[_Call]:
         """Pass by pass: the full batches, of ever fewer rows, then the shorter last ones by their length."""
@@ -233,46 +265,55 @@ class _Chunk:
 
     def _make(self, call: _Call) -> None:
         host, rows, step = self.engine.host, call.rows, self.step
-        at = _at(rows)
-        data = self.engine.data.gather(call.samples)
+        samples, at = call.samples, _at(rows)
+        compiled = self.engine.compiled
+        extra = 0 if compiled is None else compiled.padding(len(rows), len(self.visits))
+        if extra:  # rows that are computed and not looked at
+            samples = torch.cat([samples, samples[-1:].expand(extra, -1)])
+        taken = _at(rows + rows[-1:] * extra) if extra else at
+        data = self.engine.data.gather(samples)
         for i, row in enumerate(rows) if self.swaps else ():
             if row in self.swaps:
                 data[1][i] = swap_labels(data[1][i], self.swaps[row])
-        leaves = [stack[at].requires_grad_() for stack in self.stacks]
-        buffers = [buffer[at] for buffer in self.buffers]
-        starts = None if self.starts is None else {n: s[at] for n, s in self.starts.items()}
-        states = [{n: s[at] for n, s in state.items()} for state in self.states]
         if step.dropout is not None:
             step.dropout.generators = [self.generators[row] for row in rows]
-        step.recorder.batch_size = call.samples.shape[1]
-        losses, replaced, logged = step(leaves, buffers, host.prepare(data), call.index, starts, states)
+        step.recorder.batch_size = samples.shape[1]
+        arguments = (
+            [stack[taken].requires_grad_() for stack in self.stacks],
+            [buffer[taken] for buffer in self.buffers],
+            host.prepare(data),
+            call.index,
+            None if self.starts is None else {n: s[taken] for n, s in self.starts.items()},
+            [{n: s[taken] for n, s in state.items()} for state in self.states],
+        )
+        found = (step if compiled is None else compiled).gradients(
+            [i for i in self.trained if i is not None], arguments
+        )
+        count = len(rows)
         with torch.no_grad():
-            if logged:
-                step.recorder.put(torch.tensor(rows), [value.detach() for value in logged])
-            for i, value in replaced:
-                buffers[i] = value
-            for stack, value in zip(self.buffers, buffers, strict=True):
-                if not isinstance(at, slice) or value.data_ptr() != stack[at].data_ptr():
-                    stack[at] = value
-        if losses is None:
-            for row in rows:
-                self.skipped[row] += 1
-            return
-        wanted = [leaves[i] for i in self.trained if i is not None]
-        found = iter(torch.autograd.grad(losses.sum(), wanted, allow_unused=True))
-        with torch.no_grad():
-            gradients = [None if i is None else next(found) for i in self.trained]
-            self.optimizer.step(rows, at, clipped(gradients, host.clipping))
+            if found.logged:
+                step.recorder.put(torch.tensor(rows), [value[:count] for value in found.logged])
+            for i, value in enumerate(found.buffers(arguments[1])):
+                if extra or not isinstance(at, slice) or value.data_ptr() != self.buffers[i][at].data_ptr():
+                    self.buffers[i][at] = value[:count]
+            if found.losses is not None:
+                each = iter(found.gradients)
+                gradients = [None if i is None else next(each) for i in self.trained]
+                cut = [None if g is None else g[:count] for g in gradients] if extra else gradients
+                self.optimizer.step(rows, at, clipped(cut, host.clipping))
+        steps = self.skipped if found.losses is None else self.made
         for row in rows:
-            self.made[row] += 1
+            steps[row] += 1
 
-    def _updates(self) -> list[ClientUpdate]:
-        engine, layout = self.engine, self.engine.layout
-        matrix = torch.empty_like(self.start, memory_format=torch.contiguous_format)
-        torch._foreach_copy_(list(layout.views(matrix).values()), self.stacks)
-        matrix.sub_(self.start)
+    def updates(self) -> Iterator[ClientUpdate]:
+        """The updates, in the order of the visits; each with the client's model in the module, for those who watch."""
+        module = self.engine.host.module
+        parameters, buffers = self.engine.layout.tensors(module), [b for _, b in module.named_buffers()]
         logged = self.step.recorder.collect_rows(len(self.visits))
-        return [self._update(row, matrix[row], logged[row]) for row in self.row_of]
+        for row in self.row_of:
+            with torch.no_grad():
+                torch._foreach_copy_([*parameters, *buffers], [s[row] for s in (*self.stacks, *self.buffers)])
+            yield self._update(row, self.displacements[row], logged[row])
 
     def _update(self, row: int, displacement: Tensor, logged: dict[str, Logged]) -> ClientUpdate:
         engine, visit = self.engine, self.visits[row]
