@@ -14,21 +14,30 @@ from lightning_fedhaw.options import EngineName
 MIN_CLIENTS = 10
 """Clients a round from which a batched step is faster."""
 
-MAX_WORK = 1_000_000
-"""Parameters of a client times its batch up to which a batched step is faster."""
+MAX_PARAMETERS = 50_000
+"""Parameters of a client up to which a batched step is faster on the CPU."""
 
-_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+MAX_CONVOLVED = 200_000
+"""Parameters times batch size up to which that is so for convolutions, which are slow when they are batched."""
+
+MAX_PARAMETERS_GPU = 1_000_000
+"""The bound on other devices, which is a guess: nothing was measured there."""
 
 
 def slower(engine: Engine, cohort: int) -> str | None:
     """Why one client after another is faster, by the rule of ``docs/speed.md``; ``None`` if it is not."""
+    parameters, batch = engine.layout.numel, engine.data.settings.batch_size
+    is_cpu = engine.host.device.type == "cpu"
+    most = MAX_PARAMETERS if is_cpu else MAX_PARAMETERS_GPU
     if cohort < MIN_CLIENTS:
         return f"{cohort} clients a round are fewer than {MIN_CLIENTS}"
-    if engine.host.device.type == "cpu" and any(isinstance(m, _CONVOLUTIONS) for m in engine.host.module.modules()):
-        return "batched convolutions are slow on the CPU"
-    work = engine.layout.numel * engine.data.settings.batch_size
-    if work > MAX_WORK:
-        return f"parameters times batch size are {work:,}, more than {MAX_WORK:,}"
+    if parameters > most:
+        return f"{parameters:,} parameters are more than {most:,}"
+    has_convolutions = any(isinstance(m, nn.modules.conv._ConvNd) for m in engine.host.module.modules())
+    if is_cpu and has_convolutions and parameters * batch > MAX_CONVOLVED:
+        return (
+            f"it has convolutions, and parameters times batch size are {parameters * batch:,}: over {MAX_CONVOLVED:,}"
+        )
     return None
 
 
