@@ -16,6 +16,7 @@ from torchmetrics import Metric
 
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep
 from lightning_fedhaw.channel.base import Channel
+from lightning_fedhaw.clients.choice import choose
 from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit
 from lightning_fedhaw.clients.objective import ClientObjective
 from lightning_fedhaw.clients.records import Logged, LogRecorder, merge
@@ -224,6 +225,27 @@ class Federation:
                 " than process 0, and every process must know the whole federation. Seed whatever makes the data"
                 " (`seed_everything`) before it is made."
             )
+
+    def choose_engine(self) -> str:
+        """Take the engine that was asked for, or that the rule of ``engine="auto"`` names.
+
+        Called when a run has begun, because the vectorized engine tries the module's step.
+
+        Returns:
+            One line that says which, and why.
+
+        Raises:
+            ValueError: If ``engine="vectorized"`` and the module's step is not a function.
+        """
+        sequential, options = self.engine, self.options
+        self.engine, why = choose(
+            sequential,
+            options.engine,
+            cohort=-(-len(self.cohort(0)) // self.ranks.size),
+            chunk_memory=options.chunk_memory,
+            compile_clients=options.compile_clients,
+        )
+        return why
 
     def cohort(self, round_: int) -> list[int]:
         """The clients that are drawn for a round."""

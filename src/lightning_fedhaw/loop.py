@@ -7,6 +7,7 @@ meaning, and ``global_step`` counts rounds.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -15,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -61,6 +62,7 @@ _STEP_HOOKS = (
     "optimizer_zero_grad",
     "configure_gradient_clipping",
 )
+_PRECISIONS = (Precision, DoublePrecision, HalfPrecision, MixedPrecision)
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -215,6 +217,8 @@ class RoundLoop(_FitLoop):
         """Found the federation, or go on with the checkpoint's."""
         self._found()
         super().on_run_start()
+        assert self.federation is not None
+        rank_zero_info(self.federation.choose_engine())
 
     def _found(self) -> None:
         trainer: Any = self.trainer
@@ -560,6 +564,42 @@ class _Host:
             and is_plain_sgd(self.optimizers[0], [p for p in self.module.parameters() if p.requires_grad])
         )
 
+    @property
+    def clipping(self) -> tuple[float, str] | None:
+        """The bound of gradient clipping, and ``"norm"`` or ``"value"``; ``None`` without."""
+        bound, algorithm = self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm
+        return (float(bound), str(getattr(algorithm, "value", algorithm or "norm"))) if bound else None
+
+    @property
+    def obstacle(self) -> str | None:
+        """What in trainer or module keeps a step from being a function of its tensors; ``None`` if nothing."""
+        module = self.module
+        if not module.automatic_optimization:
+            return f"optimises manually{_place(module.training_step)}"
+        for name in sorted(self._module_hooks):
+            return f"is surrounded by the hook `{name}`{_place(getattr(module, name))}"
+        for name in (*_BATCH_HOOKS, *_STEP_HOOKS):
+            for hook in self._users(name) if hasattr(pl.Callback, name) else ():
+                return f"is surrounded by the callback hook `{name}`{_place(hook)}"
+        for name in _TRANSFER_HOOKS:
+            for source in (module, self.trainer.datamodule):
+                if source is not None and is_overridden(name, source):
+                    return f"is surrounded by the hook `{name}`{_place(getattr(source, name))}"
+        if len(self.optimizers) != 1:
+            return f"has {len(self.optimizers)} optimisers"
+        optimizer = self.optimizers[0]
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            return f"has hooks on the optimiser {type(optimizer).__name__}"
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters()):
+            return "has hooks on its parameters' gradients"
+        if any(m._backward_hooks or m._backward_pre_hooks for m in module.modules()):
+            return "has backward hooks on its layers"
+        if self.accumulate != 1:
+            return f"accumulates gradients (`accumulate_grad_batches={self.accumulate}`)"
+        if self.scaler is not None or type(self.precision) not in _PRECISIONS:
+            return f"trains in the precision {self.trainer.precision} ({type(self.precision).__name__})"
+        return None
+
     def prepare(self, data: Any) -> Any:
         """Convert a batch to the precision and move it to the device, through the module's transfer hooks."""
         if self._moves_nothing:
@@ -651,6 +691,12 @@ def _device_of_data(choice: str, device: torch.device, data: ClientData) -> torc
     if choice == "auto":
         return device if device.type == "cuda" and data.nbytes <= torch.cuda.mem_get_info(device)[0] // 2 else None
     return device
+
+
+def _place(function: Callable[..., Any]) -> str:
+    """Where a function of the user's is written, in brackets."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
 
 
 def _hook_owner(callback: Any, name: str) -> str | None:

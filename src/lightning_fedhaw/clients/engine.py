@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_fedhaw.clients.objective import ClientObjective
@@ -68,6 +71,7 @@ class Engine(ABC):
 
     Attributes:
         kept: With ``optimizer_state="kept"``, each client's optimiser states, by position of the parameter.
+        initial: The optimiser states that a client without memory starts from: those of their constructors.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class Engine(ABC):
         self.plan = plan
         self.objectives = objectives
         self.kept: dict[int, list[dict[int, dict[str, Any]]]] = {}
+        self.initial = [states_of(optimizer) for optimizer in host.optimizers]
 
     @abstractmethod
     def run(self, visits: Iterable[Visit]) -> Generator[ClientUpdate, None, None]:
@@ -114,3 +119,28 @@ class Engine(ABC):
             self.kept[update.client] = update.memory["optimizers"]
         for objective, state in zip(self.objectives, update.memory["objectives"], strict=True):
             objective.keep_client_state(update.client, state)
+
+
+def states_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """An optimiser's states by position of the parameter, in host memory."""
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        index: {n: v.cpu() if isinstance(v, Tensor) else v for n, v in optimizer.state[parameter].items()}
+        for index, parameter in enumerate(order)
+        if parameter in optimizer.state
+    }
+
+
+def give_states(optimizer: torch.optim.Optimizer, states: Mapping[int, Mapping[str, Any]]) -> None:
+    """Put copies of such states in place of an optimiser's own."""
+    optimizer.state = defaultdict(dict)
+    if not states:
+        return
+    for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if index in states:
+            optimizer.state[parameter] = {
+                name: value.to("cpu" if name == "step" else parameter.device, copy=True)
+                if isinstance(value, Tensor)
+                else copy.deepcopy(value)
+                for name, value in states[index].items()
+            }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import add
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,9 @@ def merge(records: Iterable[Mapping[str, Logged]]) -> dict[str, Logged]:
     return merged
 
 
+Recorder = TypeVar("Recorder", bound="LogRecorder")
+
+
 class LogRecorder:
     """Stands in for ``LightningModule.log`` while clients train.
 
@@ -90,7 +93,7 @@ class LogRecorder:
         self._entries: dict[str, tuple[tuple[Any, ...], list[Any], list[float]]] = {}
         self._metrics: dict[str, tuple[tuple[Any, ...], Metric]] = {}
 
-    def __enter__(self) -> LogRecorder:
+    def __enter__(self: Recorder) -> Recorder:
         self._own = [each.__dict__.get("log") for each in self._redirected]
         for each in self._redirected:
             each.log = self.log
@@ -183,6 +186,91 @@ def _stack(values: list[Any]) -> Tensor:
         return torch.stack(tensors).double()
     device = tensors[0].device if tensors else None
     return torch.stack([torch.as_tensor(value, device=device).double() for value in values])
+
+
+class StackRecorder(LogRecorder):
+    """The recorder of many clients that train at once: what is logged is a stack, one value per client."""
+
+    def __init__(self, module: Any, callbacks: Iterable[Any] = ()) -> None:
+        super().__init__(module, callbacks)
+        self._pending: list[tuple[str, float]] = []
+        self._calls: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Record a value; the arguments are those of ``LightningModule.log``.
+
+        Raises:
+            NotAFunctionError: If it is a torchmetrics object.
+        """
+        if isinstance(value, Metric):
+            raise NotAFunctionError(f"logs the torchmetrics object `{name}`, which keeps what it has seen")
+        super().log(name, value, *args, **kwargs)
+
+    def take(self, like: Tensor) -> list[Tensor]:
+        """Inside a batched call: the values logged in it so far, to be handed out of it; numbers on ``like``'s device.
+
+        What it gives comes back by :meth:`put`, as stacks.
+        """
+        taken = []
+        for name, (_, values, weights) in self._entries.items():
+            for value, weight in zip(values, weights, strict=True):
+                number = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+                taken.append(number.reshape(()).to(like.device))
+                self._pending.append((name, weight))
+            values.clear()
+            weights.clear()
+        return taken
+
+    def drop_pending(self) -> list[tuple[str, float]]:
+        """Names and weights of what was taken in the last call, which will not come back by :meth:`put`."""
+        pending, self._pending = self._pending, []
+        return pending
+
+    def pend(self, pending: Sequence[tuple[str, float]]) -> None:
+        """Expect these names and weights at the next :meth:`put`, of a call that was not made through :meth:`log`."""
+        self._pending = list(pending)
+
+    def put(self, rows: Tensor, stacks: Iterable[Tensor]) -> None:
+        """After a batched call: what :meth:`take` gave, ``[len(rows)]`` each."""
+        for (name, weight), stack in zip(self._pending, stacks, strict=True):
+            self._calls.setdefault(name, []).append((rows, stack, weight))
+        self._pending.clear()
+
+    def collect_rows(self, count: int) -> list[dict[str, Logged]]:
+        """What was recorded for each of ``count`` clients since the last call; one synchronisation a name."""
+        records: list[dict[str, Logged]] = [{} for _ in range(count)]
+        for name, calls in self._calls.items():
+            settings = self._entries[name][0]
+            reduction = _reduction(name, settings[4])
+            rows = torch.cat([r for r, _, _ in calls]).to(calls[0][1].device)
+            values = torch.cat([s.double() for _, s, _ in calls])
+            weights = torch.tensor([w for _, _, w in calls], dtype=torch.float64)
+            weights = weights.repeat_interleave(torch.tensor([len(r) for r, _, _ in calls])).to(values.device)
+            total = torch.zeros(count, dtype=torch.float64, device=values.device)
+            if reduction in ("mean", "sum"):
+                total.index_add_(0, rows, values * weights if reduction == "mean" else values)
+            else:
+                how = "amin" if reduction == "min" else "amax"
+                total.scatter_reduce_(0, rows, values, how, include_self=False)
+            weight = torch.zeros_like(total).index_add_(0, rows, weights)
+            options = _options(settings)
+            for row, (t, w) in enumerate(torch.stack([total, weight], 1).tolist()):
+                if w:
+                    records[row][name] = Logged(t, w, reduction, options)
+        self.forget()
+        return records
+
+    def forget(self) -> None:
+        """Drop what was recorded, of clients that are trained again."""
+        for _, values, weights in self._entries.values():
+            values.clear()
+            weights.clear()
+        self._pending.clear()
+        self._calls.clear()
+
+
+class NotAFunctionError(RuntimeError):
+    """What a step does that only a module of its own can hold."""
 
 
 def _options(settings: tuple[Any, ...]) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_fedhaw.clients.engine import Engine, Visit
+from lightning_fedhaw.clients.engine import Engine, Visit, give_states, states_of
 from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.steps import AutomaticStep, ManualStep, PlainSGDStep, StepCounts
 from lightning_fedhaw.cohort import ClientUpdate
@@ -63,8 +61,8 @@ class SequentialEngine(Engine):
             if not complete:  # the round failed, and will be played again from where it began
                 furthest, scales = (settings, schedules), [] if scale is None else [scale]
             modes.restore()
-            for optimizer in host.optimizers:
-                optimizer.state = defaultdict(dict)
+            for optimizer, states in zip(host.optimizers, self.initial, strict=True):
+                give_states(optimizer, states)
             close: Callable[[], None] = getattr(step, "close", lambda: None)
             close()
             self._aftermath = (*furthest, scales)
@@ -95,7 +93,8 @@ class SequentialEngine(Engine):
             own_buffers = dict(host.module.named_buffers())
             for name, value in visit.buffers.items():
                 own_buffers[name].copy_(value)
-        self._give_state(client)
+        for optimizer, memory in zip(host.optimizers, self.kept.get(client, self.initial), strict=True):
+            give_states(optimizer, memory)
         seed_randomness(seed_of(self.plan.seed, "client", client, "round", host.round, "model"), host.device)
 
         start = self.layout.views(visit.start) if self.objectives else {}
@@ -108,8 +107,8 @@ class SequentialEngine(Engine):
 
         counts = self._train(client, step, recorder, penalty if self.objectives else None)
         end = {name: parameter.detach() for name, parameter in named.items()}
-        memory = {
-            "optimizers": self._take_state(),
+        memories = {
+            "optimizers": [states_of(o) for o in host.optimizers] if self.plan.optimizer_state == "kept" else [],
             "objectives": [
                 objective.end_client(state, start, end, counts.made)
                 for objective, state in zip(self.objectives, states, strict=True)
@@ -126,7 +125,7 @@ class SequentialEngine(Engine):
             displacement=displacement,
             buffers={name: _same_shape(name, ended.get(name), value) for name, value in visit.buffers.items()},
             logged=recorder.collect(),
-            memory=memory,
+            memory=memories,
         )
 
     def _train(self, client: int, step: Any, recorder: LogRecorder, penalty: Callable[[], Tensor] | None) -> StepCounts:
@@ -159,39 +158,6 @@ class SequentialEngine(Engine):
                     error.add_note(f"In local training: {where}.{remedy}")
                 raise
         return counts
-
-    def _give_state(self, client: int) -> None:
-        """Put a client's kept optimiser state in place, or a fresh one."""
-        kept = self.kept.get(client)
-        for i, optimizer in enumerate(self.host.optimizers):
-            optimizer.state = defaultdict(dict)
-            if kept is None:
-                continue
-            for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-                if index in kept[i]:
-                    # Copies: what is kept is not changed before the update is heard.
-                    optimizer.state[parameter] = {
-                        name: value.to("cpu" if name == "step" else parameter.device, copy=True)
-                        if isinstance(value, Tensor)
-                        else copy.deepcopy(value)
-                        for name, value in kept[i][index].items()
-                    }
-
-    def _take_state(self) -> list[dict[int, dict[str, Any]]]:
-        """The optimiser states after a visit, in host memory, where they are kept."""
-        if self.plan.optimizer_state == "fresh":
-            return []
-        taken = []
-        for optimizer in self.host.optimizers:
-            order = [p for group in optimizer.param_groups for p in group["params"]]
-            taken.append(
-                {
-                    index: {n: v.cpu() if isinstance(v, Tensor) else v for n, v in optimizer.state[parameter].items()}
-                    for index, parameter in enumerate(order)
-                    if parameter in optimizer.state
-                }
-            )
-        return taken
 
 
 Settings = list[list[dict[str, Any]]]

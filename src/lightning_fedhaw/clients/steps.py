@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_fedhaw.data.federation import Batch
 from lightning_fedhaw.layout import ParameterLayout
@@ -41,6 +41,14 @@ class Host(Protocol):
     @property
     def is_plain_sgd(self) -> bool:
         """Whether a step needs no optimiser object, precision plugin or hook."""
+
+    @property
+    def clipping(self) -> tuple[float, str] | None:
+        """The bound of gradient clipping, and ``"norm"`` or ``"value"``; ``None`` without."""
+
+    @property
+    def obstacle(self) -> str | None:
+        """What in trainer or module keeps a step from being a function of its tensors; ``None`` if nothing."""
 
     @property
     def can_evaluate(self) -> bool:
@@ -214,7 +222,7 @@ class ManualStep:
         return count
 
 
-def is_plain_sgd(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
+def is_plain_sgd(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> bool:
     """Whether an optimiser does nothing but subtract the gradient times the learning rate from these parameters."""
     if (
         type(optimizer) is not torch.optim.SGD
@@ -223,7 +231,7 @@ def is_plain_sgd(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
     ):
         return False
     own = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    if own != set(parameters) or any(p._post_accumulate_grad_hooks for p in parameters):
+    if own != set(parameters) or any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
         return False
     return not any(
         group[option]

@@ -228,7 +228,7 @@ class ClientData:
             rows = [row.movedim(-1, -3) if t.ndim == 4 else row for row, t in zip(rows, self._tensors, strict=True)]
         return rows
 
-    def batches(
+    def orders(
         self,
         client: int,
         round_: int,
@@ -236,8 +236,8 @@ class ClientData:
         epochs: int | None = None,
         num_batches: int | None = None,
         limit: int | float | None = None,
-    ) -> Iterator[Batch]:
-        """A client's batches of one round.
+    ) -> Iterator[Tensor]:
+        """The samples of each of a client's passes of one round, in the order that :meth:`batches` takes them in.
 
         The order is drawn from the stream named by client and round: it does not depend on who else trains.
 
@@ -247,22 +247,43 @@ class ClientData:
             epochs: Passes over the client's data; or
             num_batches: batches in all, going on into further passes.
             limit: Batches a pass at most: a number, or a share of the pass.
+
+        Yields:
+            ``[samples of the pass]`` int64, indices into the data set.
         """
         own = self.train_indices[client]
         generator = stream(self.seed, "client", client, "round", round_, "batches")
-        per_epoch = self._batches_per_epoch(len(own), limit)
-        done = 0
-        for epoch in itertools.count() if epochs is None else range(epochs):
+        per_pass = self._batches_per_epoch(len(own), limit)
+        left = num_batches
+        for _ in itertools.count() if epochs is None else range(epochs):
             order = own[torch.randperm(len(own), generator=generator)] if self.settings.shuffle else own
-            batches = self._pass(client, order, per_epoch, "round", round_, "workers", epoch)
-            for index, (data, size) in enumerate(batches):
-                if num_batches is None:
-                    yield Batch(data, size, index, last=index + 1 == per_epoch)
-                    continue
-                done += 1
-                yield Batch(data, size, done - 1, last=done == num_batches)
-                if done == num_batches:
+            count = per_pass if left is None else min(per_pass, left)
+            yield order[: count * self.settings.batch_size]
+            if left is not None:
+                left -= count
+                if not left:
                     return
+
+    def batches(
+        self,
+        client: int,
+        round_: int,
+        *,
+        epochs: int | None = None,
+        num_batches: int | None = None,
+        limit: int | float | None = None,
+    ) -> Iterator[Batch]:
+        """A client's batches of one round; the arguments are those of :meth:`orders`."""
+        done = 0
+        orders = self.orders(client, round_, epochs=epochs, num_batches=num_batches, limit=limit)
+        for epoch, order in enumerate(orders):
+            count = -(-len(order) // self.settings.batch_size)
+            for index, (data, size) in enumerate(self._pass(client, order, "round", round_, "workers", epoch)):
+                if num_batches is None:
+                    yield Batch(data, size, index, last=index + 1 == count)
+                else:
+                    done += 1
+                    yield Batch(data, size, done - 1, last=done == num_batches)
 
     def evaluation_batches(self, client: int, at_most: int) -> Iterator[Batch]:
         """Batches for evaluating a model on a client: its held-out samples, else its training samples, in order.
@@ -277,7 +298,7 @@ class ClientData:
             chosen = torch.randperm(len(own), generator=stream(self.seed, "client", client, "evaluation"))[:at_most]
             own = own[chosen.sort().values]
         count = -(-len(own) // self.settings.batch_size)
-        for index, (data, size) in enumerate(self._pass(client, own, count, "evaluation", "workers")):
+        for index, (data, size) in enumerate(self._pass(client, own, "evaluation", "workers")):
             yield Batch(data, size, index, last=index + 1 == count)
 
     def _batches_per_epoch(self, samples: int, limit: int | float | None) -> int:
@@ -287,17 +308,15 @@ class ClientData:
             return full
         return min(full, limit) if isinstance(limit, int) else max(1, int(full * limit))
 
-    def _pass(self, client: int, order: Tensor, count: int, *workers: PathPart) -> Iterator[tuple[Any, int]]:
-        """``count`` batches of samples in the given order, with the size of each.
+    def _pass(self, client: int, order: Tensor, *workers: PathPart) -> Iterator[tuple[Any, int]]:
+        """Batches of samples in the given order, with the size of each.
 
         Args:
             client: The client's number.
             order: ``[samples]``, indices into the data set.
-            count: Batches at most.
             workers: The name of the client's stream that worker processes draw from.
         """
         size = self.settings.batch_size
-        order = order[: count * size]
         swap = self.partition.label_swaps.get(client)
         if self._tensors is not None:
             # One gather a pass; batches are views of it.

@@ -1,0 +1,90 @@
+"""Which engine trains a federation: the one asked for, or the one that was measured to be faster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_fedhaw.clients.engine import Engine
+from lightning_fedhaw.clients.probe import NoFunctionError, free_memory, probe
+from lightning_fedhaw.clients.vectorized import VectorizedEngine
+from lightning_fedhaw.options import EngineName
+
+MIN_CLIENTS = 10
+"""Clients a round from which a batched step is faster."""
+
+MAX_PARAMETERS = 50_000
+"""Parameters of a client up to which a batched step is faster on the CPU."""
+
+MAX_CONVOLVED = 200_000
+"""Parameters times batch size up to which that is so for convolutions, which are slow when they are batched."""
+
+MAX_PARAMETERS_GPU = 1_000_000
+"""The bound on other devices, which is a guess: nothing was measured there."""
+
+
+def slower(engine: Engine, cohort: int) -> str | None:
+    """Why one client after another is faster, by the rule of ``docs/speed.md``; ``None`` if it is not."""
+    parameters, batch = engine.layout.numel, engine.data.settings.batch_size
+    is_cpu = engine.host.device.type == "cpu"
+    most = MAX_PARAMETERS if is_cpu else MAX_PARAMETERS_GPU
+    if cohort < MIN_CLIENTS:
+        return f"{cohort} clients a round are fewer than {MIN_CLIENTS}"
+    if parameters > most:
+        return f"{parameters:,} parameters are more than {most:,}"
+    has_convolutions = any(isinstance(m, nn.modules.conv._ConvNd) for m in engine.host.module.modules())
+    if is_cpu and has_convolutions and parameters * batch > MAX_CONVOLVED:
+        return (
+            f"it has convolutions, and parameters times batch size are {parameters * batch:,}: over {MAX_CONVOLVED:,}"
+        )
+    return None
+
+
+def choose(
+    sequential: Engine, asked: EngineName, *, cohort: int, chunk_memory: int | None, compile_clients: bool
+) -> tuple[Engine, str]:
+    """The engine of a run, and one line that says which and why.
+
+    Args:
+        sequential: The sequential engine.
+        asked: The argument ``engine``.
+        cohort: Clients a round.
+        chunk_memory: Bytes in use at a time; a quarter of what is free by default.
+        compile_clients: Whether the batched step is compiled.
+
+    Raises:
+        ValueError: If the vectorized engine was asked for and cannot be had.
+    """
+    if asked == "sequential":
+        return sequential, "Engine: sequential, as asked."
+    why = slower(sequential, cohort) if asked == "auto" else None
+    if why is not None:
+        return sequential, f"Engine: sequential, because {why}."
+    host = sequential.host
+    given: tuple[Any, ...] = (host, sequential.layout, sequential.data, sequential.plan, sequential.objectives)
+    try:
+        facts = probe(*given)
+    except NoFunctionError as error:
+        if asked == "vectorized":
+            raise ValueError(
+                f'`engine="vectorized"` needs a step that is a function, and {error}. Use `engine="sequential"`,'
+                ' or `engine="auto"`, which chooses by itself.'
+            ) from error
+        return sequential, f"Engine: sequential, because {error}."
+    memory = chunk_memory or free_memory(host.device) // 4
+    engine = VectorizedEngine(
+        *given,
+        facts=facts,
+        chunk_memory=memory,
+        compile_clients=compile_clients and not (facts.uses_index or facts.draws_dropout or facts.draws_other),
+        fallback=sequential if asked == "auto" else None,
+    )
+    engine.kept = sequential.kept
+    at_once = min(engine.chunk, cohort)
+    told = f"Engine: vectorized, {at_once} of {cohort} clients at a time" + (
+        ", as asked" if asked == "vectorized" else ""
+    )
+    if facts.draws_other:
+        told += "; random numbers other than dropout differ from those of the sequential engine"
+    return engine, f"{told}."

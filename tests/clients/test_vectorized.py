@@ -1,0 +1,564 @@
+"""The vectorized engine against the sequential one: the same updates, however clients are batched."""
+
+import inspect
+import random
+import shutil
+from dataclasses import replace
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from torch import nn
+from torch.nn.functional import cross_entropy, dropout
+from torch.utils.data import DataLoader, TensorDataset
+
+from federations import Classifier, flat, samples, trainer
+from lightning_fedhaw import ClientObjective, FedHAWCallback, RoundObserver
+from lightning_fedhaw.clients import choice, vectorized
+from lightning_fedhaw.clients.probe import _looks_at_index
+from lightning_fedhaw.data import IIDPartitioner
+
+optim = torch.optim
+
+
+class Updates(RoundObserver):
+    """Keeps every client's update, and the model that the module held then."""
+
+    def __init__(self):
+        super().__init__()
+        self.updates, self.models = [], []
+
+    def on_client_end(self, trainer, pl_module, update):
+        self.updates.append((update, update.displacement.clone()))
+        self.models.append(flat(pl_module))
+
+
+def play(engine, module=None, *, data=None, batch_size=8, dtype=torch.float32, rounds=2, rule=None, **kwargs):
+    """Six unequal clients, one of them smaller than a batch."""
+    watch = Updates()
+    if dtype == torch.float64:
+        kwargs["precision"] = "64-true"
+    callbacks = [watch, *kwargs.pop("callbacks", [])]
+    options = {"num_clients": 6, "alpha": 1.0, "seed": 1, **kwargs}
+    runner = trainer(rounds=rounds, rule=rule, engine=engine, callbacks=callbacks, **options)
+    module = module() if module is not None else Classifier()
+    loader = data or DataLoader(samples(130), batch_size=batch_size, shuffle=True)
+    runner.fit(module, loader)
+    return runner, module, watch
+
+
+def assert_equal_engines(module=None, tolerance=2e-6, **kwargs):
+    _, first, a = play("sequential", module, **kwargs)
+    other, second, b = play("vectorized", module, **kwargs)
+    assert isinstance(other.fit_loop.federation.engine, vectorized.VectorizedEngine)
+    assert len(a.updates) == len(b.updates) > 0
+    for (x, mine), (y, theirs) in zip(a.updates, b.updates, strict=True):
+        assert (x.client, x.num_examples, x.num_steps, x.num_skipped) == (
+            y.client, y.num_examples, y.num_steps, y.num_skipped,
+        )  # fmt: skip
+        assert mine.norm() > 0, "something moved"
+        assert (mine - theirs).norm() <= tolerance * mine.norm()
+        assert x.buffers.keys() == y.buffers.keys()
+        for name in x.buffers:
+            assert torch.allclose(x.buffers[name].double(), y.buffers[name].double(), rtol=10 * tolerance, atol=1e-7)
+        assert x.logged.keys() == y.logged.keys()
+        for name in x.logged:
+            assert y.logged[name].value == pytest.approx(x.logged[name].value, rel=10 * tolerance)
+            assert y.logged[name].weight == x.logged[name].weight
+            assert y.logged[name].options == x.logged[name].options
+    for mine, theirs in zip(a.models, b.models, strict=True):
+        assert torch.allclose(mine, theirs, rtol=10 * tolerance, atol=10 * tolerance)
+    assert torch.allclose(flat(first), flat(second), rtol=10 * tolerance, atol=10 * tolerance)
+    return other, second, b
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: optim.SGD(p, lr=0.1),
+    "SGD dampened": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.01),
+    "SGD nesterov": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "SGD maximize": lambda p: optim.SGD(p, lr=0.01, maximize=True),
+    "Adam": lambda p: optim.Adam(p, lr=0.01, weight_decay=0.01),
+    "AdamW": lambda p: optim.AdamW(p, lr=0.01),
+    "amsgrad": lambda p: optim.AdamW(p, lr=0.01, amsgrad=True),
+    "foreach": lambda p: optim.Adam(p, lr=0.01, foreach=True),
+    "RMSprop": lambda p: optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
+    "Adagrad": lambda p: optim.Adagrad(p, lr=0.01, lr_decay=0.1, initial_accumulator_value=0.1),
+    "Adadelta": lambda p: optim.Adadelta(p, lr=1.0),
+    "Adamax": lambda p: optim.Adamax(p, lr=0.01),
+    "NAdam": lambda p: optim.NAdam(p, lr=0.01),
+    "RAdam": lambda p: optim.RAdam(p, lr=0.01),
+    "ASGD": lambda p: optim.ASGD(p, lr=0.01, t0=2),
+    "Rprop": lambda p: optim.Rprop(p, lr=0.01),
+}
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+@every_optimizer
+@pytest.mark.parametrize("state", ["fresh", "kept"])
+def test_every_optimizer_in_double_precision(name, state):
+    assert_equal_engines(
+        lambda: Classifier(OPTIMIZERS[name]),
+        tolerance=1e-12,
+        dtype=torch.float64,
+        local_epochs=2,
+        optimizer_state=state,
+    )
+
+
+@every_optimizer
+def test_every_optimizer_in_single_precision(name):
+    assert_equal_engines(lambda: Classifier(OPTIMIZERS[name]), tolerance=5e-6 if name != "Rprop" else 1e-3)
+
+
+class Groups(Classifier):
+    def configure_optimizers(self):
+        first, last = self.net[0].parameters(), self.net[-1].parameters()
+        return optim.Adam([{"params": first, "lr": 0.02}, {"params": last, "weight_decay": 0.1}], lr=0.01)
+
+
+class HalfTrained(Classifier):
+    """A frozen layer, and a trainable one that no optimiser has."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[0].weight.requires_grad_(False)
+
+    def configure_optimizers(self):
+        return optim.SGD([self.net[0].weight, *self.net[-1].parameters()], lr=0.1, momentum=0.9)
+
+
+class Tied(Classifier):
+    def __init__(self):
+        super().__init__(hidden=6)
+        self.again = nn.Linear(6, 6, bias=False)
+        self.again.weight = self.net[0].weight
+        self.net.insert(2, self.again)
+
+
+class Replaces(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(3))
+        self.register_buffer("count", torch.tensor(0))
+
+    def training_step(self, batch, batch_idx):
+        self.seen = 0.9 * self.seen + 0.1 * torch.nn.functional.one_hot(batch[1], 3).float().mean(0)
+        self.count += 1
+        return super().training_step(batch, batch_idx) + self.seen.sum() * self.net[0].bias.sum()
+
+
+class LooksAtIndex(Classifier):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx == 1:
+            self.log("second", loss, reduce_fx="max", on_epoch=True)
+        return None if batch_idx == 2 else loss * (1 + batch_idx)
+
+
+class LogsMuch(Classifier):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, 0)
+        self.log_dict({"sum": loss.detach(), "low": -loss}, reduce_fx="sum")
+        self.log("number", 3.0, batch_size=7)
+        self.log("min", loss, reduce_fx="min")
+        return {"loss": loss, "extra": 1}
+
+
+class Regularised(Classifier):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 0.1 * sum(p.square().sum() for p in self.parameters())
+
+
+class Proximal(ClientObjective):
+    """Remembers where its client ended."""
+
+    def init_client(self, start):
+        return {name: torch.zeros_like(value) for name, value in start.items()}
+
+    def penalty(self, parameters, start, state):
+        return sum((0.5 * (p - start[n]) ** 2 + p * state[n]).sum() for n, p in parameters.items())
+
+    def end_client(self, state, start, end, num_steps):
+        return {name: state[name] + 0.1 * num_steps * (end[name] - start[name]) for name in state}
+
+
+IID = {"alpha": None, "partitioner": IIDPartitioner()}
+CASES = {
+    "plain": (None, {}),
+    "one client": (None, {"num_clients": 1, "alpha": None}),
+    "batches of one": (None, {"batch_size": 1}),
+    "a batch is a client": (None, {"batch_size": 200}),
+    "in order": (None, {"data": DataLoader(samples(130), batch_size=8)}),
+    "without last batches": (None, {"data": DataLoader(samples(130), 8, drop_last=True), "alpha": 100.0}),
+    "three epochs": (None, {"local_epochs": 3}),
+    "steps": (None, {"local_steps": 7}),
+    "one step": (None, {"local_steps": 1}),
+    "limit": (None, {"limit_train_batches": 2, "local_epochs": 2}),
+    "share": (None, {"limit_train_batches": 0.5}),
+    "steps with a limit": (None, {"limit_train_batches": 2, "local_steps": 5}),
+    "clip by norm": (lambda: Classifier(OPTIMIZERS["Adam"]), {"gradient_clip_val": 0.5}),
+    "clip by value": (None, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "groups": (Groups, {"local_epochs": 2}),
+    "half trained": (HalfTrained, {}),
+    "tied": (Tied, {}),
+    "dropout": (lambda: Classifier(dropout=0.5), {"local_epochs": 2}),
+    "batch norm": (
+        lambda: Classifier(norm=True),
+        {"data": DataLoader(samples(132), 8), **IID, "local_epochs": 2},
+    ),
+    "local buffers": (
+        lambda: Classifier(norm=True, dropout=0.2),
+        {"data": DataLoader(samples(132), 8), **IID, "buffers": "local"},
+    ),
+    "replaced buffers": (Replaces, {}),
+    "looks at the index": (LooksAtIndex, {"local_epochs": 2}),
+    "looks at the index, steps": (LooksAtIndex, {"local_steps": 7}),
+    "logs much": (LogsMuch, {}),
+    "regularised": (Regularised, {}),
+    "objective": (None, {"callbacks": [Proximal()], "rounds": 3}),
+    "FedHAW": (None, {"rule": FedHAWCallback(), "rounds": 3, "clients_per_round": 4}),
+    "bf16-mixed": (None, {"precision": "bf16-mixed", "tolerance": 0.05}),
+    "bf16-true": (None, {"precision": "bf16-true", "tolerance": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore:No client made an optimiser step")
+def test_both_engines_give_the_same_updates(name):
+    module, kwargs = CASES[name]
+    assert_equal_engines(module, **kwargs)
+
+
+def test_clients_that_take_labels_for_each_other():
+    class Swapping(IIDPartitioner):
+        def partition(self, *args, **kwargs):
+            return replace(super().partition(*args, **kwargs), label_swaps={1: (0, 2), 4: (1, 2)})
+
+    _, module, _ = assert_equal_engines(alpha=None, partitioner=Swapping())
+    _, other, _ = play("sequential", alpha=None, partitioner=IIDPartitioner())
+    assert not torch.allclose(flat(module), flat(other), atol=1e-3)
+
+
+def test_any_chunk_gives_the_same_numbers():
+    whole, module, _ = play("vectorized", lambda: Classifier(dropout=0.3))
+    engine = whole.fit_loop.federation.engine
+    assert engine.chunk > 6
+    for at_once in (1, 2, 4):
+        memory = at_once * engine.facts.bytes_per_client
+        runner, other, _ = play("vectorized", lambda: Classifier(dropout=0.3), chunk_memory=memory)
+        assert runner.fit_loop.federation.engine.chunk == at_once
+        assert torch.allclose(flat(module), flat(other), rtol=1e-5, atol=1e-6)
+
+
+def test_a_resumed_run_is_the_same_to_the_last_bit_and_engines_share_checkpoints():
+    def fit(engine, rounds, ckpt_path=None):
+        runner = trainer(rounds=rounds, engine=engine, optimizer_state="kept", num_clients=5, clients_per_round=3)
+        module = Classifier(OPTIMIZERS["NAdam"], dropout=0.2)
+        runner.fit(module, DataLoader(samples(130), batch_size=8), ckpt_path=ckpt_path)
+        return runner, module
+
+    _, straight = fit("vectorized", 4)
+    for engine, bits in (("vectorized", True), ("sequential", False)):
+        half, _ = fit(engine, 2)
+        half.save_checkpoint("half.ckpt")
+        _, resumed = fit("vectorized", 4, "half.ckpt")
+        assert torch.equal(flat(straight), flat(resumed)) or not bits
+        assert torch.allclose(flat(straight), flat(resumed), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.* clients at once do not fit")
+def test_memory_that_is_not_there_halves_the_chunk(monkeypatch):
+    _, module, _ = play("vectorized")
+    make, tried = vectorized._Chunk._make, []
+
+    def fails(self, call):
+        tried.append(len(self.visits))
+        if len(self.visits) > 2 and len(tried) > 3:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return make(self, call)
+
+    monkeypatch.setattr(vectorized._Chunk, "_make", fails)
+    with pytest.warns(UserWarning, match="clients at once do not fit into memory; they are trained again, 3 at a time"):
+        runner, other, _ = play("vectorized")
+    assert runner.fit_loop.federation.engine.chunk == 2
+    assert torch.allclose(flat(module), flat(other), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.* clients at once do not fit")
+def test_a_single_client_that_does_not_fit_is_an_error(monkeypatch):
+    def fails(self, call):
+        raise MemoryError
+
+    monkeypatch.setattr(vectorized._Chunk, "_make", fails)
+    with pytest.raises(MemoryError), pytest.warns(UserWarning, match="do not fit"):
+        play("vectorized")
+
+
+# ---------------------------------------------------------------------- what is not a function
+
+
+class Branches(Classifier):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss if loss > 0 else -loss  # stops
+
+
+class Appends(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.detach())  # stops
+        return loss
+
+
+class Counts(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1  # stops
+        return super().training_step(batch, batch_idx)
+
+
+class Measures(Classifier):
+    def training_step(self, batch, batch_idx):
+        self.accuracy(self.net(batch[0]), batch[1])  # stops
+        return super().training_step(batch, batch_idx)
+
+
+class LogsMetric(Classifier):
+    def training_step(self, batch, batch_idx):
+        self.log("accuracy", self.accuracy)  # stops
+        return super().training_step(batch, batch_idx)
+
+
+class Draws(Classifier):
+    def training_step(self, batch, batch_idx):
+        factor = random.random()  # stops
+        return super().training_step(batch, batch_idx) * factor
+
+
+class DrawsNumPy(Classifier):
+    def training_step(self, batch, batch_idx):
+        factor = np.random.rand()  # stops
+        return super().training_step(batch, batch_idx) * factor
+
+
+class Manual(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):  # stops
+        self.optimizers().zero_grad()
+        self.manual_backward(cross_entropy(self.net(batch[0]), batch[1]))
+        self.optimizers().step()
+
+
+class Hooked(Classifier):
+    def on_after_backward(self):  # stops
+        pass
+
+
+class Transfers(Classifier):
+    def on_after_batch_transfer(self, batch, dataloader_idx):  # stops
+        return batch
+
+
+class Watching(pl.Callback):
+    def on_train_batch_end(self, *args):  # stops
+        pass
+
+
+class Norms(optim.SGD):
+    """Scales the step by the norm of all gradients."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        total = torch.stack([p.grad.norm() for p in params]).norm()
+        for p in params:
+            p.sub_(p.grad / total, alpha=0.1)
+
+
+def stops(kind):
+    """The line marked in the source of a class, as errors name it."""
+    lines, first = inspect.getsourcelines(kind)
+    (line,) = [first + i for i, text in enumerate(lines) if "# stops" in text]
+    return f"test_vectorized.py:{line})"
+
+
+REFUSED = {
+    "control flow": (Branches, {}, "lets a tensor's value decide what is computed", Branches),
+    "a list": (Appends, {}, "changes `self.losses`", Appends),
+    "a counter": (Counts, {}, "changes `self.steps`", Counts),
+    "torchmetrics": (Measures, {}, "updates the torchmetrics object `self.accuracy`", Measures),
+    "torchmetrics, logged": (LogsMetric, {}, "logs the torchmetrics object `accuracy`", LogsMetric),
+    "random": (Draws, {}, "draws from NumPy's or Python's random numbers", Draws),
+    "NumPy": (DrawsNumPy, {}, "draws from NumPy's or Python's random numbers", DrawsNumPy),
+    "manual": (Manual, {}, "optimises manually", Manual),
+    "a hook": (Hooked, {}, "is surrounded by the hook `on_after_backward`", Hooked),
+    "a transfer hook": (Transfers, {}, "is surrounded by the hook `on_after_batch_transfer`", Transfers),
+    "a callback": (Classifier, {"callbacks": [Watching()]}, "callback hook `on_train_batch_end`", Watching),
+    "accumulation": (Classifier, {"accumulate_grad_batches": 2}, "accumulates gradients", None),
+    "LBFGS": (lambda: Classifier(optim.LBFGS), {}, "the optimiser `LBFGS` cannot be stepped on gradients alone", None),
+    "Adafactor": (lambda: Classifier(getattr(optim, "Adafactor", Norms)), {}, "is not element-wise", None),
+    "norms": (lambda: Classifier(lambda p: Norms(p, lr=0.1)), {}, "the optimiser `Norms` is not element-wise", None),
+    "other data": (
+        Classifier,
+        {"data": DataLoader(list(zip(*samples(60).tensors, strict=True)), batch_size=8), "alpha": None},
+        "the data set list is not tensors in memory",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_a_function_is_refused_by_its_line(name, monkeypatch, caplog):
+    module, kwargs, why, where = REFUSED[name]
+    with pytest.raises(ValueError, match='`engine="vectorized"` needs a step that is a function') as caught:
+        play("vectorized", module, **kwargs)
+    assert why in str(caught.value)
+    assert 'Use `engine="sequential"`' in str(caught.value)
+    if where is not None:
+        assert stops(where) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a list", "torchmetrics", "a counter", "control flow"])
+def test_auto_falls_back_and_nothing_of_the_trial_is_left(name, monkeypatch, caplog):
+    monkeypatch.setattr(choice, "slower", lambda *_: None)
+    kind = REFUSED[name][0]
+    auto, module, _ = play("auto", kind)
+    _, other, _ = play("sequential", kind)
+    assert torch.equal(flat(module), flat(other))
+    for attribute in ("losses", "steps"):
+        a, b = getattr(module, attribute, []), getattr(other, attribute, [])
+        assert a == b if isinstance(a, int) else len(a) == len(b)
+    assert not isinstance(auto.fit_loop.federation.engine, vectorized.VectorizedEngine)
+
+
+def test_the_trial_leaves_no_trace(monkeypatch):
+    monkeypatch.setattr(choice, "slower", lambda *_: None)
+    states = []
+
+    class Module(Classifier):
+        def on_train_epoch_start(self):
+            states.append((flat(self), torch.get_rng_state(), random.random(), np.random.rand(), self.training))
+
+    for engine in ("auto", "sequential"):
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
+        play(engine, lambda: Module(norm=True), rounds=1, data=DataLoader(samples(132), 8), **IID)
+    for a, b in zip(*states, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+class BranchesLater(Classifier):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.trainer.global_step == 1 and loss > 0:
+            return 2 * loss
+        return loss
+
+
+def test_a_step_that_turns_out_to_be_no_function_goes_on_sequentially(monkeypatch):
+    monkeypatch.setattr(choice, "slower", lambda *_: None)
+    kwargs = {"optimizer_state": "kept", "rounds": 3}
+    with pytest.warns(UserWarning, match="in round 1 `training_step` lets a tensor's value decide"):
+        _, module, _ = play("auto", lambda: BranchesLater(OPTIMIZERS["Adam"]), **kwargs)
+    _, other, _ = play("sequential", lambda: BranchesLater(OPTIMIZERS["Adam"]), **kwargs)
+    assert torch.allclose(flat(module), flat(other), atol=1e-6)
+    with pytest.raises(RuntimeError, match="data-dependent control flow"):
+        play("vectorized", BranchesLater)
+
+
+def test_auto_says_its_choice_and_why():
+    runner, _, _ = play("sequential", rounds=1)
+    engine = runner.fit_loop.federation.engine
+
+    def said(cohort, asked="auto"):
+        return choice.choose(engine, asked, cohort=cohort, chunk_memory=None, compile_clients=False)[1]
+
+    assert said(2) == "Engine: sequential, because 2 clients a round are fewer than 10."
+    assert said(100) == "Engine: vectorized, 100 of 100 clients at a time."
+    assert said(2, "vectorized") == "Engine: vectorized, 2 of 2 clients at a time, as asked."
+    assert said(100, "sequential") == "Engine: sequential, as asked."
+
+
+@pytest.mark.parametrize(
+    ("step", "uses"),
+    [
+        (lambda batch, batch_idx: batch, False),
+        (lambda batch, batch_idx: batch * batch_idx, True),
+        (lambda batch, batch_idx: [batch_idx for _ in batch], True),
+        (lambda batch, *rest: batch, True),
+        (lambda batch: batch, False),
+    ],
+)
+def test_whether_a_step_looks_at_the_index(step, uses):
+    assert _looks_at_index(step) is uses
+
+
+def test_other_randomness_differs_between_clients_and_is_said():
+    class Noisy(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step([batch[0] + torch.randn_like(batch[0]), batch[1]], batch_idx)
+
+    runner, module, _ = play("vectorized", Noisy)
+    assert runner.fit_loop.federation.engine.facts.draws_other
+    _, again, _ = play("vectorized", Noisy)
+    assert torch.equal(flat(module), flat(again))
+
+
+def test_dropout_is_told_from_other_randomness():
+    class Drops(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step([dropout(batch[0], 0.3), batch[1]], batch_idx)
+
+    runner, _, _ = assert_equal_engines(Drops)
+    facts = runner.fit_loop.federation.engine.facts
+    assert facts.draws_dropout
+    assert not facts.draws_other
+
+
+# ---------------------------------------------------------------------- compiled
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_steps_give_the_same_updates(caplog):
+    data = DataLoader(TensorDataset(*samples(64).tensors), batch_size=8)
+    kwargs = {"num_clients": 4, **IID, "data": data, "rounds": 3}
+    runner, module, _ = play("vectorized", LogsMuch, compile_clients=True, **kwargs)
+    compiled = runner.fit_loop.federation.engine.compiled
+    assert compiled is not None
+    assert not compiled.is_off
+    assert len(compiled._graphs) == 1
+    other, plain, _ = play("sequential", LogsMuch, **kwargs)
+    assert torch.allclose(flat(module), flat(plain), atol=1e-5)
+    for name in ("train_loss", "sum", "low", "number", "min"):
+        assert float(runner.callback_metrics[name]) == pytest.approx(float(other.callback_metrics[name]), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader'")
+def test_without_a_compiler_the_step_runs_as_it_is(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match="`compile_clients=True` has no effect from now on: nothing could be compiled"):
+        _, module, _ = play("vectorized", compile_clients=True)
+    _, other, _ = play("vectorized")
+    assert torch.equal(flat(module), flat(other))
+
+
+def test_torchmetrics_in_validation_do_not_matter():
+    assert isinstance(Classifier().accuracy, torchmetrics.Metric)
+    assert_equal_engines()
