@@ -481,7 +481,12 @@ class Federation:
 
     def _spoilt(self, round_: int, update: ClientUpdate) -> str:
         """A sentence if an update is not finite."""
-        bad = [] if self.options.buffers == "keep" else [n for n, b in update.buffers.items() if self._is_spoilt(n, b)]
+        buffers = {} if self.options.buffers == "keep" else update.buffers
+        # The usual answer with one wait for the device: everything adds up to finite numbers.
+        sums = [v.sum() for v in (update.displacement, *buffers.values()) if not v.is_complex()]
+        if len(sums) == 1 + len(buffers) and all_finite(torch.stack([s.to(update.displacement) for s in sums])):
+            return ""
+        bad = [name for name, buffer in buffers.items() if self._is_spoilt(name, buffer)]
         if all_finite(update.displacement) and not bad:
             return ""
         where = f"buffers {bad[:3]}" if bad else "parameters"

@@ -65,7 +65,7 @@ class FederationOptions:
         chunk_memory: Bytes that the vectorized engine may use at a time, such as ``2**30``; more clients than fit are
             trained chunk by chunk. Default: a quarter of the memory that is free.
         channels_last: Whether 4-D parameters and inputs are laid out channels-last while clients train; faster for
-            most convolutional models.
+            most convolutional models. Images in memory with several channels are copied once.
         data_device: Where training data that is tensors in memory is kept. ``"model"``: on the model's device, moved
             once. ``"cpu"``: where it is; batches are moved. ``"auto"``: on the model's device if it fits into half of
             the memory that is free there.

@@ -142,10 +142,7 @@ class LogRecorder:
                     f"`self.log({name!r}, ...)` takes a single number, got a tensor of the shape {list(value.shape)}."
                     f" Log `{name}.mean()`."
                 )
-            # A copy: the tensor may be changed in place after it was logged.
-            value = value.detach().clone()
-            if value.ndim:
-                value = value.reshape(())
+            value = self._snapshot(value)
         elif not isinstance(value, numbers.Number):
             raise ValueError(
                 f"`self.log({name!r}, ...)` takes a number, a tensor or a torchmetrics Metric, got"
@@ -153,6 +150,11 @@ class LogRecorder:
             )
         entry[1].append(value)
         entry[2].append(float(self.batch_size if batch_size is None else batch_size))
+
+    @staticmethod
+    def _snapshot(value: Tensor) -> Any:
+        """A copy, since the tensor may be changed in place after it was logged; a number where nobody waits for it."""
+        return value.item() if value.is_cpu else value.detach().clone().reshape(())
 
     def collect(self) -> dict[str, Logged]:
         """What was recorded since the last call, merged over the steps; the device is waited for once."""
@@ -182,10 +184,11 @@ _TOTALS: dict[Reduction, Callable[[Tensor, list[float]], Tensor]] = {
 def _stack(values: list[Any]) -> Tensor:
     """Numbers and scalar tensors as one float64 vector, on the device of the tensors."""
     tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return torch.tensor(values, dtype=torch.float64)
     if len(tensors) == len(values) and len({(t.dtype, t.device) for t in tensors}) == 1:
         return torch.stack(tensors).double()
-    device = tensors[0].device if tensors else None
-    return torch.stack([torch.as_tensor(value, device=device).double() for value in values])
+    return torch.stack([torch.as_tensor(value, device=tensors[0].device).double() for value in values])
 
 
 class StackRecorder(LogRecorder):

@@ -117,12 +117,12 @@ class PlainSGDStep:
     def __init__(self, host: Host) -> None:
         self.host = host
 
-    def __call__(self, data: Any, batch: Batch, counts: StepCounts, penalty: Penalty | None) -> Any:
-        """Train on one batch; what ``training_step`` returned, without its graph."""
-        loss, extra = loss_of(self.host.forward(data, batch.index))
+    def __call__(self, data: Any, batch: Batch, counts: StepCounts, penalty: Penalty | None) -> None:
+        """Train on one batch. It gives nothing back: where a hook would look at it, this step is not taken."""
+        loss, _ = loss_of(self.host.forward(data, batch.index))
         if loss is None:
             counts.skipped += 1
-            return None
+            return
         objective = loss if penalty is None else loss + penalty()
         groups = self.host.optimizers[0].param_groups
         owned = [[p for p in group["params"] if p.requires_grad] for group in groups]
@@ -140,7 +140,6 @@ class PlainSGDStep:
         counts.made += 1
         # What `optimizer.step` would leave behind; a schedule that steps next looks for it.
         self.host.optimizers[0]._opt_called = True  # type: ignore[attr-defined]
-        return {"loss": loss.detach(), **extra}
 
 
 class AutomaticStep:

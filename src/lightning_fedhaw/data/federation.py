@@ -207,14 +207,14 @@ class ClientData:
             channels_last: Whether 4-D tensors ``[B, C, H, W]`` are laid out channels-last: tensors in memory once and
                 for all, other data batch by batch.
         """
-        self._channels_last = channels_last
-        if self._tensors is None:
-            return
-        tensors = tensors_of(self.dataset) or ()
-        if channels_last:
+        tensors = self._tensors or ()
+        if channels_last != self._channels_last:
             # Stored as [samples, H, W, C], because a gather of rows keeps no other layout than the plain one.
-            tensors = tuple(t.permute(0, 2, 3, 1).contiguous() if t.ndim == 4 else t for t in tensors)
-        self._tensors = tuple(t if device is None else t.to(device) for t in tensors)
+            order = (0, 2, 3, 1) if channels_last else (0, 3, 1, 2)
+            tensors = tuple(t.permute(order).contiguous() if t.ndim == 4 else t for t in tensors)
+        self._channels_last = channels_last
+        if self._tensors is not None:
+            self._tensors = tuple(t if device is None else t.to(device) for t in tensors)
 
     def gather(self, index: Tensor) -> list[Tensor]:
         """The rows of the tensors in memory, ``[*index.shape, ...]`` each."""
