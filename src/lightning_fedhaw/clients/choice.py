@@ -85,6 +85,8 @@ def choose(
     told = f"Engine: vectorized, {at_once} of {cohort} clients at a time" + (
         ", as asked" if asked == "vectorized" else ""
     )
+    if compile_clients and not engine.compile_clients:
+        told += "; not compiled, because the step reads `batch_idx` or draws random numbers"
     if facts.draws_other:
         told += "; random numbers other than dropout differ from those of the sequential engine"
     return engine, f"{told}."
