@@ -209,6 +209,11 @@ class StackRecorder(LogRecorder):
             raise NotAFunctionError(f"logs the torchmetrics object `{name}`, which keeps what it has seen")
         super().log(name, value, *args, **kwargs)
 
+    @staticmethod
+    def _snapshot(value: Tensor) -> Tensor:
+        """A copy; within a batched call no tensor is a number."""
+        return value.detach().clone().reshape(())
+
     def take(self, like: Tensor) -> list[Tensor]:
         """Inside a batched call: the values logged in it so far, to be handed out of it; numbers on ``like``'s device.
 
