@@ -78,6 +78,7 @@ CONTENDERS = {
     "ours, channels_last": Contender("ours", "W2 W4", LAYOUT, devices=ANY),
     "ours, 2 processes": Contender("ours", "W1 W2 W3 W4", TWO),
     "ours, 2 processes, vectorized": Contender("ours", "W1 W3", {**TWO, **VECTORIZED}),
+    "ours, 2 processes, compiled": Contender("ours", "W3", {**TWO, **VECTORIZED, **COMPILED}, skip=3),
     "ours, 2 processes, channels_last": Contender("ours", "W2 W4", {**TWO, **LAYOUT}),
     "ours, vectorized (CUDA)": Contender("ours", "W2 W4", VECTORIZED, devices=("cuda",)),
     "pfl-research": Contender("peer_pfl", "W1 W2 W3 W4", peer="pfl", threads={"W3": 1}),

@@ -325,9 +325,8 @@ class ClientData:
                 gathered[1] = swap_labels(gathered[1], swap)
             if self.settings.pin_memory and torch.cuda.is_available():
                 gathered = [t.pin_memory() if t.device.type == "cpu" else t for t in gathered]
-            samples = len(order)
-            for i in range(0, samples, size):
-                yield [tensor[i : i + size] for tensor in gathered], min(size, samples - i)
+            for views in zip(*(tensor.split(size) for tensor in gathered), strict=True):
+                yield list(views), len(views[0])
             return
         chunks = [chunk.tolist() for chunk in torch.split(order, size)]
         dataset = self.dataset if swap is None else _SwappedLabels(self.dataset, swap)
