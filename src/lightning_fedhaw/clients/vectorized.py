@@ -168,10 +168,12 @@ class _Chunk:
             for v in visits
         ]
         # Rows with equal lengths are neighbours, so that most groups of rows are slices of the stacks.
-        by_length = sorted(range(len(visits)), key=lambda i: -sum(map(len, orders[i])))
+        lengths = [[order.numel() for order in own] for own in orders]
+        by_length = sorted(range(len(visits)), key=lambda i: -sum(lengths[i]))
         self.row_of = sorted(range(len(visits)), key=by_length.__getitem__)
         self.visits = [visits[i] for i in by_length]
         self.orders = [orders[i] for i in by_length]
+        self.lengths = [lengths[i] for i in by_length]
         self.clients = [visit.client for visit in self.visits]
         self.swaps = {
             row: data.partition.label_swaps[client]
@@ -239,7 +241,7 @@ class _Chunk:
         done = [0] * len(self.orders)
         for each in range(max(map(len, self.orders))):
             orders = [own[each] if each < len(own) else own[0][:0] for own in self.orders]
-            full, rest = zip(*(divmod(len(order), size) for order in orders), strict=True)
+            full, rest = zip(*(divmod(own[each] if each < len(own) else 0, size) for own in self.lengths), strict=True)
             samples = pad_sequence(orders, batch_first=True)
             for j in range(max(full)):
                 rows = [row for row, count in enumerate(full) if count > j]

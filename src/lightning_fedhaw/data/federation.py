@@ -253,12 +253,12 @@ class ClientData:
         """
         own = self.train_indices[client]
         generator = stream(self.seed, "client", client, "round", round_, "batches")
-        per_pass = self._batches_per_epoch(len(own), limit)
-        left = num_batches
+        per_pass, left = self._batches_per_epoch(len(own), limit), num_batches
+        shuffle, size = self.settings.shuffle, self.settings.batch_size
         for _ in itertools.count() if epochs is None else range(epochs):
-            order = own[torch.randperm(len(own), generator=generator)] if self.settings.shuffle else own
+            shuffled = own.index_select(0, torch.randperm(len(own), generator=generator)) if shuffle else own
             count = per_pass if left is None else min(per_pass, left)
-            yield order[: count * self.settings.batch_size]
+            yield shuffled[: count * size] if count * size < len(own) else shuffled
             if left is not None:
                 left -= count
                 if not left:
