@@ -20,9 +20,6 @@ BLOCK = 1 << 18
 PIECE = 1 << 19
 """Elements of a ``[K, columns]`` product that exist at a time."""
 
-CACHE_LINE = 64
-"""Bytes."""
-
 GROUP = 8
 """Rows whose products are formed at a time: with more, pieces of a row are too short for the memory to keep up."""
 
@@ -196,7 +193,7 @@ class ClientVectors:
 
     def _weighted_sum(self, weights: Tensor) -> Tensor:
         matrix, dtype = self.matrix, self._working_dtype
-        if matrix.device.type != "cpu":
+        if matrix.is_cuda:
             scaled = weights.to(matrix.device, dtype)
             mixed = torch.cat([piece.to(dtype).T.mv(scaled) for piece in torch.split(matrix, BLOCK, 1)])
         else:
@@ -209,7 +206,18 @@ class ClientVectors:
     def _inner(self, vector: Tensor) -> Tensor:
         matrix = self.matrix
         moved = vector.to(matrix.device, torch.promote_types(matrix.dtype, torch.float32))
-        products = _inner_products(matrix, moved)
+        if matrix.is_cuda:
+            pieces = zip(torch.split(matrix, BLOCK, 1), torch.split(moved, BLOCK), strict=True)
+            products = torch.stack([piece.to(moved).mv(part) for piece, part in pieces]).cpu().double().sum(0)
+        else:
+            products = _row_sums(
+                lambda k, c, out: torch.mul(matrix[k, c], moved[c], out=out),
+                len(self),
+                0,
+                len(moved),
+                moved,
+                moved.dtype,
+            )
         return products if self.start is None else products + dot(vector, self.start)
 
 
@@ -297,7 +305,7 @@ class Cohort:
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of two vectors ``[P]`` as a float64 CPU scalar: runs of products, added in double precision."""
-    return _inner_products(a.unsqueeze(0), b.to(a))[0]
+    return _row_sums(lambda _, c, out: torch.mul(a[c], b[c].to(a), out=out[0]), 1, 0, len(a), a, a.dtype)[0]
 
 
 def accumulate(out: Tensor, rows: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
@@ -348,30 +356,6 @@ def from_start(start: Tensor, weights: Tensor, mixed: Tensor) -> Tensor:
     """A mix of displacements ``[P]``, which is used up, as a mix of vectors."""
     # The start's share is one scalar times one vector; weights that sum to one leave it exactly alone.
     return mixed.to(start).add_(start, alpha=weights.sum().item())
-
-
-def _inner_products(matrix: Tensor, vector: Tensor) -> Tensor:
-    """``[K]`` float64 on the CPU: blocks of products summed in the vector's precision, the blocks in float64.
-
-    The bits of a row's product depend on that row alone. Those of a library's ``dot`` also depend on where the row lies
-    in memory, unless it begins on a cache line; so a block that does not is copied to where one begins.
-    """
-    if matrix.device.type != "cpu":
-        pieces = zip(torch.split(matrix, BLOCK, 1), torch.split(vector, BLOCK), strict=True)
-        return torch.stack([piece.to(vector).mv(part) for piece, part in pieces]).cpu().double().sum(0)
-    places = torch.empty(2, BLOCK, dtype=vector.dtype)
-    products = [0.0] * len(matrix)
-    for i in range(0, len(vector), BLOCK):
-        part = _on_a_cache_line(vector[i : i + BLOCK], places[0])
-        for k, row in enumerate(matrix):
-            products[k] += torch.dot(_on_a_cache_line(row[i : i + BLOCK], places[1]), part).item()
-    return torch.tensor(products, dtype=torch.float64)
-
-
-def _on_a_cache_line(block: Tensor, place: Tensor) -> Tensor:
-    if block.dtype == place.dtype and block.is_contiguous() and block.data_ptr() % CACHE_LINE == 0:
-        return block
-    return place[: len(block)].copy_(block)
 
 
 def _row_sums(
