@@ -407,12 +407,18 @@ def test_spawned_processes_bring_everything_home():
     same(one, two)
 
 
-@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
-def test_strategies_that_spread_a_model_are_refused(name):
+def test_strategies_that_spread_a_model_are_refused():
     from lightning.pytorch.strategies import ModelParallelStrategy
 
-    with pytest.raises(ValueError, match='strategy=ModelParallelStrategy.*Set `strategy="federated"`'):
-        FederatedTrainer(rounds=1, callbacks=[FedAvgCallback()], strategy=ModelParallelStrategy(), **QUIET)
+    for strategy in ("fsdp", "fsdp_cpu_offload", "deepspeed_stage_2", ModelParallelStrategy()):
+        with pytest.raises(ValueError, match='strategy=.*has no meaning.*Set `strategy="federated"`'):
+            FederatedTrainer(rounds=1, callbacks=[FedAvgCallback()], strategy=strategy, **QUIET)
+
+
+def test_a_launcher_with_more_processes_than_the_trainer_knows_of(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.warns(UserWarning, match=r"WORLD_SIZE=4.*told of 1.*Set `devices` \(times `num_nodes`\) to 4"):
+        FederatedTrainer(rounds=1, callbacks=[FedAvgCallback()], **{**QUIET, "devices": 1})
 
 
 def test_threads_per_worker_is_checked():

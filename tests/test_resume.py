@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from federations import Classifier, flat, loader, trainer, val_loader
-from lightning_fedhaw import FedAvgCallback, FedHAWCallback
+from lightning_fedhaw import FedAvgCallback, FederatedTrainer, FedHAWCallback
 
 ROUNDS = 5
 
@@ -61,6 +61,28 @@ def test_last_resumes_a_shorter_run():
         path.unlink()
     fit(2)
     same(straight, fit(ROUNDS, ckpt_path="last"))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_every_n_rounds_and_the_last_one(tmp_path):
+    def run(rounds, ckpt_path=None):
+        module = Classifier(lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9))
+        runner = FederatedTrainer(
+            rounds=rounds, num_clients=3, alpha=1.0, callbacks=[rule()], checkpoint_every_n_rounds=2, logger=False,
+            enable_progress_bar=False, accelerator="cpu", devices=1, default_root_dir=tmp_path, seed=1,
+        )  # fmt: skip
+        runner.fit(module, loader(), ckpt_path=ckpt_path)
+        return runner, flat(module)
+
+    _, straight = run(5)
+    folder = tmp_path / "checkpoints"
+    assert {path.name for path in folder.iterdir()} == {"round=5.ckpt", "last.ckpt"}
+    for path in folder.iterdir():
+        path.unlink()
+    run(3)
+    runner, vector = run(5, "last")
+    assert runner.federation_summary["rounds"] == 5
+    assert torch.equal(vector, straight)
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,26 @@ def write_atomically(strategy: Any) -> None:
         strategy.checkpoint_io = AtomicCheckpointIO()
 
 
-def every_n_rounds(rounds: int) -> ModelCheckpoint:
-    """A callback that keeps the latest checkpoint, written every so many rounds."""
-    return ModelCheckpoint(
-        filename="round={step}",
-        auto_insert_metric_name=False,
-        every_n_epochs=rounds,
-        save_on_train_epoch_end=True,
-        save_top_k=1,
-    )
+class RoundCheckpoint(ModelCheckpoint):
+    """Keeps the latest checkpoint, written every so many rounds and after the last one; ``last.ckpt`` is the same.
+
+    Args:
+        rounds: How many.
+    """
+
+    def __init__(self, rounds: int) -> None:
+        super().__init__(
+            filename="round={step}",
+            auto_insert_metric_name=False,
+            every_n_epochs=rounds,
+            save_on_train_epoch_end=True,
+            save_top_k=1,
+            save_last=True,
+        )
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Save what the last rounds have added."""
+        super().on_train_end(trainer, pl_module)
+        if trainer.global_step > self._last_global_step_saved and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -140,7 +140,8 @@ class _Recorder(_ResultCollection):
         """Record what a step logs; log at once, for all processes, what a hook at the end does."""
         # Everybody gets the same values from here on: nothing is left to synchronise, and nothing to warn of.
         kwargs = {**kwargs, "sync_dist": True, "sync_dist_fn": same_value, "sync_dist_group": None}
-        if isinstance(value, Metric):  # pools its own state when it is computed
+        # A metric pools its own state when it is computed; with `rank_zero_only` the others may not be here.
+        if isinstance(value, Metric) or kwargs.get("rank_zero_only"):
             super().log(fx, name, value, *args, **kwargs)
         elif self._batch_idx is not None:
             if kwargs.get("batch_size") is None and kwargs.get("on_epoch", True):
@@ -153,6 +154,8 @@ class _Recorder(_ResultCollection):
     def _mean(self, value: Tensor) -> Tensor:
         """The mean over processes, weighted by the examples each has seen."""
         shares = self._ranks.gather((value.detach().cpu().double(), self._examples if self._is_sharded else 1))
+        if not any(examples for _, examples in shares):  # before the first batch
+            shares = [(v, 1) for v, _ in shares]
         total = sum(examples for _, examples in shares)
         return sum((v * n for v, n in shares), torch.zeros((), dtype=torch.float64)).div(total).to(value)
 

@@ -244,6 +244,7 @@ class Federation:
             cohort=-(-len(self.cohort(0)) // self.ranks.size),
             chunk_memory=options.chunk_memory,
             compile_clients=options.compile_clients,
+            processes=self.ranks.size,
         )
         return why
 

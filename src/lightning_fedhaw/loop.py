@@ -568,7 +568,7 @@ class _Host:
     def clipping(self) -> tuple[float, str] | None:
         """The bound of gradient clipping, and ``"norm"`` or ``"value"``; ``None`` without."""
         bound, algorithm = self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm
-        return (float(bound), str(getattr(algorithm, "value", algorithm or "norm"))) if bound else None
+        return (float(bound), str(getattr(algorithm, "value", algorithm or "norm"))) if bound and bound > 0 else None
 
     @property
     def obstacle(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,23 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
                 raise ValueError(f"`callbacks`: {type(callback).__name__} has no meaning in a federation: {why}.")
 
 
+def check_strategy(strategy: Any) -> None:
+    """Refuse strategies that spread one model, before Lightning asks for what they need.
+
+    Raises:
+        ValueError: Naming the argument, what came, and the remedy.
+    """
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    if re.match(r"fsdp|deepspeed|model_?parallel|xla_fsdp", name, re.IGNORECASE):
+        raise ValueError(f"`Trainer(strategy={strategy!r})` has no meaning in a federation: {_SPREADS_ONE_MODEL}.")
+
+
+_SPREADS_ONE_MODEL = (
+    "it spreads one model over the devices, and a federation spreads the clients, each with a whole model. Set"
+    ' `strategy="federated"`'
+)
+
+
 def check_trainer(trainer: Any, *, sync_batchnorm: bool = False) -> None:
     """Refuse trainer arguments that mean nothing here.
 
@@ -51,11 +69,7 @@ def check_trainer(trainer: Any, *, sync_batchnorm: bool = False) -> None:
 
     strategy = type(trainer.strategy)
     if not issubclass(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        refuse(
-            f"strategy={strategy.__name__}",
-            "it spreads one model over the devices, and a federation spreads the clients, each with a whole model."
-            ' Set `strategy="federated"`',
-        )
+        refuse(f"strategy={strategy.__name__}", _SPREADS_ONE_MODEL)
     if trainer.barebones:
         refuse("barebones=True", "it turns off the logging that a round reports through. Turn off parts one by one")
     if trainer.overfit_batches:

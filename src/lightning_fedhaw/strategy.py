@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_fedhaw.options import check_whole
 from lightning_fedhaw.ranks import Ranks
@@ -100,6 +102,16 @@ def share_model(strategy: Any) -> None:
 def never_wrap(strategy: DDPStrategy) -> None:
     """Keep a stock strategy from wrapping the model: its gradient synchronisation would mix the clients."""
     strategy.configure_ddp = partial(share_model, strategy)  # type: ignore[method-assign]
+
+
+def check_world_size(processes: int) -> None:
+    """Warn where a launcher has started more processes than the trainer knows of: each would play a run of its own."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > processes:
+        rank_zero_warn(
+            f"WORLD_SIZE={started}, as `torchrun` sets it, and the trainer was told of {processes}: each process plays"
+            f" the whole run, and all write the same files. Set `devices` (times `num_nodes`) to {started}."
+        )
 
 
 def default_strategy(accelerator: Any, devices: Any, num_nodes: int) -> str:

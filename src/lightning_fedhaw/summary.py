@@ -10,7 +10,11 @@ from torch import Tensor
 
 PHASES = ("broadcast", "local training", "channel", "aggregation", "validation")
 
-_WORSE_WHEN_HIGHER = re.compile(r"loss|err|mse|mae|perplexity|ppl|nll|fid", re.IGNORECASE)
+_WORSE_WHEN_HIGHER = re.compile(
+    r"loss|err|mse|mae|perplexity|ppl|nll|fid|entropy|distance|divergence"
+    r"|(?:^|[_/])(?:ce|bce|wer|cer|kl|brier)(?:$|[_/])",
+    re.IGNORECASE,
+)
 
 
 def client_statistics(

@@ -10,15 +10,15 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fedhaw.aggregation.base import AggregationRule
-from lightning_fedhaw.checkpoint import every_n_rounds, write_atomically
+from lightning_fedhaw.checkpoint import RoundCheckpoint, write_atomically
 from lightning_fedhaw.data.partition import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.evaluation import SharedEvaluationLoop
 from lightning_fedhaw.loop import RoundLoop, find_rule
 from lightning_fedhaw.options import FederationOptions, check_names, check_whole
 from lightning_fedhaw.progress import replace_default_bar
-from lightning_fedhaw.refusals import check_callbacks, check_trainer
-from lightning_fedhaw.strategy import default_strategy
+from lightning_fedhaw.refusals import check_callbacks, check_strategy, check_trainer
+from lightning_fedhaw.strategy import check_world_size, default_strategy
 
 
 class FederatedTrainer(pl.Trainer):
@@ -143,10 +143,11 @@ class FederatedTrainer(pl.Trainer):
                     f"`checkpoint_every_n_rounds`={checkpoint_every_n_rounds} contradicts `enable_checkpointing=False`."
                     " Leave one of them out."
                 )
-            kwargs["callbacks"] = [*given, every_n_rounds(checkpoint_every_n_rounds)]
+            kwargs["callbacks"] = [*given, RoundCheckpoint(checkpoint_every_n_rounds)]
         asked_precision = kwargs.get("precision")
         max_epochs = _rounds(rounds, kwargs)
         kwargs.pop("max_epochs", None)
+        check_strategy(kwargs.get("strategy", "auto"))
         if kwargs.get("strategy", "auto") == "auto":
             kwargs["strategy"] = default_strategy(
                 kwargs.get("accelerator", "auto"), kwargs.get("devices", "auto"), kwargs.get("num_nodes", 1)
@@ -158,6 +159,7 @@ class FederatedTrainer(pl.Trainer):
         self.test_loop = SharedEvaluationLoop.of(self.test_loop)
         write_atomically(self.strategy)
         self.federation_summary = {}
+        check_world_size(self.num_devices * self.num_nodes)
         check_trainer(self, sync_batchnorm=bool(kwargs.get("sync_batchnorm")))
         check_callbacks(cast(Any, self).callbacks)
         replace_default_bar(self)

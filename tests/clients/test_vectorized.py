@@ -4,6 +4,7 @@ import inspect
 import random
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 
 import lightning.pytorch as pl
 import numpy as np
@@ -18,7 +19,7 @@ from federations import Classifier, flat, samples, trainer
 from lightning_fedhaw import ClientObjective, FedHAWCallback, RoundObserver
 from lightning_fedhaw.clients import choice, vectorized
 from lightning_fedhaw.clients.probe import _looks_at_index
-from lightning_fedhaw.data import IIDPartitioner
+from lightning_fedhaw.data import FixedSequenceSampler, IIDPartitioner, IndexPartitioner
 
 optim = torch.optim
 
@@ -82,6 +83,7 @@ OPTIMIZERS = {
     "Adam": lambda p: optim.Adam(p, lr=0.01, weight_decay=0.01),
     "AdamW": lambda p: optim.AdamW(p, lr=0.01),
     "amsgrad": lambda p: optim.AdamW(p, lr=0.01, amsgrad=True),
+    "fused": lambda p: optim.Adam(p, lr=0.01, fused=True),
     "foreach": lambda p: optim.Adam(p, lr=0.01, foreach=True),
     "RMSprop": lambda p: optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
     "Adagrad": lambda p: optim.Adagrad(p, lr=0.01, lr_decay=0.1, initial_accumulator_value=0.1),
@@ -394,8 +396,89 @@ def stops(kind):
     return f"test_vectorized.py:{line})"
 
 
+class Clamps(Classifier):
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            self.net[0].weight.clamp_(-0.3, 0.3)
+        return super().training_step(batch, batch_idx)
+
+
+class Looks(Classifier):
+    def __init__(self, **option):
+        super().__init__()
+        self.table = nn.Embedding(11, 3, **option or {"padding_idx": 0})
+
+    def training_step(self, batch, batch_idx):
+        looked = self.table((batch[0][:, 0].abs() * 3).long().clamp(1, 9))  # stops
+        return super().training_step(batch, batch_idx) + looked.square().mean()
+
+
+class Anneals(Classifier):
+    class Factor:
+        calls = 0
+
+        def __call__(self):
+            self.calls += 1  # stops
+            return 1 + self.calls / 1000
+
+    def __init__(self):
+        super().__init__()
+        self.factor = self.Factor()
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.factor()
+
+
+class CountsForAll(Classifier):
+    count = 0
+
+    def training_step(self, batch, batch_idx):
+        type(self).count += 1  # stops
+        return super().training_step(batch, batch_idx) * (1 + self.count / 1000)
+
+
+class OwnGenerator(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def training_step(self, batch, batch_idx):
+        noise = torch.randn(batch[0].shape, generator=self.generator)  # stops
+        return super().training_step([batch[0] + noise, batch[1]], batch_idx)
+
+
+class HoldsParameters(Classifier):
+    class Penalty:
+        def __init__(self, parameters):
+            self.parameters = list(parameters)
+
+        def __call__(self):
+            return sum(p.square().sum() for p in self.parameters)
+
+    def __init__(self):
+        super().__init__()
+        self.penalty = self.Penalty(self.parameters())
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 1e-3 * self.penalty()
+
+
+class SetsRate(Classifier):
+    def training_step(self, batch, batch_idx):
+        self.optimizers().param_groups[0]["lr"] *= 0.9  # stops
+        return super().training_step(batch, batch_idx)
+
+
 REFUSED = {
-    "control flow": (Branches, {}, "lets a tensor's value decide what is computed", Branches),
+    "clamped parameters": (Clamps, {}, "changes the parameter `net.0.weight` itself", None),
+    "padding": (Looks, {}, "looks up an embedding with `padding_idx`", Looks),
+    "bounded norms": (lambda: Looks(max_norm=1.0), {}, "changes the parameter `table.weight` itself", None),
+    "an object's counter": (Anneals, {}, "changes `self.factor`", Anneals),
+    "a class's counter": (CountsForAll, {}, "changes `self.count`", CountsForAll),
+    "a generator": (OwnGenerator, {}, "changes `self.generator`", OwnGenerator),
+    "an object that holds parameters": (HoldsParameters, {}, "reaches the parameter `net.0.weight` through", None),
+    "a rate": (SetsRate, {}, "changes settings of the optimiser", SetsRate),
+    "control flow": (Branches, {}, "needs the value of a tensor in Python", Branches),
     "a list": (Appends, {}, "changes `self.losses`", Appends),
     "a counter": (Counts, {}, "changes `self.steps`", Counts),
     "torchmetrics": (Measures, {}, "updates the torchmetrics object `self.accuracy`", Measures),
@@ -430,7 +513,9 @@ def test_what_is_not_a_function_is_refused_by_its_line(name, monkeypatch, caplog
         assert stops(where) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["a list", "torchmetrics", "a counter", "control flow"])
+@pytest.mark.parametrize(
+    "name", ["a list", "torchmetrics", "a counter", "control flow", "an object's counter", "a rate"]
+)
 def test_auto_falls_back_and_nothing_of_the_trial_is_left(name, monkeypatch, caplog):
     monkeypatch.setattr(choice, "slower", lambda *_: None)
     kind = REFUSED[name][0]
@@ -471,7 +556,7 @@ class BranchesLater(Classifier):
 def test_a_step_that_turns_out_to_be_no_function_goes_on_sequentially(monkeypatch):
     monkeypatch.setattr(choice, "slower", lambda *_: None)
     kwargs = {"optimizer_state": "kept", "rounds": 3}
-    with pytest.warns(UserWarning, match="in round 1 `training_step` lets a tensor's value decide"):
+    with pytest.warns(UserWarning, match="in round 1 `training_step` needs the value of a tensor"):
         _, module, _ = play("auto", lambda: BranchesLater(OPTIMIZERS["Adam"]), **kwargs)
     _, other, _ = play("sequential", lambda: BranchesLater(OPTIMIZERS["Adam"]), **kwargs)
     assert torch.allclose(flat(module), flat(other), atol=1e-6)
@@ -479,17 +564,81 @@ def test_a_step_that_turns_out_to_be_no_function_goes_on_sequentially(monkeypatc
         play("vectorized", BranchesLater)
 
 
+class SetsRateLater(Classifier):
+    def training_step(self, batch, batch_idx):
+        if self.current_epoch == 1:
+            self.optimizers().param_groups[0]["lr"] = 0.5
+        return super().training_step(batch, batch_idx)
+
+
+def test_settings_that_change_in_a_later_round_stop_the_engine():
+    with pytest.raises(RuntimeError, match="changes settings of the optimiser"):
+        play("vectorized", SetsRateLater)
+
+
+class Frozen(Classifier):
+    """A parameter that is frozen, one that is not always used, and a gradient that is expanded."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.net[0].weight.requires_grad_(False)
+        self.extra = nn.Parameter(torch.ones(3))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 0.1 * self.extra.sum() * (batch_idx % 2)
+
+
+@every_optimizer
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_frozen_and_unused_parameters_and_expanded_gradients(name, algorithm):
+    assert_equal_engines(
+        lambda: Frozen(OPTIMIZERS[name]),
+        tolerance=1e-12,
+        dtype=torch.float64,
+        optimizer_state="kept",
+        gradient_clip_val=0.1,
+        gradient_clip_algorithm=algorithm,
+    )
+
+
+def test_a_bound_below_zero_does_not_clip_in_either_engine():
+    assert_equal_engines(gradient_clip_val=-1.0)
+
+
+class Last(ClientObjective):
+    """Keeps what it is given, without a copy."""
+
+    def init_client(self, start):
+        return dict(start)
+
+    def penalty(self, parameters, start, state):
+        return 0.05 * sum((p - state[n]).square().sum(tuple(range(-start[n].ndim, 0))) for n, p in parameters.items())
+
+    def end_client(self, state, start, end, num_steps):
+        return dict(end)
+
+
+def test_an_objective_may_keep_what_it_is_given():
+    assert_equal_engines(callbacks=[Last()], rounds=3)
+
+
 def test_auto_says_its_choice_and_why():
     runner, _, _ = play("sequential", rounds=1)
     engine = runner.fit_loop.federation.engine
 
-    def said(cohort, asked="auto"):
-        return choice.choose(engine, asked, cohort=cohort, chunk_memory=None, compile_clients=False)[1]
+    def said(cohort, asked="auto", **given):
+        given = {"chunk_memory": None, "compile_clients": False, **given}
+        return choice.choose(engine, asked, cohort=cohort, **given)[1]
 
-    assert said(2) == "Engine: sequential, because 2 clients a round are fewer than 10."
+    assert said(2) == "Engine: sequential, because it would train 2 clients at a time, and 10 are worth it."
     assert said(100) == "Engine: vectorized, 100 of 100 clients at a time."
     assert said(2, "vectorized") == "Engine: vectorized, 2 of 2 clients at a time, as asked."
     assert said(100, "sequential") == "Engine: sequential, as asked."
+    assert "1 client at a time on each of 3 processes, and 10" in said(1, processes=3)
+    assert said(100, processes=3) == "Engine: vectorized, 100 of 100 clients at a time on each of 3 processes."
+    assert said(2, compile_clients=True).endswith("worth it; `compile_clients=True` has no effect on it.")
+    assert "sequential, because 0 clients at a time fit into `chunk_memory`=1, and 10 are" in said(100, chunk_memory=1)
+    assert "more than `chunk_memory`=1." in said(100, "vectorized", chunk_memory=1)
 
 
 @pytest.mark.parametrize(
@@ -562,3 +711,48 @@ def test_without_a_compiler_the_step_runs_as_it_is(monkeypatch):
 def test_torchmetrics_in_validation_do_not_matter():
     assert isinstance(Classifier().accuracy, torchmetrics.Metric)
     assert_equal_engines()
+
+
+class Mixed(Classifier):
+    """Changes its batch in place, has a buffer that counts, and logs by the length of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        batch[0].mul_(0.5)
+        self.seen += 1
+        loss = super().training_step(batch, 0)
+        self.log("full" if len(batch[0]) == 8 else "short", loss)
+        return loss
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_a_compiled_step_may_do_what_an_eager_one_may():
+    kwargs = {"data": DataLoader(samples(60), 8), "rounds": 3, "dtype": torch.float64, **IID}
+    other, *_ = assert_equal_engines(Mixed, tolerance=1e-12, compile_clients=True, **kwargs)
+    compiled = other.fit_loop.federation.engine.compiled
+    assert len(compiled._graphs) == 2
+    assert not compiled.is_off
+
+
+class ByEpoch(Classifier):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, 0) * (1 + self.current_epoch)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_a_compiled_number_of_an_earlier_round_is_noticed_behind_a_new_shape():
+    # The last round begins with batches of 17 clients, which is new, and goes on with shorter ones of 16, which is not.
+    ends = torch.tensor([12] * 16 + [8] * 4).cumsum(0).tolist()
+    kwargs = {
+        "data": DataLoader(samples(ends[-1]), 8),
+        "partitioner": IndexPartitioner([list(range(a, b)) for a, b in pairwise([0, *ends])]),
+        "sampler": FixedSequenceSampler([list(range(20)), list(range(20)), list(range(17))]),
+        "num_clients": 20,
+        "alpha": None,
+        "rounds": 3,
+    }
+    with pytest.warns(UserWarning, match="the compiled step gives other numbers than the step itself"):
+        assert_equal_engines(ByEpoch, compile_clients=True, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_fedhaw.clients.objective import ClientObjective
-from lightning_fedhaw.clients.records import StackRecorder
+from lightning_fedhaw.clients.records import NotAFunctionError, StackRecorder
 from lightning_fedhaw.clients.steps import Host, loss_of
 from lightning_fedhaw.layout import ParameterLayout
 
@@ -198,8 +199,13 @@ def _same_shape(name: str, ended: Any, started: Tensor) -> Tensor:
     return ended.detach().to(started.dtype)  # type: ignore[no-any-return]
 
 
+_EMBEDDINGS = (torch.nn.functional.embedding, torch.nn.functional.embedding_bag)
+
+
 class ClientDropout(TorchFunctionMode):
     """Gives each client of a batched call the dropout masks that it would draw if it trained alone on the CPU.
+
+    Refuses what a batched call silently gets wrong.
 
     Attributes:
         generators: One for each client of the call at hand.
@@ -214,9 +220,16 @@ class ClientDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not torch.nn.functional.dropout:
-            return func(*args, **kwargs)
-        return self._dropout(*args, **kwargs)
+        if func is torch.nn.functional.dropout:
+            return self._dropout(*args, **kwargs)
+        if func in _EMBEDDINGS:
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            for option in ("padding_idx", "max_norm"):
+                if given.get(option) is not None:
+                    # Batched rules number the rows of all clients together, so the one that is meant is not found; and
+                    # a norm is bounded in place.
+                    raise NotAFunctionError(f"looks up an embedding with `{option}`, which a batched call gets wrong")
+        return func(*args, **kwargs)
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0 or not input.numel():

@@ -24,13 +24,14 @@ MAX_PARAMETERS_GPU = 1_000_000
 """The bound on other devices, which is a guess: nothing was measured there."""
 
 
-def slower(engine: Engine, cohort: int) -> str | None:
+def slower(engine: Engine, cohort: int, processes: int = 1) -> str | None:
     """Why one client after another is faster, by the rule of ``docs/speed.md``; ``None`` if it is not."""
     parameters, batch = engine.layout.numel, engine.data.settings.batch_size
     is_cpu = engine.host.device.type == "cpu"
     most = MAX_PARAMETERS if is_cpu else MAX_PARAMETERS_GPU
     if cohort < MIN_CLIENTS:
-        return f"{cohort} clients a round are fewer than {MIN_CLIENTS}"
+        where = "" if processes == 1 else f" on each of {processes} processes"
+        return f"it would train {_clients(cohort)} at a time{where}, and {MIN_CLIENTS} are worth it"
     if parameters > most:
         return f"{parameters:,} parameters are more than {most:,}"
     has_convolutions = any(isinstance(m, nn.modules.conv._ConvNd) for m in engine.host.module.modules())
@@ -42,25 +43,33 @@ def slower(engine: Engine, cohort: int) -> str | None:
 
 
 def choose(
-    sequential: Engine, asked: EngineName, *, cohort: int, chunk_memory: int | None, compile_clients: bool
+    sequential: Engine,
+    asked: EngineName,
+    *,
+    cohort: int,
+    chunk_memory: int | None,
+    compile_clients: bool,
+    processes: int = 1,
 ) -> tuple[Engine, str]:
     """The engine of a run, and one line that says which and why.
 
     Args:
         sequential: The sequential engine.
         asked: The argument ``engine``.
-        cohort: Clients a round.
+        cohort: Clients that one process trains in a round.
         chunk_memory: Bytes in use at a time; a quarter of what is free by default.
         compile_clients: Whether the batched step is compiled.
+        processes: How many train.
 
     Raises:
         ValueError: If the vectorized engine was asked for and cannot be had.
     """
+    no_effect = "; `compile_clients=True` has no effect on it" if compile_clients else ""
     if asked == "sequential":
-        return sequential, "Engine: sequential, as asked."
-    why = slower(sequential, cohort) if asked == "auto" else None
+        return sequential, f"Engine: sequential, as asked{no_effect}."
+    why = slower(sequential, cohort, processes) if asked == "auto" else None
     if why is not None:
-        return sequential, f"Engine: sequential, because {why}."
+        return sequential, f"Engine: sequential, because {why}{no_effect}."
     host = sequential.host
     given: tuple[Any, ...] = (host, sequential.layout, sequential.data, sequential.plan, sequential.objectives)
     try:
@@ -71,8 +80,14 @@ def choose(
                 f'`engine="vectorized"` needs a step that is a function, and {error}. Use `engine="sequential"`,'
                 ' or `engine="auto"`, which chooses by itself.'
             ) from error
-        return sequential, f"Engine: sequential, because {error}."
+        return sequential, f"Engine: sequential, because {error}{no_effect}."
     memory = chunk_memory or free_memory(host.device) // 4
+    fit = memory // facts.bytes_per_client
+    if asked == "auto" and fit < MIN_CLIENTS:
+        return sequential, (
+            f"Engine: sequential, because {_clients(fit)} at a time fit into `chunk_memory`={memory}, and {MIN_CLIENTS}"
+            f" are worth it{no_effect}."
+        )
     engine = VectorizedEngine(
         *given,
         facts=facts,
@@ -81,12 +96,19 @@ def choose(
         fallback=sequential if asked == "auto" else None,
     )
     engine.kept = sequential.kept
-    at_once = min(engine.chunk, cohort)
-    told = f"Engine: vectorized, {at_once} of {cohort} clients at a time" + (
-        ", as asked" if asked == "vectorized" else ""
-    )
+    told = f"Engine: vectorized, {min(engine.chunk, cohort)} of {_clients(cohort)} at a time"
+    if processes > 1:
+        told += f" on each of {processes} processes"
+    if asked == "vectorized":
+        told += ", as asked"
+    if not fit:
+        told += f"; one takes about {facts.bytes_per_client:,} bytes, more than `chunk_memory`={memory:,}"
     if compile_clients and not engine.compile_clients:
         told += "; not compiled, because the step reads `batch_idx` or draws random numbers"
     if facts.draws_other:
         told += "; random numbers other than dropout differ from those of the sequential engine"
     return engine, f"{told}."
+
+
+def _clients(count: int) -> str:
+    return f"{count} client" + "s" * (count != 1)

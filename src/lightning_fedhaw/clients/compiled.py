@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_fedhaw.clients.batched import Arguments, BatchedStep, Gradients
+from lightning_fedhaw.clients.records import Pending
 
 MAX_SHAPES = 64
 """Shapes that are compiled at most; others run as they are."""
@@ -22,19 +23,20 @@ TOLERANCE = 1e-3
 class CompiledStep:
     """Does what a batched step does, through graphs that are traced once for each number of rows and batch size.
 
-    A graph has the Python numbers in it that were there when it was traced, so the first call of every round is held
-    against the step itself; where they differ, or where nothing can be compiled, the step runs as it is.
+    A graph has the Python numbers in it that were there when it was traced. So every graph's first call is held against
+    the step itself, and in every round the first call through a graph of an earlier one; where they differ, or where
+    nothing can be compiled, the step runs as it is.
     """
 
     def __init__(self) -> None:
         self.is_off = False
         self._graphs: dict[Any, _Graph] = {}
         self._seconds, self._new = 0.0, 0
-        self._checked = False
+        self._to_check: set[Any] = set()
 
     def begin(self, step: BatchedStep) -> None:
         """A round begins, with a step of its own."""
-        self.step, self._checked = step, False
+        self.step, self._to_check = step, set(self._graphs)
 
     def padding(self, rows: int, at_most: int) -> int:
         """Rows to add, so that there are few numbers of rows: 16, 64, ..., and all."""
@@ -48,9 +50,15 @@ class CompiledStep:
         shape = tuple(t.shape for t in call[2])
         if self.is_off or (shape not in self._graphs and len(self._graphs) >= MAX_SHAPES):
             return self.step.gradients(trained, call)
+        must_check = shape in self._to_check
         try:
             if shape not in self._graphs:
+                must_check = True
                 begin = time.perf_counter()
+                if not self._new:
+                    rank_zero_info(
+                        "Compiling the clients' step, once for each number of rows and batch size; it may take minutes."
+                    )
                 graph = _Graph(self.step, trained, call)
                 graph(call)
                 self._graphs[shape] = graph
@@ -59,21 +67,22 @@ class CompiledStep:
             found = self._graphs[shape](call)
         except Exception as error:
             first = str(error).strip().partition("\n")[0]
+            self.step.recorder.drop_pending()
             self._give_up(f"nothing could be compiled here ({type(error).__name__}: {first[:200]})")
             return self.step.gradients(trained, call)
-        if self._checked:
+        if not must_check:
             self.step.recorder.pend(self._graphs[shape].pending)
             return found
-        self._checked = True
+        if shape in self._to_check:
+            self._to_check = set()
         buffers = [buffer.clone() for buffer in call[1]]
         eager = self.step.gradients(trained, (call[0], buffers, *call[2:]))
-        if not _agree(found, eager):
+        if not _agree((found, found.buffers(call[1])), (eager, eager.buffers(buffers))):
             self._give_up("the compiled step gives other numbers than the step itself: it may use a Python number")
         return eager._replace(replaced=list(enumerate(eager.buffers(buffers))))
 
     def _give_up(self, why: str) -> None:
         self.is_off = True
-        self.step.recorder.drop_pending()
         rank_zero_warn(f"`compile_clients=True` has no effect from now on: {why}.")
 
     def report(self) -> None:
@@ -91,15 +100,16 @@ class _Graph:
 
         self.step, self.trained = step, trained
         flat, self._build = _flattened(call)
-        self.pending: list[tuple[str, float]] = []
+        self.pending: list[Pending] = []
         graph = make_fx(self._run, tracing_mode="real")(*flat)
         self._compiled: Callable[..., Sequence[Tensor]] = torch.compile(graph, dynamic=False)
 
     def _run(self, *flat: Tensor) -> list[Tensor]:
         call = self._build(flat)
         parameters = [p.detach().requires_grad_() for p in call[0]]
-        buffers = [buffer.clone() for buffer in call[1]]
-        found = self.step.gradients(self.trained, (parameters, buffers, *call[2:]))
+        # Copies, because a step may change both in place.
+        buffers, data = ([tensor.clone() for tensor in tensors] for tensors in call[1:3])
+        found = self.step.gradients(self.trained, (parameters, buffers, data, *call[3:]))
         self.has_loss = found.losses is not None
         self.is_used = [gradient is not None for gradient in found.gradients]
         self.pending = self.step.recorder.drop_pending()
@@ -134,13 +144,15 @@ def _flattened(call: Arguments) -> tuple[list[Tensor], Callable[[Sequence[Tensor
     return flat, build
 
 
-def _agree(a: Gradients, b: Gradients) -> bool:
-    pairs = list(zip((*a.gradients, *a.logged, a.losses), (*b.gradients, *b.logged, b.losses), strict=False))
+def _agree(one: tuple[Gradients, list[Tensor]], other: tuple[Gradients, list[Tensor]]) -> bool:
+    (a, own), (b, others) = one, other
+    left, right = (*a.gradients, *a.logged, a.losses, *own), (*b.gradients, *b.logged, b.losses, *others)
+    pairs = list(zip(left, right, strict=False))
     if len(a.logged) != len(b.logged) or any((x is None) != (y is None) for x, y in pairs):
         return False
     for x, y in pairs:
         if x is not None and y is not None:
-            scale = TOLERANCE * float(y.abs().max())
+            scale = TOLERANCE * float(y.double().nan_to_num(0, 0, 0).abs().max()) if y.numel() else 0.0
             loose = 1 if x.dtype.itemsize >= 4 else 50
             if not torch.allclose(x.double(), y.double(), rtol=TOLERANCE * loose, atol=scale * loose, equal_nan=True):
                 return False

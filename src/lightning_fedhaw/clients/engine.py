@@ -144,3 +144,34 @@ def give_states(optimizer: torch.optim.Optimizer, states: Mapping[int, Mapping[s
                 else copy.deepcopy(value)
                 for name, value in states[index].items()
             }
+
+
+Settings = list[list[dict[str, Any]]]
+
+
+def settings_of(optimizers: Sequence[torch.optim.Optimizer]) -> Settings:
+    """The numbers of every parameter group, which a module may change while a client trains."""
+    return [
+        [
+            {n: v.clone() if isinstance(v, Tensor) else v for n, v in group.items() if n != "params"}
+            for group in optimizer.param_groups
+        ]
+        for optimizer in optimizers
+    ]
+
+
+def give_settings(optimizers: Sequence[torch.optim.Optimizer], settings: Settings) -> None:
+    """Put such numbers back."""
+    for optimizer, groups in zip(optimizers, settings, strict=True):
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            # Copies, so that a rate changed in place does not change what it is restored to.
+            group.update({n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()})
+
+
+def add_note(error: BaseException, where: str, batch_size: int, remedy: str = "") -> None:
+    """Say in an error where in local training it was raised, and what may help."""
+    if batch_size == 1:
+        # BatchNorm is the usual reason.
+        remedy = " Leave such batches out by the loader's `drop_last=True`, or choose another `batch_size`."
+    if hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(f"In local training: {where}, a batch of {batch_size}.{remedy}")

@@ -70,9 +70,9 @@ class ClientObjective(Callback):
         return self._states[client] if client in self._states else self.init_client(start)
 
     def keep_client_state(self, client: int, state: ClientState) -> None:
-        """Keep a client's state, in host memory."""
+        """Keep a copy of a client's state, in host memory."""
         if state:
-            self._states[client] = {name: value.detach().cpu() for name, value in state.items()}
+            self._states[client] = {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
 
     def reset(self) -> None:
         """Forget what another run left behind."""

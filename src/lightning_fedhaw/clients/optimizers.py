@@ -45,6 +45,7 @@ class StackedOptimizer:
     ) -> None:
         self.optimizer, self.stacks, self.row_states = optimizer, stacks, row_states
         self.is_plain = is_plain_sgd(optimizer, [p for p in _parameters(optimizer) if p.requires_grad])
+        self._is_fused = any(group.get("fused") for group in optimizer.param_groups)
         self._rates = [float(group["lr"]) for group in optimizer.param_groups for _ in group["params"]]
         self._states: list[dict[str, Tensor]] = [{} for _ in stacks]
         self._templates: list[_Template] = []
@@ -68,7 +69,7 @@ class StackedOptimizer:
                 if isinstance(at, slice):
                     stack[at].add_(gradient, alpha=-rate)
                 else:
-                    stack.index_add_(0, at, gradient, alpha=-rate)
+                    stack.index_add_(0, at.to(stack.device), gradient, alpha=-rate)
             return
         for begin, end in self._runs(rows):
             self._step_run(rows[begin], rows[end - 1] + 1, [None if g is None else g[begin:end] for g in gradients])
@@ -97,7 +98,8 @@ class StackedOptimizer:
         state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
         for index, (stack, gradient) in enumerate(zip(self.stacks, gradients, strict=True)):
             parameter = torch.empty(0) if stack is None else stack[begin:end]
-            parameter.grad = gradient
+            # Fused kernels go through a gradient's memory as if it lay like its parameter.
+            parameter.grad = gradient.contiguous() if self._is_fused and gradient is not None else gradient
             given.append(parameter)
             if template[index]:
                 state[parameter] = {
@@ -123,7 +125,8 @@ class StackedOptimizer:
         assert stack is not None
         own = self._states[index].get(name)
         if own is None:
-            own = self._states[index][name] = value.new_empty((len(stack), *value.shape[1:]))
+            shape = (len(stack), *value.shape[1:])
+            own = self._states[index][name] = torch.empty(shape, dtype=value.dtype, device=stack.device)
         if own[rows].data_ptr() != value.data_ptr():
             own[rows].copy_(value)
 
@@ -141,13 +144,15 @@ class StackedOptimizer:
 
     def _load(self, row: int, states: OptimizerStates) -> int:
         """Take what a row starts from; the number of its template."""
-        for index, own in states.items():
+        # A frozen parameter is not stepped, whatever the constructor made for it.
+        given = [{} if stack is None else states.get(i, {}) for i, stack in enumerate(self.stacks)]
+        for index, own in enumerate(given):
             for name, value in own.items():
                 if self._is_row(name, value):
                     self._put(index, name, slice(row, row + 1), value[None])
         # Clients without memory share one object, and are recognised without a look at it.
         if id(states) not in self._kind_of:
-            self._kind_of[id(states)] = self._know([states.get(index, {}) for index in range(len(self.stacks))])
+            self._kind_of[id(states)] = self._know(given)
         return self._kind_of[id(states)]
 
 

@@ -10,19 +10,23 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, cast
 
 import lightning
+import lightning.pytorch as pl
 import numpy as np
 import torch
 import torchmetrics
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchmetrics import Metric
 
 import lightning_fedhaw
 from lightning_fedhaw.clients.batched import BatchedStep, ClientDropout
-from lightning_fedhaw.clients.engine import LocalPlan, states_of
+from lightning_fedhaw.clients.engine import LocalPlan, give_settings, settings_of, states_of
 from lightning_fedhaw.clients.objective import ClientObjective
 from lightning_fedhaw.clients.optimizers import row_states
 from lightning_fedhaw.clients.records import LogRecorder, NotAFunctionError, StackRecorder
@@ -32,7 +36,8 @@ from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.streams import seed_of, stream
 
-_LIBRARIES = tuple(str(Path(m.__file__ or "").parent) for m in (torch, lightning, torchmetrics, lightning_fedhaw))
+# The standard library's folder too, which holds that of installed packages as a rule.
+_LIBRARIES = tuple(str(Path(m.__file__ or "").parent) for m in (torch, lightning, torchmetrics, lightning_fedhaw, dis))
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def probe(
     except ValueError as error:
         raise NoFunctionError(f"the optimiser {error}") from error
     uses_index = _looks_at_index(host.module.training_step)
-    kept = _Kept(host.module)
+    kept = _Kept(host.module, host.optimizers)
     with isolated_randomness(host.device):
         try:
             return _Trial(host, layout, data, plan, objectives, kept).facts(rows, uses_index)
@@ -160,6 +165,7 @@ class _Trial:
         self.kept.restore()
         host = self.host
         self.layout.write(self.vectors[row], self.parameters)
+        self.kept.mark()
         saved: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -167,7 +173,7 @@ class _Trial:
             saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        data = host.prepare([tensor[row] for tensor in self.batch])
+        data = host.prepare([tensor[row].clone() for tensor in self.batch])
         with LogRecorder(host.module, host.callbacks) as recorder:
             recorder.batch_size = self.batch_size
             with (
@@ -184,7 +190,7 @@ class _Trial:
                     loss = loss + objective.penalty(named, starts, {n: v[row] for n, v in state.items()})
             found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
             logged = {
-                f"logged `{name}`": torch.tensor([float(value) for value in values])
+                f"logged `{name}`": torch.tensor([float(v) for v in values], dtype=torch.float64)
                 for name, (_, values, _) in recorder._entries.items()
             }
         self.activations = sum(saved.values())
@@ -204,10 +210,16 @@ class _Trial:
         with StackRecorder(host.module, host.callbacks) as recorder:
             recorder.batch_size = self.batch_size
             step = BatchedStep(host, layout, self.objectives, recorder, dropout)
-            data = host.prepare(list(self.batch))
+            data = host.prepare([tensor.clone() for tensor in self.batch])
             losses, replaced, logged = step(stacks, buffers, data, 0, self.starts, self.states)
             assert losses is not None
-            found = torch.autograd.grad(losses.sum(), stacks, allow_unused=True)
+            found = torch.autograd.grad(losses.sum(), [*stacks, *self.parameters], allow_unused=True)
+            for name, gradient in zip(layout.names, found[len(stacks) :], strict=True):
+                if gradient is not None:
+                    raise NotAFunctionError(
+                        f"reaches the parameter `{name}` through a list or an object that holds it, and not through the"
+                        " module"
+                    )
             recorder.put(torch.arange(2), logged)
             values = {f"logged `{n}`": torch.stack([s for _, s, _ in calls]) for n, calls in recorder._calls.items()}
         for i, value in replaced:
@@ -217,7 +229,7 @@ class _Trial:
                 "the loss": losses[row].detach(),
                 **{
                     f"the gradient of `{n}`": None if g is None else g[row]
-                    for n, g in zip(layout.names, found, strict=True)
+                    for n, g in zip(layout.names, found[: len(stacks)], strict=True)
                 },
                 **{f"buffer `{n}`": b[row] for n, b in zip(step.buffer_names, buffers, strict=True)},
                 **{name: stack[:, row].detach() for name, stack in values.items()},
@@ -279,20 +291,28 @@ class _Trial:
 class _Kept:
     """What a module holds beside parameters and buffers, to see what a step changes, and to put it back."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.module = module
         self.tensors = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
         self.frozen = [(n, p, p._version) for n, p in module.named_parameters() if not p.requires_grad]
         self.trainable = [(n, p, p.requires_grad) for n, p in module.named_parameters()]
+        self.settings = settings_of(optimizers)
+        self.optimizers = optimizers
+        self.mark()
         self.dicts: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (own, dict(own)) for m in module.modules() for own in (vars(m)["_parameters"], vars(m)["_buffers"])
         ]
-        self.attributes = [(name, m, dict(_attributes(m))) for name, m in module.named_modules()]
+        owners: list[tuple[str, Any]] = [*module.named_modules(), *(("", c) for c in type(module).__mro__)]
+        self.attributes = [(name, owner, dict(_attributes(owner))) for name, owner in owners]
         self._undo: list[Callable[[], None]] = []
         self._prints = [
             {attribute: _print(value, self._undo) for attribute, value in values.items()}
             for _, _, values in self.attributes
         ]
+
+    def mark(self) -> None:
+        """The parameters are as they should be."""
+        self.versions = [(n, p, p._version) for n, p, trainable in self.trainable if trainable]
 
     def changed(self) -> str | None:
         """What a step changed that no client may leave behind."""
@@ -306,6 +326,11 @@ class _Kept:
         for name, parameter, version in self.frozen:
             if parameter._version != version:
                 return f"changes the frozen parameter `{name}`"
+        for name, parameter, version in self.versions:
+            if parameter._version != version or self.module.get_parameter(name) is not parameter:
+                return f"changes the parameter `{name}` itself"
+        if repr(settings_of(self.optimizers)) != repr(self.settings):
+            return "changes settings of the optimiser"
         for name, parameter, trainable in self.trainable:
             if parameter.requires_grad != trainable:
                 return f"changes whether `{name}` is trainable"
@@ -325,23 +350,40 @@ class _Kept:
             parameter.requires_grad_(trainable)
         for _, owner, values in self.attributes:
             for name in [n for n, _ in _attributes(owner) if n not in values]:
-                del vars(owner)[name]
-            vars(owner).update(values)
+                delattr(owner, name)
+            if isinstance(owner, type):
+                for name, value in values.items():
+                    setattr(owner, name, value)
+            else:
+                vars(owner).update(values)
         for undo in self._undo:
             undo()
+        give_settings(self.optimizers, self.settings)
+        self.mark()
         self._prints = [{n: _print(v) for n, v in values.items()} for _, _, values in self.attributes]
 
 
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _attributes(owner: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(owner, type):  # a class of the user's, with its counters and lists
+        if _is_users(getattr(sys.modules.get(owner.__module__), "__file__", None) or "<"):
+            plain = (int, float, str, list, dict, set, Tensor)
+            yield from ((n, v) for n, v in vars(owner).items() if isinstance(v, plain) and not n.startswith("__"))
+        return
     # `log` is the recorder's while a step runs.
     inner = {"_parameters", "_buffers", "_modules", "_trainer", "_fabric", "log"}
-    return ((name, value) for name, value in vars(module).items() if name not in inner)
+    yield from ((name, value) for name, value in vars(owner).items() if name not in inner)
 
 
-def _print(value: Any, undo: list[Callable[[], None]] | None = None, depth: int = 3) -> Any:
+def _print(value: Any, undo: list[Callable[[], None]] | None = None, depth: int = 4) -> Any:
     """Something that differs when a value was changed in place; ``undo`` gets what changes it back."""
+    if isinstance(value, nn.Parameter):  # whose values are looked at where the module holds it
+        return id(value)
+    if isinstance(value, torch.Generator):
+        if undo is not None:
+            undo.append(cast("Callable[[], None]", partial(value.set_state, value.get_state())))
+        return id(value), value.get_state().numpy().tobytes()
     if isinstance(value, Tensor):
-        if undo is not None and not isinstance(value, nn.Parameter):
+        if undo is not None:
             undo.append(_setter(value, value.detach().clone()))
         return id(value), value._version
     if isinstance(value, (int, float, complex, str, bytes, type(None))):
@@ -358,9 +400,16 @@ def _print(value: Any, undo: list[Callable[[], None]] | None = None, depth: int 
         if undo is not None:
             undo.append(_refill(value, set(value)))
         return id(value), len(value)
-    if depth and isinstance(value, Metric):
-        return _print(vars(value), undo, depth)
+    if depth and (isinstance(value, Metric) or _is_plain_object(value)):
+        return id(value), _print(vars(value), undo, depth - 1)
     return id(value)
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether something of the user's keeps its state in attributes."""
+    return hasattr(value, "__dict__") and not isinstance(
+        value, (type, nn.Module, FunctionType, MethodType, ModuleType, Dataset, pl.Trainer, pl.LightningDataModule)
+    )
 
 
 def _setter(tensor: Tensor, value: Tensor) -> Callable[[], None]:
@@ -385,7 +434,7 @@ def _close(a: Tensor | None, b: Tensor | None, mixed: bool, least: float) -> boo
         return all(t is None or not t.any() for t in (a, b))
     if a.shape != b.shape or not a.is_floating_point():
         return torch.equal(a, b)
-    loose = 0.1 if mixed or torch.finfo(a.dtype).bits < 32 else 1e-2 if a.dtype == torch.float32 else 1e-7
+    loose = 0.1 if mixed or torch.finfo(a.dtype).bits < 32 else 1e-4 if a.dtype == torch.float32 else 1e-9
     a, b = a.double().cpu(), b.double().cpu()
     scale = b[torch.isfinite(b)].abs().max().item() if torch.isfinite(b).any() else 1.0
     return torch.allclose(a, b, rtol=loose, atol=loose * max(scale, least), equal_nan=True)
@@ -442,7 +491,10 @@ def explained(error: BaseException) -> str:
 def _said(error: BaseException) -> str:
     first = str(error).strip().partition("\n")[0]
     if "data-dependent control flow" in str(error) or ".item()" in str(error):
-        return "lets a tensor's value decide what is computed"
+        return (
+            "needs the value of a tensor in Python (`if`, `.item()`, `float()`), and many clients at once have many;"
+            " `torch.where` and `self.log(name, tensor)` do without"
+        )
     if isinstance(error, NotAFunctionError):
         return first
     return f"raises {type(error).__name__}: {first[:200]}" if first else f"raises {type(error).__name__}"

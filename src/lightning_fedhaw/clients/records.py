@@ -191,12 +191,16 @@ def _stack(values: list[Any]) -> Tensor:
     return torch.stack([torch.as_tensor(value, device=tensors[0].device).double() for value in values])
 
 
+Pending = tuple[str, tuple[Any, ...], float]
+"""Name, arguments and weight of a logged value that is still inside a batched call."""
+
+
 class StackRecorder(LogRecorder):
     """The recorder of many clients that train at once: what is logged is a stack, one value per client."""
 
     def __init__(self, module: Any, callbacks: Iterable[Any] = ()) -> None:
         super().__init__(module, callbacks)
-        self._pending: list[tuple[str, float]] = []
+        self._pending: list[Pending] = []
         self._calls: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -220,27 +224,28 @@ class StackRecorder(LogRecorder):
         What it gives comes back by :meth:`put`, as stacks.
         """
         taken = []
-        for name, (_, values, weights) in self._entries.items():
+        for name, (settings, values, weights) in self._entries.items():
             for value, weight in zip(values, weights, strict=True):
                 number = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
                 taken.append(number.reshape(()).to(like.device))
-                self._pending.append((name, weight))
+                self._pending.append((name, settings, weight))
             values.clear()
             weights.clear()
         return taken
 
-    def drop_pending(self) -> list[tuple[str, float]]:
-        """Names and weights of what was taken in the last call, which will not come back by :meth:`put`."""
+    def drop_pending(self) -> list[Pending]:
+        """What is known of what was taken in the last call, which will not come back by :meth:`put`."""
         pending, self._pending = self._pending, []
         return pending
 
-    def pend(self, pending: Sequence[tuple[str, float]]) -> None:
-        """Expect these names and weights at the next :meth:`put`, of a call that was not made through :meth:`log`."""
+    def pend(self, pending: Sequence[Pending]) -> None:
+        """Expect these values at the next :meth:`put`, of a call that was not made through :meth:`log`."""
         self._pending = list(pending)
 
     def put(self, rows: Tensor, stacks: Iterable[Tensor]) -> None:
         """After a batched call: what :meth:`take` gave, ``[len(rows)]`` each."""
-        for (name, weight), stack in zip(self._pending, stacks, strict=True):
+        for (name, settings, weight), stack in zip(self._pending, stacks, strict=True):
+            self._entries.setdefault(name, (settings, [], []))
             self._calls.setdefault(name, []).append((rows, stack, weight))
         self._pending.clear()
 

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_fedhaw.clients.engine import Engine, Visit, give_states, states_of
+from lightning_fedhaw.clients.engine import (
+    Engine,
+    Settings,
+    Visit,
+    add_note,
+    give_settings,
+    give_states,
+    settings_of,
+    states_of,
+)
 from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.steps import AutomaticStep, ManualStep, PlainSGDStep, StepCounts
 from lightning_fedhaw.cohort import ClientUpdate
@@ -31,7 +40,7 @@ class SequentialEngine(Engine):
         """
         host = self.host
         parameters = self.layout.tensors(host.module)
-        settings, schedules = _settings(host.optimizers), host.schedules()
+        settings, schedules = settings_of(host.optimizers), host.schedules()
         furthest = settings, schedules
         scale = host.scaler.state_dict() if host.scaler is not None else None
         scales: list[dict[str, Any]] = []
@@ -44,7 +53,7 @@ class SequentialEngine(Engine):
                 _channels_last(host.module.parameters() if self.plan.channels_last else ()),
             ):
                 for visit in visits:
-                    _restore(host.optimizers, settings)
+                    give_settings(host.optimizers, settings)
                     host.load_schedules(schedules)
                     modes.restore()
                     if scale is not None:
@@ -53,7 +62,7 @@ class SequentialEngine(Engine):
                     modes.check(visit.client)
                     yield update
                     if _progress(host.schedules()) > _progress(furthest[1]):
-                        furthest = _settings(host.optimizers), host.schedules()
+                        furthest = settings_of(host.optimizers), host.schedules()
                     if scale is not None:
                         scales.append(host.scaler.state_dict())
             complete = True
@@ -75,7 +84,7 @@ class SequentialEngine(Engine):
     def settle(self, aftermaths: Sequence[Any]) -> None:
         """Take the furthest schedule, and the smallest loss scale."""
         settings, schedules, _ = max(aftermaths, key=lambda aftermath: _progress(aftermath[1]))
-        _restore(self.host.optimizers, settings)
+        give_settings(self.host.optimizers, settings)
         self.host.load_schedules(schedules)
         scales = [scale for *_, scales in aftermaths for scale in scales]
         if scales:
@@ -152,33 +161,9 @@ class SequentialEngine(Engine):
                 outputs = step(data, batch, counts, penalty)
                 host.on_batch_end(outputs, data, batch.index)
             except Exception as error:
-                if hasattr(error, "add_note"):  # Python 3.11
-                    remedy = " Leave such batches out by `drop_last=True` or another `batch_size`." * (batch.size == 1)
-                    where = f"client {client}, round {host.round}, a batch of {batch.size}"
-                    error.add_note(f"In local training: {where}.{remedy}")
+                add_note(error, f"client {client}, round {host.round}", batch.size)
                 raise
         return counts
-
-
-Settings = list[list[dict[str, Any]]]
-
-
-def _settings(optimizers: Sequence[torch.optim.Optimizer]) -> Settings:
-    """The numbers of every parameter group, which a module may change while a client trains."""
-    return [
-        [
-            {n: v.clone() if isinstance(v, Tensor) else v for n, v in group.items() if n != "params"}
-            for group in optimizer.param_groups
-        ]
-        for optimizer in optimizers
-    ]
-
-
-def _restore(optimizers: Sequence[torch.optim.Optimizer], settings: Settings) -> None:
-    for optimizer, groups in zip(optimizers, settings, strict=True):
-        for group, values in zip(optimizer.param_groups, groups, strict=True):
-            # Copies, so that a rate changed in place does not change what it is restored to.
-            group.update({n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()})
 
 
 @contextmanager

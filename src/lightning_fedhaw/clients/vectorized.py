@@ -15,11 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_fedhaw.clients.batched import BatchedStep, ClientDropout
 from lightning_fedhaw.clients.compiled import CompiledStep
-from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit
+from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit, add_note, give_settings, settings_of
 from lightning_fedhaw.clients.objective import ClientObjective, ClientState
 from lightning_fedhaw.clients.optimizers import StackedOptimizer
 from lightning_fedhaw.clients.probe import Facts, explained
-from lightning_fedhaw.clients.records import Logged, StackRecorder
+from lightning_fedhaw.clients.records import Logged, NotAFunctionError, StackRecorder
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.data.federation import ClientData
@@ -100,16 +100,21 @@ class VectorizedEngine(Engine):
             yield from self.fallback.run(chain(*left, pending))
 
     def _try(self, step: BatchedStep, visits: Sequence[Visit]) -> _Chunk | None:
+        optimizers = self.host.optimizers
+        settings = settings_of(optimizers)
         try:
             chunk = _Chunk(self, step, visits)
             chunk.train()
+            if repr(settings_of(optimizers)) != repr(settings):
+                raise NotAFunctionError("changes settings of the optimiser, which all clients share here")
             return chunk
         except Exception as error:
-            self._check(error, visits)
+            give_settings(optimizers, settings)
+            self._check(error, step, visits)
         step.recorder.forget()
         return None
 
-    def _check(self, error: Exception, visits: Sequence[Visit]) -> None:
+    def _check(self, error: Exception, step: BatchedStep, visits: Sequence[Visit]) -> None:
         """After a failure: less at a time, or one after another; if neither helps, the error."""
         if is_out_of_memory(error) and len(visits) > 1:
             self.chunk = (len(visits) + 1) // 2
@@ -124,12 +129,13 @@ class VectorizedEngine(Engine):
                 f" {self.host.round} `training_step` {explained(error)}."
             )
         else:
-            if hasattr(error, "add_note"):  # Python 3.11
-                clients = ", ".join(str(visit.client) for visit in visits[:10]) + " ..." * (len(visits) > 10)
-                error.add_note(
-                    f"In local training of {len(visits)} clients at once ({clients}), round {self.host.round}."
-                    ' `engine="sequential"` trains one after another, and takes any step.'
-                )
+            clients = ", ".join(str(visit.client) for visit in visits[:10]) + " ..." * (len(visits) > 10)
+            add_note(
+                error,
+                f"{len(visits)} clients at once ({clients}), round {self.host.round}",
+                step.recorder.batch_size,
+                ' `engine="sequential"` trains one after another, and takes any step.',
+            )
             raise error
 
 
@@ -352,7 +358,7 @@ def clipped(gradients: Sequence[Tensor | None], clipping: tuple[float, str] | No
     """Each client's gradient, clipped as ``torch.nn.utils.clip_grad_norm_`` or ``clip_grad_value_`` clips one.
 
     Args:
-        gradients: ``[rows, *shape]`` each; changed in place.
+        gradients: ``[rows, *shape]`` each.
         clipping: The bound, and ``"norm"`` or ``"value"``.
     """
     given = [gradient for gradient in gradients if gradient is not None]
@@ -360,11 +366,11 @@ def clipped(gradients: Sequence[Tensor | None], clipping: tuple[float, str] | No
         return gradients
     bound, algorithm = clipping
     if algorithm == "value":
-        torch._foreach_clamp_min_(given, -bound)
-        torch._foreach_clamp_max_(given, bound)
-        return gradients
+        return [None if gradient is None else gradient.clamp(-bound, bound) for gradient in gradients]
     norms = torch.stack([torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in given])
     scale = (bound / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
-    for gradient in given:
-        gradient.mul_(scale.to(gradient.dtype).view(-1, *[1] * (gradient.ndim - 1)))
-    return gradients
+    # Not in place: an expanded gradient shares its elements.
+    return [
+        None if gradient is None else gradient * scale.to(gradient.dtype).view(-1, *[1] * (gradient.ndim - 1))
+        for gradient in gradients
+    ]

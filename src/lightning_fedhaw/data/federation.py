@@ -325,7 +325,7 @@ class ClientData:
                 gathered[1] = swap_labels(gathered[1], swap)
             if self.settings.pin_memory and torch.cuda.is_available():
                 gathered = [t.pin_memory() if t.device.type == "cpu" else t for t in gathered]
-            for views in zip(*(tensor.split(size) for tensor in gathered), strict=True):
+            for views in zip(*(torch.split(tensor, size) for tensor in gathered), strict=True):
                 yield list(views), len(views[0])
             return
         chunks = [chunk.tolist() for chunk in torch.split(order, size)]
