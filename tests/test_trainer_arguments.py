@@ -9,6 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from lightning_fedhaw import (
     FedAvgCallback,
     FederatedStrategy,
     FederatedTrainer,
+    FederationOptions,
     FedHAWCallback,
     IIDPartitioner,
     IndexPartitioner,
@@ -771,3 +773,9 @@ def test_schedules_of_manual_optimisation_go_on_from_the_furthest_client(door):
     assert module.began == [0, 0, 0, 3, 3, 3, 6, 6, 6]
     assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 9
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(RATE * 0.9**9)
+
+
+def test_every_argument_of_the_federation_has_a_row():
+    own = set(inspect.signature(FederatedTrainer).parameters) - {"kwargs"}
+    assert own == set(table("Arguments of the federation"))
+    assert own - {"rounds", "checkpoint_every_n_rounds"} == {f.name for f in fields(FederationOptions)}

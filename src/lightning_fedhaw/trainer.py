@@ -26,35 +26,36 @@ class FederatedTrainer(pl.Trainer):
 
     A round is an epoch: ``current_epoch`` and ``global_step`` count rounds, and callbacks, loggers, checkpoints,
     validation and ``fit(ckpt_path=...)`` keep their meaning. ``docs/trainer_arguments.md`` says what every argument of
-    the stock trainer means here.
+    the stock trainer means here. :class:`~lightning_fedhaw.FederationOptions` says more of the arguments from
+    ``num_clients`` to ``seed``.
 
     Args:
         rounds: Communication rounds, in the place of ``max_epochs``; -1 goes on until something stops it.
-        num_clients: See :class:`~lightning_fedhaw.FederationOptions`, as for all that follow.
-        alpha: As there.
-        partitioner: As there.
-        labels: As there.
-        clients_per_round: As there.
-        sampler: As there.
-        local_epochs: As there.
-        local_steps: As there.
-        optimizer_state: As there.
-        buffers: As there.
-        on_nonfinite: As there.
-        empty_round: As there.
-        client_val_fraction: As there.
-        client_eval: As there.
-        storage: As there.
-        storage_dtype: As there.
-        engine: As there.
-        compile_clients: As there.
-        chunk_memory: As there.
-        channels_last: As there.
-        data_device: As there.
-        reduction: As there.
-        seed: As there.
-        checkpoint_every_n_rounds: Write a checkpoint every so many rounds and keep the latest, for runs that may be
-            cut off. Short for a ``ModelCheckpoint`` among the callbacks.
+        num_clients: Clients that the training data is split over.
+        alpha: Concentration of a Dirichlet split by labels; small is unequal.
+        partitioner: How the data is split, in the place of ``alpha``.
+        labels: Labels for such a split.
+        clients_per_round: Clients drawn for a round: a number, or a share of all as a float.
+        sampler: Who comes in a round, in the place of ``clients_per_round``.
+        local_epochs: Passes over its own data that a client makes in a round.
+        local_steps: Optimiser steps that a client makes in a round, in the place of ``local_epochs``.
+        optimizer_state: ``"fresh"`` every round, or ``"kept"`` by each client.
+        buffers: What happens to buffers such as BatchNorm statistics.
+        on_nonfinite: Whether a client that returns NaN is left out, or ends the run.
+        empty_round: Whether a round in which nobody is heard is skipped.
+        client_val_fraction: Share of each client's data held out for the closing table.
+        client_eval: Whether the final model is evaluated on each client.
+        storage: Where the cohort's vectors are kept.
+        storage_dtype: Dtype in which they are kept.
+        engine: How a cohort trains: one client after another, or all at once.
+        compile_clients: Whether the vectorized engine compiles its step.
+        chunk_memory: Bytes that the vectorized engine may use at a time.
+        channels_last: Whether images and convolutions are laid out channels-last while clients train.
+        data_device: Where training data in memory is kept.
+        reduction: How sums over clients are formed on several processes.
+        seed: Seed of every draw the federation makes.
+        checkpoint_every_n_rounds: Write a checkpoint every so many rounds and after the last one, and keep the latest
+            (``last.ckpt`` too), for runs that may be cut off. Short for a ``ModelCheckpoint`` among the callbacks.
         kwargs: The arguments of ``lightning.pytorch.Trainer``.
 
     Attributes:
