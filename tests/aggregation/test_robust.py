@@ -21,7 +21,7 @@ from lightning_fedhaw import (
     ParameterLayout,
     TrimmedMeanCallback,
 )
-from lightning_fedhaw.aggregation.robust import geometric_median_weights, krum_scores
+from lightning_fedhaw.aggregation.robust import geometric_median_weights, krum_scores, trimmed_mean
 from lightning_fedhaw.cohort import PIECE
 from lightning_fedhaw.server import Server
 
@@ -79,6 +79,17 @@ def test_many_columns_are_mapped_a_block_at_a_time():
     assert torch.equal(ClientVectors(matrix.bfloat16()).map_columns(median), matrix.bfloat16().float().median(0).values)
     assert sum(widths) == matrix.shape[1]
     assert max(widths) * 6 <= PIECE
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 12), st.integers(0, 1000), st.data())
+def test_trimmed_mean_is_that_of_sorted_columns(k, seed, data):
+    values = torch.randn(k, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    cut = data.draw(st.integers(0, (k - 1) // 2))
+    expected = values.sort(0).values[cut : k - cut].mean(0)
+    assert torch.allclose(trimmed_mean(values, cut), expected, atol=1e-12)
+    if k % 2:
+        assert torch.equal(trimmed_mean(values.clone(), (k - 1) // 2), values.median(0).values)
 
 
 def test_krum_takes_the_client_with_the_nearest_neighbours():
