@@ -2,14 +2,41 @@
 
 import copy
 import io
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from torch import Tensor, nn
 
 from federations import Classifier, flat, loader, trainer
-from lightning_fedhaw import ClientVectors, Cohort, FedAvgCallback, FedHAWCallback, ParameterLayout
+from lightning_fedhaw import (
+    Channel,
+    ClientUpdate,
+    ClientVectors,
+    Cohort,
+    FedAdagradCallback,
+    FedAdamCallback,
+    FedAdpCallback,
+    FedAvgCallback,
+    FedAvgMCallback,
+    FedHAWCallback,
+    FedLWSCallback,
+    FedNovaCallback,
+    FedOptCallback,
+    FedYogiCallback,
+    GeometricMedianCallback,
+    KrumCallback,
+    MedianCallback,
+    MultiKrumCallback,
+    ParameterLayout,
+    TrimmedMeanCallback,
+)
 from lightning_fedhaw.cohort import AccumulatedVectors
+from lightning_fedhaw.ranks import Ranks
+from lightning_fedhaw.spread import SpreadVectors
 
 P = 7
 RULES = {
@@ -22,13 +49,51 @@ RULES = {
     "FedHAW Adam": lambda: FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1, hyper_optimizer=torch.optim.Adam),
     "FedHAW bounded": lambda: FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1, scale_bounds=(0.99, 1.01)),
     "FedHAW on host": lambda: FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1, memory="host"),
+    "FedOpt": FedOptCallback,
+    "FedOpt AdamW": lambda: FedOptCallback(partial(torch.optim.AdamW, weight_decay=0.01), lr=0.05),
+    "FedOpt scheduled": lambda: FedOptCallback(
+        partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+        lr_scheduler=partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[1, 2]),
+    ),
+    "FedOpt on FedAdp": lambda: FedOptCallback(torch.optim.Adagrad, lr=0.1, rule=FedAdpCallback()),
+    "FedOpt on FedHAW": lambda: FedOptCallback(rule=FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1), lr=0.9),
+    "FedAvgM": FedAvgMCallback,
+    "FedAvgM on median": lambda: FedAvgMCallback(rule=MedianCallback()),
+    "FedAdagrad": lambda: FedAdagradCallback(beta1=0.5),
+    "FedAdam": FedAdamCallback,
+    "FedYogi": FedYogiCallback,
+    "FedAdp": FedAdpCallback,
+    "FedAdp of the code": lambda: FedAdpCallback(smooth_by="rounds", update_unheard=True),
+    "FedLWS": FedLWSCallback,
+    "FedLWS unbounded": lambda: FedLWSCallback(beta=0.1, tau_min=0.0, tau_max=float("inf")),
+    "FedNova": FedNovaCallback,
+    "FedNova proximal": lambda: FedNovaCallback(momentum=0.5, proximal=0.1, tau_eff="steps"),
+    "median": MedianCallback,
+    "trimmed mean": lambda: TrimmedMeanCallback(num_byzantine=1),
+    "Krum": lambda: KrumCallback(num_byzantine=0),
+    "Multi-Krum": lambda: MultiKrumCallback(num_byzantine=0, keep=2),
+    "geometric median": GeometricMedianCallback,
 }
+UNIFORM = {"FedAvg uniform"}
+FIRST_ROUND_IS_FEDAVG = {"FedAvg", *UNIFORM, "FedOpt", "FedAvgM", *(n for n in RULES if n.startswith("FedHAW"))}
+NEEDS_CLIENTS = {"trimmed mean": 3, "Krum": 3, "Multi-Krum": 3}
 NEUTRAL = {
-    "FedAvg": FedAvgCallback,
-    "FedHAW without steps": lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0),
-    "FedHAW exact without steps": lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, jacobian="exact"),
+    "FedAvg": (FedAvgCallback, FedAvgCallback),
+    "FedHAW without steps": (lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0), FedAvgCallback),
+    "FedHAW exact without steps": (
+        lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, jacobian="exact"),
+        FedAvgCallback,
+    ),
+    "FedOpt": (FedOptCallback, FedAvgCallback),
+    "FedOpt on a rule": (lambda: FedOptCallback(rule=FedAvgCallback("uniform")), lambda: FedAvgCallback("uniform")),
+    "FedAvgM without momentum": (lambda: FedAvgMCallback(momentum=0.0), FedAvgCallback),
+    "FedAdp without angles": (lambda: FedAdpCallback(alpha=0.0), FedAvgCallback),
+    "FedLWS without shrinking": (lambda: FedLWSCallback(beta=0.0, tau_min=0.0), FedAvgCallback),
+    "trimmed mean of all": (lambda: TrimmedMeanCallback(0), lambda: FedAvgCallback("uniform")),
+    "Multi-Krum of all": (lambda: MultiKrumCallback(0, keep=3), lambda: FedAvgCallback("uniform")),
 }
 every_rule = pytest.mark.parametrize("make", RULES.values(), ids=RULES.keys())
+every_name = pytest.mark.parametrize("name", RULES)
 
 
 class Server:
@@ -89,13 +154,21 @@ def test_inputs_are_untouched(make):
     rule.step(given, state, Server())
     for a, b in zip(before, (given.start, given.vectors.matrix, given.clients), strict=True):
         assert torch.equal(a, b)
-    assert old.keys() == state.keys()
-    for key, value in old.items():
-        if isinstance(value, ClientVectors):
-            assert torch.equal(value.matrix, state[key].matrix)
-            assert torch.equal(value.start, state[key].start)
-        else:
-            assert torch.equal(value, state[key]) if isinstance(value, Tensor) else value == state[key]
+    assert_same(old, state)
+
+
+def assert_same(a, b):
+    """States are equal to the last bit."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert_same(value, b[key])
+    elif isinstance(a, ClientVectors):
+        assert torch.equal(a.matrix, b.matrix)
+        assert torch.equal(a.start, b.start)
+    else:
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 @every_rule
@@ -105,18 +178,23 @@ def test_the_order_of_clients_does_not_matter(make):
     assert torch.allclose(straight[-1].weights[torch.tensor([2, 0, 1])], turned[-1].weights, atol=1e-9)
 
 
-@every_rule
-def test_one_client_alone_gets_all_the_weight(make):
-    for step in play(make(), clients=(1,)):
+@every_name
+def test_one_client_alone_gets_all_the_weight(name):
+    if name in NEEDS_CLIENTS:
+        with pytest.raises(ValueError, match=r"`num_byzantine`=\d needs at least \d clients a round .* has 1\. Raise"):
+            play(RULES[name](), clients=(1,))
+        return
+    for step in play(RULES[name](), clients=(1,)):
         assert step.weights.tolist() == [1.0]
         assert torch.isfinite(step.parameters).all()
 
 
-@every_rule
-def test_clients_may_come_and_go(make):
-    rule, start = make(), torch.linspace(-1, 1, P)
+@every_name
+def test_clients_may_come_and_go(name):
+    rule, start = RULES[name](), torch.linspace(-1, 1, P)
     state = rule.init(start, torch.tensor([10, 20, 30, 40]))
-    for t, clients in enumerate([(0, 1), (3,), (1, 2, 3), (0,)]):
+    cohorts = [(0, 1), (3,), (1, 2, 3), (0,)] if name not in NEEDS_CLIENTS else [(0, 1, 2), (1, 2, 3), (0, 1, 3)]
+    for t, clients in enumerate(cohorts):
         step = rule.step(cohort(t, start, clients), state, Server())
         start, state = step.parameters, step.state
         assert len(step.weights) == len(clients)
@@ -140,20 +218,19 @@ def test_state_survives_a_weights_only_checkpoint(make):
     assert a.metrics == b.metrics
 
 
-@pytest.mark.parametrize("make", NEUTRAL.values(), ids=NEUTRAL.keys())
-def test_the_neutral_setting_is_fedavg(make):
-    for step, reference in zip(play(make()), play(FedAvgCallback()), strict=True):
+@pytest.mark.parametrize(("make", "average"), NEUTRAL.values(), ids=NEUTRAL.keys())
+def test_the_neutral_setting_is_fedavg(make, average):
+    for step, reference in zip(play(make()), play(average()), strict=True):
         assert torch.allclose(step.parameters, reference.parameters, atol=1e-6)
         assert torch.allclose(step.weights, reference.weights, atol=1e-12)
 
 
-@every_rule
-def test_the_first_round_is_an_average(make):
-    rule = make()
-    (step,) = play(rule, rounds=1)
-    weighting = getattr(rule, "weighting", "examples")
-    (reference,) = play(FedAvgCallback(weighting=weighting), rounds=1)
-    assert torch.allclose(step.parameters, reference.parameters, atol=1e-6)
+@every_name
+def test_the_first_round_is_an_average_where_the_rule_says_so(name):
+    (step,) = play(RULES[name](), rounds=1)
+    (reference,) = play(FedAvgCallback("uniform" if name in UNIFORM else "examples"), rounds=1)
+    is_average = torch.allclose(step.parameters, reference.parameters, atol=1e-6)
+    assert is_average == (name in FIRST_ROUND_IS_FEDAVG)
 
 
 @every_rule
@@ -167,21 +244,109 @@ def test_a_declared_raw_weight_gives_the_same_as_the_vectors(make):
 
 
 def accumulated(rule):
-    from dataclasses import replace
-
     start = torch.linspace(-1, 1, P)
     given = cohort(0, start)
-    raw = given.num_examples.double() if getattr(rule, "weighting", "") != "uniform" else torch.ones(3).double()
+    weigh = rule.raw_weight or (lambda update: float(update.num_examples))
+    rows = zip(given.clients, given.num_examples, given.num_steps, given.vectors.matrix, strict=True)
+    updates = [ClientUpdate(int(k), int(n), int(s), 0, row) for k, n, s, row in rows]
+    raw = torch.tensor([weigh(update) for update in updates], dtype=torch.float64)
     total = (raw[:, None] * given.vectors.matrix.double()).sum(0).float()
     summed = replace(given, vectors=AccumulatedVectors(total, raw, start, type(rule).__name__))
     return rule.step(summed, rule.init(start, torch.tensor([10, 20, 30])), Server())
 
 
-@every_rule
-def test_in_a_federation_with_a_cohort_that_changes(make):
+# ---------------------------------------------------------------------- rows that are spread over processes
+
+
+def all_rules(ranks=None):
+    """Three rounds of every rule; the last one's parameters, weights, metrics, and state as a checkpoint has it."""
+    ends = {}
+    for name, make in RULES.items():
+        rule, start = make(), torch.linspace(-1, 1, P)
+        rule.state = rule.init(start, torch.tensor([10, 20, 30, 40]))
+        for t in range(3):
+            given = cohort(t, start, clients=(0, 1, 3))
+            if ranks is not None:
+                owners = [(t + slot) % ranks.size for slot in range(3)]
+                mine = [slot for slot, owner in enumerate(owners) if owner == ranks.rank]
+                rows = SpreadVectors(given.vectors.matrix[mine], start, owners, ranks, ordered=True)
+                given = replace(given, vectors=rows)
+            step = rule.step(given, rule.state, Server())
+            start, rule.state = step.parameters, step.state
+        ends[name] = (start, step.weights, dict(step.metrics), rule.state_dict())
+    return ends
+
+
+def tensors(tree):
+    """The tensors in a state, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [leaf for value in (tree.values() if isinstance(tree, dict) else ()) for leaf in tensors(value)]
+
+
+def work(rank, size, store, path):
+    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    torch.save(all_rules(Ranks(rank, size)), f"{path}{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_rows_on_several_processes_give_what_one_gives(tmp_path):
+    arguments = (2, str(tmp_path / "store"), str(tmp_path / "end"))
+    torch.multiprocessing.start_processes(work, arguments, nprocs=2, start_method="fork")
+    one = all_rules()
+    for rank in range(2):
+        other = torch.load(tmp_path / f"end{rank}")
+        for name, (parameters, weights, metrics, state) in one.items():
+            assert torch.allclose(other[name][0], parameters, rtol=1e-6, atol=1e-7), name
+            assert torch.allclose(other[name][1], weights, rtol=1e-6), name
+            assert other[name][2] == pytest.approx(metrics, rel=1e-5), name
+            if rank == 0:  # which writes checkpoints
+                torch.testing.assert_close(tensors(other[name][3]), tensors(state), rtol=1e-5, atol=1e-7, msg=name)
+
+
+# ---------------------------------------------------------------------- real federations
+
+
+@every_name
+def test_in_a_federation_with_a_cohort_that_changes(name):
     module = Classifier()
-    runner = trainer(rounds=4, rule=make(), clients_per_round=2)
+    runner = trainer(rounds=4, rule=RULES[name](), clients_per_round=NEEDS_CLIENTS.get(name, 2))
     runner.fit(module, loader())
     assert torch.isfinite(flat(module)).all()
     assert (flat(module) - flat(Classifier())).abs().max() > 1e-2
     assert runner.federation_summary["rounds"] == 4
+
+
+@every_name
+def test_the_vectorized_engine_gives_what_the_sequential_one_gives(name):
+    ends = []
+    for engine in ("sequential", "vectorized"):
+        module = Classifier()
+        trainer(rule=RULES[name](), engine=engine).fit(module, loader())
+        ends.append(flat(module))
+    assert torch.allclose(*ends, rtol=1e-4, atol=1e-5)
+
+
+class Loses(Channel):
+    """Loses client 2 in all rounds but the first."""
+
+    def outage(self, round_, clients, seed):
+        return torch.tensor([round_ > 0 and client == 2 for client in clients])
+
+
+class WithoutTwo:
+    """Draws everybody in the first round, and all but client 2 afterwards."""
+
+    def sample(self, round_, *, num_clients, sizes, seed):
+        return [client for client in range(num_clients) if round_ == 0 or client != 2]
+
+
+@every_name
+def test_a_client_that_is_absent_equals_one_that_does_not_arrive(name):
+    ends = []
+    for options in ({"callbacks": [Loses(fallback="discard")]}, {"sampler": WithoutTwo()}):
+        module = Classifier()
+        trainer(rule=RULES[name](), **options).fit(module, loader())
+        ends.append(flat(module))
+    assert torch.equal(*ends)

@@ -1,6 +1,24 @@
 """Federated learning for PyTorch Lightning: a round is an epoch, and a method is a callback."""
 
-from lightning_fedhaw.aggregation import AggregationRule, FedAvgCallback, FedHAWCallback, RuleStep
+from lightning_fedhaw.aggregation import (
+    AggregationRule,
+    FedAdagradCallback,
+    FedAdamCallback,
+    FedAdpCallback,
+    FedAvgCallback,
+    FedAvgMCallback,
+    FedHAWCallback,
+    FedLWSCallback,
+    FedNovaCallback,
+    FedOptCallback,
+    FedYogiCallback,
+    GeometricMedianCallback,
+    KrumCallback,
+    MedianCallback,
+    MultiKrumCallback,
+    RuleStep,
+    TrimmedMeanCallback,
+)
 from lightning_fedhaw.channel import Channel
 from lightning_fedhaw.clients import ClientObjective
 from lightning_fedhaw.cohort import ClientUpdate, ClientVectors, Cohort
@@ -30,19 +48,32 @@ __all__ = [
     "ClientVectors",
     "Cohort",
     "DirichletPartitioner",
+    "FedAdagradCallback",
+    "FedAdamCallback",
+    "FedAdpCallback",
     "FedAvgCallback",
+    "FedAvgMCallback",
     "FedHAWCallback",
+    "FedLWSCallback",
+    "FedNovaCallback",
+    "FedOptCallback",
+    "FedYogiCallback",
     "FederatedDataModule",
     "FederatedStrategy",
     "FederatedTrainer",
     "FederationOptions",
+    "GeometricMedianCallback",
     "IIDPartitioner",
     "IndexPartitioner",
     "KeyPartitioner",
+    "KrumCallback",
+    "MedianCallback",
+    "MultiKrumCallback",
     "ParameterLayout",
     "RoundObserver",
     "RoundProgressBar",
     "RuleStep",
     "Server",
+    "TrimmedMeanCallback",
     "stream",
 ]

@@ -179,6 +179,22 @@ class ClientVectors:
             slice(None), slice(None), torch.empty_like(self.matrix, dtype=self._working_dtype, device=like.device)
         )
 
+    def map_columns(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """One number of every parameter from all clients' values of it: order statistics without a second matrix.
+
+        Args:
+            function: ``[K, columns] -> [columns]``, for any number of columns at a time. Its argument may be changed.
+
+        Returns:
+            ``[P]`` on the start's device (the matrix's without a start).
+        """
+        count, length = self.matrix.shape
+        device = self.matrix.device if self.start is None else self.start.device
+        found = torch.empty(length, dtype=self._working_dtype, device=device)
+        for columns, rows in _pieces(count, 0, length, self.matrix, self._working_dtype):
+            found[columns] = function(self._rows(slice(None), columns, rows)).to(device)
+        return found
+
     def _rows(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         """A piece of the vectors themselves, written into ``[rows, columns]`` of the working dtype."""
         out.copy_(self.matrix[rows, columns])
@@ -230,11 +246,11 @@ class AccumulatedVectors:
     Args:
         total: ``[P]``, the sum of raw weight times displacement.
         raw_weights: ``[K]``, the raw weight of each client that was added.
-        start: ``[P]``, what the displacements are measured from.
+        start: ``[P]``, what the displacements are measured from. ``None`` stands for zero.
         rule: Name of the rule, for error messages.
     """
 
-    def __init__(self, total: Tensor, raw_weights: Tensor, start: Tensor, rule: str) -> None:
+    def __init__(self, total: Tensor, raw_weights: Tensor, start: Tensor | None, rule: str) -> None:
         self.total = total
         self.raw_weights = raw_weights
         self.start = start
@@ -248,6 +264,11 @@ class AccumulatedVectors:
         """``[K]`` float64: the raw weights, normalised to sum to one."""
         return self.raw_weights / self.raw_weights.sum()
 
+    @property
+    def displacements(self) -> AccumulatedVectors:
+        """The same sum measured from the start."""
+        return AccumulatedVectors(self.total, self.raw_weights, None, self.rule)
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """The mix, for the one set of weights that was accumulated (up to a common factor).
 
@@ -258,10 +279,11 @@ class AccumulatedVectors:
         scale = weights.detach().double().sum() / self.raw_weights.sum()
         if not torch.allclose(weights.detach().double(), self.raw_weights * scale, rtol=1e-9, atol=0.0):
             raise RuntimeError(self._sentence("a weighted sum with weights other than its `raw_weight`"))
-        return (self.total * scale.item()).add_(self.start, alpha=weights.sum().item())
+        mixed = self.total * scale.item()
+        return mixed if self.start is None else mixed.add_(self.start, alpha=weights.sum().item())
 
     def __getattr__(self, name: str) -> Any:
-        if name in {"inner", "gram", "norms", "distances", "gather", "displacements", "matrix"}:
+        if name in {"inner", "gram", "norms", "distances", "gather", "map_columns", "matrix"}:
             raise RuntimeError(self._sentence(f"`{name}`"))
         raise AttributeError(name)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,15 @@ class SpreadVectors(ClientVectors):
         whole = torch.zeros(len(self), own.shape[1], dtype=own.dtype, device=own.device)
         whole[self._own.to(own.device)] = own
         return self.ranks.sum(whole)
+
+    def map_columns(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """One number of every parameter from all clients' values of it, ``[P]``; each process works on its share."""
+        found = torch.zeros(self.matrix.shape[1], dtype=self._working_dtype, device=self.matrix.device)
+        for columns, rows in self.ranks.columns(self.matrix, self.owners):
+            start = None if self.start is None else self.start[columns].to(rows.device)
+            found[columns] = ClientVectors(rows, start).map_columns(function).to(found)
+        found = self.ranks.sum(found)
+        return found if self.start is None else found.to(self.start.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The vectors, whole on process 0; every process has to ask."""

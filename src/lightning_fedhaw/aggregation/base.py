@@ -59,8 +59,8 @@ class AggregationRule(Callback):
     given.
 
     A new rule implements :meth:`step`, and :meth:`init` if it keeps state between rounds. Both are pure: state goes
-    in, state comes out. State holds tensors, plain Python values, and whole :class:`~lightning_fedhaw.ClientVectors`
-    as direct entries; a checkpoint holds those as tensors, so that it can be read back safely.
+    in, state comes out. State holds tensors, plain Python values, whole :class:`~lightning_fedhaw.ClientVectors`, and
+    dictionaries of these; a checkpoint holds vectors as tensors, so that it can be read back safely.
 
     Args:
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`, for the second door.
@@ -128,11 +128,23 @@ class AggregationRule(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The state, for a checkpoint: tensors and plain values, with client vectors taken apart."""
-        return {k: v.state_dict() if isinstance(v, ClientVectors) else v for k, v in self.state.items()}
+        return {k: _taken_apart(v) for k, v in self.state.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of a checkpoint."""
-        self.state = {k: ClientVectors.from_state(v) if ClientVectors.is_state(v) else v for k, v in state_dict.items()}
+        self.state = {k: _put_together(v) for k, v in state_dict.items()}
+
+
+def _taken_apart(value: Any) -> Any:
+    if isinstance(value, ClientVectors):
+        return value.state_dict()
+    return {k: _taken_apart(v) for k, v in value.items()} if type(value) is dict else value
+
+
+def _put_together(value: Any) -> Any:
+    if ClientVectors.is_state(value):
+        return ClientVectors.from_state(value)
+    return {k: _put_together(v) for k, v in value.items()} if type(value) is dict else value
 
 
 def normalised(weights: Tensor) -> Tensor:

@@ -1,0 +1,116 @@
+"""FedAdp: weigh clients by the angle between their update and the average update.
+
+H. Wu, P. Wang: Fast-Convergent Federated Learning with Adaptive Weighting. IEEE Transactions on Cognitive
+Communications and Networking, 2021; formulas as in the code of FedHAW's authors (github.com/a-nakai-k/FedHAW).
+
+Shapes: N clients exist, K are in the cohort, P parameters. With ``q_k`` [P] the displacement of client k, in radians::
+
+    theta_k  <- arccos <q_k, q> / (|q_k| |q|)          q = sum_k p_k q_k, p_k = n_k / sum_j n_j
+    smooth_k <- ((r - 1) smooth_k + theta_k) / r       r: the rounds that client k has taken part in, this one included
+    f(x)     =  alpha (1 - exp(-exp(-alpha (x - 1))))
+    w        <- sum_k psi_k w_k                        psi_k = n_k exp(f(smooth_k)) / sum_j n_j exp(f(smooth_j))
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.cohort import ClientVectors, Cohort, dot
+
+Smoothing = Literal["participations", "rounds"]
+
+
+def angles(updates: ClientVectors, shares: Tensor) -> Tensor:
+    """Angle between each update and their average, ``[K]`` float64 in [0, pi]; a right angle where either is zero.
+
+    Args:
+        updates: K displacements.
+        shares: ``[K]``, the weights of the average.
+    """
+    average = updates.weighted_sum(shares)
+    lengths = updates.norms() * dot(average, average).sqrt()
+    cosines = torch.where(lengths > 0, updates.inner(average) / lengths, 0.0)
+    return cosines.clamp(-1, 1).arccos()
+
+
+def gompertz(angle: Tensor, alpha: float) -> Tensor:
+    """``alpha (1 - exp(-exp(-alpha (angle - 1))))``: near alpha for aligned updates, near 0 for opposed ones."""
+    return alpha * (1 - (-(-alpha * (angle - 1)).exp()).exp())
+
+
+class FedAdpCallback(AggregationRule):
+    """Weigh clients by how well their update agrees with the average update.
+
+    Args:
+        alpha: How sharply weights fall with the angle: an aligned client weighs up to ``exp(alpha)`` times as much as
+            an opposed one. 0 is FedAvg.
+        smooth_by: ``"participations"``: a client's angles are averaged over the rounds it was heard in, as published.
+            ``"rounds"``: the number of the round stands in the mean, whoever took part, as in FedHAW's authors' code.
+        update_unheard: Whether what stands in for a client that was not heard counts as an angle of its own, as in
+            that code: a zero update is a right angle.
+        federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
+
+    Attributes:
+        state: ``angles`` [N] float64, smoothed and in radians, and ``counts`` [N] int64, the rounds behind them.
+
+    Raises:
+        ValueError: If an argument is not one of the allowed values.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 5.0,
+        *,
+        smooth_by: Smoothing = "participations",
+        update_unheard: bool = False,
+        **federation: Any,
+    ) -> None:
+        super().__init__(**federation)
+        if not (isinstance(alpha, (int, float)) and 0 <= alpha < math.inf):
+            raise ValueError(f"`alpha` must be a finite number of at least 0, got {alpha!r}.")
+        if smooth_by not in get_args(Smoothing):
+            allowed = ", ".join(map(repr, get_args(Smoothing)))
+            raise ValueError(f"`smooth_by` must be one of {allowed}, got {smooth_by!r}.")
+        self.alpha, self.smooth_by, self.update_unheard = float(alpha), smooth_by, update_unheard
+
+    def describe(self) -> str:
+        """The rule and its settings, for the line that opens a run."""
+        return f"FedAdpCallback(alpha={self.alpha}, smooth_by={self.smooth_by})"
+
+    def init(self, start: Tensor, num_examples: Tensor) -> State:
+        """No angles yet."""
+        return {
+            "angles": torch.zeros(len(num_examples), dtype=torch.float64),
+            "counts": torch.zeros(len(num_examples), dtype=torch.int64),
+        }
+
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+        """One mean of angles a client, and the average it leads to."""
+        vectors, clients = cohort.vectors, cohort.clients
+        seen = angles(vectors.displacements, normalised(cohort.num_examples))  # type: ignore[arg-type]
+        counts, smooth = state["counts"][clients], state["angles"][clients]
+        told = cohort.heard | self.update_unheard
+        rounds = counts + 1 if self.smooth_by == "participations" else torch.full_like(counts, cohort.round + 1)
+        # Who was never heard weighs by what stands in for it.
+        smooth = torch.where(told, ((rounds - 1) * smooth + seen) / rounds, torch.where(counts > 0, smooth, seen))
+        heights = gompertz(smooth, self.alpha)
+        weights = normalised(cohort.num_examples * (heights - heights.max()).exp())
+        new_angles, new_counts = state["angles"].clone(), state["counts"].clone()
+        new_angles[clients[told]] = smooth[told]
+        new_counts[clients[told]] += 1
+        return RuleStep(
+            parameters=vectors.weighted_sum(weights),
+            state={"angles": new_angles, "counts": new_counts},
+            weights=weights,
+            metrics={
+                "angle/mean": seen.mean().item(),
+                "angle/max": seen.max().item(),
+                "weight/max": weights.max().item(),
+                "weight/effective_clients": (1 / weights.square().sum()).item(),
+            },
+        )

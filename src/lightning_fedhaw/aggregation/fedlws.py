@@ -1,0 +1,96 @@
+"""FedLWS: shrink the average layer by layer, the more the clients' updates disagree.
+
+C. Shi and others: FedLWS, federated learning with adaptive layer-wise weight shrinking. Formulas as in the authors'
+code.
+
+Per layer l, with ``w`` the broadcast model and ``d_k = w_k - w`` of the cohort's K clients::
+
+    average =  sum_k p_k w_k                                       p_k = n_k / sum_j n_j
+    v       =  (1 / K) sum_k |d_k - (1 / K) sum_j d_j|
+    tau     =  beta v, but at least tau_min and at most tau_max
+    shrink  =  |w| / (|w| + tau |average - w|)
+    w       <- shrink average
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.cohort import ClientVectors, Cohort
+
+NOTHING = 1e-12
+"""A layer whose norm is below this is not shrunk: it would be zero for ever."""
+
+
+def shrinking(
+    updates: ClientVectors,
+    start: Tensor,
+    moved: Tensor,
+    groups: Mapping[str, Sequence[slice]],
+    beta: float,
+    tau_min: float,
+    tau_max: float,
+) -> Tensor:
+    """The factor of each layer, ``[layers]`` float64 in (0, 1].
+
+    Args:
+        updates: K displacements.
+        start: ``[P]``, the broadcast model.
+        moved: ``[P]``, the average model minus the broadcast one.
+        groups: Slices of the flat vector, by layer.
+        beta: Factor of the disagreement.
+        tau_min: Its least product with the disagreement.
+        tau_max: Its greatest.
+    """
+    even = torch.full((len(updates),), 1 / len(updates), dtype=torch.float64)
+    disagreement = updates.distances(updates.weighted_sum(even), groups).mean(1)
+    tau = (beta * disagreement).clamp(tau_min, tau_max)
+    layer, step = ClientVectors(torch.stack([start, moved.to(start)])).norms(groups).unbind(1)
+    return torch.where(layer < NOTHING, 1.0, layer / (layer + tau * step))
+
+
+class FedLWSCallback(AggregationRule):
+    """Average, then shrink each layer by how much the clients disagree on it; without any server data.
+
+    A layer is a module's own parameters, weight and bias together. Buffers are averaged and never shrunk.
+
+    Args:
+        beta: How strongly a layer shrinks where clients disagree. 0, with ``tau_min=0``, is FedAvg.
+        tau_min: The least ratio of shrinking to moving. ``0`` and ``tau_max=inf`` give the variant without bounds.
+        tau_max: The greatest.
+        federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
+
+    Raises:
+        ValueError: If a number is outside of its range.
+    """
+
+    def __init__(self, beta: float = 0.03, *, tau_min: float = 0.01, tau_max: float = 0.2, **federation: Any) -> None:
+        super().__init__(**federation)
+        if not (isinstance(beta, (int, float)) and 0 <= beta < math.inf):
+            raise ValueError(f"`beta` must be a finite number of at least 0, got {beta!r}.")
+        if not 0 <= tau_min <= tau_max:
+            raise ValueError(f"`tau_min` and `tau_max` must be 0 <= tau_min <= tau_max, got {tau_min} and {tau_max}.")
+        self.beta, self.tau_min, self.tau_max = float(beta), float(tau_min), float(tau_max)
+
+    def describe(self) -> str:
+        """The rule and its settings, for the line that opens a run."""
+        return f"FedLWSCallback(beta={self.beta}, tau_min={self.tau_min}, tau_max={self.tau_max})"
+
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+        """One average, shrunk layer by layer."""
+        weights, groups = normalised(cohort.num_examples), server.layout.groups()
+        updates: ClientVectors = cohort.vectors.displacements  # type: ignore[assignment]
+        moved = updates.weighted_sum(weights).to(cohort.start)
+        shrink = shrinking(updates, cohort.start, moved, groups, self.beta, self.tau_min, self.tau_max)
+        parameters = cohort.start + moved
+        for factor, parts in zip(shrink.tolist(), groups.values(), strict=True):
+            for part in parts:
+                parameters[part] *= factor
+        metrics = {"shrink/min": shrink.min().item(), "shrink/mean": shrink.mean().item()}
+        return RuleStep(parameters, state, weights, metrics)

@@ -1,0 +1,150 @@
+"""FedNova: average normalised updates, so that clients with many steps do not pull the model towards their own optimum.
+
+J. Wang, Q. Liu, H. Liang, G. Joshi, H. V. Poor: Tackling the Objective Inconsistency Problem in Heterogeneous Federated
+Optimization. NeurIPS 2020.
+
+A linear local optimiser ends at ``w_k = w - lr sum_j a_j g_j`` with gradients ``g_j``. With its normaliser
+``A_k = sum_j a_j``, by which a client's update is an average gradient whatever its number of steps::
+
+    w <- w + tau_eff sum_k p_k (w_k - w) / A_k          tau_eff = sum_k p_k A_k, p_k = n_k / sum_j n_j
+
+``A_k`` is the number of steps with plain SGD; momentum makes it larger and a proximal term smaller.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+
+from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.cohort import ClientUpdate, Cohort
+
+EffectiveSteps = Literal["normaliser", "steps"]
+
+
+@cache
+def normaliser(steps: int, momentum: float = 0.0, nesterov: bool = False, pull: float = 0.0) -> float:
+    """``A``: how far a local optimiser with a learning rate of 1 goes on gradients of -1.
+
+    Args:
+        steps: Its steps, from rest.
+        momentum: Its momentum.
+        nesterov: Whether it looks ahead.
+        pull: Learning rate times the factor of a proximal term, ``lr mu``.
+
+    Example:
+        >>> normaliser(5), round(normaliser(5, momentum=0.9), 4), round(normaliser(5, pull=0.1), 4)
+        (5.0, 13.1441, 4.0951)
+    """
+    reached = velocity = 0.0
+    for _ in range(steps):
+        push = 1 - pull * reached
+        velocity = momentum * velocity + push
+        reached += push + momentum * velocity if nesterov else velocity
+    return reached
+
+
+class FedNovaCallback(AggregationRule):
+    """Average the clients' updates per unit of local work, then go as far as they did on average.
+
+    With equal numbers of steps it is FedAvg. A client that made no step keeps its share and moves nothing.
+
+    Args:
+        momentum: The momentum of the clients' SGD. ``"auto"``: read from ``configure_optimizers`` when ``fit`` begins,
+            Nesterov's kind included.
+        proximal: The factor ``mu`` of a proximal term ``mu / 2 |w - start|^2`` that clients add to their loss.
+        tau_eff: ``"normaliser"``: ``sum_k p_k A_k``, as published. ``"steps"``: ``sum_k p_k`` times the number of
+            steps, as the authors' code does with a proximal term.
+        federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
+
+    Raises:
+        ValueError: If an argument is not one of the allowed values; when ``fit`` begins, if the normaliser of the
+            clients' optimiser is not known.
+    """
+
+    def __init__(
+        self,
+        *,
+        momentum: float | Literal["auto"] = "auto",
+        proximal: float = 0.0,
+        tau_eff: EffectiveSteps = "normaliser",
+        **federation: Any,
+    ) -> None:
+        super().__init__(**federation)
+        if momentum != "auto" and not (isinstance(momentum, (int, float)) and 0 <= momentum < 1):
+            raise ValueError(f"`momentum` must be 'auto' or a number of at least 0 and below 1, got {momentum!r}.")
+        if not (isinstance(proximal, (int, float)) and 0 <= proximal < math.inf):
+            raise ValueError(f"`proximal` must be a finite number of at least 0, got {proximal!r}.")
+        if tau_eff not in get_args(EffectiveSteps):
+            raise ValueError(f"`tau_eff` must be one of 'normaliser', 'steps', got {tau_eff!r}.")
+        self._reads_momentum = momentum == "auto"
+        self.momentum, self.nesterov = 0.0 if momentum == "auto" else float(momentum), False
+        self.proximal, self.tau_eff = float(proximal), tau_eff
+        self.needs_learning_rates = proximal > 0
+        # A proximal term's normaliser needs the round's learning rate, which comes with the cohort.
+        self.raw_weight = None if proximal > 0 else self._examples_per_work
+
+    def describe(self) -> str:
+        """The rule and its settings, for the line that opens a run."""
+        return f"FedNovaCallback(momentum={self.momentum}, proximal={self.proximal}, tau_eff={self.tau_eff})"
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find out how far the clients' optimiser goes."""
+        if self._reads_momentum:
+            self.momentum, self.nesterov = _read_momentum(trainer.optimizers)
+        if self.momentum and trainer.fit_loop.options.optimizer_state == "kept":
+            raise ValueError(
+                "FedNova's normaliser is that of clients whose momentum starts at 0 every round, and"
+                ' `optimizer_state="kept"` lets it go on. Use `optimizer_state="fresh"`.'
+            )
+
+    def _examples_per_work(self, update: ClientUpdate) -> float:
+        work = normaliser(update.num_steps, self.momentum, self.nesterov)
+        return update.num_examples / work if work else 0.0
+
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+        """One average of normalised updates."""
+        weights, steps = normalised(cohort.num_examples), cohort.num_steps.tolist()
+        pull = self.proximal * _one_rate(cohort.learning_rates) if self.proximal else 0.0
+        work = torch.tensor(
+            [normaliser(count, self.momentum, self.nesterov, pull) for count in steps], dtype=torch.float64
+        )
+        worked = work > 0
+        if not (weights[worked].sum() > 0):
+            return RuleStep(cohort.start.clone(), state, weights, {"tau_eff": 0.0})
+        # The mean over those who worked: who made no step is a zero update, as in FedAvg, and no shorter way for all.
+        reach = work if self.tau_eff == "normaliser" else cohort.num_steps.double()
+        tau_eff = (weights * reach).sum() / weights[worked].sum()
+        mix = torch.where(worked, tau_eff * weights / work, 0.0)
+        moved = cohort.vectors.displacements.weighted_sum(mix)
+        return RuleStep(cohort.start + moved.to(cohort.start), state, weights, {"tau_eff": tau_eff.item()})
+
+
+def _one_rate(rates: tuple[float, ...]) -> float:
+    if len(set(rates)) != 1:
+        raise ValueError(
+            f"FedNova's `proximal` needs one local learning rate for all parameters, got {sorted(set(rates))}. Give all"
+            " parameter groups the same rate, or leave `proximal` at 0."
+        )
+    return rates[0]
+
+
+def _read_momentum(optimizers: Any) -> tuple[float, bool]:
+    """Momentum of the clients' optimisers, and whether it is Nesterov's."""
+    found = {
+        (float(group["momentum"]), bool(group["nesterov"])) if not (group["dampening"] and group["momentum"]) else None
+        for optimizer in optimizers
+        for group in (optimizer.param_groups if type(optimizer) is torch.optim.SGD else ())
+    }
+    others = [type(optimizer).__name__ for optimizer in optimizers if type(optimizer) is not torch.optim.SGD]
+    if others or len(found) != 1 or None in found:
+        what = ", ".join(others) or "SGD with dampening, or with another momentum in each parameter group"
+        raise ValueError(
+            "FedNova has to know how far a local optimiser goes in a number of steps, and knows it of `torch.optim.SGD`"
+            f" with one momentum and no dampening; `configure_optimizers` gave {what}. Use such an SGD, or say what"
+            " comes closest: `FedNovaCallback(momentum=0.0)` counts steps."
+        )
+    return found.pop()  # type: ignore[return-value]
