@@ -7,11 +7,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from federations import Classifier, flat, loader, trainer
-from lightning_fedhaw import ClientVectors, Cohort, FedAvgCallback, FedHAWCallback, ParameterLayout
+from federations import Classifier, flat, loader, samples, trainer
+from lightning_fedhaw import (
+    ClientVectors,
+    Cohort,
+    FedAvgCallback,
+    FedBECallback,
+    FedDFCallback,
+    FederatedDataModule,
+    FedHAWCallback,
+    FedHyperCallback,
+    FedLAWCallback,
+    ParameterLayout,
+    ServerFineTuningCallback,
+)
 from lightning_fedhaw.cohort import AccumulatedVectors
 
 P = 7
+
+
+def logits(module, batch):
+    return module.net(batch[0])
+
+
+FEW = {"server_epochs": 4, "lr": 0.05}
 RULES = {
     "FedAvg": FedAvgCallback,
     "FedAvg uniform": lambda: FedAvgCallback(weighting="uniform"),
@@ -22,20 +41,52 @@ RULES = {
     "FedHAW Adam": lambda: FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1, hyper_optimizer=torch.optim.Adam),
     "FedHAW bounded": lambda: FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1, scale_bounds=(0.99, 1.01)),
     "FedHAW on host": lambda: FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1, memory="host"),
+    "FedLAW": lambda: FedLAWCallback(**FEW),
+    "FedLAW scale": lambda: FedLAWCallback("scale", **FEW),
+    "FedLAW weights": lambda: FedLAWCallback("weights", **FEW),
+    "FedLAW in stages": lambda: FedLAWCallback("in_stages", server_epochs=16),
+    "FedLAW in stages, weights first": lambda: FedLAWCallback("in_stages", first_stage="weights", server_epochs=16),
+    "FedLAW quadratic": lambda: FedLAWCallback(base="quadratic", weighting="uniform", **FEW),
+    "FedHyper": FedHyperCallback,
+    "FedHyper uniform": lambda: FedHyperCallback(weighting="uniform", alpha_bounds=(0.2, 5.0)),
+    "FedHyper by cosine": lambda: FedHyperCallback(normalise="cos", hyper_lr=0.1),
+    "FedHyper G+SL": lambda: FedHyperCallback("G+SL"),
+    "FedHyper G+CL": lambda: FedHyperCallback("G+CL", normalise="cos", hyper_lr=0.1),
+    "Server fine-tuning": lambda: ServerFineTuningCallback(**FEW),
+    "FedDF": lambda: FedDFCallback(logits=logits, **FEW),
+    "FedBE": lambda: FedBECallback(logits=logits, samples=2, ensemble="probabilities", **FEW),
 }
 NEUTRAL = {
     "FedAvg": FedAvgCallback,
     "FedHAW without steps": lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0),
     "FedHAW exact without steps": lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, jacobian="exact"),
+    "FedLAW without steps": lambda: FedLAWCallback(server_epochs=0),
+    "FedLAW that learns nothing": lambda: FedLAWCallback("nothing"),
+    "FedHyper within bounds of 1": lambda: FedHyperCallback(alpha_bounds=(1.0, 1.0)),
+    "FedHyper without steps": lambda: FedHyperCallback(hyper_lr=0.0),
+    "Server fine-tuning without steps": lambda: ServerFineTuningCallback(0),
+    "FedDF without steps": lambda: FedDFCallback(0),
+    "FedBE without steps": lambda: FedBECallback(0),
 }
 every_rule = pytest.mark.parametrize("make", RULES.values(), ids=RULES.keys())
 
 
 class Server:
     layout = ParameterLayout.of(nn.Linear(P - 1, 1))
+    seed = 0
+    proxy_dataset = range(6)
 
     def loss(self, vector: Tensor, batch, batch_idx=0) -> Tensor:
         return vector.square().sum()
+
+    def proxy_batch(self, index: Tensor) -> Tensor:
+        return index
+
+    def predict(self, vector: Tensor, batch, function=None, *, buffers=None, training=False) -> Tensor:
+        return vector * (1 + batch[:, None])
+
+    def mixed_buffers(self, clients, weights):
+        return {}
 
 
 def cohort(round_: int, start: Tensor, clients=(0, 1, 2), order=None, dtype=torch.float32) -> Cohort:
@@ -150,6 +201,8 @@ def test_the_neutral_setting_is_fedavg(make):
 @every_rule
 def test_the_first_round_is_an_average(make):
     rule = make()
+    if getattr(rule, "server_epochs", 0):
+        pytest.skip("learns in the first round")
     (step,) = play(rule, rounds=1)
     weighting = getattr(rule, "weighting", "examples")
     (reference,) = play(FedAvgCallback(weighting=weighting), rounds=1)
@@ -179,9 +232,10 @@ def accumulated(rule):
 
 @every_rule
 def test_in_a_federation_with_a_cohort_that_changes(make):
-    module = Classifier()
-    runner = trainer(rounds=4, rule=make(), clients_per_round=2)
-    runner.fit(module, loader())
+    module, rule = Classifier(), make()
+    runner = trainer(rounds=4, rule=rule, clients_per_round=2)
+    data = FederatedDataModule(samples(150), batch_size=8, proxy=30) if hasattr(rule, "server_epochs") else loader()
+    runner.fit(module, data)
     assert torch.isfinite(flat(module)).all()
     assert (flat(module) - flat(Classifier())).abs().max() > 1e-2
     assert runner.federation_summary["rounds"] == 4

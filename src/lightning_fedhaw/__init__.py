@@ -1,6 +1,17 @@
 """Federated learning for PyTorch Lightning: a round is an epoch, and a method is a callback."""
 
-from lightning_fedhaw.aggregation import AggregationRule, FedAvgCallback, FedHAWCallback, RuleStep
+from lightning_fedhaw.aggregation import (
+    AggregationRule,
+    FedAvgCallback,
+    FedBECallback,
+    FedDFCallback,
+    FedHAWCallback,
+    FedHyperCallback,
+    FedLAWCallback,
+    LocalPace,
+    RuleStep,
+    ServerFineTuningCallback,
+)
 from lightning_fedhaw.channel import Channel
 from lightning_fedhaw.clients import ClientObjective
 from lightning_fedhaw.cohort import ClientUpdate, ClientVectors, Cohort
@@ -31,7 +42,11 @@ __all__ = [
     "Cohort",
     "DirichletPartitioner",
     "FedAvgCallback",
+    "FedBECallback",
+    "FedDFCallback",
     "FedHAWCallback",
+    "FedHyperCallback",
+    "FedLAWCallback",
     "FederatedDataModule",
     "FederatedStrategy",
     "FederatedTrainer",
@@ -39,10 +54,12 @@ __all__ = [
     "IIDPartitioner",
     "IndexPartitioner",
     "KeyPartitioner",
+    "LocalPace",
     "ParameterLayout",
     "RoundObserver",
     "RoundProgressBar",
     "RuleStep",
     "Server",
+    "ServerFineTuningCallback",
     "stream",
 ]

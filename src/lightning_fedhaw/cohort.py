@@ -222,11 +222,11 @@ class AccumulatedVectors:
     Args:
         total: ``[P]``, the sum of raw weight times displacement.
         raw_weights: ``[K]``, the raw weight of each client that was added.
-        start: ``[P]``, what the displacements are measured from.
+        start: ``[P]``, what the displacements are measured from. ``None`` stands for zero.
         rule: Name of the rule, for error messages.
     """
 
-    def __init__(self, total: Tensor, raw_weights: Tensor, start: Tensor, rule: str) -> None:
+    def __init__(self, total: Tensor, raw_weights: Tensor, start: Tensor | None, rule: str) -> None:
         self.total = total
         self.raw_weights = raw_weights
         self.start = start
@@ -240,6 +240,11 @@ class AccumulatedVectors:
         """``[K]`` float64: the raw weights, normalised to sum to one."""
         return self.raw_weights / self.raw_weights.sum()
 
+    @property
+    def displacements(self) -> AccumulatedVectors:
+        """The same sum measured from the start."""
+        return AccumulatedVectors(self.total, self.raw_weights, None, self.rule)
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """The mix, for the one set of weights that was accumulated (up to a common factor).
 
@@ -250,10 +255,11 @@ class AccumulatedVectors:
         scale = weights.detach().double().sum() / self.raw_weights.sum()
         if not torch.allclose(weights.detach().double(), self.raw_weights * scale, rtol=1e-9, atol=0.0):
             raise RuntimeError(self._sentence("a weighted sum with weights other than its `raw_weight`"))
-        return (self.total * scale.item()).add_(self.start, alpha=weights.sum().item())
+        mixed = self.total * scale.item()
+        return mixed if self.start is None else mixed.add_(self.start, alpha=weights.sum().item())
 
     def __getattr__(self, name: str) -> Any:
-        if name in {"inner", "gram", "norms", "distances", "gather", "displacements", "matrix"}:
+        if name in {"inner", "gram", "norms", "distances", "gather", "matrix"}:
             raise RuntimeError(self._sentence(f"`{name}`"))
         raise AttributeError(name)
 
@@ -280,6 +286,7 @@ class Cohort:
         start: ``[P]``, the global parameters that were broadcast.
         vectors: The clients' parameter vectors as the server received them.
         learning_rates: The round's local learning rate of each parameter tensor, in the layout's order.
+        buffers: Each client's buffers after training, by name; those that did not change may be missing.
     """
 
     round: int
@@ -290,6 +297,7 @@ class Cohort:
     start: Tensor
     vectors: ClientVectors | AccumulatedVectors
     learning_rates: tuple[float, ...] = ()
+    buffers: Sequence[Mapping[str, Tensor]] = ()
 
     def __len__(self) -> int:
         return len(self.clients)
