@@ -40,11 +40,12 @@ class Paced:
             for name, old, gradient in zip(self.names, before, gradients, strict=True)
         }
         factor, after = self.pace.factor(given, {name: value[at] for name, value in self.state.items()})
-        for name, value in after.items():
-            self.state[name][at] = value
         for parameter, old in zip(parameters, before, strict=True):
             weight = factor.reshape(factor.shape + (1,) * (old.ndim - factor.ndim)).to(old)
             parameter.copy_(torch.lerp(old, parameter, weight))
+        # Last: the factor may be a view of a state.
+        for name, value in after.items():
+            self.state[name][at] = value
 
 
 class PacedOptimizer:
