@@ -62,7 +62,7 @@ def test_the_servers_rate(bounds, alphas, ends):
     for step, end in zip(steps, ends or [], strict=False):
         assert torch.allclose(step.parameters, tensor(end), atol=1e-8)
     # The change is kept as it came, not as it was scaled.
-    assert torch.equal(steps[-1].state["previous"], -tensor(MOVES[-1]))
+    assert torch.equal(steps[-1].state["delta"], -tensor(MOVES[-1]))
 
 
 def test_cosines_are_shares_of_the_rate():

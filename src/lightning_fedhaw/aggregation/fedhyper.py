@@ -68,7 +68,7 @@ class FedHyperCallback(AggregationRule):
 
     Attributes:
         state: ``alpha`` [] and ``beta`` [], a multiple of the local rate, in float64 on the CPU; after the first cohort
-            also ``previous`` [P], its pseudo-gradient, and ``cohort_size``.
+            also ``delta`` [P], its pseudo-gradient, and ``cohort_size``.
 
     Raises:
         ValueError: If an argument is not one of the allowed values.
@@ -148,8 +148,8 @@ class FedHyperCallback(AggregationRule):
         moved = cohort.vectors.displacements.weighted_sum(weights)
         alpha, beta = state["alpha"], state["beta"]
         metrics: dict[str, float] = {}
-        if "previous" in state:
-            previous, relative = state["previous"], self.normalise == "cos"
+        if "delta" in state:
+            previous, relative = state["delta"], self.normalise == "cos"
             product = -dot(moved, previous)
             if relative:
                 lengths = dot(moved, moved).sqrt() * dot(previous, previous).sqrt()
@@ -165,7 +165,7 @@ class FedHyperCallback(AggregationRule):
                 own = step / _one(cohort.learning_rates) if self.normalise == "none" else step
                 beta = next_rate(beta, own, self.beta_bounds, relative=relative)
             metrics = {"product": product.item()}
-        new = {"alpha": alpha.clone(), "beta": beta.clone(), "previous": -moved, "cohort_size": len(cohort)}
+        new = {"alpha": alpha.clone(), "beta": beta.clone(), "delta": -moved, "cohort_size": torch.tensor(len(cohort))}
         metrics |= {"alpha": alpha.item()}
         if "SL" in self.adapt:
             metrics |= {"beta": beta.item() * _one(cohort.learning_rates)}
@@ -177,9 +177,9 @@ class FedHyperCallback(AggregationRule):
         if "SL" in self.adapt:
             return SharedRate(float(state["beta"]))
         if "CL" in self.adapt:
-            delta = layout.views(state["previous"]) if "previous" in state else None
+            delta = layout.views(state["delta"]) if "delta" in state else None
             return ClientRate(
-                delta, self.beta_bounds, self.normalise, self.hyper_lr, cohort_size=state.get("cohort_size", 1)
+                delta, self.beta_bounds, self.normalise, self.hyper_lr, cohort_size=int(state.get("cohort_size", 1))
             )
         return None
 
