@@ -239,6 +239,8 @@ class _Called(nn.Module):
 
 
 def _training_step(module: Any, batch: Any, batch_idx: int) -> Any:
+    if not getattr(module, "automatic_optimization", True):
+        raise ValueError("with `automatic_optimization=False`, `training_step` has no loss but steps by itself")
     return module.training_step(*step_arguments(module.training_step, batch, batch_idx)[:2])
 
 
@@ -264,8 +266,9 @@ def _quiet(module: nn.Module) -> Iterator[None]:
         else:
             vars(module)["log"] = own_log
         for metric, attributes, states in metrics:
-            vars(metric).clear()
-            vars(metric).update({**attributes, **states})
+            if metric._update_count != attributes["_update_count"]:
+                vars(metric).clear()
+                vars(metric).update({**attributes, **states})
 
 
 def _copied(state: Any) -> Any:

@@ -161,6 +161,24 @@ def test_training_lowers_the_loss_and_changes_the_model(make):
     assert torch.equal(flat(module), flat(fit(make(batch_size=16), Model(norm=True, dropout=0.2))[1]))
 
 
+@every_rule
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_in_other_precisions(make, precision):
+    runner, module = fit(make(), Model(norm=True), rounds=1, precision=precision)
+    assert torch.isfinite(flat(module)).all()
+    assert float(runner.callback_metrics["proxy_loss_after"]) > 0
+
+
+def test_manual_optimisation_has_no_loss_to_train_on():
+    class Manual(Model):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+    with pytest.raises(ValueError, match="with `automatic_optimization=False`, `training_step` has no loss"):
+        fit(ServerFineTuningCallback(), Manual())
+
+
 def test_fine_tuning_by_hand():
     rule = ServerFineTuningCallback(3, optimizer=torch.optim.SGD, lr=0.1, batch_size=64)
     ours = fit(rule, rounds=1)[1]

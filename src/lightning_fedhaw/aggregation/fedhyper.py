@@ -228,6 +228,8 @@ class ClientRate(LocalPace):
     def begin(self, start: Mapping[str, Tensor], num_steps: int, rates: Sequence[float]) -> dict[str, Tensor]:
         """The optimiser's own rate; as the last gradient, nothing, or the last round's change in the code's form."""
         number = next(iter(start.values())).new_tensor
+        if self.delta is not None:  # on another device, if it comes from a checkpoint
+            self.delta = {name: self.delta[name].to(p) for name, p in start.items()}
         last = self.delta if self.normalise == "lr" and self.delta is not None else {}
         return {
             "multiple": number(1.0),

@@ -84,12 +84,12 @@ def descend(
     for epoch in range(epochs):
         for index, batch in batches(server, batch_size, *path, "epoch", epoch):
 
-            def closure(index: Tensor = index, batch: Any = batch) -> float:
+            def closure(index: Tensor = index, batch: Any = batch) -> Any:
                 with torch.enable_grad():
                     value = loss(index, batch)
                 for variable, gradient in zip(variables, torch.autograd.grad(value, variables), strict=True):
                     variable.grad = gradient
-                return float(value.detach())
+                return value.detach()
 
             optimizer.step(closure)
         if not all(bool(torch.isfinite(variable).all()) for variable in variables):
