@@ -101,9 +101,9 @@ class FedLAWCallback(AggregationRule):
         TypeError: If ``optimizer`` makes none.
 
     Example:
-        >>> shares, scale = mix(*variables(torch.tensor([0.25, 0.75]), 1.0))
-        >>> shares.tolist(), scale.item()
-        ([0.25, 0.75], 1.0)
+        >>> shares, scale = mix(*variables(torch.tensor([0.25, 0.75]), scale=0.97))
+        >>> shares, scale
+        (tensor([0.2500, 0.7500]), tensor(0.9700))
     """
 
     def __init__(
