@@ -51,7 +51,6 @@ class Server:
         self.layout = layout
         self.seed = seed
         self._collate_fn, self._prepare, self._context = collate_fn, prepare, context
-        # Kept on the CPU's side: the data set itself says where its tensors are.
         self._proxy_tensors = tensors_of(proxy_dataset) if collate_fn is default_collate else None
         self._vector = layout.read(layout.tensors(module))
         self.buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
