@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
 
-from federations import Classifier, flat, loader, trainer
+from federations import Classifier, flat, loader, samples, trainer
 from lightning_fedhaw import (
     Channel,
     ClientUpdate,
@@ -22,7 +22,12 @@ from lightning_fedhaw import (
     FedAdpCallback,
     FedAvgCallback,
     FedAvgMCallback,
+    FedBECallback,
+    FedDFCallback,
+    FederatedDataModule,
     FedHAWCallback,
+    FedHyperCallback,
+    FedLAWCallback,
     FedLWSCallback,
     FedNovaCallback,
     FedOptCallback,
@@ -32,6 +37,7 @@ from lightning_fedhaw import (
     MedianCallback,
     MultiKrumCallback,
     ParameterLayout,
+    ServerFineTuningCallback,
     TrimmedMeanCallback,
 )
 from lightning_fedhaw.cohort import AccumulatedVectors
@@ -39,6 +45,13 @@ from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.spread import SpreadVectors
 
 P = 7
+
+
+def logits(module, batch):
+    return module.net(batch[0])
+
+
+FEW = {"server_epochs": 4, "lr": 0.05}
 RULES = {
     "FedAvg": FedAvgCallback,
     "FedAvg uniform": lambda: FedAvgCallback(weighting="uniform"),
@@ -73,9 +86,26 @@ RULES = {
     "Krum": lambda: KrumCallback(num_byzantine=0),
     "Multi-Krum": lambda: MultiKrumCallback(num_byzantine=0, keep=2),
     "geometric median": GeometricMedianCallback,
+    "FedLAW": lambda: FedLAWCallback(**FEW),
+    "FedLAW scale": lambda: FedLAWCallback("scale", **FEW),
+    "FedLAW weights": lambda: FedLAWCallback("weights", **FEW),
+    "FedLAW in stages": lambda: FedLAWCallback("in_stages", server_epochs=16),
+    "FedLAW in stages, weights first": lambda: FedLAWCallback("in_stages", first_stage="weights", server_epochs=16),
+    "FedLAW quadratic": lambda: FedLAWCallback(base="quadratic", weighting="uniform", **FEW),
+    "FedHyper": FedHyperCallback,
+    "FedHyper uniform": lambda: FedHyperCallback(weighting="uniform", alpha_bounds=(0.2, 5.0)),
+    "FedHyper by cosine": lambda: FedHyperCallback(normalise="cos", hyper_lr=0.1),
+    "FedHyper G+SL": lambda: FedHyperCallback("G+SL"),
+    "FedHyper G+CL": lambda: FedHyperCallback("G+CL", normalise="cos", hyper_lr=0.1),
+    "Server fine-tuning": lambda: ServerFineTuningCallback(**FEW),
+    "FedDF": lambda: FedDFCallback(logits=logits, **FEW),
+    "FedBE": lambda: FedBECallback(logits=logits, samples=2, ensemble="probabilities", **FEW),
 }
-UNIFORM = {"FedAvg uniform"}
-FIRST_ROUND_IS_FEDAVG = {"FedAvg", *UNIFORM, "FedOpt", "FedAvgM", *(n for n in RULES if n.startswith("FedHAW"))}
+UNIFORM = {"FedAvg uniform", "FedHyper uniform"}
+FIRST_ROUND_IS_FEDAVG = {
+    *("FedAvg", *UNIFORM, "FedOpt", "FedAvgM"),
+    *(name for name in RULES if name.startswith(("FedHAW", "FedHyper"))),
+}
 NEEDS_CLIENTS = {"trimmed mean": 3, "Krum": 3, "Multi-Krum": 3}
 NEUTRAL = {
     "FedAvg": (FedAvgCallback, FedAvgCallback),
@@ -91,6 +121,13 @@ NEUTRAL = {
     "FedLWS without shrinking": (lambda: FedLWSCallback(beta=0.0, tau_min=0.0), FedAvgCallback),
     "trimmed mean of all": (lambda: TrimmedMeanCallback(0), lambda: FedAvgCallback("uniform")),
     "Multi-Krum of all": (lambda: MultiKrumCallback(0, keep=3), lambda: FedAvgCallback("uniform")),
+    "FedLAW without steps": (lambda: FedLAWCallback(server_epochs=0), FedAvgCallback),
+    "FedLAW that learns nothing": (lambda: FedLAWCallback("nothing"), FedAvgCallback),
+    "FedHyper within bounds of 1": (lambda: FedHyperCallback(alpha_bounds=(1.0, 1.0)), FedAvgCallback),
+    "FedHyper without steps": (lambda: FedHyperCallback(hyper_lr=0.0), FedAvgCallback),
+    "Server fine-tuning without steps": (lambda: ServerFineTuningCallback(0), FedAvgCallback),
+    "FedDF without steps": (lambda: FedDFCallback(0), FedAvgCallback),
+    "FedBE without steps": (lambda: FedBECallback(0), FedAvgCallback),
 }
 every_rule = pytest.mark.parametrize("make", RULES.values(), ids=RULES.keys())
 every_name = pytest.mark.parametrize("name", RULES)
@@ -98,9 +135,20 @@ every_name = pytest.mark.parametrize("name", RULES)
 
 class Server:
     layout = ParameterLayout.of(nn.Linear(P - 1, 1))
+    seed = 0
+    proxy_dataset = range(6)
 
     def loss(self, vector: Tensor, batch, batch_idx=0) -> Tensor:
         return vector.square().sum()
+
+    def proxy_batch(self, index: Tensor) -> Tensor:
+        return index
+
+    def predict(self, vector: Tensor, batch, function=None, *, buffers=None, training=False) -> Tensor:
+        return vector * (1 + batch[:, None])
+
+    def mixed_buffers(self, clients, weights):
+        return {}
 
 
 def cohort(round_: int, start: Tensor, clients=(0, 1, 2), order=None, dtype=torch.float32) -> Cohort:
@@ -308,11 +356,15 @@ def test_rows_on_several_processes_give_what_one_gives(tmp_path):
 # ---------------------------------------------------------------------- real federations
 
 
+def data_for(rule):
+    return FederatedDataModule(samples(150), batch_size=8, proxy=30) if hasattr(rule, "server_epochs") else loader()
+
+
 @every_name
 def test_in_a_federation_with_a_cohort_that_changes(name):
-    module = Classifier()
-    runner = trainer(rounds=4, rule=RULES[name](), clients_per_round=NEEDS_CLIENTS.get(name, 2))
-    runner.fit(module, loader())
+    module, rule = Classifier(), RULES[name]()
+    runner = trainer(rounds=4, rule=rule, clients_per_round=NEEDS_CLIENTS.get(name, 2))
+    runner.fit(module, data_for(rule))
     assert torch.isfinite(flat(module)).all()
     assert (flat(module) - flat(Classifier())).abs().max() > 1e-2
     assert runner.federation_summary["rounds"] == 4
@@ -322,8 +374,8 @@ def test_in_a_federation_with_a_cohort_that_changes(name):
 def test_the_vectorized_engine_gives_what_the_sequential_one_gives(name):
     ends = []
     for engine in ("sequential", "vectorized"):
-        module = Classifier()
-        trainer(rule=RULES[name](), engine=engine).fit(module, loader())
+        module, rule = Classifier(), RULES[name]()
+        trainer(rule=rule, engine=engine).fit(module, data_for(rule))
         ends.append(flat(module))
     assert torch.allclose(*ends, rtol=1e-4, atol=1e-5)
 
@@ -346,7 +398,7 @@ class WithoutTwo:
 def test_a_client_that_is_absent_equals_one_that_does_not_arrive(name):
     ends = []
     for options in ({"callbacks": [Loses(fallback="discard")]}, {"sampler": WithoutTwo()}):
-        module = Classifier()
-        trainer(rule=RULES[name](), **options).fit(module, loader())
+        module, rule = Classifier(), RULES[name]()
+        trainer(rule=rule, **options).fit(module, data_for(rule))
         ends.append(flat(module))
     assert torch.equal(*ends)

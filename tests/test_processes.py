@@ -21,9 +21,15 @@ from lightning_fedhaw import (
     Channel,
     ClientObjective,
     FedAvgCallback,
+    FedBECallback,
+    FedDFCallback,
+    FederatedDataModule,
     FederatedStrategy,
     FederatedTrainer,
     FedHAWCallback,
+    FedHyperCallback,
+    FedLAWCallback,
+    ServerFineTuningCallback,
 )
 from lightning_fedhaw.ranks import Ranks, deal
 
@@ -44,7 +50,8 @@ def fit(processes, rule=None, module=None, data=None, callbacks=(), ckpt_path=No
     options = {"num_clients": 5, "clients_per_round": 4, "reduction": "ordered", **place, **kwargs}
     runner = trainer(rule=rule, callbacks=callbacks, **options)
     module = module or Classifier(norm=True, dropout=0.2)
-    runner.fit(module, data or loader(drop_last=True), val_loader(), ckpt_path=ckpt_path)
+    val = None if isinstance(data, FederatedDataModule) else val_loader()
+    runner.fit(module, data or loader(drop_last=True), val, ckpt_path=ckpt_path)
     return runner, module, rule
 
 
@@ -73,6 +80,30 @@ def same(a, b):
 )
 def test_ordered_sums_give_the_bits_of_one_process(rule, processes):
     same(fit(1, rule()), fit(processes, rule()))
+
+
+def logits(module, batch):
+    return module.net(batch[0])
+
+
+WITH_PROXY = {
+    "FedLAW": lambda: FedLAWCallback(server_epochs=3, batch_size=16),
+    "FedLAW in stages": lambda: FedLAWCallback("in_stages", server_epochs=14),
+    "fine-tuning": lambda: ServerFineTuningCallback(2),
+    "FedDF": lambda: FedDFCallback(2, logits=logits),
+    "FedBE": lambda: FedBECallback(2, logits=logits),
+    "FedHyper": FedHyperCallback,
+    "FedHyper G+SL": lambda: FedHyperCallback("G+SL"),
+    "FedHyper G+CL": lambda: FedHyperCallback("G+CL", normalise="cos", hyper_lr=0.1),
+}
+
+
+@pytest.mark.parametrize("rule", WITH_PROXY.values(), ids=WITH_PROXY.keys())
+def test_rules_that_train_on_the_server_and_pace_clients(rule):
+    def data():
+        return FederatedDataModule(samples(150), batch_size=8, proxy=30, drop_last=True)
+
+    same(fit(1, rule(), data=data()), fit(2, rule(), data=data()))
 
 
 @pytest.mark.parametrize("rule", [FedAvgCallback, haw], ids=["FedAvg", "FedHAW"])

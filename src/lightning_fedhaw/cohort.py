@@ -310,6 +310,7 @@ class Cohort:
         start: ``[P]``, the global parameters that were broadcast.
         vectors: The clients' parameter vectors as the server received them.
         learning_rates: The round's local learning rate of each parameter tensor, in the layout's order.
+        buffers: Each client's buffers after training, by name; those that did not change may be missing.
     """
 
     round: int
@@ -320,6 +321,7 @@ class Cohort:
     start: Tensor
     vectors: ClientVectors | AccumulatedVectors
     learning_rates: tuple[float, ...] = ()
+    buffers: Sequence[Mapping[str, Tensor]] = ()
 
     def __len__(self) -> int:
         return len(self.clients)

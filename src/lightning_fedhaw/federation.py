@@ -307,6 +307,7 @@ class Federation:
             trainees = [client for client in heard_down if client not in lost_up]
             self._deal([*trainees, *lost_up])
         own = [client for client in (*trainees, *lost_up) if self._homes[client] == self.ranks.rank]
+        self.engine.pace = self.rule.local_pace(self.rule.state, self.layout)
         store = _store(self.rule, self.options, start, len(own), self.ranks)
         shares = self.ranks.exchange(lambda: self._work(round_, own, heard_down, lost_up, store))
         self.engine.settle([share.aftermath for share in shares])
@@ -524,8 +525,12 @@ class Federation:
             start=start,
             vectors=store.vectors(start, arrived),
             learning_rates=rates,
+            buffers=tuple(record.update.buffers for record in arrived),
         )
-        step = self.rule.step(cohort, self.rule.state, self.server)
+        with isolated_randomness(self.host.device):
+            # For layers that draw (dropout, augmentation), where a rule trains on the server's data.
+            seed_randomness(seed_of(self.seed, "round", round_, "aggregation"), self.host.device)
+            step = self.rule.step(cohort, self.rule.state, self.server)
         _check_step(step, type(self.rule).__name__, len(cohort))
         self.server.install(step.parameters, self._buffers(cohort, step, updates))
         self.rule.state = dict(step.state)

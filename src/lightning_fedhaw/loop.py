@@ -236,7 +236,16 @@ class RoundLoop(_FitLoop):
         previous = self.federation
         datamodule = trainer.datamodule
         proxy = datamodule.proxy_dataset if isinstance(datamodule, FederatedDataModule) else None
-        server = Server(trainer.lightning_module, layout, proxy)
+        server = Server(
+            trainer.lightning_module,
+            layout,
+            proxy,
+            seed=options.resolved_seed,
+            collate_fn=data.settings.collate_fn,
+            prepare=host.prepare,
+            context=host.precision.train_step_context,
+        )
+        rule.check(server)
         limit = trainer.limit_train_batches  # 1.0 is all batches, 1 is one.
         self.federation = Federation(
             host,

@@ -1,9 +1,13 @@
 """Aggregation rules: one file each, a pure function that is the paper and a small class that keeps the state."""
 
-from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep
+from lightning_fedhaw.aggregation.base import AggregationRule, LocalPace, RuleStep
 from lightning_fedhaw.aggregation.fedadp import FedAdpCallback
 from lightning_fedhaw.aggregation.fedavg import FedAvgCallback
+from lightning_fedhaw.aggregation.fedbe import FedBECallback
+from lightning_fedhaw.aggregation.feddf import FedDFCallback
 from lightning_fedhaw.aggregation.fedhaw import FedHAWCallback
+from lightning_fedhaw.aggregation.fedhyper import FedHyperCallback
+from lightning_fedhaw.aggregation.fedlaw import FedLAWCallback
 from lightning_fedhaw.aggregation.fedlws import FedLWSCallback
 from lightning_fedhaw.aggregation.fednova import FedNovaCallback
 from lightning_fedhaw.aggregation.fedopt import (
@@ -20,6 +24,7 @@ from lightning_fedhaw.aggregation.robust import (
     MultiKrumCallback,
     TrimmedMeanCallback,
 )
+from lightning_fedhaw.aggregation.serverft import ServerFineTuningCallback
 
 __all__ = [
     "AggregationRule",
@@ -28,15 +33,21 @@ __all__ = [
     "FedAdpCallback",
     "FedAvgCallback",
     "FedAvgMCallback",
+    "FedBECallback",
+    "FedDFCallback",
     "FedHAWCallback",
+    "FedHyperCallback",
+    "FedLAWCallback",
     "FedLWSCallback",
     "FedNovaCallback",
     "FedOptCallback",
     "FedYogiCallback",
     "GeometricMedianCallback",
     "KrumCallback",
+    "LocalPace",
     "MedianCallback",
     "MultiKrumCallback",
     "RuleStep",
+    "ServerFineTuningCallback",
     "TrimmedMeanCallback",
 ]

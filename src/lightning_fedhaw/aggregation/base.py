@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -26,11 +26,35 @@ class ServerView(Protocol):
         """Where each trainable parameter lives in the flat vector."""
 
     @property
+    def seed(self) -> int:
+        """The federation's seed, for streams."""
+
+    @property
     def proxy_dataset(self) -> Any:
         """The server's own data, from ``FederatedDataModule(proxy=...)``; ``None`` without it."""
 
+    def proxy_batch(self, index: Tensor) -> Any:
+        """The proxy samples with these numbers, as a batch on the model's device."""
+
+    def check_proxy(self, rule: str, attempt: Callable[[Tensor, Any], object]) -> None:
+        """Refuse proxy data that is missing, empty, or on which ``attempt(vector [P], batch)`` fails."""
+
     def loss(self, vector: Tensor, batch: Any, batch_idx: int = 0) -> Tensor:
         """The module's training loss at any parameters ``[P]``, differentiable with respect to them."""
+
+    def predict(
+        self,
+        vector: Tensor,
+        batch: Any,
+        function: Callable[[Any, Any], Tensor] | None = None,
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        training: bool = False,
+    ) -> Tensor:
+        """What the module makes of a batch at any parameters ``[P]`` and buffers, differentiable in the parameters."""
+
+    def mixed_buffers(self, clients: Sequence[Mapping[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
+        """The buffers of a model that is a weighted mean of clients' models."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +73,37 @@ class RuleStep:
     state: State
     weights: Tensor
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class LocalPace(ABC):
+    """How far clients go in their local steps: a factor on each change that their optimiser makes.
+
+    With optimisers whose step is proportional to the learning rate (SGD, Adam and their kin) that is a factor on the
+    rate. Stated on named tensors with free leading axes, so that it serves one client and a stack of clients alike:
+    reduce over each parameter's own axes only.
+    """
+
+    @abstractmethod
+    def begin(self, start: Mapping[str, Tensor], num_steps: int, rates: Sequence[float]) -> dict[str, Tensor]:
+        """A client's state when a round begins.
+
+        Args:
+            start: The model it starts from, by name of the parameter.
+            num_steps: Optimiser steps it is going to make.
+            rates: The learning rate of each parameter tensor, in the layout's order.
+        """
+
+    @abstractmethod
+    def factor(self, gradients: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The factor on the step that is about to be made.
+
+        Args:
+            gradients: What the optimiser is given, each ``[..., *shape]``; zero for a parameter that was not used.
+            state: Each ``[...]`` or ``[..., *shape]``. Not changed.
+
+        Returns:
+            ``[...]``, and the state for the next step.
+        """
 
 
 class AggregationRule(Callback):
@@ -103,6 +158,17 @@ class AggregationRule(Callback):
             state: The state after the last round. Not changed: the new state is part of the answer.
             server: The parameter layout, and a loss that is differentiable in the global parameters.
         """
+
+    def check(self, server: ServerView) -> None:
+        """Called before the first round of a fit: a rule refuses here what it cannot work with.
+
+        Raises:
+            ValueError: If so.
+        """
+
+    def local_pace(self, state: State, layout: ParameterLayout) -> LocalPace | None:
+        """What a rule that sets the clients' learning rates gives them for a round; nothing by default."""
+        return None
 
     prog_bar: Sequence[str] = ()
     """Names among the rule's metrics that belong into the progress bar."""

@@ -27,8 +27,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, LocalPace, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
+from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.options import FederationOptions
 
 Method = Literal["adagrad", "adam", "yogi"]
@@ -137,6 +138,15 @@ class FedOptCallback(AggregationRule):
         """Let the inner rule look at the clients' optimisers."""
         if self.rule is not None:
             self.rule.on_fit_start(trainer, pl_module)
+
+    def check(self, server: ServerView) -> None:
+        """Let the inner rule refuse what it cannot work with."""
+        if self.rule is not None:
+            self.rule.check(server)
+
+    def local_pace(self, state: State, layout: ParameterLayout) -> LocalPace | None:
+        """What the inner rule gives the clients for a round."""
+        return None if self.rule is None else self.rule.local_pace(state["rule"], layout)
 
     def describe(self) -> str:
         """The rule and its settings, for the line that opens a run."""

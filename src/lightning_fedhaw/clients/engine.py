@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fedhaw.aggregation.base import LocalPace
 from lightning_fedhaw.clients.objective import ClientObjective
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate
@@ -72,6 +73,7 @@ class Engine(ABC):
     Attributes:
         kept: With ``optimizer_state="kept"``, each client's optimiser states, by position of the parameter.
         initial: The optimiser states that a client without memory starts from: those of their constructors.
+        pace: What the rule makes of the clients' learning rates in this round.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Engine(ABC):
         self.objectives = objectives
         self.kept: dict[int, list[dict[int, dict[str, Any]]]] = {}
         self.initial = [states_of(optimizer) for optimizer in host.optimizers]
+        self.pace: LocalPace | None = None
 
     @abstractmethod
     def run(self, visits: Iterable[Visit]) -> Generator[ClientUpdate, None, None]:
@@ -105,6 +108,13 @@ class Engine(ABC):
         if self.plan.steps is not None:
             return float(self.plan.steps * self.data.settings.batch_size)
         return float(len(self.data.train_indices[client]) * (self.plan.epochs or 1))
+
+    def num_steps(self, client: int) -> int:
+        """Optimiser steps that a client is going to make in a round."""
+        if self.plan.steps is not None:
+            return self.plan.steps
+        batches = self.data.batches_per_pass(len(self.data.train_indices[client]), self.plan.limit)
+        return -(-batches // self.host.accumulate) * (self.plan.epochs or 1)
 
     def aftermath(self) -> Any:
         """What the last run left in schedules and loss scale, for the other processes; ``None`` if nothing."""

@@ -19,6 +19,7 @@ from lightning_fedhaw.clients.engine import (
     settings_of,
     states_of,
 )
+from lightning_fedhaw.clients.pace import Paced, PacedOptimizer, begin
 from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.steps import AutomaticStep, ManualStep, PlainSGDStep, StepCounts
 from lightning_fedhaw.cohort import ClientUpdate
@@ -45,6 +46,8 @@ class SequentialEngine(Engine):
         scale = host.scaler.state_dict() if host.scaler is not None else None
         scales: list[dict[str, Any]] = []
         complete = False
+        # Before the step is chosen, which is another one where an optimiser has hooks.
+        self._paced = None if self.pace is None else PacedOptimizer(host.optimizers[0], parameters)
         step, modes = self._make_step(), _Modes(host.module, self.layout)
         try:
             with (
@@ -74,6 +77,8 @@ class SequentialEngine(Engine):
                 give_states(optimizer, states)
             close: Callable[[], None] = getattr(step, "close", lambda: None)
             close()
+            if self._paced is not None:
+                self._paced.close()
             self._aftermath = (*furthest, scales)
             self.settle([self._aftermath])
 
@@ -106,6 +111,10 @@ class SequentialEngine(Engine):
             give_states(optimizer, memory)
         seed_randomness(seed_of(self.plan.seed, "client", client, "round", host.round, "model"), host.device)
 
+        if self.pace is not None and self._paced is not None:
+            steps = [(self.layout.views(visit.start), self.num_steps(client))]
+            state = begin(self.pace, steps, host.learning_rates(self.layout))
+            self._paced.paced = Paced(self.pace, self.layout.names, {name: value[0] for name, value in state.items()})
         start = self.layout.views(visit.start) if self.objectives else {}
         states = [objective.client_state(client, start) for objective in self.objectives]
         named = dict(zip(self.layout.names, parameters, strict=True))

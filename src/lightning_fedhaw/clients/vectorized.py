@@ -18,6 +18,7 @@ from lightning_fedhaw.clients.compiled import CompiledStep
 from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit, add_note, give_settings, settings_of
 from lightning_fedhaw.clients.objective import ClientObjective, ClientState
 from lightning_fedhaw.clients.optimizers import StackedOptimizer
+from lightning_fedhaw.clients.pace import Paced, begin
 from lightning_fedhaw.clients.probe import Facts, explained
 from lightning_fedhaw.clients.records import Logged, NotAFunctionError, StackRecorder
 from lightning_fedhaw.clients.steps import Host
@@ -96,7 +97,7 @@ class VectorizedEngine(Engine):
         # What `optimizer.step` would leave behind; a schedule that steps next looks for it.
         host.optimizers[0]._opt_called = True  # type: ignore[attr-defined]
         if self.gave_up and self.fallback is not None:
-            self.fallback.kept = self.kept
+            self.fallback.kept, self.fallback.pace = self.kept, self.pace
             yield from self.fallback.run(chain(*left, pending))
 
     def _try(self, step: BatchedStep, visits: Sequence[Visit]) -> _Chunk | None:
@@ -212,6 +213,11 @@ class _Chunk:
         self.own_states: list[list[ClientState]] = []
         if engine.objectives:
             self._load_objectives()
+        self.paced: Paced | None = None
+        if engine.pace is not None:
+            steps = [(layout.views(visit.start), engine.num_steps(visit.client)) for visit in self.visits]
+            state = begin(engine.pace, steps, host.learning_rates(layout))
+            self.paced = Paced(engine.pace, layout.names, state)
         self.made, self.skipped = [0] * count, [0] * count
         if step.dropout is not None:
             self.generators = [
@@ -308,10 +314,22 @@ class _Chunk:
                 each = iter(found.gradients)
                 gradients = [None if i is None else next(each) for i in self.trained]
                 cut = [None if g is None else g[:count] for g in gradients] if extra else gradients
-                self.optimizer.step(rows, at, clipped(cut, host.clipping))
+                self._step(rows, at, clipped(cut, host.clipping))
         steps = self.skipped if found.losses is None else self.made
         for row in rows:
             steps[row] += 1
+
+    def _step(self, rows: list[int], at: Any, gradients: Sequence[Tensor | None]) -> None:
+        if self.paced is None:
+            return self.optimizer.step(rows, at, gradients)
+        before = [stack[at].clone() for stack in self.stacks]
+        self.optimizer.step(rows, at, gradients)
+        own = {i: gradient for i, gradient in zip(self.trained, gradients, strict=True) if i is not None}
+        after = [stack[at] for stack in self.stacks]
+        self.paced.scale(after, before, [own.get(i) for i in range(len(self.stacks))], at)
+        for stack, value in zip(self.stacks, after, strict=True):
+            stack[at] = value
+        return None
 
     def updates(self) -> Iterator[ClientUpdate]:
         """The updates, in the order of the visits; each with the client's model in the module, for those who watch."""

@@ -253,7 +253,7 @@ class ClientData:
         """
         own = self.train_indices[client]
         generator = stream(self.seed, "client", client, "round", round_, "batches")
-        per_pass, left = self._batches_per_epoch(len(own), limit), num_batches
+        per_pass, left = self.batches_per_pass(len(own), limit), num_batches
         shuffle, size = self.settings.shuffle, self.settings.batch_size
         for _ in itertools.count() if epochs is None else range(epochs):
             shuffled = own.index_select(0, torch.randperm(len(own), generator=generator)) if shuffle else own
@@ -301,7 +301,8 @@ class ClientData:
         for index, (data, size) in enumerate(self._pass(client, own, "evaluation", "workers")):
             yield Batch(data, size, index, last=index + 1 == count)
 
-    def _batches_per_epoch(self, samples: int, limit: int | float | None) -> int:
+    def batches_per_pass(self, samples: int, limit: int | float | None = None) -> int:
+        """Batches of a pass over so many samples, with a limit as in :meth:`orders`."""
         size = self.settings.batch_size
         full = samples // size if self.settings.drop_last else -(-samples // size)
         if limit is None:

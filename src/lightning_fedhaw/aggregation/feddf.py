@@ -1,0 +1,74 @@
+"""FedDF: average the clients' models, then teach the average what the clients' models say together.
+
+T. Lin, L. Kong, S. U. Stich, M. Jaggi: Ensemble Distillation for Robust Model Fusion in Federated Learning. NeurIPS
+2020. With the clients' logits ``z_k(b)`` of a proxy batch ``b``::
+
+    w <- sum_k p_k w_k, then an optimiser on KL(softmax(mean_k z_k(b)) || softmax(z(w; b)))
+
+Labels are not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.aggregation.base import ServerView
+from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory
+from lightning_fedhaw.aggregation.servertraining import Distillation, Ensemble, Teacher, Weighting, client_models
+from lightning_fedhaw.cohort import Cohort
+
+
+class FedDFCallback(Distillation):
+    """Average, then distil the clients' models into the average on proxy data, from ``FederatedDataModule(proxy=...)``.
+
+    Teachers are in evaluation mode, each with the buffers its client sent. Their predictions are made once a round.
+
+    Args:
+        server_epochs: Passes over the proxy data each round; 0 is FedAvg.
+        batch_size: Proxy samples of a step at most.
+        lr: Rate of the optimiser.
+        optimizer: Makes it from ``([vector], lr=...)``; it begins anew every round. ``Adam(betas=(0.5, 0.999))``.
+        scheduler: Makes a schedule that steps once a pass from the optimiser.
+        weighting: The average's weights: by ``"examples"``, or ``"uniform"``. Teachers count equally.
+        ensemble: Whether the teachers' ``"logits"`` are averaged, as published, or their ``"probabilities"``.
+        logits: ``logits(module, batch)`` gives a model's logits ``[batch, ..., classes]``. Default: the module's
+            ``forward`` of the batch, of its first element where it is a tuple or a list.
+        federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
+
+    Raises:
+        ValueError: If an argument is not one of the allowed values.
+        TypeError: If ``optimizer`` makes none.
+    """
+
+    def __init__(
+        self,
+        server_epochs: int = 100,
+        *,
+        batch_size: int = 128,
+        lr: float = 1e-3,
+        optimizer: OptimizerFactory = ADAM,
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        weighting: Weighting = "examples",
+        ensemble: Ensemble = "logits",
+        logits: Callable[[Any, Any], Tensor] | None = None,
+        **federation: Any,
+    ) -> None:
+        super().__init__(
+            ensemble=ensemble,
+            logits=logits,
+            server_epochs=server_epochs,
+            batch_size=batch_size,
+            lr=lr,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            weighting=weighting,
+            **federation,
+        )
+
+    def teachers(self, cohort: Cohort, weights: Tensor, average: Tensor, server: ServerView) -> Iterable[Teacher]:
+        """The clients' models."""
+        return client_models(cohort, cohort.vectors.displacements.gather())

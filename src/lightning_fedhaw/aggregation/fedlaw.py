@@ -1,0 +1,247 @@
+"""FedLAW: learn the scale and the weights of the received models on a few labelled samples of the server's own.
+
+Z. Li, T. Lin, X. Shang, C. Wu: Revisiting Weighted Aggregation in Federated Learning with Neural Networks. ICML 2023.
+
+With received models ``u_k`` [P], shares ``p_k`` of the training examples and the training loss ``L`` on proxy data::
+
+    w <- c sum_k s_k u_k        (c, s) = argmin L(c sum_k s_k u_k)        s on the simplex, c > 0
+
+by gradient descent on ``x`` and ``x_c``, from ``s = p`` and ``c = scale`` in every round::
+
+    exponential    s = softmax(x)           c = exp(x_c)
+    quadratic      s_k = x_k^2 / sum x^2    c = x_c^2
+
+The mix is differentiated, not unrolled: a step is one pass of a batch through the model, one weighted sum of the
+cohort and one inner product with each of its models. ``docs/parity.md`` lists what differs from the authors' code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory, check_settings, descend, mean_loss
+from lightning_fedhaw.cohort import Cohort
+
+Learn = Literal["both", "scale", "weights", "in_stages", "nothing"]
+Base = Literal["exponential", "quadratic"]
+Weighting = Literal["examples", "uniform"]
+FirstStage = Literal["scale", "weights"]
+
+LOGIT_FLOOR = 30.0
+"""How far below the largest a client's first logit may lie."""
+
+SCALES = (1e-3, 1e3)
+"""A scale outside of this range has left no model; it is refused."""
+
+SWA_START, SWA_PERIOD, SWA_ANNEALING = 6, 100, 10
+"""The authors' schedule for the stage of the weights: cosine of that period, then from that epoch on the running mean,
+while the rate goes to ``swa_lr`` within that many epochs."""
+
+STEP_LR: Callable[[torch.optim.Optimizer], Any] = partial(torch.optim.lr_scheduler.StepLR, step_size=20, gamma=0.5)
+
+
+def variables(shares: Tensor, scale: float, base: Base = "exponential") -> tuple[Tensor, Tensor]:
+    """The ``x`` [K] and ``x_c`` [] that give these shares and this scale."""
+    if base == "quadratic":
+        return shares.sqrt(), torch.tensor(scale, dtype=shares.dtype).sqrt()
+    logits = shares.log()
+    return logits.clamp(min=logits.max() - LOGIT_FLOOR), torch.tensor(scale, dtype=shares.dtype).log()
+
+
+def mix(x: Tensor, x_c: Tensor, base: Base = "exponential") -> tuple[Tensor, Tensor]:
+    """The shares ``s`` [K], which sum to one, and the scale ``c`` []."""
+    if base == "quadratic":
+        return x.square() / x.square().sum(), x_c.square()
+    return torch.softmax(x, 0), x_c.exp()
+
+
+def swa_rate(epoch: int, lr: float, swa_lr: float) -> float:
+    """The rate of an epoch in the stage of the weights, as in the authors' code."""
+    base = lr * (1 + math.cos(math.pi * min(epoch, SWA_START) / SWA_PERIOD)) / 2
+    done = min(max(epoch - SWA_START, 0) / SWA_ANNEALING, 1.0)
+    return base + (swa_lr - base) * (1 - math.cos(math.pi * done)) / 2
+
+
+class FedLAWCallback(AggregationRule):
+    """Learn how much the averaged model is shrunk, and how much each client counts, on the server's proxy data.
+
+    The data comes from ``FederatedDataModule(proxy=...)``. The server's buffers (BatchNorm statistics) are the
+    clients', averaged with the learned weights; the passes over proxy data leave them alone.
+
+    Args:
+        learn: ``"both"`` at once: FedLAW. ``"scale"`` alone, with the weights of FedAvg: adaptive global weight
+            shrinking. ``"weights"`` alone: attentive aggregation. ``"in_stages"``: one after the other, half of the
+            epochs each, the weights by stochastic weight averaging. ``"nothing"``: a fixed scale, without proxy data.
+        scale: The scale before it is learned, and the fixed one.
+        base: Whether variables become shares and scale by exponentials or by squares.
+        weighting: Shares before they are learned: by ``"examples"``, or ``"uniform"``.
+        first_stage: With ``"in_stages"``: the ``"scale"``, as in the paper, or the ``"weights"``, as in the code.
+        server_epochs: Passes over the proxy data each round; 0 is FedAvg. The scale needs about 30, the weights 80.
+        batch_size: Proxy samples of a step at most.
+        lr: Rate of the optimiser.
+        optimizer: Makes it from ``(variables, lr=...)``; ``Adam(betas=(0.5, 0.999))`` as published.
+        scheduler: Makes a schedule that steps once a pass from the optimiser: half the rate after every 20 passes.
+            ``None`` keeps the rate.
+        swa_lr: With ``"in_stages"``: the rate in which the stage of the weights ends.
+        federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
+
+    Attributes:
+        state: ``scale``, the last one, for the closing table: every round learns anew.
+
+    Raises:
+        ValueError: If an argument is not one of the allowed values.
+        TypeError: If ``optimizer`` makes none.
+
+    Example:
+        >>> shares, scale = mix(*variables(torch.tensor([0.25, 0.75]), scale=0.97))
+        >>> shares, scale
+        (tensor([0.2500, 0.7500]), tensor(0.9700))
+    """
+
+    def __init__(
+        self,
+        learn: Learn = "both",
+        *,
+        scale: float = 1.0,
+        base: Base = "exponential",
+        weighting: Weighting = "examples",
+        first_stage: FirstStage = "scale",
+        server_epochs: int = 100,
+        batch_size: int = 128,
+        lr: float = 0.01,
+        optimizer: OptimizerFactory = ADAM,
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None = STEP_LR,
+        swa_lr: float = 0.05,
+        **federation: Any,
+    ) -> None:
+        super().__init__(**federation)
+        for name, value, allowed in (
+            ("learn", learn, get_args(Learn)),
+            ("base", base, get_args(Base)),
+            ("weighting", weighting, get_args(Weighting)),
+            ("first_stage", first_stage, get_args(FirstStage)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        low, high = SCALES
+        if not (isinstance(scale, (int, float)) and low <= scale <= high):
+            raise ValueError(f"`scale` must be a number from {low} to {high}, got {scale!r}.")
+        check_settings(server_epochs, batch_size, lr, optimizer)
+        if learn == "in_stages" and 0 < server_epochs < 2 * (SWA_START + 1):
+            raise ValueError(
+                f'`server_epochs` must be at least {2 * (SWA_START + 1)} with `learn="in_stages"`, whose weights are'
+                f" averaged from the {SWA_START + 1}th epoch of their half on, got {server_epochs}."
+            )
+        self.learn, self.scale, self.base, self.weighting = learn, float(scale), base, weighting
+        self.first_stage, self.server_epochs, self.batch_size = first_stage, server_epochs, batch_size
+        self.lr, self.optimizer, self.scheduler, self.swa_lr = lr, optimizer, scheduler, swa_lr
+
+    prog_bar = ("scale",)
+
+    @property
+    def _learns(self) -> bool:
+        return self.learn != "nothing" and self.server_epochs > 0
+
+    def describe(self) -> str:
+        """The rule and its settings, for the line that opens a run."""
+        return f"FedLAWCallback(learn={self.learn}, base={self.base}, server_epochs={self.server_epochs}, lr={self.lr})"
+
+    def summary(self) -> dict[str, float]:
+        """The last round's scale."""
+        return {"scale": float(self.state["scale"])} if "scale" in self.state else {}
+
+    def check(self, server: ServerView) -> None:
+        """Try the loss on proxy data, if there is something to learn."""
+        if self._learns:
+            server.check_proxy(type(self).__name__, server.loss)
+
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+        """Learn scale and weights for this cohort, and mix it with them."""
+        counts = cohort.num_examples if self.weighting == "examples" else cohort.num_examples.clamp(1, 1)
+        weights, scale = normalised(counts), torch.tensor(self.scale, dtype=torch.float64)
+        metrics: dict[str, float] = {}
+        if self._learns:
+            weights, scale, metrics = self._learned(cohort, weights, scale, server)
+        metrics |= {"scale": scale.item(), "weight/min": weights.min().item(), "weight/max": weights.max().item()}
+        return RuleStep(cohort.vectors.weighted_sum(scale * weights), {"scale": scale.clone()}, weights, metrics)
+
+    def _learned(
+        self, cohort: Cohort, shares: Tensor, scale: Tensor, server: ServerView
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        x, x_c = (variable.requires_grad_() for variable in variables(shares, self.scale, self.base))
+
+        def loss(_: Tensor, batch: Any) -> Tensor:
+            s, c = mix(x, x_c, self.base)
+            return server.loss(cohort.vectors.weighted_sum(c * s), batch)
+
+        before = mean_loss(loss, server, self.batch_size)
+        is_finite = self._descend(loss, x, x_c, cohort.round, server)
+        with torch.no_grad():
+            s, c = mix(x, x_c, self.base)
+        low, high = SCALES
+        if is_finite and bool(torch.isfinite(s).all()) and low <= c <= high:
+            return s, c, {"proxy_loss_before": before, "proxy_loss_after": mean_loss(loss, server, self.batch_size)}
+        rank_zero_warn(
+            f"FedLAW's descent of round {cohort.round} ended with the scale {c.item():.3g} (finite weights:"
+            f" {bool(torch.isfinite(s).all())}) and was refused: the round is FedAvg's, with the scale {self.scale}."
+            f" Lower `lr` ({self.lr}), or look for what is not finite in the proxy data."
+        )
+        return shares, scale, {"proxy_loss_before": before, "proxy_loss_after": before, "server_steps_refused": 1.0}
+
+    def _descend(
+        self, loss: Callable[[Tensor, Any], Tensor], x: Tensor, x_c: Tensor, round_: int, server: ServerView
+    ) -> bool:
+        def descent(learned: list[Tensor], name: str, epochs: int, average: _Averaging | None = None) -> bool:
+            optimizer = self.optimizer(learned, lr=self.lr)
+            make = self.scheduler if average is None else average.on
+            return descend(
+                learned,
+                loss,
+                server,
+                *("round", round_, name),
+                epochs=epochs,
+                batch_size=self.batch_size,
+                optimizer=optimizer,
+                scheduler=None if make is None else make(optimizer),
+            )
+
+        if self.learn != "in_stages":
+            learned = {"both": [x, x_c], "scale": [x_c], "weights": [x]}[self.learn]
+            return descent(learned, self.learn, self.server_epochs)
+        half, is_finite = self.server_epochs // 2, True
+        for stage in ("scale", "weights") if self.first_stage == "scale" else ("weights", "scale"):
+            if stage == "scale":
+                is_finite = is_finite and descent([x_c], stage, half)
+            else:
+                average = _Averaging(x, self.lr, self.swa_lr)
+                is_finite = is_finite and descent([x], stage, half, average)
+                with torch.no_grad():
+                    x.copy_(average.mean)
+        return is_finite
+
+
+class _Averaging:
+    """The schedule of the stage of the weights, and the running mean of what is learned in it."""
+
+    def __init__(self, variable: Tensor, lr: float, swa_lr: float) -> None:
+        self.variable, self.rate = variable, partial(swa_rate, lr=lr, swa_lr=swa_lr)
+        self.mean, self.epoch = variable.detach().clone(), 0
+
+    def on(self, optimizer: torch.optim.Optimizer) -> _Averaging:
+        self.optimizer = optimizer
+        return self
+
+    def step(self) -> None:
+        if self.epoch >= SWA_START:
+            self.mean += (self.variable.detach() - self.mean) / (self.epoch - SWA_START + 1)
+        self.epoch += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.epoch)

@@ -1,0 +1,106 @@
+"""Descent on the server's own data, as several rules do it; no rule itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.aggregation.base import ServerView
+from lightning_fedhaw.options import check_whole
+from lightning_fedhaw.streams import PathPart, stream
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+ADAM: OptimizerFactory = partial(torch.optim.Adam, betas=(0.5, 0.999))
+"""What the FedLAW paper trains everything on the server with."""
+
+
+def check_settings(server_epochs: int, batch_size: int, lr: float, optimizer: Any) -> None:
+    """Refuse settings of a descent that mean nothing.
+
+    Raises:
+        ValueError: If a number is out of its range.
+        TypeError: If the optimiser is not something that makes one.
+    """
+    check_whole("server_epochs", server_epochs, 0)
+    check_whole("batch_size", batch_size, 1)
+    if not (isinstance(lr, (int, float)) and math.isfinite(lr) and lr > 0):
+        raise ValueError(f"`lr` must be a positive number, got {lr!r}.")
+    if not callable(optimizer):
+        raise TypeError(
+            "`optimizer` must make an optimiser from parameters and `lr`, such as `torch.optim.Adam` or a"
+            f" `functools.partial` of it, got an object of type {type(optimizer).__name__}: what it will step on does"
+            " not exist yet."
+        )
+
+
+def batches(server: ServerView, size: int, *path: PathPart) -> Iterator[tuple[Tensor, Any]]:
+    """One pass over the proxy data, in batches that are as equal as can be: none of a single sample is left over.
+
+    Args:
+        server: Whose data.
+        size: Samples of a batch at most.
+        path: The name of the stream that the order is drawn from; without a name, the data set's own order.
+
+    Yields:
+        The numbers of the samples, ``[batch]``, and the batch.
+    """
+    count = len(server.proxy_dataset)
+    order = torch.randperm(count, generator=stream(server.seed, "server", *path)) if path else torch.arange(count)
+    for index in order.tensor_split(-(-count // size)):
+        yield index, server.proxy_batch(index)
+
+
+def descend(
+    variables: Sequence[Tensor],
+    loss: Callable[[Tensor, Any], Tensor],
+    server: ServerView,
+    *path: PathPart,
+    epochs: int,
+    batch_size: int,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any = None,
+) -> bool:
+    """Descend on the proxy data.
+
+    Args:
+        variables: The leaves that the optimiser steps on; changed in place.
+        loss: ``loss(index, batch)``, of the present variables.
+        server: Whose data.
+        path: The name of the streams that the order of each pass is drawn from.
+        epochs: Passes over the data.
+        batch_size: Samples of a batch at most.
+        optimizer: Steps once a batch.
+        scheduler: Steps once a pass.
+
+    Returns:
+        Whether the variables stayed finite; if not, the descent ended with the pass in which they did not.
+    """
+    for epoch in range(epochs):
+        for index, batch in batches(server, batch_size, *path, "epoch", epoch):
+
+            def closure(index: Tensor = index, batch: Any = batch) -> Any:
+                with torch.enable_grad():
+                    value = loss(index, batch)
+                for variable, gradient in zip(variables, torch.autograd.grad(value, variables), strict=True):
+                    variable.grad = gradient
+                return value.detach()
+
+            optimizer.step(closure)
+        if not all(bool(torch.isfinite(variable).all()) for variable in variables):
+            return False
+        if scheduler is not None:
+            scheduler.step()
+    return True
+
+
+@torch.no_grad()
+def mean_loss(loss: Callable[[Tensor, Any], Tensor], server: ServerView, batch_size: int) -> float:
+    """The mean of a loss over the proxy data."""
+    total = sum(len(index) * float(loss(index, batch)) for index, batch in batches(server, batch_size))
+    return total / len(server.proxy_dataset)
