@@ -21,3 +21,18 @@ def test_digits(tmp_path):
     assert "3/3" in done.stdout, "the bar counts rounds"
     for name in ("digits_clients.png", "digits_weights.png"):
         assert (tmp_path / "pictures" / name).stat().st_size > 5_000
+
+
+def test_compare_rules(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "compare_rules.py"), "--rounds", "2", "--output", "pictures"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("server ms") :]
+    for name in ("FedAvg ", "FedHyper G+CL", "FedLAW in stages", "geometric median"):
+        assert name in table
+    assert (tmp_path / "pictures" / "rules.png").stat().st_size > 5_000

@@ -323,7 +323,8 @@ class Federation:
         self._check_arrivals(round_, trainees, updates)
         with tally.phase("aggregation"):
             metrics = self._aggregate(round_, start, store, arrived)
-        tally.bytes_down += len(clients) * self.message_bytes
+        paced = 0 if self.engine.pace is None else self.engine.pace.numbers_sent * self.layout.dtype.itemsize
+        tally.bytes_down += len(clients) * (self.message_bytes + paced)
         tally.bytes_up += len(updates) * self.message_bytes
         tally.heard += len(updates)
         tally.skipped_steps += sum(update.num_skipped for update in updates)

@@ -113,6 +113,42 @@ def draw_comparison(
     return figure
 
 
+def draw_curves(runs: Mapping[str, History], path: str | Path | None = None, metric: str = "val_acc") -> Figure:
+    """Many runs' metric over rounds, each labelled at its end, and its mean over the last ten rounds.
+
+    Args:
+        runs: What each run logged, by name.
+        path: Where the picture goes; its suffix chooses the format.
+        metric: The metric of the curves.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+    """
+    figure_class, canvas = _matplotlib()
+    figure: Figure = figure_class(figsize=(11, 2.6 + 0.14 * len(runs)), layout="constrained")
+    canvas(figure)
+    curves, bars = figure.subplots(1, 2, width_ratios=(1.3, 1))
+    values = {name: history.curve(metric) for name, history in runs.items()}
+    means = {name: sum(curve[-10:]) / len(curve[-10:]) for name, curve in values.items()}
+    order = sorted(means, key=means.__getitem__)
+    for i, name in enumerate(reversed(order)):
+        style = ("-", "--", ":", "-.")[i // len(_COLOURS) % 4]
+        colour = _COLOURS[i % len(_COLOURS)]
+        curves.plot(range(1, len(values[name]) + 1), values[name], style, color=colour, label=name, linewidth=1.5)
+        bars.plot(means[name], len(order) - 1 - i, "o", color=colour)
+        bars.hlines(len(order) - 1 - i, min(means.values()), means[name], colors=colour, linestyles=style)
+    curves.set(xlabel="round", ylabel=metric, title=f"{metric} of the global model")
+    bars.set(title="mean of the last ten rounds", xlabel=metric)
+    bars.set_yticks(range(len(order)), order)
+    for axes in (curves, bars):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    return figure
+
+
 def _matplotlib() -> tuple[Any, Any]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

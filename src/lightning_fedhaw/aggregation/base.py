@@ -83,6 +83,9 @@ class LocalPace(ABC):
     reduce over each parameter's own axes only.
     """
 
+    numbers_sent: int = 0
+    """Numbers that each client is sent for it, beside the model."""
+
     @abstractmethod
     def begin(self, start: Mapping[str, Tensor], num_steps: int, rates: Sequence[float]) -> dict[str, Tensor]:
         """A client's state when a round begins.

@@ -191,6 +191,8 @@ class SharedRate(LocalPace):
         multiple: The factor.
     """
 
+    numbers_sent = 1
+
     def __init__(self, multiple: float) -> None:
         self.multiple = multiple
 
@@ -224,6 +226,7 @@ class ClientRate(LocalPace):
     ) -> None:
         self.delta, self.bounds, self.normalise = delta, bounds, normalise
         self.hyper_lr, self.cohort_size = hyper_lr, cohort_size
+        self.numbers_sent = 0 if delta is None else sum(value.numel() for value in delta.values())
 
     def begin(self, start: Mapping[str, Tensor], num_steps: int, rates: Sequence[float]) -> dict[str, Tensor]:
         """The optimiser's own rate; as the last gradient, nothing, or the last round's change in the code's form."""
