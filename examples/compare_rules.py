@@ -5,7 +5,7 @@
     python examples/compare_rules.py --data mnist.npz --rules FedAvg FedLAW FedHAW
 
 An npz file holds `train_x` [samples, ...], `train_y`, `test_x` and `test_y`; images of bytes are scaled to [0, 1].
-Prints a table (final, mean of the last ten and best accuracy, rounds to a given accuracy, seconds of the server a round,
+Prints a table (final, mean of the last ten and best accuracy, rounds to a given accuracy, the server's time a round,
 bytes and memory beyond FedAvg's) and draws the curves. Rules that learn on the server's data get `--proxy` samples of
 the training data, which all rules have to do without.
 """
