@@ -641,5 +641,6 @@ def test_a_batch_of_one_that_batch_norm_cannot_take_says_what_to_do():
         trainer(num_clients=1).fit(Classifier(norm=True), DataLoader(samples(9), batch_size=8, shuffle=True))
     if hasattr(caught.value, "add_note"):
         assert (
-            "client 0, round 0, a batch of 1. Leave such batches out by `drop_last=True`" in caught.value.__notes__[0]
+            "client 0, round 0, a batch of 1. Leave such batches out by the loader's `drop_last=True`"
+            in caught.value.__notes__[0]
         )

@@ -191,7 +191,7 @@ def test_a_checkpoint_goes_on_with_any_number_of_processes(processes):
     for path in Path("checkpoints").iterdir():
         path.unlink()
     play(processes[0], 3)
-    (path,) = Path("checkpoints").iterdir()
+    (path,) = Path("checkpoints").glob("round=*.ckpt")
     assert path.name == "round=3.ckpt"
     assert torch.load(path, weights_only=True)["callbacks"]["FedHAWCallback"]["previous"]["matrix"].shape[1] == 99
     same(straight, play(processes[1], 6, ckpt_path=path))
@@ -214,6 +214,7 @@ class Counts(Classifier):
 
     def on_validation_epoch_start(self):
         self.correct, self.seen, self.batches = 0, 0, []
+        self.log("val_begun", 0.7)
 
     def validation_step(self, batch, batch_idx):
         super().validation_step(batch, batch_idx)
@@ -227,6 +228,8 @@ class Counts(Classifier):
 
     def on_validation_epoch_end(self):
         self.log("val_own", self.correct / self.seen)
+        if self.trainer.is_global_zero:
+            self.log("val_of_the_first", 1.5, rank_zero_only=True)
         assert len(set(self.batches)) == len(self.batches)
 
 
@@ -402,7 +405,7 @@ def test_devices_choose_the_strategy_and_a_rank_that_dies_is_reported_and_the_ru
     assert code != 0
     assert "lost contact with the others" in err or "terminated with code" in err
     assert not Path("end.pt").exists()
-    (path,) = Path("checkpoints").iterdir()
+    (path,) = Path("checkpoints").glob("round=*.ckpt")
     assert path.name == "round=2.ckpt"
     code, out, err = script({"devices": 2}, path)
     assert code == 0, err

@@ -44,7 +44,7 @@ def check_strategy(strategy: Any) -> None:
     """
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     if re.match(r"fsdp|deepspeed|model_?parallel|xla_fsdp", name, re.IGNORECASE):
-        raise ValueError(f"`Trainer(strategy={strategy!r})` has no meaning in a federation: {_SPREADS_ONE_MODEL}.")
+        raise ValueError(f"`Trainer(strategy={name})` has no meaning in a federation: {_SPREADS_ONE_MODEL}.")
 
 
 _SPREADS_ONE_MODEL = (
