@@ -40,6 +40,11 @@ def val_loader() -> DataLoader:
     return DataLoader(samples(60, seed=1), batch_size=32)
 
 
+def momentum(parameters: Any) -> torch.optim.Optimizer:
+    """SGD with momentum, where a spawned process can find it."""
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
 class Classifier(pl.LightningModule):
     """An ordinary module: nothing in it knows of a federation."""
 

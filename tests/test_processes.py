@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from federations import QUIET, Classifier, flat, loader, samples, trainer, val_loader
+from federations import QUIET, Classifier, flat, loader, momentum, samples, trainer, val_loader
 from lightning_fedhaw import (
     Channel,
     ClientObjective,
@@ -158,10 +158,6 @@ STATEFUL = {
     "reused models": lambda: {"callbacks": [Lossy(link="downlink", fallback="reuse_model")]},
     "objective": lambda: {"callbacks": [Memory()]},
 }
-
-
-def momentum(parameters):
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
 
 @pytest.mark.parametrize("options", STATEFUL.values(), ids=STATEFUL.keys())
