@@ -641,6 +641,16 @@ def test_auto_says_its_choice_and_why():
     assert "more than `chunk_memory`=1." in said(100, "vectorized", chunk_memory=1)
 
 
+def test_what_happens_to_be_free_does_not_choose_the_engine(monkeypatch):
+    runner, _, _ = play("sequential", rounds=1)
+    monkeypatch.setattr(choice, "free_memory", lambda device: 4)
+    engine, said = choice.choose(
+        runner.fit_loop.federation.engine, "auto", cohort=100, chunk_memory=None, compile_clients=False
+    )
+    assert isinstance(engine, vectorized.VectorizedEngine)
+    assert said.startswith("Engine: vectorized, 1 of 100 clients at a time")
+
+
 @pytest.mark.parametrize(
     ("step", "uses"),
     [

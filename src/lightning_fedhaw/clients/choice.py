@@ -83,7 +83,8 @@ def choose(
         return sequential, f"Engine: sequential, because {error}{no_effect}."
     memory = chunk_memory or free_memory(host.device) // 4
     fit = memory // facts.bytes_per_client
-    if asked == "auto" and fit < MIN_CLIENTS:
+    # Only where the bound is given: what happens to be free must not decide which numbers a seed gives.
+    if asked == "auto" and chunk_memory is not None and fit < MIN_CLIENTS:
         return sequential, (
             f"Engine: sequential, because {_clients(fit)} at a time fit into `chunk_memory`={memory}, and {MIN_CLIENTS}"
             f" are worth it{no_effect}."

@@ -168,13 +168,21 @@ class _Chunk:
 
     def __init__(self, engine: VectorizedEngine, step: BatchedStep, visits: Sequence[Visit]) -> None:
         self.engine, self.step = engine, step
-        host, plan, data, layout = engine.host, engine.plan, engine.data, engine.layout
+        self._sort(visits)
+        self.made, self.skipped = [0] * len(visits), [0] * len(visits)
+        self._load_model()
+        self._load_objectives()
+        self._load_pace()
+        self._load_streams(visits[0].client)
+
+    def _sort(self, visits: Sequence[Visit]) -> None:
+        """Deal out the rows: those with equal lengths are neighbours, so that most groups of rows are slices."""
+        host, plan, data = self.engine.host, self.engine.plan, self.engine.data
         self.size = data.settings.batch_size
         orders = [
             list(data.orders(v.client, host.round, epochs=plan.epochs, num_batches=plan.steps, limit=plan.limit))
             for v in visits
         ]
-        # Rows with equal lengths are neighbours, so that most groups of rows are slices of the stacks.
         lengths = [[order.numel() for order in own] for own in orders]
         by_length = sorted(range(len(visits)), key=lambda i: -sum(lengths[i]))
         self.row_of = sorted(range(len(visits)), key=by_length.__getitem__)
@@ -187,16 +195,20 @@ class _Chunk:
             for row, client in enumerate(self.clients)
             if client in data.partition.label_swaps
         }
-        count = len(visits)
+
+    def _load_model(self) -> None:
+        """Stack what the clients start from: parameters, buffers, states of the optimiser."""
+        engine, host, layout = self.engine, self.engine.host, self.engine.layout
         first = self.visits[0]
         shared = all(visit.start is first.start for visit in self.visits)
-        self.start = first.start.expand(count, -1) if shared else torch.stack([v.start for v in self.visits])
+        self.start = first.start.expand(len(self.visits), -1) if shared else torch.stack([v.start for v in self.visits])
         self.stacks = [
             view.to(dtype=dtype, memory_format=torch.contiguous_format, copy=True)
             for view, dtype in zip(layout.views(self.start).values(), layout.dtypes, strict=True)
         ]
         self.buffers = [
-            torch.stack([visit.buffers[name].to(host.device) for visit in self.visits]) for name in step.buffer_names
+            torch.stack([visit.buffers[name].to(host.device) for visit in self.visits])
+            for name in self.step.buffer_names
         ]
         place = {id(p): i for i, p in enumerate(layout.tensors(host.module))}
         groups = host.optimizers[0].param_groups
@@ -208,35 +220,35 @@ class _Chunk:
             engine.facts.row_states,
             [engine.kept.get(client, fresh)[0] for client in self.clients],
         )
-        self.starts: dict[str, Tensor] | None = None
-        self.states: list[dict[str, Tensor]] = []
-        self.own_states: list[list[ClientState]] = []
-        if engine.objectives:
-            self._load_objectives()
-        self.paced: Paced | None = None
-        if engine.pace is not None:
-            steps = [(layout.views(visit.start), engine.num_steps(visit.client)) for visit in self.visits]
-            state = begin(engine.pace, steps, host.learning_rates(layout))
-            self.paced = Paced(engine.pace, layout.names, state)
-        self.made, self.skipped = [0] * count, [0] * count
-        if step.dropout is not None:
-            self.generators = [
-                torch.Generator(host.device).manual_seed(
-                    seed_of(plan.seed, "client", client, "round", host.round, "model")
-                )
-                for client in self.clients
-            ]
-        # For draws other than dropout.
-        seed_randomness(seed_of(plan.seed, "round", host.round, "clients from", visits[0].client), host.device)
 
     def _load_objectives(self) -> None:
         layout = self.engine.layout
-        self.starts = layout.views(self.start)
+        self.starts = layout.views(self.start) if self.engine.objectives else None
+        self.states: list[dict[str, Tensor]] = []
+        self.own_states: list[list[ClientState]] = []
         for objective in self.engine.objectives:
             own = [objective.client_state(visit.client, layout.views(visit.start)) for visit in self.visits]
             self.own_states.append(own)
             device = self.engine.host.device
             self.states.append({name: torch.stack([s[name].to(device) for s in own]) for name in own[0]})
+
+    def _load_pace(self) -> None:
+        engine, layout = self.engine, self.engine.layout
+        self.paced: Paced | None = None
+        if engine.pace is not None:
+            steps = [(layout.views(visit.start), engine.num_steps(visit.client)) for visit in self.visits]
+            state = begin(engine.pace, steps, engine.host.learning_rates(layout))
+            self.paced = Paced(engine.pace, layout.names, state)
+
+    def _load_streams(self, first: int) -> None:
+        """A generator for each client's dropout; other draws follow the client that the chunk begins with."""
+        host, seed = self.engine.host, self.engine.plan.seed
+        if self.step.dropout is not None:
+            self.generators = [
+                torch.Generator(host.device).manual_seed(seed_of(seed, "client", client, "round", host.round, "model"))
+                for client in self.clients
+            ]
+        seed_randomness(seed_of(seed, "round", host.round, "clients from", first), host.device)
 
     def train(self) -> None:
         """Train to the end."""
