@@ -52,15 +52,18 @@ def logits(module, batch):
 
 
 FEW = {"server_epochs": 4, "lr": 0.05}
+by_steps = partial(FedHAWCallback, lr_gamma=0.01, lr_lambda=0.1, normalise_by="lr*steps")
 RULES = {
     "FedAvg": FedAvgCallback,
     "FedAvg uniform": lambda: FedAvgCallback(weighting="uniform"),
-    "FedHAW": lambda: FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1),
-    "FedHAW exact": lambda: FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1, jacobian="exact"),
+    "FedHAW": FedHAWCallback,
+    "FedHAW all learned": lambda: FedHAWCallback(lr_gamma=0.5, lr_lambda=1.0),
+    "FedHAW by steps": by_steps,
+    "FedHAW exact": lambda: FedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-3, jacobian="exact", normalise_by="lr"),
     "FedHAW by lr": lambda: FedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-3, normalise_by="lr"),
-    "FedHAW plain": lambda: FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1, pseudo_gradient="plain"),
-    "FedHAW Adam": lambda: FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1, hyper_optimizer=torch.optim.Adam),
-    "FedHAW bounded": lambda: FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1, scale_bounds=(0.99, 1.01)),
+    "FedHAW plain": lambda: by_steps(pseudo_gradient="plain"),
+    "FedHAW Adam": lambda: by_steps(hyper_optimizer=torch.optim.Adam),
+    "FedHAW bounded": lambda: by_steps(scale_bounds=(0.99, 1.01)),
     "FedHAW on host": lambda: FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1, memory="host"),
     "FedOpt": FedOptCallback,
     "FedOpt AdamW": lambda: FedOptCallback(partial(torch.optim.AdamW, weight_decay=0.01), lr=0.05),
@@ -109,9 +112,13 @@ FIRST_ROUND_IS_FEDAVG = {
 NEEDS_CLIENTS = {"trimmed mean": 3, "Krum": 3, "Multi-Krum": 3}
 NEUTRAL = {
     "FedAvg": (FedAvgCallback, FedAvgCallback),
-    "FedHAW without steps": (lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0), FedAvgCallback),
+    "FedHAW without steps": (lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, lr_step=0.0), FedAvgCallback),
+    "FedHAW by lr without steps": (
+        lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, normalise_by="lr"),
+        FedAvgCallback,
+    ),
     "FedHAW exact without steps": (
-        lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, jacobian="exact"),
+        lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, jacobian="exact", normalise_by="lr"),
         FedAvgCallback,
     ),
     "FedOpt": (FedOptCallback, FedAvgCallback),
@@ -213,8 +220,8 @@ def assert_same(a, b):
         for key, value in a.items():
             assert_same(value, b[key])
     elif isinstance(a, ClientVectors):
-        assert torch.equal(a.matrix, b.matrix)
-        assert torch.equal(a.start, b.start)
+        assert_same(a.matrix, b.matrix)
+        assert_same(a.start, b.start)
     else:
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 

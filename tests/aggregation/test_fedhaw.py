@@ -468,9 +468,20 @@ def test_the_constructor_names_what_is_wrong(kwargs, error, names):
 
 
 def test_defaults_follow_the_jacobian():
-    assert FedHAWCallback().gamma_for_lambda == "new"
-    assert FedHAWCallback(jacobian="exact").gamma_for_lambda == "old"
-    assert FedHAWCallback(jacobian="exact", gamma_for_lambda="new").gamma_for_lambda == "new"
+    by_lr = partial(FedHAWCallback, normalise_by="lr")
+    assert by_lr().gamma_for_lambda == "new"
+    assert by_lr(jacobian="exact").gamma_for_lambda == "old"
+    assert by_lr(jacobian="exact", gamma_for_lambda="new").gamma_for_lambda == "new"
+
+
+def test_defaults_follow_the_normalisation():
+    free, published = FedHAWCallback(), FedHAWCallback(normalise_by="lr")
+    assert (published.lr_gamma, published.lr_lambda, published.jacobian) == (1e-3, 1e-2, "diagonal")
+    assert published.scale_bounds is None
+    assert published.needs_learning_rates
+    assert free.jacobian == "exact"
+    assert free.scale_bounds == (0.9, 1.1)
+    assert not free.needs_learning_rates
 
 
 def test_learning_rate_given_or_read():

@@ -26,6 +26,23 @@ With ``g = scale * r``, the gradient of the weighted loss ``sum_B scale s_k f_k`
 The exact step is the derivative. The authors' code keeps the diagonal of the softmax Jacobian only and uses the scale
 that was updated one line earlier (``gamma_for_lambda="new"``); the two can disagree in sign. ``docs/parity.md`` lists
 every difference.
+
+**Scale-free** (``normalise_by="norms"``, the default). The published steps are in units of the loss, the model and the
+learning rate, so their sizes have to be found anew for every problem (the authors' ``lr_gamma`` runs from 1e-3 to
+1e-7), and they multiply the model in every round, which makes the scale a hardly damped oscillator. Here every
+hypergradient is divided by the lengths of what it is made of, the learned step belongs to the cohort's displacement,
+and the scale is bounded and forgets. With displacements ``d_k = w_k - w`` of this cohort, ``d'_k`` of the previous one,
+``d = sum_B p_k d_k`` weighted by examples, and ``d' = sum_A s_k d'_k``, the direction that was taken::
+
+    c        =  cos(d, d')                                      do two rounds agree?
+    beta     <- clip(beta + (lr_step if c > 0 else 1) c)        log of the server's step, from 1 to 20 by default
+    gamma    <- clip(0.8 gamma + lr_gamma exp(beta) <d, w> / |w|^2)         the relative growth of the model, leaking
+    lambda_k <- lambda_k + lr_lambda s_k <d, d'_k - d'> / (|d| rms_A |d'_k|)
+    w        <- exp(gamma) (w + exp(beta) sum_B softmax_B(lambda)_k d_k)
+
+A step that grows while rounds agree and falls at once when they do not stays where the loss allows it. ``d`` is
+weighted by examples so that a weight is judged by what it does to everybody's loss, and not to the loss that it has
+made its own.
 """
 
 from __future__ import annotations
@@ -44,7 +61,7 @@ from lightning_fedhaw.cohort import AccumulatedVectors, ClientVectors, Cohort, d
 Jacobian = Literal["diagonal", "exact"]
 GammaForLambda = Literal["new", "old"]
 PseudoGradient = Literal["weighted", "plain"]
-NormaliseBy = Literal["lr*steps", "lr"]
+NormaliseBy = Literal["norms", "lr*steps", "lr"]
 Memory = Literal["device", "host"]
 
 LOGIT_FLOOR = 30.0
@@ -52,6 +69,12 @@ LOGIT_FLOOR = 30.0
 
 USUAL_SCALES = (0.5, 2.0)
 """A scale outside of this range is worth a word: it multiplies the model every round."""
+
+DAMPING = 0.8
+"""What is left of the log-scale after a round, where it forgets."""
+
+FALL = 1.0
+"""The step size with which the server's step falls when two rounds disagree: by ``exp(cosine)``."""
 
 SUMMARY_ABOVE = 20
 """With more clients than this, the log gets the range of the weights instead of one curve per client."""
@@ -93,63 +116,103 @@ def lambda_hypergradient(
     return factor * shares * (1 - shares) * r_u
 
 
+def next_server_step(beta: Tensor, cosine: Tensor, lr: float, bounds: tuple[float, float] = (1.0, 20.0)) -> Tensor:
+    """The log of the server's step: it grows while rounds agree, and falls faster when they do not.
+
+    Args:
+        beta: ``[]``, the log of the step now.
+        cosine: ``[]``, between this round's displacement and the last one's.
+        lr: Step size upwards.
+        bounds: Of the step itself.
+    """
+    low, high = (math.log(bound) for bound in bounds)
+    return (beta + (lr if cosine > 0 else FALL) * cosine).clamp(low, high)
+
+
+def next_scale(gamma: Tensor, growth: Tensor, lr: float, bounds: tuple[float, float] = (0.9, 1.1)) -> Tensor:
+    """The log-scale of the model: a multiple of what the model grows by itself, and forgotten in a few rounds.
+
+    Args:
+        gamma: ``[]``, the log-scale now.
+        growth: ``[]``, the part of the displacement along the model, relative to the model: ``<d, w> / |w|^2``.
+        lr: How many times that part is to be repeated.
+        bounds: Of the scale itself.
+    """
+    low, high = (math.log(bound) for bound in bounds)
+    return (DAMPING * gamma + lr * growth).clamp(low, high)
+
+
 class FedHAWCallback(AggregationRule):
     """Learn the scale of the global model and the weight of each client, online and without any server data.
 
     The first round is FedAvg; so is every round before a cohort has come back.
 
     Args:
-        lr_gamma: Step size of the log-scale.
-        lr_lambda: Step size of the logits.
-        jacobian: ``"diagonal"``, as in the authors' code, or ``"exact"``, the derivative.
+        lr_gamma: Step size of the log-scale. Default: 2 with ``normalise_by="norms"``, else 1e-3.
+        lr_lambda: Step size of the logits. Default: 0.3 with ``normalise_by="norms"``, else 1e-2.
+        lr_step: Step size of the logarithm of the server's step; with ``normalise_by="norms"`` only.
+        jacobian: ``"diagonal"``, as in the authors' code, or ``"exact"``, the derivative. Default: ``"exact"`` with
+            ``normalise_by="norms"``, else ``"diagonal"``.
         gamma_for_lambda: Whether the step of the logits sees the log-scale before or after its own step. Default:
             ``"new"`` with ``"diagonal"`` (the authors' code), ``"old"`` with ``"exact"`` (the derivative).
         pseudo_gradient: ``"weighted"``: ``scale * r``, the gradient of the weighted loss, as in the authors' code.
-            ``"plain"``: ``r``. They agree while the scale is 1.
-        normalise_by: ``"lr*steps"``: each client's displacement is divided by its learning rate and its number of
-            steps, so that step sizes keep their meaning whatever the local optimiser and epochs. ``"lr"``: by the
-            learning rate alone, as in the paper, whose step sizes belong to it.
+            ``"plain"``: ``r``. They agree while the scale is 1. With ``normalise_by="norms"`` neither matters.
+        normalise_by: ``"norms"``: the scale-free rule, whose step sizes need not be chosen. ``"lr*steps"``: the
+            published rule, where each client's displacement is divided by its learning rate and its number of
+            steps. ``"lr"``: by the learning rate alone, as in the paper, whose step sizes belong to it.
         learning_rate: The local learning rate. Default: read every round from the clients' optimiser, per parameter
             group and as scheduled.
-        scale_bounds: The smallest and largest scale allowed, such as ``(0.5, 2.0)``. Default: no bounds, as published.
+        scale_bounds: The smallest and largest scale allowed, such as ``(0.5, 2.0)``. Default: (0.9, 1.1) with
+            ``normalise_by="norms"``; else none, as published.
+        step_bounds: The smallest and largest step of the server; with ``normalise_by="norms"`` only. The smallest is 1
+            by default: a round goes at least as far as FedAvg.
         hyper_optimizer: Makes the optimiser of ``gamma`` and that of ``lambda_`` from ``(parameters, lr=...)``, such
             as ``torch.optim.Adam`` or a ``functools.partial`` of it; one that steps on a given gradient. Default:
             ``torch.optim.SGD``, as published. Where ``normalise_by="lr*steps"`` and clients do not train with SGD,
             ``torch.optim.Adam``: a client's displacement is then not in the units of a gradient, and a step that does
-            not depend on units keeps the step sizes meaningful.
+            not depend on units keeps the step sizes meaningful. With ``normalise_by="norms"`` it serves ``lambda_``
+            alone.
         memory: Where the previous cohort's models are kept.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
         state: ``gamma`` [] and ``lambda_`` [N] in float64 on the CPU; after the first cohort also its client numbers
-            and its vectors, ``previous_clients`` and ``previous``.
+            and its vectors, ``previous_clients`` and ``previous``. With ``normalise_by="norms"`` also ``beta`` [] and
+            ``direction`` [P], and the vectors only where weights are learned.
 
     Raises:
         ValueError: If an argument is not one of the allowed values.
 
     Example:
-        >>> rule = FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, jacobian="exact")
+        >>> rule = FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalise_by="lr")  # as published
         >>> rule.init(torch.zeros(4), torch.tensor([10, 30]))["lambda_"].exp().tolist()
         [0.25, 0.75]
     """
 
     def __init__(
         self,
-        lr_gamma: float = 1e-3,
-        lr_lambda: float = 1e-2,
+        lr_gamma: float | None = None,
+        lr_lambda: float | None = None,
         *,
-        jacobian: Jacobian = "diagonal",
+        lr_step: float = 0.3,
+        jacobian: Jacobian | None = None,
         gamma_for_lambda: GammaForLambda | None = None,
         pseudo_gradient: PseudoGradient = "weighted",
-        normalise_by: NormaliseBy = "lr*steps",
+        normalise_by: NormaliseBy = "norms",
         learning_rate: float | None = None,
         scale_bounds: tuple[float, float] | None = None,
+        step_bounds: tuple[float, float] = (1.0, 20.0),
         hyper_optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         memory: Memory = "device",
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        for name, rate in (("lr_gamma", lr_gamma), ("lr_lambda", lr_lambda)):
+        free = normalise_by == "norms"
+        lr_gamma = (2.0 if free else 1e-3) if lr_gamma is None else lr_gamma
+        lr_lambda = (0.3 if free else 1e-2) if lr_lambda is None else lr_lambda
+        jacobian = ("exact" if free else "diagonal") if jacobian is None else jacobian
+        scale_bounds = (0.9, 1.1) if free and scale_bounds is None else scale_bounds
+        for name, rate in (("lr_gamma", lr_gamma), ("lr_lambda", lr_lambda), ("lr_step", lr_step)):
             if not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate >= 0):
                 raise ValueError(f"`{name}` must be a finite number of at least 0, got {rate!r}.")
         for name, value, allowed in (
@@ -163,14 +226,11 @@ class FedHAWCallback(AggregationRule):
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
         if learning_rate is not None and not (math.isfinite(learning_rate) and learning_rate > 0):
             raise ValueError(f"`learning_rate` must be a positive number, got {learning_rate!r}.")
-        if scale_bounds is not None and not (
-            isinstance(scale_bounds, Sequence)
-            and len(scale_bounds) == 2
-            and 0 < scale_bounds[0] <= 1 <= scale_bounds[1] < math.inf
-        ):
-            raise ValueError(
-                f"`scale_bounds` must be two positive numbers around 1, such as (0.5, 2.0), got {scale_bounds!r}."
-            )
+        for name, bounds in (("scale_bounds", scale_bounds or (1, 1)), ("step_bounds", step_bounds)):
+            if not (
+                isinstance(bounds, Sequence) and len(bounds) == 2 and 0 < bounds[0] <= 1 <= bounds[1] < math.inf
+            ):
+                raise ValueError(f"`{name}` must be two positive numbers around 1, such as (0.5, 2.0), got {bounds!r}.")
         if hyper_optimizer is not None and not callable(hyper_optimizer):
             raise TypeError(
                 "`hyper_optimizer` must make an optimiser from parameters and `lr`, such as `torch.optim.Adam` or a"
@@ -178,23 +238,25 @@ class FedHAWCallback(AggregationRule):
             )
         self.lr_gamma = float(lr_gamma)
         self.lr_lambda = float(lr_lambda)
+        self.lr_step = float(lr_step)
         self.jacobian: Jacobian = jacobian
         self.gamma_for_lambda = gamma_for_lambda or ("new" if jacobian == "diagonal" else "old")
         self.pseudo_gradient: PseudoGradient = pseudo_gradient
         self.normalise_by = normalise_by
         self.learning_rate = learning_rate
         self.scale_bounds = scale_bounds
+        self.step_bounds = step_bounds
         self._chooses_hyper_optimizer = hyper_optimizer is None and normalise_by == "lr*steps"
         self.hyper_optimizer = hyper_optimizer or torch.optim.SGD
         self.memory = memory
 
-    prog_bar = ("scale",)
+    prog_bar = ("scale", "server_step")
     keeps_cohort = True
 
     @property
     def needs_learning_rates(self) -> bool:  # type: ignore[override]
         """Whether the local learning rate is read from the clients' optimiser."""
-        return self.learning_rate is None
+        return self.normalise_by != "norms" and self.learning_rate is None
 
     @property
     def scale(self) -> float:
@@ -210,15 +272,18 @@ class FedHAWCallback(AggregationRule):
     def describe(self) -> str:
         """The rule and its settings, for the line that opens a run."""
         hyper = getattr(self.hyper_optimizer, "__name__", self.hyper_optimizer)
+        rates = f"lr_gamma={self.lr_gamma}, lr_lambda={self.lr_lambda}"
+        rates += f", lr_step={self.lr_step}" if self.normalise_by == "norms" else ""
         return (
-            f"FedHAWCallback(lr_gamma={self.lr_gamma}, lr_lambda={self.lr_lambda}, jacobian={self.jacobian},"
-            f" normalise_by={self.normalise_by}, hyper_optimizer={hyper})"
+            f"FedHAWCallback({rates}, jacobian={self.jacobian}, normalise_by={self.normalise_by},"
+            f" hyper_optimizer={hyper})"
         )
 
     def summary(self) -> dict[str, float]:
-        """The scale, and the range of the weights over all clients."""
+        """The scale and the server's step, and the range of the weights over all clients."""
         weights = torch.softmax(self.state["lambda_"], 0)
-        return {"scale": self.scale, "weight_min": weights.min().item(), "weight_max": weights.max().item()}
+        step = {"server_step": self.state["beta"].exp().item()} if "beta" in self.state else {}
+        return {"scale": self.scale, **step, "weight_min": weights.min().item(), "weight_max": weights.max().item()}
 
     def advice(self) -> str:
         """The scale, if it has left the range in which models live."""
@@ -231,10 +296,10 @@ class FedHAWCallback(AggregationRule):
         )
 
     def init(self, start: Tensor, num_examples: Tensor) -> State:
-        """``gamma = 0`` and ``lambda_k = log(n_k / sum_j n_j)``: the weights of FedAvg."""
-        return {
-            "gamma": torch.zeros((), dtype=torch.float64),
-            "lambda_": normalised(num_examples).log(),
+        """``gamma = 0`` and ``lambda_k = log(n_k / sum_j n_j)``: FedAvg."""
+        logs = ("gamma", "beta") if self.normalise_by == "norms" else ("gamma",)
+        return {name: torch.zeros((), dtype=torch.float64) for name in logs} | {
+            "lambda_": normalised(num_examples).log()
         }
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
@@ -243,6 +308,8 @@ class FedHAWCallback(AggregationRule):
         if isinstance(vectors, AccumulatedVectors):
             raise TypeError("FedHAW needs the clients' vectors, not their accumulated sum.")
         state = dict(state)
+        if self.normalise_by == "norms":
+            return self._scale_free_step(cohort, vectors, state)
         previous_scale = state["gamma"].exp().item()
         metrics: dict[str, float] = {"hypergradient_gamma": 0.0, "hypergradient_lambda": 0.0}
         if "previous_clients" in state:
@@ -264,6 +331,46 @@ class FedHAWCallback(AggregationRule):
             )
         return RuleStep(vectors.weighted_sum(scale * weights), state, weights, metrics)
 
+    def _scale_free_step(self, cohort: Cohort, vectors: ClientVectors, state: State) -> RuleStep:
+        """The whole step where hypergradients have no units."""
+        moved, examples = vectors.displacements, normalised(cohort.num_examples)
+        now = moved.weighted_sum(examples)
+        metrics: dict[str, float] = {"agreement": 0.0}
+        if "direction" in state:
+            state, metrics = self._scale_free_hyper_step(cohort, now, state)
+        weights = torch.softmax(state["lambda_"][cohort.clients], 0) if self.lr_lambda else examples
+        direction = moved.weighted_sum(weights) if self.lr_lambda else now
+        device = torch.device("cpu") if self.memory == "host" else cohort.start.device
+        state |= {"direction": direction}
+        if self.lr_lambda:
+            state |= {"previous_clients": cohort.clients.clone(), "previous": moved.to(device)}
+        metrics |= _summary(state["gamma"], state["lambda_"], cohort.clients, weights)
+        metrics |= {"server_step": state["beta"].exp().item()}
+        scale, step = state["gamma"].exp().item(), state["beta"].exp().item()
+        return RuleStep((cohort.start + step * direction).mul_(scale), state, weights, metrics)
+
+    def _scale_free_hyper_step(self, cohort: Cohort, now: Tensor, state: State) -> tuple[State, dict[str, float]]:
+        w, before = cohort.start, state["direction"].to(now)
+        length = dot(now, now).sqrt()
+        cosine = _ratio(dot(now, before), length * dot(before, before).sqrt())
+        beta = next_server_step(state["beta"], cosine, self.lr_step, self.step_bounds)
+        growth = beta.exp() * _ratio(dot(now, w), dot(w, w))
+        assert self.scale_bounds is not None  # (0.9, 1.1) unless given
+        gamma = next_scale(state["gamma"], growth, self.lr_gamma, self.scale_bounds)
+        state = {**state, "beta": beta, "gamma": gamma}
+        metrics = {"agreement": cosine.item(), "hypergradient_lambda": 0.0}
+        if self.lr_lambda:
+            lambda_, clients, previous = state["lambda_"], state["previous_clients"], state["previous"]
+            shares = torch.softmax(lambda_[clients], 0)
+            spread = (shares * previous.norms().square()).sum().sqrt()
+            gained = _ratio(previous.inner(now), length * spread)
+            grad = torch.zeros_like(lambda_)
+            grad[clients] = lambda_hypergradient(-gained, shares, torch.zeros_like(beta), self.jacobian)
+            moved, memory = self._descend("lambda", lambda_, grad, self.lr_lambda, state)
+            state |= {"lambda_": _learned(lambda_, moved, clients), **memory}
+            metrics["hypergradient_lambda"] = grad.norm().item()
+        return state, metrics
+
     def _hyper_step(
         self, cohort: Cohort, vectors: ClientVectors, state: State, server: ServerView
     ) -> tuple[State, dict[str, float]]:
@@ -282,9 +389,7 @@ class FedHAWCallback(AggregationRule):
         grad = torch.zeros_like(lambda_)
         grad[previous] = lambda_hypergradient(r_u, shares, seen, self.jacobian, self.pseudo_gradient)
         moved, lambda_memory = self._descend("lambda", lambda_, grad, self.lr_lambda, state)
-        new_lambda = lambda_.clone()
-        new_lambda[previous] = moved[previous]
-        new_lambda = new_lambda.clamp(min=new_lambda.max() - LOGIT_FLOOR)
+        new_lambda = _learned(lambda_, moved, previous)
 
         metrics = {"hypergradient_gamma": gamma_grad.abs().item(), "hypergradient_lambda": grad.norm().item()}
         if not (torch.isfinite(new_gamma) and torch.isfinite(new_lambda).all() and new_gamma.abs() < _largest(r.dtype)):
@@ -329,6 +434,19 @@ class FedHAWCallback(AggregationRule):
         optimizer.step()
         kept = optimizer.state_dict()["state"].get(0, {})
         return variable.detach(), {memory: dict(kept)} if kept else {}
+
+
+def _learned(old: Tensor, moved: Tensor, clients: Tensor) -> Tensor:
+    """Logits ``[N]`` after a step of those who took part in it."""
+    new = old.clone()
+    new[clients] = moved[clients]
+    return new.clamp(min=new.max() - LOGIT_FLOOR)
+
+
+def _ratio(product: Tensor, lengths: Tensor) -> Tensor:
+    """A product of vectors without its units; 0 where one of them is zero, or nothing finite comes of it."""
+    ratio = torch.where(lengths > 0, product / lengths, torch.zeros_like(product))
+    return torch.nan_to_num(ratio, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _largest(dtype: torch.dtype) -> float:

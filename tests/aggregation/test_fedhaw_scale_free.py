@@ -1,0 +1,144 @@
+"""The scale-free FedHAW: a round worked by hand, and that nothing of it has units."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aggregation.test_fedhaw import make_cohort, make_server
+from lightning_fedhaw import FedHAWCallback, RuleStep
+from lightning_fedhaw.aggregation.fedhaw import next_scale, next_server_step
+
+SIZES = [1, 3]
+START = [1.0, 0.0]
+FIRST = [[2.0, 0.0], [1.0, 1.0]]
+THEN = [[1.25, 1.75], [2.25, 1.75]]
+
+few = settings(max_examples=25, deadline=None)
+
+
+def played(rule: FedHAWCallback, *rounds: Any, start: Any = START, sizes: Any = SIZES, **kwargs: Any) -> list[RuleStep]:
+    """Rounds of a rule, each from the model that the one before made; ``rounds`` are the clients' displacements."""
+    w = torch.as_tensor(start, dtype=torch.float64)
+    state = rule.init(w, torch.as_tensor(sizes))
+    steps = []
+    for t, moved in enumerate(rounds):
+        models = w + torch.as_tensor(moved, dtype=torch.float64)
+        step = rule.step(make_cohort(models, w, sizes=sizes, round_=t, **kwargs), state, make_server(len(w)))
+        w, state = step.parameters, step.state
+        steps.append(step)
+    return steps
+
+
+def displaced(models: list[list[float]], start: list[float]) -> list[list[float]]:
+    return [[a - b for a, b in zip(model, start, strict=True)] for model in models]
+
+
+def close(found: Tensor, *expected: float) -> None:
+    torch.testing.assert_close(
+        found, torch.tensor(expected, dtype=torch.float64).reshape(found.shape), atol=1e-9, rtol=0
+    )
+
+
+def test_two_rounds_by_hand():
+    rule = FedHAWCallback(lr_gamma=0.05, lr_lambda=0.5, lr_step=0.3)
+    first, then = played(rule, displaced(FIRST, START), displaced(THEN, [1.25, 0.75]))
+    close(first.parameters, 1.25, 0.75)  # FedAvg
+    assert first.metrics["server_step"] == 1.0
+    close(then.state["beta"], 0.2846049894)  # cosine 0.9486833
+    close(then.state["gamma"], 0.0527785225)  # growth exp(beta) 1.6875 / 2.125
+    close(then.state["lambda_"], -1.4050443611, -0.2689320725)
+    close(then.weights, 0.2430348644, 0.7569651356)
+    close(then.parameters, 2.3784625282, 2.1919234707)
+
+
+def test_a_step_falls_faster_than_it_grows_and_stays_in_its_bounds():
+    one = torch.ones((), dtype=torch.float64)
+    close(next_server_step(0 * one, 0.5 * one, 0.3), 0.15)
+    close(next_server_step(2 * one, -0.5 * one, 0.3), 1.5)
+    close(next_server_step(0 * one, -one, 0.3), 0.0)
+    close(next_server_step(math.log(20) * one, one, 0.3), math.log(20))
+    close(next_server_step(0 * one, -0.5 * one, 0.3, bounds=(0.1, 2.0)), -0.5)
+
+
+def test_the_scale_forgets_and_stays_in_its_bounds():
+    one = torch.ones((), dtype=torch.float64)
+    close(next_scale(0.05 * one, 0.01 * one, 2.0), 0.06)
+    close(next_scale(0 * one, one, 2.0), math.log(1.1))
+    close(next_scale(0 * one, -one, 2.0), math.log(0.9))
+
+
+@few
+@given(st.integers(0, 2**31), st.floats(1e-6, 1e6), st.booleans())
+def test_no_unit_matters(seed, unit, jacobian):
+    """A model and displacements a thousand times as large: the same step, scale and weights."""
+    draw = torch.Generator().manual_seed(seed)
+    start, moves = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((5,), (3, 4, 5)))
+    rule = FedHAWCallback(lr_gamma=0.1, lr_lambda=1.0, jacobian="exact" if jacobian else "diagonal")
+    plain, scaled = (played(rule, *(u * moves), start=u * start, sizes=[1, 2, 3, 4])[-1] for u in (1.0, unit))
+    for name in ("beta", "gamma", "lambda_"):
+        torch.testing.assert_close(scaled.state[name], plain.state[name], atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(scaled.parameters, unit * plain.parameters, rtol=1e-8, atol=1e-9 * unit)
+
+
+@few
+@given(st.integers(0, 2**31))
+def test_a_client_that_pulls_where_everybody_went_gains_weight(seed):
+    draw = torch.Generator().manual_seed(seed)
+    moves = torch.randn(4, 6, generator=draw, dtype=torch.float64)
+    rule = FedHAWCallback(lr_lambda=1.0)
+    first, then = played(rule, moves, moves, start=[0.0] * 6, sizes=[1] * 4)
+    agrees = moves @ moves.mean(0) > moves.mean(0).square().sum()
+    assert torch.equal(then.weights > first.weights, agrees)
+
+
+def test_without_step_sizes_it_is_fedavg():
+    rule = FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, lr_step=0.0)
+    moves = displaced(FIRST, START)
+    for step, w in zip(played(rule, moves, moves), ([1.25, 0.75], [1.5, 1.5]), strict=True):
+        close(step.parameters, *w)
+
+
+def test_weights_that_are_not_learned_keep_no_models():
+    state = played(FedHAWCallback(lr_lambda=0.0), displaced(FIRST, START))[-1].state
+    assert set(state) == {"gamma", "beta", "lambda_", "direction"}
+    state = played(FedHAWCallback(lr_lambda=0.3), displaced(FIRST, START))[-1].state
+    assert {"previous", "previous_clients"} < set(state)
+
+
+@pytest.mark.parametrize("still", [0, 1])
+def test_a_round_in_which_nothing_moves_changes_nothing(still):
+    rounds = [displaced(FIRST, START), displaced(FIRST, START)]
+    rounds[still] = [[0.0, 0.0], [0.0, 0.0]]
+    last = played(FedHAWCallback(lr_gamma=0.0, lr_lambda=1.0), *rounds)[-1]
+    assert last.state["beta"] == 0
+    assert last.metrics["agreement"] == 0
+    close(last.weights, 0.25, 0.75)
+    close(last.parameters, 1.25, 0.75)
+
+
+def test_a_model_that_is_zero_has_no_growth():
+    steps = played(FedHAWCallback(lr_gamma=1.0), [[0.0, 0.0], [0.0, 0.0]], displaced(FIRST, START), start=[0.0, 0.0])
+    assert steps[-1].state["gamma"] == 0
+    assert torch.isfinite(steps[-1].parameters).all()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "names"),
+    [
+        ({"lr_step": -0.1}, "`lr_step`"),
+        ({"step_bounds": (1.5, 3.0)}, "`step_bounds`"),
+        ({"step_bounds": 20.0}, "`step_bounds`"),
+        ({"step_bounds": None}, "`step_bounds`"),
+        ({"normalise_by": "cosine"}, "`normalise_by`"),
+    ],
+)
+def test_the_constructor_names_what_is_wrong(kwargs, names):
+    with pytest.raises(ValueError, match=names):
+        FedHAWCallback(**kwargs)
