@@ -1,6 +1,7 @@
 """Nothing passes from client to client, and a round that fails leaves nothing behind."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -450,7 +451,7 @@ def test_an_update_that_does_not_fit_into_the_storage_is_named():
 
 
 def test_a_hyper_step_that_would_extinguish_the_model_is_refused():
-    rule = FedHAWCallback(lr_gamma=1e9)
+    rule = FedHAWCallback(lr_gamma=1e9, normalise_by="lr")
     with pytest.warns(UserWarning, match="hypergradient step of round 1 is not finite|was refused"):
         trainer(rule=rule, rounds=2).fit(Classifier(), loader())
     assert rule.scale == 1.0
@@ -506,10 +507,12 @@ def test_the_hyper_optimiser_follows_the_clients_unless_it_was_given():
     def adam(p):
         return torch.optim.AdamW(p, lr=0.01)
 
-    assert chosen(FedHAWCallback(), None) is torch.optim.SGD
-    assert chosen(FedHAWCallback(), adam) is torch.optim.Adam
+    by_steps = partial(FedHAWCallback, normalise_by="lr*steps")
+    assert chosen(by_steps(), None) is torch.optim.SGD
+    assert chosen(by_steps(), adam) is torch.optim.Adam
+    assert chosen(by_steps(hyper_optimizer=torch.optim.SGD), adam) is torch.optim.SGD
     assert chosen(FedHAWCallback(normalise_by="lr"), adam) is torch.optim.SGD
-    assert chosen(FedHAWCallback(hyper_optimizer=torch.optim.SGD), adam) is torch.optim.SGD
+    assert chosen(FedHAWCallback(), adam) is torch.optim.SGD
 
 
 def test_a_diverged_run_names_the_scale():

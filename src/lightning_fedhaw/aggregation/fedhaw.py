@@ -343,7 +343,7 @@ class FedHAWCallback(AggregationRule):
         device = torch.device("cpu") if self.memory == "host" else cohort.start.device
         state |= {"direction": direction}
         if self.lr_lambda:
-            state |= {"previous_clients": cohort.clients.clone(), "previous": moved.to(device)}
+            state |= {"previous_clients": cohort.clients.clone(), "previous": vectors.to(device)}
         metrics |= _summary(state["gamma"], state["lambda_"], cohort.clients, weights)
         metrics |= {"server_step": state["beta"].exp().item()}
         scale, step = state["gamma"].exp().item(), state["beta"].exp().item()
@@ -360,7 +360,7 @@ class FedHAWCallback(AggregationRule):
         state = {**state, "beta": beta, "gamma": gamma}
         metrics = {"agreement": cosine.item(), "hypergradient_lambda": 0.0}
         if self.lr_lambda:
-            lambda_, clients, previous = state["lambda_"], state["previous_clients"], state["previous"]
+            lambda_, clients, previous = state["lambda_"], state["previous_clients"], state["previous"].displacements
             shares = torch.softmax(lambda_[clients], 0)
             spread = (shares * previous.norms().square()).sum().sqrt()
             gained = _ratio(previous.inner(now), length * spread)
