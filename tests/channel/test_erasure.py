@@ -38,7 +38,7 @@ def test_the_authors_draws(most):
     before = np.random.get_state()[1].copy()
     channel = ErasureChannel(max_probability=most, legacy_seed=23)
     lost = losses(channel)
-    assert torch.allclose(channel.rates(0), torch.tensor(RATES[most]).double(), atol=5e-5)
+    assert torch.allclose(channel.rates(CLIENTS, 0), torch.tensor(RATES[most]).double(), atol=5e-5)
     assert lost.sum(0).tolist() == FAILURES[most]
     assert not lost.all(1).any(), "no round has all ten in error"
     assert (np.random.get_state()[1] == before).all()
@@ -73,20 +73,21 @@ def test_independent_erasures_come_as_often_as_they_should():
 
 def test_rates_drawn_up_to_a_maximum_belong_to_the_run():
     channel = ErasureChannel(max_probability=0.4)
-    lost = losses(channel, 400, num_clients=200, seed=1)
-    rates = channel.rates(1)
+    lost = losses(channel, 100, num_clients=200, seed=1)
+    everybody = list(range(200))
+    rates = channel.rates(everybody, 1)
     assert rates.max() <= 0.4
     assert abs(float(rates.mean()) - 0.2) < 4.5 * 0.4 / (12 * 200) ** 0.5
     assert abs(float(rates.var()) - 0.4**2 / 12) < 0.3 * 0.4**2 / 12
-    assert torch.corrcoef(torch.stack([lost.double().mean(0), rates]))[0, 1] > 0.95
-    assert not torch.equal(rates, channel.rates(2))
+    assert torch.corrcoef(torch.stack([lost.double().mean(0), rates]))[0, 1] > 0.9
+    assert not torch.equal(rates, channel.rates(everybody, 2))
 
 
 def test_bursts_have_the_lengths_and_the_share_of_their_chain():
     burst = GilbertElliott(enter=0.1, leave=0.25, loss_good=0.0, loss_bad=1.0)
     lost = losses(ErasureChannel(burst=burst), 300, num_clients=20).double()
     share, memory = 0.1 / 0.35, 1 - 0.35
-    assert burst.share_bad == pytest.approx(share)
+    assert burst.share_bad == burst.rate == pytest.approx(share)
     effective = 6000 * (1 - memory) / (1 + memory)
     assert within(lost.mean(), share, effective)
     assert within(lost[0].mean(), share, 20), "it starts in the long run"

@@ -50,6 +50,11 @@ class GilbertElliott:
         """The share of bad rounds in the long run, which is also the chance to begin in one."""
         return self.enter / (self.enter + self.leave)
 
+    @property
+    def rate(self) -> float:
+        """The share of losses in the long run."""
+        return self.share_bad * self.loss_bad + (1 - self.share_bad) * self.loss_good
+
 
 def is_bad(link: GilbertElliott, round_: int, uniform: Callable[[int], float]) -> bool:
     """Whether a link is bad in a round, without the rounds before it as far as they do not matter.
@@ -149,21 +154,17 @@ class ErasureChannel(Channel):
             )
         super().prepare(scene)
 
-    def rates(self, seed: int) -> Tensor:
-        """The clients' loss rates, ``[N]`` float64; those of a burst model in the long run."""
-        count = self.scene.num_clients
-        if self.burst is not None:
-            bad = self.burst.share_bad
-            return torch.full((count,), bad * self.burst.loss_bad + (1 - bad) * self.burst.loss_good).double()
+    def rates(self, clients: list[int], seed: int) -> Tensor:
+        """Clients' loss rates, ``[K]`` float64; those of a burst model in the long run."""
+        if (burst := self.burst) is not None:
+            return torch.full((len(clients),), burst.rate, dtype=torch.float64)
         if self.probability is not None:
-            return self.probability.expand(count)
+            return self.probability.expand(self.scene.num_clients)[clients]
         assert self.max_probability is not None
         if self.legacy_seed is not None:
-            return legacy_draws(self.legacy_seed, count, self.max_probability, 0)[0]
-        draws = [
-            torch.rand((), generator=self._stream(seed, "client", client, "rate"), dtype=torch.float64)
-            for client in range(count)
-        ]
+            return legacy_draws(self.legacy_seed, self.scene.num_clients, self.max_probability, 0)[0][clients]
+        generators = [self._stream(seed, "client", client, "rate") for client in clients]
+        draws = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
         return self.max_probability * torch.stack(draws)
 
     def outage(self, round_: int, clients: list[int], seed: int) -> Tensor:
@@ -173,7 +174,7 @@ class ErasureChannel(Channel):
             return legacy_draws(self.legacy_seed, self.scene.num_clients, self.max_probability, round_)[1][clients]
         draws = self._uniform(seed, round_, clients, "outage")
         if (burst := self.burst) is None:
-            return draws < self.rates(seed)[clients]
+            return draws < self.rates(clients, seed)
         bad = torch.tensor([self._is_bad(burst, round_, client, seed) for client in clients])
         return draws < torch.where(bad, burst.loss_bad, burst.loss_good)
 

@@ -57,10 +57,10 @@ def qsgd(vector: Tensor, levels: int, generator: torch.Generator) -> Tensor:
         levels: s, the number of steps from 0 to the norm.
         generator: Where the draws come from.
     """
-    norm = torch.linalg.vector_norm(vector)
-    if not norm > 0:
+    norm = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+    if norm == 0:
         return vector
-    steps = _round_at_random((vector.abs() * levels).div_(norm), generator)
+    steps = _round_at_random(vector.abs().div_(norm).mul_(levels), generator)
     return steps.mul_(norm / levels).copysign_(vector)
 
 
