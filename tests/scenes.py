@@ -20,7 +20,7 @@ def scene(parameters: int = 8, num_clients: int = 10, **kwargs) -> Scene:
             "channels": (),
             "rule": "FedAvgCallback",
             "raw_weight": lambda update: 1.0,
-            "buffers_travel": False,
+            "beside": (),
             "drawn_uniformly": num_clients,
             **kwargs,
         }

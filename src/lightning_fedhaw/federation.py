@@ -158,7 +158,6 @@ class Federation:
         self.uplink = [c for c in channels if c.link == "uplink"]
         self.downlink = [c for c in channels if c.link == "downlink"]
         self.sums = [c for c in self.uplink if isinstance(c, SumChannel)]
-        self._parcels = {"uplink": self._prepare(self.uplink), "downlink": self._prepare(self.downlink)}
         objectives = [c for c in callbacks if isinstance(c, ClientObjective)]
         if objectives and not host.module.automatic_optimization:
             names = ", ".join(type(o).__name__ for o in objectives)
@@ -181,6 +180,7 @@ class Federation:
             channels_last=options.channels_last,
         )
         self.engine: Engine = SequentialEngine(host, server.layout, data, plan, objectives)
+        self._parcels = {"uplink": self._prepare(self.uplink), "downlink": self._prepare(self.downlink)}
         self.local_buffers: dict[int, dict[str, Tensor]] = {}
         self.tally = Tally()
         self.in_round = False
@@ -212,7 +212,7 @@ class Federation:
                     channels=channels,
                     rule=type(self.rule).__name__,
                     raw_weight=self.rule.raw_weight,
-                    buffers_travel=bool(self.server.buffers) and self.options.buffers != "keep",
+                    beside=["buffers"] if self.server.buffers and self.options.buffers != "keep" else [],
                     drawn_uniformly=len(self.cohort(0)) if draws_uniformly else None,
                 )
             )

@@ -152,8 +152,17 @@ def test_weights_that_depend_on_data():
         fit(PrivacyChannel(1.0, 1.0, delta=None), rule=FedAvgCallback())
 
 
+def test_weights_that_turn_out_to_depend_on_data():
+    class Odd(FedAvgCallback):
+        def raw_weight(self, update):
+            return 2.0 if len(update.logged) and update.client == 1 else 1.0
+
+    with pytest.raises(ValueError, match="the same weight for every client, and Odd weighs them by what"):
+        fit(PrivacyChannel(1.0, 1.0, delta=None), rule=Odd("uniform"))
+
+
 def test_buffers_that_travel():
-    with pytest.raises(ValueError, match='this module\'s buffers .* Set `buffers="keep"`'):
+    with pytest.raises(ValueError, match='protects updates, and buffers would leave .* Set `buffers="keep"`'):
         fit(PrivacyChannel(1.0, 1.0, delta=None), module=Classifier(norm=True))
     fit(PrivacyChannel(1.0, 1.0, delta=None), module=Classifier(norm=True), buffers="keep")
 

@@ -68,7 +68,7 @@ class Scene:
         channels: All channels of the link, in list order.
         rule: The rule's name.
         raw_weight: The rule's ``raw_weight``, if it names clients' weights beforehand.
-        buffers_travel: Whether the server learns of clients' buffers.
+        beside: What leaves the clients beside the message, in words.
         drawn_uniformly: The number of clients a round, where all sets of so many are equally likely; ``None`` where
             they come by another sampler.
     """
@@ -79,7 +79,7 @@ class Scene:
     channels: Sequence[Channel]
     rule: str
     raw_weight: Callable[[Any], float] | None
-    buffers_travel: bool
+    beside: Sequence[str]
     drawn_uniformly: int | None
 
     @property

@@ -5,6 +5,7 @@ H. B. McMahan, D. Ramage, K. Talwar, L. Zhang: Learning Differentially Private R
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -109,15 +110,11 @@ class PrivacyChannel(SumChannel):
         super().prepare(scene)
         assert scene.raw_weight is not None
         probes = [ClientUpdate(client, 1 + client, 1 + 2 * client, 0, torch.zeros(1)) for client in range(2)]
-        if len({float(scene.raw_weight(probe)) for probe in probes}) > 1:
+        self._check_weights([float(scene.raw_weight(probe)) for probe in probes])
+        if scene.beside:
             raise ValueError(
-                f"`PrivacyChannel` needs the same weight for every client, and {scene.rule} weighs them by what they"
-                ' hold or do. Use `FedAvgCallback(weighting="uniform")`, alone or in `FedOptCallback(rule=...)`.'
-            )
-        if scene.buffers_travel:
-            raise ValueError(
-                "`PrivacyChannel` protects parameters, and this module's buffers (BatchNorm statistics) would leave"
-                ' the clients without noise. Set `buffers="keep"`.'
+                f"`PrivacyChannel` protects updates, and {' and '.join(scene.beside)} would leave the clients beside"
+                ' them without noise. Set `buffers="keep"`, and leave out objectives that share their state.'
             )
         channels = list(scene.channels)
         for later in channels[channels.index(self) + 1 :]:
@@ -128,6 +125,13 @@ class PrivacyChannel(SumChannel):
                 )
         if self.delta is not None:
             self.epsilon()
+
+    def _check_weights(self, weights: Sequence[float]) -> None:
+        if len(set(weights)) > 1:
+            raise ValueError(
+                f"`PrivacyChannel` needs the same weight for every client, and {self.scene.rule} weighs them by what"
+                ' they hold or do. Use `FedAvgCallback(weighting="uniform")`, alone or in `FedOptCallback(rule=...)`.'
+            )
 
     def epsilon(self) -> float:
         """What the rounds so far have spent."""
@@ -149,8 +153,8 @@ class PrivacyChannel(SumChannel):
 
     def superpose(self, total: Tensor, arrivals: Arrivals) -> Tensor:
         """The noisy sum over the fixed number of clients; see :meth:`SumChannel.superpose`."""
-        weight = float(arrivals.weights[0])
-        noisy = total
+        self._check_weights(arrivals.weights.tolist())
+        weight, noisy = float(arrivals.weights[0]), total
         if self.noise_multiplier:
             generator = self._stream(arrivals.seed, "round", arrivals.round, "noise")
             noisy = add_noise(total, weight * self.noise_multiplier * self.clip, generator)
