@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,9 @@ def _images(x: Tensor) -> Tensor:
     return x.unsqueeze(1) if x.ndim == 3 else x.movedim(-1, 1) if x.ndim == 4 and x.shape[-1] in (1, 3) else x
 
 
-def play(rule: fed.AggregationRule, split: Split, args: argparse.Namespace) -> tuple[History, dict[str, Any], int]:
+def play(
+    rule: fed.AggregationRule, split: Split, args: argparse.Namespace, *callbacks: pl.Callback
+) -> tuple[History, dict[str, Any], int]:
     """One run: its history, its summary, and the bytes that the rule keeps."""
     x, y, test_x, test_y = split
     history = History()
@@ -137,7 +139,7 @@ def play(rule: fed.AggregationRule, split: Split, args: argparse.Namespace) -> t
         local_epochs=args.local_epochs,
         client_eval=False,
         seed=args.seed,
-        callbacks=[rule, history],
+        callbacks=[rule, *callbacks, history],
         accelerator=args.accelerator,
         devices=1,
         logger=False,
@@ -177,11 +179,11 @@ def row(name: str, history: History, summary: Mapping[str, Any], kept: int, args
     return [name, *percent, reached, f"{milliseconds:.1f}", f"{extra / 1e6:.2f}", f"{kept / 1e6:.2f}"]
 
 
-def main(argv: list[str] | None = None) -> dict[str, History]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options of a federation."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, MNIST, FashionMNIST, CIFAR10, or an npz file")
     parser.add_argument("--folder", type=Path, default=Path("data"), help="where torchvision puts what it downloads")
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), metavar="RULE")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--clients-per-round", type=float, default=1.0, help="share of the clients")
@@ -190,16 +192,36 @@ def main(argv: list[str] | None = None) -> dict[str, History]:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.05, help="of the clients' SGD")
     parser.add_argument("--proxy", type=int, default=100, help="samples of the server's own")
-    parser.add_argument("--target", type=float, default=0.9, help="accuracy whose round is named")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("outputs"))
-    args = parser.parse_args(argv)
+    return parser
+
+
+def quietly() -> None:
+    """One thread, and no advice from Lightning."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for known in (".*does not have many workers", ".*LeafSpec.* is deprecated"):
         warnings.filterwarnings("ignore", message=known)
 
+
+def print_table(table: Sequence[Sequence[str]]) -> None:
+    """Rows under a head, columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print()
+    for line in table:
+        print(
+            f"{line[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
+        )
+
+
+def main(argv: list[str] | None = None) -> dict[str, History]:
+    parser = options(__doc__)
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), metavar="RULE")
+    parser.add_argument("--target", type=float, default=0.9, help="accuracy whose round is named")
+    args = parser.parse_args(argv)
+    quietly()
     split = load(args.data, args.folder)
     histories: dict[str, History] = {}
     head = ["rule", "final", "last 10", "best", f"to {args.target:.0%}", "server ms", "extra MB", "kept MB"]
@@ -208,12 +230,7 @@ def main(argv: list[str] | None = None) -> dict[str, History]:
         print(f"\n{name}")
         histories[name], summary, kept = play(RULES[name](), split, args)
         table.append(row(name, histories[name], summary, kept, args))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    print()
-    for line in table:
-        print(
-            f"{line[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
-        )
+    print_table(table)
     picture = args.output / "rules.png"
     draw_curves(histories, picture)
     print("\nserver ms: of aggregation, a round. extra MB: sent in all beyond the models. kept MB: the rule's state.")

@@ -36,3 +36,21 @@ def test_compare_rules(tmp_path):
     for name in ("FedAvg ", "FedHyper G+CL", "FedLAW in stages", "geometric median"):
         assert name in table
     assert (tmp_path / "pictures" / "rules.png").stat().st_size > 5_000
+
+
+def test_communication_errors(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "communication_errors.py"), "--rounds", "2", "--output", "pictures"]
+    done = subprocess.run(
+        [*command, "--methods", "FedAvg", "FedHAW", "--errors", "0.8", "0", "--legacy-seed", "23"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("method ") :]
+    assert table.index("errors up to 0 ") < table.index("errors up to 0.8")
+    for name in ("FedAvg", "FedHAW"):
+        assert name in table
+    for name in ("communication_errors.png", "communication_errors_rounds.png"):
+        assert (tmp_path / "pictures" / name).stat().st_size > 5_000

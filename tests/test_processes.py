@@ -18,8 +18,13 @@ from torch.utils.data import DataLoader
 
 from federations import QUIET, Classifier, flat, loader, momentum, samples, trainer, val_loader
 from lightning_fedhaw import (
+    AvailabilityChannel,
+    AWGNChannel,
     Channel,
     ClientObjective,
+    DeadlineChannel,
+    ErasureChannel,
+    FadingChannel,
     FedAvgCallback,
     FedBECallback,
     FedDFCallback,
@@ -29,7 +34,13 @@ from lightning_fedhaw import (
     FedHAWCallback,
     FedHyperCallback,
     FedLAWCallback,
+    GilbertElliott,
+    OverTheAirChannel,
+    PacketLossChannel,
+    PrivacyChannel,
+    QuantizedChannel,
     ServerFineTuningCallback,
+    SparsifiedChannel,
 )
 from lightning_fedhaw.ranks import Ranks, deal
 
@@ -160,6 +171,29 @@ STATEFUL = {
 }
 
 
+UPLINK = [
+    lambda: [SparsifiedChannel(0.3), PacketLossChannel(0.3, 64, lost="last", retries=1), AWGNChannel(20.0)],
+    lambda: [
+        *(FadingChannel(20.0, per="layer"), QuantizedChannel(6)),
+        *(ErasureChannel(burst=GilbertElliott(0.2, 0.5), fallback="reuse_update"), AvailabilityChannel(mean=0.9)),
+        *(DeadlineChannel(60.0, 1.0), PacketLossChannel(0.2, 64, link="downlink")),
+    ],
+]
+SUMS = [lambda: [PrivacyChannel(0.5, 0.1, delta=None), OverTheAirChannel(20.0, truncation=0.3)]]
+
+
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [*((make, haw) for make in UPLINK), *((make, lambda: FedAvgCallback("uniform")) for make in SUMS)],
+    ids=["memory", "losses", "sums"],
+)
+def test_channels(make, rule):
+    def play(processes):
+        return fit(processes, rule(), module=Classifier(), rounds=5, callbacks=make())
+
+    same(play(1), play(2))
+
+
 @pytest.mark.parametrize("options", STATEFUL.values(), ids=STATEFUL.keys())
 def test_clients_that_remember(options):
     def play(processes):
@@ -180,7 +214,7 @@ def test_a_checkpoint_goes_on_with_any_number_of_processes(processes):
     }
 
     def play(count, rounds, **more):
-        callbacks = [Lossy(fallback="reuse_update"), Memory()]
+        callbacks = [SparsifiedChannel(0.5), Lossy(fallback="reuse_update"), Memory()]
         return fit(count, module=Classifier(momentum, norm=True), rounds=rounds, callbacks=callbacks, **options, **more)
 
     straight = play(1, 6)

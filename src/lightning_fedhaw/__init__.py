@@ -25,7 +25,21 @@ from lightning_fedhaw.aggregation import (
     ServerFineTuningCallback,
     TrimmedMeanCallback,
 )
-from lightning_fedhaw.channel import Channel
+from lightning_fedhaw.channel import (
+    AvailabilityChannel,
+    AWGNChannel,
+    BitFlipChannel,
+    Channel,
+    DeadlineChannel,
+    ErasureChannel,
+    FadingChannel,
+    GilbertElliott,
+    OverTheAirChannel,
+    PacketLossChannel,
+    PrivacyChannel,
+    QuantizedChannel,
+    SparsifiedChannel,
+)
 from lightning_fedhaw.clients import ClientObjective
 from lightning_fedhaw.cohort import ClientUpdate, ClientVectors, Cohort
 from lightning_fedhaw.data import (
@@ -47,13 +61,19 @@ from lightning_fedhaw.trainer import FederatedTrainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "AWGNChannel",
     "AggregationRule",
+    "AvailabilityChannel",
+    "BitFlipChannel",
     "Channel",
     "ClientObjective",
     "ClientUpdate",
     "ClientVectors",
     "Cohort",
+    "DeadlineChannel",
     "DirichletPartitioner",
+    "ErasureChannel",
+    "FadingChannel",
     "FedAdagradCallback",
     "FedAdamCallback",
     "FedAdpCallback",
@@ -73,6 +93,7 @@ __all__ = [
     "FederatedTrainer",
     "FederationOptions",
     "GeometricMedianCallback",
+    "GilbertElliott",
     "IIDPartitioner",
     "IndexPartitioner",
     "KeyPartitioner",
@@ -80,12 +101,17 @@ __all__ = [
     "LocalPace",
     "MedianCallback",
     "MultiKrumCallback",
+    "OverTheAirChannel",
+    "PacketLossChannel",
     "ParameterLayout",
+    "PrivacyChannel",
+    "QuantizedChannel",
     "RoundObserver",
     "RoundProgressBar",
     "RuleStep",
     "Server",
     "ServerFineTuningCallback",
+    "SparsifiedChannel",
     "TrimmedMeanCallback",
     "stream",
 ]

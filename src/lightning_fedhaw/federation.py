@@ -15,7 +15,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep
-from lightning_fedhaw.channel.base import Channel
+from lightning_fedhaw.channel.awgn import rms
+from lightning_fedhaw.channel.base import Arrivals, Channel, Link, Parcel, Scene, SumChannel
 from lightning_fedhaw.clients.choice import choose
 from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit
 from lightning_fedhaw.clients.objective import ClientObjective
@@ -24,7 +25,7 @@ from lightning_fedhaw.clients.sequential import SequentialEngine
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import AccumulatedVectors, ClientUpdate, ClientVectors, Cohort
 from lightning_fedhaw.data.federation import ClientData
-from lightning_fedhaw.data.samplers import CohortSampler
+from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.memory import empty
@@ -52,6 +53,7 @@ class Tally:
     bytes_down: int = 0
     bytes_up: int = 0
     heard: int = 0
+    lost_messages: int = 0
     nonfinite_updates: int = 0
     skipped_rounds: int = 0
     skipped_steps: int = 0
@@ -75,12 +77,14 @@ class _Record:
         heard: Whether the message really came from the client.
         raw_weight: Its weight before normalisation, where the rule names it beforehand.
         rank: The process that holds its vector.
+        rms: Root mean square of what was heard, where a channel acts on the sum.
     """
 
     update: ClientUpdate
     heard: bool
     raw_weight: float
     rank: int
+    rms: float
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,7 @@ class Federation:
         channels = [c for c in callbacks if isinstance(c, Channel)]
         self.uplink = [c for c in channels if c.link == "uplink"]
         self.downlink = [c for c in channels if c.link == "downlink"]
+        self.sums = [c for c in self.uplink if isinstance(c, SumChannel)]
         objectives = [c for c in callbacks if isinstance(c, ClientObjective)]
         if objectives and not host.module.automatic_optimization:
             names = ", ".join(type(o).__name__ for o in objectives)
@@ -175,6 +180,7 @@ class Federation:
             channels_last=options.channels_last,
         )
         self.engine: Engine = SequentialEngine(host, server.layout, data, plan, objectives)
+        self._parcels = {"uplink": self._prepare(self.uplink), "downlink": self._prepare(self.downlink)}
         self.local_buffers: dict[int, dict[str, Tensor]] = {}
         self.tally = Tally()
         self.in_round = False
@@ -188,11 +194,30 @@ class Federation:
         """Where each trainable parameter lives in the flat vector."""
         return self.server.layout
 
-    @property
-    def message_bytes(self) -> int:
-        """Bytes of one model on a link, buffers included where they travel."""
+    def message_bytes(self, link: Link) -> int:
+        """Bytes of one message on a link as its channels pack it, buffers included where they travel."""
         buffers = sum(b.numel() * b.element_size() for b in self.server.buffers.values())
-        return self.layout.message_bytes + (0 if self.options.buffers in ("keep", "local") else buffers)
+        return self._parcels[link].bytes + (0 if self.options.buffers in ("keep", "local") else buffers)
+
+    def _prepare(self, channels: Sequence[Channel]) -> Parcel:
+        """Tell a link's channels where they are, and find out what they make of a message."""
+        draws_uniformly = type(self.sampler) in (EveryoneSampler, UniformSampler) and self.cohort_cap is None
+        parcel = Parcel(self.layout.numel, 8 * self.layout.message_bytes / self.layout.numel)
+        for channel in channels:
+            channel.prepare(
+                Scene(
+                    layout=self.layout,
+                    num_examples=self.data.num_examples,
+                    parcel=parcel,
+                    channels=channels,
+                    rule=type(self.rule).__name__,
+                    raw_weight=self.rule.raw_weight,
+                    beside=["buffers"] if self.server.buffers and self.options.buffers != "keep" else [],
+                    drawn_uniformly=len(self.cohort(0)) if draws_uniformly else None,
+                )
+            )
+            parcel = channel.encode(parcel)
+        return parcel
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -308,7 +333,7 @@ class Federation:
             self._deal([*trainees, *lost_up])
         own = [client for client in (*trainees, *lost_up) if self._homes[client] == self.ranks.rank]
         self.engine.pace = self.rule.local_pace(self.rule.state, self.layout)
-        store = _store(self.rule, self.options, start, len(own), self.ranks)
+        store = _store(self.rule, self.options, start, len(own), self.ranks, summed=bool(self.sums))
         shares = self.ranks.exchange(lambda: self._work(round_, own, heard_down, lost_up, store))
         self.engine.settle([share.aftermath for share in shares])
         order = {client: slot for slot, client in enumerate((*trainees, *lost_up))}
@@ -320,15 +345,23 @@ class Federation:
         for sentence in excluded:
             rank_zero_warn(f"{sentence} and was left out of the aggregation.")
         tally.nonfinite_updates += len(excluded)
-        self._check_arrivals(round_, trainees, updates)
+        self._check_arrivals(round_, clients, trainees, updates)
         with tally.phase("aggregation"):
-            metrics = self._aggregate(round_, start, store, arrived)
+            metrics = self._aggregate(round_, start, store, arrived, drawn=len(clients))
         paced = 0 if self.engine.pace is None else self.engine.pace.numbers_sent * self.layout.dtype.itemsize
-        tally.bytes_down += len(clients) * (self.message_bytes + paced)
-        tally.bytes_up += len(updates) * self.message_bytes
+        down = len(clients) * paced + self._sent("downlink", round_, clients)
+        up = self._sent("uplink", round_, [update.client for update in updates])
+        tally.bytes_down += down
+        tally.bytes_up += up
         tally.heard += len(updates)
+        tally.lost_messages += len(clients) - len(trainees)
         tally.skipped_steps += sum(update.num_skipped for update in updates)
-        metrics = {**metrics, "clients_heard": float(len(updates))}
+        metrics = {
+            **metrics,
+            "clients_heard": float(len(updates)),
+            "bytes_down": float(down),
+            "bytes_up": float(up),
+        }
         report = Report(round_, clients, metrics, merge(update.logged for update in updates))
         self.on_round_end(report)
         return report
@@ -356,6 +389,12 @@ class Federation:
                 else:
                     heard[client] = last.to(start)
         return {client: vector if vector is sent else self.layout.rounded(vector) for client, vector in heard.items()}
+
+    def _sent(self, link: Link, round_: int, clients: Sequence[int]) -> int:
+        """Bytes of a round's messages on a link."""
+        channels = self.uplink if link == "uplink" else self.downlink
+        again = sum(c.resent(round_=round_, client=k, seed=self.seed) for c in channels for k in clients)
+        return len(clients) * self.message_bytes(link) + again
 
     def _uplink_outages(self, round_: int, clients: list[int]) -> dict[int, Channel]:
         """The clients whose update will not arrive, drawn before they train, with the first channel that loses it."""
@@ -434,7 +473,8 @@ class Federation:
         """Keep an update's vector here, and note the rest for everybody."""
         weight = 0.0 if self.rule.raw_weight is None else float(self.rule.raw_weight(update))
         store.commit(update, weight)
-        return _Record(self._abridged(update), heard, weight, self.ranks.rank)
+        size = rms(update.displacement) if heard and self.sums else 0.0
+        return _Record(self._abridged(update), heard, weight, self.ranks.rank, size)
 
     def _abridged(self, update: ClientUpdate) -> ClientUpdate:
         """An update without its vector; on several processes, also without buffers that did not change."""
@@ -444,8 +484,11 @@ class Federation:
             logged = {name: each.located(self.host.module) for name, each in logged.items()}
         return replace(update, displacement=_NOTHING, buffers=buffers, logged=logged, memory={})
 
-    def _check_arrivals(self, round_: int, trainees: Sequence[int], updates: Sequence[ClientUpdate]) -> None:
-        if trainees and not updates:
+    def _check_arrivals(
+        self, round_: int, clients: Sequence[int], trainees: Sequence[int], updates: Sequence[ClientUpdate]
+    ) -> None:
+        # Where most of the cohort is lost, the few that are left may be the few that always fail.
+        if not updates and len(trainees) > len(clients) / 2:
             raise FloatingPointError(
                 f"Every client of round {round_} returned non-finite parameters, so training has diverged. The global"
                 " model is the one before this round. Lower the local learning rate, or clip gradients"
@@ -507,7 +550,9 @@ class Federation:
             return False
         return bool((~torch.isfinite(buffer) & (buffer != self.server.buffers[name])).any())
 
-    def _aggregate(self, round_: int, start: Tensor, store: _Store, arrived: Sequence[_Record]) -> Mapping[str, float]:
+    def _aggregate(
+        self, round_: int, start: Tensor, store: _Store, arrived: Sequence[_Record], *, drawn: int
+    ) -> Mapping[str, float]:
         updates = [record.update for record in arrived if record.heard]
         if not arrived or (not updates and self.options.empty_round == "skip"):
             rank_zero_warn(
@@ -517,6 +562,10 @@ class Federation:
             self.restore_module()
             return {"round_skipped": 1.0}
         rates = self.host.learning_rates(self.layout) if self.rule.needs_learning_rates else ()
+        vectors = store.vectors(start, arrived)
+        if self.sums:
+            with self.tally.phase("channel"):
+                self._superpose(round_, vectors, arrived, drawn)
         cohort = Cohort(
             round=round_,
             clients=torch.tensor([record.update.client for record in arrived]),
@@ -524,7 +573,7 @@ class Federation:
             num_steps=torch.tensor([record.update.num_steps for record in arrived]),
             heard=torch.tensor([record.heard for record in arrived]),
             start=start,
-            vectors=store.vectors(start, arrived),
+            vectors=vectors,
             learning_rates=rates,
             buffers=tuple(record.update.buffers for record in arrived),
         )
@@ -538,6 +587,19 @@ class Federation:
         if self.options.buffers == "recalibrate" and updates:
             self._recalibrate(round_, [update.client for update in updates])
         return step.metrics
+
+    def _superpose(self, round_: int, vectors: Any, arrived: Sequence[_Record], drawn: int) -> None:
+        """Send the sum of a cohort through the channels that act on it."""
+        arrivals = Arrivals(
+            round=round_,
+            seed=self.seed,
+            drawn=drawn,
+            clients=[record.update.client for record in arrived],
+            weights=vectors.raw_weights,
+            rms=torch.tensor([record.rms for record in arrived], dtype=torch.float64),
+        )
+        for channel in self.sums:
+            vectors.total = channel.superpose(vectors.total, arrivals)
 
     def _buffers(self, cohort: Cohort, step: RuleStep, updates: Sequence[ClientUpdate]) -> Mapping[str, Tensor] | None:
         """The server's new buffers; ``None`` leaves them."""
@@ -817,8 +879,10 @@ class _OrderedSum(_Rows):
         return AccumulatedVectors(total, raw, start, type(self.rule).__name__)
 
 
-def _store(rule: AggregationRule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks) -> _Store:
-    if options.storage != "auto" or rule.raw_weight is None:
+def _store(
+    rule: AggregationRule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks, *, summed: bool
+) -> _Store:
+    if rule.raw_weight is None or (options.storage != "auto" and not summed):
         return _Rows(start, capacity, options, ranks)
     if ranks.size > 1 and options.reduction == "ordered":
         return _OrderedSum(start, capacity, rule, options, ranks)

@@ -312,14 +312,15 @@ class RoundLoop(_FitLoop):
             assumed = [*assumed, "everyone takes part"]
         if options.local_epochs is None and options.local_steps is None:
             assumed = [*assumed, "one local epoch"]
-        down = cohort * federation.message_bytes
+        down, up = (cohort * federation.message_bytes(link) / 1e6 for link in ("downlink", "uplink"))
+        traffic = f"{down:.3g} MB each way" if down == up else f"{down:.3g} MB down and {up:.3g} MB up"
         kept = (
             cohort * federation.layout.numel * federation.layout.dtype.itemsize if federation.rule.keeps_cohort else 0
         )
         rank_zero_info(
             f"Federation: {federation.rule.describe()}, {data.num_clients} clients with"
             f" {_range(sizes)} samples, {cohort} a round, batch size"
-            f" {data.settings.batch_size}, {federation.layout.numel:,} parameters, {down / 1e6:.3g} MB each way a round"
+            f" {data.settings.batch_size}, {federation.layout.numel:,} parameters, {traffic} a round"
             + (f", a checkpoint holds {kept / 1e6:.3g} MB of client vectors" if kept else "")
             + (f", {federation.ranks.size} processes" if federation.ranks.size > 1 else "")
             + (f". Assumed: {'; '.join(assumed)}." if assumed else ".")
@@ -370,10 +371,12 @@ class RoundLoop(_FitLoop):
             "parameters": federation.layout.numel,
             "metrics": _headlines(trainer.callback_metrics, self.epoch_loop.rule_metrics),
             **rule.summary(),
+            **{k: v for channel in (*federation.uplink, *federation.downlink) for k, v in channel.summary().items()},
             "client_metrics": client_metrics,
             "clients_measured_on": "held-out data" if federation.options.client_val_fraction else "training data",
             "bytes_down": tally.bytes_down,
             "bytes_up": tally.bytes_up,
+            "lost_messages": tally.lost_messages,
             "nonfinite_updates": tally.nonfinite_updates,
             "skipped_rounds": tally.skipped_rounds,
             "skipped_steps": tally.skipped_steps,

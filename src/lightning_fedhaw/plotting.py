@@ -149,6 +149,42 @@ def draw_curves(runs: Mapping[str, History], path: str | Path | None = None, met
     return figure
 
 
+def draw_lines(
+    positions: Sequence[float],
+    lines: Mapping[str, Sequence[float]],
+    path: str | Path | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+) -> Figure:
+    """One line for each of several methods over some quantity.
+
+    Args:
+        positions: Where the values belong.
+        lines: As many values for each name.
+        path: Where the picture goes; its suffix chooses the format.
+        xlabel: What the positions are.
+        ylabel: What the values are.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+    """
+    figure_class, canvas = _matplotlib()
+    figure: Figure = figure_class(figsize=(7, 4.4), layout="constrained")
+    canvas(figure)
+    axes = figure.subplots()
+    for i, (name, values) in enumerate(lines.items()):
+        style = ("o-", "s--", "^:", "D-.")[i // len(_COLOURS) % 4]
+        axes.plot(positions, values, style, color=_COLOURS[i % len(_COLOURS)], label=name, linewidth=1.5)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    return figure
+
+
 def _matplotlib() -> tuple[Any, Any]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -50,9 +50,11 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         ("parameters", f"{summary['parameters']:,}"),
         ("sent down / up", f"{_bytes(summary['bytes_down'])} / {_bytes(summary['bytes_up'])}"),
     ]
-    if summary["nonfinite_updates"] or summary["skipped_rounds"] or summary["skipped_steps"]:
-        troubles = ("nonfinite_updates", "skipped_rounds", "skipped_steps")
-        rows.append(("troubles", ", ".join(f"{summary[t]} {t.replace('_', ' ')}" for t in troubles if summary[t])))
+    troubles = ("lost_messages", "nonfinite_updates", "skipped_rounds", "skipped_steps")
+    if told := ", ".join(f"{summary[t]} {t.replace('_', ' ')}" for t in troubles if summary[t]):
+        rows.append(("troubles", told))
+    if "epsilon" in summary:
+        rows.append(("privacy of a client", f"epsilon {summary['epsilon']:.3g} at delta {summary['delta']:.3g}"))
     if "scale" in summary:
         rows.append(("scale", f"{summary['scale']:.4g}"))
     if "weight_min" in summary:

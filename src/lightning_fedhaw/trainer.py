@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fedhaw.aggregation.base import AggregationRule
+from lightning_fedhaw.channel.base import check_keys
 from lightning_fedhaw.checkpoint import RoundCheckpoint, write_atomically
 from lightning_fedhaw.data.partition import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
@@ -132,6 +133,7 @@ class FederatedTrainer(pl.Trainer):
         given = given if isinstance(given, list) else [given]
         if len([c for c in given if isinstance(c, AggregationRule)]) > 1 or any(isinstance(c, type) for c in given):
             find_rule(given)
+        check_keys(given)
         check_names(
             "FederatedTrainer",
             kwargs,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from lightning_fedhaw.streams import stream
+from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.options import is_number
+from lightning_fedhaw.streams import PathPart, stream
 
 Link = Literal["uplink", "downlink"]
 Fallback = Literal["zero_update", "reuse_update", "reuse_model", "discard"]
+Per = Literal["update", "layer"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,61 @@ class Filled:
     num_steps: int
 
 
+@dataclass(frozen=True)
+class Parcel:
+    """What a message is on the link, for counting bytes.
+
+    Attributes:
+        values: Numbers in it.
+        bits: Bits of each number.
+        side: Bits beside them: scales, ranges, positions, headers.
+
+    Example:
+        >>> Parcel(values=10, bits=3, side=64).bytes
+        12
+    """
+
+    values: int
+    bits: float
+    side: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Whole bytes."""
+        return ceil((self.values * self.bits + self.side) / 8)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a channel may know of the federation around it.
+
+    Attributes:
+        layout: Where each trainable parameter lives in a message.
+        num_examples: ``[N]`` int64, training examples of every client.
+        parcel: A message as the channels before this one leave it.
+        channels: All channels of the link, in list order.
+        rule: The rule's name.
+        raw_weight: The rule's ``raw_weight``, if it names clients' weights beforehand.
+        beside: What leaves the clients beside the message, in words.
+        drawn_uniformly: The number of clients a round, where all sets of so many are equally likely; ``None`` where
+            they come by another sampler.
+    """
+
+    layout: ParameterLayout
+    num_examples: Tensor
+    parcel: Parcel
+    channels: Sequence[Channel]
+    rule: str
+    raw_weight: Callable[[Any], float] | None
+    beside: Sequence[str]
+    drawn_uniformly: int | None
+
+    @property
+    def num_clients(self) -> int:
+        """N."""
+        return len(self.num_examples)
+
+
 class Channel(Callback):
     """Changes, delays or loses the messages of one link. Several compose in list order.
 
@@ -38,9 +98,10 @@ class Channel(Callback):
     On the uplink the message is the client's displacement from the model it heard, on the downlink it is the global
     model. Buffers are not changed.
 
-    A channel with state of its own overrides :meth:`state_dict`, :meth:`load_state_dict` and :meth:`reset`, and
-    replaces values instead of changing them in place: a round that is interrupted is undone by putting back
-    the old ones.
+    What a channel makes of the size of a message it says in :meth:`encode`, and what it cannot work with in
+    :meth:`prepare`. A channel with state of its own overrides :meth:`state_dict`, :meth:`load_state_dict` and
+    :meth:`reset`, and replaces values instead of changing them in place: a round that is interrupted is undone by
+    putting back the old ones.
 
     Args:
         link: ``"uplink"``: from the clients to the server. ``"downlink"``: from the server to the clients.
@@ -78,6 +139,17 @@ class Channel(Callback):
         """Class, link and name: Lightning keeps one state per key."""
         return "/".join(filter(None, (type(self).__qualname__, self.link, self.name)))
 
+    scene: Scene
+    """The federation around the channel, from :meth:`prepare` on."""
+
+    def prepare(self, scene: Scene) -> None:
+        """Called at the start of a fit: a channel refuses here what it cannot work with, and calls ``super()``.
+
+        Raises:
+            ValueError: If so.
+        """
+        self.scene = scene
+
     def outage(self, round_: int, clients: list[int], seed: int) -> Tensor:
         """Which messages of the round are lost, ``[K]`` bool. None by default.
 
@@ -99,9 +171,32 @@ class Channel(Callback):
         """
         return message
 
+    def encode(self, parcel: Parcel) -> Parcel:
+        """A message's size after this channel has packed it; the same by default."""
+        return parcel
+
+    def resent(self, *, round_: int, client: int, seed: int) -> int:
+        """Bytes of one message that were sent more than once."""
+        return 0
+
+    def summary(self) -> dict[str, float]:
+        """What a user wants to know at the end of a run; nothing by default."""
+        return {}
+
     def stream(self, seed: int, round_: int, client: int, purpose: str) -> torch.Generator:
         """The channel's own randomness for one client and round."""
-        return stream(seed, "channel", self.state_key, "client", client, "round", round_, purpose)
+        return self._stream(seed, "client", client, "round", round_, purpose)
+
+    def _stream(self, seed: int, *path: PathPart) -> torch.Generator:
+        return stream(seed, "channel", self.state_key, *path)
+
+    def _uniform(self, seed: int, round_: int, clients: Sequence[int], purpose: str) -> Tensor:
+        """One number of [0, 1) for each client, ``[K]`` float64."""
+        draws = [
+            torch.rand((), generator=self.stream(seed, round_, client, purpose), dtype=torch.float64)
+            for client in clients
+        ]
+        return torch.stack(draws) if draws else torch.zeros(0, dtype=torch.float64)
 
     def fill(self, client: int, start: Tensor) -> Filled | None:
         """What the server uses for an uplink message it did not hear; ``None`` if the client is left out.
@@ -141,3 +236,118 @@ class Channel(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what was heard last from a checkpoint."""
         self._heard = dict(state_dict.get("heard", {}))
+
+
+class BlockChannel(Channel):
+    """A channel whose numbers (power, range, norm, the k largest) are a whole message's, or each layer's own.
+
+    Args:
+        per: ``"update"``: the whole message. ``"layer"``: each module's own parameters together.
+        channel: The arguments of :class:`Channel`.
+
+    Raises:
+        ValueError: If ``per`` is unknown.
+    """
+
+    def __init__(self, per: Per = "update", **channel: Any) -> None:
+        super().__init__(**channel)
+        if per not in get_args(Per):
+            raise ValueError(f"`per` must be one of {', '.join(map(repr, get_args(Per)))}, got {per!r}.")
+        self.per: Per = per
+
+    @property
+    def blocks(self) -> list[slice]:
+        """The parts of a message that are treated by themselves."""
+        if self.per == "update":
+            return [slice(0, self.scene.layout.numel)]
+        # A module's own parameters follow each other.
+        return [slice(parts[0].start, parts[-1].stop) for parts in self.scene.layout.groups().values()]
+
+    def blockwise(self, function: Callable[[Tensor], Tensor], message: Tensor) -> Tensor:
+        """``function: [block] -> [block]`` on every part of a message ``[P]``."""
+        return torch.cat([function(message[block]) for block in self.blocks])
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Who is in a sum that a :class:`SumChannel` acts on.
+
+    Attributes:
+        round: The round's number.
+        seed: The federation's seed.
+        drawn: How many clients were drawn for the round.
+        clients: The K clients in the sum.
+        weights: ``[K]`` float64, their raw weights.
+        rms: ``[K]`` float64, root mean square of each displacement; 0 of those that were not heard.
+    """
+
+    round: int
+    seed: int
+    drawn: int
+    clients: Sequence[int]
+    weights: Tensor
+    rms: Tensor
+
+
+class SumChannel(Channel):
+    """An uplink channel that acts on the sum of the whole cohort, so that nobody sees single updates.
+
+    It works with rules that need a weighted sum with weights known beforehand, those that declare ``raw_weight``, and
+    with fallbacks that need no client's last update. A new one overrides :meth:`superpose`.
+    """
+
+    def __init__(self, fallback: Fallback | None = "discard", name: str | None = None) -> None:
+        super().__init__("uplink", fallback, name)
+
+    def prepare(self, scene: Scene) -> None:
+        """Refuse rules and fallbacks that need single updates."""
+        own = type(self).__name__
+        if scene.raw_weight is None:
+            raise ValueError(
+                f"`{own}` gives the server the sum of the updates alone, and {scene.rule} needs each client's. Use a"
+                " rule that needs sums (FedAvg, FedOpt, FedHyper, FedNova), or leave the channel out."
+            )
+        for channel in scene.channels:
+            if channel.fallback.startswith("reuse"):
+                raise ValueError(
+                    f"`{own}` gives the server the sum of the updates alone, and `{type(channel).__name__}` with"
+                    f' fallback="{channel.fallback}" reuses single ones. Use "zero_update" or "discard".'
+                )
+        super().prepare(scene)
+
+    def superpose(self, total: Tensor, arrivals: Arrivals) -> Tensor:
+        """What the server gets of the sum ``[P]`` of raw weight times displacement.
+
+        The sum is not to be changed: return a new tensor.
+        """
+        return total
+
+
+def check_keys(callbacks: Iterable[Any]) -> None:
+    """Refuse two channels that a checkpoint could not tell apart.
+
+    Raises:
+        ValueError: Naming them, and the remedy.
+    """
+    seen = set()
+    for channel in callbacks:
+        if isinstance(channel, Channel):
+            if channel.state_key in seen:
+                own = type(channel).__name__
+                raise ValueError(
+                    f"`callbacks` holds two `{own}` on the {channel.link} with"
+                    f" {f'the name {channel.name!r}' if channel.name else 'no name'}, which a checkpoint could not tell"
+                    f' apart. Give each a name: `{own}(..., name="second")`.'
+                )
+            seen.add(channel.state_key)
+
+
+def check_number(name: str, value: Any, least: float, most: float = float("inf")) -> None:
+    """Refuse what is no number of ``[least, most]``.
+
+    Raises:
+        ValueError: Naming the argument, what is allowed, and what came.
+    """
+    if not is_number(value) or not least <= value <= most:
+        allowed = f"of at least {least:g}" if most == float("inf") else f"in [{least:g}, {most:g}]"
+        raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")

@@ -1,0 +1,109 @@
+"""What each channel does to an update, and to who is heard: draws docs/images/channels.png."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import lightning_fedhaw as fed
+from lightning_fedhaw.channel import Arrivals, Channel, Parcel, Scene, SumChannel
+from lightning_fedhaw.channel.awgn import rms
+
+NUMBERS, CLIENTS, ROUNDS = 120, 10, 60
+MESSAGES: dict[str, Channel] = {
+    "AWGNChannel(snr_db=5)": fed.AWGNChannel(5.0),
+    "FadingChannel(snr_db=10)": fed.FadingChannel(10.0),
+    'QuantizedChannel(3, "nearest")': fed.QuantizedChannel(3, "nearest"),
+    'QuantizedChannel(3, "qsgd")': fed.QuantizedChannel(3, "qsgd"),
+    "SparsifiedChannel(0.2)": fed.SparsifiedChannel(0.2),
+    'SparsifiedChannel(0.2, "random")': fed.SparsifiedChannel(0.2, "random"),
+    "BitFlipChannel(0.02, bits=8)": fed.BitFlipChannel(0.02, bits=8),
+    "PacketLossChannel(0.3, 48)": fed.PacketLossChannel(0.3, 48),
+    "OverTheAirChannel(10): the average": fed.OverTheAirChannel(10.0),
+    "PrivacyChannel(clip=6, noise_multiplier=0.5): the average": fed.PrivacyChannel(6.0, 0.5, delta=None),
+}
+LOSSES: dict[str, Channel] = {
+    "ErasureChannel(max_probability=0.8)": fed.ErasureChannel(max_probability=0.8),
+    "ErasureChannel(burst=GilbertElliott(0.05, 0.2))": fed.ErasureChannel(burst=fed.GilbertElliott(0.05, 0.2)),
+    "DeadlineChannel(1.0, seconds_per_sample=0.01)": fed.DeadlineChannel(1.0, 0.01),
+    "AvailabilityChannel(period=24)": fed.AvailabilityChannel(),
+}
+
+
+def prepare(channel: Channel) -> None:
+    layout = fed.ParameterLayout.of(nn.Linear(NUMBERS - 1, 1))
+    channel.prepare(
+        Scene(
+            layout=layout,
+            num_examples=torch.linspace(20, 150, CLIENTS),
+            parcel=Parcel(NUMBERS, 32),
+            channels=[channel],
+            rule="FedAvgCallback",
+            raw_weight=lambda update: 1.0,
+            beside=[],
+            drawn_uniformly=CLIENTS,
+        )
+    )
+
+
+def updates() -> Tensor:
+    """``[clients, numbers]``: smooth, and different from client to client."""
+    x = torch.linspace(0, 1, NUMBERS)
+    phases = torch.rand(CLIENTS, 2, generator=torch.Generator().manual_seed(3))
+    return torch.stack([torch.sin(9 * (x + 0.2 * a)) + 0.6 * torch.sin(31 * (x + b)) for a, b in phases])
+
+
+def crossed(channel: Channel) -> tuple[Tensor, Tensor]:
+    """What was sent, and what was received."""
+    rows = updates()
+    if not isinstance(channel, SumChannel):
+        return rows[0], channel.transmit(rows[0], round_=1, client=0, seed=0)
+    there = ~channel.outage(0, list(range(CLIENTS)), 0)
+    heard = [channel.transmit(rows[k], round_=0, client=k, seed=0) for k in range(CLIENTS) if there[k]]
+    arrivals = Arrivals(
+        round=0,
+        seed=0,
+        drawn=CLIENTS,
+        clients=there.nonzero().flatten().tolist(),
+        weights=torch.ones(len(heard), dtype=torch.float64),
+        rms=torch.tensor([rms(each) for each in heard], dtype=torch.float64),
+    )
+    return rows.mean(0), channel.superpose(torch.stack(heard).sum(0), arrivals) / len(heard)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "images" / "channels.png")
+    path = parser.parse_args().output
+    figure = Figure(figsize=(13, 13), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = iter(figure.subplots(7, 2).flat)
+    for name, channel in MESSAGES.items():
+        prepare(channel)
+        sent, received = crossed(channel)
+        axes = next(panels)
+        axes.plot(sent, color="#999999", linewidth=3, label="sent")
+        axes.plot(received, color="#D55E00", linewidth=1, label="received")
+        axes.set_title(name, fontsize=10, family="monospace")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xticks([])
+    figure.axes[0].legend(frameon=False, ncols=2, fontsize=9)
+    for name, channel in LOSSES.items():
+        prepare(channel)
+        lost = torch.stack([channel.outage(t, list(range(CLIENTS)), 0) for t in range(ROUNDS)], 1)
+        axes = next(panels)
+        axes.imshow(lost, aspect="auto", cmap="Greys", interpolation="nearest", vmax=1.4)
+        axes.set_title(name, fontsize=10, family="monospace")
+        axes.set(xlabel="round", ylabel="client")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=75)
+    print(f"picture: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Additive white Gaussian noise on every number of a message."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per, check_number
+
+
+def rms(vector: Tensor) -> float:
+    """Root mean square of a vector: the root of its power ``|v|^2 / d``."""
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64)) / sqrt(max(vector.numel(), 1))
+
+
+def noise_std(rms: float, snr_db: float) -> float:
+    """Standard deviation of the noise at a signal-to-noise ratio of ``10 log10(rms^2 / std^2)`` decibels.
+
+    Example:
+        >>> round(noise_std(12.5**0.5, snr_db=10.0) ** 2, 6)
+        1.25
+    """
+    return rms / sqrt(10 ** (snr_db / 10))
+
+
+def add_noise(vector: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    """A vector with independent normal noise; itself, and no draw, where there is none."""
+    if not std > 0:
+        return vector
+    noise = torch.randn(vector.shape, generator=generator, dtype=vector.dtype)
+    return vector.add(noise.to(vector.device), alpha=std)
+
+
+class AWGNChannel(BlockChannel):
+    """Adds white Gaussian noise: ``received = sent + z`` with ``z ~ N(0, std^2)`` on each number.
+
+    Give one of ``snr_db`` and ``noise_std``.
+
+    Args:
+        snr_db: Signal-to-noise ratio at the receiver in decibels, ``10 log10(P / std^2)`` with the message's own power
+            ``P = |message|^2 / d``. A sender of power ``P_tx`` that scales its message to it, and a receiver with the
+            noise floor ``N``, which scales back, are ``snr_db = 10 log10(P_tx / N)``. A message of zeros stays so.
+        noise_std: The same noise for everybody, however large the message: the root of a noise floor, in units of a
+            parameter. A message is sent as it is.
+        per: Whether ``P`` is that of the whole message or of each layer.
+        channel: The arguments of :class:`Channel`. On the downlink the message is the model.
+
+    Raises:
+        ValueError: If not exactly one is given, or it is NaN, minus infinity or (``noise_std``) negative.
+    """
+
+    def __init__(
+        self,
+        snr_db: float | None = None,
+        *,
+        noise_std: float | None = None,
+        per: Per = "update",
+        **channel: Any,
+    ) -> None:
+        super().__init__(per, **channel)
+        if (snr_db is None) == (noise_std is None):
+            raise ValueError(f"Give one of `snr_db` and `noise_std`, got {snr_db!r} and {noise_std!r}.")
+        if snr_db is not None:
+            check_decibels(snr_db)
+        else:
+            check_number("noise_std", noise_std, 0)
+        self.snr_db, self.noise_std = snr_db, noise_std
+
+    def encode(self, parcel: Parcel) -> Parcel:
+        """The power of each block travels with it."""
+        return parcel if self.snr_db is None else with_power(parcel, len(self.blocks))
+
+    def transmit(self, message: Tensor, *, round_: int, client: int, seed: int) -> Tensor:
+        """The message with noise on it; see :meth:`Channel.transmit`."""
+        snr_db, generator = self.snr_db, self.stream(seed, round_, client, "noise")
+        if snr_db is None:
+            return add_noise(message, self.noise_std or 0.0, generator)
+        if snr_db == float("inf"):
+            return message
+        return self.blockwise(lambda block: add_noise(block, noise_std(rms(block), snr_db), generator), message)
+
+
+def check_decibels(value: Any) -> None:
+    """Refuse what is no signal-to-noise ratio."""
+    check_number("snr_db", value, -200)
+
+
+def with_power(parcel: Parcel, blocks: int) -> Parcel:
+    """A message that carries the power of its blocks as float32."""
+    return Parcel(parcel.values, parcel.bits, parcel.side + 32 * blocks)

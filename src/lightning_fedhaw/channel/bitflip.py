@@ -1,0 +1,79 @@
+"""Bits that are received as their opposite: a binary symmetric channel without error correction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.channel.base import Channel, Parcel, check_number
+from lightning_fedhaw.channel.quantised import check_bits, from_codes, to_codes
+
+
+def flips(count: int, rate: float, generator: torch.Generator) -> Tensor:
+    """Which of many bits are flipped, each independently: their positions, int64, in ascending order.
+
+    Gaps between the events of a Bernoulli process are geometric, so the work is in proportion to the flips.
+    """
+    if rate <= 0 or count == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    if rate >= 1:
+        return torch.arange(count)
+    found, last = [], -1.0
+    while last < count:
+        many = int((count - last) * rate * 1.1) + 16
+        gaps = torch.empty(many, dtype=torch.float64).geometric_(rate, generator=generator)
+        found.append(last + gaps.cumsum(0))
+        last = float(found[-1][-1])
+    positions = torch.cat(found)
+    return positions[positions < count].long()
+
+
+def flip(words: Tensor, bits: int, rate: float, generator: torch.Generator) -> Tensor:
+    """Integers ``[d]`` with each of their lowest ``bits`` bits flipped with a probability."""
+    positions = flips(words.numel() * bits, rate, generator).to(words.device)
+    masks = torch.zeros(words.shape, dtype=torch.int64, device=words.device)
+    one = torch.ones((), dtype=torch.int64, device=words.device)
+    # No position comes twice, so adding is setting.
+    masks.index_add_(0, positions // bits, torch.bitwise_left_shift(one, positions % bits))
+    return words ^ masks.to(words.dtype)
+
+
+class BitFlipChannel(Channel):
+    """Flips each bit of a message with a probability.
+
+    A flipped exponent makes a number huge, infinite or NaN. Messages with infinity or NaN are treated as any client's
+    that diverged (``on_nonfinite=``); the others go into the sum, however huge, which is what a link without error
+    detection does. With ``bits`` numbers stay within the message's range.
+
+    Args:
+        rate: Bit error rate.
+        bits: 32: the bits of the floating-point words. 1 to 16: the bits of the codes of a uniform quantisation to the
+            nearest, whose range arrives without a fault.
+        channel: The arguments of :class:`Channel`. On the downlink the message is the model.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(self, rate: float, bits: int = 32, **channel: Any) -> None:
+        super().__init__(**channel)
+        check_number("rate", rate, 0, 1)
+        check_bits(bits)
+        self.rate, self.bits = rate, bits
+
+    def encode(self, parcel: Parcel) -> Parcel:
+        """As many bits a number as the codes have, and their range."""
+        return parcel if self.bits == 32 or not self.rate else Parcel(parcel.values, self.bits, parcel.side + 64)
+
+    def transmit(self, message: Tensor, *, round_: int, client: int, seed: int) -> Tensor:
+        """The message with flipped bits; see :meth:`Channel.transmit`."""
+        if not self.rate:
+            return message
+        generator = self.stream(seed, round_, client, "flips")
+        if self.bits == 32:
+            words = message.view(torch.int64 if message.dtype == torch.float64 else torch.int32)
+            return flip(words, 8 * message.element_size(), self.rate, generator).view(message.dtype)
+        codes, low, step = to_codes(message, self.bits)
+        return from_codes(flip(codes, self.bits, self.rate, generator), low, step)

@@ -1,0 +1,107 @@
+"""Fading: the gain of the link between a client and the server changes from round to round."""
+
+from __future__ import annotations
+
+from math import log2, log10, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.channel.awgn import add_noise, check_decibels, noise_std, rms, with_power
+from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per, check_number
+from lightning_fedhaw.options import check_whole
+
+
+def power_gain(k_factor: float, generator: torch.Generator) -> float:
+    """One draw of ``|h|^2``, of mean 1, of a channel with a line of sight.
+
+    ``h = sqrt(K / (K + 1)) + sqrt(1 / (K + 1)) CN(0, 1)``.
+
+    Args:
+        k_factor: K, the power of the line of sight over that of the scattered paths. 0 is Rayleigh fading, whose
+            ``|h|^2`` is exponential; infinity is no fading.
+        generator: Where the draw comes from.
+    """
+    re, im = torch.randn(2, generator=generator, dtype=torch.float64).tolist()
+    if k_factor == float("inf"):
+        return 1.0
+    scatter = sqrt(0.5 / (k_factor + 1))
+    return float((sqrt(k_factor / (k_factor + 1)) + scatter * re) ** 2 + (scatter * im) ** 2)
+
+
+class FadingChannel(BlockChannel):
+    """A link with Rayleigh or Rician fading, flat over a message, whose receiver knows the gain.
+
+    The instantaneous ratio is ``SNR_k = |h_k|^2 SNR`` with ``E|h_k|^2 = 1``. By default every message arrives, with
+    the noise of :class:`AWGNChannel` at ``SNR_k``.
+
+    Args:
+        snr_db: The mean signal-to-noise ratio ``SNR`` in decibels; what power it counts is said in
+            :class:`AWGNChannel`.
+        k_factor: Rician factor K (linear, not in decibels); 0 is Rayleigh fading.
+        block: Rounds for which a client's gain stays what it is.
+        rate: Messages are coded with so many bits per channel use: one is lost where ``log2(1 + SNR_k) < rate``, and
+            arrives without a fault elsewhere. With Rayleigh fading a share ``1 - exp(-(2^rate - 1) / SNR)`` is lost.
+        inversion: Clients know their gain and divide by it, so that the receiver has ``SNR`` whatever the gain.
+        truncation: With ``inversion``, a client stays silent while ``|h_k|^2`` is below this, rather than spend more
+            than ``1 / truncation`` of the power; with Rayleigh fading a share ``1 - exp(-truncation)``. 0: never.
+        per: Whether the power is that of the whole message or of each layer.
+        channel: The arguments of :class:`Channel`.
+
+    Raises:
+        ValueError: If an argument is out of range, or two exclude each other.
+    """
+
+    def __init__(
+        self,
+        snr_db: float,
+        *,
+        k_factor: float = 0.0,
+        block: int = 1,
+        rate: float | None = None,
+        inversion: bool = False,
+        truncation: float = 0.0,
+        per: Per = "update",
+        **channel: Any,
+    ) -> None:
+        super().__init__(per, **channel)
+        check_decibels(snr_db)
+        check_number("k_factor", k_factor, 0)
+        check_whole("block", block, 1)
+        check_number("truncation", truncation, 0)
+        if rate is not None:
+            check_number("rate", rate, 0)
+        if rate is not None and inversion:
+            raise ValueError("Give `rate` or `inversion=True`, not both: a coded message needs no inversion.")
+        if truncation and not inversion:
+            raise ValueError(f"`truncation`={truncation} bounds the power of inversion: set `inversion=True` with it.")
+        self.snr_db, self.k_factor, self.block, self.rate = float(snr_db), k_factor, block, rate
+        self.inversion, self.truncation = inversion, truncation
+
+    def gain(self, round_: int, client: int, seed: int) -> float:
+        """``|h|^2`` of a client's link in a round."""
+        return power_gain(self.k_factor, self.stream(seed, round_ // self.block, client, "gain"))
+
+    def outage(self, round_: int, clients: list[int], seed: int) -> Tensor:
+        """Where the gain is too small; see :meth:`Channel.outage`."""
+        if self.rate is None and not self.truncation:
+            return super().outage(round_, clients, seed)
+        gains = [self.gain(round_, client, seed) for client in clients]
+        if self.rate is None:
+            return torch.tensor([gain < self.truncation for gain in gains])
+        return torch.tensor([log2(1 + gain * 10 ** (self.snr_db / 10)) < self.rate for gain in gains])
+
+    def encode(self, parcel: Parcel) -> Parcel:
+        """The power of each block travels with it, where numbers are sent as they are."""
+        return parcel if self.rate is not None else with_power(parcel, len(self.blocks))
+
+    def transmit(self, message: Tensor, *, round_: int, client: int, seed: int) -> Tensor:
+        """The message with noise by its gain; see :meth:`Channel.transmit`."""
+        if self.rate is not None or self.snr_db == float("inf"):
+            return message
+        snr_db = self.snr_db
+        if not self.inversion:
+            snr_db += 10 * log10(max(self.gain(round_, client, seed), 1e-20))
+        generator = self.stream(seed, round_, client, "noise")
+        return self.blockwise(lambda block: add_noise(block, noise_std(rms(block), snr_db), generator), message)

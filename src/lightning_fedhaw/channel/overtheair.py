@@ -1,0 +1,90 @@
+"""Over-the-air computation: the clients send at the same time, and the air adds up what they send.
+
+G. Zhu, Y. Wang, K. Huang: Broadband Analog Aggregation for Low-Latency Federated Edge Learning. IEEE TWC 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.channel.awgn import add_noise, check_decibels
+from lightning_fedhaw.channel.base import Arrivals, Fallback, SumChannel, check_number
+from lightning_fedhaw.channel.fading import power_gain
+from lightning_fedhaw.options import check_whole
+
+
+def receiver_noise(weights: Tensor, rms: Tensor, gains: Tensor, snr_db: float) -> float:
+    """Standard deviation of the noise on a sum that is received over the air.
+
+    Client k sends ``sqrt(zeta) / h_k`` times its weighted update. The amplification ``zeta`` is the same for all, and
+    the largest with which nobody needs more than its power ``P_tx``: ``zeta = P_tx min_k |h_k|^2 / (w_k rms_k)^2``. The
+    server divides by ``sqrt(zeta)``, and so the noise, too.
+
+    Args:
+        weights: ``[K]``, the weights of those who send.
+        rms: ``[K]``, root mean squares of their updates.
+        gains: ``[K]``, their ``|h_k|^2``.
+        snr_db: ``10 log10(P_tx / N)``, with the receiver's noise power ``N``.
+    """
+    return float((weights * rms / gains.sqrt()).max()) * 10 ** (-snr_db / 20)
+
+
+class OverTheAirChannel(SumChannel):
+    """Analog superposition of the whole cohort, with truncated channel inversion and receiver noise.
+
+    Clients scale their weighted updates by the inverse of their gains, so that they arrive equally strong; the server
+    gets the sum with noise, and divides by the weights of those who sent. Who is in a deep fade stays silent. All share
+    one amplification, so a client with a large weight, a large update or a small gain sets the noise for everybody.
+
+    The server sees the sum alone, so rules that need each client's update are refused.
+
+    Args:
+        snr_db: Transmit power over receiver noise in decibels; the ratio at the receiver of one client that is sending
+            at full power with a gain of 1.
+        truncation: A client stays silent where ``|h_k|^2`` is below this; with Rayleigh fading it sends in a share
+            ``exp(-truncation)`` of the rounds.
+        k_factor: Rician factor K; 0 is Rayleigh fading, infinity none.
+        block: Rounds for which a client's gain stays what it is.
+        fallback: ``"discard"``: who is silent has no weight. ``"zero_update"``: it keeps its weight.
+        name: As in :class:`Channel`. The channel is for the uplink.
+
+    Raises:
+        ValueError: If an argument is out of range; at the start of a fit, if the rule needs single updates.
+    """
+
+    def __init__(
+        self,
+        snr_db: float,
+        truncation: float = 0.1,
+        *,
+        k_factor: float = 0.0,
+        block: int = 1,
+        fallback: Fallback = "discard",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(fallback, name)
+        check_decibels(snr_db)
+        check_number("truncation", truncation, 0)
+        check_number("k_factor", k_factor, 0)
+        check_whole("block", block, 1)
+        self.snr_db, self.truncation, self.k_factor, self.block = snr_db, truncation, k_factor, block
+
+    def _gains(self, round_: int, clients: Sequence[int], seed: int) -> Tensor:
+        """``|h_k|^2``, ``[K]`` float64."""
+        draws = [
+            power_gain(self.k_factor, self.stream(seed, round_ // self.block, client, "gain")) for client in clients
+        ]
+        return torch.tensor(draws, dtype=torch.float64)
+
+    def outage(self, round_: int, clients: list[int], seed: int) -> Tensor:
+        """Who is in a deep fade; see :meth:`Channel.outage`."""
+        return self._gains(round_, clients, seed) < self.truncation
+
+    def superpose(self, total: Tensor, arrivals: Arrivals) -> Tensor:
+        """The sum with the receiver's noise; see :meth:`SumChannel.superpose`."""
+        gains = self._gains(arrivals.round, arrivals.clients, arrivals.seed)
+        std = receiver_noise(arrivals.weights, arrivals.rms, gains, self.snr_db)
+        return add_noise(total, std, self._stream(arrivals.seed, "round", arrivals.round, "noise"))

@@ -1,0 +1,91 @@
+"""Messages that travel in packets, some of which are lost."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.channel.base import Channel, Link, Parcel, check_number
+from lightning_fedhaw.options import check_whole
+
+Lost = Literal["zero", "last"]
+
+
+class PacketLossChannel(Channel):
+    """Loses packets of a message: the numbers in them are zero, or what was received in their place before.
+
+    Args:
+        probability: Of each packet, independently, each time it is sent.
+        packet_bytes: Payload of a packet; how many numbers fit depends on the channels before this one.
+        header_bytes: Bytes of a packet beside its payload, for the byte counts; 40 is IPv4 with TCP.
+        retries: How often a lost packet is sent again; it is lost for good with ``probability^(1 + retries)``.
+        lost: What stands in a lost packet's place. ``"zero"``: no change (on the uplink alone: a model of zeros helps
+            nobody). ``"last"``: the client's last update that was heard, or on the downlink the last model it heard;
+            zeros where there was none yet. Default: ``"zero"`` on the uplink, ``"last"`` on the downlink.
+        link: As in :class:`Channel`.
+        name: As in :class:`Channel`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        probability: float,
+        packet_bytes: int = 1460,
+        *,
+        header_bytes: int = 40,
+        retries: int = 0,
+        lost: Lost | None = None,
+        link: Link = "uplink",
+        name: str | None = None,
+    ) -> None:
+        lost = lost or ("zero" if link == "uplink" else "last")
+        if lost not in get_args(Lost) or (link == "downlink" and lost == "zero"):
+            raise ValueError(f'`lost` must be "zero" (on the uplink) or "last", got {lost!r} on the {link}.')
+        # What was heard last is kept as for messages that are lost whole.
+        memory = {"uplink": "reuse_update", "downlink": "reuse_model"}
+        super().__init__(link, memory.get(link) if lost == "last" else None, name)  # type: ignore[arg-type]
+        check_number("probability", probability, 0, 1)
+        check_whole("packet_bytes", packet_bytes, 8)
+        check_whole("header_bytes", header_bytes, 0)
+        check_whole("retries", retries, 0)
+        self.probability, self.packet_bytes, self.header_bytes = probability, packet_bytes, header_bytes
+        self.retries, self.lost = retries, lost
+
+    @property
+    def packets(self) -> int:
+        """Packets of a message."""
+        return ceil(self.scene.parcel.bytes / self.packet_bytes)
+
+    def encode(self, parcel: Parcel) -> Parcel:
+        """A header for each packet."""
+        return Parcel(parcel.values, parcel.bits, parcel.side + 8 * self.header_bytes * self.packets)
+
+    def sendings(self, *, round_: int, client: int, seed: int) -> tuple[Tensor, Tensor]:
+        """How often each packet is sent ``[packets]`` int64, and whether it is lost all the same, bool."""
+        generator = self.stream(seed, round_, client, "packets")
+        failed = torch.rand(self.packets, 1 + self.retries, generator=generator, dtype=torch.float64) < self.probability
+        failures = failed.long().cumprod(1).sum(1)
+        return (failures + 1).clamp(max=1 + self.retries), failures > self.retries
+
+    def resent(self, *, round_: int, client: int, seed: int) -> int:
+        """Bytes of packets that were sent again; the last packet counts as full."""
+        if not self.retries:
+            return 0
+        sent, _ = self.sendings(round_=round_, client=client, seed=seed)
+        return int((sent - 1).sum()) * (self.packet_bytes + self.header_bytes)
+
+    def transmit(self, message: Tensor, *, round_: int, client: int, seed: int) -> Tensor:
+        """The message with gaps filled; see :meth:`Channel.transmit`."""
+        _, lost = self.sendings(round_=round_, client=client, seed=seed)
+        if not lost.any():
+            return message
+        # Numbers share the packets evenly, whatever was done to them before.
+        packet = torch.arange(len(message)) * self.packets // len(message)
+        last = self._heard.get(client)
+        instead = torch.zeros_like(message) if last is None else last["vector"].to(message)
+        return torch.where(lost[packet].to(message.device), instead, message)

@@ -1,0 +1,363 @@
+"""What every channel promises, asked of every channel. A new channel is one new row in each table."""
+
+import io
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from federations import Classifier, flat, loader, train, trainer
+from lightning_fedhaw import (
+    AvailabilityChannel,
+    AWGNChannel,
+    BitFlipChannel,
+    Channel,
+    DeadlineChannel,
+    ErasureChannel,
+    FadingChannel,
+    FedAdpCallback,
+    FedAvgCallback,
+    FedHAWCallback,
+    FedHyperCallback,
+    GilbertElliott,
+    OverTheAirChannel,
+    PacketLossChannel,
+    PrivacyChannel,
+    QuantizedChannel,
+    RoundObserver,
+    SparsifiedChannel,
+)
+from lightning_fedhaw.channel import SumChannel
+
+pytestmark = pytest.mark.filterwarnings("ignore:Nobody was heard in round")
+
+INF = float("inf")
+IDLE = {
+    "erasure": lambda: ErasureChannel(0.0),
+    "erasure, rates": lambda: ErasureChannel([0.0] * 4, fallback="reuse_update"),
+    "erasure, drawn": lambda: ErasureChannel(max_probability=0.0),
+    "erasure, legacy": lambda: ErasureChannel(max_probability=0.0, legacy_seed=23),
+    "bursts": lambda: ErasureChannel(burst=GilbertElliott(0.0, 0.5)),
+    "erasure down": lambda: ErasureChannel(0.0, link="downlink", fallback="reuse_model"),
+    "AWGN": lambda: AWGNChannel(INF),
+    "AWGN down": lambda: AWGNChannel(INF, link="downlink", per="layer"),
+    "noise floor": lambda: AWGNChannel(noise_std=0.0),
+    "Rayleigh": lambda: FadingChannel(INF),
+    "Rician, coded": lambda: FadingChannel(INF, k_factor=3.0, rate=2.0),
+    "inversion": lambda: FadingChannel(INF, inversion=True),
+    "quantised": lambda: QuantizedChannel(32),
+    "quantised down": lambda: QuantizedChannel(32, "qsgd", link="downlink"),
+    "top-k": lambda: SparsifiedChannel(1.0),
+    "random-k": lambda: SparsifiedChannel(1.0, "random", error_feedback=False),
+    "bit flips": lambda: BitFlipChannel(0.0),
+    "flipped codes": lambda: BitFlipChannel(0.0, bits=8),
+    "packets": lambda: PacketLossChannel(0.0, 64),
+    "packets, last": lambda: PacketLossChannel(0.0, 64, lost="last", retries=1),
+    "packets down": lambda: PacketLossChannel(0.0, 64, link="downlink"),
+    "deadline": lambda: DeadlineChannel(INF, 1.0),
+    "availability": lambda: AvailabilityChannel(mean=1.0, amplitude=0.0),
+    "trace": lambda: AvailabilityChannel([[1, 1, 1, 1]]),
+    "over the air": lambda: OverTheAirChannel(INF, truncation=0.0),
+    "privacy": lambda: PrivacyChannel(INF, 0.0, delta=None),
+}
+ACTIVE = {
+    "erasure": lambda: ErasureChannel(0.3),
+    "erasure, rates": lambda: ErasureChannel([0.5, 0.0, 0.0, 0.3], fallback="reuse_update"),
+    "erasure, drawn": lambda: ErasureChannel(max_probability=0.9, fallback="reuse_model"),
+    "erasure, legacy": lambda: ErasureChannel(max_probability=0.9, legacy_seed=23, fallback="discard"),
+    "bursts": lambda: ErasureChannel(burst=GilbertElliott(0.3, 0.5)),
+    "erasure down": lambda: ErasureChannel(0.3, link="downlink", fallback="reuse_model"),
+    "AWGN": lambda: AWGNChannel(10.0),
+    "AWGN down": lambda: AWGNChannel(20.0, link="downlink", per="layer"),
+    "noise floor": lambda: AWGNChannel(noise_std=0.01),
+    "Rayleigh": lambda: FadingChannel(10.0, block=2),
+    "Rician, coded": lambda: FadingChannel(5.0, k_factor=1.0, rate=2.0, fallback="discard"),
+    "inversion": lambda: FadingChannel(10.0, inversion=True, truncation=0.3, per="layer"),
+    "stochastic": lambda: QuantizedChannel(4),
+    "nearest": lambda: QuantizedChannel(4, "nearest", per="layer"),
+    "QSGD": lambda: QuantizedChannel(4, "qsgd"),
+    "quantised down": lambda: QuantizedChannel(6, link="downlink"),
+    "top-k": lambda: SparsifiedChannel(0.1),
+    "random-k": lambda: SparsifiedChannel(0.2, "random", error_feedback=False, per="layer"),
+    "random-k, feedback": lambda: SparsifiedChannel(0.2, "random"),
+    "bit flips": lambda: BitFlipChannel(1e-4),
+    "flipped codes": lambda: BitFlipChannel(0.02, bits=8),
+    "packets": lambda: PacketLossChannel(0.4, 64),
+    "packets, last": lambda: PacketLossChannel(0.6, 64, lost="last", retries=1),
+    "packets down": lambda: PacketLossChannel(0.3, 64, link="downlink"),
+    "deadline": lambda: DeadlineChannel(45.0, 1.0, spread=0.5, client_spread=0.2),
+    "availability": lambda: AvailabilityChannel(),
+    "trace": lambda: AvailabilityChannel([[1, 0, 1, 1], [1, 1, 1, 0]]),
+    "over the air": lambda: OverTheAirChannel(20.0, truncation=0.3),
+    "privacy": lambda: PrivacyChannel(0.5, 0.05, delta=None),
+}
+RULES = {
+    "FedAvg": lambda: FedAvgCallback("uniform"),
+    "FedHyper": lambda: FedHyperCallback(weighting="uniform"),
+    "FedHAW": FedHAWCallback,
+    "FedAdp": FedAdpCallback,
+}
+every_channel = pytest.mark.parametrize("make", ACTIVE.values(), ids=ACTIVE.keys())
+
+
+def uniform():
+    return FedAvgCallback("uniform")
+
+
+def end(*channels, rule=uniform, **kwargs):
+    return flat(train(rule=rule(), callbacks=channels, client_eval=False, **{"rounds": 3, **kwargs})[1])
+
+
+@pytest.fixture(scope="module")
+def without():
+    """The model after three rounds without a channel, by rule and engine."""
+    torch.set_num_threads(1)
+    return {
+        (name, engine): end(rule=rule, engine=engine)
+        for name, rule in RULES.items()
+        for engine in ("sequential", "vectorized")
+    }
+
+
+@pytest.mark.parametrize("engine", ["sequential", "vectorized"])
+@pytest.mark.parametrize("make", IDLE.values(), ids=IDLE.keys())
+def test_a_channel_that_does_nothing_is_none_to_the_bit(make, engine, without):
+    for name, rule in RULES.items() if engine == "sequential" else list(RULES.items())[::2]:
+        if not isinstance(make(), SumChannel) or rule().raw_weight is not None:
+            assert torch.equal(end(make(), rule=rule, engine=engine), without[name, engine]), name
+
+
+@every_channel
+def test_it_does_something_and_the_same_each_time_in_both_engines(make, without):
+    first = end(make(), engine="sequential")
+    assert torch.isfinite(first).all()
+    assert not torch.equal(first, without["FedAvg", "sequential"])
+    assert torch.equal(first, end(make(), engine="sequential"))
+    # Draws are the same; a rounding that falls to the other side is a step of a quantiser.
+    tolerance = 1e-5 if not isinstance(make(), (QuantizedChannel, BitFlipChannel)) else 0.1
+    assert torch.allclose(first, end(make(), engine="vectorized"), atol=tolerance)
+    assert not torch.equal(first, end(make(), engine="sequential", seed=1))
+
+
+@every_channel
+def test_messages_are_not_changed_in_place(make):
+    runner = trainer(rounds=1, rule=uniform(), callbacks=[channel := make()])
+    runner.fit(Classifier(), loader())
+    message = torch.randn(83)
+    before = message.clone()
+    channel.transmit(message, round_=3, client=1, seed=0)
+    assert torch.equal(message, before)
+
+
+class Notes(RoundObserver):
+    """Who came, what each of them trained on in which order, and where they started from."""
+
+    def __init__(self):
+        super().__init__()
+        self.cohorts, self.batches, self.first = [], {}, None
+
+    def on_round_start(self, trainer, pl_module, round_, clients):
+        self.cohorts.append(clients)
+        self.first = flat(pl_module) if round_ == 0 else self.first
+        self.open = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.open.append(batch[0].sum().item())
+
+    def on_client_end(self, trainer, pl_module, update):
+        self.batches[len(self.cohorts), update.client], self.open = self.open, []
+
+
+def notes(*channels):
+    observed = Notes()
+    train(
+        rule=uniform(),
+        callbacks=[*channels, observed],
+        client_eval=False,
+        rounds=4,
+        num_clients=4,
+        clients_per_round=3,
+        engine="sequential",
+    )
+    return observed
+
+
+@every_channel
+def test_it_changes_neither_cohorts_nor_batches_nor_the_first_model(make):
+    plain, other = notes(), notes(make())
+    assert other.cohorts == plain.cohorts
+    assert torch.equal(other.first, plain.first)
+    assert other.batches
+    assert other.batches == {key: plain.batches[key] for key in other.batches}
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+@every_channel
+def test_a_run_goes_on_to_the_bit_after_every_round(make, tmp_path):
+    options = {"rule": uniform(), "rounds": 4, "client_eval": False}
+    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
+    _, straight = train(callbacks=[make(), keep], **{**options, "enable_checkpointing": True})
+    for stop in (1, 2, 3):
+        module = Classifier()
+        trainer(callbacks=[make()], **options).fit(module, loader(), ckpt_path=tmp_path / f"step={stop}.ckpt")
+        assert torch.equal(flat(module), flat(straight)), stop
+
+
+@every_channel
+def test_state_survives_a_weights_only_checkpoint_and_is_forgotten_by_a_new_run(make):
+    channel = make()
+    first = end(channel)
+    file = io.BytesIO()
+    torch.save(channel.state_dict(), file)
+    file.seek(0)
+    make().load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(end(channel), first)
+
+
+@every_channel
+def test_it_composes_with_others(make):
+    noise = AWGNChannel(20.0, name="more")
+    channels = [noise, make(), ErasureChannel(0.2, name="more", fallback="discard")]
+    assert torch.isfinite(end(*channels)).all()
+    assert not torch.equal(end(*channels), end(*channels[1:]))
+
+
+def test_every_public_channel_is_in_the_tables():
+    import lightning_fedhaw.channel as room
+
+    public = {kind for name in room.__all__ if isinstance(kind := getattr(room, name), type)}
+    bases = {Channel, SumChannel, room.BlockChannel}
+    for table in (IDLE, ACTIVE):
+        assert {type(make()) for make in table.values()} == {k for k in public if issubclass(k, Channel)} - bases
+
+
+# ---------------------------------------------------------------------- bytes
+
+P = 83
+UP = {
+    "nothing": ((), 4 * P),
+    "4 bits": ([QuantizedChannel(4)], (4 * P + 64 + 7) // 8),
+    "4 bits, by layer": ([QuantizedChannel(4, per="layer")], (4 * P + 128 + 7) // 8),
+    "QSGD": ([QuantizedChannel(4, "qsgd")], (4 * P + 32 + 7) // 8),
+    "top tenth": ([SparsifiedChannel(0.1)], (9 * 32 + 63 + 7) // 8),
+    "top half": ([SparsifiedChannel(0.5)], (42 * 32 + P + 7) // 8),
+    "random tenth": ([SparsifiedChannel(0.1, "random")], (9 * 32 + 64 + 7) // 8),
+    "sparse, then 4 bits": ([SparsifiedChannel(0.1), QuantizedChannel(4)], (9 * 4 + 63 + 64 + 7) // 8),
+    "noise": ([AWGNChannel(90.0)], 4 * P + 4),
+    "packets": ([PacketLossChannel(0.0, 100)], 4 * P + 4 * 40),
+    "4 bits in packets": ([QuantizedChannel(4), PacketLossChannel(0.0, 20, header_bytes=8)], 50 + 3 * 8),
+    "codes": ([BitFlipChannel(1e-6, bits=8)], P + 8),
+}
+
+
+@pytest.mark.parametrize(("channels", "expected"), UP.values(), ids=UP.keys())
+def test_bytes_are_those_of_what_is_sent(channels, expected):
+    runner, _ = train(rounds=2, callbacks=channels)
+    assert runner.federation_summary["bytes_up"] == 2 * 4 * expected
+    assert runner.federation_summary["bytes_down"] == 2 * 4 * 4 * P
+    assert runner.callback_metrics["bytes_up"] == 4 * expected
+
+
+def test_bytes_of_the_way_down():
+    runner, _ = train(rounds=2, callbacks=[QuantizedChannel(8, link="downlink"), ErasureChannel(0.5, link="downlink")])
+    summary = runner.federation_summary
+    assert summary["bytes_down"] == 2 * 4 * (P + 8)
+    assert summary["bytes_up"] == 4 * P * (8 - summary["lost_messages"])
+    assert 0 < summary["lost_messages"] < 8
+
+
+def test_bytes_of_retransmissions():
+    channel = PacketLossChannel(0.5, 100, header_bytes=0, retries=30)
+    runner, module = train(rounds=20, callbacks=[channel])
+    packets = 4 * 20 * 4
+    sent = (runner.federation_summary["bytes_up"] - 80 * 4 * P) / 100 + packets
+    # Sendings of a packet are geometric: mean 2, variance 2.
+    assert sent / packets == pytest.approx(2, abs=4 * (2 / packets) ** 0.5)
+    assert torch.equal(flat(module), flat(train(rounds=20)[1])), "nothing is lost in the end"
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ErasureChannel(1.2), r"`probability` must lie in \[0, 1\], got 1.2"),
+        (lambda: ErasureChannel([0.1, -0.2]), r"`probability` must lie in \[0, 1\]"),
+        (lambda: ErasureChannel(float("nan")), r"`probability` must lie in \[0, 1\], got nan"),
+        (lambda: ErasureChannel(), "Give exactly one of `probability`, `max_probability` and `burst`, got none"),
+        (lambda: ErasureChannel(0.1, max_probability=0.2), "got `probability` and `max_probability`"),
+        (lambda: ErasureChannel(max_probability=2), r"`max_probability` must be a number in \[0, 1\], got 2"),
+        (lambda: ErasureChannel(0.1, legacy_seed=23), "`legacy_seed` repeats the authors' draws of rates"),
+        (lambda: GilbertElliott(0.5, -1), r"`leave` must be a number in \[0, 1\], got -1"),
+        (lambda: GilbertElliott(0, 0), "`enter` and `leave` must not both be 0"),
+        (lambda: AWGNChannel(), "Give one of `snr_db` and `noise_std`"),
+        (lambda: AWGNChannel("loud"), "`snr_db` must be a number of at least -200, got 'loud'"),
+        (lambda: AWGNChannel(float("nan")), "`snr_db` must be a number"),
+        (lambda: AWGNChannel(noise_std=-1.0), "`noise_std` must be a number of at least 0, got -1.0"),
+        (lambda: AWGNChannel(3.0, per="tensor"), "`per` must be one of 'update', 'layer', got 'tensor'"),
+        (lambda: FadingChannel(3.0, k_factor=-1), "`k_factor` must be a number of at least 0"),
+        (lambda: FadingChannel(3.0, block=0), "`block` must be a whole number of at least 1"),
+        (lambda: FadingChannel(3.0, rate=1.0, inversion=True), "Give `rate` or `inversion=True`, not both"),
+        (lambda: FadingChannel(3.0, truncation=0.1), "`truncation`=0.1 bounds the power of inversion"),
+        (lambda: QuantizedChannel(0), "`bits` must be a whole number from 1 to 16, or 32 to change nothing, got 0"),
+        (lambda: QuantizedChannel(17), "`bits` must be a whole number from 1 to 16"),
+        (lambda: QuantizedChannel(2.0), "`bits` must be a whole number from 1 to 16"),
+        (lambda: QuantizedChannel(1, "qsgd"), '`bits` must be at least 2 with `scheme="qsgd"`'),
+        (lambda: QuantizedChannel(2, "up"), "`scheme` must be one of 'stochastic', 'nearest', 'qsgd', got 'up'"),
+        (lambda: SparsifiedChannel(0), "`fraction` must be more than 0, got 0"),
+        (lambda: SparsifiedChannel(1.5), r"`fraction` must be a number in \[0, 1\], got 1.5"),
+        (lambda: SparsifiedChannel(0.5, "best"), "`choice` must be one of 'top', 'random', got 'best'"),
+        (lambda: BitFlipChannel(-0.1), r"`rate` must be a number in \[0, 1\], got -0.1"),
+        (lambda: BitFlipChannel(0.1, bits=0), "`bits` must be a whole number from 1 to 16"),
+        (lambda: PacketLossChannel(2), r"`probability` must be a number in \[0, 1\], got 2"),
+        (lambda: PacketLossChannel(0.1, 0), "`packet_bytes` must be a whole number of at least 8"),
+        (lambda: PacketLossChannel(0.1, lost="gone"), '`lost` must be "zero" .on the uplink. or "last", got \'gone\''),
+        (lambda: PacketLossChannel(0.1, lost="zero", link="downlink"), "got 'zero' on the downlink"),
+        (lambda: PacketLossChannel(0.1, retries=-1), "`retries` must be a whole number of at least 0"),
+        (lambda: DeadlineChannel(-1, 1), "`deadline` must be a number of at least 0, got -1"),
+        (lambda: DeadlineChannel(1, 1, spread=-1), "`spread` must be a number of at least 0"),
+        (lambda: AvailabilityChannel(mean=1.1), r"`mean` must be a number in \[0, 1\]"),
+        (lambda: AvailabilityChannel([0, 1]), r"`trace` must be a table \[rounds, clients\] .* got the shape \[2\]"),
+        (lambda: AvailabilityChannel([[0, 3]]), "with values from 0 to 3"),
+        (lambda: OverTheAirChannel(3.0, truncation=-1), "`truncation` must be a number of at least 0"),
+        (lambda: OverTheAirChannel(3.0, fallback="again"), "`fallback` on the uplink must be one of"),
+        (lambda: PrivacyChannel(0, 1), "`clip` must be more than 0, got 0"),
+        (lambda: PrivacyChannel(float("inf"), 1.0), "`clip`, which must be finite then, got inf"),
+        (lambda: PrivacyChannel(1, -1), "`noise_multiplier` must be a number of at least 0"),
+        (lambda: PrivacyChannel(1, 1, delta=2), r"`delta` must be a number in \[0, 1\], got 2"),
+        (lambda: Channel(link="sideways"), "`link` must be one of 'uplink', 'downlink', got 'sideways'"),
+    ],
+)
+def test_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("channel", "message"),
+    [
+        (lambda: ErasureChannel([0.1, 0.2]), r"must be a number or one per client \[4\], got the shape \[2\]"),
+        (lambda: AvailabilityChannel([[1, 1]]), "`trace` must have a column for each of 4 clients, got 2"),
+        (lambda: AvailabilityChannel(phases=[0.0]), r"`phases` must be one number per client \[4\], got \[1\]"),
+    ],
+)
+def test_of_another_federation(channel, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(callbacks=[channel()]).fit(Classifier(), loader())
+
+
+def test_two_of_a_kind_need_names():
+    with pytest.raises(ValueError, match='two `ErasureChannel` on the uplink with no name, .* name="second"'):
+        trainer(callbacks=[ErasureChannel(0.1), ErasureChannel(0.2)])
+    trainer(callbacks=[ErasureChannel(0.1), ErasureChannel(0.2, name="b"), ErasureChannel(0.1, link="downlink")])
+
+
+@pytest.mark.parametrize("make", [lambda: OverTheAirChannel(10.0), lambda: PrivacyChannel(1.0, 1.0, delta=None)])
+def test_sums_need_a_rule_that_needs_sums(make):
+    own = type(make()).__name__
+    with pytest.raises(ValueError, match=f"`{own}` gives the server the sum .* and FedHAWCallback needs each client's"):
+        trainer(rule=FedHAWCallback(), callbacks=[make()]).fit(Classifier(), loader())
+    reuse = ErasureChannel(0.1, fallback="reuse_update")
+    with pytest.raises(ValueError, match='`ErasureChannel` with fallback="reuse_update" reuses single ones'):
+        trainer(rule=uniform(), callbacks=[reuse, make()]).fit(Classifier(), loader())
