@@ -4,8 +4,19 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from federations import QUIET, Classifier, loader, samples, trainer
-from lightning_fedhaw import FedAvgCallback, FederatedTrainer, FedHAWCallback, IIDPartitioner
+from federations import QUIET, Classifier, flat, loader, samples, trainer
+from lightning_fedhaw import (
+    FedAvgCallback,
+    FederatedDataModule,
+    FederatedTrainer,
+    FedHAWCallback,
+    FedHyperCallback,
+    FedLAWCallback,
+    FedOptCallback,
+    IIDPartitioner,
+    MultiKrumCallback,
+    ServerFineTuningCallback,
+)
 from lightning_fedhaw.data import EveryoneSampler
 
 
@@ -78,8 +89,6 @@ def test_fewer_samples_than_clients():
 
 
 def test_more_clients_a_round_than_the_data_module_has():
-    from lightning_fedhaw import FederatedDataModule
-
     runner = FederatedTrainer(rounds=1, clients_per_round=5, callbacks=[FedAvgCallback()], **QUIET)
     with pytest.raises(ValueError, match="`clients_per_round` must be at most `num_clients`=3, got 5"):
         runner.fit(Classifier(), FederatedDataModule(samples(), num_clients=3))
@@ -125,3 +134,106 @@ def test_training_step_must_give_a_loss():
 def test_unknown_arguments_are_lightnings_own_error():
     with pytest.raises(TypeError, match="unexpected keyword argument 'roundz'"):
         FederatedTrainer(rounds=1, roundz=2)
+
+
+# ---------------------------------------------------------------------- rules
+
+
+def fit(rule, module, proxy=None, rounds=3):
+    runner = trainer(rounds=rounds, rule=rule)
+    runner.fit(module, FederatedDataModule(samples(), batch_size=8, proxy=proxy))
+    return runner
+
+
+@pytest.mark.parametrize(
+    ("proxy", "error", "message"),
+    [
+        (None, ValueError, "`FedLAWCallback` works with data of the server's own, and there is none: give `Federated"),
+        (0, ValueError, "`proxy` must be a whole number of at least 1, got 0"),
+        (
+            0.1,
+            TypeError,
+            "`proxy` must be a data set with a length, or a whole number of training samples .* got float",
+        ),
+        (500, ValueError, "`proxy`=500 cannot be cut from 120 training samples, .* take fewer in all. Or give a data"),
+    ],
+)
+@pytest.mark.parametrize("make", [FedLAWCallback, lambda: FedOptCallback(rule=FedLAWCallback())], ids=["law", "opt"])
+def test_proxy_data(make, proxy, error, message):
+    module = Classifier()
+    with pytest.raises(error, match=message):
+        fit(make(), module, proxy)
+    assert torch.equal(flat(module), flat(Classifier()))
+
+
+def test_more_clients_to_keep_than_there_are():
+    with pytest.raises(
+        ValueError,
+        match="`num_byzantine`=0 with `keep`=9 needs at least 9 clients a round .* has 4. .* or lower .* `keep`",
+    ):
+        fit(MultiKrumCallback(0, keep=9), Classifier())
+
+
+READY = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FedOptCallback(READY), "`optimizer` must make .* got a ready-made SGD"),
+        (
+            lambda: FedLAWCallback(optimizer=READY),
+            "`optimizer` must make .* of type SGD: what it will step on does not",
+        ),
+        (lambda: ServerFineTuningCallback(optimizer=READY), "`optimizer` must make .* an object of type SGD"),
+        (lambda: FedHAWCallback(hyper_optimizer=READY), "`hyper_optimizer` must make .* an object of type SGD"),
+        (
+            lambda: FedLAWCallback(scheduler=torch.optim.lr_scheduler.StepLR(READY, 1)),
+            "`scheduler` must make a schedule from the optimiser, .* an object of type StepLR",
+        ),
+    ],
+)
+def test_an_optimizer_or_a_schedule_that_is_ready_made(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message", "rounds"),
+    [
+        (
+            FedHAWCallback(lr_gamma=1e3, normalise_by="lr"),
+            r"step of round 1 would make gamma \d+, and the scale .* refused: .* Lower `lr_gamma` \(1000.0\)",
+            2,
+        ),
+        (
+            FedLAWCallback("scale", lr=50.0, server_epochs=1),
+            r"FedLAW's descent of round 0 ended with the scale .* was refused: the round is .* Lower `lr` \(50",
+            1,
+        ),
+    ],
+    ids=["FedHAW", "FedLAW"],
+)
+def test_a_scale_that_reaches_zero_or_overflows_is_refused_and_the_round_is_fedavgs(rule, message, rounds):
+    module, averaged = Classifier(), Classifier()
+    with pytest.warns(UserWarning, match=message):
+        fit(rule, module, proxy=30, rounds=rounds)
+    fit(FedAvgCallback(), averaged, proxy=30, rounds=rounds)
+    assert torch.allclose(flat(module), flat(averaged), atol=1e-6)
+
+
+ENDLESS = {"hyper_lr": 1e20, "alpha_bounds": (1e-8, 1e30), "beta_bounds": (1e-8, 1e30)}
+
+
+def test_fedhypers_rate_without_bounds_ends_the_run_with_the_model_before():
+    module, before = Classifier(), Classifier()
+    with pytest.raises(FloatingPointError, match=r"were not installed: .* FedHyper: `alpha_bounds=\(0.2, 5.0\)`"):
+        fit(FedHyperCallback(**ENDLESS), module, rounds=4)
+    assert torch.isfinite(flat(module)).all()
+    assert not torch.equal(flat(module), flat(before))
+
+
+@pytest.mark.filterwarnings("ignore:Client . returned non-finite")
+def test_fedhypers_local_rate_without_bounds_says_what_to_do():
+    with pytest.raises(FloatingPointError, match=r"Every client of round 2 .* FedHyper learns rates .* `beta_bounds`"):
+        fit(FedHyperCallback("G+SL", **ENDLESS), Classifier(), rounds=4)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from federations import Classifier, flat, loader, samples, trainer
 from lightning_fedhaw import (
@@ -33,10 +35,12 @@ from lightning_fedhaw import (
     FedOptCallback,
     FedYogiCallback,
     GeometricMedianCallback,
+    IndexPartitioner,
     KrumCallback,
     MedianCallback,
     MultiKrumCallback,
     ParameterLayout,
+    RoundObserver,
     ServerFineTuningCallback,
     TrimmedMeanCallback,
 )
@@ -410,3 +414,88 @@ def test_a_client_that_is_absent_equals_one_that_does_not_arrive(name):
         trainer(rule=rule, **options).fit(module, data_for(rule))
         ends.append(flat(module))
     assert torch.equal(*ends)
+
+
+# ---------------------------------------------------------------------- clients that fail
+
+
+OWN = [range(30 * k, 30 * k + 30) for k in range(4)]
+
+
+def with_a_broken_client():
+    """Client 1's samples are NaN, and so is what it trains; the server's own are sound."""
+    x, y = (tensor.clone() for tensor in samples().tensors)
+    x[OWN[1]] = float("nan")
+    return FederatedDataModule(TensorDataset(x, y), partitioner=IndexPartitioner(OWN), batch_size=8, proxy=samples(30))
+
+
+class WithoutOne:
+    def sample(self, round_, *, num_clients, sizes, seed):
+        return [client for client in range(num_clients) if client != 1]
+
+
+@every_name
+def test_a_nan_is_reported_and_never_averaged_in(name):
+    ends, broken = [], {"num_clients": None, "alpha": None, "client_eval": False}
+    for options in ({}, {"sampler": WithoutOne()}):
+        module, rule = Classifier(), RULES[name]()
+        told = pytest.warns(UserWarning, match=r"Client 1 returned non-finite parameters in round \d and was left out")
+        with nullcontext() if options else told:
+            runner = trainer(rounds=2, rule=rule, **broken, **options)
+            runner.fit(module, with_a_broken_client())
+        assert runner.federation_summary["nonfinite_updates"] == (0 if options else 2)
+        ends.append(flat(module))
+    assert torch.isfinite(ends[0]).all()
+    assert torch.equal(*ends)
+
+
+class Silence(Channel):
+    """Loses everybody in round 1."""
+
+    def outage(self, round_, clients, seed):
+        return torch.full((len(clients),), round_ == 1)
+
+
+class Spoils(Channel):
+    """What arrives in round 1 is NaN."""
+
+    def transmit(self, message, *, round_, client, seed):
+        return message * float("nan") if round_ == 1 else message
+
+
+class Diary(RoundObserver):
+    """Keeps model and rule state after every round."""
+
+    def __init__(self, rule):
+        self.rule, self.pages = rule, []
+
+    def on_round_end(self, trainer, pl_module, report):
+        self.pages.append((flat(pl_module), copy.deepcopy(self.rule.state)))
+
+
+@every_name
+def test_a_round_in_which_all_clients_are_lost_loses_nothing(name):
+    module, rule = Classifier(), RULES[name]()
+    diary = Diary(rule)
+    runner = trainer(rounds=3, rule=rule, callbacks=[Silence(), diary])
+    with pytest.warns(UserWarning, match="Nobody was heard in round 1: the global model and the rule's state stay"):
+        runner.fit(module, data_for(rule))
+    (first, before), (second, after), (third, _) = diary.pages
+    assert torch.equal(first, second)
+    assert_same(before, after)
+    assert not torch.equal(second, third), "the next round goes on"
+    assert runner.federation_summary["rounds"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:Client . returned non-finite")
+@every_name
+def test_a_round_in_which_all_clients_return_nan_ends_the_run_and_loses_nothing(name):
+    module, rule = Classifier(), RULES[name]()
+    diary = Diary(rule)
+    with pytest.raises(
+        FloatingPointError, match="Every client of round 1 returned non-finite parameters, so training .* Lower the"
+    ):
+        trainer(rounds=3, rule=rule, callbacks=[Spoils(), diary]).fit(module, data_for(rule))
+    ((parameters, state),) = diary.pages
+    assert torch.equal(flat(module), parameters)
+    assert_same(rule.state, state)

@@ -452,7 +452,7 @@ def test_an_update_that_does_not_fit_into_the_storage_is_named():
 
 def test_a_hyper_step_that_would_extinguish_the_model_is_refused():
     rule = FedHAWCallback(lr_gamma=1e9, normalise_by="lr")
-    with pytest.warns(UserWarning, match="hypergradient step of round 1 is not finite|was refused"):
+    with pytest.warns(UserWarning, match="step of round 1 would make .* refused"):
         trainer(rule=rule, rounds=2).fit(Classifier(), loader())
     assert rule.scale == 1.0
 

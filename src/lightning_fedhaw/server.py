@@ -73,8 +73,9 @@ class Server:
             )
         if not all_finite(parameters):
             raise FloatingPointError(
-                "The rule returned non-finite global parameters, which were not installed. Lower the rule's step sizes,"
-                " or bound what it learns (for FedHAW: `scale_bounds=(0.5, 2.0)`)."
+                "The rule returned non-finite global parameters, which were not installed: the model is the one before"
+                " this round. Lower the rule's step sizes, or bound what it learns (FedHAW: `scale_bounds=(0.5, 2.0)`;"
+                " FedHyper: `alpha_bounds=(0.2, 5.0)`)."
             )
         self._vector = parameters.detach().to(self._vector)
         if buffers is not None:

@@ -174,7 +174,8 @@ def test_a_poisoned_client_moves_a_robust_model_by_little(make):
 )
 def test_too_few_clients_are_one_sentence(rule, needed):
     message = (
-        rf"`num_byzantine`=\d needs at least {needed} clients a round for {type(rule).__name__}, and round 4 has 4\."
+        rf"`num_byzantine`=\d{' with `keep`=6' if needed == 6 else ''} needs at least {needed} clients a round for"
+        rf" {type(rule).__name__}, and round 4 has 4\."
         " Raise `clients_per_round` or `num_clients`, or lower `num_byzantine`"
     )
     with pytest.raises(ValueError, match=message):

@@ -16,45 +16,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from federations import QUIET
-from lightning_fedhaw import (
-    Channel,
-    FedAvgCallback,
-    FederatedTrainer,
-    FedHAWCallback,
-    IndexPartitioner,
-    RoundObserver,
-)
-from lightning_fedhaw.data import FixedSequenceSampler
+from lightning_fedhaw import Channel, FedAvgCallback, FederatedTrainer, FedHAWCallback, IndexPartitioner
 from lightning_fedhaw.streams import stream
-from parity.authors_formulas import (
-    CLASSES,
-    FEATURES,
-    HIDDEN,
-    Formulas,
-    Trace,
-    local_sgd,
-    play,
-)
+from parity.authors_formulas import Formulas, Trace, local_sgd, play
+from parity.federation import EVERYONE, ROUNDS, SEED, SIZES, SOME, Watcher, from_trainer, samples
 
-SIZES = (9, 41, 23, 14, 33)
-ROUNDS, EPOCHS, BATCH_SIZE, SEED = 8, 2, 8, 11
-EVERYONE = [list(range(len(SIZES)))] * ROUNDS
-SOME = [[0, 1, 2], [1, 2, 4], [0, 3, 4], [2], [0, 2, 3], [1, 4], [0, 1, 2, 3, 4], [3, 4]]
+EPOCHS, BATCH_SIZE = 2, 8
 DIAGONAL = Formulas(mu=0.05, lr_gamma=2e-3, lr_lambda=2e-2)
 EXACT = replace(DIAGONAL, exact=True, new_gamma=False)
 
 
-class Watcher(RoundObserver):
-    """Keeps the global model, the log-scale and the logits after every round."""
-
-    def __init__(self, num_clients: int) -> None:
-        self.num_clients = num_clients
-        self.traces: list[Trace] = []
-
-    def on_round_end(self, trainer: Any, pl_module: Any, report: Any) -> None:
-        w = torch.cat([p.detach().flatten() for p in pl_module.parameters()]).numpy().copy()
-        lam = np.array([report.metrics.get(f"lambda/client_{k}", np.nan) for k in range(self.num_clients)])
-        self.traces.append(Trace(w, report.metrics.get("gamma", 0.0), lam))
+def traces(watcher: Watcher, num_clients: int) -> list[Trace]:
+    """Model, log-scale and logits after every round, as the package logs them."""
+    return [
+        Trace(w, seen.get("gamma", 0.0), np.array([seen.get(f"lambda/client_{k}", np.nan) for k in range(num_clients)]))
+        for w, seen in watcher.rounds
+    ]
 
 
 def displacement(trace: Trace, start: np.ndarray) -> np.ndarray:
@@ -63,32 +40,6 @@ def displacement(trace: Trace, start: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------- eight rounds of minibatch SGD
-
-
-class Network(pl.LightningModule):
-    def __init__(self, mu: float) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(5)
-            self.net = nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, CLASSES))
-        self.mu = mu
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
-        return nn.functional.cross_entropy(self.net(x), y)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.mu)
-
-
-def samples() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Inputs, labels, and who owns which sample; clients see different classes."""
-    draw = np.random.default_rng(2)
-    total = sum(SIZES)
-    owners = draw.permutation(np.repeat(np.arange(len(SIZES)), SIZES))
-    y = (draw.integers(0, 2, total) + owners) % CLASSES
-    x = draw.normal(size=(total, FEATURES)) + 1.5 * np.eye(FEATURES)[y]
-    return x, y, [np.flatnonzero(owners == k) for k in range(len(SIZES))]
 
 
 def from_formulas(start: np.ndarray, cohorts: list[list[int]], formulas: Formulas) -> list[Trace]:
@@ -102,11 +53,8 @@ def from_formulas(start: np.ndarray, cohorts: list[list[int]], formulas: Formula
     return play(start, SIZES, cohorts, train, formulas)
 
 
-def from_package(
-    cohorts: list[list[int]], formulas: Formulas, precision: Any = "64-true", double: bool = False
-) -> tuple[np.ndarray, list[Trace]]:
+def from_package(cohorts: list[list[int]], formulas: Formulas, **kwargs: Any) -> tuple[np.ndarray, list[Trace]]:
     """The initial model, and what the trainer makes of it."""
-    x, y, own = samples()
     rule = FedHAWCallback(
         lr_gamma=formulas.lr_gamma,
         lr_lambda=formulas.lr_lambda,
@@ -115,28 +63,11 @@ def from_package(
         pseudo_gradient="plain" if formulas.plain else "weighted",
         normalise_by="lr",
     )
-    module = Network(formulas.mu)
-    if double:
-        module.double()
-    start = torch.cat([p.detach().flatten() for p in module.parameters()]).double().numpy()
-    watcher = Watcher(len(SIZES))
-    trainer = FederatedTrainer(
-        rounds=ROUNDS,
-        local_epochs=EPOCHS,
-        partitioner=IndexPartitioner([indices.tolist() for indices in own]),
-        sampler=FixedSequenceSampler(cohorts),
-        seed=SEED,
-        callbacks=[rule, watcher],
-        precision=precision,
-        client_eval=False,
-        **QUIET,
-    )
-    dtype = torch.float64 if double or precision == "64-true" else torch.float32
-    data = TensorDataset(torch.tensor(x, dtype=dtype), torch.tensor(y))
-    trainer.fit(module, DataLoader(data, batch_size=BATCH_SIZE, shuffle=True))
-    assert np.array_equal(watcher.traces[-1].lam, rule.state["lambda_"].numpy())
-    assert watcher.traces[-1].gamma == rule.state["gamma"].item()
-    return start, watcher.traces
+    start, watcher = from_trainer(rule, cohorts, mu=formulas.mu, epochs=EPOCHS, batch_size=BATCH_SIZE, **kwargs)
+    found = traces(watcher, len(SIZES))
+    assert np.array_equal(found[-1].lam, rule.state["lambda_"].numpy())
+    assert found[-1].gamma == rule.state["gamma"].item()
+    return start, found
 
 
 def largest_differences(cohorts: list[list[int]], formulas: Formulas, **kwargs: Any) -> dict[str, float]:
@@ -222,7 +153,7 @@ class SilentInRoundOne(Channel):
 
 def four_rounds(*callbacks: Any) -> list[Trace]:
     points = torch.tensor([[1.0, 0.0]] + 3 * [[0.0, 2.0]], dtype=torch.float64)
-    watcher = Watcher(2)
+    watcher = Watcher()
     trainer = FederatedTrainer(
         rounds=4,
         local_epochs=1,
@@ -232,7 +163,7 @@ def four_rounds(*callbacks: Any) -> list[Trace]:
         **QUIET,
     )
     trainer.fit(Quadratic(), DataLoader(TensorDataset(points), batch_size=len(points), shuffle=True))
-    return watcher.traces
+    return traces(watcher, 2)
 
 
 def check(trace: Trace, gamma: float | None, lam: tuple[float, float] | None, w: tuple[float, float]) -> None:

@@ -234,7 +234,8 @@ class FedHAWCallback(AggregationRule):
         if hyper_optimizer is not None and not callable(hyper_optimizer):
             raise TypeError(
                 "`hyper_optimizer` must make an optimiser from parameters and `lr`, such as `torch.optim.Adam` or a"
-                f" `functools.partial` of it, got {type(hyper_optimizer).__name__}."
+                f" `functools.partial` of it, got an object of type {type(hyper_optimizer).__name__}: what it will"
+                " step on does not exist yet."
             )
         self.lr_gamma = float(lr_gamma)
         self.lr_lambda = float(lr_lambda)
@@ -392,10 +393,17 @@ class FedHAWCallback(AggregationRule):
         new_lambda = _learned(lambda_, moved, previous)
 
         metrics = {"hypergradient_gamma": gamma_grad.abs().item(), "hypergradient_lambda": grad.norm().item()}
-        if not (torch.isfinite(new_gamma) and torch.isfinite(new_lambda).all() and new_gamma.abs() < _largest(r.dtype)):
+        has_scale = bool(torch.isfinite(new_gamma)) and bool(new_gamma.abs() < _largest(r.dtype))
+        if not (has_scale and torch.isfinite(new_lambda).all()):
+            cause = (
+                "not all of lambda finite"
+                if has_scale
+                else f"gamma {new_gamma.item():.3g}, and the scale exp(gamma) vanish or overflow"
+            )
             rank_zero_warn(
-                f"FedHAW's hypergradient step of round {cohort.round} is not finite (norms {metrics}) and was refused:"
-                " gamma and lambda stay as they were. Lower `lr_gamma`, or set `scale_bounds=(0.5, 2.0)`."
+                f"FedHAW's hypergradient step of round {cohort.round} would make {cause}, and was refused: gamma and"
+                f" lambda stay as they were. Lower `lr_gamma` ({self.lr_gamma}) or `lr_lambda` ({self.lr_lambda}), or"
+                " set `scale_bounds=(0.5, 2.0)`."
             )
             return state, {"hypergradient_gamma": 0.0, "hypergradient_lambda": 0.0, "hyper_steps_refused": 1.0}
         return {**state, **gamma_memory, **lambda_memory, "gamma": new_gamma, "lambda_": new_lambda}, metrics

@@ -133,6 +133,14 @@ class FedHyperCallback(AggregationRule):
         """The rates of the server, and of the clients as a multiple of their optimiser's."""
         return {name: float(self.state[name]) for name in ("alpha", "beta") if name in self.state}
 
+    def advice(self) -> str:
+        """The rates that were learned, and how to hold them."""
+        learned = ", ".join(f"{name} {value:.3g}" for name, value in self.summary().items())
+        return (
+            f" FedHyper learns rates (adapt={self.adapt}; {learned}): narrow `alpha_bounds` or `beta_bounds`, lower"
+            f" `hyper_lr` ({self.hyper_lr:g}), or use `normalise='cos'`."
+        )
+
     def raw_weight(self, update: ClientUpdate) -> float:
         """A client's weight before normalisation."""
         return float(update.num_examples) if self.weighting == "examples" else 1.0

@@ -134,7 +134,7 @@ class FedLAWCallback(AggregationRule):
         low, high = SCALES
         if not (isinstance(scale, (int, float)) and low <= scale <= high):
             raise ValueError(f"`scale` must be a number from {low} to {high}, got {scale!r}.")
-        check_settings(server_epochs, batch_size, lr, optimizer)
+        check_settings(server_epochs, batch_size, lr, optimizer, scheduler)
         if learn == "in_stages" and 0 < server_epochs < 2 * (SWA_START + 1):
             raise ValueError(
                 f'`server_epochs` must be at least {2 * (SWA_START + 1)} with `learn="in_stages"`, whose weights are'

@@ -20,12 +20,12 @@ ADAM: OptimizerFactory = partial(torch.optim.Adam, betas=(0.5, 0.999))
 """What the FedLAW paper trains everything on the server with."""
 
 
-def check_settings(server_epochs: int, batch_size: int, lr: float, optimizer: Any) -> None:
+def check_settings(server_epochs: int, batch_size: int, lr: float, optimizer: Any, scheduler: Any = None) -> None:
     """Refuse settings of a descent that mean nothing.
 
     Raises:
         ValueError: If a number is out of its range.
-        TypeError: If the optimiser is not something that makes one.
+        TypeError: If the optimiser or the schedule is not something that makes one.
     """
     check_whole("server_epochs", server_epochs, 0)
     check_whole("batch_size", batch_size, 1)
@@ -36,6 +36,11 @@ def check_settings(server_epochs: int, batch_size: int, lr: float, optimizer: An
             "`optimizer` must make an optimiser from parameters and `lr`, such as `torch.optim.Adam` or a"
             f" `functools.partial` of it, got an object of type {type(optimizer).__name__}: what it will step on does"
             " not exist yet."
+        )
+    if not (scheduler is None or callable(scheduler)):
+        raise TypeError(
+            "`scheduler` must make a schedule from the optimiser, such as `functools.partial(StepLR, step_size=20)`,"
+            f" got an object of type {type(scheduler).__name__}: what it will step does not exist yet."
         )
 
 

@@ -87,12 +87,13 @@ class _RobustRule(AggregationRule):
         """The rule and its settings, for the line that opens a run."""
         return f"{type(self).__name__}(num_byzantine={self.num_byzantine})"
 
-    def _check_clients(self, cohort: Cohort, needed: int) -> None:
+    def _check_clients(self, cohort: Cohort, needed: int, keep: int = 0) -> None:
         if len(cohort) < needed:
+            with_keep, or_keep = (f" with `keep`={keep}", " or `keep`") if keep else ("", "")
             raise ValueError(
-                f"`num_byzantine`={self.num_byzantine} needs at least {needed} clients a round for"
+                f"`num_byzantine`={self.num_byzantine}{with_keep} needs at least {needed} clients a round for"
                 f" {type(self).__name__}, and round {cohort.round} has {len(cohort)}. Raise `clients_per_round` or"
-                " `num_clients`, or lower `num_byzantine`."
+                f" `num_clients`, or lower `num_byzantine`{or_keep}."
             )
 
 
@@ -156,7 +157,9 @@ class MultiKrumCallback(_RobustRule):
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
         """One choice, and the average of the chosen."""
-        self._check_clients(cohort, max(2 * self.num_byzantine + 3, self.num_byzantine + (self.keep or 1)))
+        self._check_clients(cohort, 2 * self.num_byzantine + 3)
+        if self.keep is not None:
+            self._check_clients(cohort, self.num_byzantine + self.keep, self.keep)
         vectors: ClientVectors = cohort.vectors  # type: ignore[assignment]
         scores = krum_scores(vectors.displacements, self.num_byzantine)
         order = sorted(range(len(cohort)), key=lambda slot: (scores[slot].item(), cohort.clients[slot].item()))

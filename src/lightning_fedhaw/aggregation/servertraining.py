@@ -72,7 +72,7 @@ class ServerTraining(AggregationRule):
             raise ValueError(
                 f"`weighting` must be one of {', '.join(map(repr, get_args(Weighting)))}, got {weighting!r}."
             )
-        check_settings(server_epochs, batch_size, lr, optimizer)
+        check_settings(server_epochs, batch_size, lr, optimizer, scheduler)
         self.server_epochs, self.batch_size, self.lr = server_epochs, batch_size, lr
         self.optimizer, self.scheduler, self.weighting = optimizer, scheduler, weighting
 

@@ -199,13 +199,23 @@ def _same_shape(name: str, ended: Any, started: Tensor) -> Tensor:
     return ended.detach().to(started.dtype)  # type: ignore[no-any-return]
 
 
-_EMBEDDINGS = (torch.nn.functional.embedding, torch.nn.functional.embedding_bag)
+class EmbeddingGuard(TorchFunctionMode):
+    """Refuses embeddings that a batched call silently gets wrong."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.nn.functional.embedding, torch.nn.functional.embedding_bag):
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            for option in ("padding_idx", "max_norm"):
+                if given.get(option) is not None:
+                    # Batched rules number the rows of all clients together, so the one that is meant is not found; and
+                    # a norm is bounded in place.
+                    raise NotAFunctionError(f"looks up an embedding with `{option}`, which a batched call gets wrong")
+        return func(*args, **kwargs)
 
 
 class ClientDropout(TorchFunctionMode):
     """Gives each client of a batched call the dropout masks that it would draw if it trained alone on the CPU.
-
-    Refuses what a batched call silently gets wrong.
 
     Attributes:
         generators: One for each client of the call at hand.
@@ -222,13 +232,6 @@ class ClientDropout(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.dropout:
             return self._dropout(*args, **kwargs)
-        if func in _EMBEDDINGS:
-            given = inspect.signature(func).bind(*args, **kwargs).arguments
-            for option in ("padding_idx", "max_norm"):
-                if given.get(option) is not None:
-                    # Batched rules number the rows of all clients together, so the one that is meant is not found; and
-                    # a norm is bounded in place.
-                    raise NotAFunctionError(f"looks up an embedding with `{option}`, which a batched call gets wrong")
         return func(*args, **kwargs)
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

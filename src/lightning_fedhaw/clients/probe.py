@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from torchmetrics import Metric
 
 import lightning_fedhaw
-from lightning_fedhaw.clients.batched import BatchedStep, ClientDropout
+from lightning_fedhaw.clients.batched import BatchedStep, ClientDropout, EmbeddingGuard
 from lightning_fedhaw.clients.engine import LocalPlan, give_settings, settings_of, states_of
 from lightning_fedhaw.clients.objective import ClientObjective
 from lightning_fedhaw.clients.optimizers import row_states
@@ -211,7 +211,8 @@ class _Trial:
             recorder.batch_size = self.batch_size
             step = BatchedStep(host, layout, self.objectives, recorder, dropout)
             data = host.prepare([tensor.clone() for tensor in self.batch])
-            losses, replaced, logged = step(stacks, buffers, data, 0, self.starts, self.states)
+            with EmbeddingGuard():
+                losses, replaced, logged = step(stacks, buffers, data, 0, self.starts, self.states)
             assert losses is not None
             found = torch.autograd.grad(losses.sum(), [*stacks, *self.parameters], allow_unused=True)
             for name, gradient in zip(layout.names, found[len(stacks) :], strict=True):

@@ -81,6 +81,13 @@ class FederatedDataModule(pl.LightningDataModule):
         self.inner = train if isinstance(train, pl.LightningDataModule) else None
         self.num_clients, self.partitioner = num_clients, partitioner
         self.batch_size, self.labels = batch_size, labels
+        if isinstance(proxy, int):
+            check_whole("proxy", proxy, 1)
+        elif proxy is not None and not (hasattr(proxy, "__len__") and hasattr(proxy, "__getitem__")):
+            raise TypeError(
+                "`proxy` must be a data set with a length, or a whole number of training samples to set aside, got"
+                f" {type(proxy).__name__}."
+            )
         self._val, self._test, self._proxy = val, test, proxy
         self._loader = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": collate_fn}
         self._drop_last = drop_last
@@ -148,7 +155,13 @@ class FederatedDataModule(pl.LightningDataModule):
                 f"`proxy`={self._proxy} is cut with the same number of samples from every class, and the data set shows"
                 " no labels. Give `labels=`, or a data set as `proxy`."
             )
-        chosen, rest = balanced_subset(labels, self._proxy, seed=self.seed)
+        try:
+            chosen, rest = balanced_subset(labels, self._proxy, seed=self.seed)
+        except ValueError as error:
+            raise ValueError(
+                f"`proxy`={self._proxy} cannot be cut from {len(labels)} training samples, the same number from every"
+                f" class: {error} Or give a data set as `proxy`."
+            ) from error
         self._proxy_set, self._train = Subset(train, chosen.tolist()), Subset(train, rest.tolist())
         self.labels = labels[rest]
 
