@@ -191,7 +191,7 @@ def test_four_rounds_of_the_exact_rule():
     check(rounds[3], -0.00238542, (-1.39029430, -0.28368214), (0.73735897, 1.16609811))
 
 
-@pytest.mark.parametrize("fedavg", [FedAvgCallback(), FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0)])
+@pytest.mark.parametrize("fedavg", [FedAvgCallback(), FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, normalise_by="lr")])
 def test_four_rounds_of_fedavg(fedavg):
     check(four_rounds(fedavg)[3], None, None, (0.742075, 1.17195))
 
