@@ -35,7 +35,7 @@ and the scale is bounded and forgets. With displacements ``d_k = w_k - w`` of th
 ``d = sum_B p_k d_k`` weighted by examples, and ``d' = sum_A s_k d'_k``, the direction that was taken::
 
     c        =  cos(d, d')                                      do two rounds agree?
-    beta     <- clip(beta + (lr_step if c > 0 else 1) c)        log of the server's step, from 1 to 20 by default
+    beta     <- clip(beta + (lr_step if c > 0 else 1) c)        log of the server's step, from 1 to 8 by default
     gamma    <- clip(0.8 gamma + lr_gamma exp(beta) <d, w> / |w|^2)         the relative growth of the model, leaking
     lambda_k <- lambda_k + lr_lambda s_k <d, d'_k - d'> / (|d| rms_A |d'_k|)
     w        <- exp(gamma) (w + exp(beta) sum_B softmax_B(lambda)_k d_k)
@@ -116,7 +116,7 @@ def lambda_hypergradient(
     return factor * shares * (1 - shares) * r_u
 
 
-def next_server_step(beta: Tensor, cosine: Tensor, lr: float, bounds: tuple[float, float] = (1.0, 20.0)) -> Tensor:
+def next_server_step(beta: Tensor, cosine: Tensor, lr: float, bounds: tuple[float, float] = (1.0, 8.0)) -> Tensor:
     """The log of the server's step: it grows while rounds agree, and falls faster when they do not.
 
     Args:
@@ -148,7 +148,8 @@ class FedHAWCallback(AggregationRule):
     The first round is FedAvg; so is every round before a cohort has come back.
 
     Args:
-        lr_gamma: Step size of the log-scale. Default: 2 with ``normalise_by="norms"``, else 1e-3.
+        lr_gamma: Step size of the log-scale. Default: 0 with ``normalise_by="norms"``, where
+            0.5 suits clients with few classes each and clean labels; else 1e-3.
         lr_lambda: Step size of the logits. Default: 0.3 with ``normalise_by="norms"``, else 1e-2.
         lr_step: Step size of the logarithm of the server's step; with ``normalise_by="norms"`` only.
         jacobian: ``"diagonal"``, as in the authors' code, or ``"exact"``, the derivative. Default: ``"exact"`` with
@@ -201,14 +202,14 @@ class FedHAWCallback(AggregationRule):
         normalise_by: NormaliseBy = "norms",
         learning_rate: float | None = None,
         scale_bounds: tuple[float, float] | None = None,
-        step_bounds: tuple[float, float] = (1.0, 20.0),
+        step_bounds: tuple[float, float] = (1.0, 8.0),
         hyper_optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         memory: Memory = "device",
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
         free = normalise_by == "norms"
-        lr_gamma = (2.0 if free else 1e-3) if lr_gamma is None else lr_gamma
+        lr_gamma = (0.0 if free else 1e-3) if lr_gamma is None else lr_gamma
         lr_lambda = (0.3 if free else 1e-2) if lr_lambda is None else lr_lambda
         jacobian = ("exact" if free else "diagonal") if jacobian is None else jacobian
         scale_bounds = (0.9, 1.1) if free and scale_bounds is None else scale_bounds
@@ -227,9 +228,7 @@ class FedHAWCallback(AggregationRule):
         if learning_rate is not None and not (math.isfinite(learning_rate) and learning_rate > 0):
             raise ValueError(f"`learning_rate` must be a positive number, got {learning_rate!r}.")
         for name, bounds in (("scale_bounds", scale_bounds or (1, 1)), ("step_bounds", step_bounds)):
-            if not (
-                isinstance(bounds, Sequence) and len(bounds) == 2 and 0 < bounds[0] <= 1 <= bounds[1] < math.inf
-            ):
+            if not (isinstance(bounds, Sequence) and len(bounds) == 2 and 0 < bounds[0] <= 1 <= bounds[1] < math.inf):
                 raise ValueError(f"`{name}` must be two positive numbers around 1, such as (0.5, 2.0), got {bounds!r}.")
         if hyper_optimizer is not None and not callable(hyper_optimizer):
             raise TypeError(
