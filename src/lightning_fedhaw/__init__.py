@@ -9,6 +9,7 @@ from lightning_fedhaw.aggregation import (
     FedAvgMCallback,
     FedBECallback,
     FedDFCallback,
+    FedDynCallback,
     FedHAWCallback,
     FedHyperCallback,
     FedLAWCallback,
@@ -22,11 +23,11 @@ from lightning_fedhaw.aggregation import (
     MedianCallback,
     MultiKrumCallback,
     RuleStep,
+    ScaffoldCallback,
     ServerFineTuningCallback,
     TrimmedMeanCallback,
 )
 from lightning_fedhaw.channel import Channel
-from lightning_fedhaw.clients import ClientObjective
 from lightning_fedhaw.cohort import ClientUpdate, ClientVectors, Cohort
 from lightning_fedhaw.data import (
     DirichletPartitioner,
@@ -36,6 +37,7 @@ from lightning_fedhaw.data import (
     KeyPartitioner,
 )
 from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.objectives import ClientObjective, FedDyn, FedProx, Scaffold
 from lightning_fedhaw.observer import RoundObserver
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.progress import RoundProgressBar
@@ -61,12 +63,15 @@ __all__ = [
     "FedAvgMCallback",
     "FedBECallback",
     "FedDFCallback",
+    "FedDyn",
+    "FedDynCallback",
     "FedHAWCallback",
     "FedHyperCallback",
     "FedLAWCallback",
     "FedLWSCallback",
     "FedNovaCallback",
     "FedOptCallback",
+    "FedProx",
     "FedYogiCallback",
     "FederatedDataModule",
     "FederatedStrategy",
@@ -84,6 +89,8 @@ __all__ = [
     "RoundObserver",
     "RoundProgressBar",
     "RuleStep",
+    "Scaffold",
+    "ScaffoldCallback",
     "Server",
     "ServerFineTuningCallback",
     "TrimmedMeanCallback",

@@ -18,7 +18,6 @@ from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.clients.choice import choose
 from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit
-from lightning_fedhaw.clients.objective import ClientObjective
 from lightning_fedhaw.clients.records import Logged, LogRecorder, merge
 from lightning_fedhaw.clients.sequential import SequentialEngine
 from lightning_fedhaw.clients.steps import Host
@@ -28,6 +27,7 @@ from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.memory import empty
+from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks, deal
 from lightning_fedhaw.server import Server, all_finite, averaged_buffers
@@ -153,7 +153,7 @@ class Federation:
         channels = [c for c in callbacks if isinstance(c, Channel)]
         self.uplink = [c for c in channels if c.link == "uplink"]
         self.downlink = [c for c in channels if c.link == "downlink"]
-        objectives = [c for c in callbacks if isinstance(c, ClientObjective)]
+        objectives = find_objectives(callbacks)
         if objectives and not host.module.automatic_optimization:
             names = ", ".join(type(o).__name__ for o in objectives)
             raise ValueError(
@@ -175,6 +175,8 @@ class Federation:
             channels_last=options.channels_last,
         )
         self.engine: Engine = SequentialEngine(host, server.layout, data, plan, objectives)
+        self.engine.gradient = self._full_gradient
+        self._sharing = [objective for objective in objectives if objective.shares_state]
         self.local_buffers: dict[int, dict[str, Tensor]] = {}
         self.tally = Tally()
         self.in_round = False
@@ -190,9 +192,10 @@ class Federation:
 
     @property
     def message_bytes(self) -> int:
-        """Bytes of one model on a link, buffers included where they travel."""
+        """Bytes of one message on a link: the model, buffers where they travel, and what objectives share."""
         buffers = sum(b.numel() * b.element_size() for b in self.server.buffers.values())
-        return self.layout.message_bytes + (0 if self.options.buffers in ("keep", "local") else buffers)
+        vectors = (1 + len(self._sharing)) * self.layout.message_bytes
+        return vectors + (0 if self.options.buffers in ("keep", "local") else buffers)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -308,8 +311,14 @@ class Federation:
             self._deal([*trainees, *lost_up])
         own = [client for client in (*trainees, *lost_up) if self._homes[client] == self.ranks.rank]
         self.engine.pace = self.rule.local_pace(self.rule.state, self.layout)
+        if self.engine.pace is not None and any(objective.needs_learning_rates for objective in self.engine.objectives):
+            raise ValueError(
+                f"`{type(self.rule).__name__}` changes the clients' learning rates within a round, and a client"
+                ' objective divides by them. Use a rule that leaves them alone, or for SCAFFOLD `option="I"`.'
+            )
+        shared = [_sum(self.rule, self.options, start, len(own), self.ranks) for _ in self._sharing]
         store = _store(self.rule, self.options, start, len(own), self.ranks)
-        shares = self.ranks.exchange(lambda: self._work(round_, own, heard_down, lost_up, store))
+        shares = self.ranks.exchange(lambda: self._work(round_, own, heard_down, lost_up, store, shared))
         self.engine.settle([share.aftermath for share in shares])
         order = {client: slot for slot, client in enumerate((*trainees, *lost_up))}
         arrived = sorted(
@@ -323,6 +332,7 @@ class Federation:
         self._check_arrivals(round_, trainees, updates)
         with tally.phase("aggregation"):
             metrics = self._aggregate(round_, start, store, arrived)
+            self._share(start, shared, [replace(record, raw_weight=1.0) for record in arrived if record.heard])
         paced = 0 if self.engine.pace is None else self.engine.pace.numbers_sent * self.layout.dtype.itemsize
         tally.bytes_down += len(clients) * (self.message_bytes + paced)
         tally.bytes_up += len(updates) * self.message_bytes
@@ -385,7 +395,7 @@ class Federation:
             for channel in self.uplink
         )
         kept = options.optimizer_state == "kept" or options.buffers == "local"
-        return kept or channels or bool(self.engine.objectives)
+        return kept or channels or any(objective.remembers for objective in self.engine.objectives)
 
     def _work(
         self,
@@ -394,6 +404,7 @@ class Federation:
         heard: Mapping[int, Tensor],
         lost: Mapping[int, Channel],
         store: _Store,
+        shared: Sequence[_Store],
     ) -> _Share:
         """This process's part of a round: local training, the way up, and what stands in for lost messages."""
         records: list[_Record] = []
@@ -416,6 +427,7 @@ class Federation:
                 if sentence:
                     excluded.append(sentence)
                     continue
+                self._collect_changes(update, shared)
                 self.engine.commit(update)
                 for channel in self.uplink:
                     channel.remember(update.client, self.server.parameters(), update.displacement, update.num_steps)
@@ -426,7 +438,8 @@ class Federation:
             filled = lost[client].fill(client, self.server.parameters()) if client in lost else None
             if filled is not None:
                 examples = len(self.data.train_indices[client])
-                update = ClientUpdate(client, examples, filled.num_steps, 0, filled.displacement)
+                batches = self.engine.num_batches(client)
+                update = ClientUpdate(client, examples, filled.num_steps, 0, filled.displacement, num_batches=batches)
                 records.append(self._record(update, store, heard=False))
         return _Share(records, excluded, self.engine.aftermath())
 
@@ -435,6 +448,35 @@ class Federation:
         weight = 0.0 if self.rule.raw_weight is None else float(self.rule.raw_weight(update))
         store.commit(update, weight)
         return _Record(self._abridged(update), heard, weight, self.ranks.rank)
+
+    def _collect_changes(self, update: ClientUpdate, stores: Sequence[_Store]) -> None:
+        """What objectives send up beside a client's update."""
+        states = dict(zip(self.engine.objectives, update.memory["objectives"], strict=True))
+        for objective, store in zip(self._sharing, stores, strict=True):
+            vector = torch.zeros_like(update.displacement)
+            change, views = objective.change(update.client, states[objective]), self.layout.views(vector)
+            for name, value in change.items():
+                views[name].copy_(value)
+            store.commit(replace(update, displacement=vector), 1.0)
+
+    def _share(self, start: Tensor, stores: Sequence[_Store], records: Sequence[_Record]) -> None:
+        """Move the means of all clients' states by the changes that were heard."""
+        weights = torch.full((len(records),), 1 / self.data.num_clients, dtype=torch.float64)
+        for objective, store in zip(self._sharing, stores if records else (), strict=bool(records)):
+            change = store.vectors(start, records).displacements.weighted_sum(weights)
+            objective.share(self.layout.views(change.to(start)))
+
+    def _full_gradient(self, client: int, start: Tensor) -> Tensor:
+        """The gradient ``[P]`` of a client's mean loss over its training data, at the model it heard."""
+        total, seen, round_ = torch.zeros_like(start), 0, self.host.round
+        vector = start.detach().requires_grad_()
+        with isolated_randomness(self.host.device), torch.enable_grad():
+            seed_randomness(seed_of(self.seed, "client", client, "round", round_, "gradient"), self.host.device)
+            for batch in self.data.batches(client, round_, epochs=1):
+                loss = self.server.loss(vector, self.host.prepare(batch.data), batch.index)
+                total.add_(torch.autograd.grad(loss, vector)[0], alpha=batch.size)
+                seen += batch.size
+        return total / seen
 
     def _abridged(self, update: ClientUpdate) -> ClientUpdate:
         """An update without its vector; on several processes, also without buffers that did not change."""
@@ -527,6 +569,7 @@ class Federation:
             vectors=store.vectors(start, arrived),
             learning_rates=rates,
             buffers=tuple(record.update.buffers for record in arrived),
+            num_batches=torch.tensor([record.update.num_batches for record in arrived]),
         )
         with isolated_randomness(self.host.device):
             # For layers that draw (dropout, augmentation), where a rule trains on the server's data.
@@ -820,6 +863,10 @@ class _OrderedSum(_Rows):
 def _store(rule: AggregationRule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks) -> _Store:
     if options.storage != "auto" or rule.raw_weight is None:
         return _Rows(start, capacity, options, ranks)
+    return _sum(rule, options, start, capacity, ranks)
+
+
+def _sum(rule: AggregationRule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks) -> _Store:
     if ranks.size > 1 and options.reduction == "ordered":
         return _OrderedSum(start, capacity, rule, options, ranks)
     return _Sum(start, rule, ranks)
