@@ -48,7 +48,7 @@ class FedDyn(ClientObjective):
         if not self.is_square:
             length = torch.stack([torch.linalg.vector_norm(value) for value in moved.values()]).square().sum().sqrt()
             factor = torch.where(length > 0, self.alpha / 2 / length, 0.0)
-        return {name: factor * value - state[name] for name, value in moved.items()}
+        return {name: value.mul_(factor).sub_(state[name]) for name, value in moved.items()}
 
     def init_client(self, start: Named) -> ClientState:
         """``g_k = 0``."""

@@ -36,4 +36,4 @@ class FedProx(ClientObjective):
 
     def gradient(self, parameters: Named, start: Named, state: ClientState) -> Named:
         """``mu (w - start)``."""
-        return {name: self.mu * (value - start[name]) for name, value in parameters.items()}
+        return {name: (value - start[name]).mul_(self.mu) for name, value in parameters.items()}
