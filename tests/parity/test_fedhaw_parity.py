@@ -21,6 +21,7 @@ from lightning_fedhaw import (
     FedAvgCallback,
     FederatedTrainer,
     FedHAWCallback,
+    FedProx,
     IndexPartitioner,
     RoundObserver,
 )
@@ -97,7 +98,7 @@ def from_formulas(start: np.ndarray, cohorts: list[list[int]], formulas: Formula
     def train(w: np.ndarray, client: int, round_: int) -> np.ndarray:
         generator = stream(SEED, "client", client, "round", round_, "batches")
         orders = [own[client][torch.randperm(len(own[client]), generator=generator).numpy()] for _ in range(EPOCHS)]
-        return local_sgd(w, x, y, orders, BATCH_SIZE, formulas.mu)
+        return local_sgd(w, x, y, orders, BATCH_SIZE, formulas.mu, formulas.proximal)
 
     return play(start, SIZES, cohorts, train, formulas)
 
@@ -126,7 +127,7 @@ def from_package(
         partitioner=IndexPartitioner([indices.tolist() for indices in own]),
         sampler=FixedSequenceSampler(cohorts),
         seed=SEED,
-        callbacks=[rule, watcher],
+        callbacks=[rule, watcher, *([FedProx(formulas.proximal)] if formulas.proximal else [])],
         precision=precision,
         client_eval=False,
         **QUIET,
@@ -163,6 +164,7 @@ CASES = {
     "exact, plain, everyone": (EVERYONE, replace(EXACT, plain=True)),
     "diagonal, some": (SOME, DIAGONAL),
     "exact, some": (SOME, EXACT),
+    "with FedProx, some": (SOME, replace(DIAGONAL, proximal=0.5)),
 }
 
 
