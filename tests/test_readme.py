@@ -11,7 +11,7 @@ import torch
 from federations import QUIET, Classifier, loader, samples
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/extending.md", "docs/rules.md", "docs/write_a_rule.md"]
+PAGES = ["README.md", "docs/extending.md", "docs/objectives.md", "docs/rules.md", "docs/write_a_rule.md"]
 
 
 def blocks(page):

@@ -78,7 +78,7 @@ class FedNovaCallback(AggregationRule):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out how far the clients' optimiser goes."""
         if self._finds_proximal:
-            self._set_proximal(sum(objective.pull for objective in find_objectives(trainer.callbacks)))
+            self._set_proximal(sum((each.pull for each in find_objectives(trainer.callbacks)), 0.0))
         if self._reads_momentum:
             remedy = "say what comes closest: `FedNovaCallback(momentum=0.0)` counts steps"
             groups = sgd_groups(trainer, "FedNova", remedy)
