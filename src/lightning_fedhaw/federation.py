@@ -528,13 +528,17 @@ class Federation:
         """A sentence if an update is not finite."""
         buffers = {} if self.options.buffers == "keep" else update.buffers
         # The usual answer with one wait for the device: everything adds up to finite numbers.
-        sums = [v.sum() for v in (update.displacement, *buffers.values()) if not v.is_complex()]
-        if len(sums) == 1 + len(buffers) and all_finite(torch.stack([s.to(update.displacement) for s in sums])):
+        states = [value for state in update.memory["objectives"] for value in state.values()]
+        sums = [v.sum() for v in (update.displacement, *buffers.values(), *states) if not v.is_complex()]
+        if len(sums) == 1 + len(buffers) + len(states) and all_finite(
+            torch.stack([s.to(update.displacement) for s in sums])
+        ):
             return ""
         bad = [name for name, buffer in buffers.items() if self._is_spoilt(name, buffer)]
-        if all_finite(update.displacement) and not bad:
+        where = f"buffers {bad[:3]}" if bad else "" if all_finite(update.displacement) else "parameters"
+        if not where and all(map(all_finite, states)):
             return ""
-        where = f"buffers {bad[:3]}" if bad else "parameters"
+        where = where or "states of client objectives"
         sentence = f"Client {update.client} returned non-finite {where} in round {round_}"
         if self.options.on_nonfinite == "raise":
             raise FloatingPointError(

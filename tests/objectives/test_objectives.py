@@ -28,6 +28,7 @@ from lightning_fedhaw import (
     Scaffold,
     ScaffoldCallback,
 )
+from lightning_fedhaw.federation import Federation
 
 # ---------------------------------------------------------------------- quadratics
 
@@ -365,6 +366,22 @@ def test_who_is_not_heard_moves_nothing(make):
     if objective.shares_state:
         for name, mean in states["mean"].items():
             assert torch.allclose(mean, sum(s[name] for s in states["clients"].values()) / 4, atol=1e-7)
+
+
+def test_a_control_that_is_not_finite_is_not_heard(monkeypatch):
+    own = IndexPartitioner([list(range(10 * k, 10 * k + 10)) for k in range(4)])
+    rule = ScaffoldCallback("I")
+    runner = trainer(rule=rule, alpha=None, partitioner=own, client_eval=False)
+    found = Federation._full_gradient
+
+    def spoilt(self, client, start):
+        return found(self, client, start) * (float("inf") if client == 2 else 1)
+
+    monkeypatch.setattr(Federation, "_full_gradient", spoilt)
+    with pytest.warns(UserWarning, match="Client 2 returned non-finite states of client objectives"):
+        runner.fit(Classifier(), loader(40))
+    assert sorted(rule.objectives[0].state_dict()["clients"]) == [0, 1, 3]
+    assert all(torch.isfinite(value).all() for value in rule.objectives[0].mean.values())
 
 
 def test_what_is_sent_is_counted():
