@@ -26,6 +26,7 @@ from lightning_fedhaw import (
     FedAvgMCallback,
     FedBECallback,
     FedDFCallback,
+    FedDynCallback,
     FederatedDataModule,
     FedHAWCallback,
     FedHyperCallback,
@@ -41,6 +42,7 @@ from lightning_fedhaw import (
     MultiKrumCallback,
     ParameterLayout,
     RoundObserver,
+    ScaffoldCallback,
     ServerFineTuningCallback,
     TrimmedMeanCallback,
 )
@@ -60,6 +62,10 @@ by_steps = partial(FedHAWCallback, lr_gamma=0.01, lr_lambda=0.1, normalise_by="l
 RULES = {
     "FedAvg": FedAvgCallback,
     "FedAvg uniform": lambda: FedAvgCallback(weighting="uniform"),
+    "FedAvg by batches": lambda: FedAvgCallback(weighting="batches"),
+    "FedDyn": FedDynCallback,
+    "SCAFFOLD": ScaffoldCallback,
+    "FedOpt on SCAFFOLD": lambda: FedOptCallback(rule=ScaffoldCallback(), lr=0.9),
     "FedHAW": FedHAWCallback,
     "FedHAW all learned": lambda: FedHAWCallback(lr_gamma=0.5, lr_lambda=1.0),
     "FedHAW by steps": by_steps,
@@ -108,9 +114,9 @@ RULES = {
     "FedDF": lambda: FedDFCallback(logits=logits, **FEW),
     "FedBE": lambda: FedBECallback(logits=logits, samples=2, ensemble="probabilities", **FEW),
 }
-UNIFORM = {"FedAvg uniform", "FedHyper uniform"}
+UNIFORM = {"FedAvg uniform", "FedHyper uniform", "SCAFFOLD"}
 FIRST_ROUND_IS_FEDAVG = {
-    *("FedAvg", *UNIFORM, "FedOpt", "FedAvgM"),
+    *("FedAvg", "FedAvg by batches", *UNIFORM, "FedOpt", "FedAvgM"),
     *(name for name in RULES if name.startswith(("FedHAW", "FedHyper"))),
 }
 NEEDS_CLIENTS = {"trimmed mean": 3, "Krum": 3, "Multi-Krum": 3}
@@ -175,6 +181,7 @@ def cohort(round_: int, start: Tensor, clients=(0, 1, 2), order=None, dtype=torc
         start=start,
         vectors=ClientVectors(0.1 * torch.stack(rows).to(dtype), start),
         learning_rates=(0.1, 0.1),
+        num_batches=torch.tensor([k + 1 for k in clients]),
     )
 
 
@@ -307,7 +314,7 @@ def accumulated(rule):
     given = cohort(0, start)
     weigh = rule.raw_weight or (lambda update: float(update.num_examples))
     rows = zip(given.clients, given.num_examples, given.num_steps, given.vectors.matrix, strict=True)
-    updates = [ClientUpdate(int(k), int(n), int(s), 0, row) for k, n, s, row in rows]
+    updates = [ClientUpdate(int(k), int(n), int(s), 0, row, num_batches=int(k) + 1) for k, n, s, row in rows]
     raw = torch.tensor([weigh(update) for update in updates], dtype=torch.float64)
     total = (raw[:, None] * given.vectors.matrix.double()).sum(0).float()
     summed = replace(given, vectors=AccumulatedVectors(total, raw, start, type(rule).__name__))

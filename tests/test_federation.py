@@ -209,11 +209,11 @@ def test_a_client_that_never_heard_a_model_does_not_take_part():
 
 
 def test_a_round_without_anybody_changes_nothing_and_is_logged():
-    rule, module, other = FedHAWCallback(lr_gamma=0.1), Classifier(), Classifier()
+    rule, module, other = FedHAWCallback(lr_gamma=0.1, normalise_by="lr*steps"), Classifier(), Classifier()
     nobody = Losing({2: range(4)})
     with pytest.warns(UserWarning, match="Nobody was heard in round 2"):
         trainer(rounds=3, rule=rule, callbacks=[nobody]).fit(module, loader())
-    reference = FedHAWCallback(lr_gamma=0.1)
+    reference = FedHAWCallback(lr_gamma=0.1, normalise_by="lr*steps")
     trainer(rounds=2, rule=reference).fit(other, loader())
     assert torch.equal(flat(module), flat(other))
     assert torch.equal(rule.state["gamma"], reference.state["gamma"])
@@ -221,9 +221,9 @@ def test_a_round_without_anybody_changes_nothing_and_is_logged():
 
 
 def test_a_round_without_anybody_can_follow_the_authors_code():
-    rule, module, other = FedHAWCallback(lr_gamma=0.1), Classifier(), Classifier()
+    rule, module, other = FedHAWCallback(lr_gamma=0.1, normalise_by="lr*steps"), Classifier(), Classifier()
     trainer(rounds=3, rule=rule, callbacks=[Losing({2: range(4)})], empty_round="follow").fit(module, loader())
-    reference = FedHAWCallback(lr_gamma=0.1)
+    reference = FedHAWCallback(lr_gamma=0.1, normalise_by="lr*steps")
     trainer(rounds=2, rule=reference).fit(other, loader())
     scale = rule.scale
     assert scale != 1

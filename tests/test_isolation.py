@@ -12,7 +12,16 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from federations import Classifier, flat, loader, samples, trainer, val_loader
-from lightning_fedhaw import Channel, ClientObjective, FedAvgCallback, FedHAWCallback, IIDPartitioner, ParameterLayout
+from lightning_fedhaw import (
+    Channel,
+    ClientObjective,
+    FedAvgCallback,
+    FedDynCallback,
+    FedHAWCallback,
+    IIDPartitioner,
+    ParameterLayout,
+    ScaffoldCallback,
+)
 from lightning_fedhaw.data import CohortSampler, FixedSequenceSampler, find_labels
 from lightning_fedhaw.server import averaged_buffers
 
@@ -262,14 +271,16 @@ class Crashes(Classifier):
         {"optimizer_state": "kept"},
         {"buffers": "local"},
         {"callbacks": Remembers},
+        {"rule": partial(ScaffoldCallback, "I")},
+        {"rule": FedDynCallback},
         {"callbacks": Feedback},
         {"rule": FedHAWCallback},
     ],
-    ids=["fresh", "kept", "local buffers", "objective", "channel", "FedHAW"],
+    ids=["fresh", "kept", "local buffers", "objective", "SCAFFOLD", "FedDyn", "channel", "FedHAW"],
 )
 def test_a_round_that_is_interrupted_can_be_played_again(arguments):
     def run(kind):
-        built = {k: v() if isinstance(v, type) else v for k, v in arguments.items()}
+        built = {k: v() if callable(v) else v for k, v in arguments.items()}
         if "callbacks" in built:
             built["callbacks"] = [built["callbacks"]]
         module = kind(lambda p: torch.optim.Adam(p, lr=0.01), norm=True)

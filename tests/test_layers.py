@@ -10,7 +10,7 @@ ROOT = Path(lightning_fedhaw.__file__).parent
 # A file or folder may import rows below its own. Inside a folder, files share what the folder is made of.
 ROWS = [
     {"layout", "memory", "streams", "isolation", "ranks"},
-    {"cohort", "options", "observer"},
+    {"cohort", "options", "observer", "objectives"},
     {"checkpoint", "data", "channel", "aggregation", "spread", "summary", "progress", "refusals"},
     {"server", "clients"},
     {"federation", "strategy", "evaluation"},

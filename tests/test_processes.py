@@ -28,17 +28,21 @@ from lightning_fedhaw import (
     FedAvgCallback,
     FedBECallback,
     FedDFCallback,
+    FedDynCallback,
     FederatedDataModule,
     FederatedStrategy,
     FederatedTrainer,
     FedHAWCallback,
     FedHyperCallback,
     FedLAWCallback,
+    FedProx,
     GilbertElliott,
     OverTheAirChannel,
     PacketLossChannel,
     PrivacyChannel,
     QuantizedChannel,
+    Scaffold,
+    ScaffoldCallback,
     ServerFineTuningCallback,
     SparsifiedChannel,
 )
@@ -76,7 +80,7 @@ def same(a, b):
         for mine, other in (
             ((value.matrix, theirs.matrix), (value.start, theirs.start)) if name == "previous" else ([(value, theirs)])
         ):
-            assert torch.equal(mine, other), name
+            assert torch.equal(torch.as_tensor(mine), torch.as_tensor(other)), name
     times = ("seconds",)
     assert {k: v for k, v in a[0].federation_summary.items() if k not in times} == {
         k: v for k, v in b[0].federation_summary.items() if k not in times
@@ -168,6 +172,9 @@ STATEFUL = {
     "reused updates": lambda: {"callbacks": [Lossy(fallback="reuse_update")]},
     "reused models": lambda: {"callbacks": [Lossy(link="downlink", fallback="reuse_model")]},
     "objective": lambda: {"callbacks": [Memory()]},
+    "FedDyn": lambda: {"rule": FedDynCallback(alpha=0.1)},
+    "SCAFFOLD": lambda: {"rule": ScaffoldCallback()},
+    "SCAFFOLD I with FedHAW": lambda: {"callbacks": [Scaffold("I"), FedProx()]},
 }
 
 
@@ -214,7 +221,7 @@ def test_a_checkpoint_goes_on_with_any_number_of_processes(processes):
     }
 
     def play(count, rounds, **more):
-        callbacks = [SparsifiedChannel(0.5), Lossy(fallback="reuse_update"), Memory()]
+        callbacks = [SparsifiedChannel(0.5), Lossy(fallback="reuse_update"), Memory(), Scaffold("I")]
         return fit(count, module=Classifier(momentum, norm=True), rounds=rounds, callbacks=callbacks, **options, **more)
 
     straight = play(1, 6)

@@ -11,7 +11,10 @@ import torch
 from federations import QUIET, Classifier, loader, samples
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/extending.md", "docs/channels.md", "docs/rules.md", "docs/write_a_rule.md"]
+PAGES = [
+    "README.md",
+    *(f"docs/{page}.md" for page in ("channels", "extending", "objectives", "rules", "write_a_rule")),
+]
 
 
 def blocks(page):

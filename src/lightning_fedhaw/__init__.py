@@ -9,6 +9,7 @@ from lightning_fedhaw.aggregation import (
     FedAvgMCallback,
     FedBECallback,
     FedDFCallback,
+    FedDynCallback,
     FedHAWCallback,
     FedHyperCallback,
     FedLAWCallback,
@@ -22,6 +23,7 @@ from lightning_fedhaw.aggregation import (
     MedianCallback,
     MultiKrumCallback,
     RuleStep,
+    ScaffoldCallback,
     ServerFineTuningCallback,
     TrimmedMeanCallback,
 )
@@ -40,7 +42,6 @@ from lightning_fedhaw.channel import (
     QuantizedChannel,
     SparsifiedChannel,
 )
-from lightning_fedhaw.clients import ClientObjective
 from lightning_fedhaw.cohort import ClientUpdate, ClientVectors, Cohort
 from lightning_fedhaw.data import (
     DirichletPartitioner,
@@ -50,6 +51,7 @@ from lightning_fedhaw.data import (
     KeyPartitioner,
 )
 from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.objectives import ClientObjective, FedDyn, FedProx, Scaffold
 from lightning_fedhaw.observer import RoundObserver
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.progress import RoundProgressBar
@@ -81,12 +83,15 @@ __all__ = [
     "FedAvgMCallback",
     "FedBECallback",
     "FedDFCallback",
+    "FedDyn",
+    "FedDynCallback",
     "FedHAWCallback",
     "FedHyperCallback",
     "FedLAWCallback",
     "FedLWSCallback",
     "FedNovaCallback",
     "FedOptCallback",
+    "FedProx",
     "FedYogiCallback",
     "FederatedDataModule",
     "FederatedStrategy",
@@ -109,6 +114,8 @@ __all__ = [
     "RoundObserver",
     "RoundProgressBar",
     "RuleStep",
+    "Scaffold",
+    "ScaffoldCallback",
     "Server",
     "ServerFineTuningCallback",
     "SparsifiedChannel",

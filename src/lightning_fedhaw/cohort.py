@@ -43,6 +43,7 @@ class ClientUpdate:
         buffers: The client's buffers after training, by name.
         logged: What its ``training_step`` logged, merged over its steps.
         memory: What it would find again next time (kept optimiser state, objectives' state), if the update is heard.
+        num_batches: Batches in a pass over its training examples.
     """
 
     client: int
@@ -53,6 +54,7 @@ class ClientUpdate:
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     logged: Mapping[str, Any] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
+    num_batches: int = 0
 
 
 class ClientVectors:
@@ -311,6 +313,7 @@ class Cohort:
         vectors: The clients' parameter vectors as the server received them.
         learning_rates: The round's local learning rate of each parameter tensor, in the layout's order.
         buffers: Each client's buffers after training, by name; those that did not change may be missing.
+        num_batches: ``[K]`` int64, batches in a pass over each one's training examples.
     """
 
     round: int
@@ -322,6 +325,7 @@ class Cohort:
     vectors: ClientVectors | AccumulatedVectors
     learning_rates: tuple[float, ...] = ()
     buffers: Sequence[Mapping[str, Tensor]] = ()
+    num_batches: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.clients)

@@ -19,7 +19,6 @@ from lightning_fedhaw.channel.awgn import rms
 from lightning_fedhaw.channel.base import Arrivals, Channel, Link, Parcel, Scene, SumChannel
 from lightning_fedhaw.clients.choice import choose
 from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit
-from lightning_fedhaw.clients.objective import ClientObjective
 from lightning_fedhaw.clients.records import Logged, LogRecorder, merge
 from lightning_fedhaw.clients.sequential import SequentialEngine
 from lightning_fedhaw.clients.steps import Host
@@ -29,6 +28,7 @@ from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, Unifo
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.memory import empty
+from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks, deal
 from lightning_fedhaw.server import Server, all_finite, averaged_buffers
@@ -158,7 +158,7 @@ class Federation:
         self.uplink = [c for c in channels if c.link == "uplink"]
         self.downlink = [c for c in channels if c.link == "downlink"]
         self.sums = [c for c in self.uplink if isinstance(c, SumChannel)]
-        objectives = [c for c in callbacks if isinstance(c, ClientObjective)]
+        objectives = find_objectives(callbacks)
         if objectives and not host.module.automatic_optimization:
             names = ", ".join(type(o).__name__ for o in objectives)
             raise ValueError(
@@ -180,6 +180,8 @@ class Federation:
             channels_last=options.channels_last,
         )
         self.engine: Engine = SequentialEngine(host, server.layout, data, plan, objectives)
+        self.engine.gradient = self._full_gradient
+        self._sharing = [objective for objective in objectives if objective.shares_state]
         self._parcels = {"uplink": self._prepare(self.uplink), "downlink": self._prepare(self.downlink)}
         self.local_buffers: dict[int, dict[str, Tensor]] = {}
         self.tally = Tally()
@@ -195,9 +197,10 @@ class Federation:
         return self.server.layout
 
     def message_bytes(self, link: Link) -> int:
-        """Bytes of one message on a link as its channels pack it, buffers included where they travel."""
+        """Bytes of one message on a link as its channels pack it, with buffers and what objectives share beside it."""
         buffers = sum(b.numel() * b.element_size() for b in self.server.buffers.values())
-        return self._parcels[link].bytes + (0 if self.options.buffers in ("keep", "local") else buffers)
+        shared = len(self._sharing) * self.layout.message_bytes
+        return self._parcels[link].bytes + shared + (0 if self.options.buffers in ("keep", "local") else buffers)
 
     def _prepare(self, channels: Sequence[Channel]) -> Parcel:
         """Tell a link's channels where they are, and find out what they make of a message."""
@@ -212,7 +215,10 @@ class Federation:
                     channels=channels,
                     rule=type(self.rule).__name__,
                     raw_weight=self.rule.raw_weight,
-                    beside=["buffers"] if self.server.buffers and self.options.buffers != "keep" else [],
+                    beside=[
+                        *(["buffers"] if self.server.buffers and self.options.buffers != "keep" else []),
+                        *(type(objective).__name__ for objective in self._sharing),
+                    ],
                     drawn_uniformly=len(self.cohort(0)) if draws_uniformly else None,
                 )
             )
@@ -333,8 +339,14 @@ class Federation:
             self._deal([*trainees, *lost_up])
         own = [client for client in (*trainees, *lost_up) if self._homes[client] == self.ranks.rank]
         self.engine.pace = self.rule.local_pace(self.rule.state, self.layout)
+        if self.engine.pace is not None and any(objective.needs_learning_rates for objective in self.engine.objectives):
+            raise ValueError(
+                f"`{type(self.rule).__name__}` changes the clients' learning rates within a round, and a client"
+                ' objective divides by them. Use a rule that leaves them alone, or for SCAFFOLD `option="I"`.'
+            )
+        shared = [_sum(self.rule, self.options, start, len(own), self.ranks) for _ in self._sharing]
         store = _store(self.rule, self.options, start, len(own), self.ranks, summed=bool(self.sums))
-        shares = self.ranks.exchange(lambda: self._work(round_, own, heard_down, lost_up, store))
+        shares = self.ranks.exchange(lambda: self._work(round_, own, heard_down, lost_up, store, shared))
         self.engine.settle([share.aftermath for share in shares])
         order = {client: slot for slot, client in enumerate((*trainees, *lost_up))}
         arrived = sorted(
@@ -348,6 +360,7 @@ class Federation:
         self._check_arrivals(round_, clients, trainees, updates)
         with tally.phase("aggregation"):
             metrics = self._aggregate(round_, start, store, arrived, drawn=len(clients))
+            self._share(start, shared, [replace(record, raw_weight=1.0) for record in arrived if record.heard])
         paced = 0 if self.engine.pace is None else self.engine.pace.numbers_sent * self.layout.dtype.itemsize
         down = len(clients) * paced + self._sent("downlink", round_, clients)
         up = self._sent("uplink", round_, [update.client for update in updates])
@@ -424,7 +437,7 @@ class Federation:
             for channel in self.uplink
         )
         kept = options.optimizer_state == "kept" or options.buffers == "local"
-        return kept or channels or bool(self.engine.objectives)
+        return kept or channels or any(objective.remembers for objective in self.engine.objectives)
 
     def _work(
         self,
@@ -433,6 +446,7 @@ class Federation:
         heard: Mapping[int, Tensor],
         lost: Mapping[int, Channel],
         store: _Store,
+        shared: Sequence[_Store],
     ) -> _Share:
         """This process's part of a round: local training, the way up, and what stands in for lost messages."""
         records: list[_Record] = []
@@ -455,6 +469,7 @@ class Federation:
                 if sentence:
                     excluded.append(sentence)
                     continue
+                self._collect_changes(update, shared)
                 self.engine.commit(update)
                 for channel in self.uplink:
                     channel.remember(update.client, self.server.parameters(), update.displacement, update.num_steps)
@@ -465,7 +480,8 @@ class Federation:
             filled = lost[client].fill(client, self.server.parameters()) if client in lost else None
             if filled is not None:
                 examples = len(self.data.train_indices[client])
-                update = ClientUpdate(client, examples, filled.num_steps, 0, filled.displacement)
+                batches = self.engine.num_batches(client)
+                update = ClientUpdate(client, examples, filled.num_steps, 0, filled.displacement, num_batches=batches)
                 records.append(self._record(update, store, heard=False))
         return _Share(records, excluded, self.engine.aftermath())
 
@@ -475,6 +491,35 @@ class Federation:
         store.commit(update, weight)
         size = rms(update.displacement) if heard and self.sums else 0.0
         return _Record(self._abridged(update), heard, weight, self.ranks.rank, size)
+
+    def _collect_changes(self, update: ClientUpdate, stores: Sequence[_Store]) -> None:
+        """What objectives send up beside a client's update."""
+        states = dict(zip(self.engine.objectives, update.memory["objectives"], strict=True))
+        for objective, store in zip(self._sharing, stores, strict=True):
+            vector = torch.zeros_like(update.displacement)
+            change, views = objective.change(update.client, states[objective]), self.layout.views(vector)
+            for name, value in change.items():
+                views[name].copy_(value)
+            store.commit(replace(update, displacement=vector), 1.0)
+
+    def _share(self, start: Tensor, stores: Sequence[_Store], records: Sequence[_Record]) -> None:
+        """Move the means of all clients' states by the changes that were heard."""
+        weights = torch.full((len(records),), 1 / self.data.num_clients, dtype=torch.float64)
+        for objective, store in zip(self._sharing, stores if records else (), strict=bool(records)):
+            change = store.vectors(start, records).displacements.weighted_sum(weights)
+            objective.share(self.layout.views(change.to(start)))
+
+    def _full_gradient(self, client: int, start: Tensor) -> Tensor:
+        """The gradient ``[P]`` of a client's mean loss over its training data, at the model it heard."""
+        total, seen, round_ = torch.zeros_like(start), 0, self.host.round
+        vector = start.detach().requires_grad_()
+        with isolated_randomness(self.host.device), torch.enable_grad():
+            seed_randomness(seed_of(self.seed, "client", client, "round", round_, "gradient"), self.host.device)
+            for batch in self.data.batches(client, round_, epochs=1):
+                loss = self.server.loss(vector, self.host.prepare(batch.data), batch.index)
+                total.add_(torch.autograd.grad(loss, vector)[0], alpha=batch.size)
+                seen += batch.size
+        return total / seen
 
     def _abridged(self, update: ClientUpdate) -> ClientUpdate:
         """An update without its vector; on several processes, also without buffers that did not change."""
@@ -529,13 +574,17 @@ class Federation:
         """A sentence if an update is not finite."""
         buffers = {} if self.options.buffers == "keep" else update.buffers
         # The usual answer with one wait for the device: everything adds up to finite numbers.
-        sums = [v.sum() for v in (update.displacement, *buffers.values()) if not v.is_complex()]
-        if len(sums) == 1 + len(buffers) and all_finite(torch.stack([s.to(update.displacement) for s in sums])):
+        states = [value for state in update.memory["objectives"] for value in state.values()]
+        sums = [v.sum() for v in (update.displacement, *buffers.values(), *states) if not v.is_complex()]
+        if len(sums) == 1 + len(buffers) + len(states) and all_finite(
+            torch.stack([s.to(update.displacement) for s in sums])
+        ):
             return ""
         bad = [name for name, buffer in buffers.items() if self._is_spoilt(name, buffer)]
-        if all_finite(update.displacement) and not bad:
+        where = f"buffers {bad[:3]}" if bad else "" if all_finite(update.displacement) else "parameters"
+        if not where and all(map(all_finite, states)):
             return ""
-        where = f"buffers {bad[:3]}" if bad else "parameters"
+        where = where or "states of client objectives"
         sentence = f"Client {update.client} returned non-finite {where} in round {round_}"
         if self.options.on_nonfinite == "raise":
             raise FloatingPointError(
@@ -576,6 +625,7 @@ class Federation:
             vectors=vectors,
             learning_rates=rates,
             buffers=tuple(record.update.buffers for record in arrived),
+            num_batches=torch.tensor([record.update.num_batches for record in arrived]),
         )
         with isolated_randomness(self.host.device):
             # For layers that draw (dropout, augmentation), where a rule trains on the server's data.
@@ -884,6 +934,10 @@ def _store(
 ) -> _Store:
     if rule.raw_weight is None or (options.storage != "auto" and not summed):
         return _Rows(start, capacity, options, ranks)
+    return _sum(rule, options, start, capacity, ranks)
+
+
+def _sum(rule: AggregationRule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks) -> _Store:
     if ranks.size > 1 and options.reduction == "ordered":
         return _OrderedSum(start, capacity, rule, options, ranks)
     return _Sum(start, rule, ranks)

@@ -28,7 +28,6 @@ from torch import Tensor
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.checkpoint import write_atomically
-from lightning_fedhaw.clients.objective import ClientObjective
 from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.clients.steps import is_plain_sgd
 from lightning_fedhaw.data.federation import ClientData, LoaderSettings
@@ -39,6 +38,7 @@ from lightning_fedhaw.evaluation import SharedEvaluationLoop, same_value
 from lightning_fedhaw.federation import Federation, Report
 from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.memory import release
+from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.progress import replace_default_bar
 from lightning_fedhaw.ranks import Ranks
@@ -231,7 +231,8 @@ class RoundLoop(_FitLoop):
         device: torch.device = trainer.strategy.root_device
         data.place(_device_of_data(options.data_device, device, data), channels_last=options.channels_last)
         host = _Host(trainer, data.device)
-        if rule.needs_learning_rates:
+        objectives = find_objectives(trainer.callbacks)
+        if rule.needs_learning_rates or any(objective.needs_learning_rates for objective in objectives):
             host.learning_rates(layout)
         previous = self.federation
         datamodule = trainer.datamodule
@@ -263,9 +264,10 @@ class RoundLoop(_FitLoop):
         if self.epoch_loop.global_step == 0:
             # Callbacks may have served another run before.
             rule.state = rule.init(server.parameters(), data.num_examples)
-            for callback in trainer.callbacks:
-                if isinstance(callback, (Channel, ClientObjective)):
-                    callback.reset()
+            for channel in (callback for callback in trainer.callbacks if isinstance(callback, Channel)):
+                channel.reset()
+            for objective in objectives:
+                objective.reset()
         elif self._federation_state is not None:
             self.federation.load_state_dict(self._federation_state)
         elif previous is not None:

@@ -95,5 +95,5 @@ def test_refuses_a_zero_sum():
 
 
 def test_refuses_an_unknown_weighting():
-    with pytest.raises(ValueError, match="`weighting` must be one of 'examples', 'uniform', got 'loss'"):
+    with pytest.raises(ValueError, match="`weighting` must be one of 'examples', 'batches', 'uniform', got 'loss'"):
         FedAvgCallback(weighting="loss")

@@ -16,7 +16,16 @@ from torch.nn.functional import cross_entropy, dropout
 from torch.utils.data import DataLoader, TensorDataset
 
 from federations import Classifier, flat, samples, trainer
-from lightning_fedhaw import ClientObjective, FedHAWCallback, RoundObserver
+from lightning_fedhaw import (
+    ClientObjective,
+    FedDyn,
+    FedDynCallback,
+    FedHAWCallback,
+    FedProx,
+    RoundObserver,
+    Scaffold,
+    ScaffoldCallback,
+)
 from lightning_fedhaw.clients import choice, vectorized
 from lightning_fedhaw.clients.probe import _looks_at_index
 from lightning_fedhaw.data import FixedSequenceSampler, IIDPartitioner, IndexPartitioner
@@ -220,6 +229,12 @@ CASES = {
     "logs much": (LogsMuch, {}),
     "regularised": (Regularised, {}),
     "objective": (None, {"callbacks": [Proximal()], "rounds": 3}),
+    "objectives": (Groups, {"callbacks": [Proximal(), FedProx(0.3), FedDyn(0.1)], "rounds": 3}),
+    "FedDyn": (lambda: Classifier(OPTIMIZERS["Adam"]), {"rule": FedDynCallback(alpha=0.5), "rounds": 3}),
+    "FedDyn norm": (None, {"callbacks": [FedDyn(0.5, penalty="norm")], "rounds": 3}),
+    "SCAFFOLD": (HalfTrained, {"rule": ScaffoldCallback("I"), "rounds": 3, "clients_per_round": 4}),
+    "SCAFFOLD II": (lambda: Classifier(OPTIMIZERS["SGD nesterov"]), {"rule": ScaffoldCallback(), "rounds": 3}),
+    "SCAFFOLD with FedProx": (None, {"callbacks": [Scaffold(), FedProx(0.3)], "rounds": 3, "gradient_clip_val": 0.5}),
     "FedHAW": (None, {"rule": FedHAWCallback(), "rounds": 3, "clients_per_round": 4}),
     "bf16-mixed": (None, {"precision": "bf16-mixed", "tolerance": 0.05}),
     "bf16-true": (None, {"precision": "bf16-true", "tolerance": 0.1}),

@@ -33,6 +33,7 @@ class Formulas:
     exact: bool = False
     new_gamma: bool = True
     plain: bool = False
+    proximal: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,19 @@ def loss(w: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (torch.log(torch.exp(scores).sum(1)) - scores[torch.arange(len(y)), y]).mean()
 
 
-def local_sgd(w: Array, x: Array, y: Array, orders: Sequence[Array], batch_size: int, mu: float) -> Array:
-    """Plain minibatch SGD; ``orders`` holds the samples of each local epoch in the order they are visited."""
+def local_sgd(
+    w: Array, x: Array, y: Array, orders: Sequence[Array], batch_size: int, mu: float, proximal: float = 0.0
+) -> Array:
+    """Plain minibatch SGD; ``orders`` holds the samples of each local epoch in the order they are visited.
+
+    FedProx+HAW adds ``proximal / 2 |point - w|^2`` to the loss; the displacement holds its pull, and so does what the
+    server makes of it.
+    """
     point = torch.tensor(w)
     for order in orders:
         for i in range(0, len(order), batch_size):
             batch = order[i : i + batch_size]
             point = point.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(loss(point, torch.tensor(x[batch]), torch.tensor(y[batch])), point)
-            point = point - mu * gradient
+            point = point - mu * (gradient + proximal * (point - torch.tensor(w)))
     return point.detach().numpy()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -77,6 +79,7 @@ def from_trainer(
     batch_size: int,
     precision: Any = "64-true",
     double: bool = False,
+    beside: Sequence[Callback] = (),
 ) -> tuple[np.ndarray, Watcher]:
     """The initial model [P], and what the trainer makes of it."""
     dtype = torch.float64 if double or precision == "64-true" else torch.float32
@@ -97,7 +100,7 @@ def from_trainer(
         local_epochs=epochs,
         sampler=FixedSequenceSampler(cohorts),
         seed=SEED,
-        callbacks=[rule, watcher],
+        callbacks=[rule, watcher, *beside],
         precision=precision,
         client_eval=False,
         **QUIET,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from federations import QUIET
-from lightning_fedhaw import Channel, FedAvgCallback, FederatedTrainer, FedHAWCallback, IndexPartitioner
+from lightning_fedhaw import Channel, FedAvgCallback, FederatedTrainer, FedHAWCallback, FedProx, IndexPartitioner
 from lightning_fedhaw.streams import stream
 from parity.authors_formulas import Formulas, Trace, local_sgd, play
 from parity.federation import EVERYONE, ROUNDS, SEED, SIZES, SOME, Watcher, from_trainer, samples
@@ -48,7 +48,7 @@ def from_formulas(start: np.ndarray, cohorts: list[list[int]], formulas: Formula
     def train(w: np.ndarray, client: int, round_: int) -> np.ndarray:
         generator = stream(SEED, "client", client, "round", round_, "batches")
         orders = [own[client][torch.randperm(len(own[client]), generator=generator).numpy()] for _ in range(EPOCHS)]
-        return local_sgd(w, x, y, orders, BATCH_SIZE, formulas.mu)
+        return local_sgd(w, x, y, orders, BATCH_SIZE, formulas.mu, formulas.proximal)
 
     return play(start, SIZES, cohorts, train, formulas)
 
@@ -63,6 +63,7 @@ def from_package(cohorts: list[list[int]], formulas: Formulas, **kwargs: Any) ->
         pseudo_gradient="plain" if formulas.plain else "weighted",
         normalise_by="lr",
     )
+    kwargs["beside"] = [FedProx(formulas.proximal)] if formulas.proximal else []
     start, watcher = from_trainer(rule, cohorts, mu=formulas.mu, epochs=EPOCHS, batch_size=BATCH_SIZE, **kwargs)
     found = traces(watcher, len(SIZES))
     assert np.array_equal(found[-1].lam, rule.state["lambda_"].numpy())
@@ -94,6 +95,7 @@ CASES = {
     "exact, plain, everyone": (EVERYONE, replace(EXACT, plain=True)),
     "diagonal, some": (SOME, DIAGONAL),
     "exact, some": (SOME, EXACT),
+    "with FedProx, some": (SOME, replace(DIAGONAL, proximal=0.5)),
 }
 
 

@@ -5,6 +5,7 @@ from lightning_fedhaw.aggregation.fedadp import FedAdpCallback
 from lightning_fedhaw.aggregation.fedavg import FedAvgCallback
 from lightning_fedhaw.aggregation.fedbe import FedBECallback
 from lightning_fedhaw.aggregation.feddf import FedDFCallback
+from lightning_fedhaw.aggregation.feddyn import FedDynCallback
 from lightning_fedhaw.aggregation.fedhaw import FedHAWCallback
 from lightning_fedhaw.aggregation.fedhyper import FedHyperCallback
 from lightning_fedhaw.aggregation.fedlaw import FedLAWCallback
@@ -24,6 +25,7 @@ from lightning_fedhaw.aggregation.robust import (
     MultiKrumCallback,
     TrimmedMeanCallback,
 )
+from lightning_fedhaw.aggregation.scaffold import ScaffoldCallback
 from lightning_fedhaw.aggregation.serverft import ServerFineTuningCallback
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "FedAvgMCallback",
     "FedBECallback",
     "FedDFCallback",
+    "FedDynCallback",
     "FedHAWCallback",
     "FedHyperCallback",
     "FedLAWCallback",
@@ -48,6 +51,7 @@ __all__ = [
     "MedianCallback",
     "MultiKrumCallback",
     "RuleStep",
+    "ScaffoldCallback",
     "ServerFineTuningCallback",
     "TrimmedMeanCallback",
 ]

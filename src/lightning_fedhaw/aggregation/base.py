@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_fedhaw.cohort import ClientVectors, Cohort
 from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.options import FederationOptions, check_names
 
 State = dict[str, Any]
@@ -137,6 +138,9 @@ class AggregationRule(Callback):
     """``raw_weight(client_update) -> float``, where a rule's weights are known before the cohort is complete. Then
     vectors are summed as they come and memory does not grow with the cohort."""
 
+    objectives: tuple[ClientObjective, ...] = ()
+    """Client objectives that the rule brings along; their state is checkpointed with the rule's."""
+
     def __init__(self, **federation: Any) -> None:
         super().__init__()
         check_names(type(self).__name__, federation, [f.name for f in fields(FederationOptions)])
@@ -188,6 +192,11 @@ class AggregationRule(Callback):
         """What a user should know of the rule's state when training has diverged; nothing by default."""
         return ""
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Let the objectives that come along look at the clients' optimisers."""
+        for objective in self.objectives:
+            objective.on_fit_start(trainer, pl_module)
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Puts the round loop in the place of a stock trainer's fit loop."""
         if stage == "fit":
@@ -197,11 +206,14 @@ class AggregationRule(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The state, for a checkpoint: tensors and plain values, with client vectors taken apart."""
-        return {k: _taken_apart(v) for k, v in self.state.items()}
+        state = {k: _taken_apart(v) for k, v in self.state.items()}
+        return {**state, "objectives": [o.state_dict() for o in self.objectives]} if self.objectives else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of a checkpoint."""
-        self.state = {k: _put_together(v) for k, v in state_dict.items()}
+        for objective, state in zip(self.objectives, state_dict.get("objectives", ()), strict=True):
+            objective.load_state_dict(state)
+        self.state = {k: _put_together(v) for k, v in state_dict.items() if k != "objectives"}
 
 
 def _taken_apart(value: Any) -> Any:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import torch
+
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 
-Weighting = Literal["examples", "uniform"]
+Weighting = Literal["examples", "batches", "uniform"]
 
 
 class FedAvgCallback(AggregationRule):
     """Average the local models: ``w <- sum_k p_k w_k`` with ``p_k = n_k / sum_j n_j`` over the clients that arrived.
 
     Args:
-        weighting: ``"examples"``: by the number of training examples, as published. ``"uniform"``: equal weights.
+        weighting: ``"examples"``: by the number of training examples, as published. ``"batches"``: by
+            the number of batches in a pass over them, as FedHAW's authors do for FedProx. ``"uniform"``: equal weights.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Raises:
@@ -35,10 +38,12 @@ class FedAvgCallback(AggregationRule):
 
     def raw_weight(self, update: ClientUpdate) -> float:
         """A client's weight before normalisation."""
-        return float(update.num_examples) if self.weighting == "examples" else 1.0
+        return {"examples": float(update.num_examples), "batches": float(update.num_batches)}.get(self.weighting, 1.0)
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
         """One average."""
-        counts = cohort.num_examples if self.weighting == "examples" else cohort.num_examples.clamp(1, 1)
+        counts = {"examples": cohort.num_examples, "batches": cohort.num_batches}.get(
+            self.weighting, torch.ones(len(cohort))
+        )
         weights = normalised(counts)
         return RuleStep(parameters=cohort.vectors.weighted_sum(weights), state=state, weights=weights)

@@ -14,37 +14,16 @@ A linear local optimiser ends at ``w_k = w - lr sum_j a_j g_j`` with gradients `
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
 
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
+from lightning_fedhaw.objectives.base import find_objectives
+from lightning_fedhaw.objectives.reach import normaliser, sgd_groups
 
 EffectiveSteps = Literal["normaliser", "steps"]
-
-
-@cache
-def normaliser(steps: int, momentum: float = 0.0, nesterov: bool = False, pull: float = 0.0) -> float:
-    """``A``: how far a local optimiser with a learning rate of 1 goes on gradients of -1.
-
-    Args:
-        steps: Its steps, from rest.
-        momentum: Its momentum.
-        nesterov: Whether it looks ahead.
-        pull: Learning rate times the factor of a proximal term, ``lr mu``.
-
-    Example:
-        >>> normaliser(5), round(normaliser(5, momentum=0.9), 4), round(normaliser(5, pull=0.1), 4)
-        (5.0, 13.1441, 4.0951)
-    """
-    reached = velocity = 0.0
-    for _ in range(steps):
-        push = 1 - pull * reached
-        velocity = momentum * velocity + push
-        reached += push + momentum * velocity if nesterov else velocity
-    return reached
 
 
 class FedNovaCallback(AggregationRule):
@@ -56,6 +35,7 @@ class FedNovaCallback(AggregationRule):
         momentum: The momentum of the clients' SGD. ``"auto"``: read from ``configure_optimizers`` when ``fit`` begins,
             Nesterov's kind included.
         proximal: The factor ``mu`` of a proximal term ``mu / 2 |w - start|^2`` that clients add to their loss.
+            ``"auto"``: that of the client objectives among the trainer's callbacks, such as ``FedProx(mu)``.
         tau_eff: ``"normaliser"``: ``sum_k p_k A_k``, as published. ``"steps"``: ``sum_k p_k`` times the number of
             steps, as the authors' code does with a proximal term.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
@@ -69,20 +49,24 @@ class FedNovaCallback(AggregationRule):
         self,
         *,
         momentum: float | Literal["auto"] = "auto",
-        proximal: float = 0.0,
+        proximal: float | Literal["auto"] = "auto",
         tau_eff: EffectiveSteps = "normaliser",
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
         if momentum != "auto" and not (isinstance(momentum, (int, float)) and 0 <= momentum < 1):
             raise ValueError(f"`momentum` must be 'auto' or a number of at least 0 and below 1, got {momentum!r}.")
-        if not (isinstance(proximal, (int, float)) and 0 <= proximal < math.inf):
-            raise ValueError(f"`proximal` must be a finite number of at least 0, got {proximal!r}.")
+        if proximal != "auto" and not (isinstance(proximal, (int, float)) and 0 <= proximal < math.inf):
+            raise ValueError(f"`proximal` must be 'auto' or a finite number of at least 0, got {proximal!r}.")
         if tau_eff not in get_args(EffectiveSteps):
             raise ValueError(f"`tau_eff` must be one of 'normaliser', 'steps', got {tau_eff!r}.")
         self._reads_momentum = momentum == "auto"
         self.momentum, self.nesterov = 0.0 if momentum == "auto" else float(momentum), False
-        self.proximal, self.tau_eff = float(proximal), tau_eff
+        self._finds_proximal, self.tau_eff = proximal == "auto", tau_eff
+        self._set_proximal(0.0 if proximal == "auto" else float(proximal))
+
+    def _set_proximal(self, proximal: float) -> None:
+        self.proximal = proximal
         self.needs_learning_rates = proximal > 0
         # A proximal term's normaliser needs the round's learning rate, which comes with the cohort.
         self.raw_weight = None if proximal > 0 else self._examples_per_work
@@ -93,13 +77,18 @@ class FedNovaCallback(AggregationRule):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out how far the clients' optimiser goes."""
+        if self._finds_proximal:
+            self._set_proximal(sum((each.pull for each in find_objectives(trainer.callbacks)), 0.0))
         if self._reads_momentum:
-            self.momentum, self.nesterov = _read_momentum(trainer.optimizers)
-        if self.momentum and trainer.fit_loop.options.optimizer_state == "kept":
-            raise ValueError(
-                "FedNova's normaliser is that of clients whose momentum starts at 0 every round, and"
-                ' `optimizer_state="kept"` lets it go on. Use `optimizer_state="fresh"`.'
-            )
+            remedy = "say what comes closest: `FedNovaCallback(momentum=0.0)` counts steps"
+            groups = sgd_groups(trainer, "FedNova", remedy)
+            found = {(float(group["momentum"]), bool(group["nesterov"])) for group in groups}
+            if len(found) > 1:
+                raise ValueError(
+                    f"FedNova needs one momentum for all parameters, got {sorted(found)} (momentum, nesterov). Give all"
+                    f" parameter groups the same, or {remedy}."
+                )
+            self.momentum, self.nesterov = found.pop()
 
     def _examples_per_work(self, update: ClientUpdate) -> float:
         work = normaliser(update.num_steps, self.momentum, self.nesterov)
@@ -130,21 +119,3 @@ def _one_rate(rates: tuple[float, ...]) -> float:
             " parameter groups the same rate, or leave `proximal` at 0."
         )
     return rates[0]
-
-
-def _read_momentum(optimizers: Any) -> tuple[float, bool]:
-    """Momentum of the clients' optimisers, and whether it is Nesterov's."""
-    found = {
-        (float(group["momentum"]), bool(group["nesterov"])) if not (group["dampening"] and group["momentum"]) else None
-        for optimizer in optimizers
-        for group in (optimizer.param_groups if type(optimizer) is torch.optim.SGD else ())
-    }
-    others = [type(optimizer).__name__ for optimizer in optimizers if type(optimizer) is not torch.optim.SGD]
-    if others or len(found) != 1 or None in found:
-        what = ", ".join(others) or "SGD with dampening, or with another momentum in each parameter group"
-        raise ValueError(
-            "FedNova has to know how far a local optimiser goes in a number of steps, and knows it of `torch.optim.SGD`"
-            f" with one momentum and no dampening; `configure_optimizers` gave {what}. Use such an SGD, or say what"
-            " comes closest: `FedNovaCallback(momentum=0.0)` counts steps."
-        )
-    return found.pop()  # type: ignore[return-value]

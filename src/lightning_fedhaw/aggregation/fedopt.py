@@ -129,15 +129,21 @@ class FedOptCallback(AggregationRule):
         if rule is not None:
             _check_inner(rule, type(self).__name__)
         self.optimizer, self.lr, self.lr_scheduler, self.rule = optimizer, float(lr), lr_scheduler, rule
-        self.raw_weight = _examples if rule is None else rule.raw_weight
-        self.needs_learning_rates = rule is not None and rule.needs_learning_rates
-        self.keeps_cohort = rule is not None and rule.keeps_cohort
-        self.prog_bar = () if rule is None else rule.prog_bar
+        self.raw_weight = _examples
+        self._follow()
+
+    def _follow(self) -> None:
+        """What the inner rule asks for."""
+        if self.rule is not None:
+            self.raw_weight, self.prog_bar = self.rule.raw_weight, self.rule.prog_bar
+            self.needs_learning_rates = self.rule.needs_learning_rates
+            self.keeps_cohort, self.objectives = self.rule.keeps_cohort, self.rule.objectives
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Let the inner rule look at the clients' optimisers."""
         if self.rule is not None:
             self.rule.on_fit_start(trainer, pl_module)
+            self._follow()
 
     def check(self, server: ServerView) -> None:
         """Let the inner rule refuse what it cannot work with."""

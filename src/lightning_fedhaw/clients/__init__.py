@@ -1,7 +1,6 @@
-"""How a cohort trains: the local plan, the engines, and what clients add to their loss."""
+"""How a cohort trains: the local plan and the engines."""
 
 from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit
-from lightning_fedhaw.clients.objective import ClientObjective
 from lightning_fedhaw.clients.sequential import SequentialEngine
 
-__all__ = ["ClientObjective", "Engine", "LocalPlan", "SequentialEngine", "Visit"]
+__all__ = ["Engine", "LocalPlan", "SequentialEngine", "Visit"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_fedhaw.clients.objective import ClientObjective
 from lightning_fedhaw.clients.records import NotAFunctionError, StackRecorder
-from lightning_fedhaw.clients.steps import Host, loss_of
+from lightning_fedhaw.clients.steps import Host, Terms, loss_of
 from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
 
-Named = Mapping[str, Tensor]
-Arguments = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int, Named | None, Sequence[Named]]
+Arguments = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int, Named | None, Sequence[ClientState]]
 """Parameters, buffers, batch, its number, starts and states of client objectives."""
 
 
@@ -67,6 +66,7 @@ class BatchedStep:
         dropout: ClientDropout | None = None,
     ) -> None:
         self.host, self.layout, self.objectives = host, layout, objectives
+        self._open = [i for i, objective in enumerate(objectives) if not objective.is_closed]
         self.recorder, self.dropout = recorder, dropout
         module = host.module
         self.buffer_names = [name for name, _ in module.named_buffers()]
@@ -86,7 +86,7 @@ class BatchedStep:
         data: Sequence[Tensor],
         batch_index: int,
         starts: Named | None = None,
-        states: Sequence[Named] = (),
+        states: Sequence[ClientState] = (),
     ) -> tuple[Tensor | None, list[tuple[int, Tensor]], Sequence[Tensor]]:
         """The clients' losses.
 
@@ -105,9 +105,9 @@ class BatchedStep:
         self._batch_index = batch_index
         self._counts = (len(parameters), len(buffers), len(data))
         extra: list[Tensor] = [] if self.dropout is None else [torch.arange(len(parameters[0]))]
-        if self.objectives and starts is not None:
-            self._state_names = [list(state) for state in states]
-            extra += [*starts.values(), *(value for state in states for value in state.values())]
+        if self._open and starts is not None:
+            self._state_names = [list(states[i]) for i in self._open]
+            extra += [*starts.values(), *(value for i in self._open for value in states[i].values())]
         with self.host.strategy.precision_plugin.train_step_context():
             given = self._batched(*parameters, *buffers, *data, *extra)
         loss = given[0] if self._has_loss else None
@@ -125,7 +125,12 @@ class BatchedStep:
         losses, replaced, logged = self(*call)
         if losses is None:
             return Gradients(None, [], replaced, logged)
+        found: Sequence[Tensor | None]
         found = torch.autograd.grad(losses.sum(), [call[0][i] for i in trained], allow_unused=True)
+        parameters, _, _, _, starts, states = call
+        if starts is not None:
+            terms = Terms(self.objectives, dict(zip(self.layout.names, parameters, strict=True)), starts, states)
+            found = terms.steepened(found, [parameters[i] for i in trained], torch.func.vmap)
         return Gradients(losses.detach(), found, replaced, [value.detach() for value in logged])
 
     def _one(self, *flat: Tensor) -> tuple[Tensor, ...]:
@@ -149,11 +154,11 @@ class BatchedStep:
         logged = self.recorder.take(parameters[0])
         if loss is None:
             return (*replaced, *logged)
-        if self.objectives:
+        if self._open:
             starts = {name: next(given) for name in self.layout.names}
             named = dict(zip(self.layout.names, parameters, strict=True))
-            for objective, names in zip(self.objectives, self._state_names, strict=True):
-                loss = loss + objective.penalty(named, starts, {name: next(given) for name in names})
+            for i, names in zip(self._open, self._state_names, strict=True):
+                loss = loss + self.objectives[i].penalty(named, starts, {name: next(given) for name in names})
         return (loss.reshape(()), *replaced, *logged)
 
 

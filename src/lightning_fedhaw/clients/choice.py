@@ -96,7 +96,7 @@ def choose(
         compile_clients=compile_clients and not (facts.uses_index or facts.draws_dropout or facts.draws_other),
         fallback=sequential if asked == "auto" else None,
     )
-    engine.kept = sequential.kept
+    engine.kept, engine.gradient = sequential.kept, sequential.gradient
     told = f"Engine: vectorized, {min(engine.chunk, cohort)} of {_clients(cohort)} at a time"
     if processes > 1:
         told += f" on each of {processes} processes"

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw.aggregation.base import LocalPace
-from lightning_fedhaw.clients.objective import ClientObjective
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.data.federation import ClientData
 from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named
 from lightning_fedhaw.options import OptimizerState
 
 
@@ -74,6 +74,7 @@ class Engine(ABC):
         kept: With ``optimizer_state="kept"``, each client's optimiser states, by position of the parameter.
         initial: The optimiser states that a client without memory starts from: those of their constructors.
         pace: What the rule makes of the clients' learning rates in this round.
+        gradient: Gives the gradient ``[P]`` of a client's mean loss at parameters ``[P]``, for objectives that ask.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Engine(ABC):
         self.kept: dict[int, list[dict[int, dict[str, Any]]]] = {}
         self.initial = [states_of(optimizer) for optimizer in host.optimizers]
         self.pace: LocalPace | None = None
+        self.gradient: Callable[[int, Tensor], Tensor]
 
     @abstractmethod
     def run(self, visits: Iterable[Visit]) -> Generator[ClientUpdate, None, None]:
@@ -113,8 +115,11 @@ class Engine(ABC):
         """Optimiser steps that a client is going to make in a round."""
         if self.plan.steps is not None:
             return self.plan.steps
-        batches = self.data.batches_per_pass(len(self.data.train_indices[client]), self.plan.limit)
-        return -(-batches // self.host.accumulate) * (self.plan.epochs or 1)
+        return -(-self.num_batches(client) // self.host.accumulate) * (self.plan.epochs or 1)
+
+    def num_batches(self, client: int) -> int:
+        """Batches in a pass over a client's data."""
+        return self.data.batches_per_pass(len(self.data.train_indices[client]), self.plan.limit)
 
     def aftermath(self) -> Any:
         """What the last run left in schedules and loss scale, for the other processes; ``None`` if nothing."""
@@ -122,6 +127,27 @@ class Engine(ABC):
 
     def settle(self, aftermaths: Sequence[Any]) -> None:  # noqa: B027 (most engines leave nothing)
         """Go on from where all processes' runs ended."""
+
+    def begin_objectives(self, visit: Visit) -> list[ClientState]:
+        """What a client works with in a round, for each objective."""
+        start = self.layout.views(visit.start) if self.objectives else {}
+        return [
+            {name: value.to(self.host.device) for name, value in objective.client_state(visit.client, start).items()}
+            for objective in self.objectives
+        ]
+
+    def end_objectives(
+        self, visit: Visit, states: Sequence[ClientState], end: Named, num_steps: int
+    ) -> list[ClientState]:
+        """Each objective's state of a client after its work."""
+        start = self.layout.views(visit.start) if self.objectives else {}
+        found = []
+        for objective, state in zip(self.objectives, states, strict=True):
+            if objective.needs_gradient:
+                slopes = self.layout.views(self.gradient(visit.client, visit.start))
+                state = {**state, **{GRADIENT + name: slope for name, slope in slopes.items()}}
+            found.append(objective.end_client(state, start, end, num_steps))
+        return found
 
     def commit(self, update: ClientUpdate) -> None:
         """Let a client whose update was heard find its state again next time."""

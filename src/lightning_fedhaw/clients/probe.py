@@ -27,13 +27,13 @@ from torchmetrics import Metric
 import lightning_fedhaw
 from lightning_fedhaw.clients.batched import BatchedStep, ClientDropout, EmbeddingGuard
 from lightning_fedhaw.clients.engine import LocalPlan, give_settings, settings_of, states_of
-from lightning_fedhaw.clients.objective import ClientObjective
 from lightning_fedhaw.clients.optimizers import row_states
 from lightning_fedhaw.clients.records import LogRecorder, NotAFunctionError, StackRecorder
-from lightning_fedhaw.clients.steps import Host, loss_of
+from lightning_fedhaw.clients.steps import Host, Terms, loss_of
 from lightning_fedhaw.data.federation import ClientData
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.streams import seed_of, stream
 
 # The standard library's folder too, which holds that of installed packages as a rule.
@@ -183,11 +183,11 @@ class _Trial:
                 loss, _ = loss_of(host.module.training_step(*host.arguments(data, 0)))
                 if loss is None:
                     raise RuntimeError("`training_step` returned None")
-            if self.objectives:
-                named = dict(zip(self.layout.names, self.parameters, strict=True))
-                starts = {n: v[row] for n, v in self.starts.items()}
-                for objective, state in zip(self.objectives, self.states, strict=True):
-                    loss = loss + objective.penalty(named, starts, {n: v[row] for n, v in state.items()})
+            named = dict(zip(self.layout.names, self.parameters, strict=True))
+            starts = {n: v[row] for n, v in self.starts.items()}
+            states = [{n: v[row] for n, v in state.items()} for state in self.states]
+            terms = Terms(self.objectives, named, starts, states)
+            loss = terms.added_to(loss, terms.open)
             found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
             logged = {
                 f"logged `{name}`": torch.tensor([float(v) for v in values], dtype=torch.float64)
@@ -284,8 +284,9 @@ class _Trial:
         copies = (3 + max(states, 1)) * layout.message_bytes
         buffers = 2 * sum(b.numel() * b.element_size() for b in self.host.module.buffers())
         batch = 2 * sum(t[0].numel() * t.element_size() for t in self.batch)
+        terms = sum(v[0].numel() * v.element_size() for state in self.states for v in state.values())
         # Backward holds about as much again as forward saved.
-        total: int = copies + 2 * layout.numel * layout.dtype.itemsize + buffers + batch + 2 * self.activations
+        total: int = copies + 2 * layout.numel * layout.dtype.itemsize + buffers + batch + terms + 2 * self.activations
         return total
 
 

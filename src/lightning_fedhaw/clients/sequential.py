@@ -21,7 +21,7 @@ from lightning_fedhaw.clients.engine import (
 )
 from lightning_fedhaw.clients.pace import Paced, PacedOptimizer, begin
 from lightning_fedhaw.clients.records import LogRecorder
-from lightning_fedhaw.clients.steps import AutomaticStep, ManualStep, PlainSGDStep, StepCounts
+from lightning_fedhaw.clients.steps import AutomaticStep, ManualStep, PlainSGDStep, StepCounts, Terms
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.layout import ParameterLayout
@@ -115,22 +115,14 @@ class SequentialEngine(Engine):
             steps = [(self.layout.views(visit.start), self.num_steps(client))]
             state = begin(self.pace, steps, host.learning_rates(self.layout))
             self._paced.paced = Paced(self.pace, self.layout.names, {name: value[0] for name, value in state.items()})
-        start = self.layout.views(visit.start) if self.objectives else {}
-        states = [objective.client_state(client, start) for objective in self.objectives]
+        states = self.begin_objectives(visit)
         named = dict(zip(self.layout.names, parameters, strict=True))
-
-        def penalty() -> Tensor:
-            terms = (o.penalty(named, start, s) for o, s in zip(self.objectives, states, strict=True))
-            return sum(terms, torch.zeros((), device=host.device))
-
-        counts = self._train(client, step, recorder, penalty if self.objectives else None)
+        terms = Terms(self.objectives, named, self.layout.views(visit.start), states) if self.objectives else None
+        counts = self._train(client, step, recorder, terms)
         end = {name: parameter.detach() for name, parameter in named.items()}
         memories = {
             "optimizers": [states_of(o) for o in host.optimizers] if self.plan.optimizer_state == "kept" else [],
-            "objectives": [
-                objective.end_client(state, start, end, counts.made)
-                for objective, state in zip(self.objectives, states, strict=True)
-            ],
+            "objectives": self.end_objectives(visit, states, end, counts.made),
         }
         # Read anew: a step may have put another tensor in a buffer's place.
         ended = dict(host.module.named_buffers()) if visit.buffers else {}
@@ -144,9 +136,10 @@ class SequentialEngine(Engine):
             buffers={name: _same_shape(name, ended.get(name), value) for name, value in visit.buffers.items()},
             logged=recorder.collect(),
             memory=memories,
+            num_batches=self.num_batches(client),
         )
 
-    def _train(self, client: int, step: Any, recorder: LogRecorder, penalty: Callable[[], Tensor] | None) -> StepCounts:
+    def _train(self, client: int, step: Any, recorder: LogRecorder, terms: Terms | None) -> StepCounts:
         host, plan, counts = self.host, self.plan, StepCounts()
         batches = self.data.batches(
             client,
@@ -167,7 +160,7 @@ class SequentialEngine(Engine):
                 skipping = True
                 continue
             try:
-                outputs = step(data, batch, counts, penalty)
+                outputs = step(data, batch, counts, terms)
                 host.on_batch_end(outputs, data, batch.index)
             except Exception as error:
                 add_note(error, f"client {client}, round {host.round}", batch.size)

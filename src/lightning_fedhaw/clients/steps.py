@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lightning_fedhaw.data.federation import Batch
 from lightning_fedhaw.layout import ParameterLayout
-
-Penalty = Callable[[], Tensor]
+from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
 
 
 class Host(Protocol):
@@ -111,30 +110,76 @@ def loss_of(output: Any) -> tuple[Tensor | None, dict[str, Any]]:
     )
 
 
+class Terms:
+    """What objectives add to the loss, or to its gradient.
+
+    Args:
+        objectives: The objectives.
+        parameters: The trainable parameters, by name.
+        start: The model the client started from.
+        states: What the client works with, for each objective.
+    """
+
+    def __init__(
+        self, objectives: Sequence[ClientObjective], parameters: Named, start: Named, states: Sequence[ClientState]
+    ) -> None:
+        self.parameters, self.start = parameters, start
+        self.all = list(zip(objectives, states, strict=True))
+        self.closed = [(objective, state) for objective, state in self.all if objective.is_closed]
+        self.name_of = {parameter: name for name, parameter in parameters.items()}
+        self.open = [(objective, state) for objective, state in self.all if not objective.is_closed]
+
+    def added_to(self, loss: Tensor, terms: Sequence[tuple[ClientObjective, ClientState]]) -> Tensor:
+        """A loss and some of the terms."""
+        return sum((each.penalty(self.parameters, self.start, state) for each, state in terms), loss)
+
+    @torch.no_grad()
+    def steepened(
+        self,
+        gradients: Sequence[Tensor | None],
+        parameters: Sequence[Tensor],
+        through: Callable[[Callable[..., Named]], Callable[..., Named]] = lambda gradient: gradient,
+    ) -> Sequence[Tensor | None]:
+        """Gradients, and those of the terms that have one in closed form.
+
+        Args:
+            gradients: ``None`` for a parameter that was not used.
+            parameters: Whose gradients they are.
+            through: Makes the terms' gradients serve a stack of clients.
+        """
+        for objective, state in self.closed:
+            slopes = through(objective.gradient)(self.parameters, self.start, state)
+            own = [slopes[self.name_of[parameter]].to(parameter.dtype) for parameter in parameters]
+            gradients = [s if g is None else g + s for g, s in zip(gradients, own, strict=True)]
+        return gradients
+
+
 class PlainSGDStep:
     """SGD without momentum or decay: one ``autograd.grad`` and one in-place add, equal to ``SGD.step`` bit by bit."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
 
-    def __call__(self, data: Any, batch: Batch, counts: StepCounts, penalty: Penalty | None) -> None:
+    def __call__(self, data: Any, batch: Batch, counts: StepCounts, terms: Terms | None) -> None:
         """Train on one batch. It gives nothing back: where a hook would look at it, this step is not taken."""
         loss, _ = loss_of(self.host.forward(data, batch.index))
         if loss is None:
             counts.skipped += 1
             return
-        objective = loss if penalty is None else loss + penalty()
+        objective = loss if terms is None else terms.added_to(loss, terms.open)
         groups = self.host.optimizers[0].param_groups
         owned = [[p for p in group["params"] if p.requires_grad] for group in groups]
-        grads = torch.autograd.grad(objective, [p for own in owned for p in own], allow_unused=True)
+        trained = [p for own in owned for p in own]
+        grads: Sequence[Tensor | None] = torch.autograd.grad(objective, trained, allow_unused=True)
+        if terms is not None:
+            grads = terms.steepened(grads, trained)
         begin = 0
         with torch.no_grad():
             for group, own in zip(groups, owned, strict=True):
-                changes = grads[begin : begin + len(own)]
+                given = grads[begin : begin + len(own)]
                 begin += len(own)
-                if any(change is None for change in changes):
-                    own = [p for p, change in zip(own, changes, strict=True) if change is not None]
-                    changes = tuple(change for change in changes if change is not None)
+                own = [p for p, change in zip(own, given, strict=True) if change is not None]
+                changes = [change for change in given if change is not None]
                 if own:
                     torch._foreach_add_(own, changes, alpha=-group["lr"])
         counts.made += 1
@@ -156,7 +201,7 @@ class AutomaticStep:
         """Stop counting steps."""
         self._handle.remove()
 
-    def __call__(self, data: Any, batch: Batch, counts: StepCounts, penalty: Penalty | None) -> Any:
+    def __call__(self, data: Any, batch: Batch, counts: StepCounts, terms: Terms | None) -> Any:
         """Train on one batch; what ``training_step`` returned, without its graph."""
         host, result = self.host, {}
 
@@ -169,7 +214,7 @@ class AutomaticStep:
                 return None
             result.update({"loss": loss.detach().clone(), **extra})
             self._window_has_loss = True
-            objective = (loss if penalty is None else loss + penalty()) / host.accumulate
+            objective = (loss if terms is None else terms.added_to(loss, terms.all)) / host.accumulate
             host.strategy.backward(objective, host.optimizers[0])
             accumulated: Tensor = result["loss"] / host.accumulate
             return accumulated
@@ -204,7 +249,7 @@ class ManualStep:
         for handle in self._handles:
             handle.remove()
 
-    def __call__(self, data: Any, batch: Batch, counts: StepCounts, penalty: Penalty | None) -> Any:
+    def __call__(self, data: Any, batch: Batch, counts: StepCounts, terms: Terms | None) -> Any:
         """Train on one batch; what ``training_step`` returned, without its graph."""
         before = list(self.executed)
         scale = self.host.scaler.get_scale() if self.host.scaler is not None else 0.0

@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_fedhaw.clients.batched import BatchedStep, ClientDropout
 from lightning_fedhaw.clients.compiled import CompiledStep
 from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit, add_note, give_settings, settings_of
-from lightning_fedhaw.clients.objective import ClientObjective, ClientState
 from lightning_fedhaw.clients.optimizers import StackedOptimizer
 from lightning_fedhaw.clients.pace import Paced, begin
 from lightning_fedhaw.clients.probe import Facts, explained
@@ -27,6 +26,7 @@ from lightning_fedhaw.data.federation import ClientData
 from lightning_fedhaw.data.partition import swap_labels
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.streams import seed_of
 
 
@@ -224,13 +224,8 @@ class _Chunk:
     def _load_objectives(self) -> None:
         layout = self.engine.layout
         self.starts = layout.views(self.start) if self.engine.objectives else None
-        self.states: list[dict[str, Tensor]] = []
-        self.own_states: list[list[ClientState]] = []
-        for objective in self.engine.objectives:
-            own = [objective.client_state(visit.client, layout.views(visit.start)) for visit in self.visits]
-            self.own_states.append(own)
-            device = self.engine.host.device
-            self.states.append({name: torch.stack([s[name].to(device) for s in own]) for name in own[0]})
+        by_objective = zip(*(self.engine.begin_objectives(visit) for visit in self.visits), strict=True)
+        self.states = [{name: torch.stack([s[name] for s in own]) for name in own[0]} for own in by_objective]
 
     def _load_pace(self) -> None:
         engine, layout = self.engine, self.engine.layout
@@ -359,12 +354,9 @@ class _Chunk:
         if engine.plan.optimizer_state == "kept":
             memory["optimizers"] = [self.optimizer.states(row)]
         if engine.objectives:
-            start = engine.layout.views(visit.start)
             end = {name: stack[row] for name, stack in zip(engine.layout.names, self.stacks, strict=True)}
-            memory["objectives"] = [
-                objective.end_client(own[row], start, end, self.made[row])
-                for objective, own in zip(engine.objectives, self.own_states, strict=True)
-            ]
+            states = [{name: stack[row] for name, stack in own.items()} for own in self.states]
+            memory["objectives"] = engine.end_objectives(visit, states, end, self.made[row])
         return ClientUpdate(
             client=visit.client,
             num_examples=len(engine.data.train_indices[visit.client]),
@@ -374,6 +366,7 @@ class _Chunk:
             buffers={n: b[row].clone() for n, b in zip(self.step.buffer_names, self.buffers, strict=True)},
             logged=logged,
             memory=memory,
+            num_batches=engine.num_batches(visit.client),
         )
 
 

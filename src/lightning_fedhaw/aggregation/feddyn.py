@@ -1,0 +1,62 @@
+"""FedDyn: each client bends its loss until all clients' optima are the server's.
+
+D. A. E. Acar, Y. Zhao, R. Matas, M. Mattina, P. Whatmough, V. Saligrama: Federated Learning Based on Dynamic
+Regularization. ICLR 2021, Algorithm 1. The clients' part is ``objectives/feddyn.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.cohort import Cohort
+from lightning_fedhaw.objectives.feddyn import DynPenalty, FedDyn
+
+
+class FedDynCallback(AggregationRule):
+    """Bend the clients' losses, and correct their plain mean by the mean of all bends.
+
+    It is :class:`~lightning_fedhaw.FedDyn` with, over the K clients that arrived of N::
+
+        h <- h - alpha (1 / N) sum_k (w_k - w)          w <- (1 / K) sum_k w_k - h / alpha
+
+    What stands in for a client that was not heard is in the mean and not in ``h``, which stays the mean of all
+    clients' ``g_k``.
+
+    Args:
+        alpha: The factor, above 0. Small values follow the clients quickly; large ones hold them back.
+        penalty: As of :class:`~lightning_fedhaw.FedDyn`.
+        federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
+
+    Attributes:
+        state: ``h`` [P], and N.
+
+    Raises:
+        ValueError: If an argument is not one of the allowed values.
+    """
+
+    def __init__(self, alpha: float = 0.01, penalty: DynPenalty = "square", **federation: Any) -> None:
+        super().__init__(**federation)
+        self.objectives = (FedDyn(alpha, penalty),)
+        if not alpha > 0:
+            raise ValueError(f"`alpha` must be above 0, because the server divides by it, got {alpha!r}.")
+        self.alpha = float(alpha)
+
+    def describe(self) -> str:
+        """The rule and its settings, for the line that opens a run."""
+        return f"FedDynCallback(alpha={self.alpha})"
+
+    def init(self, start: Tensor, num_examples: Tensor) -> State:
+        """``h = 0``."""
+        return {"h": torch.zeros_like(start), "num_clients": len(num_examples)}
+
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+        """One mean, corrected."""
+        weights = normalised(torch.ones(len(cohort)))
+        moved = cohort.vectors.displacements.weighted_sum(cohort.heard.double() / state["num_clients"])
+        h = state["h"].to(cohort.start) - self.alpha * moved.to(cohort.start)
+        corrected = cohort.vectors.weighted_sum(weights) - h / self.alpha
+        return RuleStep(corrected, {**state, "h": h}, weights)

@@ -1,0 +1,53 @@
+"""SCAFFOLD: clients step along the average gradient of all, by what they know of each other's.
+
+S. P. Karimireddy, S. Kale, M. Mohri, S. J. Reddi, S. U. Stich, A. T. Suresh: SCAFFOLD: Stochastic Controlled Averaging
+for Federated Learning. ICML 2020, Algorithm 1. The clients' part is ``objectives/scaffold.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.cohort import ClientUpdate, Cohort
+from lightning_fedhaw.objectives.scaffold import ControlOption, Scaffold
+
+
+class ScaffoldCallback(AggregationRule):
+    """Let clients correct their gradients by control variates, and step along the plain mean of their updates.
+
+    It is :class:`~lightning_fedhaw.Scaffold` with ``w <- w + server_lr (1 / K) sum_k (w_k - w)``.
+
+    Args:
+        option: How controls are found: ``"II"``, from the way a client went, or ``"I"``, from one more pass over its
+            data.
+        server_lr: The server's learning rate.
+        federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
+
+    Raises:
+        ValueError: If an argument is not one of the allowed values; when ``fit`` begins, as the objective does.
+    """
+
+    def __init__(self, option: ControlOption = "II", server_lr: float = 1.0, **federation: Any) -> None:
+        super().__init__(**federation)
+        if not (isinstance(server_lr, (int, float)) and 0 <= server_lr < math.inf):
+            raise ValueError(f"`server_lr` must be a finite number of at least 0, got {server_lr!r}.")
+        self.server_lr = float(server_lr)
+        self.objectives = (Scaffold(option),)
+
+    def describe(self) -> str:
+        """The rule and its settings, for the line that opens a run."""
+        return f"ScaffoldCallback(server_lr={self.server_lr})"
+
+    def raw_weight(self, update: ClientUpdate) -> float:
+        """Everybody's is the same."""
+        return 1.0
+
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+        """One step along the mean."""
+        weights = normalised(torch.ones(len(cohort)))
+        moved = cohort.vectors.displacements.weighted_sum(self.server_lr * weights)
+        return RuleStep(cohort.start + moved.to(cohort.start), state, weights)

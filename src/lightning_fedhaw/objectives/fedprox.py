@@ -1,0 +1,39 @@
+"""FedProx: stay near the model that was given.
+
+T. Li, A. K. Sahu, M. Zaheer, M. Sanjabi, A. Talwalkar, V. Smith: Federated Optimization in Heterogeneous Networks.
+MLSys 2020.
+"""
+
+from __future__ import annotations
+
+import math
+
+from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
+
+
+class FedProx(ClientObjective):
+    """Add ``mu / 2 |w - start|^2`` to each client's loss. ``mu=0`` adds nothing, to the last bit.
+
+    Args:
+        mu: The factor, at least 0. FedHAW's and FedLAW's authors take 1e-3.
+        name: Tells two objectives of one class apart in a checkpoint.
+
+    Raises:
+        ValueError: If ``mu`` is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> w, start = {"w": torch.tensor([3.0])}, {"w": torch.tensor([1.0])}
+        >>> FedProx(mu=0.5).gradient(w, start, {})
+        {'w': tensor([1.])}
+    """
+
+    def __init__(self, mu: float = 1e-3, name: str | None = None) -> None:
+        super().__init__(name)
+        if not (isinstance(mu, (int, float)) and 0 <= mu < math.inf):
+            raise ValueError(f"`mu` must be a finite number of at least 0, got {mu!r}.")
+        self.mu = self.pull = float(mu)
+
+    def gradient(self, parameters: Named, start: Named, state: ClientState) -> Named:
+        """``mu (w - start)``."""
+        return {name: (value - start[name]).mul_(self.mu) for name, value in parameters.items()}

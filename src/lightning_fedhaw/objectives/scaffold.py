@@ -1,0 +1,89 @@
+"""SCAFFOLD: clients step along the average gradient of all, by what they know of each other's.
+
+S. P. Karimireddy, S. Kale, M. Mohri, S. J. Reddi, S. U. Stich, A. T. Suresh: SCAFFOLD: Stochastic Controlled Averaging
+for Federated Learning. ICML 2020. The server's part is ``aggregation/scaffold.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+
+from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named, find_objectives
+from lightning_fedhaw.objectives.reach import normaliser, sgd_groups
+
+ControlOption = Literal["II", "I"]
+
+
+class Scaffold(ClientObjective):
+    """Add ``<c - c_k, w>`` to each client's loss: its gradients are corrected by how it differs from all clients.
+
+    A control ``c_k`` [P] is what the client's gradient was; ``c`` is the mean over all N clients, and lives on the
+    server. Both begin at zero. After a round of local work the client's control becomes, by ``option``::
+
+        "II"   c_k <- c_k - c + (start - end) / (lr A_k)
+        "I"    c_k <- the gradient of the client's mean loss at start
+
+    with ``A_k`` the number of steps, or how far momentum and proximal terms let them reach. A client that is not heard
+    changes neither ``c_k`` nor ``c``. Twice the bytes of the model travel each way.
+
+    This is the clients' part, for any rule; the published method is :class:`~lightning_fedhaw.ScaffoldCallback`.
+
+    Args:
+        option: How controls are found. ``"II"`` costs nothing and needs an SGD without dampening; rates and momentum
+            are read from ``configure_optimizers``, for each parameter group and as scheduled. ``"I"`` costs one
+            more pass over the client's data and goes with any optimiser.
+        name: Tells two objectives of one class apart in a checkpoint.
+
+    Raises:
+        ValueError: If ``option`` is unknown; when ``fit`` begins, if it needs an SGD and there is none.
+    """
+
+    shares_state = True
+
+    def __init__(self, option: ControlOption = "II", name: str | None = None) -> None:
+        super().__init__(name)
+        if option not in get_args(ControlOption):
+            raise ValueError(f"`option` must be one of 'II', 'I', got {option!r}.")
+        self.option = option
+        self.needs_gradient = option == "I"
+        self.needs_learning_rates = option == "II"
+        self._groups: dict[str, dict[str, Any]] = {}
+        self._pull = 0.0
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find out how far the clients' optimiser goes."""
+        if self.option == "II":
+            groups = sgd_groups(trainer, "SCAFFOLD", 'say `option="I"`, which asks nothing of the optimiser')
+            group_of = {parameter: group for group in groups for parameter in group["params"]}
+            self._groups = {n: group_of[p] for n, p in pl_module.named_parameters() if p in group_of}
+            self._pull = sum(objective.pull for objective in find_objectives(trainer.callbacks))
+
+    def _reach(self, name: str, steps: int) -> float:
+        group = self._groups[name]
+        rate = float(group["lr"])
+        return rate * normaliser(steps, group["momentum"], group["nesterov"], rate * self._pull)
+
+    def client_state(self, client: int, start: Named) -> ClientState:
+        """``c - c_k``, which is all that local work needs to know."""
+        own = super().client_state(client, start)
+        if not self.mean:
+            return {name: -value for name, value in own.items()}
+        return {name: mean - own[name].to(mean) for name, mean in self.mean.items()}
+
+    def gradient(self, parameters: Named, start: Named, state: ClientState) -> Named:
+        """``c - c_k``."""
+        return state
+
+    def init_client(self, start: Named) -> ClientState:
+        """``c_k = 0``."""
+        return {name: torch.zeros_like(value) for name, value in start.items()}
+
+    def end_client(self, state: ClientState, start: Named, end: Named, num_steps: int) -> ClientState:
+        """The new ``c_k``; it stays where no step was made."""
+        if self.option == "I":
+            return {name: state[GRADIENT + name] for name in start}
+        if not num_steps:
+            return {}
+        return {n: (value - end[n]) / self._reach(n, num_steps) - state[n] for n, value in start.items()}
