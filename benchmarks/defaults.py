@@ -34,7 +34,7 @@ PROJECTS: dict[str, tuple[MakeOptimizer, int]] = {
 RULES: dict[str, Callable[..., AggregationRule]] = {
     "FedAvg": FedAvgCallback,
     "FedHAW (default)": FedHAWCallback,
-    "FedHAW (exact)": lambda **options: FedHAWCallback(jacobian="exact", **options),
+    "FedHAW (lr_gamma=0.5)": lambda **options: FedHAWCallback(lr_gamma=0.5, **options),
 }
 
 

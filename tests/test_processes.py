@@ -109,7 +109,7 @@ WITH_PROXY = {
     "FedBE": lambda: FedBECallback(2, logits=logits),
     "FedHyper": FedHyperCallback,
     "FedHyper G+SL": lambda: FedHyperCallback("G+SL"),
-    "FedHyper G+CL": lambda: FedHyperCallback("G+CL", normalise="cos", hyper_lr=0.1),
+    "FedHyper G+CL": lambda: FedHyperCallback("G+CL", normalise_by="norms", hyper_lr=0.1),
 }
 
 

@@ -66,9 +66,9 @@ def test_the_servers_rate(bounds, alphas, ends):
 
 
 def test_cosines_are_shares_of_the_rate():
-    steps = play(FedHyperCallback(normalise="cos"), moves=MOVES[:2])
+    steps = play(FedHyperCallback(normalise_by="norms"), moves=MOVES[:2])
     assert steps[1].metrics["alpha"] == pytest.approx(1 + math.sqrt(0.5))
-    scaled = play(FedHyperCallback(normalise="cos"), moves=[[1e6, 0.0], [0.5e6, 0.5e6]])
+    scaled = play(FedHyperCallback(normalise_by="norms"), moves=[[1e6, 0.0], [0.5e6, 0.5e6]])
     assert scaled[1].metrics["alpha"] == pytest.approx(1 + math.sqrt(0.5))
 
 
@@ -132,18 +132,18 @@ def test_the_clients_rate_moves_on_small_gradients():
 
 
 def test_the_form_of_the_authors_code():
-    pace = ClientRate({"x": tensor([0.02])}, normalise="lr")
+    pace = ClientRate({"x": tensor([0.02])}, normalise_by="lr")
     points, multiples = descend(0.1, 0.05, lambda x: x, pace)
     assert points == pytest.approx([0.095, 0.09025, 0.08573703, 0.08144960], abs=1e-8)
     assert multiples == pytest.approx([1, 1.0001045, 1.0001349657, 1.0001628934], abs=1e-10)
 
 
-@pytest.mark.parametrize("normalise", ["none", "cos", "lr"])
-def test_a_stack_of_clients_is_as_many_clients(normalise):
+@pytest.mark.parametrize("normalise_by", ["none", "norms", "lr"])
+def test_a_stack_of_clients_is_as_many_clients(normalise_by):
     g = torch.Generator().manual_seed(0)
     shapes = {"a": (2, 3), "b": (), "c": (4,)}
     delta = {n: torch.randn(s, generator=g, dtype=torch.float64) for n, s in shapes.items()}
-    pace = ClientRate(delta, normalise=normalise, hyper_lr=0.01, cohort_size=2)
+    pace = ClientRate(delta, normalise_by=normalise_by, hyper_lr=0.01, cohort_size=2)
     starts = [{n: torch.zeros(s, dtype=torch.float64) for n, s in shapes.items()} for _ in range(3)]
     together = begin(pace, [(start, 3 + i) for i, start in enumerate(starts)], [0.1])
     alone = [begin(pace, [(start, 3 + i)], [0.1]) for i, start in enumerate(starts)]
@@ -173,7 +173,7 @@ def momentum(p):
 @pytest.mark.parametrize("optimizer", [None, adam, momentum], ids=["SGD", "Adam", "momentum"])
 def test_both_engines_give_the_same(adapt, optimizer):
     def fit(engine):
-        rule = FedHyperCallback(adapt, normalise="cos", hyper_lr=0.3)
+        rule = FedHyperCallback(adapt, normalise_by="norms", hyper_lr=0.3)
         return flat(train(Classifier(optimizer), rule=rule, engine=engine, local_epochs=2, gradient_clip_val=1.0)[1])
 
     sequential, vectorized = fit("sequential"), fit("vectorized")
@@ -256,7 +256,7 @@ def test_manual_optimisation_is_paced_too():
             self.manual_backward(torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
             optimizer.step()
 
-    rule = {"adapt": "CL", "normalise": "cos", "hyper_lr": 0.3}
+    rule = {"adapt": "CL", "normalise_by": "norms", "hyper_lr": 0.3}
     manual = train(Manual(), rule=FedHyperCallback(**rule))[1]
     assert torch.allclose(flat(manual), flat(train(rule=FedHyperCallback(**rule))[1]), atol=1e-6)
 
@@ -270,7 +270,7 @@ def test_bounds_of_one_are_fedavg():
 def test_resumed_it_goes_on_with_the_same_bits(tmp_path):
     def fit(rounds, **kwargs):
         module = Classifier()
-        runner = trainer(rounds=rounds, rule=FedHyperCallback("G+CL", normalise="cos", hyper_lr=0.3))
+        runner = trainer(rounds=rounds, rule=FedHyperCallback("G+CL", normalise_by="norms", hyper_lr=0.3))
         runner.fit(module, loader(), **kwargs)
         return runner, module
 
@@ -288,7 +288,7 @@ def test_resumed_it_goes_on_with_the_same_bits(tmp_path):
         ({"adapt": "SL+CL"}, "SL and CL both set the clients' rate, so they do not combine. Use 'G[+]SL' or 'G[+]CL'"),
         ({"adapt": "G+SL+CL"}, "do not combine"),
         ({"adapt": "X"}, "`adapt` must be one of 'G', 'SL', 'CL', 'G[+]SL', 'G[+]CL', got 'X'"),
-        ({"normalise": "sin"}, "`normalise` must be one of"),
+        ({"normalise_by": "sin"}, "`normalise_by` must be one of"),
         ({"weighting": "steps"}, "`weighting` must be one of"),
         ({"alpha_bounds": (2.0, 3.0)}, "`alpha_bounds` must be two positive numbers around 1"),
         ({"beta_bounds": 10.0}, "`beta_bounds` must be two positive numbers around 1"),

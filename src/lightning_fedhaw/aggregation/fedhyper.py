@@ -13,7 +13,7 @@ of J, and ``clip`` to bounds relative to the initial rates::
 
 The clients' rate ``beta`` starts from that of their optimiser: G and SL keep what they have learned, CL begins anew
 with every round. The products of gradients are of no natural size beside a rate, so that ``beta`` may jump between its
-bounds; ``normalise`` has remedies. ``docs/parity.md`` lists what differs from the authors' code.
+bounds; ``normalise_by`` has remedies. ``docs/parity.md`` lists what differs from the authors' code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lightning_fedhaw.cohort import ClientUpdate, Cohort, dot
 from lightning_fedhaw.layout import ParameterLayout
 
 Adapt = Literal["G", "SL", "CL", "G+SL", "G+CL"]
-Normalise = Literal["none", "cos", "lr"]
+NormaliseBy = Literal["none", "norms", "lr"]
 Weighting = Literal["examples", "uniform"]
 Bounds = tuple[float, float]
 
@@ -60,7 +60,7 @@ class FedHyperCallback(AggregationRule):
             each client within its local steps (``"CL"``), ``"G+SL"`` or ``"G+CL"``.
         alpha_bounds: Bounds of the server's rate: ``(1/3, 3)`` as published, ``(0.2, 5.0)`` in the authors' code.
         beta_bounds: Bounds of the local rate, as multiples of the optimiser's.
-        normalise: ``"none"``: products as published. ``"cos"``: cosines in their place, as shares of the present rate.
+        normalise_by: ``"none"``: products as published. ``"norms"``: cosines in their place, as shares of the present rate.
             ``"lr"``: products of displacements as shares of the initial rate; for CL the form of the authors' code.
         hyper_lr: Factor on the products; 1 as published.
         weighting: Weights ``p_k``: by ``"examples"``, or ``"uniform"`` as in the authors' code.
@@ -80,7 +80,7 @@ class FedHyperCallback(AggregationRule):
         *,
         alpha_bounds: Bounds = (1 / 3, 3.0),
         beta_bounds: Bounds = (0.1, 10.0),
-        normalise: Normalise = "none",
+        normalise_by: NormaliseBy = "none",
         hyper_lr: float = 1.0,
         weighting: Weighting = "examples",
         **federation: Any,
@@ -93,7 +93,7 @@ class FedHyperCallback(AggregationRule):
             )
         for name, value, allowed in (
             ("adapt", adapt, get_args(Adapt)),
-            ("normalise", normalise, get_args(Normalise)),
+            ("normalise_by", normalise_by, get_args(NormaliseBy)),
             ("weighting", weighting, get_args(Weighting)),
         ):
             if value not in allowed:
@@ -103,7 +103,7 @@ class FedHyperCallback(AggregationRule):
                 raise ValueError(f"`{name}` must be two positive numbers around 1, such as (0.2, 5.0), got {bounds!r}.")
         if not (isinstance(hyper_lr, (int, float)) and math.isfinite(hyper_lr) and hyper_lr >= 0):
             raise ValueError(f"`hyper_lr` must be a finite number of at least 0, got {hyper_lr!r}.")
-        self.adapt, self.normalise, self.weighting = adapt, normalise, weighting
+        self.adapt, self.normalise_by, self.weighting = adapt, normalise_by, weighting
         self.alpha_bounds = (float(alpha_bounds[0]), float(alpha_bounds[1]))
         self.beta_bounds = (float(beta_bounds[0]), float(beta_bounds[1]))
         self.hyper_lr = float(hyper_lr)
@@ -127,7 +127,7 @@ class FedHyperCallback(AggregationRule):
 
     def describe(self) -> str:
         """The rule and its settings, for the line that opens a run."""
-        return f"FedHyperCallback(adapt={self.adapt}, normalise={self.normalise})"
+        return f"FedHyperCallback(adapt={self.adapt}, normalise_by={self.normalise_by})"
 
     def summary(self) -> dict[str, float]:
         """The rates of the server, and of the clients as a multiple of their optimiser's."""
@@ -138,7 +138,7 @@ class FedHyperCallback(AggregationRule):
         learned = ", ".join(f"{name} {value:.3g}" for name, value in self.summary().items())
         return (
             f" FedHyper learns rates (adapt={self.adapt}; {learned}): narrow `alpha_bounds` or `beta_bounds`, lower"
-            f" `hyper_lr` ({self.hyper_lr:g}), or use `normalise='cos'`."
+            f" `hyper_lr` ({self.hyper_lr:g}), or use `normalise_by='norms'`."
         )
 
     def raw_weight(self, update: ClientUpdate) -> float:
@@ -157,7 +157,7 @@ class FedHyperCallback(AggregationRule):
         alpha, beta = state["alpha"], state["beta"]
         metrics: dict[str, float] = {}
         if "delta" in state:
-            previous, relative = state["delta"], self.normalise == "cos"
+            previous, relative = state["delta"], self.normalise_by == "norms"
             product = -dot(moved, previous)
             if relative:
                 lengths = dot(moved, moved).sqrt() * dot(previous, previous).sqrt()
@@ -170,7 +170,7 @@ class FedHyperCallback(AggregationRule):
             if "G" in self.adapt:
                 alpha = next_rate(alpha, step, self.alpha_bounds, relative=relative)
             if "SL" in self.adapt:
-                own = step / _one(cohort.learning_rates) if self.normalise == "none" else step
+                own = step / _one(cohort.learning_rates) if self.normalise_by == "none" else step
                 beta = next_rate(beta, own, self.beta_bounds, relative=relative)
             metrics = {"product": product.item()}
         new = {"alpha": alpha.clone(), "beta": beta.clone(), "delta": -moved, "cohort_size": torch.tensor(len(cohort))}
@@ -187,7 +187,7 @@ class FedHyperCallback(AggregationRule):
         if "CL" in self.adapt:
             delta = layout.views(state["delta"]) if "delta" in state else None
             return ClientRate(
-                delta, self.beta_bounds, self.normalise, self.hyper_lr, cohort_size=int(state.get("cohort_size", 1))
+                delta, self.beta_bounds, self.normalise_by, self.hyper_lr, cohort_size=int(state.get("cohort_size", 1))
             )
         return None
 
@@ -219,7 +219,7 @@ class ClientRate(LocalPace):
     Args:
         delta: ``D_(t-1)`` by name of the parameter; ``None`` before the first round.
         bounds: Bounds of the rate, as multiples of the optimiser's.
-        normalise: As in :class:`FedHyperCallback`.
+        normalise_by: As in :class:`FedHyperCallback`.
         hyper_lr: As there.
         cohort_size: Clients of the last round.
     """
@@ -228,11 +228,11 @@ class ClientRate(LocalPace):
         self,
         delta: Mapping[str, Tensor] | None,
         bounds: Bounds = (0.1, 10.0),
-        normalise: Normalise = "none",
+        normalise_by: NormaliseBy = "none",
         hyper_lr: float = 1.0,
         cohort_size: int = 1,
     ) -> None:
-        self.delta, self.bounds, self.normalise = delta, bounds, normalise
+        self.delta, self.bounds, self.normalise_by = delta, bounds, normalise_by
         self.hyper_lr, self.cohort_size = hyper_lr, cohort_size
         self.numbers_sent = 0 if delta is None else sum(value.numel() for value in delta.values())
 
@@ -241,7 +241,7 @@ class ClientRate(LocalPace):
         number = next(iter(start.values())).new_tensor
         if self.delta is not None:  # on another device, if it comes from a checkpoint
             self.delta = {name: self.delta[name].to(p) for name, p in start.items()}
-        last = self.delta if self.normalise == "lr" and self.delta is not None else {}
+        last = self.delta if self.normalise_by == "lr" and self.delta is not None else {}
         return {
             "multiple": number(1.0),
             "is_first": number(1.0),
@@ -256,23 +256,23 @@ class ClientRate(LocalPace):
         lead = multiple.ndim
         last = {name: state[f"last {name}"] for name in gradients}
         delta = self.delta or {name: torch.zeros_like(value) for name, value in last.items()}
-        if self.normalise == "cos":
+        if self.normalise_by == "norms":
             product = _cosine(gradients, last, lead) + _cosine(gradients, delta, lead) / state["num_steps"]
-        elif self.normalise == "none":
+        elif self.normalise_by == "none":
             product = (_inner(gradients, last, lead) + _inner(gradients, delta, lead) / state["num_steps"]) / rate
         else:
             share = CODE_GLOBAL / self.cohort_size
             product = multiple * rate * (_inner(gradients, last, lead) + share * _inner(gradients, delta, lead))
             product = product.clamp(max=(CODE_STEP - 1) / max(self.hyper_lr, 1e-12))
-        moved = next_rate(multiple, self.hyper_lr * product, self.bounds, relative=self.normalise != "none")
+        moved = next_rate(multiple, self.hyper_lr * product, self.bounds, relative=self.normalise_by != "none")
         after = torch.where(is_first, multiple, moved)
-        size = multiple * rate if self.normalise == "lr" else torch.ones_like(rate)
+        size = multiple * rate if self.normalise_by == "lr" else torch.ones_like(rate)
         kept = {name: _broad(size, value) * value for name, value in gradients.items()}
-        if self.normalise == "lr":  # the first step is not looked at
+        if self.normalise_by == "lr":  # the first step is not looked at
             kept = {name: torch.where(_broad(is_first, value), last[name], value) for name, value in kept.items()}
         new = {**state, "multiple": after, "is_first": torch.zeros_like(multiple)}
         new |= {f"last {name}": value for name, value in kept.items()}
-        return multiple if self.normalise == "lr" else after, new
+        return multiple if self.normalise_by == "lr" else after, new
 
 
 def _one(rates: Sequence[float]) -> float:
