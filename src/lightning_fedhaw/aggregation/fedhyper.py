@@ -61,7 +61,8 @@ class FedHyperCallback(AggregationRule):
         alpha_bounds: Bounds of the server's rate: ``(1/3, 3)`` as published, ``(0.2, 5.0)`` in the authors' code.
         beta_bounds: Bounds of the local rate, as multiples of the optimiser's.
         normalise_by: ``"none"``: products as published. ``"norms"``: cosines in their place, as shares of the present
-            rate. ``"lr"``: products of displacements as shares of the initial rate; for CL the form of the authors' code.
+            rate. ``"lr"``: products of displacements as shares of the initial rate; for CL the form of the authors'
+            code.
         hyper_lr: Factor on the products; 1 as published.
         weighting: Weights ``p_k``: by ``"examples"``, or ``"uniform"`` as in the authors' code.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
