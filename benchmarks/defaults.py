@@ -34,7 +34,7 @@ PROJECTS: dict[str, tuple[MakeOptimizer, int]] = {
 RULES: dict[str, Callable[..., AggregationRule]] = {
     "FedAvg": FedAvgCallback,
     "FedHAW (default)": FedHAWCallback,
-    "FedHAW (lr_gamma=0.5)": lambda **options: FedHAWCallback(lr_gamma=0.5, **options),
+    "FedHAW (lr_gamma=0)": lambda **options: FedHAWCallback(lr_gamma=0.0, **options),
 }
 
 

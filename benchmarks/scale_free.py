@@ -61,10 +61,10 @@ RULES: dict[str, Callable[[], AggregationRule]] = {
     "FedAvg": FedAvgCallback,
     **{f"published {rate:g}": partial(published, rate) for rate in RATES},
     "default": FedHAWCallback,
-    "lr_gamma=0.5": partial(FedHAWCallback, lr_gamma=0.5),
+    "lr_gamma=0": partial(FedHAWCallback, lr_gamma=0.0),
 }
 TUNED = "published, tuned"
-SHOWN = ["FedAvg", TUNED, "default", "lr_gamma=0.5"]
+SHOWN = ["FedAvg", TUNED, "default", "lr_gamma=0"]
 
 
 # ---------------------------------------------------------------------- federations
@@ -316,7 +316,7 @@ def draw(scores: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     figure = Figure(figsize=(9.5, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    looks = {TUNED: ("#D55E00", "s"), "default": ("#0072B2", "o"), "lr_gamma=0.5": ("#009E73", "^")}
+    looks = {TUNED: ("#D55E00", "s"), "default": ("#0072B2", "o"), "lr_gamma=0": ("#009E73", "^")}
     names = [cell for cell in scores if "FedAvg" in scores[cell]]
     for offset, (rule, (color, marker)) in zip((0.22, 0.0, -0.22), looks.items(), strict=True):
         for at, cell in enumerate(reversed(names)):

@@ -45,7 +45,6 @@ RULES: dict[str, Callable[[], fed.AggregationRule]] = {
     "FedHyper G+SL": lambda: fed.FedHyperCallback("G+SL", normalise_by="norms", hyper_lr=0.1),
     "FedHyper G+CL": lambda: fed.FedHyperCallback("G+CL", normalise_by="norms", hyper_lr=0.1),
     "FedHAW": fed.FedHAWCallback,
-    "FedHAW with scale": lambda: fed.FedHAWCallback(lr_gamma=0.5),
     "FedHAW published": lambda: fed.FedHAWCallback(normalise_by="lr"),
     "SCAFFOLD": fed.ScaffoldCallback,
     "FedDyn": lambda: fed.FedDynCallback(alpha=0.1),

@@ -67,7 +67,7 @@ RULES = {
     "SCAFFOLD": ScaffoldCallback,
     "FedOpt on SCAFFOLD": lambda: FedOptCallback(rule=ScaffoldCallback(), lr=0.9),
     "FedHAW": FedHAWCallback,
-    "FedHAW all learned": lambda: FedHAWCallback(lr_gamma=0.5, lr_lambda=1.0),
+    "FedHAW all learned": lambda: FedHAWCallback(lr_gamma=2.0, lr_lambda=1.0),
     "FedHAW by steps": by_steps,
     "FedHAW exact": lambda: FedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-3, jacobian="exact", normalise_by="lr"),
     "FedHAW by lr": lambda: FedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-3, normalise_by="lr"),

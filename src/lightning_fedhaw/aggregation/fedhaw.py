@@ -148,8 +148,7 @@ class FedHAWCallback(AggregationRule):
     The first round is FedAvg; so is every round before a cohort has come back.
 
     Args:
-        lr_gamma: Step size of the log-scale. Default: 0 with ``normalise_by="norms"``, where
-            0.5 suits clients with few classes each and clean labels; else 1e-3.
+        lr_gamma: Step size of the log-scale. Default: 0.5 with ``normalise_by="norms"``, else 1e-3.
         lr_lambda: Step size of the logits. Default: 0.3 with ``normalise_by="norms"``, else 1e-2.
         lr_step: Step size of the logarithm of the server's step; with ``normalise_by="norms"`` only.
         jacobian: ``"diagonal"``, as in the authors' code, or ``"exact"``, the derivative. Default: ``"exact"`` with
@@ -209,7 +208,7 @@ class FedHAWCallback(AggregationRule):
     ) -> None:
         super().__init__(**federation)
         free = normalise_by == "norms"
-        lr_gamma = (0.0 if free else 1e-3) if lr_gamma is None else lr_gamma
+        lr_gamma = (0.5 if free else 1e-3) if lr_gamma is None else lr_gamma
         lr_lambda = (0.3 if free else 1e-2) if lr_lambda is None else lr_lambda
         jacobian = ("exact" if free else "diagonal") if jacobian is None else jacobian
         scale_bounds = (0.9, 1.1) if free and scale_bounds is None else scale_bounds
