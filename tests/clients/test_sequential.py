@@ -494,7 +494,7 @@ def test_each_parameter_needs_exactly_one_optimizer():
             return super().configure_optimizers()[0], torch.optim.SGD([self.net[0].weight], lr=0.1)
 
     with pytest.raises(ValueError, match=r"`net\.0\.weight` is in 2 optimisers instead of exactly one"):
-        trainer(rule=FedHAWCallback()).fit(Forgets(), DataLoader(samples(40), batch_size=8))
-    runner = trainer(rule=FedHAWCallback(), rounds=2)
+        trainer(rule=FedHAWCallback(normalise_by="lr")).fit(Forgets(), DataLoader(samples(40), batch_size=8))
+    runner = trainer(rule=FedHAWCallback(normalise_by="lr"), rounds=2)
     runner.fit(TwoOptimizers(), DataLoader(samples(40), batch_size=8))
     assert "gamma" in runner.callback_metrics
