@@ -1,6 +1,10 @@
+import copy
+import pickle
+
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Subset, WeightedRandomSampler
 
 from federations import QUIET, Classifier, samples
@@ -64,6 +68,17 @@ def test_evaluation_data_is_optional_and_may_be_a_loader():
     assert "val_acc" in runner.callback_metrics
     with pytest.warns(UserWarning, match="no `val_dataloader`"):
         pl.Trainer(max_epochs=1, **QUIET).fit(Classifier(), FederatedDataModule(samples()))
+
+
+@pytest.mark.parametrize("sent", [lambda d: pickle.loads(pickle.dumps(d)), copy.deepcopy], ids=["pickled", "copied"])
+def test_what_other_processes_are_sent_has_the_same_loaders(sent):
+    names = ("val_dataloader", "test_dataloader", "predict_dataloader")
+    for given in ({}, {"val": samples(10)}, {"test": samples(10)}):
+        data = FederatedDataModule(samples(), num_clients=2, **given)
+        there = sent(data)
+        shown = [is_overridden(name, there, pl.LightningDataModule) for name in names]
+        assert shown == [is_overridden(name, data, pl.LightningDataModule) for name in names]
+        assert shown == ["val" in given, "test" in given, "test" in given]
 
 
 def test_the_data_modules_number_must_agree_with_the_trainers():

@@ -183,6 +183,28 @@ def test_scaffold_finds_the_average_gradient_whatever_the_local_optimiser(nester
             assert states["mean"]["w"].item() == close(0.5, rel=1e-6)
 
 
+def test_scaffold_keeps_a_control_whose_rate_is_zero():
+    """A cosine ends at a rate of zero: nobody moves in that round, and nothing is divided by it."""
+
+    class Cosine(Classifier):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=2)]
+
+    def controls(rounds):
+        rule, module = ScaffoldCallback(), Cosine()
+        trainer(rule=rule, rounds=rounds).fit(module, loader())
+        (scaffold,) = rule.objectives
+        return flat(module), scaffold.mean, scaffold.state_dict()["clients"]
+
+    (before, mean, own), (after, later_mean, later_own) = controls(2), controls(3)
+    assert torch.equal(before, after)
+    for name, value in mean.items():
+        torch.testing.assert_close(later_mean[name], value, atol=1e-6, rtol=0)
+        for client, control in own.items():
+            torch.testing.assert_close(later_own[client][name], control[name], atol=1e-6, rtol=0)
+
+
 def test_scaffold_reads_each_groups_rate_as_scheduled():
     class Two(Quadratic):
         def __init__(self):

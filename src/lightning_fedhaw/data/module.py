@@ -20,6 +20,8 @@ from lightning_fedhaw.options import FederationOptions, check_whole
 
 Source = Dataset[Any] | DataLoader[Any] | Sequence[DataLoader[Any]]
 
+OPTIONAL_LOADERS = ("val_dataloader", "test_dataloader", "predict_dataloader")
+
 
 class FederatedDataModule(pl.LightningDataModule):
     """Training data that is dealt to clients, with validation, test and proxy data beside it.
@@ -97,10 +99,22 @@ class FederatedDataModule(pl.LightningDataModule):
         self._proxy_set: Dataset[Any] | None = None
         if self.inner is None:
             self._train = self._joined(train)
-        for name, source in (("val_dataloader", val), ("test_dataloader", test), ("predict_dataloader", test)):
+        self._hide_missing_loaders()
+
+    def _hide_missing_loaders(self) -> None:
+        """Lightning asks whether a hook is overridden; without data it must not seem to be."""
+        for name, source in zip(OPTIONAL_LOADERS, (self._val, self._test, self._test), strict=True):
             if source is None and (self.inner is None or not is_overridden(name, self.inner)):
-                # Lightning asks whether the hook is overridden; without data it must not seem to be.
                 setattr(self, name, getattr(super(), name))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What other processes are sent: methods are hidden there anew."""
+        return {name: value for name, value in vars(self).items() if name not in OPTIONAL_LOADERS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The same module as here."""
+        vars(self).update(state)
+        self._hide_missing_loaders()
 
     def _joined(self, train: Any) -> Dataset[Any]:
         if isinstance(train, (list, tuple)):

@@ -81,9 +81,15 @@ class Scaffold(ClientObjective):
         return {name: torch.zeros_like(value) for name, value in start.items()}
 
     def end_client(self, state: ClientState, start: Named, end: Named, num_steps: int) -> ClientState:
-        """The new ``c_k``; it stays where no step was made."""
+        """The new ``c_k``; it stays where no step was made, and for parameters whose rate is zero."""
         if self.option == "I":
             return {name: state[GRADIENT + name] for name in start}
         if not num_steps:
             return {}
-        return {n: (value - end[n]) / self._reach(n, num_steps) - state[n] for n, value in start.items()}
+        new = {}
+        for name, value in start.items():
+            reach = self._reach(name, num_steps)
+            # With c - c_k as the state, the old c_k is c less that.
+            gained = (value - end[name]) / reach if reach else self.mean.get(name, torch.zeros_like(value)).to(value)
+            new[name] = gained - state[name]
+        return new
