@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,7 +11,16 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from federations import Classifier, flat, loader, trainer, val_loader
-from lightning_fedhaw import FedAvgCallback, FederatedTrainer, FedHAWCallback
+from lightning_fedhaw import (
+    FedAdamCallback,
+    FedAvgCallback,
+    FedAvgMCallback,
+    FedDynCallback,
+    FederatedTrainer,
+    FedHAWCallback,
+    FedHyperCallback,
+    FedOptCallback,
+)
 
 ROUNDS = 5
 
@@ -165,7 +175,11 @@ def test_low_precision_models_resume_the_servers_float32_vector():
     ("kwargs", "said"),
     [
         ({"num_clients": 5}, "`num_clients` was 4 there and is 5 here"),
-        ({"make_rule": FedAvgCallback}, "the rule was 'FedHAWCallback' there and is 'FedAvgCallback' here"),
+        (
+            {"make_rule": FedAvgCallback},
+            r"the rule was 'FedHAWCallback\(normalise_by=norms, lr_lambda>0, hyper_optimizer=Adam\)' there and is"
+            " 'FedAvgCallback' here",
+        ),
         ({"seed": 9}, "the split of the training data"),
         (
             {"module": Classifier(lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), norm=True, hidden=9)},
@@ -178,6 +192,36 @@ def test_a_checkpoint_of_another_federation_is_refused(kwargs, said):
     fit(2)
     with pytest.raises((ValueError, RuntimeError), match=said):
         fit(4, ckpt_path="kept/last.ckpt", **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (FedHAWCallback, partial(FedHAWCallback, normalise_by="lr")),
+        (partial(FedHAWCallback, lr_lambda=0.0), FedHAWCallback),
+        (partial(FedAdamCallback, lr=0.1), partial(FedAdamCallback, lr=0.01)),
+        (partial(FedAvgMCallback, momentum=0.9), partial(FedAvgMCallback, momentum=0.5)),
+        (lambda: FedOptCallback(rule=FedHAWCallback()), FedOptCallback),
+        (lambda: FedOptCallback(rule=FedHAWCallback()), lambda: FedOptCallback(rule=FedHAWCallback(lr_lambda=0.0))),
+        (partial(FedHyperCallback, "G"), partial(FedHyperCallback, "G+SL")),
+        (partial(FedDynCallback, alpha=0.1), partial(FedDynCallback, alpha=0.5)),
+    ],
+    ids=["units", "weights", "server rate", "momentum", "inner rule", "inner settings", "rates", "alpha"],
+)
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_settings_that_the_rules_state_depends_on_may_not_change(before, now):
+    options = {"module": Classifier(lambda p: torch.optim.SGD(p, lr=0.05)), "optimizer_state": "fresh"}
+    fit(2, make_rule=before, **options)
+    with pytest.raises(ValueError, match="the rule was .* there and is .* here. Resume with the arguments"):
+        fit(4, make_rule=now, ckpt_path="kept/last.ckpt", **options)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_step_sizes_may_change():
+    fit(2)
+    makes = [partial(FedHAWCallback, g, 0.1, hyper_optimizer=torch.optim.Adam) for g in (0.01, 1.0)]
+    runs = [fit(4, make_rule=make, ckpt_path="kept/epoch=1.ckpt") for make in makes]
+    assert not torch.equal(*(flat(runner.lightning_module) for runner, *_ in runs))
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:The dirpath has changed")

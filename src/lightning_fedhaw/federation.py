@@ -229,7 +229,7 @@ class Federation:
     def fingerprint(self) -> dict[str, Any]:
         """What two runs must share for one to go on from the other's checkpoint."""
         return {
-            "rule": type(self.rule).__name__,
+            "rule": self.rule.identity,
             "num_clients": self.data.num_clients,
             "split": self.data.partition.fingerprint(),
             "parameters": self.layout.numel,

@@ -184,6 +184,11 @@ class AggregationRule(Callback):
         """The rule and its settings, for the line that opens a run."""
         return type(self).__name__
 
+    @property
+    def identity(self) -> str:
+        """What a run must share with the checkpoint that it goes on from, because the state depends on it."""
+        return type(self).__name__
+
     def summary(self) -> dict[str, float]:
         """What the rule has learned, for the table that closes a run; nothing by default."""
         return {}

@@ -49,6 +49,11 @@ class FedDynCallback(AggregationRule):
         """The rule and its settings, for the line that opens a run."""
         return f"FedDynCallback(alpha={self.alpha})"
 
+    @property
+    def identity(self) -> str:
+        """``alpha``, in whose units ``h`` and the clients' duals are."""
+        return f"{type(self).__name__}(alpha={self.alpha})"
+
     def init(self, start: Tensor, num_examples: Tensor) -> State:
         """``h = 0``."""
         return {"h": torch.zeros_like(start), "num_clients": len(num_examples)}

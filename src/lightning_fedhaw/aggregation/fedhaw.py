@@ -278,6 +278,13 @@ class FedHAWCallback(AggregationRule):
             f" hyper_optimizer={hyper})"
         )
 
+    @property
+    def identity(self) -> str:
+        """What the kept vectors and the hyper-optimiser's memory are made for; step sizes may change."""
+        hyper = "chosen" if self._chooses_hyper_optimizer else getattr(self.hyper_optimizer, "__name__", "given")
+        learns = "lr_lambda=0" if self.lr_lambda == 0 else "lr_lambda>0"
+        return f"{type(self).__name__}(normalise_by={self.normalise_by}, {learns}, hyper_optimizer={hyper})"
+
     def summary(self) -> dict[str, float]:
         """The scale and the server's step, and the range of the weights over all clients."""
         weights = torch.softmax(self.state["lambda_"], 0)

@@ -130,6 +130,11 @@ class FedHyperCallback(AggregationRule):
         """The rule and its settings, for the line that opens a run."""
         return f"FedHyperCallback(adapt={self.adapt}, normalise_by={self.normalise_by})"
 
+    @property
+    def identity(self) -> str:
+        """Which rates are learned."""
+        return f"{type(self).__name__}(adapt={self.adapt})"
+
     def summary(self) -> dict[str, float]:
         """The rates of the server, and of the clients as a multiple of their optimiser's."""
         return {name: float(self.state[name]) for name in ("alpha", "beta") if name in self.state}

@@ -159,6 +159,12 @@ class FedOptCallback(AggregationRule):
         inner = "" if self.rule is None else f", rule={self.rule.describe()}"
         return f"{type(self).__name__}({self._describe_optimizer()}, lr={self.lr}{inner})"
 
+    @property
+    def identity(self) -> str:
+        """The optimiser and its settings, which its state holds too, and the inner rule's identity."""
+        inner = "" if self.rule is None else f", rule={self.rule.identity}"
+        return f"{type(self).__name__}({self._describe_optimizer()}, lr={self.lr}{inner})"
+
     def _describe_optimizer(self) -> str:
         made = self.optimizer
         name = getattr(made.func if isinstance(made, partial) else made, "__name__", repr(made))
