@@ -3,11 +3,15 @@
 A. Nakai-Kasai and T. Wadayama: FedHAW, arXiv 2605.00458, section IV-B; https://github.com/a-nakai-k/FedHAW.
 
     python benchmarks/parity/mnist.py --data SPLIT.npz
+    python benchmarks/parity/mnist.py --data SPLIT.npz --errors 0.2          clients that fail, section IV-C
+    python benchmarks/parity/mnist.py --data SPLIT.npz --errors 0.5 --variants fedprox fedprox_haw       section IV-D
 
 ``SPLIT.npz`` holds ``train_x`` [60000, 28, 28] and ``test_x`` [10000, 28, 28] (bytes 0 to 255), ``train_y`` and
 ``test_y`` (labels), and the client of each training image under the two splits, ``client_alpha01`` and
 ``client_alpha1`` [60000]. Images are scaled to [-1, 1], for training and for testing alike. As with the authors, 100 of
-the test images are FedLAW's proxy data, and every rule is tested on the other 9,900.
+the test images are FedLAW's proxy data, and every rule is tested on the other 9,900. With
+``--errors P`` every client has an error rate up to ``P`` and fails as in the authors' code (their seed, 23); a client
+that fails does not train, and the model just broadcast takes its place.
 
 Every (variant, seed) writes its rounds to the folder ``--out`` when it is finished and is not run again, so an
 interrupted experiment goes on where it was. At the end, and with ``--report-only`` at any time, the finished runs
@@ -34,6 +38,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 
 from lightning_fedhaw import (
     AggregationRule,
+    ErasureChannel,
     FedAdpCallback,
     FedAvgCallback,
     FederatedDataModule,
@@ -42,6 +47,7 @@ from lightning_fedhaw import (
     FedHyperCallback,
     FedLAWCallback,
     FedLWSCallback,
+    FedProx,
     IndexPartitioner,
     RoundObserver,
 )
@@ -52,6 +58,7 @@ LAST_ROUNDS = 10
 TARGET = 0.8
 TEST_BATCH_SIZE = 1000
 PROXY_SAMPLES = 100
+ERROR_SEED = 23
 
 VARIANTS: dict[str, Callable[[], AggregationRule]] = {
     "fedavg": FedAvgCallback,
@@ -64,11 +71,17 @@ VARIANTS: dict[str, Callable[[], AggregationRule]] = {
     "diagonal": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalise_by="lr"),
     "exact": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalise_by="lr", jacobian="exact"),
     "default": FedHAWCallback,
+    "slow": lambda: FedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-2, normalise_by="lr"),
+    "fedprox": lambda: FedAvgCallback(weighting="batches"),
+    "fedprox_haw": lambda: FedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-2, normalise_by="lr"),
+    "fedprox_default": FedHAWCallback,
     "scale_only": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=0.0, normalise_by="lr"),
     "diagonal_weights": lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=1e-2, normalise_by="lr"),
     "exact_weights": lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=1e-2, normalise_by="lr", jacobian="exact"),
 }
+PROXIMAL = {"fedprox", "fedprox_haw", "fedprox_default"}
 MAIN_VARIANTS = ["fedavg", "fedadp", "fedlws", "fedhyper", "fedlaw", "diagonal", "exact", "default"]
+ERROR_VARIANTS = ["fedavg", "fedadp", "fedlws", "fedhyper", "slow", "diagonal", "default", "fedlaw"]
 LABELS = {
     "fedavg": "FedAvg",
     "fedadp": "FedAdp",
@@ -78,6 +91,10 @@ LABELS = {
     "diagonal": "FedHAW, diagonal (authors' rule)",
     "exact": "FedHAW, exact",
     "default": "FedHAW, package defaults",
+    "slow": "FedHAW, diagonal, lr_gamma 1e-4 (authors' with errors)",
+    "fedprox": "FedProx",
+    "fedprox_haw": "FedProx + HAW (authors' rule, lr_gamma 1e-4)",
+    "fedprox_default": "FedProx + HAW, package defaults",
     "scale_only": "FedHAW, scale alone",
     "diagonal_weights": "FedHAW, diagonal, weights alone",
     "exact_weights": "FedHAW, exact, weights alone",
@@ -92,6 +109,10 @@ STYLES = {
     "fedlws": ("#E69F00", "--"),
     "fedhyper": ("#56B4E9", "-"),
     "fedlaw": ("#7F7F7F", "-"),
+    "slow": ("#D55E00", "-"),
+    "fedprox": ("#000000", "--"),
+    "fedprox_haw": ("#0072B2", "-"),
+    "fedprox_default": ("#009E73", "-."),
     "scale_only": ("#CC79A7", ":"),
     "diagonal_weights": ("#E69F00", ":"),
     "exact_weights": ("#56B4E9", ":"),
@@ -209,21 +230,20 @@ def _scaled(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).flatten(1).float() / 127.5 - 1
 
 
-def run(
-    variant: str,
-    seed: int,
-    rounds: int,
-    lr: float,
-    data: Data,
-) -> list[Round]:
+def run(variant: str, seed: int, rounds: int, lr: float, errors: float, data: Data) -> list[Round]:
     """Train one variant with one seed; the initial model and the clients' batches depend on the seed alone."""
     torch.manual_seed(seed)
     recorder = Recorder(f"{variant}, seed {seed},")
+    callbacks: list[pl.Callback] = [VARIANTS[variant](), recorder]
+    if variant in PROXIMAL:
+        callbacks.append(FedProx(1e-3))
+    if errors:
+        callbacks.append(ErasureChannel(max_probability=errors, legacy_seed=ERROR_SEED, fallback="zero_update"))
     trainer = FederatedTrainer(
         rounds=rounds,
         local_epochs=1,
         seed=seed,
-        callbacks=[VARIANTS[variant](), recorder],
+        callbacks=callbacks,
         client_eval=False,
         num_sanity_val_steps=0,
         accelerator="cpu",
@@ -247,8 +267,13 @@ def run(
 
 
 def run_file(args: argparse.Namespace, variant: str, seed: int) -> Path:
+    return args.out / f"mnist_{args.split}_{args.rounds}_{variant}{apart(args)}_seed{seed}.csv"
+
+
+def apart(args: argparse.Namespace) -> str:
+    """What tells an experiment's files from the main one's."""
     rate = "" if args.lr == LEARNING_RATE else f"_lr{args.lr:g}"
-    return args.out / f"mnist_{args.split}_{args.rounds}_{variant}{rate}_seed{seed}.csv"
+    return rate + (f"_errors{args.errors:g}" if args.errors else "")
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -390,18 +415,16 @@ def report(runs: Runs, args: argparse.Namespace) -> None:
         return
     name = "mnist_parity"
     name += "" if args.split == "alpha01" else f"_{args.split}"
-    name += "" if args.lr == LEARNING_RATE else f"_lr{args.lr:g}"
+    name += apart(args)
     args.results.mkdir(parents=True, exist_ok=True)
     markdown = table(runs)
     (args.results / f"{name}.md").write_text(markdown)
     write_csv(args.results / f"{name}.csv", tidy(runs))
     alpha = {"alpha01": "0.1", "alpha1": "1.0"}[args.split]
     seeds = max(len(r) for r in runs.values())
-    draw(
-        runs,
-        args.pictures / f"{name}.png",
-        f"MNIST, ten clients, the FedHAW authors' Dirichlet({alpha}) split, mean of {seeds} seeds",
-    )
+    title = f"MNIST, ten clients, the FedHAW authors' Dirichlet({alpha}) split, mean of {seeds} seeds"
+    title += f", error rates up to {args.errors:g}" if args.errors else ""
+    draw(runs, args.pictures / f"{name}.png", title)
     print(markdown)
 
 
@@ -412,13 +435,15 @@ def main() -> None:
     parser.add_argument("--split", choices=["alpha01", "alpha1"], default="alpha01")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=MAIN_VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="by default the table's")
+    parser.add_argument("--errors", type=float, default=0.0, help="largest error rate of a client")
     parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="local learning rate")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of table and CSV")
     parser.add_argument("--pictures", type=Path, default=Path("docs/images"), help="folder of the picture")
     parser.add_argument("--report-only", action="store_true", help="run nothing, report on what is there")
     args = parser.parse_args()
+    args.variants = args.variants or (ERROR_VARIANTS if args.errors else MAIN_VARIANTS)
     torch.set_num_threads(args.threads)
     data = None
     for seed in args.seeds:
@@ -427,7 +452,7 @@ def main() -> None:
             if args.report_only or path.exists():
                 continue
             data = data or load(args.data, args.split)
-            write_csv(path, [asdict(row) for row in run(variant, seed, args.rounds, args.lr, data)])
+            write_csv(path, [asdict(row) for row in run(variant, seed, args.rounds, args.lr, args.errors, data)])
     report(finished(args), args)
 
 
