@@ -1,7 +1,11 @@
 """Every mistake gets one sentence that names the argument, what is allowed, what came and the remedy."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.optim import LBFGS
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
 
 from federations import QUIET, Classifier, flat, loader, samples, trainer
@@ -14,7 +18,9 @@ from lightning_fedhaw import (
     FedLAWCallback,
     FedOptCallback,
     IIDPartitioner,
+    KrumCallback,
     MultiKrumCallback,
+    OverTheAirChannel,
     ServerFineTuningCallback,
 )
 from lightning_fedhaw.data import EveryoneSampler
@@ -166,6 +172,14 @@ def test_proxy_data(make, proxy, error, message):
     assert torch.equal(flat(module), flat(Classifier()))
 
 
+def test_the_rule_within_a_rule_is_named_where_it_needs_single_updates():
+    with pytest.raises(ValueError, match="gives the server the sum of the updates alone, and KrumCallback needs each"):
+        runner = trainer(
+            rule=FedOptCallback(rule=FedOptCallback(rule=KrumCallback())), callbacks=[OverTheAirChannel(9.0)]
+        )
+        runner.fit(Classifier(), loader())
+
+
 def test_more_clients_to_keep_than_there_are():
     with pytest.raises(
         ValueError,
@@ -183,17 +197,30 @@ READY = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
         (lambda: FedOptCallback(READY), "`optimizer` must make .* got a ready-made SGD"),
         (
             lambda: FedLAWCallback(optimizer=READY),
-            "`optimizer` must make .* of type SGD: what it will step on does not",
+            "`optimizer` must make .* got a ready-made SGD",
         ),
-        (lambda: ServerFineTuningCallback(optimizer=READY), "`optimizer` must make .* an object of type SGD"),
-        (lambda: FedHAWCallback(hyper_optimizer=READY), "`hyper_optimizer` must make .* an object of type SGD"),
+        (lambda: ServerFineTuningCallback(optimizer=READY), "`optimizer` must make .* got a ready-made SGD"),
+        (lambda: FedHAWCallback(hyper_optimizer=READY), "`hyper_optimizer` must make .* got a ready-made SGD"),
         (
-            lambda: FedLAWCallback(scheduler=torch.optim.lr_scheduler.StepLR(READY, 1)),
-            "`scheduler` must make a schedule from the optimiser, .* an object of type StepLR",
+            lambda: FedLAWCallback(scheduler=StepLR(READY, 1)),
+            "`scheduler` must make a schedule from the optimiser.* got a ready-made StepLR",
         ),
+        (
+            lambda: FedOptCallback(LBFGS),
+            r"`optimizer` must .* given gradient: .*`partial\(torch.* got LBFGS .*`closure`",
+        ),
+        (lambda: FedHAWCallback(hyper_optimizer=LBFGS), "`hyper_optimizer` must make .* got LBFGS .*`closure`"),
+        (lambda: FedOptCallback(lr_scheduler=StepLR), r"`lr_scheduler` .*`partial\(StepLR, .* got StepLR .*step_size"),
+        (
+            lambda: FedOptCallback(lr_scheduler=ReduceLROnPlateau),
+            "`lr_scheduler` must .*ReduceLROnPlateau.step wants `metrics`",
+        ),
+        (lambda: FedLAWCallback(scheduler=StepLR), "`scheduler` must make a schedule .* got StepLR .*step_size"),
+        (lambda: FedOptCallback(partial(torch.optim.SGD, momentun=0.9)), "`optimizer` must make .* 'momentun'"),
+        (lambda: ServerFineTuningCallback(optimizer="adam"), "`optimizer` must make .* got 'adam'"),
     ],
 )
-def test_an_optimizer_or_a_schedule_that_is_ready_made(make, message):
+def test_an_optimizer_or_a_schedule_that_cannot_be_made_or_is_ready_made(make, message):
     with pytest.raises(TypeError, match=message):
         make()
 

@@ -1,11 +1,13 @@
 """The parts of a round: failures, channels, buffers, storage, logs, observers."""
 
 import csv
+from functools import partial
 
 import pytest
 import torch
 import torchmetrics
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
 from federations import Classifier, flat, loader, samples, train, trainer, val_loader
@@ -13,11 +15,19 @@ from lightning_fedhaw import (
     AggregationRule,
     Channel,
     ClientObjective,
+    ErasureChannel,
+    FedAdamCallback,
+    FedAdpCallback,
     FedAvgCallback,
     FedHAWCallback,
+    FedHyperCallback,
+    FedNovaCallback,
+    FedOptCallback,
+    FedProx,
     IndexPartitioner,
     RoundObserver,
     RuleStep,
+    ScaffoldCallback,
 )
 from lightning_fedhaw.data import FixedSequenceSampler
 
@@ -49,6 +59,20 @@ def test_a_client_that_returns_nan_is_named_and_left_out():
     assert float(runner.callback_metrics["train_loss"]) < 10, "its loss is left out too"
     trainer(rounds=2, **{**HALVES, "sampler": FixedSequenceSampler([[1], [1]])}).fit(other, plain())
     assert torch.equal(flat(module), flat(other)), "a client that failed equals one that did not come"
+
+
+@pytest.mark.filterwarnings("ignore:Client . returned non-finite")
+def test_a_round_in_which_only_states_of_objectives_fail_says_so():
+    class Failing(ClientObjective):
+        def gradient(self, parameters, start, state):
+            return {name: torch.zeros_like(value) for name, value in parameters.items()}
+
+        def end_client(self, state, start, end, num_steps):
+            return {"own": torch.tensor(torch.nan)}
+
+    told = r"Every client of round 0 .*\(Client 0 returned non-finite states of client objectives in round 0\)"
+    with pytest.raises(FloatingPointError, match=told):
+        trainer(callbacks=[Failing()]).fit(Classifier(), loader())
 
 
 def test_a_client_that_returns_nan_can_end_the_run_and_the_global_model_survives():
@@ -588,6 +612,40 @@ def test_the_closing_table(capsys):
     assert stats["mean"] == pytest.approx(float(torch.stack(accuracies).mean()), abs=1e-6)
     assert stats["std"] == pytest.approx(float(torch.stack(accuracies).std(unbiased=False)), abs=1e-6)
     assert stats["worst_decile"] == pytest.approx(float(torch.stack(accuracies).quantile(0.1)), abs=1e-6)
+
+
+STEPS = partial(StepLR, step_size=2)
+RULES = {
+    FedHAWCallback: (
+        "lr_gamma=0.5, lr_lambda=0.3, lr_step=0.3, jacobian=exact, normalise_by=norms, scale_bounds=(0.9, 1.1),"
+        " step_bounds=(1, 8), hyper_optimizer=SGD, memory=device",
+        ["scale", "server step", "weight min", "weight max"],
+    ),
+    partial(FedHAWCallback, normalise_by="lr"): ("gamma_for_lambda=new, pseudo_gradient=weighted", ["scale"]),
+    FedHyperCallback: ("alpha_bounds=(0.333333, 3), beta_bounds=(0.1, 10), normalise_by=none, hyper_lr=1", ["alpha"]),
+    ScaffoldCallback: ("ScaffoldCallback(option=II, server_lr=1)", ["Scaffold, FedProx"]),
+    FedNovaCallback: ("FedNovaCallback(momentum=0, proximal=0.5", ["tau eff"]),
+    FedAdpCallback: ("smooth_by=participations", ["weight/min", "weight/max"]),
+    FedAdamCallback: ("FedAdamCallback(lr=0.1, beta1=0.9, beta2=0.99, tau=0.001", ["server lr"]),
+    partial(
+        FedOptCallback, partial(torch.optim.SGD, momentum=0.9), rule=FedAdpCallback(alpha=0.5), lr_scheduler=STEPS
+    ): (
+        "optimizer=SGD(momentum=0.9), lr=1, lr_scheduler=StepLR(step_size=2), rule=FedAdpCallback(alpha=0.5,",
+        ["server lr", "weight/min", "weight/max"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "opening", "closing"), [(make, *told) for make, told in RULES.items()])
+def test_the_opening_line_has_the_settings_and_the_table_what_was_learned(make, opening, closing, caplog, capsys):
+    beside = [ErasureChannel(0.25, fallback="discard"), FedProx(mu=0.5)]
+    train(rounds=3, rule=make(), callbacks=beside, seed=4, client_eval=False)
+    (line,) = [message for message in caplog.messages if message.startswith("Federation: ")]
+    table = capsys.readouterr().out
+    assert opening in line
+    assert "), ErasureChannel(probability=0.25, link=uplink, fallback=discard), FedProx(mu=0.5), 4 clients" in line
+    for word in (*closing, "ErasureChannel (uplink)", "objectives"):
+        assert word in table, word
 
 
 def test_held_out_data_is_not_trained_on_and_is_what_clients_are_evaluated_on():

@@ -213,7 +213,7 @@ class Federation:
                     num_examples=self.data.num_examples,
                     parcel=parcel,
                     channels=channels,
-                    rule=type(self.rule).__name__,
+                    rule=type(self.rule.innermost).__name__,
                     raw_weight=self.rule.raw_weight,
                     beside=[
                         *(["buffers"] if self.server.buffers and self.options.buffers != "keep" else []),
@@ -357,7 +357,7 @@ class Federation:
         for sentence in excluded:
             rank_zero_warn(f"{sentence} and was left out of the aggregation.")
         tally.nonfinite_updates += len(excluded)
-        self._check_arrivals(round_, clients, trainees, updates)
+        self._check_arrivals(round_, clients, trainees, updates, excluded)
         with tally.phase("aggregation"):
             metrics = self._aggregate(round_, start, store, arrived, drawn=len(clients))
             self._share(start, shared, [replace(record, raw_weight=1.0) for record in arrived if record.heard])
@@ -530,13 +530,18 @@ class Federation:
         return replace(update, displacement=_NOTHING, buffers=buffers, logged=logged, memory={})
 
     def _check_arrivals(
-        self, round_: int, clients: Sequence[int], trainees: Sequence[int], updates: Sequence[ClientUpdate]
+        self,
+        round_: int,
+        clients: Sequence[int],
+        trainees: Sequence[int],
+        updates: Sequence[ClientUpdate],
+        excluded: Sequence[str],
     ) -> None:
         # Where most of the cohort is lost, the few that are left may be the few that always fail.
         if not updates and len(trainees) > len(clients) / 2:
             raise FloatingPointError(
-                f"Every client of round {round_} returned non-finite parameters, so training has diverged. The global"
-                " model is the one before this round. Lower the local learning rate, or clip gradients"
+                f"Every client of round {round_} returned non-finite values, so training has diverged ({excluded[0]})."
+                " The global model is the one before this round. Lower the local learning rate, or clip gradients"
                 f" (`gradient_clip_val=1.0`).{self.rule.advice()}"
             )
         if updates and not any(update.num_steps for update in updates):

@@ -38,8 +38,8 @@ from lightning_fedhaw.evaluation import SharedEvaluationLoop, same_value
 from lightning_fedhaw.federation import Federation, Report
 from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.memory import release
-from lightning_fedhaw.objectives.base import find_objectives
-from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.objectives.base import ClientObjective, find_objectives
+from lightning_fedhaw.options import FederationOptions, described
 from lightning_fedhaw.progress import replace_default_bar
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.refusals import check_callbacks, check_trainer
@@ -319,8 +319,10 @@ class RoundLoop(_FitLoop):
         kept = (
             cohort * federation.layout.numel * federation.layout.dtype.itemsize if federation.rule.keeps_cohort else 0
         )
+        callbacks = cast(Any, self.trainer).callbacks
+        beside = [described(c) for c in callbacks if isinstance(c, (Channel, ClientObjective))]
         rank_zero_info(
-            f"Federation: {federation.rule.describe()}, {data.num_clients} clients with"
+            f"Federation: {', '.join([federation.rule.describe(), *beside])}, {data.num_clients} clients with"
             f" {_range(sizes)} samples, {cohort} a round, batch size"
             f" {data.settings.batch_size}, {federation.layout.numel:,} parameters, {traffic} a round"
             + (f", a checkpoint holds {kept / 1e6:.3g} MB of client vectors" if kept else "")
@@ -365,14 +367,19 @@ class RoundLoop(_FitLoop):
                     f"The clients could not be evaluated on their own data ({type(error).__name__}: {error}), so the"
                     " closing table has no client metrics. `client_eval=False` skips this."
                 )
+        metrics = trainer.callback_metrics
+        learned = {name: float(metrics[name]) for name in rule.headlines if name in metrics} | rule.summary()
         summary: dict[str, Any] = {
             "rule": type(rule).__name__,
+            "channels": [f"{type(c).__name__} ({c.link})" for c in (*federation.uplink, *federation.downlink)],
+            "objectives": [type(objective).__name__ for objective in federation.engine.objectives],
             "rounds": rounds,
             "clients": federation.data.num_clients,
             "clients_per_round": tally.heard / max(rounds, 1),
             "parameters": federation.layout.numel,
-            "metrics": _headlines(trainer.callback_metrics, self.epoch_loop.rule_metrics),
-            **rule.summary(),
+            "metrics": _headlines(metrics, self.epoch_loop.rule_metrics),
+            **learned,
+            "learned": list(learned),
             **{k: v for channel in (*federation.uplink, *federation.downlink) for k, v in channel.summary().items()},
             "client_metrics": client_metrics,
             "clients_measured_on": "held-out data" if federation.options.client_val_fraction else "training data",

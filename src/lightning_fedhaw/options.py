@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -220,6 +222,42 @@ def check_names(taker: str, given: Iterable[str], known: Iterable[str]) -> None:
                 f"`{taker}` got an unexpected keyword argument '{name}'"
                 + (f"; did you mean `{near[0]}`?" if near else f"; it takes {', '.join(sorted(names))}.")
             )
+
+
+def described(thing: Any, *hidden: str, **instead: str | None) -> str:
+    """An object with its settings, for a line of the log.
+
+    Settings are the arguments of its constructors that it keeps under their own names and that are not ``None``.
+
+    Args:
+        thing: A rule, channel or objective.
+        hidden: Names to leave out.
+        instead: What to say in place of a value, by its name.
+    """
+    passed = [
+        p
+        for kind in type(thing).__mro__
+        if "__init__" in vars(kind)
+        for p in inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    ]
+    names = dict.fromkeys(p.name for p in passed if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    told = {name: vars(thing).get(name) for name in names if name not in hidden}
+    settings = [f"{name}={instead.get(name) or _shown(value)}" for name, value in told.items() if value is not None]
+    return f"{type(thing).__name__}({', '.join(settings)})"
+
+
+def _shown(value: Any) -> str:
+    """A setting in few characters; what makes things by name and keywords, anything large by its type."""
+    if isinstance(value, partial):
+        arguments = [*map(_shown, value.args), *(f"{name}={_shown(each)}" for name, each in value.keywords.items())]
+        return f"{_shown(value.func)}({', '.join(arguments)})"
+    if isinstance(value, torch.Tensor) and value.numel() <= 4:
+        return _shown(value.tolist())
+    if isinstance(value, (tuple, list)) and len(value) <= 4:
+        return f"({', '.join(map(_shown, value))})"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value) if isinstance(value, (int, str)) else str(getattr(value, "__name__", type(value).__name__))
 
 
 def is_number(value: Any) -> bool:

@@ -45,6 +45,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     """The summary of a run as text."""
     rows: list[tuple[str, str]] = [
         ("rule", str(summary["rule"])),
+        *((name, ", ".join(summary[name])) for name in ("channels", "objectives") if summary[name]),
         ("rounds", str(summary["rounds"])),
         ("clients", f"{summary['clients']}, {summary['clients_per_round']:.4g} heard a round"),
         ("parameters", f"{summary['parameters']:,}"),
@@ -55,10 +56,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         rows.append(("troubles", told))
     if "epsilon" in summary:
         rows.append(("privacy of a client", f"epsilon {summary['epsilon']:.3g} at delta {summary['delta']:.3g}"))
-    if "scale" in summary:
-        rows.append(("scale", f"{summary['scale']:.4g}"))
-    if "weight_min" in summary:
-        rows.append(("weights", f"{summary['weight_min']:.3g} to {summary['weight_max']:.3g}"))
+    rows += [(name.replace("_", " "), f"{summary[name]:.4g}") for name in summary["learned"]]
     rows += [(name, f"{value:.4g}") for name, value in summary["metrics"].items()]
     blocks = [_table(("federation", ""), rows)]
     if summary["client_metrics"]:

@@ -444,6 +444,8 @@ def test_a_running_sum_is_not_enough():
     [
         ({"lr_gamma": -1e-3}, ValueError, "`lr_gamma` must be a finite number of at least 0, got -0.001"),
         ({"lr_gamma": "fast"}, ValueError, "`lr_gamma`"),
+        ({"lr_gamma": True}, ValueError, "`lr_gamma` must be a finite number of at least 0, got True"),
+        ({"learning_rate": "x"}, ValueError, "`learning_rate` must be a positive number, got 'x'"),
         ({"lr_lambda": math.inf}, ValueError, "`lr_lambda`"),
         ({"lr_lambda": math.nan}, ValueError, "`lr_lambda`"),
         ({"jacobian": "full"}, ValueError, "`jacobian` must be one of 'diagonal', 'exact', got 'full'"),

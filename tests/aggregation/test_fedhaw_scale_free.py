@@ -134,7 +134,14 @@ def test_a_model_that_is_zero_has_no_growth():
         ({"lr_step": -0.1}, "`lr_step`"),
         ({"step_bounds": (1.5, 3.0)}, "`step_bounds`"),
         ({"step_bounds": 20.0}, "`step_bounds`"),
-        ({"step_bounds": None}, "`step_bounds`"),
+        (
+            {"learning_rate": 0.1},
+            "`learning_rate`=0.1 has no meaning with `normalise_by='norms'`: leave it out, or set",
+        ),
+        ({"pseudo_gradient": "plain"}, "`pseudo_gradient`='plain' has no meaning"),
+        ({"gamma_for_lambda": "old"}, "`gamma_for_lambda`='old' has no meaning"),
+        ({"lr_step": 0.3, "normalise_by": "lr"}, "`lr_step`=0.3 has no meaning with `normalise_by='lr'`"),
+        ({"step_bounds": (1, 2), "normalise_by": "lr"}, "`step_bounds`=.* leave it out, or set `normalise_by='norms'`"),
         ({"normalise_by": "cosine"}, "`normalise_by`"),
     ],
 )

@@ -15,6 +15,7 @@ from lightning_fedhaw import (
     FedBECallback,
     FedDFCallback,
     FederatedDataModule,
+    FedLAWCallback,
     ParameterLayout,
     Server,
     ServerFineTuningCallback,
@@ -268,6 +269,35 @@ def test_a_descent_that_diverges_is_refused():
         ours = fit(ServerFineTuningCallback(3, optimizer=torch.optim.SGD, lr=1e38), rounds=1)
     assert torch.equal(flat(ours[1]), flat(fit(FedAvgCallback(), rounds=1)[1]))
     assert float(ours[0].callback_metrics["server_steps_refused"]) == 1
+
+
+NO_LABELS = TensorDataset(samples(30).tensors[0], torch.full((30,), -100))
+NO_NUMBERS = TensorDataset(torch.full((30, 6), torch.nan), samples(30).tensors[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "proxy", "message"),
+    [
+        (
+            RULES["fine-tuning"],
+            NO_LABELS,
+            r"ServerFineTuningCallback's .* no finite loss .*nan\) in round 0 .* refused",
+        ),
+        (
+            partial(FedLAWCallback, server_epochs=5),
+            NO_LABELS,
+            "FedLAW's descent of round 0 .* loss before: nan.* refused",
+        ),
+        (RULES["FedDF"], NO_NUMBERS, r"FedDFCallback's .* no finite loss .*nan\) in round 0 .* refused"),
+        (RULES["FedBE"], NO_NUMBERS, r"FedBECallback's .* no finite loss .*nan\) in round 0 .* refused"),
+    ],
+)
+def test_a_proxy_loss_that_is_no_number_is_reported_and_the_round_is_fedavgs(make, proxy, message):
+    with pytest.warns(UserWarning, match=message) as caught:
+        runner, module = fit(make(), proxy=proxy, rounds=1)
+    assert len([w for w in caught if "refused" in str(w.message)]) == 1
+    assert torch.allclose(flat(module), flat(fit(FedAvgCallback(), proxy=proxy, rounds=1)[1]), atol=1e-6)
+    assert float(runner.callback_metrics["server_steps_refused"]) == 1
 
 
 @every_rule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,7 +15,7 @@ from torch import Tensor
 from lightning_fedhaw.cohort import ClientVectors, Cohort
 from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.objectives.base import ClientObjective
-from lightning_fedhaw.options import FederationOptions, check_names
+from lightning_fedhaw.options import FederationOptions, check_names, described
 
 State = dict[str, Any]
 
@@ -180,9 +181,17 @@ class AggregationRule(Callback):
     prog_bar: Sequence[str] = ()
     """Names among the rule's metrics that belong into the progress bar."""
 
+    headlines: Sequence[str] = ()
+    """Names among the rule's metrics whose last values belong into the table that closes a run."""
+
     def describe(self) -> str:
         """The rule and its settings, for the line that opens a run."""
-        return type(self).__name__
+        return described(self)
+
+    @property
+    def innermost(self) -> AggregationRule:
+        """The rule that reads the cohort, where one rule works on another's proposal; this one by default."""
+        return self
 
     @property
     def identity(self) -> str:
@@ -190,7 +199,7 @@ class AggregationRule(Callback):
         return type(self).__name__
 
     def summary(self) -> dict[str, float]:
-        """What the rule has learned, for the table that closes a run; nothing by default."""
+        """What the rule's state has learned, for the table that closes a run; nothing by default."""
         return {}
 
     def advice(self) -> str:
@@ -244,3 +253,46 @@ def normalised(weights: Tensor) -> Tensor:
     if not total > 0:
         raise ZeroDivisionError(f"Aggregation weights must have a positive sum, got {wide.tolist()}.")
     return wide / total
+
+
+def check_made(name: str, make: Any, what: str, example: str, *arguments: Any, given: str = "", **keywords: Any) -> Any:
+    """What a factory makes, be it an optimiser or a schedule: here it is tried before a run depends on it.
+
+    Args:
+        name: The argument that is the factory.
+        make: Its value.
+        what: What it must make.
+        example: A ``partial`` that does.
+        arguments: What it makes it of.
+        given: The argument that ``step`` will be called with, if any.
+        keywords: What it makes it of, by name.
+
+    Raises:
+        TypeError: If nothing comes of it, or of something whose ``step`` wants more.
+    """
+    try:
+        made = make(*arguments, **keywords)
+        wanted = [p.name for p in inspect.signature(made.step).parameters.values() if p.default is p.empty]
+        if any(argument != given for argument in wanted):
+            raise TypeError(f"{type(made).__name__}.step wants `{wanted[0]}`, which there is not")
+    except Exception as error:
+        ready = hasattr(make, "state_dict") and not isinstance(make, type)
+        got = f"a ready-made {type(make).__name__}" if ready else getattr(make, "__name__", repr(make))
+        raise TypeError(
+            f"`{name}` must make {what}: give a class or a `functools.partial` of one, such as `partial({example})`,"
+            f" got {got} ({error})."
+        ) from error
+    return made
+
+
+def check_optimizer(name: str, make: Any, lr: float, given: str = "") -> Any:
+    """An optimiser of one number, by :func:`check_made`."""
+    what = "an optimiser from parameters and `lr`" + ("" if given else ", one that steps on a given gradient")
+    parameter = torch.zeros(1, 1, requires_grad=True)
+    return check_made(name, make, what, "torch.optim.SGD, momentum=0.9", [parameter], given=given, lr=lr)
+
+
+def check_schedule(name: str, make: Any, optimizer: Any) -> None:
+    """Refuse what makes no schedule of that optimiser, by :func:`check_made`."""
+    if make is not None:
+        check_made(name, make, "a schedule from the optimiser", "StepLR, step_size=20", optimizer)

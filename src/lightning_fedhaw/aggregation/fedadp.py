@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import ClientVectors, Cohort, dot
+from lightning_fedhaw.options import is_number
 
 Smoothing = Literal["participations", "rounds"]
 
@@ -71,16 +72,14 @@ class FedAdpCallback(AggregationRule):
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        if not (isinstance(alpha, (int, float)) and 0 <= alpha < math.inf):
+        if not (is_number(alpha) and 0 <= alpha < math.inf):
             raise ValueError(f"`alpha` must be a finite number of at least 0, got {alpha!r}.")
         if smooth_by not in get_args(Smoothing):
             allowed = ", ".join(map(repr, get_args(Smoothing)))
             raise ValueError(f"`smooth_by` must be one of {allowed}, got {smooth_by!r}.")
         self.alpha, self.smooth_by, self.update_unheard = float(alpha), smooth_by, update_unheard
 
-    def describe(self) -> str:
-        """The rule and its settings, for the line that opens a run."""
-        return f"FedAdpCallback(alpha={self.alpha}, smooth_by={self.smooth_by})"
+    headlines = ("weight/min", "weight/max")
 
     def init(self, start: Tensor, num_examples: Tensor) -> State:
         """No angles yet."""
@@ -110,6 +109,7 @@ class FedAdpCallback(AggregationRule):
             metrics={
                 "angle/mean": seen.mean().item(),
                 "angle/max": seen.max().item(),
+                "weight/min": weights.min().item(),
                 "weight/max": weights.max().item(),
                 "weight/effective_clients": (1 / weights.square().sum()).item(),
             },

@@ -43,11 +43,7 @@ class FedDynCallback(AggregationRule):
         self.objectives = (FedDyn(alpha, penalty),)
         if not alpha > 0:
             raise ValueError(f"`alpha` must be above 0, because the server divides by it, got {alpha!r}.")
-        self.alpha = float(alpha)
-
-    def describe(self) -> str:
-        """The rule and its settings, for the line that opens a run."""
-        return f"FedDynCallback(alpha={self.alpha})"
+        self.alpha, self.penalty = float(alpha), penalty
 
     @property
     def identity(self) -> str:

@@ -55,8 +55,16 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.aggregation.base import (
+    AggregationRule,
+    RuleStep,
+    ServerView,
+    State,
+    check_optimizer,
+    normalised,
+)
 from lightning_fedhaw.cohort import AccumulatedVectors, ClientVectors, Cohort, dot
+from lightning_fedhaw.options import described, is_number
 
 Jacobian = Literal["diagonal", "exact"]
 GammaForLambda = Literal["new", "old"]
@@ -150,22 +158,23 @@ class FedHAWCallback(AggregationRule):
     Args:
         lr_gamma: Step size of the log-scale. Default: 0.5 with ``normalise_by="norms"``, else 1e-3.
         lr_lambda: Step size of the logits. Default: 0.3 with ``normalise_by="norms"``, else 1e-2.
-        lr_step: Step size of the logarithm of the server's step; with ``normalise_by="norms"`` only.
+        lr_step: Step size of the logarithm of the server's step; with ``normalise_by="norms"`` only. Default: 0.3.
         jacobian: ``"diagonal"``, as in the authors' code, or ``"exact"``, the derivative. Default: ``"exact"`` with
             ``normalise_by="norms"``, else ``"diagonal"``.
         gamma_for_lambda: Whether the step of the logits sees the log-scale before or after its own step. Default:
-            ``"new"`` with ``"diagonal"`` (the authors' code), ``"old"`` with ``"exact"`` (the derivative).
+            ``"new"`` with ``"diagonal"`` (the authors' code), ``"old"`` with ``"exact"`` (the derivative). Not with
+            ``normalise_by="norms"``, like the following one: there neither matters.
         pseudo_gradient: ``"weighted"``: ``scale * r``, the gradient of the weighted loss, as in the authors' code.
-            ``"plain"``: ``r``. They agree while the scale is 1. With ``normalise_by="norms"`` neither matters.
+            ``"plain"``: ``r``. They agree while the scale is 1. Default: ``"weighted"``.
         normalise_by: ``"norms"``: the scale-free rule, whose step sizes need not be chosen. ``"lr*steps"``: the
             published rule, where each client's displacement is divided by its learning rate and its number of
             steps. ``"lr"``: by the learning rate alone, as in the paper, whose step sizes belong to it.
         learning_rate: The local learning rate. Default: read every round from the clients' optimiser, per parameter
-            group and as scheduled.
+            group and as scheduled. Not with ``normalise_by="norms"``, which does not ask for it.
         scale_bounds: The smallest and largest scale allowed, such as ``(0.5, 2.0)``. Default: (0.9, 1.1) with
             ``normalise_by="norms"``; else none, as published.
         step_bounds: The smallest and largest step of the server; with ``normalise_by="norms"`` only. The smallest is 1
-            by default: a round goes at least as far as FedAvg.
+            by default: a round goes at least as far as FedAvg. Default: (1.0, 8.0).
         hyper_optimizer: Makes the optimiser of ``gamma`` and that of ``lambda_`` from ``(parameters, lr=...)``, such
             as ``torch.optim.Adam`` or a ``functools.partial`` of it; one that steps on a given gradient. Default:
             ``torch.optim.SGD``, as published. Where ``normalise_by="lr*steps"`` and clients do not train with SGD,
@@ -181,7 +190,8 @@ class FedHAWCallback(AggregationRule):
             ``direction`` [P], and the vectors only where weights are learned.
 
     Raises:
-        ValueError: If an argument is not one of the allowed values.
+        ValueError: If an argument is not one of the allowed values, or has no meaning with this ``normalise_by``.
+        TypeError: If ``hyper_optimizer`` makes none that steps on a given gradient.
 
     Example:
         >>> rule = FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalise_by="lr")  # as published
@@ -194,26 +204,34 @@ class FedHAWCallback(AggregationRule):
         lr_gamma: float | None = None,
         lr_lambda: float | None = None,
         *,
-        lr_step: float = 0.3,
+        lr_step: float | None = None,
         jacobian: Jacobian | None = None,
         gamma_for_lambda: GammaForLambda | None = None,
-        pseudo_gradient: PseudoGradient = "weighted",
+        pseudo_gradient: PseudoGradient | None = None,
         normalise_by: NormaliseBy = "norms",
         learning_rate: float | None = None,
         scale_bounds: tuple[float, float] | None = None,
-        step_bounds: tuple[float, float] = (1.0, 8.0),
+        step_bounds: tuple[float, float] | None = None,
         hyper_optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         memory: Memory = "device",
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
         free = normalise_by == "norms"
+        without_meaning: dict[str, Any] = (
+            {"gamma_for_lambda": gamma_for_lambda, "pseudo_gradient": pseudo_gradient, "learning_rate": learning_rate}
+            if free
+            else {"lr_step": lr_step, "step_bounds": step_bounds}
+        )
+        lr_step = 0.3 if lr_step is None else lr_step
+        step_bounds = (1.0, 8.0) if step_bounds is None else step_bounds
+        pseudo_gradient = "weighted" if pseudo_gradient is None else pseudo_gradient
         lr_gamma = (0.5 if free else 1e-3) if lr_gamma is None else lr_gamma
         lr_lambda = (0.3 if free else 1e-2) if lr_lambda is None else lr_lambda
         jacobian = ("exact" if free else "diagonal") if jacobian is None else jacobian
         scale_bounds = (0.9, 1.1) if free and scale_bounds is None else scale_bounds
         for name, rate in (("lr_gamma", lr_gamma), ("lr_lambda", lr_lambda), ("lr_step", lr_step)):
-            if not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate >= 0):
+            if not (is_number(rate) and math.isfinite(rate) and rate >= 0):
                 raise ValueError(f"`{name}` must be a finite number of at least 0, got {rate!r}.")
         for name, value, allowed in (
             ("jacobian", jacobian, get_args(Jacobian)),
@@ -224,17 +242,19 @@ class FedHAWCallback(AggregationRule):
         ):
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
-        if learning_rate is not None and not (math.isfinite(learning_rate) and learning_rate > 0):
+        if learning_rate is not None and not (is_number(learning_rate) and 0 < learning_rate < math.inf):
             raise ValueError(f"`learning_rate` must be a positive number, got {learning_rate!r}.")
         for name, bounds in (("scale_bounds", scale_bounds or (1, 1)), ("step_bounds", step_bounds)):
             if not (isinstance(bounds, Sequence) and len(bounds) == 2 and 0 < bounds[0] <= 1 <= bounds[1] < math.inf):
                 raise ValueError(f"`{name}` must be two positive numbers around 1, such as (0.5, 2.0), got {bounds!r}.")
-        if hyper_optimizer is not None and not callable(hyper_optimizer):
-            raise TypeError(
-                "`hyper_optimizer` must make an optimiser from parameters and `lr`, such as `torch.optim.Adam` or a"
-                f" `functools.partial` of it, got an object of type {type(hyper_optimizer).__name__}: what it will"
-                " step on does not exist yet."
-            )
+        for name, given in without_meaning.items():
+            if given is not None:
+                raise ValueError(
+                    f"`{name}`={given!r} has no meaning with `normalise_by={normalise_by!r}`: leave it out, or set"
+                    f" `normalise_by={'lr' if free else 'norms'!r}`."
+                )
+        if hyper_optimizer is not None:
+            check_optimizer("hyper_optimizer", hyper_optimizer, lr_lambda)
         self.lr_gamma = float(lr_gamma)
         self.lr_lambda = float(lr_lambda)
         self.lr_step = float(lr_step)
@@ -248,6 +268,7 @@ class FedHAWCallback(AggregationRule):
         self._chooses_hyper_optimizer = hyper_optimizer is None and normalise_by == "lr*steps"
         self.hyper_optimizer = hyper_optimizer or torch.optim.SGD
         self.memory = memory
+        self._without_meaning = tuple(without_meaning)
 
     prog_bar = ("scale", "server_step")
     keeps_cohort = True
@@ -270,13 +291,7 @@ class FedHAWCallback(AggregationRule):
 
     def describe(self) -> str:
         """The rule and its settings, for the line that opens a run."""
-        hyper = getattr(self.hyper_optimizer, "__name__", self.hyper_optimizer)
-        rates = f"lr_gamma={self.lr_gamma}, lr_lambda={self.lr_lambda}"
-        rates += f", lr_step={self.lr_step}" if self.normalise_by == "norms" else ""
-        return (
-            f"FedHAWCallback({rates}, jacobian={self.jacobian}, normalise_by={self.normalise_by},"
-            f" hyper_optimizer={hyper})"
-        )
+        return described(self, *self._without_meaning)
 
     @property
     def identity(self) -> str:

@@ -29,6 +29,7 @@ from torch import Tensor
 from lightning_fedhaw.aggregation.base import AggregationRule, LocalPace, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort, dot
 from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.options import is_number
 
 Adapt = Literal["G", "SL", "CL", "G+SL", "G+CL"]
 NormaliseBy = Literal["none", "norms", "lr"]
@@ -102,7 +103,7 @@ class FedHyperCallback(AggregationRule):
         for name, bounds in (("alpha_bounds", alpha_bounds), ("beta_bounds", beta_bounds)):
             if not (isinstance(bounds, Sequence) and len(bounds) == 2 and 0 < bounds[0] <= 1 <= bounds[1] < math.inf):
                 raise ValueError(f"`{name}` must be two positive numbers around 1, such as (0.2, 5.0), got {bounds!r}.")
-        if not (isinstance(hyper_lr, (int, float)) and math.isfinite(hyper_lr) and hyper_lr >= 0):
+        if not (is_number(hyper_lr) and math.isfinite(hyper_lr) and hyper_lr >= 0):
             raise ValueError(f"`hyper_lr` must be a finite number of at least 0, got {hyper_lr!r}.")
         self.adapt, self.normalise_by, self.weighting = adapt, normalise_by, weighting
         self.alpha_bounds = (float(alpha_bounds[0]), float(alpha_bounds[1]))
@@ -125,10 +126,6 @@ class FedHyperCallback(AggregationRule):
                 f" {len(trainer.optimizers)} optimisers with the rates {sorted(rates)}. Give it one optimiser with one"
                 " rate, or use `adapt='G'`."
             )
-
-    def describe(self) -> str:
-        """The rule and its settings, for the line that opens a run."""
-        return f"FedHyperCallback(adapt={self.adapt}, normalise_by={self.normalise_by})"
 
     @property
     def identity(self) -> str:

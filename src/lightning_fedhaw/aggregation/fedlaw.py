@@ -29,6 +29,7 @@ from torch import Tensor
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory, check_settings, descend, mean_loss
 from lightning_fedhaw.cohort import Cohort
+from lightning_fedhaw.options import is_number
 
 Learn = Literal["both", "scale", "weights", "in_stages", "nothing"]
 Base = Literal["exponential", "quadratic"]
@@ -132,7 +133,7 @@ class FedLAWCallback(AggregationRule):
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
         low, high = SCALES
-        if not (isinstance(scale, (int, float)) and low <= scale <= high):
+        if not (is_number(scale) and low <= scale <= high):
             raise ValueError(f"`scale` must be a number from {low} to {high}, got {scale!r}.")
         check_settings(server_epochs, batch_size, lr, optimizer, scheduler)
         if learn == "in_stages" and 0 < server_epochs < 2 * (SWA_START + 1):
@@ -145,14 +146,11 @@ class FedLAWCallback(AggregationRule):
         self.lr, self.optimizer, self.scheduler, self.swa_lr = lr, optimizer, scheduler, swa_lr
 
     prog_bar = ("scale",)
+    headlines = ("weight/min", "weight/max", "proxy_loss_before", "proxy_loss_after")
 
     @property
     def _learns(self) -> bool:
         return self.learn != "nothing" and self.server_epochs > 0
-
-    def describe(self) -> str:
-        """The rule and its settings, for the line that opens a run."""
-        return f"FedLAWCallback(learn={self.learn}, base={self.base}, server_epochs={self.server_epochs}, lr={self.lr})"
 
     def summary(self) -> dict[str, float]:
         """The last round's scale."""
@@ -183,16 +181,19 @@ class FedLAWCallback(AggregationRule):
             return server.loss(cohort.vectors.weighted_sum(c * s), batch)
 
         before = mean_loss(loss, server, self.batch_size)
-        is_finite = self._descend(loss, x, x_c, cohort.round, server)
+        is_finite = math.isfinite(before) and self._descend(loss, x, x_c, cohort.round, server)
         with torch.no_grad():
             s, c = mix(x, x_c, self.base)
         low, high = SCALES
         if is_finite and bool(torch.isfinite(s).all()) and low <= c <= high:
-            return s, c, {"proxy_loss_before": before, "proxy_loss_after": mean_loss(loss, server, self.batch_size)}
+            after = mean_loss(loss, server, self.batch_size)
+            if math.isfinite(after):
+                return s, c, {"proxy_loss_before": before, "proxy_loss_after": after}
         rank_zero_warn(
             f"FedLAW's descent of round {cohort.round} ended with the scale {c.item():.3g} (finite weights:"
-            f" {bool(torch.isfinite(s).all())}) and was refused: the round is FedAvg's, with the scale {self.scale}."
-            f" Lower `lr` ({self.lr}), or look for what is not finite in the proxy data."
+            f" {bool(torch.isfinite(s).all())}, proxy loss before: {before:.3g}) and was refused: the round is"
+            f" FedAvg's, with the scale {self.scale}. Lower `lr` ({self.lr}), or look for what is not finite in the"
+            " proxy data, such as batches without a label that counts."
         )
         return shares, scale, {"proxy_loss_before": before, "proxy_loss_after": before, "server_steps_refused": 1.0}
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import ClientVectors, Cohort
+from lightning_fedhaw.options import is_number
 
 NOTHING = 1e-12
 """A layer whose norm is below this is not shrunk: it would be zero for ever."""
@@ -72,15 +73,13 @@ class FedLWSCallback(AggregationRule):
 
     def __init__(self, beta: float = 0.03, *, tau_min: float = 0.01, tau_max: float = 0.2, **federation: Any) -> None:
         super().__init__(**federation)
-        if not (isinstance(beta, (int, float)) and 0 <= beta < math.inf):
+        if not (is_number(beta) and 0 <= beta < math.inf):
             raise ValueError(f"`beta` must be a finite number of at least 0, got {beta!r}.")
         if not 0 <= tau_min <= tau_max:
             raise ValueError(f"`tau_min` and `tau_max` must be 0 <= tau_min <= tau_max, got {tau_min} and {tau_max}.")
         self.beta, self.tau_min, self.tau_max = float(beta), float(tau_min), float(tau_max)
 
-    def describe(self) -> str:
-        """The rule and its settings, for the line that opens a run."""
-        return f"FedLWSCallback(beta={self.beta}, tau_min={self.tau_min}, tau_max={self.tau_max})"
+    headlines = ("shrink/min", "shrink/mean")
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
         """One average, shrunk layer by layer."""

@@ -22,6 +22,7 @@ from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerV
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.objectives.reach import normaliser, sgd_groups
+from lightning_fedhaw.options import is_number
 
 EffectiveSteps = Literal["normaliser", "steps"]
 
@@ -54,9 +55,9 @@ class FedNovaCallback(AggregationRule):
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        if momentum != "auto" and not (isinstance(momentum, (int, float)) and 0 <= momentum < 1):
+        if momentum != "auto" and not (is_number(momentum) and 0 <= momentum < 1):
             raise ValueError(f"`momentum` must be 'auto' or a number of at least 0 and below 1, got {momentum!r}.")
-        if proximal != "auto" and not (isinstance(proximal, (int, float)) and 0 <= proximal < math.inf):
+        if proximal != "auto" and not (is_number(proximal) and 0 <= proximal < math.inf):
             raise ValueError(f"`proximal` must be 'auto' or a finite number of at least 0, got {proximal!r}.")
         if tau_eff not in get_args(EffectiveSteps):
             raise ValueError(f"`tau_eff` must be one of 'normaliser', 'steps', got {tau_eff!r}.")
@@ -65,15 +66,13 @@ class FedNovaCallback(AggregationRule):
         self._finds_proximal, self.tau_eff = proximal == "auto", tau_eff
         self._set_proximal(0.0 if proximal == "auto" else float(proximal))
 
+    headlines = ("tau_eff",)
+
     def _set_proximal(self, proximal: float) -> None:
         self.proximal = proximal
         self.needs_learning_rates = proximal > 0
         # A proximal term's normaliser needs the round's learning rate, which comes with the cohort.
         self.raw_weight = None if proximal > 0 else self._examples_per_work
-
-    def describe(self) -> str:
-        """The rule and its settings, for the line that opens a run."""
-        return f"FedNovaCallback(momentum={self.momentum}, proximal={self.proximal}, tau_eff={self.tau_eff})"
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out how far the clients' optimiser goes."""

@@ -20,17 +20,26 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import AggregationRule, LocalPace, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.aggregation.base import (
+    AggregationRule,
+    LocalPace,
+    RuleStep,
+    ServerView,
+    State,
+    check_optimizer,
+    check_schedule,
+    normalised,
+)
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.layout import ParameterLayout
-from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.options import FederationOptions, described, is_number
 
 Method = Literal["adagrad", "adam", "yogi"]
 MakesOptimizer = Callable[..., torch.optim.Optimizer]
@@ -104,7 +113,8 @@ class FedOptCallback(AggregationRule):
         state: ``optimizer`` and, with a schedule, ``scheduler``: their own states; ``rule``: the inner rule's.
 
     Raises:
-        TypeError: If optimiser or schedule are given ready-made, or ``rule`` is not a rule.
+        TypeError: If optimiser or schedule are given ready-made, cannot be made of what they will be given or want
+            more in their steps (``LBFGS``, ``ReduceLROnPlateau``), or ``rule`` is not a rule.
         ValueError: If ``lr`` is negative or not finite, or ``rule`` brings federation arguments of its own.
 
     Example:
@@ -122,15 +132,15 @@ class FedOptCallback(AggregationRule):
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        _check_factory("optimizer", optimizer, "an optimiser from parameters and `lr`", "torch.optim.SGD, momentum=0.9")
-        if lr_scheduler is not None:
-            _check_factory("lr_scheduler", lr_scheduler, "a schedule from the optimiser", "StepLR, step_size=20")
         _check_number("lr", lr, 0, math.inf)
+        check_schedule("lr_scheduler", lr_scheduler, check_optimizer("optimizer", optimizer, lr))
         if rule is not None:
             _check_inner(rule, type(self).__name__)
         self.optimizer, self.lr, self.lr_scheduler, self.rule = optimizer, float(lr), lr_scheduler, rule
         self.raw_weight = _examples
         self._follow()
+
+    headlines: Sequence[str] = ("server_lr",)
 
     def _follow(self) -> None:
         """What the inner rule asks for."""
@@ -138,6 +148,7 @@ class FedOptCallback(AggregationRule):
             self.raw_weight, self.prog_bar = self.rule.raw_weight, self.rule.prog_bar
             self.needs_learning_rates = self.rule.needs_learning_rates
             self.keeps_cohort, self.objectives = self.rule.keeps_cohort, self.rule.objectives
+            self.headlines = ("server_lr", *self.rule.headlines)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Let the inner rule look at the clients' optimisers."""
@@ -156,19 +167,22 @@ class FedOptCallback(AggregationRule):
 
     def describe(self) -> str:
         """The rule and its settings, for the line that opens a run."""
-        inner = "" if self.rule is None else f", rule={self.rule.describe()}"
-        return f"{type(self).__name__}({self._describe_optimizer()}, lr={self.lr}{inner})"
+        return described(self, *self._hidden, rule=None if self.rule is None else self.rule.describe())
 
     @property
     def identity(self) -> str:
-        """The optimiser and its settings, which its state holds too, and the inner rule's identity."""
-        inner = "" if self.rule is None else f", rule={self.rule.identity}"
-        return f"{type(self).__name__}({self._describe_optimizer()}, lr={self.lr}{inner})"
+        """Optimiser and schedule with their settings, which their states hold too, and the inner rule's identity."""
+        return described(self, *self._hidden, rule=None if self.rule is None else self.rule.identity)
 
-    def _describe_optimizer(self) -> str:
-        made = self.optimizer
-        name = getattr(made.func if isinstance(made, partial) else made, "__name__", repr(made))
-        return ", ".join([name, *(f"{k}={v}" for k, v in getattr(made, "keywords", {}).items())])
+    @property
+    def _hidden(self) -> tuple[str, ...]:
+        """A named rule says its optimiser's settings itself."""
+        return () if type(self) is FedOptCallback else ("optimizer",)
+
+    @property
+    def innermost(self) -> AggregationRule:
+        """The rule that proposes."""
+        return self if self.rule is None else self.rule.innermost
 
     def summary(self) -> dict[str, float]:
         """What the inner rule has learned."""
@@ -236,6 +250,7 @@ class FedAvgMCallback(FedOptCallback):
     def __init__(self, lr: float = 1.0, momentum: float = 0.9, **options: Any) -> None:
         _check_number("momentum", momentum, 0, 1)
         super().__init__(partial(torch.optim.SGD, momentum=momentum), lr, **options)
+        self.momentum = momentum
 
 
 class _AdaptiveCallback(FedOptCallback):
@@ -252,7 +267,7 @@ class _AdaptiveCallback(FedOptCallback):
     ) -> None:
         for name, beta in (("beta1", betas[0]), ("beta2", betas[1])):
             _check_number(name, beta, 0, 1)
-        if not (isinstance(tau, (int, float)) and math.isfinite(tau) and tau > 0):
+        if not (is_number(tau) and math.isfinite(tau) and tau > 0):
             raise ValueError(f"`tau` must be a positive number, got {tau!r}.")
         initial = tau**2 if initial_second_moment is None else initial_second_moment
         _check_number("initial_second_moment", initial, 0, math.inf)
@@ -261,6 +276,7 @@ class _AdaptiveCallback(FedOptCallback):
             lr,
             **options,
         )
+        self.beta1, self.beta2, self.tau, self.initial_second_moment = *betas, float(tau), float(initial)
 
 
 class FedAdagradCallback(_AdaptiveCallback):
@@ -357,16 +373,7 @@ def _check_inner(rule: Any, outer: str) -> None:
         )
 
 
-def _check_factory(name: str, value: Any, makes: str, example: str) -> None:
-    if isinstance(value, type) or (callable(value) and not hasattr(value, "state_dict")):
-        return
-    raise TypeError(
-        f"`{name}` must make {makes}: give a class or a `functools.partial` of one, such as `partial({example})`, got"
-        f" {'a ready-made ' if hasattr(value, 'state_dict') else ''}{type(value).__name__}."
-    )
-
-
 def _check_number(name: str, value: float, least: float, below: float) -> None:
-    if not (isinstance(value, (int, float)) and least <= value < below):
+    if not (is_number(value) and least <= value < below):
         limit = "finite" if math.isinf(below) else f"below {below}"
         raise ValueError(f"`{name}` must be a number of at least {least} and {limit}, got {value!r}.")

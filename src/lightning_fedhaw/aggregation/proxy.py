@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import ServerView
-from lightning_fedhaw.options import check_whole
+from lightning_fedhaw.aggregation.base import ServerView, check_optimizer, check_schedule
+from lightning_fedhaw.options import check_whole, is_number
 from lightning_fedhaw.streams import PathPart, stream
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
@@ -29,19 +29,9 @@ def check_settings(server_epochs: int, batch_size: int, lr: float, optimizer: An
     """
     check_whole("server_epochs", server_epochs, 0)
     check_whole("batch_size", batch_size, 1)
-    if not (isinstance(lr, (int, float)) and math.isfinite(lr) and lr > 0):
+    if not (is_number(lr) and math.isfinite(lr) and lr > 0):
         raise ValueError(f"`lr` must be a positive number, got {lr!r}.")
-    if not callable(optimizer):
-        raise TypeError(
-            "`optimizer` must make an optimiser from parameters and `lr`, such as `torch.optim.Adam` or a"
-            f" `functools.partial` of it, got an object of type {type(optimizer).__name__}: what it will step on does"
-            " not exist yet."
-        )
-    if not (scheduler is None or callable(scheduler)):
-        raise TypeError(
-            "`scheduler` must make a schedule from the optimiser, such as `functools.partial(StepLR, step_size=20)`,"
-            f" got an object of type {type(scheduler).__name__}: what it will step does not exist yet."
-        )
+    check_schedule("scheduler", scheduler, check_optimizer("optimizer", optimizer, lr, given="closure"))
 
 
 def batches(server: ServerView, size: int, *path: PathPart) -> Iterator[tuple[Tensor, Any]]:

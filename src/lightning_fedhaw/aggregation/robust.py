@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import ClientVectors, Cohort
+from lightning_fedhaw.options import is_number
 
 
 def trimmed_mean(values: Tensor, cut: int) -> Tensor:
@@ -82,10 +83,6 @@ class _RobustRule(AggregationRule):
         super().__init__(**federation)
         _check_count("num_byzantine", num_byzantine, 0)
         self.num_byzantine = num_byzantine
-
-    def describe(self) -> str:
-        """The rule and its settings, for the line that opens a run."""
-        return f"{type(self).__name__}(num_byzantine={self.num_byzantine})"
 
     def _check_clients(self, cohort: Cohort, needed: int, keep: int = 0) -> None:
         if len(cohort) < needed:
@@ -207,14 +204,10 @@ class GeometricMedianCallback(AggregationRule):
     ) -> None:
         super().__init__(**federation)
         for name, value in (("smoothing", smoothing), ("tolerance", tolerance)):
-            if not (isinstance(value, (int, float)) and value > 0):
+            if not (is_number(value) and value > 0):
                 raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
         _check_count("max_iterations", max_iterations, 1)
         self.smoothing, self.tolerance, self.max_iterations = float(smoothing), float(tolerance), max_iterations
-
-    def describe(self) -> str:
-        """The rule and its settings, for the line that opens a run."""
-        return f"GeometricMedianCallback(smoothing={self.smoothing}, max_iterations={self.max_iterations})"
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
         """One geometric median."""

@@ -14,6 +14,7 @@ import torch
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.objectives.scaffold import ControlOption, Scaffold
+from lightning_fedhaw.options import is_number
 
 
 class ScaffoldCallback(AggregationRule):
@@ -33,14 +34,10 @@ class ScaffoldCallback(AggregationRule):
 
     def __init__(self, option: ControlOption = "II", server_lr: float = 1.0, **federation: Any) -> None:
         super().__init__(**federation)
-        if not (isinstance(server_lr, (int, float)) and 0 <= server_lr < math.inf):
+        if not (is_number(server_lr) and 0 <= server_lr < math.inf):
             raise ValueError(f"`server_lr` must be a finite number of at least 0, got {server_lr!r}.")
-        self.server_lr = float(server_lr)
+        self.option, self.server_lr = option, float(server_lr)
         self.objectives = (Scaffold(option),)
-
-    def describe(self) -> str:
-        """The rule and its settings, for the line that opens a run."""
-        return f"ScaffoldCallback(server_lr={self.server_lr})"
 
     def raw_weight(self, update: ClientUpdate) -> float:
         """Everybody's is the same."""

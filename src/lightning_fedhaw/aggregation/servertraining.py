@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
@@ -76,9 +77,7 @@ class ServerTraining(AggregationRule):
         self.server_epochs, self.batch_size, self.lr = server_epochs, batch_size, lr
         self.optimizer, self.scheduler, self.weighting = optimizer, scheduler, weighting
 
-    def describe(self) -> str:
-        """The rule and its settings, for the line that opens a run."""
-        return f"{type(self).__name__}(server_epochs={self.server_epochs}, lr={self.lr})"
+    headlines = ("proxy_loss_before", "proxy_loss_after")
 
     @abstractmethod
     def objective(self, cohort: Cohort, weights: Tensor, average: Tensor, server: ServerView) -> ServerLoss:
@@ -106,7 +105,7 @@ class ServerTraining(AggregationRule):
 
         optimizer = self.optimizer([vector], lr=self.lr)
         before = mean_loss(loss, server, self.batch_size)
-        is_finite = descend(
+        is_finite = math.isfinite(before) and descend(
             [vector],
             loss,
             server,
@@ -116,13 +115,15 @@ class ServerTraining(AggregationRule):
             optimizer=optimizer,
             scheduler=None if self.scheduler is None else self.scheduler(optimizer),
         )
-        if is_finite:
-            after = mean_loss(loss, server, self.batch_size)
+        after = mean_loss(loss, server, self.batch_size) if is_finite else math.nan
+        if math.isfinite(after):
             metrics = {"proxy_loss_before": before, "proxy_loss_after": after}
             return RuleStep(vector.detach(), state, weights, metrics)
+        cause = "diverged" if math.isfinite(before) else f"has no finite loss to begin with ({before})"
         rank_zero_warn(
-            f"{type(self).__name__}'s training on the server diverged in round {cohort.round} and was refused: the"
-            f" round is FedAvg's. Lower `lr` ({self.lr}), or look for what is not finite in the proxy data."
+            f"{type(self).__name__}'s training on the server {cause} in round {cohort.round} and was refused: the round"
+            f" is FedAvg's. Lower `lr` ({self.lr}), or look for what is not finite in the proxy data, such as batches"
+            " without a label that counts."
         )
         metrics = {"proxy_loss_before": before, "proxy_loss_after": before, "server_steps_refused": 1.0}
         return RuleStep(average, state, weights, metrics)
