@@ -272,9 +272,9 @@ def check_made(name: str, make: Any, what: str, example: str, *arguments: Any, g
     """
     try:
         made = make(*arguments, **keywords)
-        wanted = [p.name for p in inspect.signature(made.step).parameters.values() if p.default is p.empty]
-        if any(argument != given for argument in wanted):
-            raise TypeError(f"{type(made).__name__}.step wants `{wanted[0]}`, which there is not")
+        for p in inspect.signature(made.step).parameters.values():
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != given:
+                raise TypeError(f"{type(made).__name__}.step wants `{p.name}`, which there is not")
     except Exception as error:
         ready = hasattr(make, "state_dict") and not isinstance(make, type)
         got = f"a ready-made {type(make).__name__}" if ready else getattr(make, "__name__", repr(make))

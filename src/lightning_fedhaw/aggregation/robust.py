@@ -192,7 +192,8 @@ class GeometricMedianCallback(AggregationRule):
     Args:
         smoothing: Distances below this count as this, so that a client's own model is no pole.
         tolerance: Iterations end when no client's weight changes by more.
-        max_iterations: They end at the latest after these; each passes over the cohort's vectors twice.
+        max_iterations: They end at the latest after these, converged or not (``iterations`` in the log says which);
+            each passes over the cohort's vectors twice.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Raises:
@@ -208,6 +209,8 @@ class GeometricMedianCallback(AggregationRule):
                 raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
         _check_count("max_iterations", max_iterations, 1)
         self.smoothing, self.tolerance, self.max_iterations = float(smoothing), float(tolerance), max_iterations
+
+    headlines = ("iterations", "weight/max")
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
         """One geometric median."""
