@@ -536,10 +536,12 @@ class Federation:
     ) -> None:
         # Where most of the cohort is lost, the few that are left may be the few that always fail.
         if not updates and len(trainees) > len(clients) / 2:
+            air = [f"`{type(c).__name__}`" for c in self.uplink if type(c).transmit is not Channel.transmit]
             raise FloatingPointError(
                 f"Every client of round {round_} returned non-finite parameters, so training has diverged. The global"
                 " model is the one before this round. Lower the local learning rate, or clip gradients"
                 f" (`gradient_clip_val=1.0`).{self.rule.advice()}"
+                + (f" Or {' and '.join(air)} spoiled what they sent; then make it gentler." if air else "")
             )
         if updates and not any(update.num_steps for update in updates):
             rank_zero_warn(f"No client made an optimiser step in round {round_}; `training_step` may return None.")
@@ -552,7 +554,7 @@ class Federation:
             if received is not update.displacement:
                 update.displacement.copy_(received)
                 changed = True
-        return self._spoilt(round_, update) if changed else ""
+        return self._spoilt(round_, update, " (they were finite when it sent them)") if changed else ""
 
     def _outage(self, channel: Channel, round_: int, clients: list[int]) -> list[bool]:
         if not clients:
@@ -574,7 +576,7 @@ class Federation:
             )
         return received
 
-    def _spoilt(self, round_: int, update: ClientUpdate) -> str:
+    def _spoilt(self, round_: int, update: ClientUpdate, why: str = "") -> str:
         """A sentence if an update is not finite."""
         buffers = {} if self.options.buffers == "keep" else update.buffers
         # The usual answer with one wait for the device: everything adds up to finite numbers.
@@ -589,7 +591,7 @@ class Federation:
         if not where and all(map(all_finite, states)):
             return ""
         where = where or "states of client objectives"
-        sentence = f"Client {update.client} returned non-finite {where} in round {round_}"
+        sentence = f"Client {update.client} returned non-finite {where} in round {round_}{why}"
         if self.options.on_nonfinite == "raise":
             raise FloatingPointError(
                 f'{sentence}, and `on_nonfinite="raise"` ends the run. Lower the local learning rate, clip gradients,'
