@@ -165,4 +165,4 @@ def test_it_is_said_what_spoiled_a_message():
         pytest.warns(UserWarning, match="Client . returned"),
         pytest.raises(FloatingPointError, match="Or `BitFlipChannel` spoiled what they sent"),
     ):
-        train(Sends(), rounds=1, local_steps=1, callbacks=[BitFlipChannel(0.5)], client_eval=False)
+        train(Sends(), rounds=1, local_steps=1, callbacks=[BitFlipChannel(0.1)], client_eval=False)
