@@ -22,7 +22,6 @@ def scene(parameters: int = 8, num_clients: int = 10, **kwargs) -> Scene:
             "raw_weight": lambda update: 1.0,
             "beside": (),
             "drawn_uniformly": num_clients,
-            "clients_remember": False,
             **kwargs,
         }
     )

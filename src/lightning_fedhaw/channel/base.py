@@ -82,7 +82,7 @@ class Scene:
     raw_weight: Callable[[Any], float] | None
     beside: Sequence[str]
     drawn_uniformly: int | None
-    clients_remember: bool
+    clients_remember: bool = False
 
     @property
     def num_clients(self) -> int:

@@ -31,6 +31,7 @@ class ClientObjective(Callback):
 
     Attributes:
         mean: With ``shares_state``, the mean of all N clients' states, on the server; empty until somebody was heard.
+            What of it a client knows is :meth:`told`.
     """
 
     pull: float = 0.0
