@@ -55,7 +55,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[float, History]]:
     parser = options(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--errors", nargs="+", type=float, default=[0.0, 0.2, 0.5, 0.8], help="largest error rates")
-    parser.add_argument("--fallback", default="zero_update", help="zero_update, reuse_update, reuse_model or discard")
+    policies = ("zero_update", "reuse_update", "reuse_model", "discard")
+    parser.add_argument(
+        "--fallback", default="zero_update", choices=policies, help="what takes a failed client's place"
+    )
     parser.add_argument("--legacy-seed", type=int, help="draw as the authors' code does from this seed")
     args = parser.parse_args(argv)
     quietly()

@@ -174,6 +174,10 @@ STATEFUL = {
     "objective": lambda: {"callbacks": [Memory()]},
     "FedDyn": lambda: {"rule": FedDynCallback(alpha=0.1)},
     "SCAFFOLD": lambda: {"rule": ScaffoldCallback()},
+    "SCAFFOLD's old controls": lambda: {
+        "rule": ScaffoldCallback(),
+        "callbacks": [Lossy(link="downlink", fallback="reuse_model")],
+    },
     "SCAFFOLD I with FedHAW": lambda: {"callbacks": [Scaffold("I"), FedProx()]},
 }
 

@@ -205,6 +205,7 @@ class Federation:
     def _prepare(self, channels: Sequence[Channel]) -> Parcel:
         """Tell a link's channels where they are, and find out what they make of a message."""
         draws_uniformly = type(self.sampler) in (EveryoneSampler, UniformSampler) and self.cohort_cap is None
+        remember = self._remembers or any(channel.remembers for channel in self.downlink)
         parcel = Parcel(self.layout.numel, 8 * self.layout.message_bytes / self.layout.numel)
         for channel in channels:
             channel.prepare(
@@ -220,6 +221,7 @@ class Federation:
                         *(type(objective).__name__ for objective in self._sharing),
                     ],
                     drawn_uniformly=len(self.cohort(0)) if draws_uniformly else None,
+                    clients_remember=remember,
                 )
             )
             parcel = channel.encode(parcel)
@@ -388,19 +390,23 @@ class Federation:
     def _broadcast(self, round_: int, clients: Sequence[int], start: Tensor) -> dict[int, Tensor]:
         """What each client starts from, ``[P]``; clients that hear nothing and have nothing are absent."""
         sent = self.layout.rounded(start)
-        heard = dict.fromkeys(clients, sent)
+        heard, up_to_date = dict.fromkeys(clients, sent), set(clients)
         for channel in self.downlink:
             present = list(heard)
             for client, is_lost in zip(present, self._outage(channel, round_, present), strict=True):
                 if not is_lost:
                     heard[client] = self._through(channel, heard[client], round_, client)
-                    channel.remember(client, heard[client], torch.zeros_like(start), 0)
+                    channel.remember_broadcast(client, heard[client])
                     continue
+                up_to_date.discard(client)
                 last = channel.last_broadcast(client)
                 if last is None:
                     del heard[client]
                 else:
                     heard[client] = last.to(start)
+        if any(channel.fallback == "reuse_model" for channel in self.downlink):
+            for objective in self._sharing:
+                objective.tell(up_to_date)
         return {client: vector if vector is sent else self.layout.rounded(vector) for client, vector in heard.items()}
 
     def _sent(self, link: Link, round_: int, clients: Sequence[int]) -> int:
@@ -431,12 +437,8 @@ class Federation:
     @property
     def _remembers(self) -> bool:
         """Whether clients leave something behind that is found again where they were."""
-        options = self.options
-        channels = any(
-            channel.fallback.startswith("reuse") or type(channel).state_dict is not Channel.state_dict
-            for channel in self.uplink
-        )
-        kept = options.optimizer_state == "kept" or options.buffers == "local"
+        kept = self.options.optimizer_state == "kept" or self.options.buffers == "local"
+        channels = any(channel.remembers for channel in self.uplink)
         return kept or channels or any(objective.remembers for objective in self.engine.objectives)
 
     def _work(
@@ -539,10 +541,12 @@ class Federation:
     ) -> None:
         # Where most of the cohort is lost, the few that are left may be the few that always fail.
         if not updates and len(trainees) > len(clients) / 2:
+            air = [f"`{type(c).__name__}`" for c in self.uplink if type(c).transmit is not Channel.transmit]
             raise FloatingPointError(
                 f"Every client of round {round_} returned non-finite values, so training has diverged ({excluded[0]})."
                 " The global model is the one before this round. Lower the local learning rate, or clip gradients"
                 f" (`gradient_clip_val=1.0`).{self.rule.advice()}"
+                + (f" Or {' and '.join(air)} spoiled what they sent; then make it gentler." if air else "")
             )
         if updates and not any(update.num_steps for update in updates):
             rank_zero_warn(f"No client made an optimiser step in round {round_}; `training_step` may return None.")
@@ -555,9 +559,11 @@ class Federation:
             if received is not update.displacement:
                 update.displacement.copy_(received)
                 changed = True
-        return self._spoilt(round_, update) if changed else ""
+        return self._spoilt(round_, update, " (they were finite when it sent them)") if changed else ""
 
     def _outage(self, channel: Channel, round_: int, clients: list[int]) -> list[bool]:
+        if not clients:
+            return []
         lost = torch.as_tensor(channel.outage(round_, clients, self.seed), dtype=torch.bool)
         if lost.shape != (len(clients),):
             raise ValueError(
@@ -575,7 +581,7 @@ class Federation:
             )
         return received
 
-    def _spoilt(self, round_: int, update: ClientUpdate) -> str:
+    def _spoilt(self, round_: int, update: ClientUpdate, why: str = "") -> str:
         """A sentence if an update is not finite."""
         buffers = {} if self.options.buffers == "keep" else update.buffers
         # The usual answer with one wait for the device: everything adds up to finite numbers.
@@ -590,7 +596,7 @@ class Federation:
         if not where and all(map(all_finite, states)):
             return ""
         where = where or "states of client objectives"
-        sentence = f"Client {update.client} returned non-finite {where} in round {round_}"
+        sentence = f"Client {update.client} returned non-finite {where} in round {round_}{why}"
         if self.options.on_nonfinite == "raise":
             raise FloatingPointError(
                 f'{sentence}, and `on_nonfinite="raise"` ends the run. Lower the local learning rate, clip gradients,'

@@ -16,6 +16,7 @@ from lightning_fedhaw.data.partition import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.evaluation import SharedEvaluationLoop
 from lightning_fedhaw.loop import RoundLoop, find_rule
+from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions, check_names, check_whole
 from lightning_fedhaw.progress import replace_default_bar
 from lightning_fedhaw.refusals import check_callbacks, check_strategy, check_trainer
@@ -134,6 +135,7 @@ class FederatedTrainer(pl.Trainer):
         if len([c for c in given if isinstance(c, AggregationRule)]) > 1 or any(isinstance(c, type) for c in given):
             find_rule(given)
         check_keys(given)
+        find_objectives(given)
         check_names(
             "FederatedTrainer",
             kwargs,

@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -222,6 +223,36 @@ def test_it_composes_with_others(make):
     assert not torch.equal(end(*channels), end(*channels[1:]))
 
 
+@every_channel
+def test_nobody_may_be_left_when_it_is_asked(make):
+    deaf = ErasureChannel(1.0, link="downlink", name="deaf")
+    assert torch.equal(end(deaf, make(), rounds=2), flat(Classifier()))
+
+
+def test_a_channel_that_cannot_be_heard_is_none(without):
+    for channel in (AWGNChannel(1e5), FadingChannel(1e5), FadingChannel(1e5, rate=2.0), OverTheAirChannel(1e5, 0.0)):
+        assert torch.equal(end(channel), without["FedAvg", "sequential"])
+
+
+def test_what_was_heard_last_is_kept_in_host_memory_and_shared():
+    down = ErasureChannel(0.0, link="downlink", fallback="reuse_model")
+    up = ErasureChannel(0.0, fallback="reuse_update")
+    end(down, up, rounds=1)
+    models, updates = ([kept["vector"] for kept in each.state_dict()["heard"].values()] for each in (down, up))
+    assert len({model.data_ptr() for model in models}) == 1, "one broadcast is kept once"
+    assert len({update.data_ptr() for update in updates}) == 4
+
+
+def test_numpys_numbers_are_numbers():
+    for number in (np.float32(0.5), np.float64(0.5)):
+        assert ErasureChannel(number).probability == 0.5
+        for channel in (SparsifiedChannel(number), PacketLossChannel(number), BitFlipChannel(number)):
+            held = {type(v) for v in vars(channel).values()}
+            assert not any(issubclass(kind, np.generic) for kind in held - {float}), "a checkpoint may hold it"
+    assert QuantizedChannel(np.int64(4)).bits == 4
+    assert AWGNChannel(np.int64(3)).snr_db == 3.0
+
+
 def test_every_public_channel_is_in_the_tables():
     import lightning_fedhaw.channel as room
 
@@ -285,6 +316,10 @@ def test_bytes_of_retransmissions():
         (lambda: ErasureChannel(1.2), r"`probability` must lie in \[0, 1\], got 1.2"),
         (lambda: ErasureChannel([0.1, -0.2]), r"`probability` must lie in \[0, 1\]"),
         (lambda: ErasureChannel(float("nan")), r"`probability` must lie in \[0, 1\], got nan"),
+        (lambda: ErasureChannel("half"), "`probability` must be a number in .0, 1., or one per client, got 'half'"),
+        (lambda: ErasureChannel(True), "`probability` must be a number in .0, 1., or one per client, got True"),
+        (lambda: ErasureChannel(burst=(0.1, 0.5)), r"`burst` must be a `GilbertElliott.*`, got \(0.1, 0.5\)"),
+        (lambda: ErasureChannel(0.1, name=2), "`name` must be a text, got 2"),
         (lambda: ErasureChannel(), "Give exactly one of `probability`, `max_probability` and `burst`, got none"),
         (lambda: ErasureChannel(0.1, max_probability=0.2), "got `probability` and `max_probability`"),
         (lambda: ErasureChannel(max_probability=2), r"`max_probability` must be a number in \[0, 1\], got 2"),
@@ -316,7 +351,10 @@ def test_bytes_of_retransmissions():
         (lambda: PacketLossChannel(0.1, lost="zero", link="downlink"), "got 'zero' on the downlink"),
         (lambda: PacketLossChannel(0.1, retries=-1), "`retries` must be a whole number of at least 0"),
         (lambda: DeadlineChannel(-1, 1), "`deadline` must be a number of at least 0, got -1"),
-        (lambda: DeadlineChannel(1, 1, spread=-1), "`spread` must be a number of at least 0"),
+        (lambda: DeadlineChannel(1, 1, spread=-1), r"`spread` must be a number in \[0, 100\], got -1"),
+        (lambda: DeadlineChannel(1, 1, spread=float("inf")), r"`spread` must be a number in \[0, 100\], got inf"),
+        (lambda: AvailabilityChannel(phases=[float("nan")]), r"`phases` must lie in \[0, 1\], got \[nan\]"),
+        (lambda: AvailabilityChannel([[0, 1], [1]]), r"`trace` must be a table \[rounds, clients\]"),
         (lambda: AvailabilityChannel(mean=1.1), r"`mean` must be a number in \[0, 1\]"),
         (lambda: AvailabilityChannel([0, 1]), r"`trace` must be a table \[rounds, clients\] .* got the shape \[2\]"),
         (lambda: AvailabilityChannel([[0, 3]]), "with values from 0 to 3"),
@@ -324,6 +362,7 @@ def test_bytes_of_retransmissions():
         (lambda: OverTheAirChannel(3.0, fallback="again"), "`fallback` on the uplink must be one of"),
         (lambda: PrivacyChannel(0, 1), "`clip` must be more than 0, got 0"),
         (lambda: PrivacyChannel(float("inf"), 1.0), "`clip`, which must be finite then, got inf"),
+        (lambda: PrivacyChannel(1, float("inf")), "`noise_multiplier` must be finite, got inf"),
         (lambda: PrivacyChannel(1, -1), "`noise_multiplier` must be a number of at least 0"),
         (lambda: PrivacyChannel(1, 1, delta=2), r"`delta` must be a number in \[0, 1\], got 2"),
         (lambda: Channel(link="sideways"), "`link` must be one of 'uplink', 'downlink', got 'sideways'"),
@@ -337,6 +376,7 @@ def test_arguments(make, message):
 @pytest.mark.parametrize(
     ("channel", "message"),
     [
+        (lambda: ErasureChannel([]), r"must be a number or one per client \[4\], got the shape \[0\]"),
         (lambda: ErasureChannel([0.1, 0.2]), r"must be a number or one per client \[4\], got the shape \[2\]"),
         (lambda: AvailabilityChannel([[1, 1]]), "`trace` must have a column for each of 4 clients, got 2"),
         (lambda: AvailabilityChannel(phases=[0.0]), r"`phases` must be one number per client \[4\], got \[1\]"),

@@ -11,10 +11,15 @@ from lightning_fedhaw import (
     AWGNChannel,
     ErasureChannel,
     FedAvgCallback,
+    FedDyn,
     FedOptCallback,
+    FedProx,
     OverTheAirChannel,
     PrivacyChannel,
     RoundObserver,
+    Scaffold,
+    ScaffoldCallback,
+    SparsifiedChannel,
 )
 from lightning_fedhaw.channel.privacy import clipped, epsilon
 
@@ -144,7 +149,60 @@ def test_without_the_extra_there_is_one_sentence(monkeypatch):
     fit(PrivacyChannel(1.0, 1.0, delta=None))
 
 
+@pytest.mark.parametrize(
+    ("more", "options"),
+    [
+        ([], {"optimizer_state": "kept"}),
+        ([FedDyn()], {}),
+        ([SparsifiedChannel(0.5)], {}),
+        ([ErasureChannel(0.2, link="downlink", fallback="reuse_model")], {}),
+        ([FedProx(), SparsifiedChannel(0.5, error_feedback=False)], None),
+    ],
+    ids=["optimisers", "FedDyn", "error feedback", "old broadcasts", "nothing"],
+)
+def test_draws_amplify_only_where_clients_remember_nothing(more, options):
+    """What a client remembers tells in which rounds it was."""
+    pytest.importorskip("dp_accounting")
+    channel = PrivacyChannel(0.3, 3.0, delta=1e-3)
+    runner, _ = fit(*more, channel, rounds=4, num_clients=10, clients_per_round=3, **(options or {}))
+    most = max(channel.state_dict()["parts"].values())
+    by_draws = epsilon(3.0, 1e-3, 4, num_clients=10, drawn_uniformly=3)
+    by_parts = epsilon(3.0, 1e-3, most, num_clients=10, drawn_uniformly=None)
+    assert runner.federation_summary["epsilon"] == (by_draws if options is None else by_parts)
+    assert by_draws < by_parts
+
+
+def test_rounds_that_are_not_alike_are_not_counted_together(tmp_path):
+    pytest.importorskip("dp_accounting")
+    options = {"rule": uniform(), "rounds": 2, "client_eval": False, "clients_per_round": 2}
+    first = trainer(callbacks=[PrivacyChannel(0.3, 1.0)], **options)
+    first.fit(Classifier(), loader())
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    options["rounds"] = 3
+    with pytest.raises(ValueError, match="goes on with other ones: noise_multiplier from 1.0 to 9.0, clients drawn"):
+        trainer(callbacks=[PrivacyChannel(0.3, 9.0)], **options).fit(
+            Classifier(), loader(), ckpt_path=tmp_path / "two.ckpt"
+        )
+    trainer(callbacks=[PrivacyChannel(0.1, 1.0)], **options).fit(
+        Classifier(), loader(), ckpt_path=tmp_path / "two.ckpt"
+    )
+
+
 # ---------------------------------------------------------------------- what breaks the guarantee
+
+
+@pytest.mark.parametrize(
+    ("rule", "more"),
+    [
+        (uniform, [Scaffold()]),
+        (uniform, [Scaffold("I")]),
+        (ScaffoldCallback, []),
+        (lambda: FedOptCallback(rule=ScaffoldCallback()), []),
+    ],
+)
+def test_objectives_that_share_what_clients_know(rule, more):
+    with pytest.raises(ValueError, match="protects updates, and Scaffold would leave the clients beside them"):
+        fit(PrivacyChannel(1.0, 1.0, delta=None), *more, rule=rule())
 
 
 def test_weights_that_depend_on_data():

@@ -156,3 +156,13 @@ def test_an_exponent_that_breaks_is_a_client_that_diverged():
     assert abs(broken / 40 - share) < 4 * (share * (1 - share) / 40) ** 0.5
     assert runner.federation_summary["clients_per_round"] == (40 - broken) / 10
     assert torch.isfinite(flat(module)).all()
+
+
+def test_it_is_said_what_spoiled_a_message():
+    with pytest.warns(UserWarning, match=r"Client . returned .* in round 0 \(they were finite when it sent them\)"):
+        train(Sends(), rounds=1, local_steps=1, callbacks=[BitFlipChannel(0.002)], client_eval=False, seed=2)
+    with (
+        pytest.warns(UserWarning, match="Client . returned"),
+        pytest.raises(FloatingPointError, match="Or `BitFlipChannel` spoiled what they sent"),
+    ):
+        train(Sends(), rounds=1, local_steps=1, callbacks=[BitFlipChannel(0.1)], client_eval=False)

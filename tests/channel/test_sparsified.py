@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from federations import Classifier, loader, train, trainer
-from lightning_fedhaw import AWGNChannel, ErasureChannel, FedAvgCallback, RoundObserver, SparsifiedChannel
+from lightning_fedhaw import (
+    AWGNChannel,
+    BitFlipChannel,
+    ErasureChannel,
+    FadingChannel,
+    FedAvgCallback,
+    QuantizedChannel,
+    RoundObserver,
+    SparsifiedChannel,
+)
+from lightning_fedhaw.channel import Parcel
 from lightning_fedhaw.channel.sparsified import number_kept, sparsify
 from scenes import generator, prepared, received
 
@@ -61,6 +71,49 @@ def test_each_layer_sends_its_own_share():
     message = torch.cat([torch.full((56,), 100.0), torch.full((27,), 0.01)])
     sent = channel.transmit(message, round_=0, client=9, seed=0)
     assert [int(sent[block].count_nonzero()) for block in channel.blocks] == [6, 3]
+
+
+@pytest.mark.parametrize("per", ["update", "layer"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **per: AWGNChannel(10.0, **per),
+        lambda **per: FadingChannel(10.0, **per),
+        lambda **per: QuantizedChannel(4, **per),
+        lambda **per: QuantizedChannel(4, "nearest", **per),
+        lambda **per: QuantizedChannel(4, "qsgd", **per),
+        lambda per: AWGNChannel(noise_std=0.1),
+        lambda per: BitFlipChannel(0.05, bits=8),
+        lambda per: BitFlipChannel(0.01),
+    ],
+)
+def test_channels_behind_change_what_is_sent_and_nothing_else(make, per):
+    """Half of the numbers are sent, of which the smallest is far from zero."""
+    first, second = SparsifiedChannel(0.5), make(per=per)
+    trainer(rounds=1, callbacks=[first, second]).fit(Classifier(), loader())
+    message = torch.cat([torch.full((41,), 0.001), torch.linspace(1.0, 2.0, 42)])[torch.randperm(83)]
+    sent = first.transmit(message, round_=0, client=9, seed=0)
+    got = second.transmit(sent, round_=0, client=9, seed=0)
+    assert not got[sent == 0].any()
+    assert not torch.equal(got, sent)
+    if isinstance(second, QuantizedChannel) and second.scheme != "qsgd":
+        assert (got - sent).abs().max() <= 1 / 15 + 1e-6, "the range is that of what is sent"
+    nothing = torch.zeros(83)
+    assert torch.equal(second.transmit(nothing, round_=0, client=9, seed=0), nothing)
+
+
+def test_noise_behind_has_the_power_of_what_is_sent():
+    sparse, noise = prepared(SparsifiedChannel(0.1), 20_000), AWGNChannel(10.0)
+    prepared(noise, 20_000, parcel=sparse.encode(Parcel(20_000, 32)))
+    sent = sparse.transmit(torch.randn(20_000, generator=generator()), round_=0, client=0, seed=0)
+    error = noise.transmit(sent, round_=0, client=0, seed=0) - sent
+    assert int(error.count_nonzero()) == 2000
+    assert float(error.square().sum() / sent.square().sum()) == pytest.approx(0.1, abs=4.5 * 0.1 * (2 / 2000) ** 0.5)
+
+
+def test_what_was_left_out_is_not_counted_again():
+    tenth, half = prepared(SparsifiedChannel(0.1), 1000), prepared(SparsifiedChannel(0.5), 1000)
+    assert half.encode(tenth.encode(Parcel(1000, 32))).values == 100
 
 
 class Held(RoundObserver):

@@ -14,6 +14,7 @@ from federations import Classifier, flat, loader, momentum, samples, train, trai
 from lightning_fedhaw import (
     Channel,
     ClientObjective,
+    ErasureChannel,
     FedAvgCallback,
     FedAvgMCallback,
     FedDyn,
@@ -181,6 +182,51 @@ def test_scaffold_finds_the_average_gradient_whatever_the_local_optimiser(nester
             states = objective.state_dict()
             assert [s["w"].item() for s in states["clients"].values()] == close([2.0, -1.0], rel=1e-6)
             assert states["mean"]["w"].item() == close(0.5, rel=1e-6)
+
+
+class Deaf(Channel):
+    """Client 1 hears nothing in rounds 1 and 2, and trains what it heard last."""
+
+    def __init__(self):
+        super().__init__(link="downlink", fallback="reuse_model")
+
+    def outage(self, round_, clients, seed):
+        return torch.tensor([client == 1 and round_ in (1, 2) for client in clients])
+
+
+def test_scaffolds_control_is_as_old_as_the_model_it_came_with():
+    w, c, own, heard, models = 0.0, 0.0, [0.0, 0.0], [(0.0, 0.0)] * 2, []
+    for round_ in range(4):
+        moved, changed = [], []
+        for k, (h, optimum, steps) in enumerate([(1.0, 1.0, 2), (3.0, -1.0, 5)]):
+            if not (k == 1 and round_ in (1, 2)):
+                heard[k] = (w, c)
+            y, control = heard[k]
+            for _ in range(steps):
+                y -= 0.1 * (h * (y - optimum) - own[k] + control)
+            new = own[k] - control + (heard[k][0] - y) / (0.1 * steps)
+            moved.append(y - heard[k][0])
+            changed.append(new - own[k])
+            own[k] = new
+        w, c = w + sum(moved) / 2, c + sum(changed) / 2
+        models.append(w)
+    assert one(descend(ScaffoldCallback(), [Deaf()], rounds=4).models) == near(models)
+    smooth = {"kind": Smooth, "steps": (5, 5), "rounds": 4}
+    both = [descend(ScaffoldCallback(), [Deaf()], engine=each, **smooth) for each in ("sequential", "vectorized")]
+    assert one(both[1].models) == near(one(both[0].models))
+
+
+def test_scaffold_goes_on_with_old_controls():
+    def run(rounds, ckpt_path=None):
+        module, deaf = Classifier(), ErasureChannel(0.5, link="downlink", fallback="reuse_model")
+        runner = trainer(rounds=rounds, rule=ScaffoldCallback(), callbacks=[deaf], seed=1, client_eval=False)
+        runner.fit(module, loader(), ckpt_path=ckpt_path)
+        runner.save_checkpoint("stopped.ckpt")
+        return module
+
+    straight = run(5)
+    run(3)
+    assert torch.equal(flat(straight), flat(run(5, "stopped.ckpt")))
 
 
 def test_scaffold_keeps_a_control_whose_rate_is_zero():
@@ -479,6 +525,8 @@ def test_weights_by_batches():
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="`mu` must be a finite number of at least 0, got -1"):
         FedProx(mu=-1)
+    with pytest.raises(ValueError, match="`mu` must be a finite number of at least 0, got True"):
+        FedProx(mu=True)
     with pytest.raises(ValueError, match="`alpha` must be a finite number of at least 0, got inf"):
         FedDyn(alpha=float("inf"))
     with pytest.raises(ValueError, match="`alpha` must be above 0, because the server divides by it, got 0"):
@@ -503,7 +551,10 @@ def test_scaffold_needs_to_know_how_far_a_client_goes():
 
 def test_the_same_objective_twice():
     with pytest.raises(ValueError, match="has the client objective Scaffold 2 times, those that rules bring along"):
-        train(rule=ScaffoldCallback(), callbacks=[Scaffold()])
+        trainer(rule=ScaffoldCallback(), callbacks=[Scaffold()])
+    with pytest.raises(ValueError, match="FedProx 2 times, .* tell them apart by `name=`"):
+        trainer(callbacks=[FedProx(0.1), FedProx(0.2)])
+    trainer(callbacks=[FedProx(0.1), FedProx(0.2, name="more")])
     with pytest.raises(NotImplementedError, match="`ClientObjective` must implement `penalty` or `gradient`"):
         train(callbacks=[ClientObjective()])
 

@@ -23,7 +23,7 @@ def noise_std(rms: float, snr_db: float) -> float:
         >>> round(noise_std(12.5**0.5, snr_db=10.0) ** 2, 6)
         1.25
     """
-    return rms / sqrt(10 ** (snr_db / 10))
+    return float(rms * 10 ** (-snr_db / 20))
 
 
 def add_noise(vector: Tensor, std: float, generator: torch.Generator) -> Tensor:
@@ -63,11 +63,8 @@ class AWGNChannel(BlockChannel):
         super().__init__(per, **channel)
         if (snr_db is None) == (noise_std is None):
             raise ValueError(f"Give one of `snr_db` and `noise_std`, got {snr_db!r} and {noise_std!r}.")
-        if snr_db is not None:
-            check_decibels(snr_db)
-        else:
-            check_number("noise_std", noise_std, 0)
-        self.snr_db, self.noise_std = snr_db, noise_std
+        self.snr_db = None if snr_db is None else check_decibels(snr_db)
+        self.noise_std = 0.0 if noise_std is None else check_number("noise_std", noise_std, 0)
 
     def encode(self, parcel: Parcel) -> Parcel:
         """The power of each block travels with it."""
@@ -77,15 +74,15 @@ class AWGNChannel(BlockChannel):
         """The message with noise on it; see :meth:`Channel.transmit`."""
         snr_db, generator = self.snr_db, self.stream(seed, round_, client, "noise")
         if snr_db is None:
-            return add_noise(message, self.noise_std or 0.0, generator)
+            return self.on_sent(lambda sent: add_noise(sent, self.noise_std, generator), message)
         if snr_db == float("inf"):
             return message
         return self.blockwise(lambda block: add_noise(block, noise_std(rms(block), snr_db), generator), message)
 
 
-def check_decibels(value: Any) -> None:
+def check_decibels(value: Any) -> float:
     """Refuse what is no signal-to-noise ratio."""
-    check_number("snr_db", value, -200)
+    return check_number("snr_db", value, -200)
 
 
 def with_power(parcel: Parcel, blocks: int) -> Parcel:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
 from lightning_fedhaw.layout import ParameterLayout
-from lightning_fedhaw.options import is_number
 from lightning_fedhaw.streams import PathPart, stream
 
 Link = Literal["uplink", "downlink"]
@@ -71,6 +71,7 @@ class Scene:
         beside: What leaves the clients beside the message, in words.
         drawn_uniformly: The number of clients a round, where all sets of so many are equally likely; ``None`` where
             they come by another sampler.
+        clients_remember: Whether what a client sends depends on the rounds it was in before.
     """
 
     layout: ParameterLayout
@@ -81,6 +82,7 @@ class Scene:
     raw_weight: Callable[[Any], float] | None
     beside: Sequence[str]
     drawn_uniformly: int | None
+    clients_remember: bool = False
 
     @property
     def num_clients(self) -> int:
@@ -115,7 +117,8 @@ class Channel(Callback):
         name: Tells two channels of one class on one link apart in a checkpoint.
 
     Raises:
-        ValueError: If ``link`` or ``fallback`` is unknown, or the fallback has no meaning on the link.
+        ValueError: If ``link`` or ``fallback`` is unknown, the fallback has no meaning on the link, or the name is no
+            text.
     """
 
     def __init__(self, link: Link = "uplink", fallback: Fallback | None = None, name: str | None = None) -> None:
@@ -129,6 +132,8 @@ class Channel(Callback):
             raise ValueError(
                 f"`fallback` on the {link} must be one of {', '.join(map(repr, allowed))}, got {fallback!r}."
             )
+        if not isinstance(name, (str, type(None))):
+            raise ValueError(f"`name` must be a text, got {name!r}.")
         self.link: Link = link
         self.fallback: Fallback = fallback
         self.name = name
@@ -170,6 +175,17 @@ class Channel(Callback):
             seed: The federation's seed; draw from :meth:`stream`.
         """
         return message
+
+    def on_sent(self, function: Callable[[Tensor], Tensor], message: Tensor) -> Tensor:
+        """``function: [d] -> [d]`` on the numbers of a message that travel, or of a part of it.
+
+        These are all, or those that a :class:`SparsifiedChannel` before this one chose: the others are no part of the
+        message, and stay zero.
+        """
+        if self.scene.parcel.values >= self.scene.layout.numel:
+            return function(message)
+        sent = message.nonzero().squeeze(1)
+        return message.index_copy(0, sent, function(message[sent])) if len(sent) else message
 
     def encode(self, parcel: Parcel) -> Parcel:
         """A message's size after this channel has packed it; the same by default."""
@@ -214,11 +230,21 @@ class Channel(Callback):
         return Filled(kept if self.fallback == "reuse_update" else kept - start, last["num_steps"])
 
     def remember(self, client: int, start: Tensor, displacement: Tensor, num_steps: int) -> None:
-        """Keep what was heard from a client, if the fallback will want it."""
-        if self.fallback == "reuse_update":
-            self._heard[client] = {"vector": displacement.clone(), "num_steps": num_steps}
-        elif self.fallback == "reuse_model":
-            self._heard[client] = {"vector": start + displacement, "num_steps": num_steps}
+        """Keep what was heard from a client, in host memory, if the fallback will want it."""
+        if self.fallback.startswith("reuse"):
+            vector = displacement if self.fallback == "reuse_update" else start + displacement
+            self._heard[client] = {"vector": vector.to("cpu", copy=True), "num_steps": num_steps}
+
+    def remember_broadcast(self, client: int, model: Tensor) -> None:
+        """Keep the model ``[P]`` that a client heard, in host memory, if the fallback will want it."""
+        if self.fallback == "reuse_model":
+            # Nobody changes a model in place, so clients that heard the same share it.
+            self._heard[client] = {"vector": model.cpu(), "num_steps": 0}
+
+    @property
+    def remembers(self) -> bool:
+        """Whether messages depend on those before them."""
+        return self.fallback.startswith("reuse") or type(self).state_dict is not Channel.state_dict
 
     def last_broadcast(self, client: int) -> Tensor | None:
         """The last global model ``[P]`` a client heard, on a downlink that reuses it."""
@@ -264,8 +290,8 @@ class BlockChannel(Channel):
         return [slice(parts[0].start, parts[-1].stop) for parts in self.scene.layout.groups().values()]
 
     def blockwise(self, function: Callable[[Tensor], Tensor], message: Tensor) -> Tensor:
-        """``function: [block] -> [block]`` on every part of a message ``[P]``."""
-        return torch.cat([function(message[block]) for block in self.blocks])
+        """``function: [d] -> [d]`` on what travels of every part of a message ``[P]``."""
+        return torch.cat([self.on_sent(function, message[block]) for block in self.blocks])
 
 
 @dataclass(frozen=True)
@@ -342,12 +368,31 @@ def check_keys(callbacks: Iterable[Any]) -> None:
             seen.add(channel.state_key)
 
 
-def check_number(name: str, value: Any, least: float, most: float = float("inf")) -> None:
-    """Refuse what is no number of ``[least, most]``.
+def check_number(name: str, value: Any, least: float, most: float = float("inf")) -> float:
+    """A number of ``[least, most]``, NumPy's included, as a float.
 
     Raises:
         ValueError: Naming the argument, what is allowed, and what came.
     """
-    if not is_number(value) or not least <= value <= most:
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:
         allowed = f"of at least {least:g}" if most == float("inf") else f"in [{least:g}, {most:g}]"
         raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")
+    return float(value)
+
+
+def probabilities(name: str, value: Any, what: str) -> Tensor:
+    """A number or a list of them, float64, each in [0, 1].
+
+    Raises:
+        ValueError: Naming the argument, what is allowed, and what came.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        table = torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"`{name}` must be {what}, got {value!r}.") from None
+    if not ((table >= 0) & (table <= 1)).all():
+        raise ValueError(f"`{name}` must lie in [0, 1], got {table.tolist()}.")
+    return table

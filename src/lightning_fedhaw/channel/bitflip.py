@@ -59,9 +59,7 @@ class BitFlipChannel(Channel):
 
     def __init__(self, rate: float, bits: int = 32, **channel: Any) -> None:
         super().__init__(**channel)
-        check_number("rate", rate, 0, 1)
-        check_bits(bits)
-        self.rate, self.bits = rate, bits
+        self.rate, self.bits = check_number("rate", rate, 0, 1), check_bits(bits)
 
     def encode(self, parcel: Parcel) -> Parcel:
         """As many bits a number as the codes have, and their range."""
@@ -72,8 +70,11 @@ class BitFlipChannel(Channel):
         if not self.rate:
             return message
         generator = self.stream(seed, round_, client, "flips")
+        return self.on_sent(lambda sent: self._flipped(sent, generator), message)
+
+    def _flipped(self, sent: Tensor, generator: torch.Generator) -> Tensor:
         if self.bits == 32:
-            words = message.view(torch.int64 if message.dtype == torch.float64 else torch.int32)
-            return flip(words, 8 * message.element_size(), self.rate, generator).view(message.dtype)
-        codes, low, step = to_codes(message, self.bits)
+            words = sent.view(torch.int64 if sent.dtype == torch.float64 else torch.int32)
+            return flip(words, 8 * sent.element_size(), self.rate, generator).view(sent.dtype)
+        codes, low, step = to_codes(sent, self.bits)
         return from_codes(flip(codes, self.bits, self.rate, generator), low, step)

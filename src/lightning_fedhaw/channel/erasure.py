@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.channel.base import Channel, Scene, check_number
+from lightning_fedhaw.channel.base import Channel, Scene, check_number, probabilities
 from lightning_fedhaw.options import check_whole
 
 
@@ -139,10 +139,12 @@ class ErasureChannel(Channel):
             if max_probability is None:
                 raise ValueError("`legacy_seed` repeats the authors' draws of rates: give `max_probability` with it.")
         if max_probability is not None:
-            check_number("max_probability", max_probability, 0, 1)
-        self.probability = None if probability is None else torch.as_tensor(probability, dtype=torch.float64)
-        if self.probability is not None and not ((self.probability >= 0) & (self.probability <= 1)).all():
-            raise ValueError(f"`probability` must lie in [0, 1], got {self.probability.tolist()}.")
+            max_probability = check_number("max_probability", max_probability, 0, 1)
+        if burst is not None and not isinstance(burst, GilbertElliott):
+            raise ValueError(f"`burst` must be a `GilbertElliott(enter, leave)`, got {burst!r}.")
+        self.probability = None
+        if probability is not None:
+            self.probability = probabilities("probability", probability, "a number in [0, 1], or one per client")
         self.max_probability, self.burst, self.legacy_seed = max_probability, burst, legacy_seed
 
     def prepare(self, scene: Scene) -> None:

@@ -66,18 +66,16 @@ class FadingChannel(BlockChannel):
         **channel: Any,
     ) -> None:
         super().__init__(per, **channel)
-        check_decibels(snr_db)
-        check_number("k_factor", k_factor, 0)
+        self.snr_db = check_decibels(snr_db)
+        self.k_factor = check_number("k_factor", k_factor, 0)
         check_whole("block", block, 1)
-        check_number("truncation", truncation, 0)
-        if rate is not None:
-            check_number("rate", rate, 0)
+        self.truncation = check_number("truncation", truncation, 0)
+        self.rate = None if rate is None else check_number("rate", rate, 0)
         if rate is not None and inversion:
             raise ValueError("Give `rate` or `inversion=True`, not both: a coded message needs no inversion.")
         if truncation and not inversion:
             raise ValueError(f"`truncation`={truncation} bounds the power of inversion: set `inversion=True` with it.")
-        self.snr_db, self.k_factor, self.block, self.rate = float(snr_db), k_factor, block, rate
-        self.inversion, self.truncation = inversion, truncation
+        self.block, self.inversion = block, inversion
 
     def gain(self, round_: int, client: int, seed: int) -> float:
         """``|h|^2`` of a client's link in a round."""
@@ -90,7 +88,9 @@ class FadingChannel(BlockChannel):
         gains = [self.gain(round_, client, seed) for client in clients]
         if self.rate is None:
             return torch.tensor([gain < self.truncation for gain in gains])
-        return torch.tensor([log2(1 + gain * 10 ** (self.snr_db / 10)) < self.rate for gain in gains])
+        # A power beyond any number is as good as infinite.
+        snr = 10 ** min(self.snr_db / 10, 300.0)
+        return torch.tensor([log2(1 + gain * snr) < self.rate for gain in gains])
 
     def encode(self, parcel: Parcel) -> Parcel:
         """The power of each block travels with it, where numbers are sent as they are."""

@@ -66,11 +66,11 @@ class OverTheAirChannel(SumChannel):
         name: str | None = None,
     ) -> None:
         super().__init__(fallback, name)
-        check_decibels(snr_db)
-        check_number("truncation", truncation, 0)
-        check_number("k_factor", k_factor, 0)
+        self.snr_db = check_decibels(snr_db)
+        self.truncation = check_number("truncation", truncation, 0)
+        self.k_factor = check_number("k_factor", k_factor, 0)
         check_whole("block", block, 1)
-        self.snr_db, self.truncation, self.k_factor, self.block = snr_db, truncation, k_factor, block
+        self.block = block
 
     def _gains(self, round_: int, clients: Sequence[int], seed: int) -> Tensor:
         """``|h_k|^2``, ``[K]`` float64."""

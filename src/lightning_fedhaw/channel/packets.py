@@ -49,11 +49,11 @@ class PacketLossChannel(Channel):
         # What was heard last is kept as for messages that are lost whole.
         memory = {"uplink": "reuse_update", "downlink": "reuse_model"}
         super().__init__(link, memory.get(link) if lost == "last" else None, name)  # type: ignore[arg-type]
-        check_number("probability", probability, 0, 1)
+        self.probability = check_number("probability", probability, 0, 1)
         check_whole("packet_bytes", packet_bytes, 8)
         check_whole("header_bytes", header_bytes, 0)
         check_whole("retries", retries, 0)
-        self.probability, self.packet_bytes, self.header_bytes = probability, packet_bytes, header_bytes
+        self.packet_bytes, self.header_bytes = packet_bytes, header_bytes
         self.retries, self.lost = retries, lost
 
     @property

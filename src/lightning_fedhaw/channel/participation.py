@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.channel.base import Channel, Fallback, Scene, check_number
+from lightning_fedhaw.channel.base import Channel, Fallback, Scene, check_number, probabilities
 from lightning_fedhaw.options import check_whole
 
 
@@ -45,10 +45,10 @@ class DeadlineChannel(Channel):
         name: str | None = None,
     ) -> None:
         super().__init__(fallback=fallback, name=name)
-        self.deadline, self.seconds_per_sample = deadline, seconds_per_sample
-        self.spread, self.client_spread = spread, client_spread
-        for argument in ("deadline", "seconds_per_sample", "spread", "client_spread"):
-            check_number(argument, getattr(self, argument), 0)
+        self.deadline = check_number("deadline", deadline, 0)
+        self.seconds_per_sample = check_number("seconds_per_sample", seconds_per_sample, 0)
+        self.spread = check_number("spread", spread, 0, 100)
+        self.client_spread = check_number("client_spread", client_spread, 0, 100)
 
     def seconds(self, round_: int, clients: list[int], seed: int) -> Tensor:
         """How long clients compute in a round, ``[K]`` float64."""
@@ -101,12 +101,12 @@ class AvailabilityChannel(Channel):
         name: str | None = None,
     ) -> None:
         super().__init__(fallback=fallback, name=name)
-        check_number("mean", mean, 0, 1)
-        check_number("amplitude", amplitude, 0, 1)
+        self.mean = check_number("mean", mean, 0, 1)
+        self.amplitude = check_number("amplitude", amplitude, 0, 1)
         check_whole("period", period, 1)
         self.trace = None if trace is None else read_trace(trace)
-        self.phases = None if phases is None else torch.as_tensor(phases, dtype=torch.float64)
-        self.mean, self.amplitude, self.period = mean, amplitude, period
+        self.phases = None if phases is None else probabilities("phases", phases, "numbers of [0, 1), one per client")
+        self.period = period
 
     def prepare(self, scene: Scene) -> None:
         """Refuse a trace or phases of another federation."""
@@ -146,7 +146,10 @@ def read_trace(trace: Any) -> Tensor:
             if path.suffix == ".npy"
             else np.loadtxt(path.read_text().replace(",", " ").splitlines(), ndmin=2)
         )
-    table = torch.as_tensor(trace, dtype=torch.float64)
+    try:
+        table = torch.as_tensor(trace, dtype=torch.float64)
+    except (TypeError, ValueError):
+        table = torch.empty(0)  # rows of unequal length, or no numbers
     if table.ndim != 2 or not len(table) or not ((table >= 0) & (table <= 1)).all():
         raise ValueError(
             "`trace` must be a table [rounds, clients] of booleans or probabilities, got the shape"

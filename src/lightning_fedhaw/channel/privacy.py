@@ -68,6 +68,9 @@ class PrivacyChannel(SumChannel):
     T rounds the sequence of global models is (epsilon, delta)-differentially private with respect to everything that
     one client holds. The server is trusted: it sees the sum before the noise.
 
+    Uniform draws amplify where clients remember nothing from round to round; with error feedback, kept optimisers,
+    client objectives with a state or reused broadcasts, the client that came most often counts, as with other samplers.
+
     This holds for rules that name the same weight for every client (``FedAvgCallback(weighting="uniform")``, and
     rules on top of it, for which the noisy average is all they see), for samplers that draw uniformly or do not look
     at data, and for messages that are lost for reasons other than data. It does not cover what else leaves a run:
@@ -89,20 +92,21 @@ class PrivacyChannel(SumChannel):
     """
 
     _parts: dict[int, int]
+    _terms: dict[str, float]
 
     def __init__(
         self, clip: float, noise_multiplier: float, *, delta: float | None = 1e-5, name: str | None = None
     ) -> None:
         super().__init__(name=name)
-        check_number("clip", clip, 0)
-        check_number("noise_multiplier", noise_multiplier, 0)
+        self.clip = check_number("clip", clip, 0)
+        self.noise_multiplier = check_number("noise_multiplier", noise_multiplier, 0)
+        if self.noise_multiplier == float("inf"):
+            raise ValueError("`noise_multiplier` must be finite, got inf: nothing would be left of any update.")
         if not clip:
             raise ValueError("`clip` must be more than 0, got 0: nothing would be left of any update.")
         if clip == float("inf") and noise_multiplier:
             raise ValueError("`noise_multiplier` is in units of `clip`, which must be finite then, got inf.")
-        if delta is not None:
-            check_number("delta", delta, 0, 1)
-        self.clip, self.noise_multiplier, self.delta = clip, noise_multiplier, delta
+        self.delta = None if delta is None else check_number("delta", delta, 0, 1)
         self.reset()
 
     def prepare(self, scene: Scene) -> None:
@@ -111,6 +115,8 @@ class PrivacyChannel(SumChannel):
         assert scene.raw_weight is not None
         probes = [ClientUpdate(client, 1 + client, 1 + 2 * client, 0, torch.zeros(1)) for client in range(2)]
         self._check_weights([float(scene.raw_weight(probe)) for probe in probes])
+        # What a client remembers says in which rounds it was, and these are secret where sampling amplifies.
+        self._amplified = None if scene.clients_remember else scene.drawn_uniformly
         if scene.beside:
             raise ValueError(
                 f"`PrivacyChannel` protects updates, and {' and '.join(scene.beside)} would leave the clients beside"
@@ -133,15 +139,31 @@ class PrivacyChannel(SumChannel):
                 ' they hold or do. Use `FedAvgCallback(weighting="uniform")`, alone or in `FedOptCallback(rule=...)`.'
             )
 
+    def _check_terms(self) -> None:
+        """Refuse to count rounds together that were not played alike."""
+        terms = {"noise_multiplier": self.noise_multiplier, "clients drawn at random": self._amplified or 0}
+        if self.delta is not None and self._terms not in ({}, terms):
+            told = ", ".join(f"{name} from {self._terms[name]} to {now}" for name, now in terms.items())
+            raise ValueError(
+                f"`PrivacyChannel` counts what rounds that are alike have spent, and goes on with other ones: {told}."
+                " Go on as before, start a new run, or set `delta=None` for no accounting."
+            )
+        self._terms = terms
+
     def epsilon(self) -> float:
         """What the rounds so far have spent."""
         assert self.delta is not None
-        drawn = self.scene.drawn_uniformly
-        # Where nobody says how clients are drawn, it counts who came most often.
+        drawn = self._amplified
+        # Without amplification, it counts who came most often.
         rounds = self._releases if drawn is not None else max(self._parts.values(), default=0)
         return epsilon(
             self.noise_multiplier, self.delta, rounds, num_clients=self.scene.num_clients, drawn_uniformly=drawn
         )
+
+    @property
+    def remembers(self) -> bool:
+        """No message depends on what was spent."""
+        return False
 
     def summary(self) -> dict[str, float]:
         """Epsilon and delta, for the closing table."""
@@ -154,6 +176,7 @@ class PrivacyChannel(SumChannel):
     def superpose(self, total: Tensor, arrivals: Arrivals) -> Tensor:
         """The noisy sum over the fixed number of clients; see :meth:`SumChannel.superpose`."""
         self._check_weights(arrivals.weights.tolist())
+        self._check_terms()
         weight, noisy = float(arrivals.weights[0]), total
         if self.noise_multiplier:
             generator = self._stream(arrivals.seed, "round", arrivals.round, "noise")
@@ -168,14 +191,15 @@ class PrivacyChannel(SumChannel):
         """Forget what another run spent."""
         super().reset()
         self._releases = 0
-        self._parts = {}
+        self._parts, self._terms = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """What was spent, for a checkpoint."""
-        return {**super().state_dict(), "releases": self._releases, "parts": dict(self._parts)}
+        return {**super().state_dict(), "releases": self._releases, "parts": dict(self._parts), "terms": self._terms}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what was spent from a checkpoint."""
         super().load_state_dict(state_dict)
         self._releases = state_dict.get("releases", 0)
         self._parts = dict(state_dict.get("parts", {}))
+        self._terms = dict(state_dict.get("terms", {}))

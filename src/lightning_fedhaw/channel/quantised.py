@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,14 +71,16 @@ def _round_at_random(numbers: Tensor, generator: torch.Generator) -> Tensor:
     return whole.add_(draws < numbers.sub_(whole))
 
 
-def check_bits(bits: Any) -> None:
-    """Refuse what is no number of bits.
+def check_bits(bits: Any) -> int:
+    """A number of bits, NumPy's included, as an int.
 
     Raises:
         ValueError: Naming what is allowed, and what came.
     """
-    if type(bits) is not int or bits not in (*range(1, MOST_BITS + 1), 32):
+    is_whole = isinstance(bits, (int, np.integer)) and not isinstance(bits, bool)
+    if not is_whole or bits not in (*range(1, MOST_BITS + 1), 32):
         raise ValueError(f"`bits` must be a whole number from 1 to {MOST_BITS}, or 32 to change nothing, got {bits!r}.")
+    return int(bits)
 
 
 class QuantizedChannel(BlockChannel):
@@ -97,12 +100,12 @@ class QuantizedChannel(BlockChannel):
 
     def __init__(self, bits: int = 8, scheme: Scheme = "stochastic", *, per: Per = "update", **channel: Any) -> None:
         super().__init__(per, **channel)
-        check_bits(bits)
+        self.bits = check_bits(bits)
         if scheme not in get_args(Scheme):
             raise ValueError(f"`scheme` must be one of {', '.join(map(repr, get_args(Scheme)))}, got {scheme!r}.")
         if scheme == "qsgd" and bits == 1:
             raise ValueError('`bits` must be at least 2 with `scheme="qsgd"`, one of which is the sign, got 1.')
-        self.bits, self.scheme = bits, scheme
+        self.scheme = scheme
 
     def encode(self, parcel: Parcel) -> Parcel:
         """``bits`` a number, and a range (64 bits) or a norm (32) for each block."""

@@ -65,20 +65,25 @@ class SparsifiedChannel(BlockChannel):
         name: str | None = None,
     ) -> None:
         super().__init__(per, name=name)
-        check_number("fraction", fraction, 0, 1)
+        self.fraction = check_number("fraction", fraction, 0, 1)
         if not fraction:
             raise ValueError(f"`fraction` must be more than 0, got {fraction!r}; 0.01 sends a hundredth.")
         if choice not in get_args(Choice):
             raise ValueError(f"`choice` must be one of {', '.join(map(repr, get_args(Choice)))}, got {choice!r}.")
-        self.fraction, self.choice, self.error_feedback = fraction, choice, error_feedback
+        self.choice, self.error_feedback = choice, error_feedback
         self.reset()
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is error feedback."""
+        return self.error_feedback and self.fraction < 1
 
     def encode(self, parcel: Parcel) -> Parcel:
         """What is sent, and where it belongs: positions, a bit for each number if that is less, or a random seed."""
         if self.fraction == 1:
             return parcel
         lengths = [block.stop - block.start for block in self.blocks]
-        kept = sum(number_kept(self.fraction, length) for length in lengths)
+        kept = min(sum(number_kept(self.fraction, length) for length in lengths), parcel.values)
         positions = 64 if self.choice == "random" else min(kept * ceil(log2(max(lengths))), sum(lengths))
         return Parcel(kept, parcel.bits, parcel.side + positions)
 

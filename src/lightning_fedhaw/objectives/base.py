@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import inf
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
@@ -29,6 +31,7 @@ class ClientObjective(Callback):
 
     Attributes:
         mean: With ``shares_state``, the mean of all N clients' states, on the server; empty until somebody was heard.
+            What of it a client knows is :meth:`told`.
     """
 
     pull: float = 0.0
@@ -51,6 +54,7 @@ class ClientObjective(Callback):
         self.name = name
         self._states: dict[int, ClientState] = {}
         self.mean: ClientState = {}
+        self._told: dict[int, ClientState] = {}
 
     @property
     def state_key(self) -> str:
@@ -126,17 +130,28 @@ class ClientObjective(Callback):
         """Add to the mean of all clients' states."""
         self.mean = {name: value + self.mean[name].to(value) if self.mean else value for name, value in change.items()}
 
+    def tell(self, clients: Iterable[int]) -> None:
+        """Let clients keep the mean as it is now, which came with the model they may train again, in host memory."""
+        mean = {name: value.cpu() for name, value in self.mean.items()}
+        self._told = {**self._told, **dict.fromkeys(clients, mean)}
+
+    def told(self, client: int) -> ClientState:
+        """The mean that came with the model a client trains: the server's, or an older one."""
+        return self._told.get(client, self.mean)
+
     def reset(self) -> None:
         """Forget what another run left behind."""
-        self._states, self.mean = {}, {}
+        self._states, self.mean, self._told = {}, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The clients' states and their mean, for a checkpoint."""
-        return {name: dict(own) for name, own in (("clients", self._states), ("mean", self.mean)) if own}
+        """The clients' states, their mean and what clients were told of it, for a checkpoint."""
+        parts: dict[str, Mapping[Any, Any]] = {"clients": self._states, "mean": self.mean, "told": self._told}
+        return {name: dict(own) for name, own in parts.items() if own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the clients' states and their mean from a checkpoint."""
-        self._states, self.mean = dict(state_dict.get("clients", {})), dict(state_dict.get("mean", {}))
+        """Take the clients' states, their mean and what clients were told of it from a checkpoint."""
+        parts = (dict(state_dict.get(name, {})) for name in ("clients", "mean", "told"))
+        self._states, self.mean, self._told = parts
 
 
 def find_objectives(callbacks: Iterable[Any]) -> list[ClientObjective]:
@@ -155,3 +170,15 @@ def find_objectives(callbacks: Iterable[Any]) -> list[ClientObjective]:
                 " included. Remove all but one, or tell them apart by `name=`."
             )
     return found
+
+
+def check_factor(name: str, value: Any) -> float:
+    """The factor of a term, NumPy's numbers included, as a float.
+
+    Raises:
+        ValueError: If it is no finite number of at least 0.
+    """
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < inf:
+        raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
+    return float(value)

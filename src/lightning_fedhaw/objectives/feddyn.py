@@ -6,12 +6,11 @@ Regularization. ICLR 2021. The server's part is ``aggregation/feddyn.py``.
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 import torch
 
-from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
+from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named, check_factor
 
 DynPenalty = Literal["square", "norm"]
 
@@ -34,11 +33,10 @@ class FedDyn(ClientObjective):
 
     def __init__(self, alpha: float = 0.01, penalty: DynPenalty = "square", name: str | None = None) -> None:
         super().__init__(name)
-        if not (isinstance(alpha, (int, float)) and 0 <= alpha < math.inf):
-            raise ValueError(f"`alpha` must be a finite number of at least 0, got {alpha!r}.")
+        self.alpha = check_factor("alpha", alpha)
         if penalty not in get_args(DynPenalty):
             raise ValueError(f"`penalty` must be one of 'square', 'norm', got {penalty!r}.")
-        self.alpha, self.is_square = float(alpha), penalty == "square"
+        self.is_square = penalty == "square"
         self.pull = self.alpha if self.is_square else 0.0
 
     def gradient(self, parameters: Named, start: Named, state: ClientState) -> Named:

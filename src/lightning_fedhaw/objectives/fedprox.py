@@ -6,9 +6,7 @@ MLSys 2020.
 
 from __future__ import annotations
 
-import math
-
-from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
+from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named, check_factor
 
 
 class FedProx(ClientObjective):
@@ -30,9 +28,7 @@ class FedProx(ClientObjective):
 
     def __init__(self, mu: float = 1e-3, name: str | None = None) -> None:
         super().__init__(name)
-        if not (isinstance(mu, (int, float)) and 0 <= mu < math.inf):
-            raise ValueError(f"`mu` must be a finite number of at least 0, got {mu!r}.")
-        self.mu = self.pull = float(mu)
+        self.mu = self.pull = check_factor("mu", mu)
 
     def gradient(self, parameters: Named, start: Named, state: ClientState) -> Named:
         """``mu (w - start)``."""

@@ -67,10 +67,13 @@ class Scaffold(ClientObjective):
 
     def client_state(self, client: int, start: Named) -> ClientState:
         """``c - c_k``, which is all that local work needs to know."""
-        own = super().client_state(client, start)
-        if not self.mean:
-            return {name: -value for name, value in own.items()}
-        return {name: mean - own[name].to(mean) for name, mean in self.mean.items()}
+        own, told = super().client_state(client, start), self.told(client)
+        # A parameter whose rate is zero goes nowhere, so nothing is lost by leaving c out; and its control stays.
+        rests = {name for name, group in self._groups.items() if not float(group["lr"])}
+        return {
+            name: told[name] - value.to(told[name]) if name in told and name not in rests else -value
+            for name, value in own.items()
+        }
 
     def gradient(self, parameters: Named, start: Named, state: ClientState) -> Named:
         """``c - c_k``."""
@@ -89,7 +92,5 @@ class Scaffold(ClientObjective):
         new = {}
         for name, value in start.items():
             reach = self._reach(name, num_steps)
-            # With c - c_k as the state, the old c_k is c less that.
-            gained = (value - end[name]) / reach if reach else self.mean.get(name, torch.zeros_like(value)).to(value)
-            new[name] = gained - state[name]
+            new[name] = ((value - end[name]) / reach if reach else 0.0) - state[name]
         return new
