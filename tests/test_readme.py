@@ -13,7 +13,7 @@ from federations import QUIET, Classifier, loader, samples
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
-    *(f"docs/{page}.md" for page in ("channels", "extending", "objectives", "rules", "write_a_rule")),
+    *(f"docs/{page}.md" for page in ("backbones", "channels", "extending", "objectives", "rules", "write_a_rule")),
 ]
 
 
@@ -28,7 +28,7 @@ class Module(L.LightningDataModule):
 
 
 @pytest.mark.parametrize(("page", "index"), [(p, i) for p in PAGES for i in range(len(blocks(p)))])
-def test_code_block(page, index, monkeypatch):
+def test_code_block(page, index, monkeypatch, tmp_path):
     """The block runs unchanged; trainers are kept short and silent from outside."""
     stock = L.Trainer.__init__
 
@@ -37,6 +37,7 @@ def test_code_block(page, index, monkeypatch):
         stock(self, **{**kwargs, **QUIET, "max_epochs": min(kwargs.get("max_epochs") or 2, 2)})
 
     monkeypatch.setattr(L.Trainer, "__init__", short)
+    monkeypatch.chdir(tmp_path)
     names = {
         "model": Classifier(classes=10),
         "dataset": samples(60_000, classes=10),
