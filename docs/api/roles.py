@@ -1,4 +1,4 @@
-"""Docstrings name objects as Sphinx does; on these pages such a name is a link where there is something to lead to."""
+"""Docstrings name objects and open code blocks as Sphinx does; here names become links, where there is a target."""
 
 import re
 from pathlib import Path
@@ -19,4 +19,4 @@ def linked(match: re.Match[str]) -> str:
 class Roles(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = ROLE.sub(linked, obj.docstring.value)
+            obj.docstring.value = ROLE.sub(linked, obj.docstring.value).replace("::\n", ":\n")
