@@ -1,0 +1,37 @@
+"""The documentation builds without a warning, and its reference is complete."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_fedhaw
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    for package in ("mkdocs", "material", "mkdocstrings_handlers.python"):
+        pytest.importorskip(package)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    page = (tmp_path / "site/api/rules/index.html").read_text()
+    assert 'id="lightning_fedhaw.FedHAWCallback"' in page
+    assert ":class:" not in page
+
+
+def test_the_reference_names_everything_public_once():
+    pages = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
+    shown = re.findall(r"^::: lightning_fedhaw\.(\w+)$", pages, flags=re.MULTILINE)
+    assert sorted(shown) == sorted(lightning_fedhaw.__all__)
