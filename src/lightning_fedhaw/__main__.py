@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run ``fedhaw fit|validate|test|predict`` (:class:`~lightning_fedhaw.cli.FederatedCLI`) or ``fedhaw plot``.
 
     Modules in the working directory can be named in class paths, as with ``python -m``.
@@ -26,13 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from lightning_fedhaw.cli import FederatedCLI
     except ModuleNotFoundError as error:
-        if error.name not in ("jsonargparse", "docstring_parser"):
+        if (error.name or "").split(".")[0] not in ("jsonargparse", "docstring_parser"):
             raise
         print('`fedhaw` needs jsonargparse: pip install "lightning-fedhaw[cli]"', file=sys.stderr)
         return 1
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    FederatedCLI(args=arguments, parser_kwargs={"prog": "fedhaw", "description": __doc__})
+    FederatedCLI(args=argv, parser_kwargs={"prog": "fedhaw", "description": __doc__})
     return 0
 
 

@@ -46,7 +46,10 @@ register_type(torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), lamb
 
 
 class FederatedArgumentParser(LightningArgumentParser):
-    """A parser in which each setting of the federation has one place, and whose errors are sentences."""
+    """A parser in which each setting of the federation has one place and one name, and whose errors are sentences."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, **kwargs: Any) -> list[str]:
         """The arguments of a class, without those that the group ``federation`` has.
@@ -107,7 +110,8 @@ class FederatedCLI(LightningCLI):
     - ``rule``: an :class:`~lightning_fedhaw.AggregationRule`, by name or class path, with its arguments;
     - ``channel``, ``objective``: one, or a list (``--channel+=ErasureChannel --channel.probability=0.1``).
 
-    Rounds are ``trainer.rounds``.
+    Rounds are ``trainer.rounds``. ``seed_everything`` (0 by default) is the federation's seed too, unless
+    ``federation.seed`` is another.
 
     Args:
         args: As of ``LightningCLI``.
@@ -119,6 +123,7 @@ class FederatedCLI(LightningCLI):
             "trainer_class": FederatedTrainer,
             "parser_class": FederatedArgumentParser,
             "save_config_callback": SaveRunConfig,
+            "seed_everything_default": 0,  # as Lightning chooses where nobody says, but without its warning
         }
         named = inspect.signature(LightningCLI).bind_partial(*args, **kwargs).arguments
         super().__init__(**{**defaults, **named})
@@ -129,7 +134,7 @@ class FederatedCLI(LightningCLI):
             FederatedTrainer, "federation", skip=set(TRAINER), instantiate=False, fail_untyped=False, sub_configs=True
         )
         for name, kind in GROUPS.items():
-            parser.add_argument(f"--{name}", type=kind, default=None, enable_path=True)
+            parser.add_argument(f"--{name}", type=kind, default=None)
 
     def instantiate_classes(self) -> None:
         """Make the objects; what this package refuses is said in its sentence, without a traceback."""
@@ -208,7 +213,7 @@ def _sentence(message: str) -> str:
 def _named() -> dict[str, type]:
     """The classes of this package by name."""
     found = {name: getattr(lightning_fedhaw, name) for name in lightning_fedhaw.__all__}
-    return {name: kind for name, kind in found.items() if isinstance(kind, type) and not inspect.isabstract(kind)}
+    return {name: kind for name, kind in found.items() if isinstance(kind, type) and kind not in BASES.values()}
 
 
 def _place(name: str, known: Iterable[str]) -> str:
