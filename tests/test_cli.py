@@ -246,6 +246,36 @@ def test_errors_of_the_users_code_keep_their_traceback():
         run("fit", *SHORT, *QUIETLY, "--rule=FedAvgCallback", "--model.hidden=-1")
 
 
+ROOT = Path(__file__).parents[1]
+USERS = "from cli_task import Network as MyModel, Samples as MyData"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/cli.md", "docs/sweeps.md", "examples/sweeps/README.md"])
+def test_what_the_guide_says_is_understood(parser, page, tmp_path, monkeypatch):
+    """Every command and every configuration of these pages is read by the parser."""
+    (tmp_path / "mine.py").write_text(USERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "sweeps"))
+    Path("config.yaml").write_text(yaml.dump({"model": "mine.MyModel", "data": "mine.MyData"}))
+    Path("base.yaml").write_text((ROOT / "examples" / "sweeps" / "base.yaml").read_text())
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if " fit " in f" {line}" and "fedhaw" in line]
+    for line in lines:
+        arguments = line.partition("fedhaw fit ")[2].partition(" #")[0].partition(" >")[0].replace("$lr", "0.1").split()
+        parser.parse_args([part for part in arguments if part != "--print_config"])
+    configurations = [yaml.safe_load(each) for each in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)]
+    for configuration in configurations:
+        if "parameters" in configuration:
+            flags = {
+                name: choice.get("value", choice.get("min")) for name, choice in configuration["parameters"].items()
+            }
+            parser.parse_args([*TASK, *(f"--{name}={value}" for name, value in flags.items() if value is not None)])
+        else:
+            parser.parse_object({"model": "mine.MyModel", **configuration})
+    assert lines or configurations
+
+
 def command(*args, **kwargs):
     return subprocess.run(
         [sys.executable, "-m", "lightning_fedhaw", *args], capture_output=True, text=True, timeout=200, **kwargs
