@@ -93,10 +93,12 @@ def test_wandb_accepts_the_file(name):
     assert ("run_cap" in config) == (config["method"] != "grid"), "only a grid ends by itself"
 
 
+@pytest.mark.filterwarnings("ignore:Valid config keys have changed in V2")
 @each
 def test_the_schema_of_wandb_accepts_the_file(name):
     sweeps = pytest.importorskip("sweeps", reason="wandb's schema comes with `pip install wandb[sweeps]`")
     config = json.loads(json.dumps(FILES[name]))
+    config.pop("run_cap", None)  # W&B's server knows it, the published schema is older
     assert sweeps.schema_violations_from_proposed_config(config) == []
     config["method"] = "guess"
     assert sweeps.schema_violations_from_proposed_config(config)
