@@ -17,6 +17,8 @@ ROWS = [
     {"loop"},
     {"trainer"},
     {"backbones", "plotting"},
+    {"cli"},
+    {"__main__"},
 ]
 EXCEPTIONS = {("aggregation", "loop")}  # AggregationRule.setup opens the second door, and imports it lazily.
 

@@ -46,7 +46,13 @@ SWA_START, SWA_PERIOD, SWA_ANNEALING = 6, 100, 10
 """The authors' schedule for the stage of the weights: cosine of that period, then from that epoch on the running mean,
 while the rate goes to ``swa_lr`` within that many epochs."""
 
-STEP_LR: Callable[[torch.optim.Optimizer], Any] = partial(torch.optim.lr_scheduler.StepLR, step_size=20, gamma=0.5)
+
+def published_schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Half the rate every 20 epochs."""
+    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=20, gamma=0.5)
+
+
+STEP_LR: Callable[[torch.optim.Optimizer], Any] = published_schedule
 
 
 def variables(shares: Tensor, scale: float, base: Base = "exponential") -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +15,13 @@ from lightning_fedhaw.streams import PathPart, stream
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
-ADAM: OptimizerFactory = partial(torch.optim.Adam, betas=(0.5, 0.999))
-"""What the FedLAW paper trains everything on the server with."""
+
+def published_adam(parameters: Any, lr: float) -> torch.optim.Optimizer:
+    """What the FedLAW paper trains everything on the server with."""
+    return torch.optim.Adam(parameters, lr=lr, betas=(0.5, 0.999))
+
+
+ADAM: OptimizerFactory = published_adam  # a function has a name that a configuration file can hold
 
 
 def check_settings(server_epochs: int, batch_size: int, lr: float, optimizer: Any, scheduler: Any = None) -> None:

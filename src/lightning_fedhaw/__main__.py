@@ -1,0 +1,39 @@
+"""The command ``fedhaw``."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``fedhaw fit|validate|test|predict`` (:class:`~lightning_fedhaw.cli.FederatedCLI`) or ``fedhaw plot``.
+
+    Modules in the working directory can be named in class paths, as with ``python -m``.
+
+    Args:
+        argv: What follows the command. Default: ``sys.argv[1:]``.
+
+    Returns:
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["plot"]:
+        import_module("lightning_fedhaw.plotting").main(arguments[1:])
+        return 0
+    try:
+        from lightning_fedhaw.cli import FederatedCLI
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("jsonargparse", "docstring_parser"):
+            raise
+        print('`fedhaw` needs jsonargparse: pip install "lightning-fedhaw[cli]"', file=sys.stderr)
+        return 1
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    FederatedCLI(args=argv, parser_kwargs={"prog": "fedhaw", "description": __doc__})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""The third door: the command line."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+
+import lightning_fedhaw
+from cli_task import Network, Samples
+from federations import QUIET, flat
+from lightning_fedhaw import (
+    AggregationRule,
+    AWGNChannel,
+    DirichletPartitioner,
+    ErasureChannel,
+    FedAvgCallback,
+    FederatedTrainer,
+    FedHAWCallback,
+    FedProx,
+)
+from lightning_fedhaw.cli import FederatedCLI
+
+TASK = ["--model=cli_task.Network", "--data=cli_task.Samples"]
+SHORT = [
+    *TASK,
+    "--trainer.accelerator=cpu",
+    "--trainer.rounds=3",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+CSV = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=."]
+QUIETLY = ["--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+RULES = [
+    name
+    for name in lightning_fedhaw.__all__
+    if inspect.isclass(kind := getattr(lightning_fedhaw, name))
+    and issubclass(kind, AggregationRule)
+    and kind is not AggregationRule
+]
+SAVED = "lightning_logs/version_0"
+
+
+def run(*args, **kwargs):
+    return FederatedCLI(args=list(args), **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fedhaw"])
+
+
+@pytest.fixture(scope="module")
+def parser():
+    """One parser for all that only read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fedhaw"])
+        patch.delenv("PL_GLOBAL_SEED", raising=False)
+        cli = run(*TASK, "--trainer.rounds=1", "--trainer.logger=false", run=False)
+        patch.delenv("PL_GLOBAL_SEED")
+        return cli.parser
+
+
+FULL = [
+    "--seed_everything=7",
+    "--model.dropout=0.2",
+    "--rule=FedHAWCallback",
+    "--rule.lr_step=2e-1",
+    "--federation.num_clients=6",
+    "--federation.partitioner=DirichletPartitioner",
+    "--federation.partitioner.alpha=0.5",
+    "--federation.clients_per_round=0.5",
+    "--federation.storage_dtype=float64",
+    "--channel+=ErasureChannel",
+    "--channel.probability=0.3",
+    "--channel+=AWGNChannel",
+    "--channel.snr_db=20",
+    "--objective=FedProx",
+    "--objective.mu=0.1",
+]
+
+
+def test_the_command_line_is_the_first_door():
+    """The groups reach the trainer, and the run has the bits of the same run in Python."""
+    cli = run("fit", *SHORT, *QUIETLY, *FULL)
+    assert isinstance(cli.trainer, FederatedTrainer)
+    pl.seed_everything(7)
+    module = Network(dropout=0.2)
+    rule = FedHAWCallback(lr_step=0.2)
+    trainer = FederatedTrainer(
+        rounds=3,
+        num_clients=6,
+        partitioner=DirichletPartitioner(0.5),
+        clients_per_round=0.5,
+        storage_dtype=torch.float64,
+        callbacks=[rule, ErasureChannel(0.3), AWGNChannel(20), FedProx(0.1)],
+        **QUIET,
+    )
+    trainer.fit(module, datamodule=Samples())
+    assert torch.equal(flat(cli.model), flat(module))
+    assert trainer.federation_summary["troubles"] == cli.trainer.federation_summary["troubles"]
+
+
+def test_the_saved_configuration_repeats_the_run_and_serves_the_other_commands():
+    first = run("fit", *SHORT, *CSV, *FULL)
+    assert not torch.equal(flat(first.model), flat(Network()))
+    saved = yaml.safe_load(Path(SAVED, "config.yaml").read_text())
+    assert saved["federation"]["storage_dtype"] == "float64"
+    assert saved["rule"]["init_args"]["lr_step"] == 0.2
+    assert "num_clients" not in {**saved["trainer"], **saved["rule"]["init_args"]}
+    os.environ.pop("PL_GLOBAL_SEED")
+    again = run("fit", f"--config={SAVED}/config.yaml")
+    assert torch.equal(flat(first.model), flat(again.model))
+
+    checkpoint = f"--ckpt_path={SAVED}/checkpoints/epoch=2-step=3.ckpt"
+    settings = [f"--config={SAVED}/config.yaml", checkpoint, "--trainer.logger=false"]
+    checked = run("validate", *settings)
+    assert checked.trainer.callback_metrics["val_loss"] == first.trainer.callback_metrics["val_loss"]
+    assert not os.path.exists("config.yaml")
+    assert "test_loss" in run("test", *TASK, checkpoint, *QUIETLY, "--trainer.accelerator=cpu").trainer.callback_metrics
+    predict = run(
+        "predict", *TASK, checkpoint, *QUIETLY, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=0"
+    )
+    assert torch.equal(flat(predict.model), flat(first.model))
+
+
+def test_a_run_goes_on_from_its_checkpoint():
+    whole = run("fit", *SHORT, *QUIETLY, *FULL, "--trainer.rounds=4")
+    run("fit", *SHORT, *CSV, *FULL, "--trainer.rounds=2")
+    rest = run("fit", *SHORT, *CSV, *FULL, "--trainer.rounds=4", f"--ckpt_path={SAVED}/checkpoints/epoch=1-step=2.ckpt")
+    assert torch.equal(flat(rest.model), flat(whole.model))
+
+
+@pytest.mark.parametrize("schedule", [[], ["--lr_scheduler=StepLR", "--lr_scheduler.step_size=1"]])
+def test_an_optimizer_of_the_command_line_is_as_fresh_as_the_modules_own(schedule):
+    class Own(Network):
+        def configure_optimizers(self):
+            optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)] if schedule else []
+
+    with pytest.warns(UserWarning, match="configure_optimizers` will be overridden"):
+        cli = run(
+            "fit",
+            *SHORT,
+            *QUIETLY,
+            "--rule=FedAvgCallback",
+            "--optimizer=Adam",
+            "--optimizer.lr=0.01",
+            *schedule,
+            "--seed_everything=0",
+        )
+    module = Own()
+    FederatedTrainer(rounds=3, callbacks=[FedAvgCallback()], seed=0, **QUIET).fit(module, datamodule=Samples())
+    assert torch.equal(flat(cli.model), flat(module))
+
+
+def test_a_class_of_ones_own():
+    """As with Lightning's: a fixed model and data module, defaults, and `run=False`."""
+    cli = FederatedCLI(
+        Network,
+        Samples,
+        args=[
+            "--rule=FedAvgCallback",
+            "--model.hidden=4",
+            "--federation.num_clients=5",
+            "--federation.engine=sequential",
+        ],
+        trainer_defaults={"max_epochs": 2, **QUIET},
+        run=False,
+    )
+    cli.trainer.fit(cli.model, cli.datamodule)
+    assert cli.trainer.federation_summary["rounds"] == 2
+    assert cli.trainer.fit_loop.federation.data.num_clients == 5
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_survives_a_configuration_file(parser, name):
+    """With its defaults, by its short name, and without the settings that the federation has."""
+    config = parser.parse_args([*TASK, f"--rule={name}"])
+    written = parser.dump(config, skip_none=False)
+    assert "Unable to serialize" not in written
+    again = parser.parse_string(written)
+    assert parser.dump(again, skip_none=False) == written
+    arguments = yaml.safe_load(written)["rule"].get("init_args", {})
+    own = inspect.signature(getattr(lightning_fedhaw, name)).parameters
+    assert set(own) - {"federation", "options"} <= set(arguments)
+    assert "num_clients" not in arguments
+    rule = parser.instantiate_classes(again)["rule"]
+    assert type(rule) is getattr(lightning_fedhaw, name)
+    assert rule.options == lightning_fedhaw.FederationOptions()
+
+
+def test_each_setting_of_the_federation_has_one_place(parser):
+    config = parser.parse_args([*TASK, "--rule=FedAdpCallback", "--rule.alpha=3", "--federation.alpha=0.1"])
+    assert (config.rule.init_args.alpha, config.federation.alpha) == (3.0, 0.1)
+    options = set(lightning_fedhaw.FederationOptions.__dataclass_fields__)
+    assert set(config.federation.keys()) == options
+    assert not options & set(config.trainer.keys())
+    assert {"rounds", "max_epochs", "precision", "callbacks", "checkpoint_every_n_rounds"} <= set(config.trainer.keys())
+
+
+def test_channels_and_objectives_are_one_or_several(parser):
+    one = parser.parse_args([*TASK, "--channel=ErasureChannel", "--channel.probability=0.1"])
+    several = parser.parse_args(
+        [*TASK, "--channel+=ErasureChannel", "--channel.probability=0.1", "--channel+=AWGNChannel"]
+    )
+    assert one.channel.init_args.probability == several.channel[0].init_args.probability == 0.1
+    assert several.channel[1].class_path == "lightning_fedhaw.AWGNChannel"
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--rule=FedHAV"], "`--rule`: there is no class `FedHAV`.*Did you mean `FedHAWCallback`?"),
+        (["--rule=Best"], "There are FedAdagradCallback, .*TrimmedMeanCallback"),
+        (["--channel+=ErasureChannl"], "Did you mean `ErasureChannel`?"),
+        (["--rule=FedHAWCallback", "--rule.lr_gamm=1"], "'lr_gamm' is not accepted. Did you mean `lr_gamma`?"),
+        (["--rule=FedHAWCallback", "--rule.num_clients=3"], "It is `--federation.num_clients`"),
+        (["--trainer.alpha=0.1"], "It is `--federation.alpha`"),
+        (["--federation.num_client=3"], "unrecognized arguments.*Did you mean `num_clients`"),
+        (["--trainer.roundz=3"], "Did you mean `rounds`"),
+        (["--federation.num_clients=many"], "`--federation.num_clients`: Expected a <class 'int'>, got many"),
+        ([], "`fit` needs an aggregation rule, got none. Add `--rule=FedHAWCallback`"),
+        (["--rule=FedAvgCallback", "--federation.num_clients=0"], "`num_clients` must be a whole number of at least 1"),
+        (["--rule=FedAdpCallback", "--rule.alpha=-3"], "`alpha` must be a finite number of at least 0, got -3.0"),
+        (["--rule=FedAvgCallback", "--trainer.max_epochs=5"], "`rounds`=3 and `max_epochs`=5 mean the same"),
+    ],
+)
+def test_errors_are_one_sentence(args, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        run("fit", *SHORT, *QUIETLY, *args, parser_kwargs={"prog": "fedhaw"})
+    assert left.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("fedhaw: error: ")
+    assert re.search(said, message), message
+
+
+def test_errors_of_the_users_code_keep_their_traceback():
+    with pytest.raises(ValueError, match="negative dimension"):
+        run("fit", *SHORT, *QUIETLY, "--rule=FedAvgCallback", "--model.hidden=-1")
+
+
+ROOT = Path(__file__).parents[1]
+USERS = "from cli_task import Network as MyModel, Samples as MyData"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/cli.md", "docs/sweeps.md", "examples/sweeps/README.md"])
+def test_what_the_guide_says_is_understood(parser, page, tmp_path, monkeypatch):
+    """Every command and every configuration of these pages is read by the parser."""
+    (tmp_path / "mine.py").write_text(USERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "sweeps"))
+    Path("config.yaml").write_text(yaml.dump({"model": "mine.MyModel", "data": "mine.MyData"}))
+    Path("base.yaml").write_text((ROOT / "examples" / "sweeps" / "base.yaml").read_text())
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if " fit " in f" {line}" and "fedhaw" in line]
+    for line in lines:
+        arguments = line.partition("fedhaw fit ")[2].partition(" #")[0].partition(" >")[0].replace("$lr", "0.1").split()
+        parser.parse_args([part for part in arguments if part != "--print_config"])
+    configurations = [yaml.safe_load(each) for each in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)]
+    for configuration in configurations:
+        if "parameters" in configuration:
+            flags = {
+                name: choice.get("value", choice.get("min")) for name, choice in configuration["parameters"].items()
+            }
+            parser.parse_args([*TASK, *(f"--{name}={value}" for name, value in flags.items() if value is not None)])
+        else:
+            parser.parse_object({"model": "mine.MyModel", **configuration})
+    assert lines or configurations
+
+
+def command(*args, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_fedhaw", *args], capture_output=True, text=True, timeout=200, **kwargs
+    )
+
+
+USER_FILE = """
+import torch
+from cli_task import Network, Samples
+class Mine(Network):
+    def on_fit_end(self):
+        print("rank", self.trainer.global_rank, "weights", float(sum(p.double().sum() for p in self.parameters())))
+"""
+
+
+def test_the_command_on_several_processes(tmp_path):
+    """Modules of the working directory have names, and the configuration is saved once."""
+    (tmp_path / "mine.py").write_text(USER_FILE)
+    paths = [*sys.path, os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "OMP_NUM_THREADS": "1"}
+    done = command(
+        "fit",
+        *SHORT,
+        *CSV,
+        "--model=mine.Mine",
+        "--model.hidden=4",
+        "--rule=FedHAWCallback",
+        "--trainer.devices=2",
+        cwd=tmp_path,
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr
+    weights = {line.split("weights ")[1] for line in done.stdout.splitlines() if line.startswith("rank ")}
+    assert len(weights) == 1
+    assert done.stdout.count("rank ") == 2
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("config.yaml")] == [f"{SAVED}/config.yaml"]
+
+
+MISSING = """
+import sys
+sys.modules["jsonargparse"] = None  # makes its import fail
+from lightning_fedhaw.__main__ import main
+sys.exit(main(["fit"]))
+"""
+
+
+def test_without_jsonargparse_the_command_says_what_to_install():
+    done = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == '`fedhaw` needs jsonargparse: pip install "lightning-fedhaw[cli]"'
