@@ -404,10 +404,11 @@ def test_features_of_a_backbone_that_trains_are_refused():
 def test_without_a_network_the_remedy_is_a_file(monkeypatch, tmp_path):
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
         ConnectionError, match=r"of 'resnet10t' could not be downloaded .* give it as `checkpoint_path`"
     ):
-        TimmClassifier("resnet10t", 3, pretrained=True, model_kwargs={"cache_dir": str(tmp_path)})
+        TimmClassifier("resnet10t", 3, pretrained=True)
 
 
 # ---------------------------------------------------------------------- weights that know something

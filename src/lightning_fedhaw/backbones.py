@@ -402,7 +402,7 @@ def _load(backbone: nn.Module, path: str, model_name: str) -> None:
     if path.endswith((".npz", ".npy")):
         load_checkpoint(backbone, path)
         return
-    found = load_state_dict(path)
+    found = load_state_dict(path, weights_only=True)
     if any(name.startswith("backbone.") for name in found):
         found = {n.removeprefix("backbone."): v for n, v in found.items() if n.startswith("backbone.")}
     heads = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
