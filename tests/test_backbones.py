@@ -250,6 +250,15 @@ def test_many_heads_are_trained_at_once_by_themselves(caplog):
     assert "Engine: vectorized, 10 of 10 clients at a time" in caplog.text
 
 
+@pytest.mark.parametrize("on", ["images", "features"])
+def test_a_large_frozen_backbone_is_worth_no_batched_call_unless_it_is_not_run(on, monkeypatch, caplog):
+    monkeypatch.setattr("lightning_fedhaw.clients.choice.MAX_FROZEN", 1000)
+    data = images(120) if on == "images" else features_of(classifier(trainable="head"), images(120))
+    caplog.set_level("INFO")
+    fit(classifier(trainable="head"), data, num_clients=10, rounds=1)
+    assert ("because a step computes with" in caplog.text) is (on == "images")
+
+
 def test_fedhaw_learns_weights_over_a_whole_backbone(tmp_path):
     module = classifier("test_efficientnet", layer_decay=0.8, optimizer="adamw", lr=1e-3)
     runner = trainer(rounds=2, rule=FedHAWCallback())

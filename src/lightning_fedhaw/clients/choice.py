@@ -24,6 +24,9 @@ MAX_CONVOLVED = 200_000
 MAX_PARAMETERS_GPU = 1_000_000
 """The bound on other devices, which is a guess: nothing was measured there."""
 
+MAX_FROZEN = 1_000_000
+"""Frozen parameters that a step computes with, up to which the same holds: beyond them their work is what counts."""
+
 
 def slower(engine: Engine, cohort: int, processes: int = 1) -> str | None:
     """Why one client after another is faster, by the rule of ``docs/speed.md``; ``None`` if it is not."""
@@ -84,6 +87,11 @@ def choose(
                 ' or `engine="auto"`, which chooses by itself.'
             ) from error
         return sequential, f"Engine: sequential, because {error}{no_effect}."
+    if asked == "auto" and facts.frozen > MAX_FROZEN:
+        return sequential, (
+            f"Engine: sequential, because a step computes with {facts.frozen:,} frozen parameters, and that is more"
+            f" than {MAX_FROZEN:,}{no_effect}."
+        )
     memory = chunk_memory or free_memory(host.device) // 4
     fit = memory // facts.bytes_per_client
     # Only where the bound is given: what happens to be free must not decide which numbers a seed gives.

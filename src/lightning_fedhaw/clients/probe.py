@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torchmetrics
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import Dataset
 from torchmetrics import Metric
 
@@ -50,6 +51,7 @@ class Facts:
         draws_dropout: Whether it asks for dropout.
         draws_other: Whether it draws other random numbers, which are then equal per engine only.
         bytes_per_client: Memory that one client more takes.
+        frozen: Frozen parameters that the step computes with.
     """
 
     row_states: frozenset[str]
@@ -57,6 +59,7 @@ class Facts:
     draws_dropout: bool
     draws_other: bool
     bytes_per_client: int
+    frozen: int
 
 
 class NoFunctionError(Exception):
@@ -128,6 +131,7 @@ class _Trial:
         ]
         self.starts = {n: v.expand(2, *v.shape) for n, v in layout.views(start).items()}
         self.activations = 0
+        self.frozen: dict[Tensor, int] = {}
 
     def facts(self, rows: frozenset[str], uses_index: bool) -> Facts:
         alone = []
@@ -158,7 +162,8 @@ class _Trial:
         # Other engines draw other numbers, and on a GPU other masks, so that there is nothing to compare.
         if not draws_other and not (dropout.calls and self.host.device.type != "cpu"):
             self._compare(together, alone)
-        return Facts(rows, uses_index, dropout.calls > 0, draws_other, self._bytes(len(rows)))
+        frozen = sum(self.frozen.values())
+        return Facts(rows, uses_index, dropout.calls > 0, draws_other, self._bytes(len(rows)), frozen)
 
     def _alone(self, row: int) -> dict[str, Tensor | None]:
         """One client in the module itself: everything that a step gives."""
@@ -173,8 +178,12 @@ class _Trial:
             saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
+        def called(module: nn.Module, _: Any) -> None:
+            own = module.parameters(recurse=False)
+            self.frozen.update({p: p.numel() for p in own if not p.requires_grad})
+
         data = host.prepare([tensor[row].clone() for tensor in self.batch])
-        with LogRecorder(host.module, host.callbacks) as recorder:
+        with register_module_forward_pre_hook(called), LogRecorder(host.module, host.callbacks) as recorder:
             recorder.batch_size = self.batch_size
             with (
                 host.strategy.precision_plugin.train_step_context(),
