@@ -16,7 +16,7 @@ ROWS = [
     {"federation", "strategy", "evaluation"},
     {"loop"},
     {"trainer"},
-    {"plotting"},
+    {"backbones", "plotting"},
 ]
 EXCEPTIONS = {("aggregation", "loop")}  # AggregationRule.setup opens the second door, and imports it lazily.
 

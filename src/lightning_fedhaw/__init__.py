@@ -27,6 +27,7 @@ from lightning_fedhaw.aggregation import (
     ServerFineTuningCallback,
     TrimmedMeanCallback,
 )
+from lightning_fedhaw.backbones import TimmClassifier
 from lightning_fedhaw.channel import (
     AvailabilityChannel,
     AWGNChannel,
@@ -119,6 +120,7 @@ __all__ = [
     "Server",
     "ServerFineTuningCallback",
     "SparsifiedChannel",
+    "TimmClassifier",
     "TrimmedMeanCallback",
     "stream",
 ]
