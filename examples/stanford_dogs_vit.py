@@ -1,6 +1,6 @@
 """FedHAW on Stanford Dogs with a ViT: ten clients, a Dirichlet(0.1) split by breeds, the FedHAW paper's settings.
 
-    python examples/stanford_dogs_vit.py --demo                       no download: drawn dogs, a tiny ViT, a minute
+    python examples/stanford_dogs_vit.py --demo                       no download: drawn dogs and a tiny ViT
     python examples/stanford_dogs_vit.py --data-root dogs --download  Stanford Dogs and ViT-B/16 as timm has it
     python examples/stanford_dogs_vit.py --data-root dogs --finetune 2 --precision bf16-mixed --devices 2
     python examples/stanford_dogs_vit.py --data-root dogs --resume    go on from the last checkpoint below --output
@@ -29,6 +29,7 @@ from torch.utils.data import Dataset, Subset
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 import lightning_fedhaw as fed
+from lightning_fedhaw.checkpoint import RoundCheckpoint
 from lightning_fedhaw.data import StanfordDogs, cache_features
 from lightning_fedhaw.plotting import History, draw_comparison
 
@@ -50,9 +51,10 @@ DEMO = {
     "model": "vit_tiny_patch16_224",
     "image_size": 64,
     "pretrained": False,
+    "alpha": 0.3,
     "rounds": 20,
     "local_epochs": 5,
-    "batch_size": 16,
+    "batch_size": 32,
     "lr": 1e-3,
     "rule": "fedhaw",
     "num_workers": 0,
@@ -60,8 +62,8 @@ DEMO = {
     "output": Path("outputs/stanford_dogs_demo"),
 }
 DEMO_TEXT = """
-This is a demonstration: the ViT is tiny and its weights are random, the dogs are drawn, and the learning rate and the
-rule are not the paper's. It shows that all parts work together, and says nothing about accuracy on Stanford Dogs.
+This is a demonstration: the ViT is tiny and its weights are random, the dogs are drawn, and the rule and its
+settings are not the paper's. It shows that all parts work together, and says nothing about accuracy on Stanford Dogs.
 """
 
 
@@ -162,7 +164,7 @@ def features(model: fed.TimmClassifier, dataset: Dataset[Any], args: argparse.Na
 
 def last_checkpoint(folder: Path) -> Path:
     """The newest checkpoint below a folder."""
-    found = sorted(folder.rglob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    found = sorted((folder / "checkpoints").glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(
             f"There is no checkpoint below {folder} to go on from. Run without --resume first, or name the --output of"
@@ -212,7 +214,12 @@ def most_confused(counts: Tensor, classes: Sequence[str], most: int = 5) -> list
 def main(argv: Sequence[str] | None = None) -> fed.FederatedTrainer:
     args = arguments(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for known in (".*does not have many workers", ".*LeafSpec.* is deprecated", "Found .* in eval mode"):
+    for known in (
+        ".*does not have many workers",
+        ".*LeafSpec.* is deprecated",
+        "Found .* in eval mode",
+        "Checkpoint directory .* exists and is not empty",
+    ):
         warnings.filterwarnings("ignore", message=known)
     if args.demo:
         print(DEMO_TEXT)
@@ -231,8 +238,11 @@ def main(argv: Sequence[str] | None = None) -> fed.FederatedTrainer:
         clients_per_round=args.clients_per_round,
         local_epochs=args.local_epochs,
         seed=args.seed,
-        callbacks=[RULES[args.rule](), history],
-        checkpoint_every_n_rounds=args.checkpoint_every,
+        callbacks=[
+            RULES[args.rule](),
+            history,
+            RoundCheckpoint(args.checkpoint_every, args.output / "checkpoints"),
+        ],
         precision=args.precision,
         accelerator=args.accelerator,
         devices=args.devices,
@@ -264,8 +274,8 @@ def report(
     if accuracy:
         last = accuracy[-10:]
         print(
-            f"\naccuracy on the test list: {accuracy[-1]:.1%} at the end, {sum(last) / len(last):.1%} in the mean of the"
-            f" last {len(last)} rounds, {max(accuracy):.1%} at best; guessing gives {1 / len(classes):.1%}"
+            f"\naccuracy on the test list: {accuracy[-1]:.1%} at the end, {sum(last) / len(last):.1%} in the mean of"
+            f" the last {len(last)} rounds, {max(accuracy):.1%} at best; guessing gives {1 / len(classes):.1%}"
         )
         draw_comparison({args.rule: history}, args.rule, data.partition().sizes.tolist(), args.output / "weights.png")
     counts = confusion(model, data.val_dataloader(), trainer.strategy.root_device, len(classes))
