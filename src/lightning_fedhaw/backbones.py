@@ -58,6 +58,12 @@ class TimmClassifier(pl.LightningModule):
             a depth that match nothing, or adapters without a layer to adapt.
         ConnectionError: If pretrained weights cannot be downloaded.
 
+    Attributes:
+        backbone: The timm model.
+        head: The head.
+        num_features: Width of the features.
+        is_frozen: Whether nothing in the backbone trains, so that an image's features are always the same.
+
     Example:
         >>> module = TimmClassifier("test_vit", 10, trainable="head", model_kwargs={"img_size": 32})
         >>> module(torch.zeros(2, 3, 32, 32)).shape, module.features(torch.zeros(2, 3, 32, 32)).shape
@@ -125,11 +131,6 @@ class TimmClassifier(pl.LightningModule):
 
     # ------------------------------------------------------------------ what it computes
 
-    @property
-    def is_frozen(self) -> bool:
-        """Whether nothing in the backbone trains, so that an image's features are always the same."""
-        return not any(parameter.requires_grad for parameter in self.backbone.parameters())
-
     def features(self, images: Tensor) -> Tensor:
         """What the head sees.
 
@@ -191,23 +192,20 @@ class TimmClassifier(pl.LightningModule):
         """Fold the adapters into the weights that they adapt, for use without them.
 
         Returns:
-            The module itself, whose frozen weights are now plain ones.
+            The module itself, whose backbone is now a plain one.
         """
         for name, layer in list(self.backbone.named_modules()):
             if isinstance(layer, LoRALinear):
                 _put(self.backbone, name, layer.merged())
         self.hparams["lora_rank"] = 0
-        return self
+        return self.train(self.training)
 
     # ------------------------------------------------------------------ how it trains
 
     def train(self, mode: bool = True) -> TimmClassifier:
         """Training mode for what trains; what is frozen stays in evaluation mode."""
         super().train(mode)
-        for module in self.backbone.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
-                module.eval()
+        self.is_frozen = _still(self.backbone)
         return self
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -341,6 +339,17 @@ class LoRALinear(nn.Linear):
         plain.weight = nn.Parameter(self.weight + self.scale * self.lora_b @ self.lora_a, requires_grad=False)
         plain.bias = self.bias
         return plain
+
+
+def _still(module: nn.Module) -> bool:
+    """Put what is frozen into evaluation mode; true if it is all that the module has."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+        return True
+    for child in module.children():
+        _still(child)
+    return False
 
 
 def _check(holds: bool, name: str, allowed: str, got: object) -> None:

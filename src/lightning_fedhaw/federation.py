@@ -665,7 +665,10 @@ class Federation:
     def _recalibrate(self, round_: int, clients: Sequence[int]) -> None:
         """Recompute normalisation statistics with the new global model, as plain averages over the cohort's data."""
         module = self.host.module
-        norms = [m for m in module.modules() if getattr(m, "running_mean", None) is not None and hasattr(m, "momentum")]
+        moving = {id(buffer) for buffer in self.layout.moving_buffers(module).values()}
+        norms = [
+            m for m in module.modules() if id(getattr(m, "running_mean", None)) in moving and hasattr(m, "momentum")
+        ]
         modes = [(norm.momentum, norm.training) for norm in norms]
         each = max(1, RECALIBRATION_BATCHES // len(clients))
         try:

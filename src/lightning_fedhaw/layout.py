@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """Where each trainable parameter lives in the flat vector ``[P]``.
+    """Where each trainable parameter lives in the flat vector ``[P]``, and which buffers go beside it.
 
     Only trainable parameters travel between server and clients, in ``named_parameters()`` order; a frozen backbone
-    has no place here. The flat vector is kept in at least float32, so a model in ``bf16-true`` has a float32 vector on
-    the server and small updates are not lost.
+    has no place here, and if it is in evaluation mode its buffers have none either. The flat vector is kept in at least
+    float32, so a model in ``bf16-true`` has a float32 vector on the server and small updates are not lost.
 
     Attributes:
         names: Parameter names.
         shapes: Parameter shapes, in the order of ``names``.
         dtypes: Parameter dtypes as they are in the model, in the order of ``names``.
         dtype: Dtype of the flat vector.
+        buffers: Names of the buffers that training may change.
 
     Example:
         >>> layout = ParameterLayout.of(nn.Linear(2, 3))
@@ -35,6 +36,7 @@ class ParameterLayout:
     shapes: tuple[torch.Size, ...]
     dtypes: tuple[torch.dtype, ...]
     dtype: torch.dtype
+    buffers: tuple[str, ...] = ()
     sizes: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +74,7 @@ class ParameterLayout:
             shapes=tuple(p.shape for p in named.values()),
             dtypes=tuple(p.dtype for p in named.values()),
             dtype=dtype,
+            buffers=tuple(_moving_buffers(module)),
         )
 
     @property
@@ -118,6 +121,17 @@ class ParameterLayout:
                 " server must agree on what travels. Freeze and unfreeze before `fit`, or call `fit` again afterwards."
             )
         return list(named.values())
+
+    def moving_buffers(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's buffers that training may change, in the layout's order."""
+        named = dict(module.named_buffers())
+        return {name: named[name] for name in self.buffers}
+
+    def still_tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's parameters and buffers that have no place here: what is frozen."""
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        travels = {*self.names, *self.buffers}
+        return {n: t for n, t in named.items() if n not in travels and not t.is_inference()}
 
     @torch.no_grad()
     def read(
@@ -176,3 +190,14 @@ class ParameterLayout:
 def trainable(module: nn.Module) -> Mapping[str, nn.Parameter]:
     """The module's trainable parameters by name; tied parameters once."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _moving_buffers(module: nn.Module) -> Mapping[str, Tensor]:
+    """All buffers but those of modules that are in evaluation mode and hold nothing trainable."""
+    still = {
+        id(buffer)
+        for each in module.modules()
+        if not each.training and not trainable(each)
+        for buffer in each.buffers(recurse=False)
+    }
+    return {name: buffer for name, buffer in module.named_buffers() if id(buffer) not in still}

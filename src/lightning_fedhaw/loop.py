@@ -36,7 +36,7 @@ from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, Unifo
 from lightning_fedhaw.data.split import split
 from lightning_fedhaw.evaluation import SharedEvaluationLoop, same_value
 from lightning_fedhaw.federation import Federation, Report
-from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.layout import ParameterLayout, trainable
 from lightning_fedhaw.memory import release
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
@@ -327,6 +327,11 @@ class RoundLoop(_FitLoop):
             + (f", {federation.ranks.size} processes" if federation.ranks.size > 1 else "")
             + (f". Assumed: {'; '.join(assumed)}." if assumed else ".")
         )
+
+    def _warn_if_modules_in_eval_mode(self) -> None:
+        """Lightning's warning, unless all that is in evaluation mode is frozen, which belongs there."""
+        if any(not module.training and trainable(module) for module in self.trainer.lightning_module.modules()):
+            super()._warn_if_modules_in_eval_mode()
 
     def _iteration_based_training(self) -> bool:
         """Never: with ``max_steps`` too, a step is a whole epoch, and a resumed run counts on from it."""

@@ -69,9 +69,9 @@ class BatchedStep:
         self._open = [i for i, objective in enumerate(objectives) if not objective.is_closed]
         self.recorder, self.dropout = recorder, dropout
         module = host.module
-        self.buffer_names = [name for name, _ in module.named_buffers()]
+        self.buffer_names = layout.buffers
         self._parameters = _places(module, "_parameters", layout.tensors(module))
-        self._buffers = _places(module, "_buffers", [buffer for _, buffer in module.named_buffers()])
+        self._buffers = _places(module, "_buffers", list(layout.moving_buffers(module).values()))
         self._batched = torch.func.vmap(self._one, randomness="different")
         self._batch_index = 0
         self._replaced: list[int] = []

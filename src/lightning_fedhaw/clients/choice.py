@@ -9,6 +9,7 @@ from torch import nn
 from lightning_fedhaw.clients.engine import Engine
 from lightning_fedhaw.clients.probe import NoFunctionError, free_memory, probe
 from lightning_fedhaw.clients.vectorized import VectorizedEngine
+from lightning_fedhaw.layout import trainable
 from lightning_fedhaw.options import EngineName
 
 MIN_CLIENTS = 10
@@ -34,7 +35,9 @@ def slower(engine: Engine, cohort: int, processes: int = 1) -> str | None:
         return f"it would train {_clients(cohort)} at a time{where}, and {MIN_CLIENTS} are worth it"
     if parameters > most:
         return f"{parameters:,} parameters are more than {most:,}"
-    has_convolutions = any(isinstance(m, nn.modules.conv._ConvNd) for m in engine.host.module.modules())
+    # One that is frozen has one weight for all clients, and a batched call makes a larger batch for it.
+    convolutions = [m for m in engine.host.module.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    has_convolutions = any(trainable(convolution) for convolution in convolutions)
     if is_cpu and has_convolutions and parameters * batch > MAX_CONVOLVED:
         return (
             f"it has convolutions, and parameters times batch size are {parameters * batch:,}: over {MAX_CONVOLVED:,}"

@@ -88,7 +88,7 @@ def probe(
     except ValueError as error:
         raise NoFunctionError(f"the optimiser {error}") from error
     uses_index = _looks_at_index(host.module.training_step)
-    kept = _Kept(host.module, host.optimizers)
+    kept = _Kept(host.module, host.optimizers, layout)
     with isolated_randomness(host.device):
         try:
             return _Trial(host, layout, data, plan, objectives, kept).facts(rows, uses_index)
@@ -195,7 +195,7 @@ class _Trial:
             }
         self.activations = sum(saved.values())
         gradients = dict(zip((f"the gradient of `{n}`" for n in self.layout.names), found, strict=True))
-        buffers = {f"buffer `{n}`": b.detach().clone() for n, b in host.module.named_buffers()}
+        buffers = {f"buffer `{n}`": b.detach().clone() for n, b in self.layout.moving_buffers(host.module).items()}
         return {"the loss": loss.detach().reshape(()), **gradients, **buffers, **logged}
 
     def _together(self, dropout: ClientDropout) -> list[dict[str, Tensor | None]]:
@@ -205,7 +205,7 @@ class _Trial:
             view.to(dtype).requires_grad_()
             for view, dtype in zip(layout.views(torch.stack(self.vectors)).values(), layout.dtypes, strict=True)
         ]
-        buffers = [torch.stack([b, b]) for _, b in host.module.named_buffers()]
+        buffers = [torch.stack([b, b]) for b in layout.moving_buffers(host.module).values()]
         dropout.generators = [torch.Generator(host.device).manual_seed(seed) for seed in self.seeds]
         with StackRecorder(host.module, host.callbacks) as recorder:
             recorder.batch_size = self.batch_size
@@ -282,7 +282,7 @@ class _Trial:
         layout = self.layout
         # A client's parameters, their copy where rows are picked, gradients, states of the optimiser.
         copies = (3 + max(states, 1)) * layout.message_bytes
-        buffers = 2 * sum(b.numel() * b.element_size() for b in self.host.module.buffers())
+        buffers = 2 * sum(b.numel() * b.element_size() for b in layout.moving_buffers(self.host.module).values())
         batch = 2 * sum(t[0].numel() * t.element_size() for t in self.batch)
         terms = sum(v[0].numel() * v.element_size() for state in self.states for v in state.values())
         # Backward holds about as much again as forward saved.
@@ -293,10 +293,10 @@ class _Trial:
 class _Kept:
     """What a module holds beside parameters and buffers, to see what a step changes, and to put it back."""
 
-    def __init__(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def __init__(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], layout: ParameterLayout) -> None:
         self.module = module
         self.tensors = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
-        self.frozen = [(n, p, p._version) for n, p in module.named_parameters() if not p.requires_grad]
+        self.frozen = [(n, t, t._version) for n, t in layout.still_tensors(module).items()]
         self.trainable = [(n, p, p.requires_grad) for n, p in module.named_parameters()]
         self.settings = settings_of(optimizers)
         self.optimizers = optimizers
@@ -325,9 +325,9 @@ class _Kept:
                     if isinstance(owner, Metric):
                         return f"updates the torchmetrics object `self.{path}`"
                     return f"changes `self.{'.'.join(filter(None, (path, name)))}`"
-        for name, parameter, version in self.frozen:
-            if parameter._version != version:
-                return f"changes the frozen parameter `{name}`"
+        for name, tensor, version in self.frozen:
+            if tensor._version != version:
+                return f"changes the frozen {'parameter' if isinstance(tensor, nn.Parameter) else 'buffer'} `{name}`"
         for name, parameter, version in self.versions:
             if parameter._version != version or self.module.get_parameter(name) is not parameter:
                 return f"changes the parameter `{name}` itself"
@@ -347,7 +347,7 @@ class _Kept:
                 own.update(before)
         for tensor, value in self.tensors:
             tensor.copy_(value)
-        self.frozen = [(n, p, p._version) for n, p, _ in self.frozen]
+        self.frozen = [(n, t, t._version) for n, t, _ in self.frozen]
         for _, parameter, trainable in self.trainable:
             parameter.requires_grad_(trainable)
         for _, owner, values in self.attributes:

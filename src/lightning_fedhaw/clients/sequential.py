@@ -182,12 +182,12 @@ def _channels_last(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 class _Modes:
-    """What no client may leave behind: training flags, trainability, gradients, other values of frozen parameters."""
+    """What no client may leave behind: training flags, trainability, gradients, other values of what is frozen."""
 
     def __init__(self, module: Any, layout: ParameterLayout) -> None:
         self.training = [(submodule, submodule.training) for submodule in module.modules()]
         self.trainable = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-        self.frozen = {n: (p, p._version) for n, p in module.named_parameters() if n not in set(layout.names)}
+        self.frozen = {n: (t, t._version) for n, t in layout.still_tensors(module).items()}
 
     def restore(self) -> None:
         for submodule, training in self.training:
@@ -199,13 +199,17 @@ class _Modes:
                 parameter.requires_grad_(trainable)
 
     def check(self, client: int) -> None:
-        for name, (parameter, version) in self.frozen.items():
-            if parameter._version != version:
-                raise RuntimeError(
-                    f"Client {client} changed the frozen parameter `{name}` in local training, and frozen parameters do"
-                    " not travel: the change would pass to whoever trains next. Make it a buffer (`register_buffer`),"
-                    " which `buffers=` takes care of, or trainable."
-                )
+        for name, (tensor, version) in self.frozen.items():
+            if tensor._version == version:
+                continue
+            kind, remedy = "buffer", "Call `train()` on its module before `fit`, and `buffers=` takes care of it."
+            if isinstance(tensor, nn.Parameter):
+                kind = "parameter"
+                remedy = "Make it a buffer (`register_buffer`), which `buffers=` takes care of, or trainable."
+            raise RuntimeError(
+                f"Client {client} changed the frozen {kind} `{name}` in local training, and what is frozen does not"
+                f" travel: the change would pass to whoever trains next. {remedy}"
+            )
 
 
 def _same_shape(name: str, ended: Tensor | None, started: Tensor) -> Tensor:

@@ -341,7 +341,8 @@ class _Chunk:
     def updates(self) -> Iterator[ClientUpdate]:
         """The updates, in the order of the visits; each with the client's model in the module, for those who watch."""
         module = self.engine.host.module
-        parameters, buffers = self.engine.layout.tensors(module), [b for _, b in module.named_buffers()]
+        layout = self.engine.layout
+        parameters, buffers = layout.tensors(module), layout.moving_buffers(module).values()
         logged = self.step.recorder.collect_rows(len(self.visits))
         for row in self.row_of:
             with torch.no_grad():
