@@ -217,7 +217,6 @@ def main(argv: Sequence[str] | None = None) -> fed.FederatedTrainer:
     for known in (
         ".*does not have many workers",
         ".*LeafSpec.* is deprecated",
-        "Found .* in eval mode",
         "Checkpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message=known)

@@ -187,7 +187,6 @@ def test_what_cannot_be_cached_is_refused(tmp_path):
         cached(Network(), Images(), tmp_path, shard_size=0)
 
 
-@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 def test_cached_and_uncached_federations_agree(tmp_path):
     """A frozen network in front of a trained head, fed with images and with features."""
     from lightning_fedhaw.backbones import TimmClassifier

@@ -105,9 +105,8 @@ def cache_features(
                     labels.append(own)
                     bar.update(len(images))
                 found[start] = _save(shards, start, torch.cat(features), torch.cat(labels))
-    return ConcatDataset(
-        [TensorDataset(*torch.load(path, mmap=True, weights_only=True)) for path in found.values() if path is not None]
-    )
+    paths = [str(path) for path in found.values() if path is not None]
+    return ConcatDataset([TensorDataset(*torch.load(path, mmap=True, weights_only=True)) for path in paths])
 
 
 def _probe(dataset: Dataset[Any], length: int) -> str:
