@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -84,3 +86,23 @@ def test_a_quick_workload_is_a_small_one_of_the_same_kind(harness):
         quick = workloads.workload(name, quick=True)
         assert sum(quick.sizes) <= sum(work.sizes)
         assert replace(quick, **{f: getattr(work, f) for f in workloads.QUICK[name]}) == work
+
+
+def test_a_round_of_the_federated_vit_is_an_epoch_of_the_stock_trainer(harness, monkeypatch):
+    """As many images and steps, and a time for each round that counts."""
+    vit = harness("vit_throughput")
+    batches = []
+    step = vit.fed.TimmClassifier.training_step
+    monkeypatch.setattr(
+        vit.fed.TimmClassifier,
+        "training_step",
+        lambda module, batch, index: batches.append(len(batch[0])) or step(module, batch, index),
+    )
+    args = Namespace(
+        model="test_vit", image_size=32, clients=3, images=8, batch_size=4, precision="32-true", rounds=2, device="cpu"
+    )
+    samples = TensorDataset(torch.randn(24, 3, 32, 32), torch.arange(24) % 5)
+    for rule in (None, "FedAvg", "FedHAW"):
+        batches.clear()
+        assert len(vit.play(rule, samples, args)) == 2
+        assert batches == [4] * 18

@@ -49,10 +49,12 @@ class RoundCheckpoint(ModelCheckpoint):
 
     Args:
         rounds: How many.
+        dirpath: The folder. Default: below the logger's, or the trainer's root.
     """
 
-    def __init__(self, rounds: int) -> None:
+    def __init__(self, rounds: int, dirpath: str | Path | None = None) -> None:
         super().__init__(
+            dirpath,
             filename="round={step}",
             auto_insert_metric_name=False,
             every_n_epochs=rounds,
@@ -63,6 +65,8 @@ class RoundCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save what the last rounds have added."""
+        if trainer.fast_dev_run:  # Lightning's own would write `last.ckpt` here
+            return
         super().on_train_end(trainer, pl_module)
         if trainer.global_step > self._last_global_step_saved and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -1,5 +1,7 @@
 """The clients' data: partitioners, cohort samplers, and the data module."""
 
+from lightning_fedhaw.data.dogs import StanfordDogs
+from lightning_fedhaw.data.features import cache_features
 from lightning_fedhaw.data.federation import Batch, ClientData, LoaderSettings
 from lightning_fedhaw.data.labels import find_labels
 from lightning_fedhaw.data.module import FederatedDataModule
@@ -46,9 +48,11 @@ __all__ = [
     "Partitioner",
     "QuantitySkewPartitioner",
     "ShardPartitioner",
+    "StanfordDogs",
     "UniformSampler",
     "WeightedSampler",
     "balanced_subset",
+    "cache_features",
     "draw_histogram",
     "find_labels",
     "format_histogram",

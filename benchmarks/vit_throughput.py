@@ -1,0 +1,153 @@
+"""Images per second of a federated ViT against the same module in a stock ``Trainer``.
+
+    python benchmarks/vit_throughput.py [--markdown FILE]                       ViT-B/16 at 224 px on a GPU
+    python benchmarks/vit_throughput.py --device cpu --model vit_tiny_patch16_224 --image-size 32 \
+        --images 32 --batch-size 8 --precision 32-true                          to see it work
+
+All weights train, from random values, on random images that lie where the model is, and both log the loss of every
+step. The stock trainer's batches are slices that cost nothing to make, so that its loader takes no time; the
+federation makes its own. An epoch of the one has as many images and steps as a round of the other, whose time has all
+of it: broadcast, clients, aggregation. Runs take turns; each has one round before the clock counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from speed import machine, write_between
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import lightning_fedhaw as fed
+from lightning_fedhaw.data import IIDPartitioner
+
+CLASSES = 120
+RULES: dict[str, Callable[[], fed.AggregationRule]] = {"FedAvg": fed.FedAvgCallback, "FedHAW": fed.FedHAWCallback}
+
+
+class Batches(Dataset[Any]):
+    """Slices of tensors, the same in every epoch."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, size: int) -> None:
+        self.parts = list(zip(images.split(size), labels.split(size), strict=True))
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.parts[index]
+
+
+class Clock(pl.Callback):
+    """The time at which each epoch began, and at which the last one ended."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.ticks = device, list[float]()
+
+    def tick(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.ticks.append(time.perf_counter())
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self.tick()
+
+    def on_train_end(self, *_: Any) -> None:
+        self.tick()
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each epoch but the first."""
+        return [end - begin for begin, end in zip(self.ticks[1:], self.ticks[2:], strict=False)]
+
+
+def play(rule: str | None, samples: TensorDataset, args: argparse.Namespace) -> list[float]:
+    """Seconds of each round after the first; without a rule, of each epoch of the stock trainer."""
+    torch.manual_seed(0)
+    module = fed.TimmClassifier(
+        args.model, CLASSES, lr=1e-4, model_kwargs={"img_size": args.image_size} if args.image_size else {}
+    )
+    clock = Clock(samples.tensors[0].device)
+    settings: dict[str, Any] = {
+        "accelerator": "cpu" if args.device == "cpu" else "gpu",
+        "devices": 1,
+        "precision": args.precision,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    if rule is None:
+        trainer = pl.Trainer(max_epochs=args.rounds + 1, callbacks=[clock], **settings)
+        trainer.fit(module, DataLoader(Batches(*samples.tensors, args.batch_size), batch_size=None))
+    else:
+        federated = fed.FederatedTrainer(
+            rounds=args.rounds + 1, callbacks=[RULES[rule](), clock], client_eval=False, **settings
+        )
+        data = fed.FederatedDataModule(samples, args.clients, IIDPartitioner(), batch_size=args.batch_size, seed=0)
+        with redirect_stdout(StringIO()):  # the closing table
+            federated.fit(module, data)
+    assert len(clock.seconds) == args.rounds
+    return clock.seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--image-size", type=int, help="default: the model's own")
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--images", type=int, default=1216, help="of each client, whole batches; Dogs has 1,200")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--rounds", type=int, default=2, help="that count, in each run")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--markdown", type=Path)
+    args = parser.parse_args()
+    if args.images % args.batch_size:
+        parser.error(f"--images must be whole batches of {args.batch_size}, got {args.images}")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore")
+
+    total, side = args.clients * args.images, args.image_size or 224
+    generator = torch.Generator(args.device).manual_seed(0)
+    samples = TensorDataset(
+        torch.randn(total, 3, side, side, generator=generator, device=args.device),
+        torch.randint(CLASSES, (total,), generator=generator, device=args.device),
+    )
+    names: list[str | None] = [None, *RULES]
+    seconds: dict[str | None, list[float]] = {name: [] for name in names}
+    for repetition in range(args.repetitions):
+        for name in names if repetition % 2 == 0 else reversed(names):
+            seconds[name].append(statistics.median(play(name, samples, args)))
+            print(f"{name or 'stock Trainer'}: {total / seconds[name][-1]:.0f} images/s", flush=True)
+    own = machine()
+    lines = [
+        f"{own['gpu'] if args.device != 'cpu' else own['processor']}, torch {own['torch']}, Lightning"
+        f" {own['lightning']}; {args.model} at {side} px, {args.precision}, {args.clients} clients x {args.images}"
+        f" images, batch {args.batch_size}, E=1; medians of {args.repetitions} runs of {args.rounds} rounds.",
+        "",
+        "| | images a second | to the stock Trainer of the same repetition | aim |",
+        "|---|---:|---:|---:|",
+    ]
+    for name in names:
+        rate = total / statistics.median(seconds[name])
+        ratio = statistics.median(stock / ours for stock, ours in zip(seconds[None], seconds[name], strict=True))
+        lines.append(f"| {name or 'stock Trainer'} | {rate:.0f} | {ratio:.3f} | {'0.95' if name else ''} |")
+    print("\n".join(["", *lines]))
+    if args.markdown:
+        write_between(args.markdown, "vit", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""FedHAW on Stanford Dogs with a ViT: ten clients, a Dirichlet(0.1) split by breeds, the FedHAW paper's settings.
+
+    python examples/stanford_dogs_vit.py --demo                       no download: drawn dogs and a tiny ViT
+    python examples/stanford_dogs_vit.py --data-root dogs --download  Stanford Dogs and ViT-B/16 as timm has it
+    python examples/stanford_dogs_vit.py --data-root dogs --finetune 2 --precision bf16-mixed --devices 2
+    python examples/stanford_dogs_vit.py --data-root dogs --resume    go on from the last checkpoint below --output
+
+As in the paper the ViT is frozen and an MLP 768-256-256-120 is trained on its features, which are computed once and
+kept in `--output`. `--finetune` trains on images instead: `head` the MLP alone, a number the last so many blocks too,
+`all` everything. Validation, after every round, is on the official test list. Prints who owns what, a bar that counts
+rounds, the closing table and the breeds that are taken for each other most often; draws the clients, the confusion
+matrix, and accuracy, scale and weights over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo_dogs import write_demo_dogs
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+import lightning_fedhaw as fed
+from lightning_fedhaw.checkpoint import RoundCheckpoint
+from lightning_fedhaw.data import StanfordDogs, cache_features
+from lightning_fedhaw.plotting import History, draw_comparison
+
+RULES: dict[str, Callable[[], fed.AggregationRule]] = {
+    "fedhaw-paper": lambda: fed.FedHAWCallback(lr_gamma=1e-7, lr_lambda=1e-5, normalise_by="lr"),
+    "fedhaw": fed.FedHAWCallback,
+    "fedavg": fed.FedAvgCallback,
+    "fedadam": fed.FedAdamCallback,
+    "fedhyper": lambda: fed.FedHyperCallback("G", normalise_by="norms", hyper_lr=0.1),
+    "fedlws": fed.FedLWSCallback,
+}
+LOGGERS: dict[str, Callable[[Path], Logger | bool]] = {
+    "none": lambda folder: False,
+    "csv": lambda folder: CSVLogger(folder, name="csv"),
+    "tensorboard": lambda folder: TensorBoardLogger(folder, name="tensorboard"),
+    "wandb": lambda folder: WandbLogger(project="stanford-dogs-vit", save_dir=folder),
+}
+DEMO = {
+    "model": "vit_tiny_patch16_224",
+    "image_size": 64,
+    "pretrained": False,
+    "alpha": 0.3,
+    "rounds": 20,
+    "local_epochs": 5,
+    "batch_size": 32,
+    "lr": 1e-3,
+    "rule": "fedhaw",
+    "num_workers": 0,
+    "accelerator": "cpu",
+    "output": Path("outputs/stanford_dogs_demo"),
+}
+DEMO_TEXT = """
+This is a demonstration: the ViT is tiny and its weights are random, the dogs are drawn, and the rule and its
+settings are not the paper's. It shows that all parts work together, and says nothing about accuracy on Stanford Dogs.
+"""
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; `--demo` changes defaults."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", action="store_true", help="drawn dogs and a tiny random ViT, without a download")
+    parser.add_argument("--fast-dev-run", action="store_true", help="few images, two rounds of two clients, one batch")
+    parser.add_argument("--data-root", type=Path, default=Path("data/stanford_dogs"))
+    parser.add_argument("--download", action="store_true", help="fetch the official archives, 800 MB, if need be")
+    parser.add_argument("--model", default="vit_base_patch16_224", help="any model of timm")
+    parser.add_argument("--image-size", type=int, help="where it is not the model's own")
+    parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="timm's weights; the default")
+    parser.add_argument("--checkpoint-path", type=Path, help="a file of weights in the place of timm's")
+    parser.add_argument("--finetune", default="none", help="none (train on cached features), head, blocks, or all")
+    parser.add_argument("--head-widths", type=int, nargs="*", default=[256, 256])
+    parser.add_argument("--rule", choices=RULES, default="fedhaw-paper")
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--clients-per-round", type=float, default=1.0, help="share of the clients")
+    parser.add_argument("--alpha", type=float, default=0.1, help="Dirichlet concentration: small is unequal")
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--local-epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=5e-5, help="of the clients' Adam")
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--devices", default="1", type=lambda text: int(text) if text.lstrip("-").isdigit() else text)
+    parser.add_argument("--num-workers", type=int, default=4, help="processes that read images")
+    parser.add_argument("--logger", choices=LOGGERS, default="none")
+    parser.add_argument("--checkpoint-every", type=int, default=10, metavar="ROUNDS")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint below --output")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("outputs/stanford_dogs"))
+    if parser.parse_known_args(argv)[0].demo:
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args(argv)
+    if args.finetune not in ("none", "head", "all") and not args.finetune.isdigit():
+        parser.error(f"--finetune must be none, head, all or a number of blocks, got {args.finetune!r}")
+    if args.demo:
+        args.data_root = args.output / "data"
+    return args
+
+
+def build(args: argparse.Namespace) -> tuple[fed.TimmClassifier, fed.FederatedDataModule, list[str]]:
+    """The model, the clients' data, and the breeds."""
+    if args.demo:
+        write_demo_dogs(args.data_root)
+    train = StanfordDogs(args.data_root, "train", download=args.download)
+    test = StanfordDogs(args.data_root, "test")
+    pretrained = args.checkpoint_path is None if args.pretrained is None else args.pretrained
+    cached = args.finetune == "none"
+    torch.manual_seed(args.seed)
+    model = fed.TimmClassifier(
+        args.model,
+        num_classes=len(train.classes),
+        pretrained=pretrained,
+        checkpoint_path=args.checkpoint_path,
+        trainable="head" if cached else int(args.finetune) if args.finetune.isdigit() else args.finetune,
+        head_widths=args.head_widths,
+        lr=args.lr,  # AdamW without weight decay, TimmClassifier's default, is Adam
+        model_kwargs={} if args.image_size is None else {"img_size": args.image_size},
+    )
+    train.transform, test.transform = model.transform(train=not cached), model.transform(train=False)
+    parts: list[Dataset[Any]] = [few(train, 20), few(test, 2)] if args.fast_dev_run else [train, test]
+    if cached:
+        parts = [features(model, part, args) for part in parts]
+    data = fed.FederatedDataModule(
+        parts[0],
+        num_clients=args.clients,
+        partitioner=fed.DirichletPartitioner(args.alpha),
+        batch_size=args.batch_size,
+        val=parts[1],
+        num_workers=0 if cached else args.num_workers,
+        seed=args.seed,
+    )
+    return model, data, train.classes
+
+
+def few(dataset: StanfordDogs, per_class: int) -> Subset[Any]:
+    """The first images of every class."""
+    targets = torch.tensor(dataset.targets)
+    return Subset(dataset, torch.cat([(targets == c).nonzero()[:per_class, 0] for c in targets.unique()]).tolist())
+
+
+def features(model: fed.TimmClassifier, dataset: Dataset[Any], args: argparse.Namespace) -> Dataset[Any]:
+    """What the frozen backbone makes of the images, computed once, on a GPU where there is one."""
+    on_gpu = args.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    cached = cache_features(
+        model.to("cuda" if on_gpu else "cpu").features,
+        dataset,
+        args.output / "features",
+        key=model.feature_key(),
+        num_workers=args.num_workers,
+    )
+    model.cpu()
+    return cached
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint below a folder."""
+    found = sorted((folder / "checkpoints").glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(
+            f"There is no checkpoint below {folder} to go on from. Run without --resume first, or name the --output of"
+            " the run to go on with."
+        )
+    return found[-1]
+
+
+@torch.no_grad()
+def confusion(model: fed.TimmClassifier, loader: Any, device: torch.device, num_classes: int) -> Tensor:
+    """``[classes, classes]``: test images of each breed (rows) that are taken for each (columns)."""
+    matrix = MulticlassConfusionMatrix(num_classes, sync_on_compute=False).to(device)  # the first process sees all
+    model.to(device).eval()
+    for inputs, labels in loader:
+        matrix.update(model(inputs.to(device)), labels.to(device))
+    return matrix.compute().cpu()
+
+
+def draw_confusion(counts: Tensor, classes: Sequence[str], path: Path) -> None:
+    """Shares of each breed's images."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    side = 4.5 + 0.09 * len(classes)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    image = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    size = 10 if len(classes) <= 20 else 5
+    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(classes)), classes, fontsize=size)
+    accuracy = (counts.trace() / counts.sum()).item()
+    axes.set(xlabel="taken for", ylabel="breed", title=f"{accuracy:.1%} of the test images are told right")
+    figure.colorbar(image, ax=axes, label="share of the breed's images", shrink=0.8)
+    figure.savefig(path, dpi=150)
+
+
+def most_confused(counts: Tensor, classes: Sequence[str], most: int = 5) -> list[str]:
+    """The breeds that are taken for each other most often."""
+    wrong = counts - counts.diag().diag()
+    top = wrong.flatten().topk(min(most, wrong.numel()))
+    pairs = [(int(n), *divmod(i, len(classes))) for n, i in zip(top.values, top.indices.tolist(), strict=True) if n]
+    return [f"{n:4} x {classes[breed]} taken for {classes[other]}" for n, breed, other in pairs]
+
+
+def main(argv: Sequence[str] | None = None) -> fed.FederatedTrainer:
+    args = arguments(argv)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for known in (
+        ".*does not have many workers",
+        ".*LeafSpec.* is deprecated",
+        "Checkpoint directory .* exists and is not empty",
+    ):
+        warnings.filterwarnings("ignore", message=known)
+    if args.demo:
+        print(DEMO_TEXT)
+    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        checkpoint = last_checkpoint(args.output) if args.resume else None
+        model, data, classes = build(args)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(
+            f"{error}\n(--data-root names the folder of the data, --download fetches them, --demo needs none.)"
+        ) from error
+
+    history = History()
+    trainer = fed.FederatedTrainer(
+        rounds=args.rounds,
+        clients_per_round=args.clients_per_round,
+        local_epochs=args.local_epochs,
+        seed=args.seed,
+        callbacks=[
+            RULES[args.rule](),
+            history,
+            RoundCheckpoint(args.checkpoint_every, args.output / "checkpoints"),
+        ],
+        precision=args.precision,
+        accelerator=args.accelerator,
+        devices=args.devices,
+        fast_dev_run=args.fast_dev_run,
+        logger=LOGGERS[args.logger](args.output),
+        default_root_dir=args.output,
+        enable_model_summary=False,
+    )
+    if trainer.is_global_zero:
+        print(data.preview(args.output / "clients.png", classes))
+    trainer.fit(model, data, ckpt_path=checkpoint)
+    if trainer.is_global_zero:
+        report(trainer, model, data, classes, history, args)
+        print(DEMO_TEXT if args.demo else "")
+    return trainer
+
+
+def report(
+    trainer: fed.FederatedTrainer,
+    model: fed.TimmClassifier,
+    data: fed.FederatedDataModule,
+    classes: Sequence[str],
+    history: History,
+    args: argparse.Namespace,
+) -> None:
+    """Accuracy, confusions and pictures of a run that is over."""
+    accuracy = [value for value in history.curve("val_acc") if value == value]
+    if accuracy:
+        last = accuracy[-10:]
+        print(
+            f"\naccuracy on the test list: {accuracy[-1]:.1%} at the end, {sum(last) / len(last):.1%} in the mean of"
+            f" the last {len(last)} rounds, {max(accuracy):.1%} at best; guessing gives {1 / len(classes):.1%}"
+        )
+        draw_comparison({args.rule: history}, args.rule, data.partition().sizes.tolist(), args.output / "weights.png")
+    counts = confusion(model, data.val_dataloader(), trainer.strategy.root_device, len(classes))
+    print("\n".join(["most often confused:", *most_confused(counts, classes)]))
+    draw_confusion(counts, classes, args.output / "confusion.png")
+    print("pictures:", *(args.output / f"{name}.png" for name in ("clients", "weights", "confusion")))
+
+
+if __name__ == "__main__":
+    main()

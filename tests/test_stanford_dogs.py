@@ -1,0 +1,94 @@
+"""The Stanford Dogs example: its demonstration, what it refuses, and going on after an interruption."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PICTURES = ("clients.png", "weights.png", "confusion.png")
+SMALL = ["--demo", "--model", "test_vit", "--image-size", "32", "--local-epochs", "1"]
+
+
+@pytest.fixture
+def example(monkeypatch):
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import stanford_dogs_vit
+
+    yield stanford_dogs_vit
+    logger.setLevel(level)
+
+
+def test_the_demonstration(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "stanford_dogs_vit.py"), "--demo", "--rounds", "3"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.count("This is a demonstration: the ViT is tiny and its weights are random, the dogs are drawn")
+        == 2
+    )
+    for word in ("dalmatian", "worst decile", "accuracy on the test list", "most often confused"):
+        assert word in done.stdout
+    assert "3/3" in done.stdout
+    output = tmp_path / "outputs" / "stanford_dogs_demo"
+    for name in PICTURES:
+        assert (output / name).stat().st_size > 10_000
+    assert len(list((output / "features").rglob("*.pt"))) == 2
+    assert len(list((output / "data" / "Images").rglob("*.jpg"))) == 12 * 55
+
+
+def test_a_run_that_was_cut_off_goes_on(example, tmp_path):
+    """Two rounds and two more end where four do, with the same features."""
+    models = []
+    for output, legs in (("whole", [["4"]]), ("halves", [["2"], ["4", "--resume"]])):
+        for leg in legs:
+            trainer = example.main([*SMALL, "--output", output, "--logger", "csv", "--rounds", *leg])
+        assert trainer.global_step == 4
+        models.append(torch.cat([p.detach().flatten() for p in trainer.lightning_module.head.parameters()]))
+    assert torch.equal(*models)
+    assert len(list(Path("halves").rglob("metrics.csv"))) == 2
+
+
+@pytest.mark.parametrize("finetune", ["none", "1"])
+def test_a_fast_dev_run_shortens_the_federation_too(example, finetune, capsys):
+    trainer = example.main([*SMALL, "--fast-dev-run", "--finetune", finetune, "--num-workers", "0"])
+    assert trainer.global_step == 2
+    assert trainer.federation_summary["clients_per_round"] == 2
+    assert not list(Path().rglob("*.ckpt"))
+    trained = {name.split(".")[0] for name, p in trainer.lightning_module.named_parameters() if p.requires_grad}
+    assert trained == ({"head"} if finetune == "none" else {"head", "backbone"})
+    assert "most often confused" in capsys.readouterr().out
+
+
+def test_what_to_put_where(example, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        example.main(["--data-root", str(tmp_path / "dogs")])
+    assert (
+        f"Put `images.tar` and `lists.tar` from http://vision.stanford.edu/aditya86/ImageNetDogs into {tmp_path}"
+        in (text := str(ended.value))
+    )
+    assert "--data-root names the folder of the data, --download fetches them, --demo needs none" in text
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_nothing_to_go_on_from(example):
+    with pytest.raises(SystemExit, match="There is no checkpoint below new to go on from. Run without --resume first"):
+        example.main(["--demo", "--resume", "--output", "new"])
+
+
+def test_an_unknown_depth(example, capsys):
+    with pytest.raises(SystemExit):
+        example.main(["--demo", "--finetune", "some"])
+    assert "--finetune must be none, head, all or a number of blocks, got 'some'" in capsys.readouterr().err
