@@ -297,7 +297,9 @@ def read_groups(runs: Sequence[str]) -> dict[str, list[History]]:
     """
     groups: dict[str, list[History]] = {}
     for each in runs:
-        name, _, path = each.rpartition("=") if not Path(each).exists() else ("", "", each)
+        name, is_named, path = each.partition("=")
+        if not is_named or "/" in name or Path(each).exists():
+            name, path = "", each
         groups.setdefault(name or _name(Path(path)), []).extend(read_runs(path))
     return groups
 
@@ -306,7 +308,11 @@ def _name(path: Path) -> str:
     where = path.resolve()
     while where.is_file() or where.name == "checkpoints":
         where = where.parent
-    return f"{where.parent.name}/{where.name}" if re.fullmatch(r"version_\d+|\d+", where.name) else where.name
+    return (
+        f"{where.parent.name}/{where.name}"
+        if re.fullmatch(r"((version|seed|run)[_-]?)?\d+", where.name)
+        else where.name
+    )
 
 
 def _draw_all(groups: Mapping[str, Sequence[History]], metric: str | None, folder: Path) -> list[Path]:
