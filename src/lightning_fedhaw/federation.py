@@ -742,7 +742,18 @@ class Federation:
         """What evaluating clients would leave in the module: buffers, metrics, lists that outputs are appended to."""
         module = self.host.module
         buffers = {name: (b, b.detach().clone()) for name, b in module.named_buffers()}
-        metrics = [(m, {k: copy.copy(v) for k, v in vars(m).items() if k in m._defaults}) for m in self._torchmetrics()]
+        # Metrics add to their tensors in place.
+        metrics = [
+            (
+                m,
+                {
+                    k: v.clone() if isinstance(v, Tensor) else copy.copy(v)
+                    for k, v in vars(m).items()
+                    if k in m._defaults
+                },
+            )
+            for m in self._torchmetrics()
+        ]
         counts = [(m, m._update_count, m._computed, m.sync_on_compute) for m in self._torchmetrics()]
         for metric in self._torchmetrics():
             metric.sync_on_compute = False  # a client is evaluated by one process

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from lightning.pytorch.callbacks import Checkpoint
@@ -185,12 +186,14 @@ def read_runs(path: str | Path) -> list[History]:
 
 def _from_checkpoint(path: Path) -> History:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if is_zipfile(path) else None
+    except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{str(path)!r} cannot be read as a checkpoint of tensors and plain values. Give a `.ckpt` file that a"
-            f" federation wrote, or the folder of its `{LOG}`."
+            f"{str(path)!r} holds more than tensors and plain values, and is not opened for safety. Give the folder"
+            f" of the run's `{LOG}`."
         ) from error
+    if checkpoint is None:
+        raise ValueError(f"{str(path)!r} is no checkpoint. Give a `.ckpt` file, or the folder of the run's `{LOG}`.")
     states = checkpoint.get("callbacks", {}) if isinstance(checkpoint, Mapping) else {}
     if History.__name__ not in states:
         raise ValueError(f"{str(path)!r} was not written by a federation: it holds no history.")
