@@ -13,7 +13,7 @@ from federations import QUIET, Classifier, loader, samples
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
-    *(f"docs/{page}.md" for page in ("channels", "extending", "objectives", "rules", "write_a_rule")),
+    *(f"docs/{page}.md" for page in ("channels", "extending", "objectives", "pictures", "rules", "write_a_rule")),
 ]
 
 

@@ -194,8 +194,9 @@ def test_wandb_offline(monkeypatch, tmp_path):
     assert len(list(media.rglob("*.png"))) == 1
 
 
-def test_mlflow(tmp_path):
+def test_mlflow(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = MLFlowLogger(tracking_uri=(tmp_path / "mlruns").as_uri())
     play(logger=logger)
     (folder,) = (tmp_path / "mlruns").rglob("artifacts/federation")

@@ -11,10 +11,11 @@ import torch
 import torchmetrics
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.demos.transformer import LightningTransformer, WikiText2
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from federations import QUIET, flat, samples
+from federations import QUIET, Classifier, flat, loader, samples, val_loader
 from lightning_fedhaw import FedAvgCallback, FederatedTrainer, FedHAWCallback
 
 DOORS = pytest.mark.parametrize("door", [1, 2])
@@ -230,3 +231,101 @@ def test_a_gan_by_manual_optimisation(door):
     assert (flat(module) - before).abs().max() > 0.01
     assert (module.generator(noise).mean(0) - far).norm().item() < 0.5 * distance
     assert all(p.requires_grad for p in module.parameters())  # what was toggled is toggled back
+
+
+# ---------------------------------------------------------------------- what Lightning users bring along
+
+
+@DOORS
+@pytest.mark.parametrize("part", ["whole", "net"])
+def test_compiled_modules(door, part):
+    plain, module = Classifier(), Classifier()
+    play(door, plain, loader(), val_loader())
+    if part == "net":
+        module.net.compile(backend="eager")
+        fitted = module
+    else:
+        fitted = torch.compile(module, backend="eager")
+    trainer = play(door, fitted, loader(), val_loader())
+    assert (flat(plain) - flat(Classifier())).abs().max() > 0.01
+    torch.testing.assert_close(flat(module), flat(plain), rtol=1e-4, atol=1e-6)
+    assert "val_acc" in trainer.callback_metrics
+    trainer.validate(fitted, val_loader(), verbose=False)
+
+
+@DOORS
+def test_a_submodule_that_was_wrapped_by_compile_keeps_its_names(door):
+    class Wrapped(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.compile(self.net, backend="eager")
+
+    plain, module = Classifier(), Wrapped()
+    play(door, plain, loader())
+    play(door, module, loader())
+    torch.testing.assert_close(flat(module), flat(plain), rtol=1e-4, atol=1e-6)
+    assert all(name.startswith("net._orig_mod.") for name in module.state_dict())
+
+
+def test_the_tuner_searches_centrally_and_is_refused_in_a_federation():
+    class Tunable(Classifier):
+        def __init__(self):
+            super().__init__(lambda p: torch.optim.SGD(p, lr=self.lr))
+            self.lr, self.batch_size = 0.1, 8
+
+    def stranger() -> Any:
+        return pl.Trainer(max_epochs=3, **{**QUIET, "enable_checkpointing": True})
+
+    module = Tunable()
+    found = Tuner(stranger()).lr_find(module, loader(), num_training=20)
+    assert module.lr == found.suggestion() != 0.1
+    before = flat(module)
+    federated = pl.Trainer(max_epochs=3, callbacks=[FedAvgCallback(num_clients=4)], **QUIET)
+    for trainer in (federated, FederatedTrainer(rounds=3, callbacks=[FedAvgCallback()], **QUIET)):
+        with pytest.raises(ValueError, match="LearningRateFinder .*find one with a stock `Trainer`, without the rule"):
+            Tuner(trainer).lr_find(module, loader())
+        assert torch.equal(flat(module), before)
+    play(1, module, loader())
+    assert (flat(module) - before).abs().max() > 0.01
+
+
+@DOORS
+def test_a_hugging_face_model_in_a_module(door):
+    transformers = pytest.importorskip("transformers")
+
+    class Bert(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            config = transformers.BertConfig(
+                vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+            )
+            self.bert = transformers.BertForSequenceClassification(config)
+
+        def training_step(self, batch, batch_idx):
+            out = self.bert(**batch)
+            self.log("train_loss", out.loss)
+            return out.loss
+
+        def validation_step(self, batch, batch_idx):
+            out = self.bert(**batch)
+            self.log("val_acc", (out.logits.argmax(1) == batch["labels"]).float().mean())
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    torch.manual_seed(0)
+    words = torch.randint(2, 20, (160, 6))
+    words[:, 0], labels = 1, torch.arange(160) % 2
+    words[:, 3] = labels + 5  # the fourth word says it all
+    data = [
+        {"input_ids": w, "attention_mask": torch.ones_like(w), "labels": y} for w, y in zip(words, labels, strict=True)
+    ]
+    module = Bert()
+    for parameter in module.bert.bert.embeddings.position_embeddings.parameters():
+        parameter.requires_grad = False  # what is frozen stays, and does not travel
+    frozen = module.bert.bert.embeddings.position_embeddings.weight.clone()
+    train, val = DataLoader(data[:120], batch_size=8, shuffle=True), DataLoader(data[120:], batch_size=8)
+    trainer = play(door, module, train, val, rounds=6)
+    assert float(trainer.callback_metrics["val_acc"]) > 0.9
+    assert torch.equal(module.bert.bert.embeddings.position_embeddings.weight, frozen)
+    assert trainer.federation_summary["parameters"] == sum(p.numel() for p in module.parameters() if p.requires_grad)
