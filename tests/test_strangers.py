@@ -237,6 +237,7 @@ def test_a_gan_by_manual_optimisation(door):
 
 
 @DOORS
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch, of its own tracing
 @pytest.mark.parametrize("part", ["whole", "net"])
 def test_compiled_modules(door, part):
     plain, module = Classifier(), Classifier()

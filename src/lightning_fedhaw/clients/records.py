@@ -95,11 +95,8 @@ class LogRecorder:
 
     def __enter__(self: Recorder) -> Recorder:
         self._own = [each.__dict__.get("log") for each in self._redirected]
-        # Around a module that Lightning took from `torch.compile`, a call is a break in the graph, and not traced.
-        compiled = getattr(self._redirected[0], "_compiler_ctx", None) is not None
-        log = torch.compiler.disable(self.log) if compiled else self.log
         for each in self._redirected:
-            each.log = log
+            each.log = self.log
         return self
 
     def __exit__(self, *_: object) -> None:
