@@ -11,12 +11,12 @@ ROOT = Path(lightning_fedhaw.__file__).parent
 ROWS = [
     {"layout", "memory", "streams", "isolation", "ranks"},
     {"cohort", "options", "observer", "objectives"},
-    {"checkpoint", "data", "channel", "aggregation", "spread", "summary", "progress", "refusals"},
-    {"server", "clients"},
-    {"federation", "strategy", "evaluation"},
+    {"checkpoint", "data", "channel", "aggregation", "spread", "summary", "progress", "refusals", "history"},
+    {"server", "clients", "plotting"},
+    {"federation", "strategy", "evaluation", "reporting"},
     {"loop"},
     {"trainer"},
-    {"backbones", "plotting"},
+    {"backbones"},
     {"cli"},
     {"__main__"},
 ]

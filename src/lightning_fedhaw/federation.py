@@ -111,12 +111,14 @@ class Report:
         clients: The clients that were drawn.
         metrics: The rule's and the round's own numbers.
         logged: What the clients' ``training_step`` logged, merged.
+        weights: The normalised weight of each client whose vector reached the aggregation.
     """
 
     round: int
     clients: Sequence[int]
     metrics: Mapping[str, float]
     logged: Mapping[str, Logged]
+    weights: Mapping[int, float]
 
 
 class Federation:
@@ -361,7 +363,7 @@ class Federation:
         tally.nonfinite_updates += len(excluded)
         self._check_arrivals(round_, clients, trainees, updates, excluded)
         with tally.phase("aggregation"):
-            metrics = self._aggregate(round_, start, store, arrived, drawn=len(clients))
+            metrics, weights = self._aggregate(round_, start, store, arrived, drawn=len(clients))
             self._share(start, shared, [replace(record, raw_weight=1.0) for record in arrived if record.heard])
         paced = 0 if self.engine.pace is None else self.engine.pace.numbers_sent * self.layout.dtype.itemsize
         down = len(clients) * paced + self._sent("downlink", round_, clients)
@@ -377,7 +379,7 @@ class Federation:
             "bytes_down": float(down),
             "bytes_up": float(up),
         }
-        report = Report(round_, clients, metrics, merge(update.logged for update in updates))
+        report = Report(round_, clients, metrics, merge(update.logged for update in updates), weights)
         self.on_round_end(report)
         return report
 
@@ -612,7 +614,7 @@ class Federation:
 
     def _aggregate(
         self, round_: int, start: Tensor, store: _Store, arrived: Sequence[_Record], *, drawn: int
-    ) -> Mapping[str, float]:
+    ) -> tuple[Mapping[str, float], dict[int, float]]:
         updates = [record.update for record in arrived if record.heard]
         if not arrived or (not updates and self.options.empty_round == "skip"):
             rank_zero_warn(
@@ -620,7 +622,7 @@ class Federation:
             )
             self.tally.skipped_rounds += 1
             self.restore_module()
-            return {"round_skipped": 1.0}
+            return {"round_skipped": 1.0}, {}
         rates = self.host.learning_rates(self.layout) if self.rule.needs_learning_rates else ()
         vectors = store.vectors(start, arrived)
         if self.sums:
@@ -647,7 +649,7 @@ class Federation:
         self.rule.state = dict(step.state)
         if self.options.buffers == "recalibrate" and updates:
             self._recalibrate(round_, [update.client for update in updates])
-        return step.metrics
+        return step.metrics, dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
 
     def _superpose(self, round_: int, vectors: Any, arrived: Sequence[_Record], drawn: int) -> None:
         """Send the sum of a cohort through the channels that act on it."""
@@ -754,7 +756,18 @@ class Federation:
         """What evaluating clients would leave in the module: buffers, metrics, lists that outputs are appended to."""
         module = self.host.module
         buffers = {name: (b, b.detach().clone()) for name, b in module.named_buffers()}
-        metrics = [(m, {k: copy.copy(v) for k, v in vars(m).items() if k in m._defaults}) for m in self._torchmetrics()]
+        # Metrics add to their tensors in place.
+        metrics = [
+            (
+                m,
+                {
+                    k: v.clone() if isinstance(v, Tensor) else copy.copy(v)
+                    for k, v in vars(m).items()
+                    if k in m._defaults
+                },
+            )
+            for m in self._torchmetrics()
+        ]
         counts = [(m, m._update_count, m._computed, m.sync_on_compute) for m in self._torchmetrics()]
         for metric in self._torchmetrics():
             metric.sync_on_compute = False  # a client is evaluated by one process

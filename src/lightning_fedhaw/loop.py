@@ -36,6 +36,7 @@ from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, Unifo
 from lightning_fedhaw.data.split import split
 from lightning_fedhaw.evaluation import SharedEvaluationLoop, same_value
 from lightning_fedhaw.federation import Federation, Report
+from lightning_fedhaw.history import history_of, keep_history
 from lightning_fedhaw.layout import ParameterLayout, trainable
 from lightning_fedhaw.memory import release
 from lightning_fedhaw.objectives.base import ClientObjective, find_objectives
@@ -43,6 +44,7 @@ from lightning_fedhaw.options import FederationOptions, described
 from lightning_fedhaw.progress import replace_default_bar
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.refusals import check_callbacks, check_trainer
+from lightning_fedhaw.reporting import report
 from lightning_fedhaw.server import Server, step_arguments
 from lightning_fedhaw.strategy import FederatedStrategy, never_wrap
 from lightning_fedhaw.summary import client_statistics, flat_numbers, format_summary
@@ -95,6 +97,7 @@ def attach(trainer: Any, options: FederationOptions) -> None:
     check_callbacks(cast(Any, trainer).callbacks)
     check_trainer(trainer, sync_batchnorm=trainer._accelerator_connector._layer_sync is not None)
     replace_default_bar(trainer)
+    keep_history(trainer)
 
 
 def find_rule(callbacks: Iterable[Any]) -> AggregationRule:
@@ -158,7 +161,7 @@ class RoundLoop(_FitLoop):
         loader = _request_dataloader(self._data_source)
         settings = LoaderSettings.of(loader)
         options = self._data_options()
-        partition, assumed = split(
+        partition, labels, assumed = split(
             loader.dataset,
             num_clients=options.num_clients,
             alpha=options.alpha,
@@ -172,6 +175,7 @@ class RoundLoop(_FitLoop):
             settings,
             seed=options.resolved_seed,
             held_out=options.client_val_fraction,
+            labels=labels,
         )
         if partition.dropped:
             rank_zero_info(
@@ -363,9 +367,12 @@ class RoundLoop(_FitLoop):
         tally, rule = federation.tally, federation.rule
         rounds = self.epoch_loop.global_step
         client_metrics: dict[str, dict[str, float]] = {}
+        history = history_of(trainer)
         if federation.options.client_eval and federation.host.can_evaluate and not trainer.fast_dev_run:
             try:
-                client_metrics = client_statistics(*federation.evaluate_clients())
+                values, better = federation.evaluate_clients()
+                client_metrics = client_statistics(values, better)
+                history.clients = {name: each.tolist() for name, each in values.items()}
             except Exception as error:
                 # The run is over and its model is good; a table without client metrics is better than none.
                 rank_zero_warn(
@@ -398,9 +405,11 @@ class RoundLoop(_FitLoop):
         }
         trainer.federation_summary = summary
         if trainer.is_global_zero:
+            last = max(rounds - 1, 0)
             for logger in trainer.loggers:
-                logger.log_metrics(flat_numbers(summary), step=max(rounds - 1, 0))
+                logger.log_metrics(flat_numbers(summary), step=last)
                 logger.save()
+            report(trainer.loggers, history, last)
             print(format_summary(summary))
 
     # ------------------------------------------------------------------ checkpoints

@@ -13,7 +13,8 @@ _CALLBACKS: dict[str, str] = {
     "StochasticWeightAveraging": "it replaces learning-rate schedules and batch-norm statistics in the middle of a fit."
     " Average global models with `EMAWeightAveraging`",
     "BatchSizeFinder": "it runs trial fits of single batches. Give the clients' `batch_size`",
-    "LearningRateFinder": "it runs trial fits of single batches. Give the clients' learning rate",
+    "LearningRateFinder": "it runs trial fits of single batches. Give the clients' learning rate, or find one with a"
+    " stock `Trainer`, without the rule",
     "BaseFinetuning": "it changes which parameters are trainable during `fit`, and clients and server must agree on"
     " what travels. Freeze before `fit`, or call `fit` once per stage",
     "ModelPruning": "it changes the set of parameters during `fit`. Prune before or after",

@@ -15,6 +15,7 @@ from lightning_fedhaw.checkpoint import RoundCheckpoint, write_atomically
 from lightning_fedhaw.data.partition import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.evaluation import SharedEvaluationLoop
+from lightning_fedhaw.history import keep_history
 from lightning_fedhaw.loop import RoundLoop, find_rule
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions, check_names, check_whole
@@ -168,6 +169,7 @@ class FederatedTrainer(pl.Trainer):
         check_trainer(self, sync_batchnorm=bool(kwargs.get("sync_batchnorm")))
         check_callbacks(cast(Any, self).callbacks)
         replace_default_bar(self)
+        keep_history(self)
 
     def fit(self, model: Any, *args: Any, **kwargs: Any) -> None:
         """Train by communication rounds; the arguments are those of ``lightning.pytorch.Trainer.fit``.

@@ -28,6 +28,7 @@ from lightning_fedhaw.data.partition import Partition, swap_labels
 from lightning_fedhaw.streams import PathPart, stream
 
 _HASHED_ROWS = 1000
+_MOST_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class ClientData:
         settings: How batches are made.
         seed: The federation's seed.
         held_out: Share of each client's samples that is kept out of training.
+        labels: Labels ``[samples]`` of the data set, where they are known.
     """
 
     def __init__(
@@ -149,8 +151,10 @@ class ClientData:
         *,
         seed: int,
         held_out: float = 0.0,
+        labels: Tensor | None = None,
     ) -> None:
         self.dataset = dataset
+        self.labels = labels
         self.partition = partition
         self.settings = settings
         self.seed = seed
@@ -174,6 +178,11 @@ class ClientData:
     def num_examples(self) -> Tensor:
         """``[N]`` int64, training examples of each client."""
         return torch.tensor([len(own) for own in self.train_indices])
+
+    def label_counts(self) -> Tensor | None:
+        """``[N, C]`` int64, samples of each client in each class; None where no class numbers are known."""
+        is_classes = self.labels is not None and self.labels.min() >= 0 and self.labels.max() < _MOST_CLASSES
+        return self.partition.histogram(self.labels) if self.labels is not None and is_classes else None
 
     @property
     def is_sliced(self) -> bool:

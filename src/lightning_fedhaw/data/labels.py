@@ -35,7 +35,7 @@ def find_labels(dataset: Dataset[Any], labels: Any | Callable[[Any], Any] = None
     """
     if labels is not None:
         return _given(labels(dataset) if callable(labels) else labels, len(dataset))  # type: ignore[arg-type]
-    stored = _stored(dataset)
+    stored = stored_labels(dataset)
     return _read(dataset) if stored is None else stored
 
 
@@ -56,13 +56,13 @@ def _given(values: Any, num_samples: int) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def _stored(dataset: Any) -> Tensor | None:
+def stored_labels(dataset: Any) -> Tensor | None:
     """Labels that can be had without reading a sample."""
     if isinstance(dataset, Subset):
-        whole = _stored(dataset.dataset)
+        whole = stored_labels(dataset.dataset)
         return None if whole is None else whole[torch.as_tensor(list(dataset.indices), dtype=torch.int64)]
     if isinstance(dataset, ConcatDataset):
-        parts = [_stored(part) for part in dataset.datasets]
+        parts = [stored_labels(part) for part in dataset.datasets]
         found = [part for part in parts if part is not None]
         return torch.cat(found) if len(found) == len(parts) else None
     if isinstance(dataset, TensorDataset):

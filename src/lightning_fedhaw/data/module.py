@@ -208,7 +208,7 @@ class FederatedDataModule(pl.LightningDataModule):
         """
         if self.dealt is not None and seed is None:
             return self.dealt
-        partition, _ = split(
+        partition, _, _ = split(
             self.train_dataset,
             num_clients=self.num_clients,
             partitioner=self.partitioner,

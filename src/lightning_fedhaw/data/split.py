@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sized
 from typing import Any, cast
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_fedhaw.data.labels import find_labels
+from lightning_fedhaw.data.labels import find_labels, stored_labels
 from lightning_fedhaw.data.partition import DirichletPartitioner, IIDPartitioner, Partition, Partitioner
 
 DEFAULT_CLIENTS = 10
@@ -22,7 +23,7 @@ def split(
     partitioner: Partitioner | None = None,
     labels: Any = None,
     seed: int = 0,
-) -> tuple[Partition, list[str]]:
+) -> tuple[Partition, Tensor | None, list[str]]:
     """Split a data set over clients.
 
     What is not given is assumed: ten clients; a Dirichlet split of concentration 0.1 where labels are found, an IID
@@ -37,7 +38,8 @@ def split(
         seed: The federation's seed.
 
     Returns:
-        The partition, and one phrase for each thing that was assumed.
+        The partition; the labels ``[samples]`` where they were needed or could be had without reading samples; and one
+        phrase for each thing that was assumed.
 
     Raises:
         ValueError: If an explicit split is impossible, or needs labels that are not to be found.
@@ -47,9 +49,9 @@ def split(
         partitioner = DirichletPartitioner(alpha)
     if partitioner is not None:
         count = num_clients or partitioner.num_clients or DEFAULT_CLIENTS
-        found = find_labels(dataset, labels) if partitioner.needs_labels else None
+        found = find_labels(dataset, labels) if partitioner.needs_labels else stored_labels(dataset)
         partition = partitioner.partition(count, num_samples=samples, labels=found, seed=seed)
-        return partition, [] if num_clients or partitioner.num_clients else [f"{count} clients"]
+        return partition, found, [] if num_clients or partitioner.num_clients else [f"{count} clients"]
 
     found = find_labels(dataset, labels)
     if found is None:
@@ -57,7 +59,7 @@ def split(
     else:
         partitioner, scheme = DirichletPartitioner(DEFAULT_ALPHA), f"a label-skewed Dirichlet({DEFAULT_ALPHA}) split"
     if num_clients is not None:
-        return partitioner.partition(num_clients, num_samples=samples, labels=found, seed=seed), [scheme]
+        return partitioner.partition(num_clients, num_samples=samples, labels=found, seed=seed), found, [scheme]
     for count in range(DEFAULT_CLIENTS, 0, -1):
         try:
             partition = partitioner.partition(count, num_samples=samples, labels=found, seed=seed)
@@ -66,5 +68,5 @@ def split(
                 raise
             continue
         fewer = "" if count == DEFAULT_CLIENTS else f" (the split is infeasible for {DEFAULT_CLIENTS})"
-        return partition, [f"{count} clients{fewer}", scheme]
+        return partition, found, [f"{count} clients{fewer}", scheme]
     raise AssertionError("unreachable: the loop returns or raises at one client")

@@ -1,0 +1,239 @@
+"""What a run has been, round by round: kept while it trains, in its checkpoints and beside its log, and read again."""
+
+from __future__ import annotations
+
+import csv
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from lightning_fedhaw.observer import RoundObserver
+
+MOST_CLIENTS = 1000
+LOG, CLIENT_TABLE, WEIGHT_TABLE = "metrics.csv", "per_client.csv", "weights.csv"
+_LABEL = "label_"
+
+
+class History(RoundObserver):
+    """Keeps what a run logged, for its closing table and its pictures.
+
+    Every federation has one: where nobody gives it as a callback, it is added. It is part of the checkpoints, so a run
+    that goes on has all of it.
+
+    Attributes:
+        metrics: One mapping a round, of everything callbacks can see at its end but the numbers of single clients.
+        sizes: Training samples of each client.
+        labels: ``[N, C]``, samples of each client in each class, where the data set shows its labels.
+        clients: Metrics of the final model on each client's own data, ``[N]`` each; empty before the end of ``fit``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+        self.sizes: list[int] = []
+        self.labels: Tensor | None = None
+        self.clients: dict[str, list[float]] = {}
+        self._weights: list[Tensor] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin, or go on where the run stands."""
+        rounds, data = trainer.global_step, trainer.fit_loop.federation.data
+        if rounds == 0:
+            self._clear()
+        self.sizes = data.num_examples.tolist()
+        self.labels = data.label_counts() if self._keeps_clients else None
+        absent = torch.full((len(self.sizes),), torch.nan)
+        self.metrics = [*self.metrics[:rounds], *({} for _ in range(rounds - len(self.metrics)))]
+        self._weights = [*self._weights[:rounds], *(absent for _ in range(rounds - len(self._weights)))]
+
+    def on_round_end(self, trainer: Any, pl_module: Any, report: Any) -> None:
+        """Keep the round's weights."""
+        if self._keeps_clients:
+            row = torch.full((len(self.sizes),), torch.nan)
+            row[list(report.weights)] = torch.tensor(list(report.weights.values()))
+            self._weights.append(row)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keep the round's metrics, validation included."""
+        metrics = trainer.callback_metrics.items()
+        self.metrics.append({name: float(value) for name, value in metrics if "/client_" not in name})
+
+    @property
+    def _keeps_clients(self) -> bool:
+        return len(self.sizes) <= MOST_CLIENTS
+
+    def curve(self, name: str) -> list[float]:
+        """A metric over rounds; NaN where it was not logged."""
+        return [row.get(name, float("nan")) for row in self.metrics]
+
+    @property
+    def names(self) -> list[str]:
+        """The metrics that were logged."""
+        return sorted(set().union(*self.metrics))
+
+    @property
+    def weights(self) -> Tensor:
+        """``[rounds, N]``: the aggregation weights; NaN where a client was not heard.
+
+        Empty with more than 1,000 clients.
+        """
+        return torch.stack(self._weights) if self._weights else torch.empty(0, len(self.sizes))
+
+    def weight_changes(self) -> Tensor | None:
+        """``[rounds, N]``: each weight by the client's share of the samples that were heard, less one.
+
+        NaN where a client was not heard; None if every weight is that share, as in FedAvg, or none was kept.
+        """
+        weights = self.weights.double()
+        sizes = torch.where(weights.isnan(), 0, torch.tensor(self.sizes, dtype=torch.float64))
+        changes = weights * sizes.sum(1, keepdim=True) / sizes - 1
+        seen = changes[~changes.isnan()]
+        return changes if seen.numel() and seen.abs().max() > 1e-4 else None
+
+    def client_table(self, *, labels: bool = False) -> tuple[list[str], list[list[float]]]:
+        """One row per client: its number, its samples, its last weight, and its metrics.
+
+        Args:
+            labels: Whether samples in each class belong to it.
+
+        Returns:
+            The columns' names, and the rows.
+        """
+        columns: dict[str, Sequence[float]] = {"client": range(len(self.sizes)), "samples": self.sizes}
+        if self._weights:
+            heard = ~self.weights.isnan()
+            last = (heard * torch.arange(1, len(heard) + 1)[:, None]).argmax(0)
+            columns["weight"] = self.weights.gather(0, last[None])[0].tolist()
+        columns |= self.clients
+        if labels and self.labels is not None:
+            columns |= {f"{_LABEL}{c}": each for c, each in enumerate(self.labels.T.tolist())}
+        return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as tensors and plain values, for a checkpoint."""
+        kept = {"metrics": list(self.metrics), "sizes": list(self.sizes), "clients": dict(self.clients)}
+        return {**kept, "labels": self.labels, "weights": self.weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of a checkpoint."""
+        self.metrics, self.sizes = list(state_dict["metrics"]), list(state_dict["sizes"])
+        self.clients, self.labels = dict(state_dict["clients"]), state_dict["labels"]
+        self._weights = list(state_dict["weights"])
+
+
+def keep_history(trainer: Any) -> None:
+    """Give a trainer a history, before the callbacks that write checkpoints, if it has none."""
+    callbacks = trainer.callbacks
+    if not any(isinstance(callback, History) for callback in callbacks):
+        end = next((i for i, each in enumerate(callbacks) if isinstance(each, Checkpoint)), len(callbacks))
+        callbacks.insert(end, History())
+
+
+def history_of(trainer: Any) -> History:
+    """A trainer's history."""
+    return next(callback for callback in trainer.callbacks if isinstance(callback, History))
+
+
+def read_run(path: str | Path) -> History:
+    """A run from what it left behind.
+
+    Args:
+        path: The folder of a ``CSVLogger``, or a checkpoint, or a folder around one of them. A checkpoint was written
+            before the clients were measured, so their metrics are in the log only.
+
+    Raises:
+        FileNotFoundError: If there is no such path.
+        ValueError: If it is not of a federation, or of several.
+    """
+    found = read_runs(path)
+    if len(found) > 1:
+        raise ValueError(f"{str(path)!r} holds {len(found)} runs; give the folder of one, or take `read_runs`.")
+    return found[0]
+
+
+def read_runs(path: str | Path) -> list[History]:
+    """All runs at or below a path: every log, or, where there is none, the newest checkpoint of each folder.
+
+    Raises:
+        FileNotFoundError: If there is no such path.
+        ValueError: If there is no run, or something is not of a federation.
+    """
+    where = Path(path)
+    if where.is_file():
+        return [_from_log(where.parent) if where.name == LOG else _from_checkpoint(where)]
+    if not where.is_dir():
+        raise FileNotFoundError(f"A run is a folder with a `{LOG}`, or a checkpoint; there is no {str(path)!r}.")
+    if logs := sorted(where.rglob(LOG)):
+        return [_from_log(file.parent) for file in logs]
+    newest = {file.parent: file for file in sorted(where.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)}
+    if not newest:
+        there = ", ".join(sorted(each.name for each in where.iterdir())[:8]) or "nothing at all"
+        raise ValueError(
+            f"{str(path)!r} has neither a `{LOG}` nor a checkpoint in it, but {there}. Log with a `CSVLogger`, or give"
+            " the folder of the checkpoints."
+        )
+    return [_from_checkpoint(newest[folder]) for folder in sorted(newest)]
+
+
+def _from_checkpoint(path: Path) -> History:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if is_zipfile(path) else None
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{str(path)!r} holds more than tensors and plain values, and is not opened for safety. Give the folder"
+            f" of the run's `{LOG}`."
+        ) from error
+    if checkpoint is None:
+        raise ValueError(f"{str(path)!r} is no checkpoint. Give a `.ckpt` file, or the folder of the run's `{LOG}`.")
+    states = checkpoint.get("callbacks", {}) if isinstance(checkpoint, Mapping) else {}
+    if History.__name__ not in states:
+        raise ValueError(f"{str(path)!r} was not written by a federation: it holds no history.")
+    history = History()
+    history.load_state_dict(states[History.__name__])
+    return history
+
+
+def _from_log(folder: Path) -> History:
+    history = History()
+    for row in _rows(folder / LOG):
+        if row.get("step") is None or any(name.startswith("summary/") for name in row):
+            continue
+        round_ = int(row.pop("step") or 0)
+        history.metrics += [{} for _ in range(round_ + 1 - len(history.metrics))]
+        history.metrics[round_] |= {k: v for k, v in row.items() if "/client_" not in k and k != "epoch"}
+    if not history.metrics:
+        raise ValueError(f"{str(folder / LOG)!r} holds no metrics: was the run cut off in its first round?")
+    if (folder / CLIENT_TABLE).is_file():
+        table = list(_rows(folder / CLIENT_TABLE))
+        history.sizes = [int(row["samples"]) for row in table]
+        counts = [[int(v) for name, v in row.items() if name.startswith(_LABEL)] for row in table]
+        history.labels = torch.tensor(counts) if counts and counts[0] else None
+        names = [n for n in table[0] if n not in ("client", "samples", "weight") and not n.startswith(_LABEL)]
+        history.clients = {name: [row.get(name, torch.nan) for row in table] for name in names}
+    if (folder / WEIGHT_TABLE).is_file():
+        count = len(history.sizes)
+        rows = ([row.get(f"client_{k}", torch.nan) for k in range(count)] for row in _rows(folder / WEIGHT_TABLE))
+        history._weights = [torch.tensor(row) for row in rows]
+    return history
+
+
+def _rows(path: Path) -> Iterator[dict[str, float]]:
+    """The numbers of a CSV file, row by row; empty cells and words are left out."""
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            numbers = {}
+            for name, cell in row.items():
+                try:
+                    numbers[name] = float(cell)
+                except (TypeError, ValueError):
+                    continue
+            yield numbers

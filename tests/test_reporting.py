@@ -1,0 +1,325 @@
+"""What loggers get at the end of a run, and what can be read and drawn from what a run left behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from federations import QUIET, Classifier, flat, loader, samples, trainer, val_loader
+from lightning_fedhaw import FedAvgCallback, FedHAWCallback, IIDPartitioner
+from lightning_fedhaw.history import History, history_of, read_run, read_runs
+from lightning_fedhaw.plotting import draw_bands, draw_clients, draw_weights, main
+
+LOST = "The table of the clients and the picture"
+
+
+def play(rule: Any = FedHAWCallback, rounds: int = 3, **arguments: Any) -> tuple[Any, History]:
+    runner = trainer(rounds=rounds, rule=rule(), alpha=arguments.pop("alpha", 1.0), seed=1, **arguments)
+    runner.fit(Classifier(), loader(), val_loader())
+    return runner, history_of(runner)
+
+
+# ---------------------------------------------------------------------- what is kept
+
+
+def test_a_history_holds_what_the_run_logged():
+    runner, history = play()
+    assert len(history.metrics) == 3
+    assert history.curve("val_acc")[-1] == float(runner.callback_metrics["val_acc"])
+    assert history.curve("scale")[-1] == float(runner.callback_metrics["scale"])
+    assert history.curve("nobody")[0] != history.curve("nobody")[0]
+    assert not any("/client_" in name for name in history.names)
+    assert history.weights.shape == (3, 4)
+    torch.testing.assert_close(history.weights.sum(1), torch.ones(3))
+    assert history.weights[-1, 2] == float(runner.callback_metrics["weight/client_2"])
+    sizes = runner.fit_loop.federation.data.num_examples
+    assert history.sizes == sizes.tolist()
+    assert history.labels.sum(1).tolist() == sizes.tolist()
+    assert history.labels.sum(0).tolist() == samples(120).tensors[1].bincount().tolist()
+    assert sum(history.clients["val_acc"]) / 4 == pytest.approx(
+        runner.federation_summary["client_metrics"]["val_acc"]["mean"], rel=1e-5
+    )
+    learned = history.weight_changes()
+    torch.testing.assert_close(learned[0], torch.zeros(4, dtype=torch.float64), atol=1e-6, rtol=0)
+    assert learned[-1].abs().max() > 1e-3
+
+
+def test_in_a_part_of_the_clients_a_weight_is_compared_with_the_share_of_those_who_were_heard():
+    _, history = play(FedAvgCallback, clients_per_round=2)
+    assert (history.weights.isnan().sum(1) == 2).all()
+    assert history.weight_changes() is None  # FedAvg's weights are the shares
+    _, history = play(lambda: FedAvgCallback(weighting="uniform"), clients_per_round=2)
+    changes, sizes = history.weight_changes(), torch.tensor(history.sizes, dtype=torch.float64)
+    for row in changes:
+        heard = ~row.isnan()
+        torch.testing.assert_close(row[heard] + 1, 0.5 * sizes[heard].sum() / sizes[heard])
+
+
+@pytest.mark.parametrize("door", [1, 2])
+def test_there_is_one_history_before_the_checkpoints_and_a_given_one_is_taken(door):
+    def build(*callbacks: Any) -> pl.Trainer:
+        if door == 1:
+            return trainer(callbacks=callbacks, enable_checkpointing=True)
+        quiet = {**QUIET, "enable_checkpointing": True}
+        return pl.Trainer(max_epochs=3, callbacks=[FedAvgCallback(num_clients=4), *callbacks], **quiet)
+
+    own = History()
+    for callbacks in ([], [own], [ModelCheckpoint()]):
+        runner = build(*callbacks)
+        for _ in range(2):
+            runner.fit(Classifier(), loader())
+        kinds = [type(each) for each in runner.callbacks]
+        assert kinds.count(History) == 1
+        assert kinds.index(History) < kinds.index(ModelCheckpoint)
+        assert (history_of(runner) is own) == (own in callbacks)
+        assert len(history_of(runner).metrics) == 3
+
+
+def test_a_run_that_goes_on_has_all_of_its_history():
+    whole, history = play(rounds=4)
+    keeper = ModelCheckpoint(dirpath="kept", save_top_k=-1)
+    play(rounds=2, callbacks=[keeper], enable_checkpointing=True)
+    quiet = {"alpha": 1.0, "seed": 1, "callbacks": [ModelCheckpoint(dirpath="kept")], "enable_checkpointing": True}
+    again = trainer(rounds=4, rule=FedHAWCallback(), **quiet)
+    module = Classifier()
+    again.fit(module, loader(), val_loader(), ckpt_path=keeper.best_model_path, weights_only=True)
+    assert torch.equal(flat(module), flat(whole.lightning_module))
+    assert torch.equal(history_of(again).weights, history.weights)
+    assert history_of(again).metrics == history.metrics
+    again.fit_loop.max_epochs = 5
+    again.fit(module, loader(), val_loader())
+    assert len(history_of(again).metrics) == len(history_of(again).weights) == 5
+
+
+def test_a_history_is_read_back_from_a_log_and_from_a_checkpoint():
+    runner, history = play(logger=CSVLogger("logs", name="haw"), enable_checkpointing=True)
+    folder = Path(runner.logger.log_dir)
+    for path in (folder, folder / "metrics.csv", Path("logs"), folder / "checkpoints"):
+        read = read_run(path)
+        assert read.sizes == history.sizes
+        assert torch.equal(read.labels, history.labels)
+        torch.testing.assert_close(read.weights, history.weights)
+        for name in ("val_acc", "val_loss", "train_loss", "scale", "agreement"):
+            assert read.curve(name) == pytest.approx(history.curve(name), rel=1e-6), name
+        assert read.clients == ({} if path.name == "checkpoints" else history.clients)
+    with (folder / "per_client.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["client"] for row in rows] == ["0", "1", "2", "3"]
+    assert [float(row["weight"]) for row in rows] == pytest.approx(history.weights[-1].tolist())
+
+
+def test_what_is_no_run_is_named():
+    with pytest.raises(FileNotFoundError, match="there is no 'nowhere'"):
+        read_run("nowhere")
+    Path("empty").mkdir()
+    with pytest.raises(ValueError, match="'empty' has neither a `metrics.csv` nor a checkpoint in it, but nothing"):
+        read_runs("empty")
+    (Path("empty") / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"but notes.txt. Log with a `CSVLogger`"):
+        read_runs("empty")
+    with pytest.raises(ValueError, match=r"'empty/notes.txt' is no checkpoint"):
+        read_runs("empty/notes.txt")
+    torch.save({"state_dict": {}}, "other.ckpt")
+    with pytest.raises(ValueError, match="was not written by a federation"):
+        read_runs("other.ckpt")
+    (Path("empty") / "metrics.csv").write_text("step,loss\n")
+    with pytest.raises(ValueError, match="holds no metrics"):
+        read_runs("empty")
+    for name in "ab":
+        (Path("two") / name).mkdir(parents=True)
+        (Path("two") / name / "metrics.csv").write_text("step,loss\n0,1.5\n")
+    with pytest.raises(ValueError, match="holds 2 runs"):
+        read_run("two")
+
+
+# ---------------------------------------------------------------------- loggers
+
+
+def test_tensorboard():
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runner, history = play(logger=TensorBoardLogger("."))
+    events = EventAccumulator(runner.logger.log_dir, size_guidance={"images": 0, "tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"gamma", "scale", "weight/client_0", "val_acc"} <= set(tags["scalars"])
+    assert [e.step for e in events.Scalars("scale")] == [0, 1, 2]
+    assert tags["images"] == ["federation/weights"]
+    (image,) = events.Images("federation/weights")
+    assert image.step == 2
+    assert image.width > image.height > 200
+    (text,) = events.Tensors("federation/per_client/text_summary")
+    table = text.tensor_proto.string_val[0].decode().splitlines()
+    assert table[0] == "| client | samples | weight | val_loss | val_acc |"
+    assert [int(line.split("|")[2]) for line in table[2:]] == history.sizes
+
+
+def test_wandb_offline(monkeypatch, tmp_path):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    began = []
+    init = wandb.init
+
+    def counted(**arguments: Any) -> Any:
+        began.append(sys._getframe(1).f_globals["__name__"])
+        return init(**arguments)
+
+    monkeypatch.setattr(wandb, "init", counted)
+    logger = WandbLogger(save_dir=str(tmp_path), project="p")
+    try:
+        _, history = play(logger=logger)
+        run = logger.experiment
+        summary = dict(run.summary)
+        media = Path(run.dir) / "media"
+    finally:
+        wandb.finish()
+    assert began == ["lightning.pytorch.loggers.wandb"]  # by the user's logger, and once
+    assert summary["scale"] == pytest.approx(history.curve("scale")[-1])
+    (file,) = media.rglob("*.table.json")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["client", "samples", "weight", "val_loss", "val_acc"]
+    assert [row[1] for row in table["data"]] == history.sizes
+    assert len(list(media.rglob("*.png"))) == 1
+
+
+def test_mlflow(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = MLFlowLogger(tracking_uri=(tmp_path / "mlruns").as_uri())
+    play(logger=logger)
+    (folder,) = (tmp_path / "mlruns").rglob("artifacts/federation")
+    assert sorted(p.name for p in folder.iterdir()) == ["per_client.csv", "weights.png"]
+    assert (folder / "per_client.csv").read_text().startswith("client,samples,weight,val_loss,val_acc\n")
+    assert len(logger.experiment.get_metric_history(logger.run_id, "scale")) == 3
+
+
+class Images:
+    """A TensorBoard writer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: self.calls.append(name)
+
+
+class Recorded(TensorBoardLogger):
+    seen = None
+
+    @property
+    def experiment(self):
+        self.seen = self.seen or Images()
+        return self.seen
+
+    def log_graph(self, *_: Any, **__: Any) -> None:
+        """Not here."""
+
+
+def given(**arguments: Any) -> list[str]:
+    logger = Recorded(".")
+    play(logger=logger, **arguments)
+    return [name for name in logger.seen.calls if name in ("add_text", "add_image")]
+
+
+def test_a_picture_needs_learned_weights_and_matplotlib_and_a_table_needs_neither(monkeypatch):
+    pytest.importorskip("tensorboard")
+    assert given() == ["add_text", "add_image"]
+    assert given(rule=FedAvgCallback) == ["add_text"]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert given() == ["add_text"]
+
+
+def test_nobodys_run_fails_for_a_report(monkeypatch):
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lightning_fedhaw.reporting._write", full)
+    with pytest.warns(UserWarning, match=LOST + r".* CSVLogger \(OSError: No space left on device\)"):
+        runner, _ = play(logger=CSVLogger("."))
+    assert runner.federation_summary["rounds"] == 3
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+@pytest.fixture
+def logs():
+    for name, rule in (("FedAvg", FedAvgCallback), ("FedHAW", FedHAWCallback)):
+        for version in range(2):
+            arguments = {"alpha": None, "partitioner": IIDPartitioner()} if version else {}
+            play(rule, rounds=2 + version, logger=CSVLogger("logs", name=name, version=version), **arguments)
+    return Path("logs")
+
+
+def test_fedhaw_plot(logs, capsys):
+    pictures = main(["logs/FedAvg", "logs/FedHAW", "--output", "pictures"])
+    assert [p.name for p in pictures] == [
+        "val_acc.png",
+        "scale.png",
+        "hypergradients.png",
+        "val_acc_of_clients.png",
+        "FedAvg_labels.png",
+        "FedHAW_labels.png",
+        "FedHAW_weights.png",
+    ]
+    assert all(p.stat().st_size > 5000 for p in pictures)
+    assert capsys.readouterr().out.split("\n")[-8:-1] == [str(p) for p in pictures]
+    named = main(["a=logs/FedHAW/version_0", "logs/FedHAW/version_1", "--metric", "val_loss", "--output", "pictures"])
+    assert [p.name for p in named][-4:] == [
+        "a_labels.png",
+        "a_weights.png",
+        "FedHAW_version_1_labels.png",
+        "FedHAW_version_1_weights.png",
+    ]
+    for wrong, match in (
+        (["logs", "--metric", "val_ac"], "`--metric` must be one that the runs logged .*`val_acc`.*, got 'val_ac'"),
+        (["logz"], "there is no 'logz'"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(wrong)
+        assert stop.value.code == 2
+        assert re.search(match, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_bands_are_means_and_deviations_over_runs_of_any_length(logs):
+    runs = read_runs("logs/FedHAW")
+    axes = draw_bands({"FedHAW": runs}, ["val_loss"]).axes[0]
+    (line,) = axes.get_lines()
+    a, b = (run.curve("val_loss") for run in runs)
+    assert line.get_xdata().tolist() == [1, 2, 3]
+    assert line.get_ydata().tolist() == pytest.approx([(a[0] + b[0]) / 2, (a[1] + b[1]) / 2, b[2]])
+    (band,) = axes.collections
+    edge = band.get_paths()[0].vertices
+    assert edge[:, 1].max() == pytest.approx(max((x + y) / 2 + abs(x - y) / 2 for x, y in zip(a, b, strict=False)))
+
+
+def test_the_heat_map_shows_changes_of_the_largest_client_on_top(logs):
+    run = read_run("logs/FedHAW/version_0")
+    axes = draw_weights(run).axes[0]
+    largest = run.sizes.index(max(run.sizes))
+    shown = axes.get_images()[0].get_array()
+    assert shown[0].tolist() == pytest.approx((100 * run.weight_changes()[:, largest]).tolist())
+    assert axes.get_yticklabels()[0].get_text() == f"client {largest}  ({max(run.sizes):,})"
+    with pytest.raises(ValueError, match="kept no weights"):
+        draw_weights(History())
+
+
+def test_clients_are_drawn_by_name_and_by_rank(logs):
+    run = read_run("logs/FedHAW/version_0")
+    each, ranked = draw_clients({"FedHAW": [run]}, "val_acc").axes
+    assert each.get_lines()[0].get_xdata().tolist() == pytest.approx(run.clients["val_acc"])
+    assert ranked.get_lines()[0].get_ydata().tolist() == pytest.approx(sorted(run.clients["val_acc"]))
+    with pytest.raises(ValueError, match=r"measured on the clients \(`val_acc`, `val_loss`\), got 'acc'"):
+        draw_clients({"FedHAW": [run]}, "acc")
