@@ -20,6 +20,17 @@ class Samples(pl.LightningDataModule):
     test_dataloader = predict_dataloader = val_dataloader
 
 
+class SavedSamples(Samples):
+    """Reads its arguments from its hyper-parameters, as many data modules do."""
+
+    def __init__(self, count: int = 120, batch_size: int = 8):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def train_dataloader(self):
+        return DataLoader(samples(self.hparams.count), batch_size=self.hparams.batch_size, shuffle=True)
+
+
 class Network(Classifier):
     def __init__(self, hidden: int = 8, dropout: float = 0.0):
         super().__init__(hidden=hidden, dropout=dropout, seed=5)

@@ -224,6 +224,10 @@ def test_channels_and_objectives_are_one_or_several(parser):
         (["--rule=FedHAWCallback", "--rule.num_clients=3"], "It is `--federation.num_clients`"),
         (["--trainer.alpha=0.1"], "It is `--federation.alpha`"),
         (["--federation.num_client=3"], "unrecognized arguments.*Did you mean `num_clients`"),
+        (
+            ["--trainer.logger=CSVLoger"],
+            "`--trainer.logger`: there is no class `CSVLoger`; give a name or an import path.$",
+        ),
         (["--trainer.roundz=3"], "Did you mean `rounds`"),
         (["--federation.num_clients=many"], "`--federation.num_clients`: Expected a <class 'int'>, got many"),
         ([], "`fit` needs an aggregation rule, got none. Add `--rule=FedHAWCallback`"),
@@ -248,6 +252,24 @@ def test_errors_of_the_users_code_keep_their_traceback():
 
 ROOT = Path(__file__).parents[1]
 USERS = "from cli_task import Network as MyModel, Samples as MyData"
+
+
+def test_a_data_module_in_another_has_hyperparameters_of_its_own():
+    inner = ["--data.train=cli_task.SavedSamples", "--data.train.batch_size=6"]
+    cli = run("fit", *SHORT, *QUIETLY, "--data=FederatedDataModule", *inner, "--rule=FedAvgCallback")
+    assert dict(cli.datamodule.inner.hparams) == {"count": 120, "batch_size": 6}
+    alone = run("fit", *SHORT, *QUIETLY, "--data=cli_task.SavedSamples", "--rule=FedAvgCallback")
+    assert alone.datamodule.hparams["_class_path"] == "cli_task.SavedSamples"
+
+
+def test_without_a_logger_the_users_configuration_stays_as_it_is():
+    theirs = "# mine\nrule: FedAvgCallback\n"
+    Path("config.yaml").write_text(theirs)
+    run("fit", "--config=config.yaml", *SHORT, *QUIETLY)
+    assert os.listdir() == ["config.yaml"]
+    run("fit", "--config=config.yaml", *SHORT, "--trainer.logger=false", "--federation.num_clients=4")
+    assert Path("config.yaml").read_text() == theirs
+    assert yaml.safe_load(Path("checkpoints/config.yaml").read_text())["federation"]["num_clients"] == 4
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/cli.md", "docs/sweeps.md", "examples/sweeps/README.md"])

@@ -6,6 +6,10 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+DESCRIPTION = (
+    "Any LightningModule as a federation, from flags and YAML files. `fedhaw plot --help`: pictures of finished runs."
+)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``fedhaw fit|validate|test|predict`` (:class:`~lightning_fedhaw.cli.FederatedCLI`) or ``fedhaw plot``.
@@ -31,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    FederatedCLI(args=argv, parser_kwargs={"prog": "fedhaw", "description": __doc__})
+    FederatedCLI(args=argv, parser_kwargs={"prog": "fedhaw", "description": DESCRIPTION})
     return 0
 
 

@@ -64,6 +64,22 @@ class FederatedArgumentParser(LightningArgumentParser):
         added: list[str] = super().add_class_arguments(theclass, nested_key, skip=skip, **kwargs)
         return added
 
+    def add_instantiator(self, instantiator: Any, class_type: type, **kwargs: Any) -> None:
+        """Lightning's instantiators, which tell an object its hyper-parameters: those of its group.
+
+        They are another's for a data module within a :class:`~lightning_fedhaw.FederatedDataModule`. That one is made
+        plainly, and ``save_hyperparameters`` reads its own arguments.
+        """
+
+        def make(kind: type, *args: Any, applied_instantiation_links: dict[str, Any], **given: Any) -> Any:
+            cli = instantiator.cli
+            path = getattr(cli._get(cli.config, "data"), "class_path", "") if instantiator.key == "data" else ""
+            if path and path.rpartition(".")[2] != kind.__name__:
+                return kind(*args, **given)
+            return instantiator(kind, *args, applied_instantiation_links=applied_instantiation_links, **given)
+
+        super().add_instantiator(make, class_type, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Leave with one sentence, and without the page of usage."""
         if not self.exit_on_error:
@@ -76,26 +92,28 @@ class SaveRunConfig(SaveConfigCallback):
     """Saves ``config.yaml`` into the folder of the run, whichever the logger.
 
     Loggers such as W&B's share one folder between runs. With them the file goes beside the run's checkpoints, into
-    ``<save_dir>/<name>/<version>``, and the logger is told the configuration too. Without a logger a ``fit`` replaces
-    the file of the last one.
+    ``<save_dir>/<name>/<version>``, and the logger is told the configuration too. Without a logger it goes among the
+    checkpoints of a ``fit``, never into the working directory, where the user's own ``config.yaml`` may be.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save once, in the first process."""
-        logger = trainer.logger
-        if logger is None:
-            self.overwrite = True
-            if stage != "fit":
-                return
-        if logger is None or isinstance(logger, (CSVLogger, TensorBoardLogger)):
+        logger, checkpoints = trainer.logger, trainer.checkpoint_callback
+        if isinstance(logger, (CSVLogger, TensorBoardLogger)):
             super().setup(trainer, pl_module, stage)
         elif trainer.is_global_zero and not self.already_saved:
+            if logger is not None:
+                folder = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), str(logger.version))
+            elif checkpoints is not None and stage == "fit":
+                folder = Path(getattr(checkpoints, "dirpath", None) or Path(trainer.default_root_dir, "checkpoints"))
+            else:
+                return
             self.already_saved = True
-            folder = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), str(logger.version))
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / self.config_filename
             self.parser.save(self.config, path, skip_none=False, overwrite=True)
-            logger.log_hyperparams({"config": path.read_text()})
+            if logger is not None:
+                logger.log_hyperparams({"config": path.read_text()})
 
 
 class FederatedCLI(LightningCLI):
@@ -182,7 +200,7 @@ def _listed(given: Any) -> list[Any]:
 
 def _sentence(message: str) -> str:
     """What jsonargparse found, on one line and with the nearest name, where it is about names."""
-    noise = (
+    noise: tuple[str, ...] = (
         "Errors:",
         "Subtypes:",
         "Does not validate",
@@ -190,6 +208,8 @@ def _sentence(message: str) -> str:
         "Expected a <class 'NoneType'>",
         "Given",
     )
+    if "Expected a dot import path" in message:  # the name of a class that is not there, whatever else may be given
+        noise += ("Expected a <class", "Expected a typing.")
     lines = [line.strip(" -") for line in message.splitlines()]
     text = " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
     text = re.sub(r'Parser key "([\w.]+)":', r"`--\1`:", text)

@@ -67,6 +67,7 @@ def draw_comparison(
     curves.set(ylabel=metric, title=f"{metric} of the global model")
     curves.legend(frameon=False)
     scale.set(xlabel="round", ylabel="scale")
+    _whole_numbers(curves, scale)
     _tidy(curves, scale)
     _heat(heat, runs[learned], sizes)
     heat.set_title(f"weights that {learned} learned")
@@ -97,6 +98,7 @@ def draw_curves(runs: Mapping[str, History], path: str | Path | None = None, met
     curves.set(xlabel="round", ylabel=metric, title=f"{metric} of the global model")
     bars.set(title="mean of the last ten rounds", xlabel=metric)
     bars.set_yticks(range(len(order)), order)
+    _whole_numbers(curves)
     _tidy(curves, bars)
     return _saved(figure, path)
 
@@ -229,7 +231,8 @@ def draw_clients(groups: Mapping[str, Sequence[History]], metric: str, path: str
             ranked.fill_between(at, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
     _client_ticks(each, sizes)
     each.set_ylim(len(sizes) - 0.4, -0.6)
-    each.set(xlabel=metric, title="client by client")
+    seeds = max(map(len, measured.values()))
+    each.set(xlabel=metric, title="client by client" + ", first run" * (seeds > 1))
     ranked.set(xlabel="clients, worst first, %", ylabel=metric, title="from the worst client to the best")
     ranked.legend(frameon=False)
     _tidy(each, ranked)
@@ -412,10 +415,11 @@ def _largest_first(sizes: Sequence[int]) -> list[int]:
     return sorted(range(len(sizes)), key=lambda client: -sizes[client])
 
 
-def _whole_numbers(axes: Any) -> None:
+def _whole_numbers(*panels: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
+    for axes in panels:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
 
 
 def _aligned(curves: Sequence[Sequence[float]]) -> Tensor:
