@@ -27,7 +27,7 @@ from lightning_fedhaw import (
 )
 from lightning_fedhaw.cli import FederatedCLI
 
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Be aware that when using `ckpt_path`")
 TASK = ["--model=cli_task.Network", "--data=cli_task.Samples"]
 SHORT = [
     *TASK,
