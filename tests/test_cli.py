@@ -127,7 +127,7 @@ def test_the_saved_configuration_repeats_the_run_and_serves_the_other_commands()
     assert not os.path.exists("config.yaml")
     assert "test_loss" in run("test", *TASK, checkpoint, *QUIETLY, "--trainer.accelerator=cpu").trainer.callback_metrics
     predict = run(
-        "predict", *TASK, checkpoint, *QUIETLY, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=0"
+        "predict", *TASK, checkpoint, *QUIETLY, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"
     )
     assert torch.equal(flat(predict.model), flat(first.model))
 
