@@ -107,7 +107,6 @@ def test_the_command_line_is_the_first_door():
     assert trainer.federation_summary["troubles"] == cli.trainer.federation_summary["troubles"]
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Be aware that when using `ckpt_path`")
 def test_the_saved_configuration_repeats_the_run_and_serves_the_other_commands():
     first = run("fit", *SHORT, *CSV, *FULL)
     assert not torch.equal(flat(first.model), flat(Network()))
@@ -131,7 +130,6 @@ def test_the_saved_configuration_repeats_the_run_and_serves_the_other_commands()
     assert torch.equal(flat(predict.model), flat(first.model))
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_run_goes_on_from_its_checkpoint():
     whole = run("fit", *SHORT, *QUIETLY, *FULL, "--trainer.rounds=4")
     run("fit", *SHORT, *CSV, *FULL, "--trainer.rounds=2")
