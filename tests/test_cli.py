@@ -162,6 +162,16 @@ def test_an_optimizer_of_the_command_line_is_as_fresh_as_the_modules_own(schedul
     assert torch.equal(flat(cli.model), flat(module))
 
 
+def test_a_rule_among_the_defaults_of_the_trainer_is_a_rule():
+    cli = FederatedCLI(
+        Network,
+        Samples,
+        args=["fit", "--trainer.rounds=1"],
+        trainer_defaults={"callbacks": [FedAvgCallback()], **QUIET},
+    )
+    assert cli.trainer.federation_summary["rule"] == "FedAvgCallback"
+
+
 def test_a_class_of_ones_own():
     """As with Lightning's: a fixed model and data module, defaults, and `run=False`."""
     cli = FederatedCLI(
@@ -222,6 +232,10 @@ def test_channels_and_objectives_are_one_or_several(parser):
         (["--rule=FedHAV"], "`--rule`: there is no class `FedHAV`.*Did you mean `FedHAWCallback`?"),
         (["--rule=Best"], "There are FedAdagradCallback, .*TrimmedMeanCallback"),
         (["--channel+=ErasureChannl"], "Did you mean `ErasureChannel`?"),
+        (["--channel=AWGN"], "there is no class `AWGN`.*Did you mean `AWGNChannel`?"),
+        (["--objective=FedProxx"], "there is no class `FedProxx`.*Did you mean `FedProx`?"),
+        (["--federation.partitioner=Dirichlet"], "Did you mean `DirichletPartitioner`?"),
+        (["--optimizer=SGD", "--lr_scheduler=StepLRR"], "no class `StepLRR`; give a name or an import path.$"),
         (["--rule=FedHAWCallback", "--rule.lr_gamm=1"], "'lr_gamm' is not accepted. Did you mean `lr_gamma`?"),
         (["--rule=FedHAWCallback", "--rule.num_clients=3"], "It is `--federation.num_clients`"),
         (["--trainer.alpha=0.1"], "It is `--federation.alpha`"),
