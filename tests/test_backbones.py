@@ -380,6 +380,15 @@ def test_the_key_of_features_names_what_they_depend_on():
         ("test_vit", {"checkpoint_path": "nowhere.pth"}, r"there is no file 'nowhere\.pth'"),
         ("vit_large_patch14_224", {"pretrained": True}, r"no pretrained weights of 'vit_large_patch14_224'\. Set `pre"),
         ("test_vit", {"layer_decay": 0.0}, "`layer_decay` must be above 0 and at most 1, got 0.0"),
+        ("test_vit", {"trainable": True}, r"`trainable` must be .* patterns of parameter names, got True"),
+        ("test_vit", {"trainable": []}, r"`trainable` must be .* got \[\]"),
+        ("test_vit", {"trainable": None}, "`trainable` must be .* got None"),
+        ("test_vit", {"lora_rank": 1.5, "trainable": "head"}, "`lora_rank` must be a whole number .* got 1.5"),
+        ("test_vit", {"lora_alpha": 0, "lora_rank": 1, "trainable": "head"}, "`lora_alpha` must be above 0.* got 0"),
+        ("test_vit", {"head_widths": [0]}, "`head_widths` must be a whole number of at least 1, got 0"),
+        ("test_vit", {"backbone_lr": -1.0}, "`backbone_lr` must be a number of at least 0, got -1.0"),
+        ("test_vit", {"weight_decay": -1.0}, "`weight_decay` must be"),
+        ("test_vit", {"label_smoothing": 2.0}, r"`label_smoothing` must"),
         ("test_vit", {"optimizer": "adam"}, '`optimizer` must be "adamw" or "sgd", got \'adam\''),
     ],
 )
@@ -400,6 +409,31 @@ def test_a_checkpoint_that_does_not_fit_says_which_names(tmp_path):
         r" of another shape: 'norm\.bias \[3\] instead of \[64\]'\. Give a checkpoint of this model",
     ):
         classifier("test_vit", checkpoint_path=tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", [1, 2], classifier])
+def test_a_file_that_holds_no_weights_is_named(name, content, tmp_path):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save(content, tmp_path / name)  # the last one is code, which is not run
+    with pytest.raises(ValueError, match=rf"{name}' could not be read as a state dict of tensors: .*\. Save or fetch"):
+        classifier("test_vit", checkpoint_path=tmp_path / name)
+
+
+def test_a_checkpoint_with_adapters_says_how_to_fold_them_in(tmp_path):
+    module = classifier("test_vit", lora_rank=2, trainable="head")
+    runner = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    runner.strategy.connect(module)
+    runner.save_checkpoint(tmp_path / "adapted.ckpt")
+    with pytest.raises(
+        ValueError, match=r"has adapters .*load_from_checkpoint\(.*adapted.ckpt'\).merge\(\)`, and save"
+    ):
+        classifier("test_vit", checkpoint_path=tmp_path / "adapted.ckpt")
+    folded = TimmClassifier.load_from_checkpoint(tmp_path / "adapted.ckpt").merge()
+    torch.save(folded.backbone.state_dict(), tmp_path / "folded.pth")
+    assert classifier("test_vit", checkpoint_path=tmp_path / "folded.pth").num_features == 64
 
 
 def test_features_of_a_backbone_that_trains_are_refused():

@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import lightning.pytorch as pl
 import pytest
@@ -20,7 +21,7 @@ from lightning_fedhaw import FedAvgCallback, FedHAWCallback, IIDPartitioner
 from lightning_fedhaw.history import History, history_of, read_run, read_runs
 from lightning_fedhaw.plotting import draw_bands, draw_clients, draw_weights, main
 
-LOST = "The table of the clients and the picture"
+LOST = "The closing numbers, the table of the clients and the picture"
 
 
 def play(rule: Any = FedHAWCallback, rounds: int = 3, **arguments: Any) -> tuple[Any, History]:
@@ -142,6 +143,41 @@ def test_what_is_no_run_is_named():
         read_run("two")
 
 
+def test_a_run_that_was_cut_off_is_read_as_far_as_it_goes():
+    play(logger=CSVLogger("."))
+    (folder,) = (log.parent for log in Path().rglob("metrics.csv"))
+    whole = read_run(folder)
+    for name in ("metrics.csv", "per_client.csv", "weights.csv"):
+        text = (folder / name).read_text()
+        for length in (0, 3, len(text) // 2, len(text) - 2):
+            (folder / name).write_text(text[:length])
+            if name == "metrics.csv" and length < 4:
+                with pytest.raises(ValueError, match="holds no metrics"):
+                    read_run(folder)
+                continue
+            part = read_run(folder)
+            for n, row in enumerate(part.metrics):  # no number that lost its last digits
+                assert row.items() <= whole.metrics[n].items()
+            assert part.sizes == whole.sizes[: len(part.sizes)]
+            assert all(torch.equal(a[: len(part.sizes)], b) for a, b in zip(whole.weights, part.weights, strict=False))
+        (folder / name).write_text(text)
+    (folder / "metrics.csv").write_text("step,loss\nnan,1.5\n")
+    with pytest.raises(ValueError, match=r"The tables in .* are damaged .* Give a checkpoint"):
+        read_run(folder)
+
+
+def test_a_spoilt_checkpoint_is_named():
+    with ZipFile("other.ckpt", "w") as archive:
+        archive.writestr("a", "b")
+    with pytest.raises(ValueError, match=r"'other.ckpt' is no checkpoint"):
+        read_run("other.ckpt")
+
+
+def test_a_history_without_a_federation_says_so():
+    with pytest.raises(ValueError, match=r"`History` keeps what a federation logs. Add a rule"):
+        pl.Trainer(max_epochs=1, callbacks=[History()], **QUIET).fit(Classifier(), loader())
+
+
 # ---------------------------------------------------------------------- loggers
 
 
@@ -249,6 +285,18 @@ def test_nobodys_run_fails_for_a_report(monkeypatch):
     with pytest.warns(UserWarning, match=LOST + r".* CSVLogger \(OSError: No space left on device\)"):
         runner, _ = play(logger=CSVLogger("."))
     assert runner.federation_summary["rounds"] == 3
+
+
+def test_a_logger_that_fails_at_the_end_keeps_no_other_from_its_report(monkeypatch, capsys):
+    class Full(CSVLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if any(name.startswith("summary/") for name in metrics):
+                raise OSError("No space left on device")
+
+    with pytest.warns(UserWarning, match=LOST + r".* Full \(OSError: No space left on device\)"):
+        play(logger=[Full("."), CSVLogger("other")])
+    assert list(Path("other").rglob("per_client.csv"))
+    assert "FedHAWCallback" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- pictures

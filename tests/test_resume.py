@@ -236,6 +236,23 @@ def test_a_checkpoint_of_a_central_run_is_refused():
         fit(4, ckpt_path="central.ckpt")
 
 
+def test_buffers_that_no_longer_travel_are_left_out_of_an_older_checkpoint():
+    def frozen():
+        module = Classifier(norm=True)
+        module.net[1].requires_grad_(False).eval()
+        return module
+
+    runner, module, _ = fit(1, module=frozen())
+    runner.save_checkpoint("new.ckpt")
+    checkpoint = torch.load("new.ckpt")
+    clients = checkpoint["loops"]["fit_loop"]["state_dict"]["federation"]["buffers"]
+    assert clients
+    for buffers in clients.values():
+        buffers.update({name: buffer.clone() for name, buffer in module.named_buffers() if name.startswith("net.1.")})
+    torch.save(checkpoint, "old.ckpt")
+    same(fit(2, "old.ckpt", module=frozen()), fit(2, "new.ckpt", module=frozen()))
+
+
 def test_going_on_with_other_rounds_is_said():
     fit(2)
     with pytest.warns(UserWarning, match="`local_epochs` from None to 2"):

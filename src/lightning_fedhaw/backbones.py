@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_fedhaw.channel.base import check_number
+from lightning_fedhaw.options import check_whole
+
 
 class TimmClassifier(pl.LightningModule):
     """A timm backbone without its own head, and a head for ``num_classes``.
@@ -95,12 +98,25 @@ class TimmClassifier(pl.LightningModule):
         super().__init__()
         checkpoint_path = None if checkpoint_path is None else str(checkpoint_path)
         head_widths, lora_targets, model_kwargs = list(head_widths), list(lora_targets), dict(model_kwargs or {})
+        if not _names_parts(trainable):
+            raise ValueError(
+                '`trainable` must be "all", "head", a number of blocks, or patterns of parameter names, got'
+                f" {trainable!r}."
+            )
         trainable = trainable if isinstance(trainable, (str, int)) else list(trainable)
         self.save_hyperparameters()
         _check(optimizer in ("adamw", "sgd"), "optimizer", '"adamw" or "sgd"', optimizer)
-        _check(num_classes >= 2, "num_classes", "at least 2", num_classes)
-        _check(lora_rank >= 0, "lora_rank", "at least 0 (no adapters)", lora_rank)
+        check_whole("num_classes", num_classes, 2)
+        check_whole("lora_rank", lora_rank, 0)
+        for width in head_widths:
+            check_whole("head_widths", width, 1)
+        _check(lora_alpha is None or lora_alpha > 0, "lora_alpha", "above 0, or None for the rank", lora_alpha)
         _check(layer_decay is None or 0 < layer_decay <= 1, "layer_decay", "above 0 and at most 1", layer_decay)
+        check_number("lr", lr, 0)
+        check_number("backbone_lr", lr if backbone_lr is None else backbone_lr, 0)
+        check_number("weight_decay", weight_decay, 0)
+        check_number("momentum", momentum, 0, 1)
+        check_number("label_smoothing", label_smoothing, 0, 1)
         if pretrained and checkpoint_path is not None:
             raise ValueError("`pretrained=True` and `checkpoint_path` both say where weights come from: give one.")
         if lora_rank and trainable == "all":
@@ -117,7 +133,7 @@ class TimmClassifier(pl.LightningModule):
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_(name in chosen)
         if lora_rank:
-            _adapt(self.backbone, lora_rank, lora_alpha or lora_rank, lora_targets, model_name)
+            _adapt(self.backbone, lora_rank, lora_rank if lora_alpha is None else lora_alpha, lora_targets, model_name)
         widths = [self.num_features, *head_widths, num_classes]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
@@ -352,6 +368,13 @@ def _still(module: nn.Module) -> bool:
     return False
 
 
+def _names_parts(trainable: object) -> bool:
+    """Whether this can say what trains: a word or pattern, a number, or several patterns."""
+    if isinstance(trainable, (str, int)):
+        return not isinstance(trainable, bool)
+    return isinstance(trainable, Sequence) and bool(trainable) and all(isinstance(each, str) for each in trainable)
+
+
 def _check(holds: bool, name: str, allowed: str, got: object) -> None:
     if not holds:
         raise ValueError(f"`{name}` must be {allowed}, got {got!r}.")
@@ -402,7 +425,19 @@ def _load(backbone: nn.Module, path: str, model_name: str) -> None:
     if path.endswith((".npz", ".npy")):
         load_checkpoint(backbone, path)
         return
-    found = load_state_dict(path, weights_only=True)
+    try:
+        found = load_state_dict(path, weights_only=True)
+    except Exception as error:  # what is raised depends on the byte at which the reader stumbles
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"`checkpoint_path`={path!r} could not be read as a state dict of tensors: {why.rstrip('.')}. Save or fetch"
+            " it again, whole."
+        ) from error
+    if any(name.endswith(".lora_a") for name in found):
+        raise ValueError(
+            f"`checkpoint_path`={path!r} has adapters beside the weights. Fold them in first:"
+            f" `TimmClassifier.load_from_checkpoint({path!r}).merge()`, and save its `backbone.state_dict()`."
+        )
     if any(name.startswith("backbone.") for name in found):
         found = {n.removeprefix("backbone."): v for n, v in found.items() if n.startswith("backbone.")}
     heads = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()

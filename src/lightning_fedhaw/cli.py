@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from jsonargparse.typing import register_type
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -21,6 +21,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import lightning_fedhaw
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.channel.base import Channel
+from lightning_fedhaw.data.partition import Partitioner
+from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.trainer import FederatedTrainer
@@ -40,6 +42,9 @@ BASES: dict[str, type] = {
     "objective": ClientObjective,
     "model": LightningModule,
     "data": LightningDataModule,
+    "federation.partitioner": Partitioner,
+    "federation.sampler": CohortSampler,
+    "trainer.callbacks": Callback,
 }
 
 register_type(torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), lambda name: getattr(torch, name))
@@ -172,19 +177,18 @@ class FederatedCLI(LightningCLI):
         callbacks = _listed(given.get("callbacks"))
         for group in GROUPS:
             callbacks += _listed(self._get(self.config_init, group))
-        if self.subcommand != "fit":
-            if given.get("rounds") is None and given.get("max_epochs") is None:
-                kwargs = {"rounds": 0, **kwargs}
-        elif not any(isinstance(c, AggregationRule) for c in callbacks) and not is_overridden(
-            "configure_callbacks", self.model
-        ):
+        if self.subcommand != "fit" and given.get("rounds") is None and given.get("max_epochs") is None:
+            kwargs = {"rounds": 0, **kwargs}
+        trainer: Any = super().instantiate_trainer(
+            **{**self._get(self.config_init, "federation"), "callbacks": callbacks, **kwargs}
+        )
+        has_rule = any(isinstance(callback, AggregationRule) for callback in trainer.callbacks)
+        if self.subcommand == "fit" and not has_rule and not is_overridden("configure_callbacks", self.model):
             raise ValueError(
                 "`fit` needs an aggregation rule, got none. Add `--rule=FedHAWCallback`, or `rule: FedHAWCallback` to"
                 " the configuration."
             )
-        return super().instantiate_trainer(
-            **{**self._get(self.config_init, "federation"), "callbacks": callbacks, **kwargs}
-        )
+        return cast(Trainer, trainer)
 
 
 def _raised_here(error: BaseException) -> bool:
@@ -205,6 +209,7 @@ def _sentence(message: str) -> str:
         "Subtypes:",
         "Does not validate",
         "Expected a path but",
+        "Expected a <class 'list'>",
         "Expected a <class 'NoneType'>",
         "Given",
     )
@@ -215,7 +220,7 @@ def _sentence(message: str) -> str:
     text = re.sub(r'Parser key "([\w.]+)":', r"`--\1`:", text)
     if unknown := re.search(r"Expected a dot import path string: (\w+)$", text):
         key = text[3:].split("`")[0]
-        known = [name for name, kind in _named().items() if issubclass(kind, BASES.get(key, object))]
+        known = [name for name, kind in _named().items() if issubclass(kind, BASES.get(key, ()))]
         hint = _nearest(unknown[1], known) or ("There are " + ", ".join(known) + "." if key in GROUPS else "")
         return (
             f"{text[: unknown.start()]}there is no class `{unknown[1]}`; give a name or an import path. {hint}".strip()
@@ -223,7 +228,7 @@ def _sentence(message: str) -> str:
     if unknown := re.search(r"class_path '[\w.]*?(\w+)'.* Option '(\w+)' is not accepted", text):
         owner = _named().get(unknown[1])
         return f"{text}. {_place(unknown[2], inspect.signature(owner).parameters if owner else ())}".strip()
-    if unknown := re.search(r"arguments: --(\w+)\.(\w+)", text):
+    if unknown := re.search(r"(?:arguments: --|accept option ')(federation|trainer)\.(\w+)", text):
         known = list(FEDERATION if unknown[1] == "federation" else TRAINER)
         return f"{text}. {_place(unknown[2], known)}".strip()
     given = re.findall(r"Given value: (?!NestedArg|Namespace|[{\[])(.+)", message)

@@ -853,7 +853,8 @@ class Federation:
             told = ", ".join(f"`{name}` from {then} to {now}" for name, (then, now) in changed.items())
             rank_zero_warn(f"Going on with another way to play a round than before: {told}.")
         self.engine.kept = dict(state["optimizers"])
-        self.local_buffers = {k: dict(v) for k, v in state["buffers"].items()}
+        travels = self.layout.buffers  # more did when frozen ones travelled too
+        self.local_buffers = {k: {n: b for n, b in v.items() if n in travels} for k, v in state["buffers"].items()}
         self.tally = Tally(**{**state["tally"], "seconds": dict(state["tally"]["seconds"])})
         if "parameters" in state:
             self.server.install(state["parameters"].to(self.server.parameters()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,10 @@ class History(RoundObserver):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin, or go on where the run stands."""
+        if not hasattr(trainer.fit_loop, "federation"):
+            raise ValueError(
+                "`History` keeps what a federation logs. Add a rule such as `FedHAWCallback()`, or remove it."
+            )
         rounds, data = trainer.global_step, trainer.fit_loop.federation.data
         if rounds == 0:
             self._clear()
@@ -192,6 +197,8 @@ def _from_checkpoint(path: Path) -> History:
             f"{str(path)!r} holds more than tensors and plain values, and is not opened for safety. Give the folder"
             f" of the run's `{LOG}`."
         ) from error
+    except (RuntimeError, ValueError, EOFError):  # an archive of something else, or with a spoilt byte
+        checkpoint = None
     if checkpoint is None:
         raise ValueError(f"{str(path)!r} is no checkpoint. Give a `.ckpt` file, or the folder of the run's `{LOG}`.")
     states = checkpoint.get("callbacks", {}) if isinstance(checkpoint, Mapping) else {}
@@ -203,6 +210,19 @@ def _from_checkpoint(path: Path) -> History:
 
 
 def _from_log(folder: Path) -> History:
+    try:
+        history = _tables(folder)
+    except (ValueError, LookupError, OverflowError) as error:
+        raise ValueError(
+            f"The tables in {str(folder)!r} are damaged ({type(error).__name__}: {error}). Give a checkpoint of the"
+            f" run, or take away `{CLIENT_TABLE}` or `{WEIGHT_TABLE}` if it is one of them."
+        ) from error
+    if not history.metrics:
+        raise ValueError(f"{str(folder / LOG)!r} holds no metrics: was the run cut off in its first round?")
+    return history
+
+
+def _tables(folder: Path) -> History:
     history = History()
     for row in _rows(folder / LOG):
         if row.get("step") is None or any(name.startswith("summary/") for name in row):
@@ -210,16 +230,13 @@ def _from_log(folder: Path) -> History:
         round_ = int(row.pop("step") or 0)
         history.metrics += [{} for _ in range(round_ + 1 - len(history.metrics))]
         history.metrics[round_] |= {k: v for k, v in row.items() if "/client_" not in k and k != "epoch"}
-    if not history.metrics:
-        raise ValueError(f"{str(folder / LOG)!r} holds no metrics: was the run cut off in its first round?")
-    if (folder / CLIENT_TABLE).is_file():
-        table = list(_rows(folder / CLIENT_TABLE))
+    if table := list(_rows(folder / CLIENT_TABLE)):
         history.sizes = [int(row["samples"]) for row in table]
         counts = [[int(v) for name, v in row.items() if name.startswith(_LABEL)] for row in table]
         history.labels = torch.tensor(counts) if counts and counts[0] else None
         names = [n for n in table[0] if n not in ("client", "samples", "weight") and not n.startswith(_LABEL)]
         history.clients = {name: [row.get(name, torch.nan) for row in table] for name in names}
-    if (folder / WEIGHT_TABLE).is_file():
+    if history.sizes:
         count = len(history.sizes)
         rows = ([row.get(f"client_{k}", torch.nan) for k in range(count)] for row in _rows(folder / WEIGHT_TABLE))
         history._weights = [torch.tensor(row) for row in rows]
@@ -227,13 +244,13 @@ def _from_log(folder: Path) -> History:
 
 
 def _rows(path: Path) -> Iterator[dict[str, float]]:
-    """The numbers of a CSV file, row by row; empty cells and words are left out."""
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            numbers = {}
-            for name, cell in row.items():
-                try:
-                    numbers[name] = float(cell)
-                except (TypeError, ValueError):
-                    continue
-            yield numbers
+    """The numbers of a CSV file, row by row; empty cells, words, and a last line that was cut off are left out."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])):
+        numbers = {}
+        for name, cell in row.items():
+            try:
+                numbers[name] = float(cell)
+            except (TypeError, ValueError):
+                continue
+        yield numbers

@@ -406,10 +406,7 @@ class RoundLoop(_FitLoop):
         trainer.federation_summary = summary
         if trainer.is_global_zero:
             last = max(rounds - 1, 0)
-            for logger in trainer.loggers:
-                logger.log_metrics(flat_numbers(summary), step=last)
-                logger.save()
-            report(trainer.loggers, history, last)
+            report(trainer.loggers, history, flat_numbers(summary), last)
             print(format_summary(summary))
 
     # ------------------------------------------------------------------ checkpoints

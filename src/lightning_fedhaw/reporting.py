@@ -19,8 +19,8 @@ from lightning_fedhaw.plotting import draw_weights
 _TABLE, _PICTURE = "federation/per_client", "federation/weights"
 
 
-def report(loggers: Sequence[Any], history: History, step: int) -> None:
-    """Give every logger that can take them the table of clients, and the learned weights as a heat map.
+def report(loggers: Sequence[Any], history: History, numbers: dict[str, float], step: int) -> None:
+    """Give every logger the closing numbers, and those that can take them the table of clients and a heat map.
 
     A ``CSVLogger`` gets both as files beside its ``metrics.csv``. Where matplotlib is missing, or the weights are the
     shares of samples, there is no picture. Nobody's run fails for a report.
@@ -28,16 +28,19 @@ def report(loggers: Sequence[Any], history: History, step: int) -> None:
     Args:
         loggers: The trainer's.
         history: The run.
+        numbers: Those of the closing table.
         step: The step to file them under.
     """
     for logger in loggers:
         try:
+            logger.log_metrics(numbers, step=step)
+            logger.save()
             _report(logger, history, step)
         except Exception as error:
             # The run is over and its model is good.
             rank_zero_warn(
-                f"The table of the clients and the picture of their weights could not be given to the"
-                f" {type(logger).__name__} ({type(error).__name__}: {error})."
+                f"The closing numbers, the table of the clients and the picture of their weights could not all be"
+                f" given to the {type(logger).__name__} ({type(error).__name__}: {error})."
             )
 
 

@@ -343,6 +343,18 @@ class Counts(Classifier):
         return super().training_step(batch, batch_idx)
 
 
+def one():
+    return 1
+
+
+class CountsByHelp(Classifier):
+    steps = 0
+
+    def training_step(self, batch, batch_idx):
+        self.steps = self.steps + one()  # stops
+        return super().training_step(batch, batch_idx)
+
+
 class Measures(Classifier):
     def training_step(self, batch, batch_idx):
         self.accuracy(self.net(batch[0]), batch[1])  # stops
@@ -496,6 +508,7 @@ REFUSED = {
     "control flow": (Branches, {}, "needs the value of a tensor in Python", Branches),
     "a list": (Appends, {}, "changes `self.losses`", Appends),
     "a counter": (Counts, {}, "changes `self.steps`", Counts),
+    "a counter by a function": (CountsByHelp, {}, "changes `self.steps`", CountsByHelp),
     "torchmetrics": (Measures, {}, "updates the torchmetrics object `self.accuracy`", Measures),
     "torchmetrics, logged": (LogsMetric, {}, "logs the torchmetrics object `accuracy`", LogsMetric),
     "random": (Draws, {}, "draws from NumPy's or Python's random numbers", Draws),

@@ -88,6 +88,16 @@ def test_a_truncated_archive(site):
     assert not (site / "Images").exists()
 
 
+def test_a_connection_that_breaks_off_leaves_nothing_behind(site, tmp_path):
+    whole = (site / "images.tar").read_bytes()
+    (site / "images.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConnectionError, match=r"images\.tar could not be downloaded: what arrived .* not the whole"):
+        StanfordDogs(tmp_path / "data", download=True)
+    assert not list((tmp_path / "data").iterdir())
+    (site / "images.tar").write_bytes(whole)
+    assert len(StanfordDogs(tmp_path / "data", download=True)) == 12
+
+
 def test_no_data_and_no_network(tmp_path, site):
     with pytest.raises(FileNotFoundError, match=r"neither `Images` .* Put `images\.tar` and `lists\.tar` from .* into"):
         StanfordDogs(tmp_path / "nothing")

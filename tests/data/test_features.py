@@ -187,6 +187,25 @@ def test_what_cannot_be_cached_is_refused(tmp_path):
         cached(Network(), Images(), tmp_path, shard_size=0)
 
 
+@pytest.mark.parametrize("label", ["a breed", None, (1, 2)])
+def test_labels_that_cannot_be_kept_are_refused(tmp_path, label):
+    data = Images()
+    data.targets = [label] * len(data)
+    with pytest.raises(TypeError, match=r"a number or a tensor as label, got .*\. Set its `target_transform`"):
+        cached(Network(), data, tmp_path)
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_fedhaw.data.features.os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            cached(Network(), Images(), tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_cached_and_uncached_federations_agree(tmp_path):
     """A frozen network in front of a trained head, fed with images and with features."""
     from lightning_fedhaw.backbones import TimmClassifier

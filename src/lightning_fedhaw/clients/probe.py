@@ -273,7 +273,12 @@ class _Trial:
             if not found:
                 if last and changed():
                     found.append(last[-1])
-                last[:] = [f"{frame.f_code.co_filename}:{frame.f_lineno}"]
+                if event == "return":  # the rest of the line that called, which may be another's
+                    frame = frame.f_back
+                    while frame is not None and not _is_users(frame.f_code.co_filename):
+                        frame = frame.f_back
+                if frame is not None:
+                    last[:] = [f"{frame.f_code.co_filename}:{frame.f_lineno}"]
             return line
 
         def trace(frame: Any, event: str, _: Any) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import tarfile
 import tempfile
+import uuid
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,23 +115,25 @@ def _provide(root: Path, download: bool) -> None:
             )
         if not archive.exists():
             root.mkdir(parents=True, exist_ok=True)
+            part = archive.with_name(f".{name}.{uuid.uuid4().hex}")
             try:
-                torch.hub.download_url_to_file(f"{SITE}/{name}", str(archive))
-            except OSError as error:
+                torch.hub.download_url_to_file(f"{SITE}/{name}", str(part))
+                if (got := _md5(part)) != md5:  # a connection that breaks off says nothing
+                    raise OSError(f"what arrived ({part.stat().st_size:,} bytes with md5 {got}) is not the whole of it")
+                part.replace(archive)
+            except (OSError, HTTPException) as error:
                 raise ConnectionError(f"{SITE}/{name} could not be downloaded: {error}. {remedy}.") from error
+            finally:
+                part.unlink(missing_ok=True)
         _unpack(archive, contents, md5)
 
 
 def _unpack(archive: Path, contents: tuple[str, ...], md5: str) -> None:
     """Beside its place, and renamed: an interrupted run, or two at a time, leave no half of a folder."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with archive.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != md5:
+    if (got := _md5(archive)) != md5:
         raise RuntimeError(
-            f"{archive} is corrupt or truncated ({archive.stat().st_size:,} bytes with md5 {digest.hexdigest()} in the"
-            f" place of {md5}). Delete it and run again with `download=True`."
+            f"{archive} is corrupt or truncated ({archive.stat().st_size:,} bytes with md5 {got} in the place of"
+            f" {md5}). Delete it and run again with `download=True`."
         )
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpacking-") as folder:
         with tarfile.open(archive) as tar:
@@ -138,6 +142,14 @@ def _unpack(archive: Path, contents: tuple[str, ...], md5: str) -> None:
         for name in contents:
             if not (archive.parent / name).exists():
                 (Path(folder) / name).rename(archive.parent / name)
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _read_list(path: Path) -> tuple[list[str], list[int]]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor, nn
@@ -126,6 +127,11 @@ def _probe(dataset: Dataset[Any], length: int) -> str:
                         f" {type(sample[0] if isinstance(sample, (tuple, list)) and sample else sample).__name__}. Set"
                         " its `transform`."
                     )
+                if not isinstance(sample[1], (int, float, np.generic, np.ndarray, Tensor)):
+                    raise TypeError(
+                        "`dataset` must give a number or a tensor as label, got"
+                        f" {type(sample[1]).__name__}. Set its `target_transform`."
+                    )
                 for part in sample:
                     digest.update(torch.as_tensor(part).reshape(-1).view(torch.uint8).numpy().tobytes())
             digests.append(digest.hexdigest())
@@ -172,8 +178,11 @@ def _save(shards: Path, start: int, features: Tensor, labels: Tensor) -> Path:
 
 def _write(path: Path, content: bytes) -> None:
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
