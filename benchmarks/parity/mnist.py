@@ -387,7 +387,7 @@ def draw(runs: Runs, path: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    figure = Figure(figsize=(10.5, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     for variant, seeds in runs.items():
@@ -399,7 +399,7 @@ def draw(runs: Runs, path: Path, title: str) -> None:
             axes.fill_between(at, mean - deviation, mean + deviation, color=color, alpha=0.18, lw=0)
     left.set(xlabel="communication round", ylabel="test accuracy (%)", title="Accuracy of the global model")
     right.set(xlabel="communication round", ylabel="scale  exp(γ)", title="Scale of the averaged model")
-    left.legend(loc="lower right", frameon=False, handlelength=3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, handlelength=3)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, lw=0.6)
