@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_fedhaw.channel.base import check_number
-from lightning_fedhaw.options import check_whole
+from lightning_fedhaw.options import check_choice, check_number, check_whole
 
 
 class TimmClassifier(pl.LightningModule):
@@ -105,7 +104,7 @@ class TimmClassifier(pl.LightningModule):
             )
         trainable = trainable if isinstance(trainable, (str, int)) else list(trainable)
         self.save_hyperparameters()
-        _check(optimizer in ("adamw", "sgd"), "optimizer", '"adamw" or "sgd"', optimizer)
+        check_choice("optimizer", optimizer, ("adamw", "sgd"))
         check_whole("num_classes", num_classes, 2)
         check_whole("lora_rank", lora_rank, 0)
         for width in head_widths:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
+from math import inf
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 
 OptimizerState = Literal["fresh", "kept"]
@@ -115,10 +117,7 @@ class FederationOptions:
             ("data_device", get_args(DataDevice)),
             ("reduction", get_args(Reduction)),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}."
-                )
+            check_choice(name, getattr(self, name), allowed)
         if not 0.0 <= self.client_val_fraction < 1.0:
             raise ValueError(
                 f"`client_val_fraction` must lie in [0, 1), got {self.client_val_fraction!r}; 0.1 holds out a tenth of"
@@ -261,8 +260,32 @@ def _shown(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is an int or a float, and not a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value is an int or a float, NumPy's included, and not a bool."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: Any, least: float, most: float = inf, *, below: float | None = None) -> float:
+    """A number of ``[least, most]``, or of ``[least, below)``, as a float; ``below=inf`` leaves out infinity.
+
+    Raises:
+        ValueError: Naming the argument, what is allowed, and what came.
+    """
+    if is_number(value) and least <= value <= most and (below is None or value < below):
+        return float(value)
+    kind = "finite number" if below == inf else "number"
+    allowed = f"of at least {least:g}" if most == inf else f"in [{least:g}, {most:g}]"
+    allowed += "" if below in (None, inf) else f" and below {below:g}"
+    raise ValueError(f"`{name}` must be a {kind} {allowed}, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Refuse what is none of a few values.
+
+    Raises:
+        ValueError: Naming the argument, what is allowed, and what came.
+    """
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
 def check_whole(name: str, value: Any, least: int) -> None:

@@ -217,7 +217,7 @@ def test_ready_made_things_are_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FedOptCallback(lr=-1.0), "`lr` must be a number of at least 0 and finite, got -1.0"),
+        (lambda: FedOptCallback(lr=-1.0), "`lr` must be a finite number of at least 0, got -1.0"),
         (lambda: FedAvgMCallback(momentum=1.0), "`momentum` must be a number of at least 0 and below 1, got 1.0"),
         (lambda: FedAdamCallback(tau=0.0), "`tau` must be a positive number, got 0.0"),
         (lambda: FedAdamCallback(beta2=1.5), "`beta2` must be a number of at least 0 and below 1, got 1.5"),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import ClientVectors, Cohort, dot
-from lightning_fedhaw.options import is_number
+from lightning_fedhaw.options import check_choice, check_number
 
 Smoothing = Literal["participations", "rounds"]
 
@@ -72,12 +72,9 @@ class FedAdpCallback(AggregationRule):
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        if not (is_number(alpha) and 0 <= alpha < math.inf):
-            raise ValueError(f"`alpha` must be a finite number of at least 0, got {alpha!r}.")
-        if smooth_by not in get_args(Smoothing):
-            allowed = ", ".join(map(repr, get_args(Smoothing)))
-            raise ValueError(f"`smooth_by` must be one of {allowed}, got {smooth_by!r}.")
-        self.alpha, self.smooth_by, self.update_unheard = float(alpha), smooth_by, update_unheard
+        self.alpha = check_number("alpha", alpha, 0, below=math.inf)
+        check_choice("smooth_by", smooth_by, get_args(Smoothing))
+        self.smooth_by, self.update_unheard = smooth_by, update_unheard
 
     headlines = ("weight/min", "weight/max")
 

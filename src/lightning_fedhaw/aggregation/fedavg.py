@@ -12,6 +12,7 @@ import torch
 
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
+from lightning_fedhaw.options import check_choice
 
 Weighting = Literal["examples", "batches", "uniform"]
 
@@ -30,10 +31,7 @@ class FedAvgCallback(AggregationRule):
 
     def __init__(self, weighting: Weighting = "examples", **federation: Any) -> None:
         super().__init__(**federation)
-        if weighting not in get_args(Weighting):
-            raise ValueError(
-                f"`weighting` must be one of {', '.join(map(repr, get_args(Weighting)))}, got {weighting!r}."
-            )
+        check_choice("weighting", weighting, get_args(Weighting))
         self.weighting = weighting
 
     def raw_weight(self, update: ClientUpdate) -> float:

@@ -64,7 +64,7 @@ from lightning_fedhaw.aggregation.base import (
     normalised,
 )
 from lightning_fedhaw.cohort import AccumulatedVectors, ClientVectors, Cohort, dot
-from lightning_fedhaw.options import described, is_number
+from lightning_fedhaw.options import check_choice, check_number, described, is_number
 
 Jacobian = Literal["diagonal", "exact"]
 GammaForLambda = Literal["new", "old"]
@@ -230,9 +230,9 @@ class FedHAWCallback(AggregationRule):
         lr_lambda = (0.3 if free else 1e-2) if lr_lambda is None else lr_lambda
         jacobian = ("exact" if free else "diagonal") if jacobian is None else jacobian
         scale_bounds = (0.9, 1.1) if free and scale_bounds is None else scale_bounds
-        for name, rate in (("lr_gamma", lr_gamma), ("lr_lambda", lr_lambda), ("lr_step", lr_step)):
-            if not (is_number(rate) and math.isfinite(rate) and rate >= 0):
-                raise ValueError(f"`{name}` must be a finite number of at least 0, got {rate!r}.")
+        self.lr_gamma = check_number("lr_gamma", lr_gamma, 0, below=math.inf)
+        self.lr_lambda = check_number("lr_lambda", lr_lambda, 0, below=math.inf)
+        self.lr_step = check_number("lr_step", lr_step, 0, below=math.inf)
         for name, value, allowed in (
             ("jacobian", jacobian, get_args(Jacobian)),
             ("gamma_for_lambda", gamma_for_lambda, (*get_args(GammaForLambda), None)),
@@ -240,8 +240,7 @@ class FedHAWCallback(AggregationRule):
             ("normalise_by", normalise_by, get_args(NormaliseBy)),
             ("memory", memory, get_args(Memory)),
         ):
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+            check_choice(name, value, allowed)
         if learning_rate is not None and not (is_number(learning_rate) and 0 < learning_rate < math.inf):
             raise ValueError(f"`learning_rate` must be a positive number, got {learning_rate!r}.")
         for name, bounds in (("scale_bounds", scale_bounds or (1, 1)), ("step_bounds", step_bounds)):
@@ -255,9 +254,6 @@ class FedHAWCallback(AggregationRule):
                 )
         if hyper_optimizer is not None:
             check_optimizer("hyper_optimizer", hyper_optimizer, lr_lambda)
-        self.lr_gamma = float(lr_gamma)
-        self.lr_lambda = float(lr_lambda)
-        self.lr_step = float(lr_step)
         self.jacobian: Jacobian = jacobian
         self.gamma_for_lambda = gamma_for_lambda or ("new" if jacobian == "diagonal" else "old")
         self.pseudo_gradient: PseudoGradient = pseudo_gradient

@@ -29,7 +29,7 @@ from torch import Tensor
 from lightning_fedhaw.aggregation.base import AggregationRule, LocalPace, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort, dot
 from lightning_fedhaw.layout import ParameterLayout
-from lightning_fedhaw.options import is_number
+from lightning_fedhaw.options import check_choice, check_number
 
 Adapt = Literal["G", "SL", "CL", "G+SL", "G+CL"]
 NormaliseBy = Literal["none", "norms", "lr"]
@@ -98,17 +98,14 @@ class FedHyperCallback(AggregationRule):
             ("normalise_by", normalise_by, get_args(NormaliseBy)),
             ("weighting", weighting, get_args(Weighting)),
         ):
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+            check_choice(name, value, allowed)
         for name, bounds in (("alpha_bounds", alpha_bounds), ("beta_bounds", beta_bounds)):
             if not (isinstance(bounds, Sequence) and len(bounds) == 2 and 0 < bounds[0] <= 1 <= bounds[1] < math.inf):
                 raise ValueError(f"`{name}` must be two positive numbers around 1, such as (0.2, 5.0), got {bounds!r}.")
-        if not (is_number(hyper_lr) and math.isfinite(hyper_lr) and hyper_lr >= 0):
-            raise ValueError(f"`hyper_lr` must be a finite number of at least 0, got {hyper_lr!r}.")
         self.adapt, self.normalise_by, self.weighting = adapt, normalise_by, weighting
         self.alpha_bounds = (float(alpha_bounds[0]), float(alpha_bounds[1]))
         self.beta_bounds = (float(beta_bounds[0]), float(beta_bounds[1]))
-        self.hyper_lr = float(hyper_lr)
+        self.hyper_lr = check_number("hyper_lr", hyper_lr, 0, below=math.inf)
 
     prog_bar = ("alpha",)
 

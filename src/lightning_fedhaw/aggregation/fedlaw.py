@@ -29,7 +29,7 @@ from torch import Tensor
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory, check_settings, descend, mean_loss
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.options import is_number
+from lightning_fedhaw.options import check_choice, is_number
 
 Learn = Literal["both", "scale", "weights", "in_stages", "nothing"]
 Base = Literal["exponential", "quadratic"]
@@ -136,8 +136,7 @@ class FedLAWCallback(AggregationRule):
             ("weighting", weighting, get_args(Weighting)),
             ("first_stage", first_stage, get_args(FirstStage)),
         ):
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+            check_choice(name, value, allowed)
         low, high = SCALES
         if not (is_number(scale) and low <= scale <= high):
             raise ValueError(f"`scale` must be a number from {low} to {high}, got {scale!r}.")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import ClientVectors, Cohort
-from lightning_fedhaw.options import is_number
+from lightning_fedhaw.options import check_number
 
 NOTHING = 1e-12
 """A layer whose norm is below this is not shrunk: it would be zero for ever."""
@@ -73,11 +73,10 @@ class FedLWSCallback(AggregationRule):
 
     def __init__(self, beta: float = 0.03, *, tau_min: float = 0.01, tau_max: float = 0.2, **federation: Any) -> None:
         super().__init__(**federation)
-        if not (is_number(beta) and 0 <= beta < math.inf):
-            raise ValueError(f"`beta` must be a finite number of at least 0, got {beta!r}.")
+        self.beta = check_number("beta", beta, 0, below=math.inf)
         if not 0 <= tau_min <= tau_max:
             raise ValueError(f"`tau_min` and `tau_max` must be 0 <= tau_min <= tau_max, got {tau_min} and {tau_max}.")
-        self.beta, self.tau_min, self.tau_max = float(beta), float(tau_min), float(tau_max)
+        self.tau_min, self.tau_max = float(tau_min), float(tau_max)
 
     headlines = ("shrink/min", "shrink/mean")
 

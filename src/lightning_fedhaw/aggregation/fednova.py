@@ -22,7 +22,7 @@ from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerV
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.objectives.reach import normaliser, sgd_groups
-from lightning_fedhaw.options import is_number
+from lightning_fedhaw.options import check_choice, is_number
 
 EffectiveSteps = Literal["normaliser", "steps"]
 
@@ -59,8 +59,7 @@ class FedNovaCallback(AggregationRule):
             raise ValueError(f"`momentum` must be 'auto' or a number of at least 0 and below 1, got {momentum!r}.")
         if proximal != "auto" and not (is_number(proximal) and 0 <= proximal < math.inf):
             raise ValueError(f"`proximal` must be 'auto' or a finite number of at least 0, got {proximal!r}.")
-        if tau_eff not in get_args(EffectiveSteps):
-            raise ValueError(f"`tau_eff` must be one of 'normaliser', 'steps', got {tau_eff!r}.")
+        check_choice("tau_eff", tau_eff, get_args(EffectiveSteps))
         self._reads_momentum = momentum == "auto"
         self.momentum, self.nesterov = 0.0 if momentum == "auto" else float(momentum), False
         self._finds_proximal, self.tau_eff = proximal == "auto", tau_eff

@@ -39,7 +39,7 @@ from lightning_fedhaw.aggregation.base import (
 )
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.layout import ParameterLayout
-from lightning_fedhaw.options import FederationOptions, described, is_number
+from lightning_fedhaw.options import FederationOptions, check_number, described, is_number
 
 Method = Literal["adagrad", "adam", "yogi"]
 MakesOptimizer = Callable[..., torch.optim.Optimizer]
@@ -132,7 +132,7 @@ class FedOptCallback(AggregationRule):
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        _check_number("lr", lr, 0, math.inf)
+        check_number("lr", lr, 0, below=math.inf)
         check_schedule("lr_scheduler", lr_scheduler, check_optimizer("optimizer", optimizer, lr))
         if rule is not None:
             _check_inner(rule, type(self).__name__)
@@ -248,7 +248,7 @@ class FedAvgMCallback(FedOptCallback):
     """
 
     def __init__(self, lr: float = 1.0, momentum: float = 0.9, **options: Any) -> None:
-        _check_number("momentum", momentum, 0, 1)
+        check_number("momentum", momentum, 0, below=1)
         super().__init__(partial(torch.optim.SGD, momentum=momentum), lr, **options)
         self.momentum = momentum
 
@@ -266,11 +266,11 @@ class _AdaptiveCallback(FedOptCallback):
         **options: Any,
     ) -> None:
         for name, beta in (("beta1", betas[0]), ("beta2", betas[1])):
-            _check_number(name, beta, 0, 1)
+            check_number(name, beta, 0, below=1)
         if not (is_number(tau) and math.isfinite(tau) and tau > 0):
             raise ValueError(f"`tau` must be a positive number, got {tau!r}.")
         initial = tau**2 if initial_second_moment is None else initial_second_moment
-        _check_number("initial_second_moment", initial, 0, math.inf)
+        check_number("initial_second_moment", initial, 0, below=math.inf)
         super().__init__(
             partial(AdaptiveOptimizer, method=method, betas=betas, tau=float(tau), initial=float(initial)),
             lr,
@@ -371,9 +371,3 @@ def _check_inner(rule: Any, outer: str) -> None:
             f"`rule` ({type(rule).__name__}) was given arguments of the federation, which belong to the callback that"
             f" the trainer is given. Give them to {outer}."
         )
-
-
-def _check_number(name: str, value: float, least: float, below: float) -> None:
-    if not (is_number(value) and least <= value < below):
-        limit = "finite" if math.isinf(below) else f"below {below}"
-        raise ValueError(f"`{name}` must be a number of at least {least} and {limit}, got {value!r}.")

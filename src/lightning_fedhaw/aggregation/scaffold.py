@@ -14,7 +14,7 @@ import torch
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.objectives.scaffold import ControlOption, Scaffold
-from lightning_fedhaw.options import is_number
+from lightning_fedhaw.options import check_number
 
 
 class ScaffoldCallback(AggregationRule):
@@ -34,9 +34,7 @@ class ScaffoldCallback(AggregationRule):
 
     def __init__(self, option: ControlOption = "II", server_lr: float = 1.0, **federation: Any) -> None:
         super().__init__(**federation)
-        if not (is_number(server_lr) and 0 <= server_lr < math.inf):
-            raise ValueError(f"`server_lr` must be a finite number of at least 0, got {server_lr!r}.")
-        self.option, self.server_lr = option, float(server_lr)
+        self.option, self.server_lr = option, check_number("server_lr", server_lr, 0, below=math.inf)
         self.objectives = (Scaffold(option),)
 
     def raw_weight(self, update: ClientUpdate) -> float:

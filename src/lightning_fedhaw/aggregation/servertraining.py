@@ -16,6 +16,7 @@ from torch.nn.functional import kl_div, log_softmax
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory, batches, check_settings, descend, mean_loss
 from lightning_fedhaw.cohort import Cohort
+from lightning_fedhaw.options import check_choice
 
 Weighting = Literal["examples", "uniform"]
 Ensemble = Literal["logits", "probabilities"]
@@ -69,10 +70,7 @@ class ServerTraining(AggregationRule):
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        if weighting not in get_args(Weighting):
-            raise ValueError(
-                f"`weighting` must be one of {', '.join(map(repr, get_args(Weighting)))}, got {weighting!r}."
-            )
+        check_choice("weighting", weighting, get_args(Weighting))
         check_settings(server_epochs, batch_size, lr, optimizer, scheduler)
         self.server_epochs, self.batch_size, self.lr = server_epochs, batch_size, lr
         self.optimizer, self.scheduler, self.weighting = optimizer, scheduler, weighting
@@ -143,8 +141,7 @@ class Distillation(ServerTraining):
         self, *, ensemble: Ensemble = "logits", logits: Callable[[Any, Any], Tensor] | None = None, **settings: Any
     ) -> None:
         super().__init__(**settings)
-        if ensemble not in get_args(Ensemble):
-            raise ValueError(f"`ensemble` must be one of {', '.join(map(repr, get_args(Ensemble)))}, got {ensemble!r}.")
+        check_choice("ensemble", ensemble, get_args(Ensemble))
         self.ensemble: Ensemble = ensemble
         self.logits = logits
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per, check_number
+from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per
+from lightning_fedhaw.options import check_number
 
 
 def rms(vector: Tensor) -> float:

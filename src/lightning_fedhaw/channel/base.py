@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
 from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.options import check_choice
 from lightning_fedhaw.streams import PathPart, stream
 
 Link = Literal["uplink", "downlink"]
@@ -125,8 +125,7 @@ class Channel(Callback):
         super().__init__()
         if fallback is None:
             fallback = "zero_update" if link == "uplink" else "discard"
-        if link not in get_args(Link):
-            raise ValueError(f"`link` must be one of {', '.join(map(repr, get_args(Link)))}, got {link!r}.")
+        check_choice("link", link, get_args(Link))
         allowed = get_args(Fallback) if link == "uplink" else ("reuse_model", "discard")
         if fallback not in allowed:
             raise ValueError(
@@ -277,8 +276,7 @@ class BlockChannel(Channel):
 
     def __init__(self, per: Per = "update", **channel: Any) -> None:
         super().__init__(**channel)
-        if per not in get_args(Per):
-            raise ValueError(f"`per` must be one of {', '.join(map(repr, get_args(Per)))}, got {per!r}.")
+        check_choice("per", per, get_args(Per))
         self.per: Per = per
 
     @property
@@ -366,19 +364,6 @@ def check_keys(callbacks: Iterable[Any]) -> None:
                     f' apart. Give each a name: `{own}(..., name="second")`.'
                 )
             seen.add(channel.state_key)
-
-
-def check_number(name: str, value: Any, least: float, most: float = float("inf")) -> float:
-    """A number of ``[least, most]``, NumPy's included, as a float.
-
-    Raises:
-        ValueError: Naming the argument, what is allowed, and what came.
-    """
-    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not is_number or not least <= value <= most:
-        allowed = f"of at least {least:g}" if most == float("inf") else f"in [{least:g}, {most:g}]"
-        raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")
-    return float(value)
 
 
 def probabilities(name: str, value: Any, what: str) -> Tensor:

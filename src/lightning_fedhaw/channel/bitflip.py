@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.channel.base import Channel, Parcel, check_number
+from lightning_fedhaw.channel.base import Channel, Parcel
 from lightning_fedhaw.channel.quantised import check_bits, from_codes, to_codes
+from lightning_fedhaw.options import check_number
 
 
 def flips(count: int, rate: float, generator: torch.Generator) -> Tensor:

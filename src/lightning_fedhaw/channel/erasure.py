@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.channel.base import Channel, Scene, check_number, probabilities
-from lightning_fedhaw.options import check_whole
+from lightning_fedhaw.channel.base import Channel, Scene, probabilities
+from lightning_fedhaw.options import check_number, check_whole
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw.channel.awgn import add_noise, check_decibels, noise_std, rms, with_power
-from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per, check_number
-from lightning_fedhaw.options import check_whole
+from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per
+from lightning_fedhaw.options import check_number, check_whole
 
 
 def power_gain(k_factor: float, generator: torch.Generator) -> float:

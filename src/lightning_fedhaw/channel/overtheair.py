@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw.channel.awgn import add_noise, check_decibels
-from lightning_fedhaw.channel.base import Arrivals, Fallback, SumChannel, check_number
+from lightning_fedhaw.channel.base import Arrivals, Fallback, SumChannel
 from lightning_fedhaw.channel.fading import power_gain
-from lightning_fedhaw.options import check_whole
+from lightning_fedhaw.options import check_number, check_whole
 
 
 def receiver_noise(weights: Tensor, rms: Tensor, gains: Tensor, snr_db: float) -> float:

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.channel.base import Channel, Link, Parcel, check_number
-from lightning_fedhaw.options import check_whole
+from lightning_fedhaw.channel.base import Channel, Link, Parcel
+from lightning_fedhaw.options import check_number, check_whole
 
 Lost = Literal["zero", "last"]
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.channel.base import Channel, Fallback, Scene, check_number, probabilities
-from lightning_fedhaw.options import check_whole
+from lightning_fedhaw.channel.base import Channel, Fallback, Scene, probabilities
+from lightning_fedhaw.options import check_number, check_whole
 
 
 class DeadlineChannel(Channel):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw.channel.awgn import add_noise
-from lightning_fedhaw.channel.base import Arrivals, Channel, Scene, SumChannel, check_number
+from lightning_fedhaw.channel.base import Arrivals, Channel, Scene, SumChannel
 from lightning_fedhaw.cohort import ClientUpdate
+from lightning_fedhaw.options import check_number
 
 
 def clipped(vector: Tensor, bound: float) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per
+from lightning_fedhaw.options import check_choice
 
 Scheme = Literal["stochastic", "nearest", "qsgd"]
 MOST_BITS = 16
@@ -101,8 +102,7 @@ class QuantizedChannel(BlockChannel):
     def __init__(self, bits: int = 8, scheme: Scheme = "stochastic", *, per: Per = "update", **channel: Any) -> None:
         super().__init__(per, **channel)
         self.bits = check_bits(bits)
-        if scheme not in get_args(Scheme):
-            raise ValueError(f"`scheme` must be one of {', '.join(map(repr, get_args(Scheme)))}, got {scheme!r}.")
+        check_choice("scheme", scheme, get_args(Scheme))
         if scheme == "qsgd" and bits == 1:
             raise ValueError('`bits` must be at least 2 with `scheme="qsgd"`, one of which is the sign, got 1.')
         self.scheme = scheme

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per, check_number
+from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per
+from lightning_fedhaw.options import check_choice, check_number
 
 Choice = Literal["top", "random"]
 
@@ -68,8 +69,7 @@ class SparsifiedChannel(BlockChannel):
         self.fraction = check_number("fraction", fraction, 0, 1)
         if not fraction:
             raise ValueError(f"`fraction` must be more than 0, got {fraction!r}; 0.01 sends a hundredth.")
-        if choice not in get_args(Choice):
-            raise ValueError(f"`choice` must be one of {', '.join(map(repr, get_args(Choice)))}, got {choice!r}.")
+        check_choice("choice", choice, get_args(Choice))
         self.choice, self.error_feedback = choice, error_feedback
         self.reset()
 

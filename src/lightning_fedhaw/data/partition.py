@@ -22,7 +22,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from lightning_fedhaw.options import check_whole, is_number
+from lightning_fedhaw.options import check_choice, check_whole, is_number
 from lightning_fedhaw.streams import seed_of
 
 Integers = NDArray[np.int64]
@@ -480,8 +480,8 @@ class DirichletPartitioner(Partitioner):
 
     def __post_init__(self) -> None:
         _positive("alpha", self.alpha)
-        _one_of("kind", self.kind, get_args(DirichletKind))
-        _one_of("on_infeasible", self.on_infeasible, get_args(OnInfeasible))
+        check_choice("kind", self.kind, get_args(DirichletKind))
+        check_choice("on_infeasible", self.on_infeasible, get_args(OnInfeasible))
         check_whole("max_tries", self.max_tries, 1)
         if self.min_size is not None:
             check_whole("min_size", self.min_size, 1)
@@ -980,8 +980,3 @@ def _positive(name: str, value: Any) -> None:
 def _at_least_one(name: str, value: Any) -> None:
     if not (is_number(value) and isfinite(value) and value >= 1):
         raise ValueError(f"`{name}` must be a number of at least 1, got {value!r}.")
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import inf
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
@@ -170,15 +168,3 @@ def find_objectives(callbacks: Iterable[Any]) -> list[ClientObjective]:
                 " included. Remove all but one, or tell them apart by `name=`."
             )
     return found
-
-
-def check_factor(name: str, value: Any) -> float:
-    """The factor of a term, NumPy's numbers included, as a float.
-
-    Raises:
-        ValueError: If it is no finite number of at least 0.
-    """
-    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < inf:
-        raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
-    return float(value)

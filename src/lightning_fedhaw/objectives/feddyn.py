@@ -6,11 +6,13 @@ Regularization. ICLR 2021. The server's part is ``aggregation/feddyn.py``.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
 
-from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named, check_factor
+from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
+from lightning_fedhaw.options import check_choice, check_number
 
 DynPenalty = Literal["square", "norm"]
 
@@ -33,9 +35,8 @@ class FedDyn(ClientObjective):
 
     def __init__(self, alpha: float = 0.01, penalty: DynPenalty = "square", name: str | None = None) -> None:
         super().__init__(name)
-        self.alpha = check_factor("alpha", alpha)
-        if penalty not in get_args(DynPenalty):
-            raise ValueError(f"`penalty` must be one of 'square', 'norm', got {penalty!r}.")
+        self.alpha = check_number("alpha", alpha, 0, below=math.inf)
+        check_choice("penalty", penalty, get_args(DynPenalty))
         self.is_square = penalty == "square"
         self.pull = self.alpha if self.is_square else 0.0
 

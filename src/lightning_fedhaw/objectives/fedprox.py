@@ -6,7 +6,10 @@ MLSys 2020.
 
 from __future__ import annotations
 
-from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named, check_factor
+import math
+
+from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
+from lightning_fedhaw.options import check_number
 
 
 class FedProx(ClientObjective):
@@ -28,7 +31,7 @@ class FedProx(ClientObjective):
 
     def __init__(self, mu: float = 1e-3, name: str | None = None) -> None:
         super().__init__(name)
-        self.mu = self.pull = check_factor("mu", mu)
+        self.mu = self.pull = check_number("mu", mu, 0, below=math.inf)
 
     def gradient(self, parameters: Named, start: Named, state: ClientState) -> Named:
         """``mu (w - start)``."""

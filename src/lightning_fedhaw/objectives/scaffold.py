@@ -12,6 +12,7 @@ import torch
 
 from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named, find_objectives
 from lightning_fedhaw.objectives.reach import normaliser, sgd_groups
+from lightning_fedhaw.options import check_choice
 
 ControlOption = Literal["II", "I"]
 
@@ -44,8 +45,7 @@ class Scaffold(ClientObjective):
 
     def __init__(self, option: ControlOption = "II", name: str | None = None) -> None:
         super().__init__(name)
-        if option not in get_args(ControlOption):
-            raise ValueError(f"`option` must be one of 'II', 'I', got {option!r}.")
+        check_choice("option", option, get_args(ControlOption))
         self.option = option
         self.needs_gradient = option == "I"
         self.needs_learning_rates = option == "II"
