@@ -55,6 +55,7 @@ class BatchedStep:
         objectives: What clients add to their loss.
         recorder: Takes what is logged.
         dropout: Draws the clients' dropout masks, where the step asks for some.
+        same_draws: Whether all clients are given the same other random numbers, instead of each its own.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class BatchedStep:
         objectives: Sequence[ClientObjective],
         recorder: StackRecorder,
         dropout: ClientDropout | None = None,
+        same_draws: bool = False,
     ) -> None:
         self.host, self.layout, self.objectives = host, layout, objectives
         self._open = [i for i, objective in enumerate(objectives) if not objective.is_closed]
@@ -72,7 +74,7 @@ class BatchedStep:
         self.buffer_names = layout.buffers
         self._parameters = _places(module, "_parameters", layout.tensors(module))
         self._buffers = _places(module, "_buffers", list(layout.moving_buffers(module).values()))
-        self._batched = torch.func.vmap(self._one, randomness="different")
+        self._batched = torch.func.vmap(self._one, randomness="same" if same_draws else "different")
         self._batch_index = 0
         self._replaced: list[int] = []
         self._has_loss = True
@@ -222,6 +224,8 @@ class EmbeddingGuard(TorchFunctionMode):
 class ClientDropout(TorchFunctionMode):
     """Gives each client of a batched call the dropout masks that it would draw if it trained alone on the CPU.
 
+    Outside of a batched call it gives the one client there is the same masks, on any device.
+
     Attributes:
         generators: One for each client of the call at hand.
         calls: How often dropout was asked for.
@@ -230,7 +234,7 @@ class ClientDropout(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.generators: Sequence[torch.Generator] = ()
-        self.ticket = torch.empty(0)
+        self.ticket: Tensor | None = None
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -245,7 +249,8 @@ class ClientDropout(TorchFunctionMode):
         self.calls += 1
         if p == 1:
             return input.mul_(0) if inplace else input * 0
-        mask = _Masks.apply(self.ticket, list(self.generators), tuple(input.shape), input.dtype, input.device, p)
+        drawn = list(self.generators), tuple(input.shape), input.dtype, input.device, p
+        mask = _draw_masks(*drawn)[0] if self.ticket is None else _Masks.apply(self.ticket, *drawn)
         return input.mul_(mask) if inplace else input * mask
 
 
@@ -271,7 +276,14 @@ class _Masks(torch.autograd.Function):
         device: torch.device,
         p: float,
     ) -> tuple[Tensor, int]:
-        masks = torch.empty((len(generators), *shape), dtype=dtype, device=device)
-        for mask, generator in zip(masks, generators, strict=True):
-            mask.bernoulli_(1 - p, generator=generator)
-        return masks.div_(1 - p), 0
+        return _draw_masks(generators, shape, dtype, device, p), 0
+
+
+def _draw_masks(
+    generators: Sequence[torch.Generator], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, p: float
+) -> Tensor:
+    """One dropout mask ``[*shape]`` for each generator."""
+    masks = torch.empty((len(generators), *shape), dtype=dtype, device=device)
+    for mask, generator in zip(masks, generators, strict=True):
+        mask.bernoulli_(1 - p, generator=generator)
+    return masks.div_(1 - p)

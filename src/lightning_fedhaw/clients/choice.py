@@ -119,6 +119,10 @@ def choose(
         told += "; not compiled, because the step reads `batch_idx` or draws random numbers"
     if facts.draws_other:
         told += "; random numbers other than dropout differ from those of the sequential engine"
+    if not facts.is_compared:
+        told += (
+            "; not compared with one client alone, because the step draws from a distribution that depends on the model"
+        )
     return engine, f"{told}."
 
 

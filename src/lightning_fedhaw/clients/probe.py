@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dis
+import gc
 import inspect
 import os
 import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FunctionType, MethodType, ModuleType
+from types import FrameType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
 import lightning
@@ -20,6 +22,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torchmetrics
+from lightning.pytorch.plugins import DoublePrecision, Precision
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import Dataset
@@ -40,6 +43,27 @@ from lightning_fedhaw.streams import seed_of, stream
 # The standard library's folder too, which holds that of installed packages as a rule.
 _LIBRARIES = tuple(str(Path(m.__file__ or "").parent) for m in (torch, lightning, torchmetrics, lightning_fedhaw, dis))
 
+FEW = 8
+"""Samples a client that are enough to compare: float64 is slow on many devices."""
+
+TOLERANCE = 1e-4
+"""How far a value may be from the one that a client alone gives, as a share of the largest in its tensor."""
+
+NEGLIGIBLE = 1e-6
+"""A gradient below this share of the largest one is zero but for rounding, as of a bias before a normalization."""
+
+NOTHING = 1e-9
+"""A loss, a buffer or a logged value below this is zero but for rounding."""
+
+NOISE_MARGIN = 8.0
+"""How many times the rounding noise that was measured a float32 value may be off."""
+
+MOST_NOISE = 5e-3
+"""With more rounding noise than this share of the largest value, float32 cannot tell a wrong value from a right one."""
+
+Values = dict[str, Tensor | None]
+"""What one client's step gives, by name: loss, gradients, buffers, logged values."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -50,6 +74,7 @@ class Facts:
         uses_index: Whether the step looks at ``batch_idx``.
         draws_dropout: Whether it asks for dropout.
         draws_other: Whether it draws other random numbers, which are then equal per engine only.
+        is_compared: Whether its values could be held against those of a client alone.
         bytes_per_client: Memory that one client more takes.
         frozen: Frozen parameters that the step computes with.
     """
@@ -58,6 +83,7 @@ class Facts:
     uses_index: bool
     draws_dropout: bool
     draws_other: bool
+    is_compared: bool
     bytes_per_client: int
     frozen: int
 
@@ -92,7 +118,7 @@ def probe(
         raise NoFunctionError(f"the optimiser {error}") from error
     uses_index = _looks_at_index(host.module.training_step)
     kept = _Kept(host.module, host.optimizers, layout)
-    with isolated_randomness(host.device):
+    with isolated_randomness(host.device), _no_collection():
         try:
             return _Trial(host, layout, data, plan, objectives, kept).facts(rows, uses_index)
         except NoFunctionError as error:
@@ -130,47 +156,100 @@ class _Trial:
             for o in objectives
         ]
         self.starts = {n: v.expand(2, *v.shape) for n, v in layout.views(start).items()}
+        self.dtype: torch.dtype | None = None
         self.activations = 0
         self.frozen: dict[Tensor, int] = {}
 
     def facts(self, rows: frozenset[str], uses_index: bool) -> Facts:
-        alone = []
+        """Try the step, and say what it needs.
+
+        Args:
+            rows: Names of the optimizer's states that have the parameter's shape.
+            uses_index: Whether the step looks at ``batch_idx``.
+
+        Raises:
+            NoFunctionError: If the step cannot be batched.
+        """
         for row in (0, 1):
-            seed_randomness(self.seeds[row], self.host.device)
-            drawn = _foreign_randomness()
-            try:
-                alone.append(self._alone(row))
-            except Exception as error:
-                raise NoFunctionError(explained(error)) from error
-            if what := self.kept.changed():
-                raise NoFunctionError(what + self._line_that(lambda: self.kept.changed() is not None))
-            if _foreign_randomness() != drawn:
-                drawn = _foreign_randomness()
-                line = self._line_that(lambda drawn=drawn: _foreign_randomness() != drawn)  # type: ignore[misc]
-                raise NoFunctionError(f"draws from NumPy's or Python's random numbers, once for all clients{line}")
-        self.kept.restore()
+            self._try_alone(row)
         dropout = ClientDropout()
+        draws_other = self._try_together(dropout)
+        is_compared = self._compare(draws_other)
+        return Facts(
+            row_states=rows,
+            uses_index=uses_index,
+            draws_dropout=dropout.calls > 0,
+            draws_other=draws_other,
+            is_compared=is_compared,
+            bytes_per_client=self._bytes(len(rows)),
+            frozen=sum(self.frozen.values()),
+        )
+
+    def _try_alone(self, row: int) -> None:
+        """Run the step for one client, and refuse what it leaves behind."""
+        seed_randomness(self.seeds[row], self.host.device)
+        drawn = _foreign_randomness()
+        try:
+            self._alone(row, self._measured())
+        except Exception as error:
+            raise NoFunctionError(explained(error)) from error
+        if what := self.kept.changed():
+            raise NoFunctionError(what + self._line_that(lambda: self.kept.changed() is not None))
+        if _foreign_randomness() != drawn:
+            drawn = _foreign_randomness()
+            line = self._line_that(lambda: _foreign_randomness() != drawn)
+            raise NoFunctionError(f"draws from NumPy's or Python's random numbers, once for all clients{line}")
+
+    def _try_together(self, dropout: ClientDropout) -> bool:
+        """Run the step for both clients at once; whether it draws random numbers other than dropout's."""
+        self.kept.restore()
         seed_randomness(self.seeds[0], self.host.device)
         before = _torch_randomness(self.host.device)
         try:
-            together = self._together(dropout)
+            self._together(dropout)
         except Exception as error:
             raise NoFunctionError(explained(error)) from error
-        draws_other = not torch.equal(before, _torch_randomness(self.host.device))
         if what := self.kept.changed():
             raise NoFunctionError(what)
-        # Other engines draw other numbers, and on a GPU other masks, so that there is nothing to compare.
-        if not draws_other and not (dropout.calls and self.host.device.type != "cpu"):
-            self._compare(together, alone)
-        frozen = sum(self.frozen.values())
-        return Facts(rows, uses_index, dropout.calls > 0, draws_other, self._bytes(len(rows)), frozen)
+        return not torch.equal(before, _torch_randomness(self.host.device))
 
-    def _alone(self, row: int) -> dict[str, Tensor | None]:
-        """One client in the module itself: everything that a step gives."""
+    def _alone(self, row: int, around: AbstractContextManager[Any]) -> Values:
+        """One client in the module itself: everything that a step gives.
+
+        Args:
+            row: Which of the two.
+            around: Is entered around the call of ``training_step``.
+        """
         self.kept.restore()
         host = self.host
         self.layout.write(self.vectors[row], self.parameters)
         self.kept.mark()
+        data = self._prepared([tensor[row].clone() for tensor in self.batch])
+        with LogRecorder(host.module, host.callbacks) as recorder:
+            recorder.batch_size = self.batch_size
+            arguments = host.arguments(data, 0)
+            with host.strategy.precision_plugin.train_step_context(), around:
+                output = host.module.training_step(*arguments)
+            loss, _ = loss_of(output)
+            if loss is None:
+                raise RuntimeError("`training_step` returned None")
+            named = dict(zip(self.layout.names, self.parameters, strict=True))
+            starts = {n: v[row] for n, v in self.starts.items()}
+            states = [{n: v[row] for n, v in state.items()} for state in self.states]
+            terms = Terms(self.objectives, named, starts, states)
+            loss = terms.added_to(loss, terms.open)
+            found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            logged = {
+                f"logged `{name}`": torch.tensor([float(v) for v in values], dtype=torch.float64)
+                for name, (_, values, _) in recorder._entries.items()
+            }
+        gradients = dict(zip((f"the gradient of `{n}`" for n in self.layout.names), found, strict=True))
+        buffers = {f"buffer `{n}`": b.detach().clone() for n, b in self.layout.moving_buffers(host.module).items()}
+        return {"the loss": loss.detach().reshape(()), **gradients, **buffers, **logged}
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Note what the forward pass saves for the backward pass, and which frozen parameters it computes with."""
         saved: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -182,44 +261,26 @@ class _Trial:
             own = module.parameters(recurse=False)
             self.frozen.update({p: p.numel() for p in own if not p.requires_grad})
 
-        data = host.prepare([tensor[row].clone() for tensor in self.batch])
-        with register_module_forward_pre_hook(called), LogRecorder(host.module, host.callbacks) as recorder:
-            recorder.batch_size = self.batch_size
-            with (
-                host.strategy.precision_plugin.train_step_context(),
-                torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            ):
-                loss, _ = loss_of(host.module.training_step(*host.arguments(data, 0)))
-                if loss is None:
-                    raise RuntimeError("`training_step` returned None")
-            named = dict(zip(self.layout.names, self.parameters, strict=True))
-            starts = {n: v[row] for n, v in self.starts.items()}
-            states = [{n: v[row] for n, v in state.items()} for state in self.states]
-            terms = Terms(self.objectives, named, starts, states)
-            loss = terms.added_to(loss, terms.open)
-            found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            logged = {
-                f"logged `{name}`": torch.tensor([float(v) for v in values], dtype=torch.float64)
-                for name, (_, values, _) in recorder._entries.items()
-            }
+        with (
+            register_module_forward_pre_hook(called),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            yield
         self.activations = sum(saved.values())
-        gradients = dict(zip((f"the gradient of `{n}`" for n in self.layout.names), found, strict=True))
-        buffers = {f"buffer `{n}`": b.detach().clone() for n, b in self.layout.moving_buffers(host.module).items()}
-        return {"the loss": loss.detach().reshape(()), **gradients, **buffers, **logged}
 
-    def _together(self, dropout: ClientDropout) -> list[dict[str, Tensor | None]]:
+    def _together(self, dropout: ClientDropout, same_draws: bool = False) -> list[Values]:
         """Both clients at once, the same."""
         host, layout = self.host, self.layout
         stacks = [
-            view.to(dtype).requires_grad_()
-            for view, dtype in zip(layout.views(torch.stack(self.vectors)).values(), layout.dtypes, strict=True)
+            view.to(parameter.dtype).requires_grad_()
+            for view, parameter in zip(layout.views(torch.stack(self.vectors)).values(), self.parameters, strict=True)
         ]
         buffers = [torch.stack([b, b]) for b in layout.moving_buffers(host.module).values()]
-        dropout.generators = [torch.Generator(host.device).manual_seed(seed) for seed in self.seeds]
+        dropout.generators = self._generators()
         with StackRecorder(host.module, host.callbacks) as recorder:
             recorder.batch_size = self.batch_size
-            step = BatchedStep(host, layout, self.objectives, recorder, dropout)
-            data = host.prepare([tensor.clone() for tensor in self.batch])
+            step = BatchedStep(host, layout, self.objectives, recorder, dropout, same_draws)
+            data = self._prepared([tensor.clone() for tensor in self.batch])
             with EmbeddingGuard():
                 losses, replaced, logged = step(stacks, buffers, data, 0, self.starts, self.states)
             assert losses is not None
@@ -247,50 +308,137 @@ class _Trial:
             for row in (0, 1)
         ]
 
-    def _compare(
-        self, together: Sequence[Mapping[str, Tensor | None]], alone: Sequence[Mapping[str, Tensor | None]]
-    ) -> None:
-        with self.host.strategy.precision_plugin.train_step_context():
-            mixed = torch.is_autocast_enabled(self.host.device.type)
+    def _prepared(self, data: list[Tensor]) -> list[Tensor]:
+        """A batch as ``training_step`` is given it, in the precision that is computed in at the moment."""
+        prepared: list[Tensor] = self.host.prepare(data)
+        return prepared if self.dtype is None else [_cast(tensor, self.dtype) for tensor in prepared]
+
+    def _generators(self) -> list[torch.Generator]:
+        """One generator for the dropout masks of each of the two clients."""
+        return [torch.Generator(self.host.device).manual_seed(seed) for seed in self.seeds]
+
+    def _compare(self, draws_other: bool) -> bool:
+        """Hold both clients at once against each alone, with the same masks and the same other random numbers.
+
+        In float64, where rounding is many orders of magnitude below the tolerance: what differs there is another
+        computation. A few samples are enough, unless the step takes full batches only. A step that cannot be run in
+        float64 is compared in float32, beside its own rounding noise.
+
+        Returns:
+            False if that is not possible, because a batched call cannot give clients the same random numbers.
+
+        Raises:
+            NoFunctionError: If a value differs, or the step cannot be run in either precision.
+        """
+        for precision, dtype, size in (
+            (DoublePrecision(), torch.float64, min(FEW, self.batch_size)),
+            (DoublePrecision(), torch.float64, self.batch_size),
+            (Precision(), torch.float32, self.batch_size),
+        ):
+            self.kept.restore()
+            try:
+                with self._computing_in(precision, dtype, size):
+                    alone = [self._alone_with_masks(row) for row in (0, 1)]
+                    noise = [self._noise(row, alone[row]) if dtype == torch.float32 else {} for row in (0, 1)]
+                    self.kept.restore()
+                    seed_randomness(self.seeds[0], self.host.device)
+                    together = self._together(ClientDropout(), same_draws=True)
+            except Exception as error:
+                # Whatever the user's code raises in a precision that is not its own is no reason to refuse it yet.
+                failure = error
+                continue
+            for row in (0, 1):
+                self._check_equal(together[row], alone[row], noise[row])
+            return True
+        if draws_other and "same randomness" in str(failure):
+            return False
+        raise NoFunctionError(f"cannot be compared in float64 or float32: it {explained(failure)}") from failure
+
+    @contextmanager
+    def _computing_in(self, precision: Precision, dtype: torch.dtype, size: int) -> Iterator[None]:
+        """Run the module in another precision for a while, on the first samples of each client's batch."""
+        strategy = self.host.strategy
+        own = strategy.precision_plugin
+        given = self.vectors, self.starts, self.states, self.batch, self.batch_size
+        tensors = [*self.host.module.parameters(), *self.host.module.buffers()]
+        before = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point()]
+        strategy.precision_plugin = precision
+        self.dtype = dtype
+        self.vectors = [vector.to(dtype) for vector in self.vectors]
+        self.starts = {name: _cast(value, dtype) for name, value in self.starts.items()}
+        self.states = [{name: _cast(value, dtype) for name, value in state.items()} for state in self.states]
+        self.batch = [tensor[:, :size] for tensor in self.batch]
+        self.batch_size = size
+        try:
+            for tensor, data in before:
+                tensor.data = data.to(dtype)
+            yield
+        finally:
+            strategy.precision_plugin = own
+            self.dtype = None
+            self.vectors, self.starts, self.states, self.batch, self.batch_size = given
+            for tensor, data in before:
+                tensor.data = data
+
+    def _alone_with_masks(self, row: int) -> Values:
+        """One client alone, with the dropout masks and other random numbers that it is given beside the other one."""
+        seed_randomness(self.seeds[0], self.host.device)
+        dropout = ClientDropout()
+        dropout.generators = self._generators()[row : row + 1]
+        return self._alone(row, dropout)
+
+    def _noise(self, row: int, values: Values) -> dict[str, float]:
+        """How far each value moves when every parameter is rounded another way."""
+        unit = 2.0**-24 if self.host.device.type == "cpu" else 2.0**-11  # where convolutions may be computed in TF32
+        given = self.vectors[row]
+        moved = dict.fromkeys(values, 0.0)
+        for draw in range(4):
+            generator = stream(self.seeds[row], "rounding", draw)
+            signs = torch.randint(2, given.shape, generator=generator).mul_(2).sub_(1).to(given)
+            self.vectors[row] = given * (1 + unit * signs)
+            for name, value in self._alone_with_masks(row).items():
+                before = values[name]
+                if value is not None and before is not None and value.shape == before.shape:
+                    distance = (value.double() - before.double()).nan_to_num().abs()
+                    moved[name] = max(moved[name], float(distance.max()) if distance.numel() else 0.0)
+        self.vectors[row] = given
+        return moved
+
+    def _check_equal(self, together: Values, alone: Values, noise: Mapping[str, float]) -> None:
+        """Refuse a step that gives one of two clients something else than alone.
+
+        Raises:
+            NoFunctionError: Naming the first value that differs.
+        """
+        gradients = [name for name in alone if name.startswith("the gradient")]
+        largest = max(_largest(alone[name]) for name in gradients)
+        for name in {**together, **alone}:
+            floor = NEGLIGIBLE * largest if name in gradients else NOTHING
+            allowed = TOLERANCE * _largest(alone.get(name)) + floor
+            rounding = NOISE_MARGIN * noise.get(name, 0.0)
+            if rounding > MOST_NOISE * max(_largest(alone.get(name)), largest if name in gradients else 0.0) + floor:
+                raise NoFunctionError(
+                    f"cannot be run in float64, and in float32 the rounding noise of {name} is too large to compare"
+                    f" two clients at once with each alone{self._step_line()}"
+                )
+            if not _agree(together.get(name), alone.get(name), allowed + rounding):
+                raise NoFunctionError(
+                    f"gives another value of {name} for two clients at once than alone{self._step_line()}"
+                )
+
+    def _step_line(self) -> str:
+        """Where ``training_step`` is written, in brackets."""
         step = self.host.module.training_step
-        where = f" ({inspect.getsourcefile(step)}:{step.__code__.co_firstlineno})" if hasattr(step, "__code__") else ""
-        for one, other in zip(together, alone, strict=True):
-            # A gradient that is zero but for rounding, as of a bias before a normalisation, is small beside the others.
-            sizes = [float(v.abs().max()) for n, v in other.items() if v is not None and n.startswith("the gradient")]
-            for name in {**one, **other}:
-                if not _close(
-                    one.get(name), other.get(name), mixed, max(sizes) if name.startswith("the gradient") else 0.0
-                ):
-                    raise NoFunctionError(f"gives another value of {name} for two clients at once than alone{where}")
+        if not hasattr(step, "__code__"):
+            return ""
+        return f" ({inspect.getsourcefile(step)}:{step.__code__.co_firstlineno})"
 
     def _line_that(self, changed: Callable[[], bool]) -> str:
         """The line of the user's code after which something has changed, found by running the step again."""
         self.kept.restore()
-        found: list[str] = []
-        last: list[str] = []
-
-        def line(frame: Any, event: str, _: Any) -> Any:
-            if not found:
-                if last and changed():
-                    found.append(last[-1])
-                if event == "return":  # the rest of the line that called, which may be another's
-                    frame = frame.f_back
-                    while frame is not None and not _is_users(frame.f_code.co_filename):
-                        frame = frame.f_back
-                if frame is not None:
-                    last[:] = [f"{frame.f_code.co_filename}:{frame.f_lineno}"]
-            return line
-
-        def trace(frame: Any, event: str, _: Any) -> Any:
-            return line if _is_users(frame.f_code.co_filename) else None
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            self._alone(0)
-        finally:
-            sys.settrace(before)
-        return f" ({found[0]})" if found else ""
+        finder = _LineFinder(changed)
+        self._alone(0, finder)
+        return f" ({finder.found})" if finder.found else ""
 
     def _bytes(self, states: int) -> int:
         layout = self.layout
@@ -443,17 +591,101 @@ def _refill(container: Any, content: Any) -> Callable[[], None]:
     return undo
 
 
-def _close(a: Tensor | None, b: Tensor | None, mixed: bool, least: float) -> bool:
-    """Whether two values differ by rounding at most."""
+class _LineFinder:
+    """Finds the line of the user's code after which something has changed, entered around a call.
+
+    Only frames under that call are looked at: whatever else this thread runs, such as a tracer's or a debugger's own
+    functions, is not the user's step. Other threads have trace functions of their own.
+
+    Args:
+        changed: Whether it has.
+
+    Attributes:
+        found: File and line; ``None`` if there was none.
+    """
+
+    def __init__(self, changed: Callable[[], bool]) -> None:
+        self.changed = changed
+        self.found: str | None = None
+        self._last: str | None = None
+        self._caller: FrameType | None = None
+        self._before: Any = None
+
+    def __enter__(self) -> None:
+        self._caller = sys._getframe(1)
+        self._before = sys.gettrace()
+        sys.settrace(self._enter_frame)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+        self._caller = None
+
+    def _enter_frame(self, frame: FrameType, event: str, _: Any) -> Any:
+        return self._see if _is_users(frame.f_code.co_filename) else None
+
+    def _see(self, frame: FrameType, event: str, _: Any) -> Any:
+        if self.found is None:
+            if self._last is not None and self.changed():
+                self.found = self._last
+            # After a return, the rest of the line that called comes next, which may be in another function's caller.
+            current = self._users_caller(frame) if event == "return" else frame
+            if current is not None:
+                self._last = f"{current.f_code.co_filename}:{current.f_lineno}"
+        return self._see
+
+    def _users_caller(self, frame: FrameType) -> FrameType | None:
+        """The frame of the user's that called this one, if it is under the call that is watched."""
+        caller = frame.f_back
+        while caller is not None and caller is not self._caller:
+            if _is_users(caller.f_code.co_filename):
+                return caller
+            caller = caller.f_back
+        return None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from running by itself, and what waits for it from being run by the user's step.
+
+    Its callbacks and the finalizers of garbage that is there already would look like the step's own doing.
+    """
+    was_enabled = gc.isenabled()
+    callbacks = list(gc.callbacks)
+    freezes = gc.get_freeze_count() == 0  # else somebody else keeps objects there
+    gc.disable()
+    gc.callbacks.clear()
+    if freezes:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if freezes:
+            gc.unfreeze()
+        gc.callbacks[:0] = callbacks
+        if was_enabled:
+            gc.enable()
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating-point tensor in another dtype; any other as it is."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _largest(value: Tensor | None) -> float:
+    """The largest finite element's size; 0 where there is none."""
+    if value is None or not value.numel():
+        return 0.0
+    return float(value.double().nan_to_num(0.0, 0.0, 0.0).abs().max())
+
+
+def _agree(a: Tensor | None, b: Tensor | None, allowed: float) -> bool:
+    """Whether no element of two values differs by more than is allowed."""
     if a is None or b is None:
         # A batched call may give zeros for what a client alone does not use.
         return all(t is None or not t.any() for t in (a, b))
     if a.shape != b.shape or not a.is_floating_point():
         return torch.equal(a, b)
-    loose = 0.1 if mixed or torch.finfo(a.dtype).bits < 32 else 1e-4 if a.dtype == torch.float32 else 1e-9
-    a, b = a.double().cpu(), b.double().cpu()
-    scale = b[torch.isfinite(b)].abs().max().item() if torch.isfinite(b).any() else 1.0
-    return torch.allclose(a, b, rtol=loose, atol=loose * max(scale, least), equal_nan=True)
+    return torch.allclose(a.double().cpu(), b.double().cpu(), rtol=0.0, atol=allowed, equal_nan=True)
 
 
 def _looks_at_index(step: Callable[..., Any]) -> bool:
