@@ -14,10 +14,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning.fabric.accelerators as fabric
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, ModelSummary
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -202,6 +203,42 @@ def accelerator(door: int) -> None:
     assert Noted.devices == [torch.device("cpu")]
     assert type(trainer.accelerator) is Noted
     assert module.steps_by_round == [CLIENTS * BATCHES] * 3
+
+
+@pytest.fixture
+def a_mac(monkeypatch):
+    """A machine of which Lightning believes that it has Apple's GPU."""
+    for accelerator in (MPSAccelerator, fabric.MPSAccelerator):
+        monkeypatch.setattr(accelerator, "is_available", staticmethod(lambda: True))
+
+
+@pytest.mark.usefixtures("a_mac")
+@pytest.mark.parametrize("asked", ["mps", "gpu", MPSAccelerator()], ids=["mps", "gpu", "object"])
+@pytest.mark.parametrize("door", [1, 2])
+def test_apples_gpu_is_refused(door, asked):
+    refuses(door, r"accelerator=mps.*float64.*Set `accelerator=\"cpu\"`", accelerator=asked, devices=1)
+
+
+def test_apples_gpu_is_refused_by_name_on_any_machine():
+    refuses(1, r"accelerator=mps.*float64", accelerator="mps")
+
+
+@pytest.mark.usefixtures("a_mac")
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
+@pytest.mark.parametrize("arguments", [{"accelerator": "auto"}, {}])
+def test_where_it_may_choose_a_federation_leaves_apples_gpu_alone(arguments, caplog):
+    quiet = {name: value for name, value in QUIET.items() if name != "accelerator"}
+    trainer = FederatedTrainer(rounds=1, callbacks=[FedAvgCallback()], **FEDERATION, **quiet, **arguments)
+    assert isinstance(trainer.accelerator, CPUAccelerator)
+    assert caplog.text.count('A federation computes on the CPU here (`accelerator="cpu"`)') == 1
+    module = Watched()
+    trainer.fit(module, train_loader())
+    assert module.steps_by_round == [CLIENTS * BATCHES]
+
+
+@pytest.mark.usefixtures("a_mac")
+def test_a_stock_trainer_that_chose_apples_gpu_is_refused():
+    refuses(2, r"accelerator=mps.*Set `accelerator=\"cpu\"`", accelerator="auto")
 
 
 @row

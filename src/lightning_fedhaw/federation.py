@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
@@ -27,7 +28,7 @@ from lightning_fedhaw.data.federation import ClientData
 from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.layout import ParameterLayout
-from lightning_fedhaw.memory import empty
+from lightning_fedhaw.memory import HOST, empty, is_out_of_memory
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks, deal
@@ -307,13 +308,29 @@ class Federation:
         self.in_round = True
         try:
             return self._play(round_)
-        except BaseException:
+        except BaseException as error:
+            if is_out_of_memory(error) and hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(self._memory_advice())
             self._restore_memories(before)
             self.rule.state = state
             self.server.put_back(*model)
             raise
         finally:
             self.in_round = False
+
+    def _memory_advice(self) -> str:
+        """What a user can do where memory has run out, as far as it is not done yet."""
+        rule, options = self.rule.innermost, self.options
+        advice = ["give the clients a smaller `batch_size`"]
+        if self.host.device != HOST:
+            if self.data.device == self.host.device:
+                advice.append('keep the training data in host memory by `data_device="cpu"`')
+            keeps_rows = (self.rule.raw_weight is None or options.storage == "device") and not self.sums
+            if keeps_rows and options.storage != "host":
+                advice.append('keep the clients\' vectors in host memory by `storage="host"`')
+            if getattr(rule, "memory", None) == "device":
+                advice.append(f'keep those of the last round there by `{type(rule).__name__}(memory="host")`')
+        return f"Memory has run out. To need less: {'; '.join(advice)}."
 
     def _memories(self) -> tuple[Any, ...]:
         """What clients and channels remember; entries are replaced and never changed, so shallow copies do."""
@@ -478,7 +495,7 @@ class Federation:
                 for channel in self.uplink:
                     channel.remember(update.client, self.server.parameters(), update.displacement, update.num_steps)
                 if self.options.buffers == "local":
-                    self.local_buffers[update.client] = dict(update.buffers)
+                    self.local_buffers[update.client] = {name: b.to(HOST) for name, b in update.buffers.items()}
                 records.append(self._record(update, store, heard=True))
         for client in clients:
             filled = lost[client].fill(client, self.server.parameters()) if client in lost else None
@@ -487,7 +504,11 @@ class Federation:
                 batches = self.engine.num_batches(client)
                 update = ClientUpdate(client, examples, filled.num_steps, 0, filled.displacement, num_batches=batches)
                 records.append(self._record(update, store, heard=False))
-        return _Share(records, excluded, self.engine.aftermath())
+        aftermath = self.engine.aftermath()
+        if self.ranks.size > 1:
+            # Nobody wants tensors on another process's device.
+            aftermath = move_data_to_device(aftermath, HOST)
+        return _Share(records, excluded, aftermath)
 
     def _record(self, update: ClientUpdate, store: _Store, *, heard: bool) -> _Record:
         """Keep an update's vector here, and note the rest for everybody."""
@@ -792,7 +813,7 @@ class Federation:
             return
         stateful = [*self.uplink, *self.engine.objectives]
         everybody = self.ranks.gather_to_first(
-            (self.engine.kept, self.local_buffers, [each.state_dict() for each in stateful])
+            (self.engine.kept, self.local_buffers, [move_data_to_device(e.state_dict(), HOST) for e in stateful])
         )
         if not everybody:
             return
@@ -810,6 +831,18 @@ class Federation:
         clients = {client for memory in memories for client in memory}
         merged = {client: memories[self._homes.get(client, 0)].get(client) for client in clients}
         return {client: merged[client] for client in sorted(clients) if merged[client] is not None}
+
+    def close(self) -> None:
+        """End a run: leave nothing on the model's device.
+
+        What was learned, and what a further ``fit`` or a checkpoint asks for, goes to host memory as it is.
+        """
+        self.data.release()
+        self.engine.close()
+        self.server.move(HOST)
+        self.rule.move_state(HOST)
+        for objective in self.engine.objectives:
+            objective.mean = move_data_to_device(objective.mean, HOST)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is not in the module, the rule or another callback; plain values and tensors."""

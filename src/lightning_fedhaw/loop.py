@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -217,6 +218,24 @@ class RoundLoop(_FitLoop):
 
     # ------------------------------------------------------------------ a run
 
+    def run(self) -> None:
+        """Play the rounds, and leave nothing on the device, however they end."""
+        try:
+            super().run()
+        except BaseException:
+            # A device that has failed may give nothing back, and the first error is the one to tell.
+            with suppress(RuntimeError):
+                self._close()
+            raise
+        self._close()
+
+    def _close(self) -> None:
+        if self._clients is not None:
+            self._clients[0].release()
+        if self.federation is not None:
+            self.federation.close()
+        release()
+
     def on_run_start(self) -> None:
         """Found the federation, or go on with the checkpoint's."""
         self._found()
@@ -277,7 +296,8 @@ class RoundLoop(_FitLoop):
         elif previous is not None:
             # A second `fit` goes on, from the weights that are in the module.
             state = previous.state_dict()
-            if not torch.equal(layout.rounded(previous.server.parameters()), server.parameters()):
+            before = layout.rounded(previous.server.parameters())
+            if not torch.equal(before.to(server.parameters().device), server.parameters()):
                 state.pop("parameters", None)
             self.federation.load_state_dict(state)
         else:
@@ -357,7 +377,6 @@ class RoundLoop(_FitLoop):
     def on_run_end(self) -> None:
         """Close the run with one table."""
         super().on_run_end()
-        release()
         self._summarise()
 
     def _summarise(self) -> None:

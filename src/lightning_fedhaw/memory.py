@@ -1,4 +1,4 @@
-"""Large blocks of host memory, used again instead of being given back to the kernel.
+"""Memory: large blocks of the host's, used again instead of being given back to the kernel; and none left.
 
 Blocks above 32 MB are mapped anew by malloc every time, and the first touch of a fresh one takes several times as long
 as the arithmetic on it. A block that comes from here is used again once no tensor shares it any more; as much is held
@@ -13,8 +13,26 @@ import weakref
 import torch
 from torch import Tensor
 
+HOST = torch.device("cpu")
+"""Where tensors are kept that no computation on the model's device needs at the moment."""
+
 LARGE = 1 << 25
 """Bytes from which a block is kept."""
+
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    # Libraries that ask for memory of their own behind PyTorch's allocator: cuBLAS, cuDNN, cuSOLVER, cuSPARSE, cuFFT.
+    "_STATUS_ALLOC_FAILED",
+    "_ALLOCATION_FAILED",
+    "CUFFT_ALLOC_FAILED",
+    # What PyTorch's allocator says where it cannot even ask how much is free.
+    "NVML_SUCCESS == ",
+    # What cuBLAS says where its handle finds no room. An index out of bounds can look like this too; then whatever is
+    # tried next fails with that error's own words.
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+)
 
 _spare: list[Tensor] = []
 _keeping = False
@@ -44,6 +62,13 @@ def release() -> None:
     global _keeping
     _keeping = False
     _spare.clear()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, on the host or on a device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _keep(block: Tensor) -> None:

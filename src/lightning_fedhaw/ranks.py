@@ -102,13 +102,17 @@ class Ranks:
         except BaseException as error:
             failure = error
         try:
-            outcomes = self.gather((result, None if failure is None else f"{type(failure).__name__}: {failure}"))
-        except RuntimeError:
+            try:
+                outcomes = self.gather((result, None if failure is None else f"{type(failure).__name__}: {failure}"))
+            except RuntimeError:
+                if failure is not None:
+                    raise failure from None
+                raise
             if failure is not None:
-                raise failure from None
-            raise
-        if failure is not None:
-            raise failure
+                raise failure
+        finally:
+            # An error that its own frames know keeps all that they hold, until a garbage collection.
+            failure = None
         for rank, (_, message) in enumerate(outcomes):
             if message is not None:
                 raise RuntimeError(f"Process {rank} of {self.size} failed, so this one stopped too: {message}")

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import callbacks as stock
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
 _CALLBACKS: dict[str, str] = {
     "StochasticWeightAveraging": "it replaces learning-rate schedules and batch-norm statistics in the middle of a fit."
@@ -48,6 +50,38 @@ def check_strategy(strategy: Any) -> None:
         raise ValueError(f"`Trainer(strategy={name})` has no meaning in a federation: {_SPREADS_ONE_MODEL}.")
 
 
+def check_accelerator(accelerator: Any) -> None:
+    """Refuse Apple's GPUs.
+
+    Args:
+        accelerator: What a trainer was given, or has.
+
+    Raises:
+        ValueError: Naming the argument, why, and the remedy.
+    """
+    if accelerator == "mps" or isinstance(accelerator, MPSAccelerator):
+        raise ValueError(
+            "`Trainer(accelerator=mps)` cannot play a federation: Apple's GPUs have no float64, in which sums over"
+            ' clients are kept, and no random states that could be restored. Set `accelerator="cpu"`.'
+        )
+
+
+def default_accelerator(accelerator: Any, strategy: Any) -> Any:
+    """The accelerator for a trainer that leaves it open: the CPU where Lightning would take Apple's GPU.
+
+    Args:
+        accelerator: What the trainer was given.
+        strategy: Its strategy; one that was made already may have an accelerator of its own.
+    """
+    if accelerator == "auto" and isinstance(strategy, str) and MPSAccelerator.is_available():
+        rank_zero_info(
+            'A federation computes on the CPU here (`accelerator="cpu"`): Apple\'s GPU has no float64, in which sums'
+            " over clients are kept."
+        )
+        return "cpu"
+    return accelerator
+
+
 _SPREADS_ONE_MODEL = (
     "it spreads one model over the devices, and a federation spreads the clients, each with a whole model. Set"
     ' `strategy="federated"`'
@@ -68,6 +102,7 @@ def check_trainer(trainer: Any, *, sync_batchnorm: bool = False) -> None:
     def refuse(argument: str, why: str) -> None:
         raise ValueError(f"`Trainer({argument})` has no meaning in a federation: {why}.")
 
+    check_accelerator(trainer.accelerator)
     strategy = type(trainer.strategy)
     if not issubclass(strategy, (SingleDeviceStrategy, DDPStrategy)):
         refuse(f"strategy={strategy.__name__}", _SPREADS_ONE_MODEL)

@@ -87,6 +87,11 @@ class Server:
         self._vector, self.buffers = parameters, buffers
         self.write(parameters, buffers)
 
+    def move(self, device: torch.device) -> None:
+        """Keep parameters and buffers on another device, the module where it is."""
+        self._vector = self._vector.to(device)
+        self.buffers = {name: buffer.to(device) for name, buffer in self.buffers.items()}
+
     @torch.no_grad()
     def write(self, parameters: Tensor, buffers: Mapping[str, Tensor]) -> None:
         """Put parameters ``[P]`` and buffers into the module without making them the server's."""

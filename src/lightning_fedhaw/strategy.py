@@ -87,7 +87,9 @@ class _Launcher(_MultiProcessingLauncher):
 
     def update_main_process_results(self, trainer: Any, extra: dict[str, Any]) -> None:
         trainer.federation_summary = extra.pop("federation_summary")
-        states = torch.load(io.BytesIO(extra.pop("callback_states")), weights_only=False)
+        # Any callback's state, written by the process that this one started. Into host memory: with a CUDA context of
+        # its own, a notebook could not fork again.
+        states = torch.load(io.BytesIO(extra.pop("callback_states")), map_location="cpu", weights_only=False)
         for callback in trainer.callbacks:
             if states.get(callback.state_key):
                 callback.load_state_dict(states[callback.state_key])

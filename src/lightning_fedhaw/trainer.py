@@ -20,7 +20,13 @@ from lightning_fedhaw.loop import RoundLoop, find_rule
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions, check_names, check_whole
 from lightning_fedhaw.progress import replace_default_bar
-from lightning_fedhaw.refusals import check_callbacks, check_strategy, check_trainer
+from lightning_fedhaw.refusals import (
+    check_accelerator,
+    check_callbacks,
+    check_strategy,
+    check_trainer,
+    default_accelerator,
+)
 from lightning_fedhaw.strategy import check_world_size, default_strategy
 
 
@@ -154,6 +160,8 @@ class FederatedTrainer(pl.Trainer):
         max_epochs = _rounds(rounds, kwargs)
         kwargs.pop("max_epochs", None)
         check_strategy(kwargs.get("strategy", "auto"))
+        check_accelerator(kwargs.get("accelerator"))
+        kwargs["accelerator"] = default_accelerator(kwargs.get("accelerator", "auto"), kwargs.get("strategy", "auto"))
         if kwargs.get("strategy", "auto") == "auto":
             kwargs["strategy"] = default_strategy(
                 kwargs.get("accelerator", "auto"), kwargs.get("devices", "auto"), kwargs.get("num_nodes", 1)

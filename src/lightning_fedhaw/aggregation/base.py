@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback
 from torch import Tensor
 
@@ -217,6 +218,10 @@ class AggregationRule(Callback):
             from lightning_fedhaw.loop import attach
 
             attach(trainer, self.options)
+
+    def move_state(self, device: torch.device) -> None:
+        """Keep the state on another device, in its own dtypes."""
+        self.state = move_data_to_device(self.state, device)
 
     def state_dict(self) -> dict[str, Any]:
         """The state, for a checkpoint: tensors and plain values, with client vectors taken apart."""

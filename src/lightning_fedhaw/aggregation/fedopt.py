@@ -193,6 +193,12 @@ class FedOptCallback(AggregationRule):
         inner = "" if self.rule is None else self._informed(self.rule).advice()
         return f"{inner} The server's learning rate is {self.lr}: a lower `lr` makes smaller steps."
 
+    def move_state(self, device: torch.device) -> None:
+        """Keep the state on another device; the inner rule knows no other."""
+        super().move_state(device)
+        if self.rule is not None:
+            self._informed(self.rule)
+
     def _informed(self, rule: AggregationRule) -> AggregationRule:
         rule.state = self.state.get("rule", {})
         return rule

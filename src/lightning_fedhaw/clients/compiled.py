@@ -132,13 +132,16 @@ class _Graph:
 
 def _flattened(call: Arguments) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Arguments]]:
     parameters, buffers, data, index, starts, states = call
+    # Counts and names alone: what is built lives as long as the graph, and the tensors must not.
+    counts = (len(parameters), len(buffers), len(data))
+    has_starts = starts is not None
     names, keys = list(starts or ()), [list(state) for state in states]
     flat = [*parameters, *buffers, *data, *(starts or {}).values(), *(v for state in states for v in state.values())]
 
     def build(tensors: Sequence[Tensor]) -> Arguments:
         each = iter(tensors)
-        lists = [[next(each) for _ in own] for own in (parameters, buffers, data)]
-        own_starts = None if starts is None else {name: next(each) for name in names}
+        lists = [[next(each) for _ in range(count)] for count in counts]
+        own_starts = {name: next(each) for name in names} if has_starts else None
         return lists[0], lists[1], lists[2], index, own_starts, [{k: next(each) for k in own} for own in keys]
 
     return flat, build

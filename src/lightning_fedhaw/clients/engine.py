@@ -17,6 +17,7 @@ from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.data.federation import ClientData
 from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.memory import is_out_of_memory
 from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named
 from lightning_fedhaw.options import OptimizerState
 
@@ -128,6 +129,10 @@ class Engine(ABC):
     def settle(self, aftermaths: Sequence[Any]) -> None:  # noqa: B027 (most engines leave nothing)
         """Go on from where all processes' runs ended."""
 
+    def close(self) -> None:
+        """Let go of what only a round needs."""
+        self.pace = None
+
     def begin_objectives(self, visit: Visit) -> list[ClientState]:
         """What a client works with in a round, for each objective."""
         start = self.layout.views(visit.start) if self.objectives else {}
@@ -167,19 +172,36 @@ def states_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     }
 
 
+def device_of_state(name: str, device: torch.device, group: Mapping[str, Any]) -> torch.device:
+    """Where an optimiser wants a state, as ``torch.optim.Optimizer.load_state_dict`` places it.
+
+    Args:
+        name: The state's name.
+        device: The device of its parameter.
+        group: The options of the parameter's group.
+    """
+    # Plain optimisers read `step` on the host in every step; fused and capturable kernels read it where they run.
+    if name == "step" and not (group.get("fused") or group.get("capturable")):
+        return torch.device("cpu")
+    return device
+
+
 def give_states(optimizer: torch.optim.Optimizer, states: Mapping[int, Mapping[str, Any]]) -> None:
     """Put copies of such states in place of an optimiser's own."""
     optimizer.state = defaultdict(dict)
     if not states:
         return
-    for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        if index in states:
-            optimizer.state[parameter] = {
-                name: value.to("cpu" if name == "step" else parameter.device, copy=True)
-                if isinstance(value, Tensor)
-                else copy.deepcopy(value)
-                for name, value in states[index].items()
-            }
+    index = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if index in states:
+                optimizer.state[parameter] = {
+                    name: value.to(device_of_state(name, parameter.device, group), copy=True)
+                    if isinstance(value, Tensor)
+                    else copy.deepcopy(value)
+                    for name, value in states[index].items()
+                }
+            index += 1
 
 
 Settings = list[list[dict[str, Any]]]
@@ -200,13 +222,20 @@ def give_settings(optimizers: Sequence[torch.optim.Optimizer], settings: Setting
     """Put such numbers back."""
     for optimizer, groups in zip(optimizers, settings, strict=True):
         for group, values in zip(optimizer.param_groups, groups, strict=True):
-            # Copies, so that a rate changed in place does not change what it is restored to.
-            group.update({n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()})
+            for name, value in values.items():
+                now = group.get(name)
+                if isinstance(value, Tensor):
+                    # A copy, so that a rate changed in place does not change what it is restored to; and where the
+                    # rate is, because what another process sent is in host memory.
+                    device = now.device if isinstance(now, Tensor) else value.device
+                    group[name] = value.to(device, copy=True)
+                else:
+                    group[name] = value
 
 
 def add_note(error: BaseException, where: str, batch_size: int, remedy: str = "") -> None:
     """Say in an error where in local training it was raised, and what may help."""
-    if batch_size == 1:
+    if batch_size == 1 and not is_out_of_memory(error):
         # BatchNorm is the usual reason.
         remedy = " Leave such batches out by the loader's `drop_last=True`, or choose another `batch_size`."
     if hasattr(error, "add_note"):  # Python 3.11

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fedhaw.clients.engine import device_of_state
 from lightning_fedhaw.clients.steps import is_plain_sgd
 from lightning_fedhaw.streams import stream
 
@@ -28,12 +29,13 @@ class StackedOptimizer:
 
     States of a parameter's shape are stacked. Numbers, such as Adam's ``step``, are the same for rows that began with
     equal ones and have made equally many steps: each run of such rows is one step of the user's optimiser class.
+    Which rows agree is known from where they began and what they did, so no step waits for numbers from a device.
 
     Args:
         optimizer: The user's optimiser; it is left alone.
         stacks: ``[rows, *shape]`` for each parameter of its groups, in their order; ``None`` for one that is frozen.
         row_states: Names of the states that have the parameter's shape, as :func:`row_states` finds them.
-        states: What each row's client starts from.
+        states: What each row's client starts from, in host memory.
     """
 
     def __init__(
@@ -46,7 +48,12 @@ class StackedOptimizer:
         self.optimizer, self.stacks, self.row_states = optimizer, stacks, row_states
         self.is_plain = is_plain_sgd(optimizer, [p for p in _parameters(optimizer) if p.requires_grad])
         self._is_fused = any(group.get("fused") for group in optimizer.param_groups)
-        self._rates = [float(group["lr"]) for group in optimizer.param_groups for _ in group["params"]]
+        self._groups = [group for group in optimizer.param_groups for _ in group["params"]]
+        self._rates: list[float] = []
+        if self.is_plain:
+            for group in optimizer.param_groups:
+                # A rate may be a tensor on a device: it is read once for the group.
+                self._rates += [float(group["lr"])] * len(group["params"])
         self._states: list[dict[str, Tensor]] = [{} for _ in stacks]
         self._templates: list[_Template] = []
         self._known: dict[Any, int] = {}
@@ -78,7 +85,7 @@ class StackedOptimizer:
         """A row's states, copied into host memory, as the sequential engine keeps them."""
         return {
             index: {
-                name: self._states[index][name][row].clone().cpu() if value is _ROW else _copied(value)
+                name: _in_host_memory(self._states[index][name][row] if value is _ROW else value)
                 for name, value in states.items()
             }
             for index, states in enumerate(self._templates[self.kinds[row]])
@@ -95,26 +102,31 @@ class StackedOptimizer:
         kind = self.kinds[begin]
         template = self._templates[kind]
         given: list[Tensor] = []
+        before: list[dict[str, Any]] = []
         state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
         for index, (stack, gradient) in enumerate(zip(self.stacks, gradients, strict=True)):
             parameter = torch.empty(0) if stack is None else stack[begin:end]
             # Fused kernels go through a gradient's memory as if it lay like its parameter.
             parameter.grad = gradient.contiguous() if self._is_fused and gradient is not None else gradient
             given.append(parameter)
-            if template[index]:
-                state[parameter] = {
+            before.append(
+                {
                     name: self._states[index][name][begin:end] if value is _ROW else _copied(value)
                     for name, value in template[index].items()
                 }
+            )
+            if template[index]:
+                state[parameter] = dict(before[index])
         twin(self.optimizer, given, state).step()
-        for index, parameter in enumerate(given):
-            for name, value in state[parameter].items() if parameter in state else ():
-                if self._is_row(name, value):
+        after = [dict(state[p]) if p in state else {} for p in given]
+        for index, own in enumerate(after):
+            for name, value in own.items():
+                # One that was changed in place is a part of the stack.
+                if self._is_row(name, value) and value is not before[index].get(name):
                     self._put(index, name, slice(begin, end), value)
         used = tuple(gradient is not None for gradient in gradients)
         if (kind, used) not in self._next:
-            after = [dict(state[p]) if p in state else {} for p in given]
-            self._next[kind, used] = self._know(after)
+            self._next[kind, used] = self._add(self._template(after))
         self.kinds[begin:end] = [self._next[kind, used]] * (end - begin)
 
     def _is_row(self, name: str, value: Any) -> bool:
@@ -127,20 +139,26 @@ class StackedOptimizer:
         if own is None:
             shape = (len(stack), *value.shape[1:])
             own = self._states[index][name] = torch.empty(shape, dtype=value.dtype, device=stack.device)
-        if own[rows].data_ptr() != value.data_ptr():
-            own[rows].copy_(value)
+        own[rows].copy_(value)
 
-    def _know(self, states: Sequence[Mapping[str, Any]]) -> int:
-        """The number of a template; equal ones have one number."""
-        template = [
+    def _template(self, states: Sequence[Mapping[str, Any]]) -> _Template:
+        return [
             {name: _ROW if self._is_row(name, value) else _copied(value) for name, value in own.items()}
             for own in states
         ]
-        key = tuple(tuple((n, v.item() if isinstance(v, Tensor) else v) for n, v in own.items()) for own in template)
-        if key not in self._known:
-            self._known[key] = len(self._templates)
-            self._templates.append(template)
-        return self._known[key]
+
+    def _add(self, template: _Template) -> int:
+        """A number for a template."""
+        self._templates.append(template)
+        return len(self._templates) - 1
+
+    def _placed(self, template: _Template) -> _Template:
+        """A template of states in host memory, with its numbers where the optimiser wants them."""
+        for own, stack, group in zip(template, self.stacks, self._groups, strict=True):
+            for name, value in own.items():
+                if isinstance(value, Tensor) and stack is not None:
+                    own[name] = value.to(device_of_state(name, stack.device, group))
+        return template
 
     def _load(self, row: int, states: OptimizerStates) -> int:
         """Take what a row starts from; the number of its template."""
@@ -152,7 +170,11 @@ class StackedOptimizer:
                     self._put(index, name, slice(row, row + 1), value[None])
         # Clients without memory share one object, and are recognised without a look at it.
         if id(states) not in self._kind_of:
-            self._kind_of[id(states)] = self._know(given)
+            template = self._template(given)
+            key = _key(template)
+            if key not in self._known:
+                self._known[key] = self._add(self._placed(template))
+            self._kind_of[id(states)] = self._known[key]
         return self._kind_of[id(states)]
 
 
@@ -181,11 +203,13 @@ def row_states(optimizer: torch.optim.Optimizer, initial: OptimizerStates) -> fr
         return frozenset()
 
     def run(rows: slice | int) -> tuple[list[Tensor], list[dict[str, Any]]]:
-        given = [s[rows].clone() for _ in optimizer.param_groups for s in start]
+        given: list[Tensor] = []
         state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
-        for parameter in given if initial else ():
-            own = next(iter(initial.values()))
-            state[parameter] = {n: _spread(v, parameter) for n, v in own.items()}
+        for group in optimizer.param_groups:
+            for parameter in (s[rows].clone() for s in start):
+                given.append(parameter)
+                for n, v in next(iter(initial.values())).items() if initial else ():
+                    state[parameter][n] = _spread(v, parameter, device_of_state(n, device, group))
         copy = twin(optimizer, given, state, each=len(shapes))
         before = repr(_options(copy))
         for step in gradients:
@@ -249,10 +273,29 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _spread(value: Any, parameter: Tensor) -> Any:
-    """A state that the constructor made, for another parameter."""
-    if not isinstance(value, Tensor) or not value.ndim:
-        return _copied(value)
+def _in_host_memory(value: Any) -> Any:
+    """A copy, of a tensor in host memory."""
+    return value.to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def _key(template: _Template) -> Any:
+    """What tells templates of states in host memory apart; the numbers of all tensors are read in one go."""
+    tensors = [value for own in template for value in own.values() if isinstance(value, Tensor)]
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        tensors = [tensor.double() for tensor in tensors]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else ())
+    return tuple(
+        tuple((name, next(numbers) if isinstance(value, Tensor) else value) for name, value in own.items())
+        for own in template
+    )
+
+
+def _spread(value: Any, parameter: Tensor, device: torch.device) -> Any:
+    """A state that the constructor made, for another parameter; a number on the device where the optimiser wants it."""
+    if not isinstance(value, Tensor):
+        return value
+    if not value.ndim:
+        return value.to(device, copy=True)
     return torch.full_like(parameter, value.flatten()[0].item())
 
 

@@ -82,6 +82,11 @@ class SequentialEngine(Engine):
             self._aftermath = (*furthest, scales)
             self.settle([self._aftermath])
 
+    def close(self) -> None:
+        """Let go of what only a round needs."""
+        super().close()
+        self._paced = None
+
     def aftermath(self) -> tuple[Settings, list[dict[str, Any]], list[dict[str, Any]]]:
         """Settings of the optimisers, states of the schedules, and the clients' loss scales."""
         return self._aftermath

@@ -26,6 +26,7 @@ from lightning_fedhaw.data.federation import ClientData
 from lightning_fedhaw.data.partition import swap_labels
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.memory import is_out_of_memory
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.streams import seed_of
 
@@ -111,12 +112,14 @@ class VectorizedEngine(Engine):
             return chunk
         except Exception as error:
             give_settings(optimizers, settings)
-            self._check(error, step, visits)
+            # Raised here: an error that its own frames know keeps all that they hold, until a garbage collection.
+            if not self._recovers(error, step, visits):
+                raise
         step.recorder.forget()
         return None
 
-    def _check(self, error: Exception, step: BatchedStep, visits: Sequence[Visit]) -> None:
-        """After a failure: less at a time, or one after another; if neither helps, the error."""
+    def _recovers(self, error: Exception, step: BatchedStep, visits: Sequence[Visit]) -> bool:
+        """After a failure: less at a time, or one after another; false if neither helps."""
         if is_out_of_memory(error) and len(visits) > 1:
             self.chunk = (len(visits) + 1) // 2
             rank_zero_warn(
@@ -137,15 +140,8 @@ class VectorizedEngine(Engine):
                 step.recorder.batch_size,
                 ' `engine="sequential"` trains one after another, and takes any step.',
             )
-            raise error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return False
         return True
-    words = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,9 @@ def cache_features(
                     bar.update(len(images))
                 found[start] = _save(shards, start, torch.cat(features), torch.cat(labels))
     paths = [str(path) for path in found.values() if path is not None]
-    return ConcatDataset([TensorDataset(*torch.load(path, mmap=True, weights_only=True)) for path in paths])
+    return ConcatDataset(
+        [TensorDataset(*torch.load(path, map_location="cpu", mmap=True, weights_only=True)) for path in paths]
+    )
 
 
 def _probe(dataset: Dataset[Any], length: int) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -158,7 +159,6 @@ class ClientData:
         self.partition = partition
         self.settings = settings
         self.seed = seed
-        self._tensors = tensors_of(dataset) if settings.collate_fn is default_collate else None
         self._channels_last = False
         self.train_indices, self.held_out_indices = _split_each(partition.indices, held_out, seed)
         if settings.drop_last:
@@ -168,6 +168,11 @@ class ClientData:
                     f"`drop_last=True` leaves clients {short[:10]} without a batch: they own fewer than"
                     f" `batch_size`={settings.batch_size} samples. Set `drop_last=False` or a smaller `batch_size`."
                 )
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, ...] | None:
+        """The tensors in memory, as they are placed; ``None`` where samples are fetched one by one."""
+        return tensors_of(self.dataset) if self.settings.collate_fn is default_collate else None
 
     @property
     def num_clients(self) -> int:
@@ -224,6 +229,11 @@ class ClientData:
         self._channels_last = channels_last
         if self._tensors is not None:
             self._tensors = tuple(t if device is None else t.to(device) for t in tensors)
+
+    def release(self) -> None:
+        """Let go of copies of the data set's tensors, wherever they are; what is asked for again is made again."""
+        vars(self).pop("_tensors", None)
+        self._channels_last = False
 
     def gather(self, index: Tensor) -> list[Tensor]:
         """The rows of the tensors in memory, ``[*index.shape, ...]`` each."""
