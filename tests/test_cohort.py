@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_fedhaw import ClientVectors
-from lightning_fedhaw.cohort import BLOCK, RUN, AccumulatedVectors, accumulate, dot
+from lightning_fedhaw.cohort import CPU, RUN, AccumulatedVectors, accumulate, dot
 
 
 def vectors(k=3, p=5, seed=0, dtype=torch.float64, start=True):
@@ -52,7 +52,7 @@ def test_a_loss_of_the_mix_gives_the_weights_their_gradient():
 
 
 def test_sums_over_blocks_equal_the_whole():
-    p = 2 * BLOCK + 17
+    p = 2 * CPU.columns + 17
     v = ClientVectors(torch.randn(3, p), torch.randn(p))
     x = torch.randn(p)
     exact = v.gather().double() @ x.double()
@@ -144,12 +144,12 @@ def test_bits_hold_where_vectors_have_many_blocks(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        p = 2 * BLOCK + 3 * RUN + 77
+        p = 2 * CPU.columns + 3 * RUN + 77
         matrix, x = torch.randn(5, p), torch.randn(p)
         weights = torch.rand(5, dtype=torch.float64)
         whole = ClientVectors(matrix)
         mix = whole.weighted_sum(weights)
-        for cut in (BLOCK, BLOCK + 1, 12345):
+        for cut in (CPU.columns, CPU.columns + 1, 12345):
             parts = [ClientVectors(part).weighted_sum(weights) for part in (matrix[:, :cut], matrix[:, cut:])]
             assert torch.equal(mix, torch.cat(parts))
         for rows in ([0], [3, 1], [4, 2, 0, 1]):

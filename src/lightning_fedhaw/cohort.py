@@ -14,20 +14,48 @@ from torch import Tensor
 
 from lightning_fedhaw.memory import empty
 
-BLOCK = 1 << 18
-"""Columns that rows are added to at a time: a block of float32 stays in cache."""
-
-PIECE = 1 << 19
-"""Elements of a ``[K, columns]`` product that exist at a time."""
-
-GROUP = 8
-"""Rows whose products are formed at a time: with more, pieces of a row are too short for the memory to keep up."""
-
 RUN = 1 << 10
-"""Products that are summed in the vectors' own precision; the sums of runs are added in float64."""
+"""Products that are summed in the precision they have; the sums of runs are added in float64."""
+
+LEAST_SUM = 2.0**-90
+"""A float32 sum of products that is smaller may be made of products that were rounded away, up to 2^-149 each."""
 
 STATE_TYPE = "ClientVectors"
 """By what a checkpoint's reader tells vectors from other dictionaries."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The pieces in which a kind of device goes through a cohort's ``[K, P]`` numbers.
+
+    Attributes:
+        columns: Columns of a piece at most.
+        elements: Numbers of a ``[rows, columns]`` piece at most, of which one temporary exists at a time.
+        rows: Rows of a piece at most, where rows are summed.
+        dtype: What products are formed and summed in; ``None``: in the vectors' own precision.
+    """
+
+    columns: int
+    elements: int
+    rows: int
+    dtype: torch.dtype | None
+
+    def width(self, rows: int) -> int:
+        """Columns of a piece of so many rows: whole runs."""
+        return max(RUN, min(self.columns, self.elements // max(rows, 1)) // RUN * RUN)
+
+
+CPU = Pieces(columns=1 << 18, elements=1 << 19, rows=8, dtype=None)
+"""A piece stays in cache. Of more rows, pieces of a row are too short for the memory to keep up."""
+
+ACCELERATOR = Pieces(columns=1 << 25, elements=1 << 25, rows=1 << 15, dtype=torch.float64)
+"""A piece is worth the launch of its kernels and takes 256 MiB at most, little beside a cohort that needs several.
+Products are float64: they wait for the memory anyway, and float32 ones of matrices may be TensorFloat-32's."""
+
+
+def pieces_for(device: torch.device) -> Pieces:
+    """The pieces of a device."""
+    return CPU if device.type == "cpu" else ACCELERATOR
 
 
 @dataclass(frozen=True)
@@ -62,6 +90,9 @@ class ClientVectors:
 
     The vectors are kept as displacements from a common start, because client models are nearly equal and the
     information is in the difference. As a matrix, row k is ``start + matrix[k]``.
+
+    Work is done where the matrix is, in the pieces of that device (:func:`pieces_for`). A verb whose answer is on the
+    CPU moves it there once, at the end.
 
     ``weighted_sum`` and ``inner`` are differentiable, and each is the other's transpose. On the CPU and with an equal
     number of threads, an element of ``weighted_sum`` depends to the last bit on its own column alone, and a number of
@@ -146,11 +177,24 @@ class ClientVectors:
 
     def gram(self) -> Tensor:
         """``[K, K]`` float64 on the CPU: inner products of all pairs of vectors."""
+        return self._gram().cpu()
+
+    def _gram(self) -> Tensor:
+        """The same, where the matrix is."""
+        near = self.to(self.matrix.device)
+        dtype = pieces_for(self.matrix.device).dtype or self._working_dtype
+        total = near._products(dtype)
+        if dtype == torch.float64:
+            return total
+        lost = ~torch.isfinite(total) | (total.abs().amax() < LEAST_SUM)
+        return torch.where(lost, near._products(torch.float64), total) if lost.any() else total
+
+    def _products(self, dtype: torch.dtype) -> Tensor:
         count, length = self.matrix.shape
-        total = torch.zeros(count, count, dtype=torch.float64)
-        for columns, rows in _pieces(count, 0, length, self.matrix, self._working_dtype):
+        total = torch.zeros(count, count, dtype=torch.float64, device=self.matrix.device)
+        for columns, rows in _pieces(count, 0, length, self.matrix, dtype):
             self._rows(slice(None), columns, rows)
-            total += (rows @ rows.T).cpu().double()
+            total += rows @ rows.T
         return total
 
     def norms(self, groups: Mapping[str, Sequence[slice]] | None = None) -> Tensor:
@@ -159,11 +203,13 @@ class ClientVectors:
 
     def distances(self, center: Tensor | None, groups: Mapping[str, Sequence[slice]] | None = None) -> Tensor:
         """Euclidean distances from a point ``[P]`` (``None``: the origin), ``[K]`` or ``[groups, K]``, float64, CPU."""
+        near = self.to(self.matrix.device)
+        middle = None if center is None else center.to(self.matrix.device)
 
         def squares(rows: slice, columns: slice, out: Tensor) -> None:
-            self._rows(rows, columns, out)
-            if center is not None:
-                out -= center[columns].to(out)
+            near._rows(rows, columns, out)
+            if middle is not None:
+                out -= middle[columns].to(out)
             out.square_()
 
         def squared(part: slice) -> Tensor:
@@ -171,8 +217,9 @@ class ClientVectors:
             return _row_sums(squares, len(self), begin, end, self.matrix, self._working_dtype)
 
         if groups is None:
-            return squared(slice(None)).sqrt()
-        return torch.stack([torch.stack([squared(part) for part in parts]).sum(0) for parts in groups.values()]).sqrt()
+            return squared(slice(None)).sqrt().cpu()
+        sums = [torch.stack([squared(part) for part in parts]).sum(0) for parts in groups.values()]
+        return torch.stack(sums).sqrt().cpu()
 
     def gather(self) -> Tensor:
         """All vectors as one new matrix ``[K, P]``: for rules that need order statistics, at the price of a copy."""
@@ -191,11 +238,11 @@ class ClientVectors:
             ``[P]`` on the start's device (the matrix's without a start).
         """
         count, length = self.matrix.shape
-        device = self.matrix.device if self.start is None else self.start.device
-        found = torch.empty(length, dtype=self._working_dtype, device=device)
+        near = self.to(self.matrix.device)
+        found = torch.empty(length, dtype=self._working_dtype, device=self.matrix.device)
         for columns, rows in _pieces(count, 0, length, self.matrix, self._working_dtype):
-            found[columns] = function(self._rows(slice(None), columns, rows)).to(device)
-        return found
+            found[columns] = function(near._rows(slice(None), columns, rows))
+        return found if self.start is None else found.to(self.start.device)
 
     def _rows(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         """A piece of the vectors themselves, written into ``[rows, columns]`` of the working dtype."""
@@ -211,12 +258,15 @@ class ClientVectors:
 
     def _weighted_sum(self, weights: Tensor) -> Tensor:
         matrix, dtype = self.matrix, self._working_dtype
-        if matrix.is_cuda:
-            scaled = weights.to(matrix.device, dtype)
-            mixed = torch.cat([piece.to(dtype).T.mv(scaled) for piece in torch.split(matrix, BLOCK, 1)])
+        pieces = pieces_for(matrix.device)
+        mixed = empty(matrix.shape[1], dtype=dtype, device=matrix.device)
+        if pieces is CPU:
+            accumulate(mixed.zero_(), matrix, weights.tolist())
         else:
-            mixed = empty(matrix.shape[1], dtype=dtype, device=matrix.device).zero_()
-            accumulate(mixed, matrix, weights.tolist())
+            scaled = weights.to(matrix.device, dtype)
+            width = pieces.width(len(matrix))
+            for piece, out in zip(torch.split(matrix, width, 1), torch.split(mixed, width), strict=True):
+                torch.mv(piece.to(dtype).T, scaled, out=out)
         if self.start is None:
             return mixed
         return from_start(self.start, weights, mixed)
@@ -224,19 +274,14 @@ class ClientVectors:
     def _inner(self, vector: Tensor) -> Tensor:
         matrix = self.matrix
         moved = vector.to(matrix.device, torch.promote_types(matrix.dtype, torch.float32))
-        if matrix.is_cuda:
-            pieces = zip(torch.split(matrix, BLOCK, 1), torch.split(moved, BLOCK), strict=True)
-            products = torch.stack([piece.to(moved).mv(part) for piece, part in pieces]).cpu().double().sum(0)
-        else:
-            products = _row_sums(
-                lambda k, c, out: torch.mul(matrix[k, c], moved[c], out=out),
-                len(self),
-                0,
-                len(moved),
-                moved,
-                moved.dtype,
-            )
-        return products if self.start is None else products + dot(vector, self.start)
+
+        def products(rows: slice, columns: slice, out: Tensor) -> None:
+            torch.mul(matrix[rows, columns], moved[columns].to(out), out=out)
+
+        found = _row_sums(products, len(self), 0, len(moved), moved, moved.dtype)
+        if self.start is not None:
+            found = found + _dot(vector, self.start).to(found.device)
+        return found.cpu()
 
 
 class AccumulatedVectors:
@@ -333,7 +378,12 @@ class Cohort:
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of two vectors ``[P]`` as a float64 CPU scalar: runs of products, added in double precision."""
-    return _row_sums(lambda _, c, out: torch.mul(a[c], b[c].to(a), out=out[0]), 1, 0, len(a), a, a.dtype)[0]
+    return _dot(a, b).cpu()
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The same, on the device of the first."""
+    return _row_sums(lambda _, c, out: torch.mul(a[c], b[c].to(out), out=out[0]), 1, 0, len(a), a, a.dtype)[0]
 
 
 def accumulate(out: Tensor, rows: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
@@ -351,10 +401,11 @@ def accumulate(out: Tensor, rows: Iterable[Tensor], weights: Iterable[float]) ->
         ``out``.
     """
     terms = list(zip(rows, weights, strict=True))
-    for i in range(0, out.numel(), BLOCK):
-        block = out[i : i + BLOCK]
+    width = pieces_for(out.device).columns
+    for i in range(0, out.numel(), width):
+        block = out[i : i + width]
         for row, weight in terms:
-            block.add_(row[i : i + BLOCK], alpha=weight)
+            block.add_(row[i : i + width], alpha=weight)
     return out
 
 
@@ -389,23 +440,45 @@ def from_start(start: Tensor, weights: Tensor, mixed: Tensor) -> Tensor:
 def _row_sums(
     write: Callable[[slice, slice, Tensor], object], rows: int, begin: int, end: int, like: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """``[K]`` float64 on the CPU: sums along the rows of a ``[K, columns]`` matrix that is written piece by piece.
+    """``[K]`` float64 on a tensor's device: sums along the rows of a ``[K, columns]`` matrix, written piece by piece.
 
-    The bits of a row's sum depend on that row alone: not on the other rows or their number, and not on where it lies
-    in memory, as those of a library's inner product do.
+    On the CPU, the bits of a row's sum depend on that row alone: not on the other rows or their number, and not on
+    where it lies in memory, as those of a library's inner product do.
+
+    Args:
+        write: ``write(rows, columns, out)`` fills a piece, whatever its dtype.
+        rows: K.
+        begin: The first column.
+        end: The column after the last.
+        like: Whose device it is.
+        dtype: The vectors' own precision. Rows whose sum it cannot hold are summed again in float64.
     """
+    pieces = pieces_for(like.device)
+    dtype = pieces.dtype or dtype
     if not rows:
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device=like.device)
     sums = torch.empty(rows, -(-(end - begin) // RUN), dtype=dtype, device=like.device)
-    for first in range(0, rows, GROUP):
-        group = slice(first, min(first + GROUP, rows))
+    for first in range(0, rows, pieces.rows):
+        group = slice(first, min(first + pieces.rows, rows))
         done = 0
         for columns, piece in _pieces(group.stop - first, begin, end, like, dtype):
             write(group, columns, piece)
             runs = piece.view(len(piece), -1, min(RUN, piece.shape[1]))
             torch.sum(runs, 2, out=sums[group, done : done + runs.shape[1]])
             done += runs.shape[1]
-    return torch.stack([row.sum() for row in sums.cpu().double()])
+    if pieces is not CPU:
+        return sums.sum(1, dtype=torch.float64)
+    totals = torch.stack([row.sum() for row in sums.double()])
+    if dtype == torch.float64:
+        return totals
+    is_lost = ~torch.isfinite(totals) | (totals.abs() < LEAST_SUM)
+    for k in is_lost.nonzero().flatten().tolist():
+
+        def write_row(_: slice, columns: slice, out: Tensor, row: slice = slice(k, k + 1)) -> None:
+            write(row, columns, out)
+
+        totals[k] = _row_sums(write_row, 1, begin, end, like, torch.float64)[0]
+    return totals
 
 
 def _pieces(rows: int, begin: int, end: int, like: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -413,7 +486,8 @@ def _pieces(rows: int, begin: int, end: int, like: Tensor, dtype: torch.dtype) -
 
     It is one place for all: a temporary a piece, small things kept between them, would leave the heap in shreds.
     """
-    whole, span = end - (end - begin) % RUN, max(RUN, min(BLOCK, PIECE // max(rows, 1)) // RUN * RUN)
+    whole = end - (end - begin) % RUN
+    span = pieces_for(like.device).width(rows)
     place = torch.empty(rows * min(span, end - begin), dtype=dtype, device=like.device)
     for i in (*range(begin, whole, span), *([whole] if whole < end else [])):
         columns = slice(i, min(i + span, whole) if i < whole else end)

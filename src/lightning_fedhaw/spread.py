@@ -51,11 +51,11 @@ class SpreadVectors(ClientVectors):
 
     def gram(self) -> Tensor:
         """``[K, K]`` float64 on the CPU: inner products of all pairs of vectors."""
-        total = torch.zeros(len(self), len(self), dtype=torch.float64)
+        total = torch.zeros(len(self), len(self), dtype=torch.float64, device=self.ranks.device)
         for columns, rows in self.ranks.columns(self.matrix, self.owners):
             start = None if self.start is None else self.start[columns].to(rows.device)
-            total += ClientVectors(rows, start).gram()
-        return self.ranks.sum(total)
+            total += ClientVectors(rows, start)._gram()
+        return self.ranks.sum(total.cpu())
 
     def norms(self, groups: Mapping[str, Sequence[slice]] | None = None) -> Tensor:
         """Euclidean norms of the vectors, ``[K]``; with parameter groups, ``[groups, K]``. Float64 on the CPU."""

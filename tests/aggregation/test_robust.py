@@ -22,7 +22,7 @@ from lightning_fedhaw import (
     TrimmedMeanCallback,
 )
 from lightning_fedhaw.aggregation.robust import geometric_median_weights, krum_scores, trimmed_mean
-from lightning_fedhaw.cohort import PIECE
+from lightning_fedhaw.cohort import CPU
 from lightning_fedhaw.server import Server
 
 MODULE = nn.Linear(1, 1).double()
@@ -69,7 +69,7 @@ def test_columns_are_mapped_as_the_whole_matrix_would_be(k, p, seed, start):
 
 
 def test_many_columns_are_mapped_a_block_at_a_time():
-    matrix = torch.randn(6, PIECE // 4)
+    matrix = torch.randn(6, CPU.elements // 4)
     widths = []
 
     def median(rows):
@@ -78,7 +78,7 @@ def test_many_columns_are_mapped_a_block_at_a_time():
 
     assert torch.equal(ClientVectors(matrix.bfloat16()).map_columns(median), matrix.bfloat16().float().median(0).values)
     assert sum(widths) == matrix.shape[1]
-    assert max(widths) * 6 <= PIECE
+    assert max(widths) * 6 <= CPU.elements
 
 
 @settings(deadline=None, max_examples=40)

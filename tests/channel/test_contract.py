@@ -1,10 +1,14 @@
 """What every channel promises, asked of every channel. A new channel is one new row in each table."""
 
 import io
+import math
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from federations import Classifier, flat, loader, train, trainer
@@ -29,6 +33,7 @@ from lightning_fedhaw import (
     SparsifiedChannel,
 )
 from lightning_fedhaw.channel import SumChannel
+from scenes import prepared
 
 pytestmark = pytest.mark.filterwarnings("ignore:Nobody was heard in round")
 
@@ -260,6 +265,67 @@ def test_every_public_channel_is_in_the_tables():
     bases = {Channel, SumChannel, room.BlockChannel}
     for table in (IDLE, ACTIVE):
         assert {type(make()) for make in table.values()} == {k for k in public if issubclass(k, Channel)} - bases
+
+
+# ---------------------------------------------------------------------- numbers near the smallest and the largest
+
+LENGTH = 8
+SMALLEST = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
+"""The smallest number above zero: subnormal, with one bit."""
+SIZED = {"noise floor", "bit flips", "privacy"}
+"""Channels with a number of their own, in units of a parameter or of its words."""
+
+every_size = settings(max_examples=15, deadline=None)
+floats = st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=True, width=32)
+
+
+def transmitted(name, message):
+    return prepared(ACTIVE[name](), LENGTH, num_clients=4).transmit(message, round_=1, client=2, seed=3)
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+@every_size
+@given(
+    st.lists(st.integers(-1000, 1000), min_size=LENGTH, max_size=LENGTH),
+    st.floats(0, 1),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+@example([1, 0, 0, 0, 0, 0, 0, 0], 0.0, torch.float32)
+@example([1000, -1000, 999, -1, 0, 0, 1, 7], 1.0, torch.float32)
+@example([1000, -777, 1, 0, 0, 3, 0, 0], 0.0, torch.float64)
+@example([1000, -1000, 999, -1, 0, 0, 1, 7], 1.0, torch.float64)
+def test_a_channel_without_units_does_the_same_to_messages_of_any_size(name, numbers, height, dtype):
+    """A message times a power of two is received as what is received of it, times that power."""
+    message = torch.tensor(numbers, dtype=dtype)
+    least = math.log2(SMALLEST[dtype])
+    most = math.log2(torch.finfo(dtype).max) - 10
+    exponent = round(least + height * (most - least))
+    # Whole numbers below 1024 are exact at every size, in two steps that no power leaves the range in.
+    moved = message * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
+    before = moved.clone()
+    received = transmitted(name, moved)
+    assert torch.equal(moved, before)
+    assert received.dtype == dtype
+    if name not in SIZED:
+        usual = transmitted(name, message)
+        expected = usual * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
+        rounding = 2 * SMALLEST[dtype] + 4 * torch.finfo(dtype).eps * expected.abs()
+        is_near = (received - expected).abs() <= rounding
+        assert (is_near | (received == expected)).all()
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+@every_size
+@given(arrays("float32", LENGTH, elements=floats).map(torch.from_numpy))
+@example(torch.full((LENGTH,), 1.4013e-45))
+@example(torch.tensor([3.4028234e38, -3.4028234e38] * (LENGTH // 2)))
+@example(torch.tensor([3.4028234e38, 1.4013e-45, 0.0, -0.0, 1.0, -1e-40, 1e30, -3.4028234e38]))
+def test_no_finite_message_makes_nan_or_an_error(name, message):
+    received = transmitted(name, message)
+    if name != "bit flips":  # an exponent of ones is what such a link is about
+        assert not received.isnan().any()
+    if float(message.abs().max()) < 2.0**100:
+        assert torch.isfinite(received).all() or name == "bit flips"
 
 
 # ---------------------------------------------------------------------- bytes

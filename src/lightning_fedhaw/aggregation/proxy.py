@@ -101,5 +101,11 @@ def descend(
 @torch.no_grad()
 def mean_loss(loss: Callable[[Tensor, Any], Tensor], server: ServerView, batch_size: int) -> float:
     """The mean of a loss over the proxy data."""
-    total = sum(len(index) * float(loss(index, batch)) for index, batch in batches(server, batch_size))
-    return total / len(server.proxy_dataset)
+    sizes: list[int] = []
+    losses: list[Tensor] = []
+    for index, batch in batches(server, batch_size):
+        sizes.append(len(index))
+        losses.append(loss(index, batch).reshape(()))
+    # One wait for the device a pass, rather than one a batch.
+    total = sum(size * value for size, value in zip(sizes, torch.stack(losses).tolist(), strict=True))
+    return float(total / len(server.proxy_dataset))

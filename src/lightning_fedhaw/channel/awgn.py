@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per
+from lightning_fedhaw.channel.scale import ordinary, rescaled
 from lightning_fedhaw.options import check_number
 
 
 def rms(vector: Tensor) -> float:
     """Root mean square of a vector: the root of its power ``|v|^2 / d``."""
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64)) / sqrt(max(vector.numel(), 1))
+    scaled, power = ordinary(vector)
+    return float(torch.linalg.vector_norm(scaled, dtype=torch.float64)) / sqrt(max(vector.numel(), 1)) / power
 
 
 def noise_std(rms: float, snr_db: float) -> float:
@@ -31,8 +33,18 @@ def add_noise(vector: Tensor, std: float, generator: torch.Generator) -> Tensor:
     """A vector with independent normal noise; itself, and no draw, where there is none."""
     if not std > 0:
         return vector
-    noise = torch.randn(vector.shape, generator=generator, dtype=vector.dtype)
-    return vector.add(noise.to(vector.device), alpha=std)
+    # Drawn on the CPU, so that one seed gives the same noise on every device.
+    noise = torch.randn(vector.shape, generator=generator, dtype=vector.dtype).to(vector.device)
+    limits = torch.finfo(vector.dtype)
+    if limits.tiny <= std <= limits.max / 16:
+        return vector.add(noise, alpha=std)
+    # No normal number of the vector's precision: a tiny one would lose its digits, a huge one is refused by torch.
+    return vector.double().add(noise.double(), alpha=std).to(vector.dtype)
+
+
+def add_relative_noise(vector: Tensor, snr_db: float, generator: torch.Generator) -> Tensor:
+    """A vector ``[d]`` with noise at a signal-to-noise ratio of its own power, however small or large it is."""
+    return rescaled(lambda scaled: add_noise(scaled, noise_std(rms(scaled), snr_db), generator), vector)
 
 
 class AWGNChannel(BlockChannel):
@@ -78,7 +90,7 @@ class AWGNChannel(BlockChannel):
             return self.on_sent(lambda sent: add_noise(sent, self.noise_std, generator), message)
         if snr_db == float("inf"):
             return message
-        return self.blockwise(lambda block: add_noise(block, noise_std(rms(block), snr_db), generator), message)
+        return self.blockwise(lambda block: add_relative_noise(block, snr_db, generator), message)
 
 
 def check_decibels(value: Any) -> float:

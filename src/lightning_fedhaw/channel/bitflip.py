@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw.channel.base import Channel, Parcel
-from lightning_fedhaw.channel.quantised import check_bits, from_codes, to_codes
+from lightning_fedhaw.channel.quantised import check_bits, through_codes
 from lightning_fedhaw.options import check_number
 
 
@@ -77,5 +77,4 @@ class BitFlipChannel(Channel):
         if self.bits == 32:
             words = sent.view(torch.int64 if sent.dtype == torch.float64 else torch.int32)
             return flip(words, 8 * sent.element_size(), self.rate, generator).view(sent.dtype)
-        codes, low, step = to_codes(sent, self.bits)
-        return from_codes(flip(codes, self.bits, self.rate, generator), low, step)
+        return through_codes(sent, self.bits, change=lambda codes: flip(codes, self.bits, self.rate, generator))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.channel.awgn import add_noise, check_decibels, noise_std, rms, with_power
+from lightning_fedhaw.channel.awgn import add_relative_noise, check_decibels, with_power
 from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per
 from lightning_fedhaw.options import check_number, check_whole
 
@@ -104,4 +104,4 @@ class FadingChannel(BlockChannel):
         if not self.inversion:
             snr_db += 10 * log10(max(self.gain(round_, client, seed), 1e-20))
         generator = self.stream(seed, round_, client, "noise")
-        return self.blockwise(lambda block: add_noise(block, noise_std(rms(block), snr_db), generator), message)
+        return self.blockwise(lambda block: add_relative_noise(block, snr_db, generator), message)

@@ -85,7 +85,7 @@ class PacketLossChannel(Channel):
         if not lost.any():
             return message
         # Numbers share the packets evenly, whatever was done to them before.
-        packet = torch.arange(len(message)) * self.packets // len(message)
+        packet = torch.arange(len(message), device=message.device) * self.packets // len(message)
         last = self._heard.get(client)
         instead = torch.zeros_like(message) if last is None else last["vector"].to(message)
-        return torch.where(lost[packet].to(message.device), instead, message)
+        return torch.where(lost.to(message.device)[packet], instead, message)

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from lightning_fedhaw.channel.awgn import add_noise
 from lightning_fedhaw.channel.base import Arrivals, Channel, Scene, SumChannel
+from lightning_fedhaw.channel.scale import ordinary
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.options import check_number
 
 
 def clipped(vector: Tensor, bound: float) -> Tensor:
     """A vector scaled down to a Euclidean norm of ``bound`` where it is longer; itself where not."""
-    norm = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
-    return vector if norm <= bound else vector * (bound / norm)
+    scaled, power = ordinary(vector)
+    norm = float(torch.linalg.vector_norm(scaled, dtype=torch.float64))
+    return vector if norm / power <= bound else scaled * (bound / norm)
 
 
 def epsilon(

@@ -6,6 +6,7 @@ Encoding. NeurIPS 2017, Section 3.1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per
+from lightning_fedhaw.channel.scale import rescaled
 from lightning_fedhaw.options import check_choice
 
 Scheme = Literal["stochastic", "nearest", "qsgd"]
@@ -21,6 +23,8 @@ MOST_BITS = 16
 
 def to_codes(vector: Tensor, bits: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers as whole multiples of a step above their minimum.
+
+    Range and step are numbers of the vector's dtype and have to fit in there; :func:`through_codes` sees to it.
 
     Args:
         vector: ``[d]``, finite.
@@ -49,21 +53,53 @@ def from_codes(codes: Tensor, low: Tensor, step: Tensor) -> Tensor:
     return low + codes * step
 
 
+def through_codes(
+    vector: Tensor,
+    bits: int,
+    generator: torch.Generator | None = None,
+    change: Callable[[Tensor], Tensor] = lambda codes: codes,
+) -> Tensor:
+    """A vector as it is received in uniform codes: within a step of what was sent, up to the rounding of its dtype.
+
+    That holds for every finite vector, subnormal numbers and a range beyond the largest number included.
+
+    Args:
+        vector: ``[d]``, finite.
+        bits: As in :func:`to_codes`.
+        generator: As there.
+        change: ``[d] -> [d]``, what becomes of the codes on the way.
+    """
+
+    def received(scaled: Tensor) -> Tensor:
+        codes, low, step = to_codes(scaled, bits, generator)
+        return from_codes(change(codes), low, step)
+
+    # The highest code may be rounded to above the maximum, which may be the largest number that there is.
+    largest = torch.finfo(vector.dtype).max
+    return rescaled(received, vector).clamp_(-largest, largest)
+
+
 def qsgd(vector: Tensor, levels: int, generator: torch.Generator) -> Tensor:
     """``Q(v)_i = |v| sign(v_i) xi_i / s``, with ``xi_i`` one of the two whole numbers around ``s |v_i| / |v|``.
 
-    It is unbiased, and ``E|Q(v) - v|^2 <= min(d / s^2, sqrt(d) / s) |v|^2``.
+    It is unbiased, and ``E|Q(v) - v|^2 <= min(d / s^2, sqrt(d) / s) |v|^2``. Each number is within a level ``|v| / s``
+    of what it was, up to the rounding of the vector's dtype and however small the vector is; a level that is larger
+    than any number of the dtype is infinite.
 
     Args:
         vector: ``[d]``, finite.
         levels: s, the number of steps from 0 to the norm.
         generator: Where the draws come from.
     """
-    norm = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
-    if norm == 0:
-        return vector
-    steps = _round_at_random(vector.abs().div_(norm).mul_(levels), generator)
-    return steps.mul_(norm / levels).copysign_(vector)
+
+    def quantized(scaled: Tensor) -> Tensor:
+        norm = float(torch.linalg.vector_norm(scaled, dtype=torch.float64))
+        if norm == 0:
+            return scaled
+        steps = _round_at_random(scaled.abs().div_(norm).mul_(levels), generator)
+        return steps.mul_(norm / levels).copysign_(scaled)
+
+    return rescaled(quantized, vector)
 
 
 def _round_at_random(numbers: Tensor, generator: torch.Generator) -> Tensor:
@@ -125,4 +161,4 @@ class QuantizedChannel(BlockChannel):
         if self.scheme == "qsgd":
             assert generator is not None
             return qsgd(block, 2 ** (self.bits - 1) - 1, generator)
-        return from_codes(*to_codes(block, self.bits, generator))
+        return through_codes(block, self.bits, generator)

@@ -255,7 +255,12 @@ class ClientDropout(TorchFunctionMode):
 
 
 class _Masks(torch.autograd.Function):
-    """``[*shape]`` of one client inside a batched call; outside, one mask per generator."""
+    """``[*shape]`` of one client inside a batched call; outside, one mask per generator.
+
+    On a GPU that is one launch for each client and layer. One generator for all rows would need one launch, but a
+    client's masks would then depend on who else is in its chunk, and so on the number of processes; and masks hashed
+    from a counter would not be those that ``F.dropout`` draws for a client that trains alone.
+    """
 
     @staticmethod
     def forward(ticket: Tensor, *_: Any) -> Tensor:
