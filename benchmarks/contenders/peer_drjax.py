@@ -74,13 +74,16 @@ def play(job: Job) -> tuple[Clock, Callable[[], float]]:
         models = drjax.map_fn(client, (drjax.broadcast(parameters), samples, real))
         return jax.tree.map(lambda model: drjax.reduce_weighted_mean(model, sizes), models)
 
-    clock = Clock()
+    clock = Clock(skip=job.skip, seconds=job.seconds)
     clock.tick()
     for cohort in job.cohorts:
         sizes = np.array([len(job.rows[client]) for client in cohort], dtype=np.float32)
         parameters = play_round(parameters, x, y, *visits(job, cohort, steps, rng), sizes)
         jax.block_until_ready(parameters)
+        is_last = clock.is_over
         clock.tick()
+        if is_last:
+            break
     return clock, lambda: float(losses(parameters, x, y).mean())
 
 

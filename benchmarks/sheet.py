@@ -1,0 +1,149 @@
+"""A sheet of results, filled step by step: each step is a process of its own with a time limit of its own.
+
+A step reports by :func:`tell`, one record at a time, so that what it found before it was stopped, crashed or broke the
+GPU's context is kept. :func:`run` hands the records on, and says how the step ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+SOURCE = HERE.parent / "src"
+MARK = "sheet: "
+"""What the lines of records begin with; whatever else a step prints goes into its log."""
+
+Record = dict[str, Any]
+
+
+class Deadline:
+    """When everything has to be over.
+
+    Args:
+        seconds: From now.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+
+def tell(record: Record) -> None:
+    """Report from within a step."""
+    sys.stdout.write(f"{MARK}{json.dumps(record)}\n")
+    sys.stdout.flush()
+
+
+def environment() -> dict[str, str]:
+    """What a step sees: this folder's files and the package, and no network of wandb."""
+    paths = [str(HERE), str(HERE / "contenders"), str(SOURCE), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONUNBUFFERED": "1",
+        "WANDB_MODE": "offline",
+    }
+
+
+def run(command: Iterable[str], limit: float, log: Path, take: Callable[[Record], None]) -> str:
+    """Run a step to its end, or until its time is over.
+
+    Args:
+        command: What is run.
+        limit: Seconds after which it and its children are killed.
+        log: Where its other output goes.
+        take: Is given each record as it comes.
+
+    Returns:
+        How it failed, or nothing.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    is_late = threading.Event()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            list(command),
+            stdout=subprocess.PIPE,
+            stderr=output,
+            text=True,
+            env=environment(),
+            start_new_session=True,
+        )
+
+        def stop() -> None:
+            is_late.set()
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it ended by itself just now
+
+        killer = threading.Timer(max(limit, 0.0), stop)
+        killer.start()
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                if line.startswith(MARK):
+                    take(json.loads(line[len(MARK) :]))
+                else:
+                    output.write(line)
+                    output.flush()
+        code = process.wait()
+        killer.cancel()
+    if is_late.is_set():
+        return f"not finished after {limit:.0f} s"
+    if code == 0:
+        return ""
+    said = [line for line in log.read_text().splitlines() if line.strip()]
+    return shortened(said[-1]) if said else f"ended with code {code} and said nothing"
+
+
+def shortened(text: str, length: int = 160) -> str:
+    """The first line of a text, fit for a cell of a table."""
+    lines = text.strip().splitlines() or [""]
+    return lines[0].replace("|", "/")[:length]
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    names = list(head)
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    for row in rows:
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def heading(machine: Record, device: str, is_quick: bool) -> str:
+    """What the numbers of a sheet belong to.
+
+    Args:
+        machine: What ``speed.machine`` found.
+        device: The argument ``--device``.
+        is_quick: Whether everything was small.
+    """
+    name = machine["processor"] if device == "cpu" else machine["gpu"]
+    text = (
+        f"{name}; {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; Python"
+        f" {machine['python']}, torch {machine['torch']}, Lightning {machine['lightning']}; device {device};"
+        f" {time.strftime('%Y-%m-%d')}."
+    )
+    if is_quick:
+        text += "\n\n**A run of small sizes: it shows that the sheet works.**"
+    return text
+
+
+def write(text: str, name: str, folders: Iterable[Path]) -> None:
+    """Write a file of results into every folder."""
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text.rstrip("\n") + "\n")
