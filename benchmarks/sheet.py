@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,8 @@ def run(command: Iterable[str], limit: float, log: Path, take: Callable[[Record]
 
         def stop() -> None:
             is_late.set()
-            try:
+            with suppress(ProcessLookupError):  # it ended by itself just now
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # it ended by itself just now
 
         killer = threading.Timer(max(limit, 0.0), stop)
         killer.start()
