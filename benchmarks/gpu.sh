@@ -20,7 +20,8 @@ fi
 export WANDB_MODE=offline PYTHONUNBUFFERED=1 PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 
 part() { # the seconds it may take, its script
-  timeout --kill-after=5 "$1" "$python" "benchmarks/$2" --device "$device" --seconds "$(($1 - 8))" --out "${folders[@]}"
+  timeout --kill-after=5 "$1" "$python" "benchmarks/$2" \
+    --device "$device" --out "${folders[@]}" --since "$(date +%s)" --seconds "$(($1 - 8))"
 }
 
 status=0

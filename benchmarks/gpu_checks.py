@@ -181,6 +181,7 @@ class Lab:
         optimizer: Callable[[Any], torch.optim.Optimizer] = SGD,
         *,
         samples: int = 480,
+        batch_size: int = 20,
         proxy: int | None = None,
         ckpt_path: Path | None = None,
         callbacks: tuple[pl.Callback, ...] = (),
@@ -206,7 +207,7 @@ class Lab:
             **settings,
         }
         trainer = fed.FederatedTrainer(callbacks=[rule or fed.FedAvgCallback(), *callbacks], **given)
-        data = fed.FederatedDataModule(self.samples(samples), batch_size=20, proxy=proxy, seed=0)
+        data = fed.FederatedDataModule(self.samples(samples), batch_size=batch_size, proxy=proxy, seed=0)
         with redirect_stdout(StringIO()):  # the closing table
             trainer.fit(module, data, ckpt_path=ckpt_path)
         end = nn.utils.parameters_to_vector(module.net.parameters()).detach().cpu()
@@ -446,18 +447,27 @@ def processes(lab: Lab) -> Iterator[tuple[str, Check]]:
 def out_of_memory(lab: Lab) -> Iterator[tuple[str, Check]]:
     """A GPU with too little memory for what was asked for."""
 
-    def recovered() -> Finding:
-        make = partial(lab.displacement, samples=4800)
-        expected = make(engine="sequential")
+    def fit(**settings: Any) -> tuple[Run, int]:
+        """A run with all clients at a time or one, and the most memory it held."""
         gc.collect()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run = lab.fit(samples=4800, batch_size=200, **settings)
+        return run, torch.cuda.max_memory_reserved()
+
+    def recovered() -> Finding:
+        expected, least = fit(engine="sequential")
+        _, most = fit(engine="vectorized", chunk_memory=2**40)
         total = torch.cuda.get_device_properties(0).total_memory
-        # Room for the data (15 MB) and for some clients at a time; all twelve would be over it.
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 48e6) / total)
+        torch.cuda.set_per_process_memory_fraction((least + most) / 2 / total)
         try:
-            return near(make(engine="vectorized", chunk_memory=2**40), expected, FLOAT32)
+            run, _ = fit(engine="vectorized", chunk_memory=2**40)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
+        found = near(run.displacement, expected.displacement, FLOAT32)
+        chunk = min(run.trainer.fit_loop.federation.engine.chunk, CLIENTS)
+        result = f"{found.result}, {chunk} of {CLIENTS} clients at a time"
+        return Finding(result, f"{found.allowed}, fewer", bool(found.is_right) and chunk < CLIENTS)
 
     yield "recovers from out of memory: from sequential", for_gpus(recovered, lab.is_on_gpu)
 
@@ -505,6 +515,7 @@ def quiet() -> None:
 def run_group(names: list[str], device: str) -> None:
     """Make the checks of groups, in this process, and tell each finding."""
     quiet()
+    torch.backends.cudnn.allow_tf32 = False  # the checks of it turn it on
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(device, Path(folder))
         for name in names:
@@ -573,13 +584,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, nargs="+", default=[Path("outputs")], help="folders for gpu_checks.md")
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), metavar="GROUP")
     parser.add_argument("--seconds", type=float, default=235, help="after which nothing is started or goes on")
+    parser.add_argument("--since", type=float, help="when they begin, in seconds since 1970; default now")
     parser.add_argument("--jobs", type=int, help="groups at a time; default 3 on a GPU, else 1")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # a step: the groups in this process
     args = parser.parse_args()
     if args.here:
         run_group(args.groups, args.device)
         return
-    deadline = sheet.Deadline(args.seconds)
+    deadline = sheet.Deadline(args.seconds, args.since)
     is_on_gpu = args.device.startswith("cuda")
     lab = Lab(args.device, Path())
     titles = {name: [title for title, _ in GROUPS[name][0](lab)] for name in args.groups}

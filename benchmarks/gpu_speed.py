@@ -265,8 +265,8 @@ def text(results: Results) -> str:
         "## A federated ViT against a stock Trainer",
         vit,
         "## What other simulators publish",
-        "Random data of the same shape; seconds a round are medians. What is published are the simulators' own numbers, on"
-        " other machines.",
+        "Random data of the same shape; seconds a round are medians. What is published are the simulators' own numbers,"
+        " on other machines.",
         published,
         "## W1 to W4",
         "Seconds a round are medians, ratios are to the tuned loop.",
@@ -360,13 +360,14 @@ def main() -> None:
     parser.add_argument("--works", nargs="*", choices=["vit", *ENTRIES], default=["vit", *ENTRIES], metavar="WORK")
     parser.add_argument("--quick", action="store_true", help="small sizes on a GPU, too")
     parser.add_argument("--seconds", type=float, default=290, help="after which nothing is started or goes on")
+    parser.add_argument("--since", type=float, help="when they begin, in seconds since 1970; default now")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # a step: the workloads in this process
     args = parser.parse_args()
     is_quick = args.quick or not args.device.startswith("cuda")
     if args.here:
         run_works(args.works, args.device, is_quick, args.seconds)
         return
-    deadline = sheet.Deadline(args.seconds)
+    deadline = sheet.Deadline(args.seconds, args.since)
     results = Results(args.works, args.device, is_quick, args.out)
     results.write()
     if "vit" in args.works:

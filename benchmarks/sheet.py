@@ -21,7 +21,7 @@ from typing import Any
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "src"
 MARK = "sheet: "
-"""What the lines of records begin with; whatever else a step prints goes into its log."""
+"""What the lines of records begin with; whatever else a step prints goes into a file beside its log."""
 
 Record = dict[str, Any]
 
@@ -30,15 +30,16 @@ class Deadline:
     """When everything has to be over.
 
     Args:
-        seconds: From now.
+        seconds: How long it may take.
+        since: When that begins, in seconds since 1970; now by default. A caller's clock counts a slow import, too.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
+    def __init__(self, seconds: float, since: float | None = None) -> None:
+        self.end = (time.time() if since is None else since) + seconds
 
     @property
     def left(self) -> float:
-        return self.end - time.monotonic()
+        return self.end - time.time()
 
 
 def tell(record: Record) -> None:
@@ -64,7 +65,7 @@ def run(command: Iterable[str], limit: float, log: Path, take: Callable[[Record]
     Args:
         command: What is run.
         limit: Seconds after which it and its children are killed.
-        log: Where its other output goes.
+        log: Where its errors go.
         take: Is given each record as it comes.
 
     Returns:
@@ -72,33 +73,40 @@ def run(command: Iterable[str], limit: float, log: Path, take: Callable[[Record]
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     is_late = threading.Event()
-    with log.open("w") as output:
+    with log.open("w") as errors, log.with_suffix(".out").open("w") as output:
         process = subprocess.Popen(
             list(command),
             stdout=subprocess.PIPE,
-            stderr=output,
+            stderr=errors,
             text=True,
             env=environment(),
             start_new_session=True,
         )
 
-        def stop() -> None:
-            is_late.set()
+        def kill() -> None:
             with suppress(ProcessLookupError):  # it ended by itself just now
                 os.killpg(process.pid, signal.SIGKILL)
+
+        def stop() -> None:
+            is_late.set()
+            kill()
 
         killer = threading.Timer(max(limit, 0.0), stop)
         killer.start()
         assert process.stdout is not None
-        with process.stdout:
+        try:
             for line in process.stdout:
                 if line.startswith(MARK):
                     take(json.loads(line[len(MARK) :]))
                 else:
                     output.write(line)
-                    output.flush()
-        code = process.wait()
-        killer.cancel()
+            code = process.wait()
+        except BaseException:
+            kill()
+            raise
+        finally:
+            killer.cancel()
+            process.stdout.close()
     if is_late.is_set():
         return f"not finished after {limit:.0f} s"
     if code == 0:
