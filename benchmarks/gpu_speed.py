@@ -120,11 +120,10 @@ def run_works(works: list[str], device: str, is_quick: bool, seconds: float) -> 
     deadline = sheet.Deadline(seconds)
     waiting = sum(len(ways(work, is_quick)) for work in works)
     for work in works:
-        with tempfile.TemporaryDirectory() as folder:
-            job = job_of(work, Path(folder), device, is_quick)
-            for way in ways(work, is_quick):
-                sheet.tell({"work": work, "way": way, **attempt(way, job, deadline.left, waiting)})
-                waiting -= 1
+        job = job_of(work, device, is_quick)
+        for way in ways(work, is_quick):
+            sheet.tell({"work": work, "way": way, **attempt(way, job, deadline.left, waiting)})
+            waiting -= 1
 
 
 def precision(work: str, device: str) -> str:
@@ -132,12 +131,10 @@ def precision(work: str, device: str) -> str:
     return ENTRIES[work].precision if device.startswith("cuda") else "32-true"
 
 
-def job_of(work: str, folder: Path, device: str, is_quick: bool) -> Job:
-    """What the contenders of a workload share; the data is written."""
+def job_of(work: str, device: str, is_quick: bool) -> Job:
+    """What the contenders of a workload share."""
     changes: dict[str, Any] = {} if is_quick else {"rounds": ROUNDS, **ENTRIES[work].changes}
-    job = Job(work, str(folder / "data.npz"), is_quick, device, precision(work, device), changes=changes)
-    prepare(job.workload, Path(job.data))
-    return job
+    return Job(work, "", is_quick, device, precision(work, device), changes=changes)
 
 
 def attempt(way: str, job: Job, left: float, waiting: int) -> sheet.Record:
@@ -187,7 +184,11 @@ def beside(job: Job, left: float) -> sheet.Record:
             return {"error": MISSING}
         contender = replace(contender, peer="")
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process holds the GPU, too
-    report = play(contender, job.work, job, argparse.Namespace(peers=peers, threads=None), limit=left)
+    settings = argparse.Namespace(peers=peers, threads=None)
+    with tempfile.TemporaryDirectory() as folder:
+        job = replace(job, data=str(Path(folder) / "data.npz"))
+        prepare(job.workload, Path(job.data))
+        report = play(contender, job.work, job, settings, limit=left)
     if "error" in report:
         return report
     return {"seconds": report["seconds"][1:], "ready": report["seconds"][0], "engine": ""}

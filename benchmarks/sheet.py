@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ HERE = Path(__file__).parent
 SOURCE = HERE.parent / "src"
 MARK = "sheet: "
 """What the lines of records begin with; whatever else a step prints goes into a file beside its log."""
+ERROR = re.compile(r"[\w.]+(Error|Exception)\b")
+"""How the last line of a traceback begins."""
 
 Record = dict[str, Any]
 
@@ -112,7 +115,11 @@ def run(command: Iterable[str], limit: float, log: Path, take: Callable[[Record]
     if code == 0:
         return ""
     said = [line for line in log.read_text().splitlines() if line.strip()]
-    return shortened(said[-1]) if said else f"ended with code {code} and said nothing"
+    if not said:
+        return f"ended with code {code} and said nothing"
+    # An error of CUDA has many lines, and its name stands in the first.
+    errors = [line for line in said if ERROR.match(line)]
+    return shortened((errors or said)[-1])
 
 
 def shortened(text: str, length: int = 160) -> str:
@@ -138,7 +145,7 @@ def heading(machine: Record, device: str, is_quick: bool) -> str:
         device: The argument ``--device``.
         is_quick: Whether everything was small.
     """
-    name = machine["processor"] if device == "cpu" else machine["gpu"]
+    name = machine["processor"] if device == "cpu" else machine["gpu"] or "no GPU"
     text = (
         f"{name}; {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; Python"
         f" {machine['python']}, torch {machine['torch']}, Lightning {machine['lightning']}; device {device};"

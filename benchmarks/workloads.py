@@ -178,8 +178,8 @@ DATA: dict[str, Callable[..., Arrays]] = {"mlp": images, "cnn": images, "linear"
 """Where the data of a model is not :func:`noise`."""
 
 
-def prepare(work: Workload, path: Path, mnist: str | None = None) -> None:
-    """Write what all contenders of a workload share. Needs torch, for the start."""
+def drawn(work: Workload, mnist: str | None = None) -> dict[str, np.ndarray]:
+    """What all contenders of a workload share. Needs torch, for the start."""
     import torch
 
     rng = np.random.default_rng(0)
@@ -188,7 +188,12 @@ def prepare(work: Workload, path: Path, mnist: str | None = None) -> None:
     cohorts = [np.sort(rng.permutation(many)[: work.cohort]) for _ in range(work.rounds + 1)]
     torch.manual_seed(0)
     start = torch.nn.utils.parameters_to_vector(network(work.model).parameters()).detach().numpy()
-    np.savez(path, x=x, y=y.astype(np.int64), client=client, cohorts=np.array(cohorts), start=start)
+    return {"x": x, "y": y.astype(np.int64), "client": client, "cohorts": np.array(cohorts), "start": start}
+
+
+def prepare(work: Workload, path: Path, mnist: str | None = None) -> None:
+    """Write it for contenders in other processes."""
+    np.savez(path, **drawn(work, mnist))
 
 
 # ---------------------------------------------------------------------- models (torch)
@@ -290,7 +295,7 @@ class Job:
 
     Attributes:
         work: Name of the workload.
-        data: The file of :func:`prepare`.
+        data: The file of :func:`prepare`; nothing for data that this process draws for itself.
         quick: Whether it is the small workload of that name.
         device: Where torch contenders train, such as ``"cpu"`` or ``"cuda"``.
         precision: Precision in Lightning's words.
@@ -316,6 +321,8 @@ class Job:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
+        if not self.data:
+            return drawn_here(self.work, self.quick, json.dumps(self.changes))
         return read(self.data, Path(self.data).stat().st_mtime_ns)
 
     def clock(self) -> Clock:
@@ -360,6 +367,12 @@ def read(path: str, written: int) -> dict[str, np.ndarray]:
     """What a file of :func:`prepare` holds; read once for all jobs of a process that share it."""
     with np.load(path) as file:
         return dict(file)
+
+
+@lru_cache(maxsize=1)
+def drawn_here(name: str, quick: bool, changes: str) -> dict[str, np.ndarray]:
+    """The same without a file, for one that would have gigabytes."""
+    return drawn(workload(name, quick, **json.loads(changes)))
 
 
 @lru_cache
