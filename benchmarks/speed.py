@@ -117,8 +117,10 @@ def environment(contender: Contender, work: str, threads: int | None) -> dict[st
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **quiet, **limit}
 
 
-def play(contender: Contender, work: str, job: Job, args: argparse.Namespace) -> dict[str, Any]:
-    """One run: its report, or the sentence it failed with."""
+def play(
+    contender: Contender, work: str, job: Job, args: argparse.Namespace, limit: float = TIME_LIMIT
+) -> dict[str, Any]:
+    """One run of at most ``limit`` seconds: its report, or the sentence it failed with."""
     python = args.peers / contender.peer / "bin" / "python" if contender.peer else Path(sys.executable)
     if not python.exists():
         return {"error": f"not installed: python benchmarks/peers.py install {contender.peer}"}
@@ -134,11 +136,11 @@ def play(contender: Contender, work: str, job: Job, args: argparse.Namespace) ->
             start_new_session=True,
         )
         try:
-            out, err = process.communicate(timeout=TIME_LIMIT)
+            out, err = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             process.communicate()
-            return {"error": f"not finished after {TIME_LIMIT} s"}
+            return {"error": f"not finished after {limit:.0f} s"}
     report = next((line for line in reversed(out.splitlines()) if line.startswith('{"seconds"')), None)
     if process.returncode or report is None:
         said = [line for line in err.splitlines() if line.strip() and not line.startswith("[rank")]

@@ -1,18 +1,20 @@
 """Images per second of a federated ViT against the same module in a stock ``Trainer``.
 
-    python benchmarks/vit_throughput.py [--markdown FILE]                       ViT-B/16 at 224 px on a GPU
+    python benchmarks/vit_throughput.py [--json FILE] [--markdown FILE]         ViT-B/16 at 224 px on a GPU
     python benchmarks/vit_throughput.py --device cpu --model vit_tiny_patch16_224 --image-size 32 \
         --images 32 --batch-size 8 --precision 32-true                          to see it work
 
 All weights train, from random values, on random images that lie where the model is, and both log the loss of every
 step. The stock trainer's batches are slices that cost nothing to make, so that its loader takes no time; the
 federation makes its own. An epoch of the one has as many images and steps as a round of the other, whose time has all
-of it: broadcast, clients, aggregation. Runs take turns; each has one round before the clock counts.
+of it: broadcast, clients, aggregation. Runs take turns; each has one round before the clock counts. Results are written
+after every run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import statistics
 import time
@@ -25,6 +27,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from sheet import table
 from speed import machine, write_between
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -32,6 +35,9 @@ import lightning_fedhaw as fed
 from lightning_fedhaw.data import IIDPartitioner
 
 CLASSES = 120
+AIM = 0.98
+"""Images a second of a federation for one of the stock trainer."""
+STOCK = "stock Trainer"
 RULES: dict[str, Callable[[], fed.AggregationRule]] = {"FedAvg": fed.FedAvgCallback, "FedHAW": fed.FedHAWCallback}
 
 
@@ -111,7 +117,9 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--rounds", type=int, default=2, help="that count, in each run")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--seconds", type=float, help="after which no further repetition begins that may not end")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     if args.images % args.batch_size:
@@ -125,28 +133,43 @@ def main() -> None:
         torch.randn(total, 3, side, side, generator=generator, device=args.device),
         torch.randint(CLASSES, (total,), generator=generator, device=args.device),
     )
-    names: list[str | None] = [None, *RULES]
-    seconds: dict[str | None, list[float]] = {name: [] for name in names}
+    found: dict[str, Any] = {
+        "work": f"{args.model} at {side} px, {args.precision}, {args.clients} clients x {args.images} images, batch"
+        f" {args.batch_size}, E=1, {args.rounds} rounds a run",
+        "images": total,
+        "seconds": {name: [] for name in (STOCK, *RULES)},
+    }
+    begin = time.perf_counter()
     for repetition in range(args.repetitions):
-        for name in names if repetition % 2 == 0 else reversed(names):
-            seconds[name].append(statistics.median(play(name, samples, args)))
-            print(f"{name or 'stock Trainer'}: {total / seconds[name][-1]:.0f} images/s", flush=True)
+        spent = time.perf_counter() - begin
+        if args.seconds is not None and spent * (repetition + 1) > args.seconds * repetition:
+            break
+        for name in found["seconds"] if repetition % 2 == 0 else reversed(found["seconds"]):
+            seconds = statistics.median(play(None if name == STOCK else name, samples, args))
+            found["seconds"][name].append(seconds)
+            print(f"{name}: {total / seconds:.0f} images/s", flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(found))
     own = machine()
-    lines = [
+    text = (
         f"{own['gpu'] if args.device != 'cpu' else own['processor']}, torch {own['torch']}, Lightning"
-        f" {own['lightning']}; {args.model} at {side} px, {args.precision}, {args.clients} clients x {args.images}"
-        f" images, batch {args.batch_size}, E=1; medians of {args.repetitions} runs of {args.rounds} rounds.",
-        "",
-        "| | images a second | to the stock Trainer of the same repetition | aim |",
-        "|---|---:|---:|---:|",
-    ]
-    for name in names:
-        rate = total / statistics.median(seconds[name])
-        ratio = statistics.median(stock / ours for stock, ours in zip(seconds[None], seconds[name], strict=True))
-        lines.append(f"| {name or 'stock Trainer'} | {rate:.0f} | {ratio:.3f} | {'0.95' if name else ''} |")
-    print("\n".join(["", *lines]))
+        f" {own['lightning']}.\n\n{report(found)}"
+    )
+    print(f"\n{text}")
     if args.markdown:
-        write_between(args.markdown, "vit", "\n".join(lines))
+        write_between(args.markdown, "vit", text)
+
+
+def report(found: dict[str, Any]) -> str:
+    """The table of what was measured, be it all or a part."""
+    rows = []
+    for name, runs in found["seconds"].items():
+        ratios = [stock / ours for stock, ours in zip(found["seconds"][STOCK], runs, strict=False)]
+        rate = f"{found['images'] / statistics.median(runs):.0f}" if runs else "not run"
+        ratio = f"{statistics.median(ratios):.3f}" if ratios else ""
+        rows.append([name, rate, ratio, "" if name == STOCK else f"{AIM:g}", str(len(runs))])
+    head = ["", "images a second", "to the stock Trainer of the same repetition", "aim", "runs"]
+    return f"{found['work']}.\n\n{table(head, rows)}"
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class Workload:
         rounds: Timed rounds; one more is played before them.
         random_sizes: Whether sizes are drawn between the first two instead.
         shape: Of one input.
+        classes: Labels go from 0 to one less.
     """
 
     title: str
@@ -51,11 +52,15 @@ class Workload:
     rounds: int
     random_sizes: bool = False
     shape: tuple[int, ...] = (784,)
+    classes: int = 10
 
 
 WORKLOADS = {
     "W0": Workload(
-        "two clients with one sample each, linear 4-2: overhead", "tiny", (1, 1), 2, 1, 1, 0.1, 200, shape=(4,)
+        "two clients with one sample each, linear 4-2: overhead",
+        *("tiny", (1, 1), 2, 1, 1, 0.1, 200),
+        shape=(4,),
+        classes=2,
     ),
     "W1": Workload("MNIST MLP 784-128-128-10, 10 clients, batch 64", "mlp", MNIST_SIZES, 10, 64, 1, 0.001, 5),
     "W2": Workload("FedAvg CNN, 1000 clients x 60, cohort 100, batch 20", "cnn", (60,) * 1000, 100, 20, 1, 0.1, 3),
@@ -75,6 +80,35 @@ WORKLOADS = {
         *("linear", (10,) * 10_000, 1000, 10, 1, 0.01, 5),
         shape=(60,),
     ),
+    # What other simulators publish their speed on, here with random data of the same shape. Known from their
+    # repositories: models, clients, cohorts, batches, epochs and rates. Assumed: every client holds as many samples as
+    # the average one does (FLUTE's differ), and BlazeFL's clients train on all of their 500 images (there a fifth is
+    # held out, so theirs is less work) and all of them come in every round.
+    "pfl": Workload(
+        "pfl-research's CIFAR-10: CNN with dropout, 1,000 clients x 50, cohort 50, batch 10",
+        *("cifar_cnn", (50,) * 1000, 50, 10, 1, 0.1, 20),
+        shape=(3, 32, 32),
+    ),
+    "flute_lr": Workload(
+        "FLUTE's MNIST: logistic regression, 1,000 clients x 62, cohort 10, batch 10",
+        *("sigmoid", (62,) * 1000, 10, 10, 1, 0.03, 20),
+    ),
+    "flute_cnn": Workload(
+        "FLUTE's federated EMNIST: CNN with dropout, 3,400 clients x 198, cohort 10, batch 20",
+        *("emnist_cnn", (198,) * 3400, 10, 20, 1, 0.1, 20),
+        shape=(1, 28, 28),
+        classes=62,
+    ),
+    "blazefl_cnn": Workload(
+        "BlazeFL's CIFAR-10: CNN of the PyTorch tutorial, 100 clients x 500, all of them, batch 50, E=5",
+        *("tutorial_cnn", (500,) * 100, 100, 50, 5, 0.1, 20),
+        shape=(3, 32, 32),
+    ),
+    "blazefl_resnet": Workload(
+        "BlazeFL's CIFAR-10: torchvision's ResNet-18, 100 clients x 500, all of them, batch 50, E=5",
+        *("torchvision_resnet", (500,) * 100, 100, 50, 5, 0.1, 20),
+        shape=(3, 32, 32),
+    ),
 }
 QUICK = {
     "W0": {"rounds": 20},
@@ -83,6 +117,11 @@ QUICK = {
     "W3": {"sizes": (50, 90) * 50, "cohort": 20, "rounds": 4},
     "W4": {"sizes": (4,) * 2, "cohort": 2, "batch": 2},
     "W6": {"sizes": (10,) * 1000, "cohort": 100, "rounds": 3},
+    "pfl": {"sizes": (20,) * 20, "cohort": 10, "rounds": 2},
+    "flute_lr": {"sizes": (20,) * 50, "rounds": 4},
+    "flute_cnn": {"sizes": (20,) * 10, "cohort": 3, "batch": 10, "rounds": 2},
+    "blazefl_cnn": {"sizes": (20,) * 10, "cohort": 10, "batch": 10, "epochs": 2, "rounds": 2},
+    "blazefl_resnet": {"sizes": (4,) * 2, "cohort": 2, "batch": 2, "epochs": 1, "rounds": 1},
 }
 
 
@@ -132,26 +171,29 @@ def synthetic(work: Workload, rng: np.random.Generator, mnist: str | None) -> Ar
 def noise(work: Workload, rng: np.random.Generator, mnist: str | None) -> Arrays:
     """Random inputs with random labels."""
     x = rng.standard_normal((sum(work.sizes), *work.shape), dtype=np.float32)
-    classes = 2 if work.model == "tiny" else 10
-    return x, rng.integers(classes, size=len(x)), np.repeat(np.arange(len(work.sizes)), work.sizes)
+    return x, rng.integers(work.classes, size=len(x)), np.repeat(np.arange(len(work.sizes)), work.sizes)
 
 
-DATA: dict[str, Callable[..., Arrays]] = {
-    "mlp": images, "cnn": images, "linear": synthetic, "resnet": noise, "tiny": noise
-}  # fmt: skip
+DATA: dict[str, Callable[..., Arrays]] = {"mlp": images, "cnn": images, "linear": synthetic}
+"""Where the data of a model is not :func:`noise`."""
 
 
-def prepare(work: Workload, path: Path, mnist: str | None = None) -> None:
-    """Write what all contenders of a workload share. Needs torch, for the start."""
+def drawn(work: Workload, mnist: str | None = None) -> dict[str, np.ndarray]:
+    """What all contenders of a workload share. Needs torch, for the start."""
     import torch
 
     rng = np.random.default_rng(0)
-    x, y, client = DATA[work.model](work, rng, mnist)
+    x, y, client = DATA.get(work.model, noise)(work, rng, mnist)
     many = len(work.sizes)
     cohorts = [np.sort(rng.permutation(many)[: work.cohort]) for _ in range(work.rounds + 1)]
     torch.manual_seed(0)
     start = torch.nn.utils.parameters_to_vector(network(work.model).parameters()).detach().numpy()
-    np.savez(path, x=x, y=y.astype(np.int64), client=client, cohorts=np.array(cohorts), start=start)
+    return {"x": x, "y": y.astype(np.int64), "client": client, "cohorts": np.array(cohorts), "start": start}
+
+
+def prepare(work: Workload, path: Path, mnist: str | None = None) -> None:
+    """Write it for contenders in other processes."""
+    np.savez(path, **drawn(work, mnist))
 
 
 # ---------------------------------------------------------------------- models (torch)
@@ -174,7 +216,37 @@ def network(name: str) -> Any:
             nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
             nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, 10),
         )  # fmt: skip
-    return _resnet18()
+    if name == "resnet":
+        return _resnet18()
+    if name == "sigmoid":  # FLUTE and FedML pass the scores through a sigmoid before the cross entropy
+        return nn.Sequential(nn.Linear(784, 10), nn.Sigmoid())
+    if name == "cifar_cnn":
+        return _dropout_cnn(channels=3, side=32, classes=10)
+    if name == "emnist_cnn":
+        return _dropout_cnn(channels=1, side=28, classes=62)
+    if name == "tutorial_cnn":
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
+        )  # fmt: skip
+    if name == "torchvision_resnet":  # its stem halves 32x32 images twice, so it is much less work than "resnet"
+        from torchvision.models import resnet18
+
+        return resnet18(num_classes=10)
+    raise ValueError(f"no model is called {name!r}")
+
+
+def _dropout_cnn(channels: int, side: int, classes: int) -> Any:
+    """The CNN of "Adaptive Federated Optimization" for EMNIST, which pfl-research takes for CIFAR-10 too."""
+    from torch import nn
+
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 3), nn.ReLU(),
+        nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25),
+        nn.Flatten(), nn.Linear(64 * ((side - 4) // 2) ** 2, 128), nn.ReLU(), nn.Dropout(0.5),
+        nn.Linear(128, classes),
+    )  # fmt: skip
 
 
 def _resnet18() -> Any:
@@ -223,12 +295,14 @@ class Job:
 
     Attributes:
         work: Name of the workload.
-        data: The file of :func:`prepare`.
+        data: The file of :func:`prepare`; nothing for data that this process draws for itself.
         quick: Whether it is the small workload of that name.
         device: Where torch contenders train, such as ``"cpu"`` or ``"cuda"``.
         precision: Precision in Lightning's words.
         options: The contender's own.
         changes: Attributes of the workload that differ.
+        skip: Rounds before the clock counts.
+        seconds: Seconds of the rounds that count after which no further one starts; one is always played.
     """
 
     work: str
@@ -238,15 +312,21 @@ class Job:
     precision: str = "32-true"
     options: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
+    skip: int = 1
+    seconds: float | None = None
 
     @cached_property
     def workload(self) -> Workload:
         return workload(self.work, self.quick, **self.changes)
 
-    @cached_property
+    @property
     def arrays(self) -> dict[str, np.ndarray]:
-        with np.load(self.data) as file:
-            return dict(file)
+        if not self.data:
+            return drawn_here(self.work, self.quick, json.dumps(self.changes))
+        return read(self.data, Path(self.data).stat().st_mtime_ns)
+
+    def clock(self) -> Clock:
+        return Clock(self.device, skip=self.skip, seconds=self.seconds)
 
     @property
     def rounds(self) -> int:
@@ -282,6 +362,19 @@ class Job:
         return model
 
 
+@lru_cache(maxsize=1)
+def read(path: str, written: int) -> dict[str, np.ndarray]:
+    """What a file of :func:`prepare` holds; read once for all jobs of a process that share it."""
+    with np.load(path) as file:
+        return dict(file)
+
+
+@lru_cache(maxsize=1)
+def drawn_here(name: str, quick: bool, changes: str) -> dict[str, np.ndarray]:
+    """The same without a file, for one that would have gigabytes."""
+    return drawn(workload(name, quick, **json.loads(changes)))
+
+
 @lru_cache
 def job_of(text: str) -> Job:
     """The job that a JSON text tells of; one object for one text, so that a worker process reads its data once."""
@@ -294,10 +387,12 @@ class Clock:
     Args:
         device: Where the work is done.
         every: Which of the spans count: 2 leaves out every second one.
+        skip: Rounds before the clock counts.
+        seconds: Seconds that the rounds after them may take together; as long as they like by default.
     """
 
-    def __init__(self, device: str = "cpu", every: int = 1) -> None:
-        self.device, self.every = device, every
+    def __init__(self, device: str = "cpu", every: int = 1, skip: int = 1, seconds: float | None = None) -> None:
+        self.device, self.every, self.skip, self.limit = device, every, skip, seconds
         self.ticks: list[float] = []
         self.tree_mb = 0.0
 
@@ -307,6 +402,13 @@ class Clock:
 
             torch.cuda.synchronize()
         self.ticks.append(time.perf_counter())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the round that ends, and has not been ticked off, is the last one there is time for."""
+        if self.limit is None or len(self.ticks) <= self.skip:
+            return False
+        return time.perf_counter() - self.ticks[self.skip] > self.limit
 
     def stop(self) -> None:
         """The last tick; and the memory of this process and its children while they still live."""

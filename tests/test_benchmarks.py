@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -46,6 +48,36 @@ def test_the_tuned_loop_and_ours_end_with_the_same_loss(harness, job):
 
     start = harness("workloads").train_loss(job.network(), *job.samples())
     assert loss() < start - 0.1
+
+
+def test_rounds_end_with_the_time_and_one_is_always_timed(harness, job):
+    """One before the clock counts, one timed; another number of rounds to skip is kept."""
+    for name in ("tuned", "ours"):
+        clock, _ = harness(name).play(replace(job, seconds=0.0))
+        assert len(clock.seconds) == 2
+        clock, _ = harness(name).play(replace(job, seconds=0.0, skip=2))
+        assert len(clock.seconds) == 3
+        clock, _ = harness(name).play(replace(job, seconds=600.0))
+        assert len(clock.seconds) == job.rounds
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("pfl", 896 + 18_496 + 12_544 * 128 + 128 + 1_290),
+        ("flute_lr", 7_850),
+        ("flute_cnn", 320 + 18_496 + 1_179_776 + 128 * 62 + 62),
+        ("blazefl_cnn", 456 + 2_416 + 48_120 + 10_164 + 850),
+        ("blazefl_resnet", 11_181_642),
+    ],
+)
+def test_published_workloads_have_the_published_models(harness, name, parameters):
+    """Counted by hand from the layers they publish; and the data has the model's shape and classes."""
+    workloads = harness("workloads")
+    work = workloads.workload(name, quick=True)
+    model = workloads.network(work.model)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model(torch.zeros(2, *work.shape)).shape == (2, work.classes)
 
 
 def test_the_tables_show_medians_ratios_and_failures(harness):
@@ -106,3 +138,116 @@ def test_a_round_of_the_federated_vit_is_an_epoch_of_the_stock_trainer(harness, 
         batches.clear()
         assert len(vit.play(rule, samples, args)) == 2
         assert batches == [4] * 18
+
+
+def test_gpu_sh_is_a_shell_script_that_names_its_parts():
+    script = BENCHMARKS / "gpu.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=30)
+    wrong = subprocess.run(["bash", str(script), "3"], capture_output=True, text=True, timeout=30)
+    assert wrong.returncode == 2
+    assert wrong.stderr == "usage: bash benchmarks/gpu.sh [1 | 2], got: 3\n"
+
+
+STEP = """
+import os, sys, time
+sys.path.insert(0, sys.argv[2])
+import sheet
+sheet.tell({"row": 1})
+print("noise")
+if sys.argv[1] == "hangs":
+    time.sleep(60)
+if sys.argv[1] == "raises":
+    raise ValueError("a | b")
+if sys.argv[1] == "crashes":
+    os.abort()
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "ending"),
+    [
+        ("ends", ""),
+        ("hangs", "not finished after 1 s"),
+        ("raises", "ValueError: a / b"),
+        ("crashes", "ended with code -6 and said nothing"),
+    ],
+)
+def test_what_a_step_told_is_kept_however_it_ends(harness, tmp_path, what, ending):
+    told = []
+    command = [sys.executable, "-c", STEP, what, str(BENCHMARKS)]
+    limit = 1 if what == "hangs" else 60
+    assert harness("sheet").run(command, limit, tmp_path / "log", told.append) == ending
+    assert told == [{"row": 1}]
+
+
+def test_checks_on_the_cpu_pass_and_what_needs_a_gpu_does_not_apply(harness, tmp_path, monkeypatch, capsys):
+    checks = harness("gpu_checks")
+    monkeypatch.setattr(checks, "quiet", lambda: None)
+    tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        checks.run_group(["precisions", "out_of_memory"], "cpu")
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+    lines = capsys.readouterr().out.splitlines()
+    rows = [json.loads(line.removeprefix("sheet: "))["row"] for line in lines if line.startswith("sheet: ")]
+    verdicts = {row[0]: row[3] for row in rows}
+    assert verdicts.pop("16-mixed, sequential: from float32") == "n/a"
+    assert verdicts.pop("recovers from out of memory: from sequential") == "n/a"
+    assert set(verdicts.values()) == {"pass"}
+    assert len(verdicts) == 4
+
+
+def test_a_check_that_is_wrong_or_raises_is_a_failure(harness, monkeypatch, capsys):
+    checks = harness("gpu_checks")
+    monkeypatch.setattr(checks, "quiet", lambda: None)
+    one = torch.tensor([3.0, 4.0])
+
+    def wrong(lab):
+        yield "equal", lambda: checks.near(one, one, 0.0)
+        yield "a tenth off", lambda: checks.near(1.1 * one, one, 0.09)
+        yield "nan", lambda: checks.near(one * float("nan"), one, 1.0)
+        yield "raises", lambda: [][0]
+
+    monkeypatch.setitem(checks.GROUPS, "wrong", (wrong, 1))
+    checks.run_group(["wrong"], "cpu")
+    rows = [json.loads(line.removeprefix("sheet: "))["row"] for line in capsys.readouterr().out.splitlines()]
+    assert [row[3] for row in rows] == ["pass", "**FAIL**", "**FAIL**", "**FAIL**"]
+    assert rows[1][1:3] == ["1.0e-01", "0.09"]
+    assert rows[3][1] == "IndexError: list index out of range"
+
+
+def test_every_rule_is_checked(harness, tmp_path):
+    checks = harness("gpu_checks")
+    titles = [title for title, _ in checks.rules(checks.Lab("cpu", tmp_path))]
+    rules = [name for name in checks.fed.__all__ if name.endswith("Callback")]
+    assert titles == [f"{name}: resumed from straight" for name in sorted(rules)]
+
+
+def test_a_group_that_was_stopped_is_a_failure_and_the_rest_was_not_run(harness, tmp_path):
+    table = harness("gpu_checks").Table({"a": ["one", "two", "three"]}, "head", [tmp_path])
+    table.add(["one", "0", "0", "pass", "1.0"])
+    table.close(["one", "two", "three"], "not finished after 60 s")
+    assert table.verdicts == ["pass", "**FAIL**", "not run"]
+    text = (tmp_path / "gpu_checks.md").read_text()
+    assert "1 FAIL, 1 not run, 1 pass." in text
+    assert "| two | not finished after 60 s |  | **FAIL** |  |" in text
+
+
+def test_published_rows_extrapolate_and_are_held_against_their_aims(harness):
+    speed = harness("gpu_speed")
+    records = {
+        "pfl": {"ours": {"seconds": [9.0, 0.03, 0.03], "engine": "vectorized"}},
+        "blazefl_resnet": {"ours": {"seconds": [3.0], "engine": "sequential"}, "tuned loop": {"error": "no"}},
+    }
+    pfl, resnet, failed = speed.published_rows(records, is_quick=False)
+    assert pfl[2:] == ["0.03", "vectorized", "3", "45 (1,500)", "", "0.04", "yes"]
+    assert resnet[2:] == ["15", "sequential", "1, of 0.2 of the cohort, extrapolated", "75 (5)", "23", "12", "no"]
+    assert failed[2] == "no"
+
+
+def test_time_that_is_over_is_said_and_not_taken(harness, job):
+    speed = harness("gpu_speed")
+    assert speed.attempt("ours", job, left=1.0, waiting=1) == {"error": "not run: no time left"}
+    record = speed.attempt("ours", job, left=60.0, waiting=1)
+    assert record["engine"] in ("sequential", "vectorized")
+    assert len(record["seconds"]) == job.workload.rounds

@@ -46,6 +46,9 @@ class Rounds(RoundObserver):
     def on_round_start(self, *_: Any) -> None:
         self.clock.tick()
 
+    def on_round_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = trainer.should_stop or self.clock.is_over
+
     def on_train_end(self, *_: Any) -> None:
         self.clock.stop()
 
@@ -76,7 +79,7 @@ def fit(job: Job, clock: Clock) -> tuple[FederatedTrainer, Module]:
 
 
 def play(job: Job) -> tuple[Clock, Callable[[], float]] | None:
-    clock = Clock(job.device)
+    clock = job.clock()
     trainer, module = fit(job, clock)
     if trainer.global_rank:
         return None

@@ -38,7 +38,7 @@ def play(job: Job) -> tuple[Clock, Callable[[], float]]:
                     torch._foreach_add_(parameters, grads, alpha=-work.lr)
 
     start, total = torch.empty_like(flat), torch.empty_like(flat)
-    clock = Clock(job.device)
+    clock = job.clock()
     clock.tick()
     for cohort in job.cohorts:
         start.copy_(flat)
@@ -58,7 +58,10 @@ def play(job: Job) -> tuple[Clock, Callable[[], float]]:
         flat.copy_(total)
         if buffers:
             torch._foreach_copy_(buffers, buffers_total)
+        is_last = clock.is_over
         clock.tick()
+        if is_last:
+            break
     return clock, lambda: train_loss(model, x, y)
 
 

@@ -1,0 +1,622 @@
+"""Whether training is right on a GPU: every check a row of a table, with what is allowed.
+
+    python benchmarks/gpu_checks.py --device cuda --out FOLDER
+    python benchmarks/gpu_checks.py --device cpu --out outputs         (to see it work; what needs a GPU is left out)
+
+Checks come in groups. A group is a process with a time limit of its own, so one that hangs, crashes or breaks the GPU's
+context takes no other group along; those that may do so come last. A check that raises is a row. What the deadline has
+no time for is reported as not run. Ends with 0 where every check passed or does not apply to the device.
+
+Distances are those between the displacements of two runs from their common start, relative to the length of one; a run
+that did not train would be at 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import sheet
+import torch
+from speed import HERE, machine
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from workloads import Job, prepare
+
+import lightning_fedhaw as fed
+
+sys.path.insert(0, str(HERE / "contenders"))
+import engines_agree
+
+CLIENTS = 12
+FLOAT64, FLOAT32, TF32 = 1e-9, 2e-3, 1e-2
+"""Allowed distances by the precision of products and sums; another device or engine adds in another order."""
+SHORT = {"16-mixed": 1e-2, "bf16-mixed": 5e-2, "bf16-true": 0.1}
+"""Allowed distances from float32, ten times what the CPU shows: 11 and 8 bits; with bf16-true the parameters, too."""
+KEPT_ADAM = 2e-2
+"""The allowed distance between kinds of AdamW, which enlarges differences of small gradients."""
+LEFTOVER = 1.0
+"""Megabytes that may stay allocated on the GPU after `fit`."""
+SGD = partial(torch.optim.SGD, lr=0.1)
+PROXY_RULES: dict[str, dict[str, Any]] = {
+    "FedLAWCallback": {"server_epochs": 2},
+    "FedDFCallback": {"server_epochs": 2},
+    "FedBECallback": {"server_epochs": 2},
+    "ServerFineTuningCallback": {"server_epochs": 1},
+}
+"""Rules that learn on the server's data, and settings that keep them short."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        result: In words or numbers.
+        allowed: The same for what would be right.
+        is_right: Whether it is; ``None`` where the check does not apply.
+    """
+
+    result: str
+    allowed: str
+    is_right: bool | None
+
+    @property
+    def verdict(self) -> str:
+        if self.is_right is None:
+            return "n/a"
+        return "pass" if self.is_right else "**FAIL**"
+
+
+Check = Callable[[], Finding]
+
+
+def near(run: Tensor, other: Tensor, allowed: float) -> Finding:
+    """Whether two displacements ``[P]`` agree."""
+    distance = ((run.double() - other.double()).norm() / other.double().norm()).item()
+    return Finding(f"{distance:.1e}", f"{allowed:g}", distance <= allowed)
+
+
+def for_gpus(check: Check, is_on_gpu: bool) -> Check:
+    """A check that a CPU has no use for."""
+    return check if is_on_gpu else lambda: Finding("needs a GPU", "", None)
+
+
+# ---------------------------------------------------------------------- a federation
+
+
+class Module(pl.LightningModule):
+    """An ordinary module.
+
+    Args:
+        net: Is given images ``[batch, 784]``.
+        optimizer: Makes the optimizer of its parameters.
+    """
+
+    def __init__(self, net: nn.Module, optimizer: Callable[[Any], torch.optim.Optimizer]) -> None:
+        super().__init__()
+        self.net, self.optimizer = net, optimizer
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.parameters())
+
+
+def cnn(dropout: float = 0.0, norm: bool = False) -> nn.Module:
+    """A small convolutional network, one that ``engine="auto"`` trains in batches on any device."""
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 16, 5)]
+    if norm:
+        layers.append(nn.BatchNorm2d(16))
+    layers += [nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Dropout(dropout), nn.Linear(576, 10)]
+    return nn.Sequential(*layers)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 16), nn.ReLU(), nn.Linear(16, 10))
+
+
+@dataclass
+class Run:
+    """A run that is over, and what it left.
+
+    Attributes:
+        displacement: From the start, ``[P]``, in host memory.
+        trainer: The trainer.
+        module: The module.
+    """
+
+    displacement: Tensor
+    trainer: fed.FederatedTrainer
+    module: Module
+
+    @property
+    def engine(self) -> str:
+        return type(self.trainer.fit_loop.federation.engine).__name__.removesuffix("Engine").lower()
+
+
+class Lab:
+    """Small federations on a device: 12 clients, random images, a few rounds.
+
+    Args:
+        device: ``"cuda"`` or ``"cpu"``.
+        folder: For checkpoints.
+    """
+
+    def __init__(self, device: str, folder: Path) -> None:
+        self.device, self.folder = device, folder
+        self.is_on_gpu = device.startswith("cuda")
+
+    def samples(self, count: int = 480) -> TensorDataset:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(count, 784, generator=generator)
+        return TensorDataset(images, torch.randint(10, (count,), generator=generator))
+
+    def fit(
+        self,
+        net: Callable[[], nn.Module] = cnn,
+        rule: fed.AggregationRule | None = None,
+        optimizer: Callable[[Any], torch.optim.Optimizer] = SGD,
+        *,
+        samples: int = 480,
+        batch_size: int = 20,
+        proxy: int | None = None,
+        ckpt_path: Path | None = None,
+        callbacks: tuple[pl.Callback, ...] = (),
+        **settings: Any,
+    ) -> Run:
+        """Train; ``settings`` are arguments of ``FederatedTrainer``."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = Module(net(), optimizer)
+        start = nn.utils.parameters_to_vector(module.net.parameters()).detach().clone()
+        given: dict[str, Any] = {
+            "rounds": 2,
+            "num_clients": CLIENTS,
+            "partitioner": fed.IIDPartitioner(),
+            "seed": 0,
+            "accelerator": "gpu" if self.is_on_gpu else "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": bool(callbacks),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "client_eval": False,
+            **settings,
+        }
+        trainer = fed.FederatedTrainer(callbacks=[rule or fed.FedAvgCallback(), *callbacks], **given)
+        data = fed.FederatedDataModule(self.samples(samples), batch_size=batch_size, proxy=proxy, seed=0)
+        with redirect_stdout(StringIO()):  # the closing table
+            trainer.fit(module, data, ckpt_path=ckpt_path)
+        end = nn.utils.parameters_to_vector(module.net.parameters()).detach().cpu()
+        return Run(end.float() - start, trainer, module)
+
+    def displacement(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.fit(*args, **kwargs).displacement
+
+
+# ---------------------------------------------------------------------- groups of checks
+
+
+@contextmanager
+def cudnn_tf32(is_allowed: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = is_allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def engines(lab: Lab) -> Iterator[tuple[str, Check]]:
+    """Which engine ``auto`` takes, and whether both agree, with and without the GPU's short products."""
+    short: dict[str, Callable[[], Any]] = {
+        "cuDNN TF32 off": partial(cudnn_tf32, False),
+        "cuDNN TF32 on": partial(cudnn_tf32, True),
+        "matmul precision high": partial(matmul_precision, "high"),
+    }
+
+    def chosen(context: Callable[[], Any], net: Callable[[], nn.Module]) -> Finding:
+        with context():
+            engine = lab.fit(net, engine="auto").engine
+        return Finding(engine, "vectorized", engine == "vectorized")
+
+    def agree(context: Callable[[], Any], net: Callable[[], nn.Module], allowed: float) -> Finding:
+        with context():
+            vectorized = lab.displacement(net, engine="vectorized")
+            return near(vectorized, lab.displacement(net, engine="sequential"), allowed)
+
+    for name, context in short.items():
+        allowed = FLOAT32 if name == "cuDNN TF32 off" or not lab.is_on_gpu else TF32
+        yield f"CNN, float32, {name}: engine of auto", partial(chosen, context, cnn)
+        yield f"CNN, float32, {name}: vectorized from sequential", partial(agree, context, cnn, allowed)
+    exact = partial(cudnn_tf32, False)
+    dropout = partial(cnn, dropout=0.5)
+    # On a GPU the two engines draw other masks, so two right runs are about as far apart as two seeds are.
+    masks = 1.5 if lab.is_on_gpu else FLOAT32
+    yield "CNN with dropout: engine of auto", partial(chosen, exact, dropout)
+    yield "CNN with dropout: vectorized from sequential", partial(agree, exact, dropout, masks)
+    yield "CNN with BatchNorm: vectorized from sequential", partial(agree, exact, partial(cnn, norm=True), FLOAT32)
+
+
+def precisions(lab: Lab) -> Iterator[tuple[str, Check]]:
+    """Short floats against float32, in both engines."""
+
+    def agree(engine: str, precision: str) -> Finding:
+        short = lab.displacement(engine=engine, precision=precision)
+        return near(short, lab.displacement(engine="sequential"), SHORT[precision])
+
+    for precision in SHORT:
+        for engine in ("sequential", "vectorized"):
+            if precision == "16-mixed" and engine == "vectorized":
+                continue  # it takes no loss scale
+            check = partial(agree, engine, precision)
+            needs_gpu = precision == "16-mixed"
+            yield f"{precision}, {engine}: from float32", for_gpus(check, lab.is_on_gpu or not needs_gpu)
+
+
+def rules(lab: Lab) -> Iterator[tuple[str, Check]]:
+    """Every rule, resumed from a checkpoint after the second of four rounds, against the straight run."""
+
+    def resumed(name: str) -> Finding:
+        settings = {"proxy": 60} if name in PROXY_RULES else {}
+        make = partial(getattr(fed, name), **PROXY_RULES.get(name, {}))
+        folder = lab.folder / name
+        keep = pl.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+        straight = lab.displacement(mlp, make(), rounds=4, callbacks=(keep,), **settings)
+        path = folder / "epoch=1.ckpt"
+        again = lab.displacement(mlp, make(), rounds=4, ckpt_path=path, **settings)
+        # On one device the same operations follow each other; a GPU may add in another order.
+        return near(again, straight, 1e-4 if lab.is_on_gpu else 0.0)
+
+    for name in sorted(fed.__all__):
+        thing = getattr(fed, name)
+        if isinstance(thing, type) and issubclass(thing, fed.AggregationRule) and thing is not fed.AggregationRule:
+            yield f"{name}: resumed from straight", partial(resumed, name)
+
+
+def workloads(lab: Lab) -> Iterator[tuple[str, Check]]:
+    """W1 to W4 in float64 by every engine and from every place of the data, against the CPU."""
+    changes: dict[str, dict[str, Any]] = {
+        "W1": {"rounds": 1},
+        "W2": {"rounds": 1, "sizes": [30] * 4, "cohort": 2, "lr": 0.01},
+        "W3": {"rounds": 1, "epochs": 2},
+        "W4": {"rounds": 1, "sizes": [4, 2], "lr": 0.001},
+    }
+    expected: dict[str, Tensor] = {}
+
+    def job(work: str) -> Job:
+        path = lab.folder / f"{work}.npz"
+        made = Job(work, str(path), quick=True, precision="64-true", changes=changes[work])
+        if not path.exists():
+            prepare(made.workload, path)
+        return made
+
+    def reference(work: str) -> Tensor:
+        if work not in expected:
+            expected[work] = engines_agree.trained(replace(job(work), options={"engine": "sequential"}))
+        return expected[work]
+
+    def agree(work: str, options: dict[str, Any]) -> Finding:
+        on_device = replace(job(work), options=options, device=lab.device)
+        return near(engines_agree.trained(on_device), reference(work), FLOAT64)
+
+    for work in ("W3", "W1", "W2", "W4"):
+        for engine in ("sequential", "vectorized"):
+            for place in ("model", "cpu"):
+                check = partial(agree, work, {"engine": engine, "data_device": place})
+                says_something = lab.is_on_gpu or (engine, place) == ("vectorized", "model")
+                title = f"{work}, float64, {engine}, data_device={place}: from the CPU"
+                yield title, for_gpus(check, says_something)
+        if work in ("W2", "W4"):
+            check = partial(agree, work, {"engine": "sequential", "channels_last": True})
+            yield f"{work}, float64, sequential, channels-last: from the CPU", check
+
+
+def compiled(lab: Lab) -> Iterator[tuple[str, Check]]:
+    """The compiled step of the vectorized engine."""
+
+    def agree() -> Finding:
+        run = lab.fit(mlp, rounds=3, engine="vectorized", compile_clients=True)  # from the second round on
+        if not run.trainer.fit_loop.federation.engine.compile_clients:
+            return Finding("was not compiled", "compiled", False)
+        return near(run.displacement, lab.displacement(mlp, rounds=3, engine="sequential"), FLOAT32)
+
+    yield "MLP, float32, compiled: from sequential", agree
+
+
+def memory(lab: Lab) -> Iterator[tuple[str, Check]]:
+    """What a run leaves on the GPU, and what waits in host memory."""
+
+    def leftover() -> Finding:
+        lab.fit(samples=120)  # cuBLAS and cuDNN keep their workspaces for good
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        run = lab.fit(rule=fed.FedHAWCallback(), samples=4800)  # 15 MB
+        held = (torch.cuda.memory_allocated() - before) / 1e6
+        gc.collect()
+        collected = (torch.cuda.memory_allocated() - before) / 1e6
+        del run
+        gc.collect()
+        dropped = (torch.cuda.memory_allocated() - before) / 1e6
+        result = f"{held:.1f} MB; after a gc {collected:.1f} MB; without trainer and module {dropped:.1f} MB"
+        return Finding(result, f"{LEFTOVER:g} MB", max(held, collected, dropped) <= LEFTOVER)
+
+    def homes() -> Finding:
+        momentum = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+        run = lab.fit(partial(cnn, norm=True), optimizer=momentum, buffers="local", optimizer_state="kept")
+        federation = run.trainer.fit_loop.federation
+        devices = {value.device.type for value in tensors((federation.local_buffers, federation.engine.kept))}
+        return Finding(", ".join(sorted(devices)), "cpu", devices == {"cpu"})
+
+    def placement() -> Finding:
+        if importlib.util.find_spec("pytest") is None:
+            return Finding("pytest is not installed", "", None)
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "gpu"]
+        command.append(str(HERE.parent / "tests" / "clients" / "test_placement.py"))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=HERE.parent)
+        said = done.stdout.strip().splitlines() or [f"ended with code {done.returncode}"]
+        is_right = done.returncode == 0 and "passed" in said[-1] and "skipped" not in said[-1]
+        return Finding(sheet.shortened(said[-1]), "passed", is_right)
+
+    yield "MB left on the GPU after fit", for_gpus(leftover, lab.is_on_gpu)
+    yield "local buffers and kept optimizer states wait on", homes
+    yield "tests of the suite that need a GPU", for_gpus(placement, lab.is_on_gpu)
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors of nested containers that have a dimension; numbers such as a step are cheap anywhere."""
+    if isinstance(tree, Tensor):
+        if tree.ndim:
+            yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from tensors(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from tensors(value)
+
+
+WITHOUT_WANDB = """
+import sys
+sys.modules["wandb"] = None
+import torch
+from pathlib import Path
+from gpu_checks import Lab, quiet
+quiet()
+print("moved by", Lab(sys.argv[1], Path(".")).displacement().norm().item())
+"""
+
+
+def processes(lab: Lab) -> Iterator[tuple[str, Check]]:
+    """The process group of one process, and a process without wandb."""
+    backend = "nccl" if lab.is_on_gpu else "gloo"
+
+    def one_process(rule: Callable[[], fed.AggregationRule]) -> Finding:
+        alone = lab.displacement(rule=rule(), engine="sequential")
+        strategy = fed.FederatedStrategy(process_group_backend=backend)
+        try:
+            grouped = lab.displacement(rule=rule(), engine="sequential", strategy=strategy)
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        return near(grouped, alone, FLOAT32)
+
+    def without_wandb() -> Finding:
+        command = [sys.executable, "-c", WITHOUT_WANDB, lab.device]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=sheet.environment())
+        said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+        return Finding(sheet.shortened(said[-1]), "trains", done.returncode == 0)
+
+    yield "import and fit without wandb", without_wandb
+    yield f"one process with {backend}, FedAvg: from no process group", partial(one_process, fed.FedAvgCallback)
+    yield f"one process with {backend}, FedHAW: from no process group", partial(one_process, fed.FedHAWCallback)
+
+
+def out_of_memory(lab: Lab) -> Iterator[tuple[str, Check]]:
+    """A GPU with too little memory for what was asked for."""
+
+    def fit(**settings: Any) -> tuple[Run, int]:
+        """A run with all clients at a time or one, and the most memory it held."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run = lab.fit(samples=4800, batch_size=200, **settings)
+        return run, torch.cuda.max_memory_reserved()
+
+    def recovered() -> Finding:
+        expected, least = fit(engine="sequential")
+        _, most = fit(engine="vectorized", chunk_memory=2**40)
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((least + most) / 2 / total)
+        try:
+            run, _ = fit(engine="vectorized", chunk_memory=2**40)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        found = near(run.displacement, expected.displacement, FLOAT32)
+        chunk = min(run.trainer.fit_loop.federation.engine.chunk, CLIENTS)
+        result = f"{found.result}, {chunk} of {CLIENTS} clients at a time"
+        return Finding(result, f"{found.allowed}, fewer", bool(found.is_right) and chunk < CLIENTS)
+
+    yield "recovers from out of memory: from sequential", for_gpus(recovered, lab.is_on_gpu)
+
+
+def optimizers(lab: Lab) -> Iterator[tuple[str, Check]]:
+    """Optimizers whose numbers live on the GPU, kept by each client; a wrong place may break the GPU's context."""
+    plain = partial(torch.optim.AdamW, lr=1e-3)
+
+    def agree(engine: str, **settings: Any) -> Finding:
+        given: dict[str, Any] = {"optimizer_state": "kept", "rounds": 3}
+        expected = lab.displacement(optimizer=plain, engine="sequential", **given)
+        found = lab.displacement(optimizer=partial(plain, **settings), engine=engine, **given)
+        return near(found, expected, KEPT_ADAM)
+
+    for engine in ("sequential", "vectorized"):
+        yield f"AdamW, kept, {engine}: from sequential", partial(agree, engine)
+        yield f"fused AdamW, kept, {engine}: from AdamW", partial(agree, engine, fused=True)
+        capturable = partial(agree, engine, capturable=True)
+        yield f"capturable AdamW, kept, {engine}: from AdamW", for_gpus(capturable, lab.is_on_gpu)
+
+
+Group = Callable[[Lab], Iterator[tuple[str, Check]]]
+GROUPS: dict[str, tuple[Group, float]] = {
+    "engines": (engines, 60),
+    "memory": (memory, 60),
+    "rules": (rules, 120),
+    "workloads": (workloads, 120),
+    "precisions": (precisions, 60),
+    "processes": (processes, 90),
+    "compiled": (compiled, 120),
+    "out_of_memory": (out_of_memory, 60),
+    "optimizers": (optimizers, 60),
+}
+"""By name, with the seconds a group may take; the risky ones last."""
+
+
+# ---------------------------------------------------------------------- running
+
+
+def quiet() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def run_group(names: list[str], device: str) -> None:
+    """Make the checks of groups, in this process, and tell each finding."""
+    quiet()
+    torch.backends.cudnn.allow_tf32 = False  # the checks of it turn it on
+    with tempfile.TemporaryDirectory() as folder:
+        lab = Lab(device, Path(folder))
+        for name in names:
+            for title, check in GROUPS[name][0](lab):
+                begin = time.perf_counter()
+                try:
+                    found = check()
+                except Exception as error:
+                    found = Finding(sheet.shortened(f"{type(error).__name__}: {error}"), "", False)
+                seconds = time.perf_counter() - begin
+                row = [title, found.result, found.allowed, found.verdict, f"{seconds:.1f}"]
+                sheet.tell({"row": row})
+
+
+class Table:
+    """The rows of all groups in their order, whoever is ready first; written whenever one comes.
+
+    Args:
+        titles: Of the checks of each group.
+        head: What the results belong to.
+        folders: Where the table goes.
+    """
+
+    def __init__(self, titles: dict[str, list[str]], head: str, folders: list[Path]) -> None:
+        self.rows: dict[str, list[str]] = {}
+        self.order: list[str] = []
+        for group in titles.values():
+            for title in group:
+                self.order.append(title)
+                self.rows[title] = [title, "", "", "not run", ""]
+        self.head, self.folders = head, folders
+
+    def add(self, row: list[str]) -> None:
+        self.rows[row[0]] = row
+        print(" | ".join(row), flush=True)
+        self.write()
+
+    def close(self, titles: list[str], ending: str) -> None:
+        """Say of the first check that has no finding that it was the one at which its group ended."""
+        for title in titles:
+            if self.rows[title][3] == "not run":
+                self.add([title, ending, "", "**FAIL**", ""])
+                return
+
+    @property
+    def verdicts(self) -> list[str]:
+        return [self.rows[title][3] for title in self.order]
+
+    def write(self) -> None:
+        counts = ", ".join(f"{self.verdicts.count(v)} {v.strip('*')}" for v in sorted(set(self.verdicts)))
+        rows = [self.rows[title] for title in self.order]
+        body = sheet.table(["check", "result", "allowed", "verdict", "seconds"], rows)
+        sheet.write(f"# Right or wrong\n\n{self.head}\n\n{counts}.\n\n{body}", "gpu_checks.md", self.folders)
+
+
+def steps(names: list[str], device: str) -> list[list[str]]:
+    """Groups by process: one each on a GPU; on a CPU nothing breaks, and imports would be most of the time."""
+    if device.startswith("cuda"):
+        return [[name] for name in names]
+    return [names[0::2], names[1::2]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda or cpu")
+    parser.add_argument("--out", type=Path, nargs="+", default=[Path("outputs")], help="folders for gpu_checks.md")
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), metavar="GROUP")
+    parser.add_argument("--seconds", type=float, default=235, help="after which nothing is started or goes on")
+    parser.add_argument("--since", type=float, help="when they begin, in seconds since 1970; default now")
+    parser.add_argument("--jobs", type=int, help="groups at a time; default 3 on a GPU, else 1")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # a step: the groups in this process
+    args = parser.parse_args()
+    if args.here:
+        run_group(args.groups, args.device)
+        return
+    deadline = sheet.Deadline(args.seconds, args.since)
+    is_on_gpu = args.device.startswith("cuda")
+    lab = Lab(args.device, Path())
+    titles = {name: [title for title, _ in GROUPS[name][0](lab)] for name in args.groups}
+    table = Table(titles, sheet.heading(machine(), args.device, is_quick=not is_on_gpu), args.out)
+    table.write()
+
+    def play(names: list[str]) -> None:
+        limit = min(sum(GROUPS[name][1] for name in names), deadline.left)
+        if limit < 5:
+            return
+        command = [sys.executable, str(Path(__file__)), "--here", "--device", args.device, "--groups", *names]
+        log = args.out[0] / "logs" / f"checks_{names[0]}.log"
+        ending = sheet.run(command, limit, log, lambda record: table.add(record["row"]))
+        if ending:
+            table.close([title for name in names for title in titles[name]], ending)
+
+    with ThreadPoolExecutor(args.jobs or (3 if is_on_gpu else 1)) as pool:
+        for future in [pool.submit(play, names) for names in steps(args.groups, args.device) if names]:
+            future.result()
+    table.write()
+    wrong = [v for v in table.verdicts if v not in ("pass", "n/a")]
+    print(f"{len(wrong)} of {len(table.verdicts)} checks failed or were not run.")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
