@@ -63,6 +63,8 @@ class FedAdpCallback(AggregationRule):
         ValueError: If an argument is not one of the allowed values.
     """
 
+    key = "FedAdpCallback"
+
     def __init__(
         self,
         alpha: float = 5.0,

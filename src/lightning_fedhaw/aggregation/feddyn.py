@@ -38,6 +38,8 @@ class FedDynCallback(AggregationRule):
         ValueError: If an argument is not one of the allowed values.
     """
 
+    key = "FedDynCallback"
+
     def __init__(self, alpha: float = 0.01, penalty: DynPenalty = "square", **federation: Any) -> None:
         super().__init__(**federation)
         self.objectives = (FedDyn(alpha, penalty),)
@@ -48,7 +50,7 @@ class FedDynCallback(AggregationRule):
     @property
     def identity(self) -> str:
         """``alpha``, in whose units ``h`` and the clients' duals are."""
-        return f"{type(self).__name__}(alpha={self.alpha})"
+        return f"{type(self).key}(alpha={self.alpha})"
 
     def init(self, start: Tensor, num_examples: Tensor) -> State:
         """``h = 0``."""

@@ -33,6 +33,8 @@ class FedDyn(ClientObjective):
         ValueError: If an argument is not one of the allowed values.
     """
 
+    key = "FedDyn"
+
     def __init__(self, alpha: float = 0.01, penalty: DynPenalty = "square", name: str | None = None) -> None:
         super().__init__(name)
         self.alpha = check_number("alpha", alpha, 0, below=math.inf)
