@@ -47,10 +47,10 @@ class FederationOptions:
         local_steps: Optimiser steps that a client makes in a round, whatever its size; excludes ``local_epochs``.
         optimizer_state: ``"fresh"``: a client starts every round with a new optimiser state. ``"kept"``: each client
             finds the momentum and moments it left behind (held in host memory, checkpointed).
-        buffers: What happens to buffers such as BatchNorm statistics. ``"average"``: floating-point buffers by the
-            rule's normalised weights, integer ones by their maximum. ``"keep"``: the server's never change.
-            ``"local"``: each client keeps its own; the server's are their average. ``"recalibrate"``: recomputed with
-            the new global model on the cohort's training data.
+        buffers: What happens to buffers such as BatchNorm statistics, but for those of frozen modules in evaluation
+            mode, which stay. ``"average"``: floating-point buffers by the rule's normalised weights, integer ones by
+            their maximum. ``"keep"``: the server's never change. ``"local"``: each client keeps its own; the server's
+            are their average. ``"recalibrate"``: recomputed with the new global model on the cohort's training data.
         on_nonfinite: ``"exclude"``: a client that returns NaN or infinity is named in a warning and left out.
             ``"raise"``: it ends the run.
         empty_round: A round in which nobody is heard. ``"skip"``: nothing changes. ``"follow"``: the rule runs on
