@@ -47,7 +47,7 @@ RULES: dict[str, Callable[[], fed.AggregationRule]] = {
     "FedHAW": fed.FedHAWCallback,
     "FedHAW published": lambda: fed.FedHAWCallback(normalise_by="lr"),
     "SCAFFOLD": fed.ScaffoldCallback,
-    "FedDyn": lambda: fed.FedDynCallback(alpha=0.1),
+    "FedDyn": lambda: fed.FedDynCallback(regularization=0.1),
     "FedLAW": lambda: fed.FedLAWCallback(**EPOCHS),
     "FedLAW in stages": lambda: fed.FedLAWCallback("in_stages", **EPOCHS),
     "fine-tuning": fed.ServerFineTuningCallback,

@@ -209,8 +209,8 @@ def test_every_rule_survives_a_configuration_file(parser, name):
 
 
 def test_each_setting_of_the_federation_has_one_place(parser):
-    config = parser.parse_args([*TASK, "--rule=FedAdpCallback", "--rule.alpha=3", "--federation.alpha=0.1"])
-    assert (config.rule.init_args.alpha, config.federation.alpha) == (3.0, 0.1)
+    config = parser.parse_args([*TASK, "--rule=FedAdpCallback", "--rule.gompertz=3", "--federation.alpha=0.1"])
+    assert (config.rule.init_args.gompertz, config.federation.alpha) == (3.0, 0.1)
     options = set(lightning_fedhaw.FederationOptions.__dataclass_fields__)
     assert set(config.federation.keys()) == options
     assert not options & set(config.trainer.keys())
@@ -248,7 +248,7 @@ def test_channels_and_objectives_are_one_or_several(parser):
         (["--federation.num_clients=many"], "`--federation.num_clients`: Expected a <class 'int'>, got many"),
         ([], "`fit` needs an aggregation rule, got none. Add `--rule=FedHAWCallback`"),
         (["--rule=FedAvgCallback", "--federation.num_clients=0"], "`num_clients` must be a whole number of at least 1"),
-        (["--rule=FedAdpCallback", "--rule.alpha=-3"], "`alpha` must be a finite number of at least 0, got -3.0"),
+        (["--rule=FedAdpCallback", "--rule.gompertz=-3"], "`gompertz` must be a finite number of at least 0, got -3.0"),
         (["--rule=FedAvgCallback", "--trainer.max_epochs=5"], "`rounds`=3 and `max_epochs`=5 mean the same"),
     ],
 )

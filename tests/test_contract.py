@@ -134,7 +134,7 @@ NEUTRAL = {
     "FedOpt": (FedOptCallback, FedAvgCallback),
     "FedOpt on a rule": (lambda: FedOptCallback(rule=FedAvgCallback("uniform")), lambda: FedAvgCallback("uniform")),
     "FedAvgM without momentum": (lambda: FedAvgMCallback(momentum=0.0), FedAvgCallback),
-    "FedAdp without angles": (lambda: FedAdpCallback(alpha=0.0), FedAvgCallback),
+    "FedAdp without angles": (lambda: FedAdpCallback(gompertz=0.0), FedAvgCallback),
     "FedLWS without shrinking": (lambda: FedLWSCallback(beta=0.0, tau_min=0.0), FedAvgCallback),
     "trimmed mean of all": (lambda: TrimmedMeanCallback(0), lambda: FedAvgCallback("uniform")),
     "Multi-Krum of all": (lambda: MultiKrumCallback(0, keep=3), lambda: FedAvgCallback("uniform")),

@@ -11,8 +11,19 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from federations import QUIET
-from lightning_fedhaw import FedAvgCallback, FederatedTrainer, FederationOptions, FedHAWCallback
+from federations import QUIET, Classifier, loader, samples
+from lightning_fedhaw import (
+    DirichletPartitioner,
+    ErasureChannel,
+    FedAdpCallback,
+    FedAvgCallback,
+    FedDyn,
+    FedDynCallback,
+    FederatedTrainer,
+    FederationOptions,
+    FedHAWCallback,
+)
+from lightning_fedhaw.keys import KeyedCallback
 
 
 class Digits(pl.LightningModule):
@@ -54,6 +65,28 @@ def test_one_line_in_an_ordinary_project_stays_finite_and_within_two_points_of_f
         assert all(torch.isfinite(p).all() for p in module.parameters())
         accuracy.append(float(runner.callback_metrics["val_acc"]))
     assert accuracy[1] >= accuracy[0] - 0.02
+
+
+def classes_below(kind):
+    for each in kind.__subclasses__():
+        yield each
+        yield from classes_below(each)
+
+
+def test_no_rule_channel_or_objective_takes_the_name_of_an_option_for_itself():
+    options = {option.name for option in fields(FederationOptions)}
+    ours = [kind for kind in classes_below(KeyedCallback) if kind.__module__.startswith("lightning_fedhaw.")]
+    assert {FedAvgCallback, FedDynCallback, ErasureChannel, FedDyn} <= set(ours)
+    for kind in ours:
+        assert not options & set(inspect.signature(kind).parameters), kind.__name__
+
+
+@pytest.mark.parametrize("rule", [FedAvgCallback, FedDynCallback, FedAdpCallback])
+def test_rules_that_are_compared_by_their_names_split_alike(rule):
+    runner = pl.Trainer(max_epochs=1, callbacks=[rule(num_clients=5, alpha=1.0, client_eval=False)], **QUIET)
+    runner.fit(Classifier(), loader())
+    partition = DirichletPartitioner(1.0).partition(5, num_samples=120, labels=samples().tensors[1])
+    assert runner.fit_loop.federation.data.partition.fingerprint() == partition.fingerprint()
 
 
 def test_the_trainer_takes_every_option_with_the_same_default():

@@ -628,9 +628,9 @@ RULES = {
     FedAdpCallback: ("smooth_by=participations", ["weight/min", "weight/max"]),
     FedAdamCallback: ("FedAdamCallback(lr=0.1, beta1=0.9, beta2=0.99, tau=0.001", ["server lr"]),
     partial(
-        FedOptCallback, partial(torch.optim.SGD, momentum=0.9), rule=FedAdpCallback(alpha=0.5), lr_scheduler=STEPS
+        FedOptCallback, partial(torch.optim.SGD, momentum=0.9), rule=FedAdpCallback(gompertz=0.5), lr_scheduler=STEPS
     ): (
-        "optimizer=SGD(momentum=0.9), lr=1, lr_scheduler=StepLR(step_size=2), rule=FedAdpCallback(alpha=0.5,",
+        "optimizer=SGD(momentum=0.9), lr=1, lr_scheduler=StepLR(step_size=2), rule=FedAdpCallback(gompertz=0.5,",
         ["server lr", "weight/min", "weight/max"],
     ),
 }

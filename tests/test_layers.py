@@ -9,8 +9,8 @@ ROOT = Path(lightning_fedhaw.__file__).parent
 
 # A file or folder may import rows below its own. Inside a folder, files share what the folder is made of.
 ROWS = [
-    {"layout", "memory", "streams", "isolation", "ranks"},
-    {"cohort", "options", "observer", "objectives"},
+    {"layout", "memory", "streams", "isolation", "ranks", "keys", "options"},
+    {"cohort", "observer", "objectives"},
     {"checkpoint", "data", "channel", "aggregation", "spread", "summary", "progress", "refusals", "history"},
     {"server", "clients", "plotting"},
     {"federation", "strategy", "evaluation", "reporting"},

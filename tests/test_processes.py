@@ -172,7 +172,7 @@ STATEFUL = {
     "reused updates": lambda: {"callbacks": [Lossy(fallback="reuse_update")]},
     "reused models": lambda: {"callbacks": [Lossy(link="downlink", fallback="reuse_model")]},
     "objective": lambda: {"callbacks": [Memory()]},
-    "FedDyn": lambda: {"rule": FedDynCallback(alpha=0.1)},
+    "FedDyn": lambda: {"rule": FedDynCallback(regularization=0.1)},
     "SCAFFOLD": lambda: {"rule": ScaffoldCallback()},
     "SCAFFOLD's old controls": lambda: {
         "rule": ScaffoldCallback(),

@@ -204,9 +204,9 @@ def test_a_checkpoint_of_another_federation_is_refused(kwargs, said):
         (lambda: FedOptCallback(rule=FedHAWCallback()), FedOptCallback),
         (lambda: FedOptCallback(rule=FedHAWCallback()), lambda: FedOptCallback(rule=FedHAWCallback(lr_lambda=0.0))),
         (partial(FedHyperCallback, "G"), partial(FedHyperCallback, "G+SL")),
-        (partial(FedDynCallback, alpha=0.1), partial(FedDynCallback, alpha=0.5)),
+        (partial(FedDynCallback, regularization=0.1), partial(FedDynCallback, regularization=0.5)),
     ],
-    ids=["units", "weights", "server rate", "momentum", "inner rule", "inner settings", "rates", "alpha"],
+    ids=["units", "weights", "server rate", "momentum", "inner rule", "inner settings", "rates", "regularization"],
 )
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_settings_that_the_rules_state_depends_on_may_not_change(before, now):

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
@@ -816,3 +817,22 @@ def test_every_argument_of_the_federation_has_a_row():
     own = set(inspect.signature(FederatedTrainer).parameters) - {"kwargs"}
     assert own == set(table("Arguments of the federation"))
     assert own - {"rounds", "checkpoint_every_n_rounds"} == {f.name for f in fields(FederationOptions)}
+
+
+def descriptions(kind: type, section: str) -> dict[str, str]:
+    """What a docstring says of each argument."""
+    text = str(inspect.getdoc(kind)).split(f"\n{section}:\n")[1]
+    entries = re.finditer(r"^    (\w+): (.*(?:\n {8}.*)*)", re.split(r"\n\S", text)[0], re.MULTILINE)
+    return {entry[1]: " ".join(entry[2].split()) for entry in entries}
+
+
+def test_every_option_of_the_federation_is_described_once_and_in_the_same_words():
+    options = descriptions(FederationOptions, "Attributes")
+    assert set(options) == {f.name for f in fields(FederationOptions)}
+    of_trainer = descriptions(FederatedTrainer, "Args")
+    docs = DOCS.read_text(encoding="utf-8")
+    for name, text in options.items():
+        assert of_trainer[name] == text
+        row = re.search(rf"^\| `{name}` \|.*?\| (.*) \|$", docs, re.MULTILINE)
+        assert row is not None
+        assert row[1].endswith(text.replace("``docs/speed.md``", "[Speed](speed.md)").replace("``", "`")), name

@@ -62,7 +62,7 @@ ERROR_SEED = 23
 
 VARIANTS: dict[str, Callable[[], AggregationRule]] = {
     "fedavg": FedAvgCallback,
-    "fedadp": lambda: FedAdpCallback(alpha=5.0),
+    "fedadp": lambda: FedAdpCallback(gompertz=5.0),
     "fedlws": lambda: FedLWSCallback(beta=0.1, tau_min=0.0, tau_max=float("inf")),
     "fedhyper": lambda: FedHyperCallback("G", alpha_bounds=(0.2, 5.0), weighting="uniform"),
     "fedlaw": lambda: FedLAWCallback(

@@ -59,7 +59,7 @@ class FederatedArgumentParser(LightningArgumentParser):
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, **kwargs: Any) -> list[str]:
         """The arguments of a class, without those that the group ``federation`` has.
 
-        What a rule declares itself stays: ``alpha`` of :class:`~lightning_fedhaw.FedAdpCallback` is another alpha.
+        What a rule of the user's own declares itself stays, whatever its name.
         """
         skip = set(kwargs.pop("skip", None) or ())
         if nested_key == "trainer":

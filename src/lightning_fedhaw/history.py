@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from lightning_fedhaw.keys import KeyedCallback
 from lightning_fedhaw.observer import RoundObserver
 
 MOST_CLIENTS = 1000
@@ -21,7 +22,7 @@ LOG, CLIENT_TABLE, WEIGHT_TABLE = "metrics.csv", "per_client.csv", "weights.csv"
 _LABEL = "label_"
 
 
-class History(RoundObserver):
+class History(KeyedCallback, RoundObserver):
     """Keeps what a run logged, for its closing table and its pictures.
 
     Every federation has one: where nobody gives it as a callback, it is added. It is part of the checkpoints, so a run
@@ -33,6 +34,8 @@ class History(RoundObserver):
         labels: ``[N, C]``, samples of each client in each class, where the data set shows its labels.
         clients: Metrics of the final model on each client's own data, ``[N]`` each; empty before the end of ``fit``.
     """
+
+    key = "History"
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,10 +205,10 @@ def _from_checkpoint(path: Path) -> History:
     if checkpoint is None:
         raise ValueError(f"{str(path)!r} is no checkpoint. Give a `.ckpt` file, or the folder of the run's `{LOG}`.")
     states = checkpoint.get("callbacks", {}) if isinstance(checkpoint, Mapping) else {}
-    if History.__name__ not in states:
+    if History.key not in states:
         raise ValueError(f"{str(path)!r} was not written by a federation: it holds no history.")
     history = History()
-    history.load_state_dict(states[History.__name__])
+    history.load_state_dict(states[History.key])
     return history
 
 

@@ -47,10 +47,10 @@ class FederationOptions:
         local_steps: Optimiser steps that a client makes in a round, whatever its size; excludes ``local_epochs``.
         optimizer_state: ``"fresh"``: a client starts every round with a new optimiser state. ``"kept"``: each client
             finds the momentum and moments it left behind (held in host memory, checkpointed).
-        buffers: What happens to buffers such as BatchNorm statistics. ``"average"``: floating-point buffers by the
-            rule's normalised weights, integer ones by their maximum. ``"keep"``: the server's never change.
-            ``"local"``: each client keeps its own; the server's are their average. ``"recalibrate"``: recomputed with
-            the new global model on the cohort's training data.
+        buffers: What happens to buffers such as BatchNorm statistics, but for those of frozen modules in evaluation
+            mode, which stay. ``"average"``: floating-point buffers by the rule's normalised weights, integer ones by
+            their maximum. ``"keep"``: the server's never change. ``"local"``: each client keeps its own; the server's
+            are their average. ``"recalibrate"``: recomputed with the new global model on the cohort's training data.
         on_nonfinite: ``"exclude"``: a client that returns NaN or infinity is named in a warning and left out.
             ``"raise"``: it ends the run.
         empty_round: A round in which nobody is heard. ``"skip"``: nothing changes. ``"follow"``: the rule runs on
@@ -224,7 +224,12 @@ def check_names(taker: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def described(thing: Any, *hidden: str, **instead: str | None) -> str:
-    """An object with its settings, for a line of the log.
+    """An object with its settings, for a line of the log; the arguments are those of :func:`settings_of`."""
+    return f"{type(thing).__name__}({settings_of(thing, *hidden, **instead)})"
+
+
+def settings_of(thing: Any, *hidden: str, **instead: str | None) -> str:
+    """The settings of an object in one line.
 
     Settings are the arguments of its constructors that it keeps under their own names and that are not ``None``.
 
@@ -242,7 +247,7 @@ def described(thing: Any, *hidden: str, **instead: str | None) -> str:
     names = dict.fromkeys(p.name for p in passed if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
     told = {name: vars(thing).get(name) for name in names if name not in hidden}
     settings = [f"{name}={instead.get(name) or _shown(value)}" for name, value in told.items() if value is not None]
-    return f"{type(thing).__name__}({', '.join(settings)})"
+    return ", ".join(settings)
 
 
 def _shown(value: Any) -> str:

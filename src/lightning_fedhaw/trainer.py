@@ -35,34 +35,53 @@ class FederatedTrainer(pl.Trainer):
 
     A round is an epoch: ``current_epoch`` and ``global_step`` count rounds, and callbacks, loggers, checkpoints,
     validation and ``fit(ckpt_path=...)`` keep their meaning. ``docs/trainer_arguments.md`` says what every argument of
-    the stock trainer means here. :class:`~lightning_fedhaw.FederationOptions` says more of the arguments from
-    ``num_clients`` to ``seed``.
+    the stock trainer means here. The arguments from ``num_clients`` to ``seed`` are those of
+    :class:`~lightning_fedhaw.FederationOptions`.
 
     Args:
         rounds: Communication rounds, in the place of ``max_epochs``; -1 goes on until something stops it.
-        num_clients: Clients that the training data is split over.
-        alpha: Concentration of a Dirichlet split by labels; small is unequal.
-        partitioner: How the data is split, in the place of ``alpha``.
-        labels: Labels for such a split.
-        clients_per_round: Clients drawn for a round: a number, or a share of all as a float.
-        sampler: Who comes in a round, in the place of ``clients_per_round``.
-        local_epochs: Passes over its own data that a client makes in a round.
-        local_steps: Optimiser steps that a client makes in a round, in the place of ``local_epochs``.
-        optimizer_state: ``"fresh"`` every round, or ``"kept"`` by each client.
-        buffers: What happens to buffers such as BatchNorm statistics.
-        on_nonfinite: Whether a client that returns NaN is left out, or ends the run.
-        empty_round: Whether a round in which nobody is heard is skipped.
-        client_val_fraction: Share of each client's data held out for the closing table.
-        client_eval: Whether the final model is evaluated on each client.
-        storage: Where the cohort's vectors are kept.
-        storage_dtype: Dtype in which they are kept.
-        engine: How a cohort trains: one client after another, or all at once.
-        compile_clients: Whether the vectorized engine compiles its step.
-        chunk_memory: Bytes that the vectorized engine may use at a time.
-        channels_last: Whether images and convolutions are laid out channels-last while clients train.
-        data_device: Where training data in memory is kept.
-        reduction: How sums over clients are formed on several processes.
-        seed: Seed of every draw the federation makes.
+        num_clients: N, the number of clients the training data is split over. Default: what the data module says,
+            else 10.
+        alpha: Concentration of a label-skewed Dirichlet split; small is unequal. Short for
+            ``partitioner=DirichletPartitioner(alpha)``. Default: 0.1 where labels are found, else an IID split.
+        partitioner: How the training data is split; see ``lightning_fedhaw.data``.
+        labels: Labels for a label-skewed split: an array ``[samples]``, or a callable that takes the dataset. Default:
+            the dataset's ``targets`` or ``labels``, else a second integer item of its samples.
+        clients_per_round: Clients drawn per round, a number or a fraction of N. Default: everyone.
+        sampler: Who comes in a round; excludes ``clients_per_round``.
+        local_epochs: Passes over its own data that a client makes in a round. Default: 1.
+        local_steps: Optimiser steps that a client makes in a round, whatever its size; excludes ``local_epochs``.
+        optimizer_state: ``"fresh"``: a client starts every round with a new optimiser state. ``"kept"``: each client
+            finds the momentum and moments it left behind (held in host memory, checkpointed).
+        buffers: What happens to buffers such as BatchNorm statistics, but for those of frozen modules in evaluation
+            mode, which stay. ``"average"``: floating-point buffers by the rule's normalised weights, integer ones by
+            their maximum. ``"keep"``: the server's never change. ``"local"``: each client keeps its own; the server's
+            are their average. ``"recalibrate"``: recomputed with the new global model on the cohort's training data.
+        on_nonfinite: ``"exclude"``: a client that returns NaN or infinity is named in a warning and left out.
+            ``"raise"``: it ends the run.
+        empty_round: A round in which nobody is heard. ``"skip"``: nothing changes. ``"follow"``: the rule runs on
+            what the channel filled in, as the FedHAW authors' code does.
+        client_val_fraction: Share of each client's data held out of training for the closing table's per-client
+            metrics. 0 evaluates on the training data, at most 1,000 samples a client.
+        client_eval: Whether the final global model is evaluated on each client at the end.
+        storage: Where the cohort's vectors are kept. ``"auto"``: nowhere if the rule only needs their weighted sum,
+            else on the model's device. ``"device"``, ``"host"``: there.
+        storage_dtype: Dtype of the stored displacements, such as ``torch.bfloat16``; the layout's by default.
+        engine: How a cohort trains. ``"sequential"``: one client after another; takes any module. ``"vectorized"``: all
+            at once in one batched computation; takes modules whose step is a function. ``"auto"``: by the rule in
+            ``docs/speed.md``.
+        compile_clients: Whether the vectorized engine compiles its step with ``torch.compile``, from the second round
+            on; pays for small models and many rounds.
+        chunk_memory: Bytes that the vectorized engine may use at a time, such as ``2**30``; more clients than fit are
+            trained chunk by chunk. Default: a quarter of the memory that is free.
+        channels_last: Whether 4-D parameters and inputs are laid out channels-last while clients train; faster for
+            most convolutional models. Images in memory with several channels are copied once.
+        data_device: Where training data that is tensors in memory is kept. ``"model"``: on the model's device, moved
+            once. ``"cpu"``: where it is; batches are moved. ``"auto"``: on the model's device if it fits into half of
+            the memory that is free there.
+        reduction: How sums over clients are formed on several processes. ``"fast"``: each process sums its own
+            clients. ``"ordered"``: in the order of the clients, which gives the bits of one process.
+        seed: Seed of every draw the federation makes. Default: the one given to ``seed_everything``, else 0.
         checkpoint_every_n_rounds: Write a checkpoint every so many rounds and after the last one, and keep the latest
             (``last.ckpt`` too), for runs that may be cut off. Short for a ``ModelCheckpoint`` among the callbacks.
         kwargs: The arguments of ``lightning.pytorch.Trainer``.

@@ -97,7 +97,7 @@ def test_the_number_of_the_round_may_stand_in_the_mean():
 
 
 def test_settings_are_checked():
-    with pytest.raises(ValueError, match="`alpha` must be a finite number of at least 0, got -1"):
-        FedAdpCallback(alpha=-1)
+    with pytest.raises(ValueError, match="`gompertz` must be a finite number of at least 0, got -1"):
+        FedAdpCallback(gompertz=-1)
     with pytest.raises(ValueError, match="`smooth_by` must be one of 'participations', 'rounds', got 'ever'"):
         FedAdpCallback(smooth_by="ever")

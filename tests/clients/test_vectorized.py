@@ -230,7 +230,7 @@ CASES = {
     "regularised": (Regularised, {}),
     "objective": (None, {"callbacks": [Proximal()], "rounds": 3}),
     "objectives": (Groups, {"callbacks": [Proximal(), FedProx(0.3), FedDyn(0.1)], "rounds": 3}),
-    "FedDyn": (lambda: Classifier(OPTIMIZERS["Adam"]), {"rule": FedDynCallback(alpha=0.5), "rounds": 3}),
+    "FedDyn": (lambda: Classifier(OPTIMIZERS["Adam"]), {"rule": FedDynCallback(regularization=0.5), "rounds": 3}),
     "FedDyn norm": (None, {"callbacks": [FedDyn(0.5, penalty="norm")], "rounds": 3}),
     "SCAFFOLD": (HalfTrained, {"rule": ScaffoldCallback("I"), "rounds": 3, "clients_per_round": 4}),
     "SCAFFOLD II": (lambda: Classifier(OPTIMIZERS["SGD nesterov"]), {"rule": ScaffoldCallback(), "rounds": 3}),

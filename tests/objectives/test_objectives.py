@@ -281,13 +281,13 @@ def test_feddyn():
     def duals(rule):
         return [s["w"].item() for s in rule.objectives[0].state_dict()["clients"].values()]
 
-    rule = FedDynCallback(alpha=0.5)
+    rule = FedDynCallback(regularization=0.5)
     path = descend(rule, **exact)
     assert one(path.ends) == near([0.66666667, -0.85714286])
     assert duals(rule) == near([-0.33333333, 0.42857143])
     assert rule.state["h"].item() == near(0.04761905)
     assert one(path.models) == near([-0.19047619])
-    assert one(descend(FedDynCallback(alpha=0.5), rounds=2, **exact).models)[1] == near(-0.28571429)
+    assert one(descend(FedDynCallback(regularization=0.5), rounds=2, **exact).models)[1] == near(-0.28571429)
     assert one(descend(rule, rounds=45, **exact).models)[-1] == close(-0.5, abs=1e-5)
     assert duals(rule) == close([-1.5, 1.5], abs=1e-5)
     assert rule.state["h"].item() == close(0.0, abs=1e-5)
@@ -295,7 +295,7 @@ def test_feddyn():
 
 def test_feddyn_without_the_square_pulls_with_constant_length():
     w, start = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}, {"a": torch.zeros(1), "b": torch.zeros(1)}
-    objective = FedDyn(alpha=0.5, penalty="norm")
+    objective = FedDyn(regularization=0.5, penalty="norm")
     dual = {"a": torch.tensor([1.0]), "b": torch.zeros(1)}
     found = objective.gradient(w, start, dual)
     assert [v.item() for v in found.values()] == close([0.25 * 0.6 - 1, 0.25 * 0.8])
@@ -320,7 +320,7 @@ def test_scaffold_and_feddyn_reach_the_optimum_that_fedavg_misses():
     assert missed(FedAvgCallback("uniform"), [FedProx(0.5)], rounds=15) > 0.05
     assert missed(ScaffoldCallback()) < 1e-5
     assert missed(ScaffoldCallback("I")) < 1e-5
-    assert missed(FedDynCallback(alpha=0.5)) < 1e-2
+    assert missed(FedDynCallback(regularization=0.5)) < 1e-2
     some = {"clients_per_round": 3, "rounds": 80}
     assert missed(ScaffoldCallback(), **some) < 0.02 < missed(FedAvgCallback("uniform"), **some)
 
@@ -527,10 +527,10 @@ def test_settings_are_checked():
         FedProx(mu=-1)
     with pytest.raises(ValueError, match="`mu` must be a finite number of at least 0, got True"):
         FedProx(mu=True)
-    with pytest.raises(ValueError, match="`alpha` must be a finite number of at least 0, got inf"):
-        FedDyn(alpha=float("inf"))
-    with pytest.raises(ValueError, match="`alpha` must be above 0, because the server divides by it, got 0"):
-        FedDynCallback(alpha=0)
+    with pytest.raises(ValueError, match="`regularization` must be a finite number of at least 0, got inf"):
+        FedDyn(regularization=float("inf"))
+    with pytest.raises(ValueError, match="`regularization` must be above 0, because the server divides by it, got 0"):
+        FedDynCallback(regularization=0)
     with pytest.raises(ValueError, match="`penalty` must be one of 'square', 'norm', got 'l2'"):
         FedDyn(penalty="l2")
     with pytest.raises(ValueError, match="`option` must be one of 'II', 'I', got 'III'"):

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Callback
 from torch import Tensor
 
 from lightning_fedhaw.cohort import ClientVectors, Cohort
+from lightning_fedhaw.keys import KeyedCallback
 from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.options import FederationOptions, check_names, described
@@ -112,7 +112,7 @@ class LocalPace(ABC):
         """
 
 
-class AggregationRule(Callback):
+class AggregationRule(KeyedCallback):
     """How the server turns a cohort into the next global model.
 
     A rule is a callback: give it to a :class:`~lightning_fedhaw.FederatedTrainer`, or to a stock
@@ -129,6 +129,8 @@ class AggregationRule(Callback):
     Attributes:
         state: The state after the last round; empty before the first.
     """
+
+    key = "AggregationRule"
 
     needs_learning_rates: bool = False
     """Whether the rule reads the clients' learning rates; then each trainable parameter needs exactly one optimiser."""
@@ -197,7 +199,7 @@ class AggregationRule(Callback):
     @property
     def identity(self) -> str:
         """What a run must share with the checkpoint that it goes on from, because the state depends on it."""
-        return type(self).__name__
+        return type(self).key
 
     def summary(self) -> dict[str, float]:
         """What the rule's state has learned, for the table that closes a run; nothing by default."""

@@ -7,7 +7,7 @@ Shapes: N clients exist, K are in the cohort, P parameters. With ``q_k`` [P] the
 
     theta_k  <- arccos <q_k, q> / (|q_k| |q|)          q = sum_k p_k q_k, p_k = n_k / sum_j n_j
     smooth_k <- ((r - 1) smooth_k + theta_k) / r       r: the rounds that client k has taken part in, this one included
-    f(x)     =  alpha (1 - exp(-exp(-alpha (x - 1))))
+    f(x)     =  alpha (1 - exp(-exp(-alpha (x - 1))))          alpha: the argument ``gompertz``
     w        <- sum_k psi_k w_k                        psi_k = n_k exp(f(smooth_k)) / sum_j n_j exp(f(smooth_j))
 """
 
@@ -48,8 +48,8 @@ class FedAdpCallback(AggregationRule):
     """Weigh clients by how well their update agrees with the average update.
 
     Args:
-        alpha: How sharply weights fall with the angle: an aligned client weighs up to ``exp(alpha)`` times as much as
-            an opposed one. 0 is FedAvg.
+        gompertz: The factor ``alpha`` of the Gompertz function, how sharply weights fall with the angle: an aligned
+            client weighs up to ``exp(gompertz)`` times as much as an opposed one. 0 is FedAvg.
         smooth_by: ``"participations"``: a client's angles are averaged over the rounds it was heard in, as published.
             ``"rounds"``: the number of the round stands in the mean, whoever took part, as in FedHAW's authors' code.
         update_unheard: Whether what stands in for a client that was not heard counts as an angle of its own, as in
@@ -63,16 +63,18 @@ class FedAdpCallback(AggregationRule):
         ValueError: If an argument is not one of the allowed values.
     """
 
+    key = "FedAdpCallback"
+
     def __init__(
         self,
-        alpha: float = 5.0,
+        gompertz: float = 5.0,
         *,
         smooth_by: Smoothing = "participations",
         update_unheard: bool = False,
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        self.alpha = check_number("alpha", alpha, 0, below=math.inf)
+        self.gompertz = check_number("gompertz", gompertz, 0, below=math.inf)
         check_choice("smooth_by", smooth_by, get_args(Smoothing))
         self.smooth_by, self.update_unheard = smooth_by, update_unheard
 
@@ -94,7 +96,7 @@ class FedAdpCallback(AggregationRule):
         rounds = counts + 1 if self.smooth_by == "participations" else torch.full_like(counts, cohort.round + 1)
         # Who was never heard weighs by what stands in for it.
         smooth = torch.where(told, ((rounds - 1) * smooth + seen) / rounds, torch.where(counts > 0, smooth, seen))
-        heights = gompertz(smooth, self.alpha)
+        heights = gompertz(smooth, self.gompertz)
         weights = normalised(cohort.num_examples * (heights - heights.max()).exp())
         new_angles, new_counts = state["angles"].clone(), state["counts"].clone()
         new_angles[clients[told]] = smooth[told]

@@ -29,6 +29,8 @@ class FedAvgCallback(AggregationRule):
         ValueError: If ``weighting`` is unknown.
     """
 
+    key = "FedAvgCallback"
+
     def __init__(self, weighting: Weighting = "examples", **federation: Any) -> None:
         super().__init__(**federation)
         check_choice("weighting", weighting, get_args(Weighting))

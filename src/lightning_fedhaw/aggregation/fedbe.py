@@ -69,6 +69,8 @@ class FedBECallback(Distillation):
         TypeError: If ``optimizer`` makes none.
     """
 
+    key = "FedBECallback"
+
     def __init__(
         self,
         server_epochs: int = 100,

@@ -44,6 +44,8 @@ class FedDFCallback(Distillation):
         TypeError: If ``optimizer`` makes none.
     """
 
+    key = "FedDFCallback"
+
     def __init__(
         self,
         server_epochs: int = 100,

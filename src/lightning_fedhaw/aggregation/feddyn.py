@@ -27,7 +27,8 @@ class FedDynCallback(AggregationRule):
     clients' ``g_k``.
 
     Args:
-        alpha: The factor, above 0. Small values follow the clients quickly; large ones hold them back.
+        regularization: The factor ``alpha``, above 0. Small values follow the clients quickly; large ones hold them
+            back.
         penalty: As of :class:`~lightning_fedhaw.FedDyn`.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
@@ -38,17 +39,21 @@ class FedDynCallback(AggregationRule):
         ValueError: If an argument is not one of the allowed values.
     """
 
-    def __init__(self, alpha: float = 0.01, penalty: DynPenalty = "square", **federation: Any) -> None:
+    key = "FedDynCallback"
+
+    def __init__(self, regularization: float = 0.01, penalty: DynPenalty = "square", **federation: Any) -> None:
         super().__init__(**federation)
-        self.objectives = (FedDyn(alpha, penalty),)
-        if not alpha > 0:
-            raise ValueError(f"`alpha` must be above 0, because the server divides by it, got {alpha!r}.")
-        self.alpha, self.penalty = float(alpha), penalty
+        self.objectives = (FedDyn(regularization, penalty),)
+        if not regularization > 0:
+            raise ValueError(
+                f"`regularization` must be above 0, because the server divides by it, got {regularization!r}."
+            )
+        self.regularization, self.penalty = float(regularization), penalty
 
     @property
     def identity(self) -> str:
-        """``alpha``, in whose units ``h`` and the clients' duals are."""
-        return f"{type(self).__name__}(alpha={self.alpha})"
+        """The factor in whose units ``h`` and the clients' duals are."""
+        return f"{type(self).key}(regularization={self.regularization})"
 
     def init(self, start: Tensor, num_examples: Tensor) -> State:
         """``h = 0``."""
@@ -58,6 +63,6 @@ class FedDynCallback(AggregationRule):
         """One mean, corrected."""
         weights = normalised(torch.ones(len(cohort)))
         moved = cohort.vectors.displacements.weighted_sum(cohort.heard.double() / state["num_clients"])
-        h = state["h"].to(cohort.start) - self.alpha * moved.to(cohort.start)
-        corrected = cohort.vectors.weighted_sum(weights) - h / self.alpha
+        h = state["h"].to(cohort.start) - self.regularization * moved.to(cohort.start)
+        corrected = cohort.vectors.weighted_sum(weights) - h / self.regularization
         return RuleStep(corrected, {**state, "h": h}, weights)

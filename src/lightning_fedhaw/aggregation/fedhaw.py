@@ -199,6 +199,8 @@ class FedHAWCallback(AggregationRule):
         [0.25, 0.75]
     """
 
+    key = "FedHAWCallback"
+
     def __init__(
         self,
         lr_gamma: float | None = None,
@@ -294,7 +296,7 @@ class FedHAWCallback(AggregationRule):
         """What the kept vectors and the hyper-optimiser's memory are made for; step sizes may change."""
         hyper = "chosen" if self._chooses_hyper_optimizer else getattr(self.hyper_optimizer, "__name__", "given")
         learns = "lr_lambda=0" if self.lr_lambda == 0 else "lr_lambda>0"
-        return f"{type(self).__name__}(normalise_by={self.normalise_by}, {learns}, hyper_optimizer={hyper})"
+        return f"{type(self).key}(normalise_by={self.normalise_by}, {learns}, hyper_optimizer={hyper})"
 
     def summary(self) -> dict[str, float]:
         """The scale and the server's step, and the range of the weights over all clients."""

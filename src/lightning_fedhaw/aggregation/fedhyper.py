@@ -76,6 +76,8 @@ class FedHyperCallback(AggregationRule):
         ValueError: If an argument is not one of the allowed values.
     """
 
+    key = "FedHyperCallback"
+
     def __init__(
         self,
         adapt: Adapt = "G",
@@ -127,7 +129,7 @@ class FedHyperCallback(AggregationRule):
     @property
     def identity(self) -> str:
         """Which rates are learned."""
-        return f"{type(self).__name__}(adapt={self.adapt})"
+        return f"{type(self).key}(adapt={self.adapt})"
 
     def summary(self) -> dict[str, float]:
         """The rates of the server, and of the clients as a multiple of their optimiser's."""

@@ -113,6 +113,8 @@ class FedLAWCallback(AggregationRule):
         (tensor([0.2500, 0.7500]), tensor(0.9700))
     """
 
+    key = "FedLAWCallback"
+
     def __init__(
         self,
         learn: Learn = "both",

@@ -71,6 +71,8 @@ class FedLWSCallback(AggregationRule):
         ValueError: If a number is outside of its range.
     """
 
+    key = "FedLWSCallback"
+
     def __init__(self, beta: float = 0.03, *, tau_min: float = 0.01, tau_max: float = 0.2, **federation: Any) -> None:
         super().__init__(**federation)
         self.beta = check_number("beta", beta, 0, below=math.inf)

@@ -46,6 +46,8 @@ class FedNovaCallback(AggregationRule):
             clients' optimiser is not known.
     """
 
+    key = "FedNovaCallback"
+
     def __init__(
         self,
         *,

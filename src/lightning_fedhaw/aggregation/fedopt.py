@@ -39,7 +39,7 @@ from lightning_fedhaw.aggregation.base import (
 )
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.layout import ParameterLayout
-from lightning_fedhaw.options import FederationOptions, check_number, described, is_number
+from lightning_fedhaw.options import FederationOptions, check_number, described, is_number, settings_of
 
 Method = Literal["adagrad", "adam", "yogi"]
 MakesOptimizer = Callable[..., torch.optim.Optimizer]
@@ -122,6 +122,8 @@ class FedOptCallback(AggregationRule):
         >>> rule = FedOptCallback(partial(torch.optim.SGD, momentum=0.9, nesterov=True), lr=0.5)
     """
 
+    key = "FedOptCallback"
+
     def __init__(
         self,
         optimizer: MakesOptimizer = torch.optim.SGD,
@@ -172,7 +174,8 @@ class FedOptCallback(AggregationRule):
     @property
     def identity(self) -> str:
         """Optimiser and schedule with their settings, which their states hold too, and the inner rule's identity."""
-        return described(self, *self._hidden, rule=None if self.rule is None else self.rule.identity)
+        settings = settings_of(self, *self._hidden, rule=None if self.rule is None else self.rule.identity)
+        return f"{type(self).key}({settings})"
 
     @property
     def _hidden(self) -> tuple[str, ...]:
@@ -253,6 +256,8 @@ class FedAvgMCallback(FedOptCallback):
         ValueError: If ``momentum`` is not in [0, 1).
     """
 
+    key = "FedAvgMCallback"
+
     def __init__(self, lr: float = 1.0, momentum: float = 0.9, **options: Any) -> None:
         check_number("momentum", momentum, 0, below=1)
         super().__init__(partial(torch.optim.SGD, momentum=momentum), lr, **options)
@@ -299,6 +304,8 @@ class FedAdagradCallback(_AdaptiveCallback):
         ValueError: If a number is outside of its range.
     """
 
+    key = "FedAdagradCallback"
+
     def __init__(
         self,
         lr: float = 0.1,
@@ -324,6 +331,8 @@ class FedAdamCallback(_AdaptiveCallback):
     Raises:
         ValueError: If a number is outside of its range.
     """
+
+    key = "FedAdamCallback"
 
     def __init__(
         self,
@@ -351,6 +360,8 @@ class FedYogiCallback(_AdaptiveCallback):
     Raises:
         ValueError: If a number is outside of its range.
     """
+
+    key = "FedYogiCallback"
 
     def __init__(
         self,

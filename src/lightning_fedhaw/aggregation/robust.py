@@ -108,6 +108,8 @@ class TrimmedMeanCallback(_RobustRule):
             ``2 num_byzantine + 1`` clients.
     """
 
+    key = "TrimmedMeanCallback"
+
     def __init__(self, num_byzantine: int = 1, **federation: Any) -> None:
         super().__init__(num_byzantine, **federation)
 
@@ -125,6 +127,8 @@ class MedianCallback(AggregationRule):
     Args:
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
     """
+
+    key = "MedianCallback"
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
         """One median."""
@@ -145,6 +149,8 @@ class MultiKrumCallback(_RobustRule):
         ValueError: If an argument is not a whole number in its range; in a round with fewer than
             ``2 num_byzantine + 3`` clients or fewer than ``num_byzantine + keep``.
     """
+
+    key = "MultiKrumCallback"
 
     def __init__(self, num_byzantine: int = 1, keep: int | None = None, **federation: Any) -> None:
         super().__init__(num_byzantine, **federation)
@@ -180,6 +186,8 @@ class KrumCallback(MultiKrumCallback):
             ``2 num_byzantine + 3`` clients.
     """
 
+    key = "KrumCallback"
+
     def __init__(self, num_byzantine: int = 1, **federation: Any) -> None:
         super().__init__(num_byzantine, keep=1, **federation)
 
@@ -199,6 +207,8 @@ class GeometricMedianCallback(AggregationRule):
     Raises:
         ValueError: If a number is outside of its range.
     """
+
+    key = "GeometricMedianCallback"
 
     def __init__(
         self, *, smoothing: float = 1e-6, tolerance: float = 1e-4, max_iterations: int = 20, **federation: Any

@@ -32,6 +32,8 @@ class ScaffoldCallback(AggregationRule):
         ValueError: If an argument is not one of the allowed values; when ``fit`` begins, as the objective does.
     """
 
+    key = "ScaffoldCallback"
+
     def __init__(self, option: ControlOption = "II", server_lr: float = 1.0, **federation: Any) -> None:
         super().__init__(**federation)
         self.option, self.server_lr = option, check_number("server_lr", server_lr, 0, below=math.inf)

@@ -39,6 +39,8 @@ class ServerFineTuningCallback(ServerTraining):
         TypeError: If ``optimizer`` makes none.
     """
 
+    key = "ServerFineTuningCallback"
+
     def __init__(
         self,
         server_epochs: int = 2,

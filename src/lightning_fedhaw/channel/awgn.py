@@ -65,6 +65,8 @@ class AWGNChannel(BlockChannel):
         ValueError: If not exactly one is given, or it is NaN, minus infinity or (``noise_std``) negative.
     """
 
+    key = "AWGNChannel"
+
     def __init__(
         self,
         snr_db: float | None = None,

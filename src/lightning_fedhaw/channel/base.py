@@ -8,9 +8,9 @@ from math import ceil
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
 
+from lightning_fedhaw.keys import KeyedCallback
 from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.options import check_choice
 from lightning_fedhaw.streams import PathPart, stream
@@ -90,7 +90,7 @@ class Scene:
         return len(self.num_examples)
 
 
-class Channel(Callback):
+class Channel(KeyedCallback):
     """Changes, delays or loses the messages of one link. Several compose in list order.
 
     A new channel overrides :meth:`outage` (which messages are lost), :meth:`transmit` (what the receiver gets of the
@@ -121,6 +121,8 @@ class Channel(Callback):
             text.
     """
 
+    key = "Channel"
+
     def __init__(self, link: Link = "uplink", fallback: Fallback | None = None, name: str | None = None) -> None:
         super().__init__()
         if fallback is None:
@@ -140,8 +142,8 @@ class Channel(Callback):
 
     @property
     def state_key(self) -> str:
-        """Class, link and name: Lightning keeps one state per key."""
-        return "/".join(filter(None, (type(self).__qualname__, self.link, self.name)))
+        """Key, link and name: Lightning keeps one state per key, and draws are addressed by it."""
+        return "/".join(filter(None, (type(self).key, self.link, self.name)))
 
     scene: Scene
     """The federation around the channel, from :meth:`prepare` on."""
@@ -274,6 +276,8 @@ class BlockChannel(Channel):
         ValueError: If ``per`` is unknown.
     """
 
+    key = "BlockChannel"
+
     def __init__(self, per: Per = "update", **channel: Any) -> None:
         super().__init__(**channel)
         check_choice("per", per, get_args(Per))
@@ -319,6 +323,8 @@ class SumChannel(Channel):
     It works with rules that need a weighted sum with weights known beforehand, those that declare ``raw_weight``, and
     with fallbacks that need no client's last update. A new one overrides :meth:`superpose`.
     """
+
+    key = "SumChannel"
 
     def __init__(self, fallback: Fallback | None = "discard", name: str | None = None) -> None:
         super().__init__("uplink", fallback, name)

@@ -58,6 +58,8 @@ class BitFlipChannel(Channel):
         ValueError: If an argument is out of range.
     """
 
+    key = "BitFlipChannel"
+
     def __init__(self, rate: float, bits: int = 32, **channel: Any) -> None:
         super().__init__(**channel)
         self.rate, self.bits = check_number("rate", rate, 0, 1), check_bits(bits)

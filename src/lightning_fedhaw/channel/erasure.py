@@ -117,6 +117,8 @@ class ErasureChannel(Channel):
         ValueError: If not exactly one is given, a probability is out of [0, 1], or there are not N of them.
     """
 
+    key = "ErasureChannel"
+
     def __init__(
         self,
         probability: float | Sequence[float] | Tensor | None = None,

@@ -53,6 +53,8 @@ class FadingChannel(BlockChannel):
         ValueError: If an argument is out of range, or two exclude each other.
     """
 
+    key = "FadingChannel"
+
     def __init__(
         self,
         snr_db: float,

@@ -55,6 +55,8 @@ class OverTheAirChannel(SumChannel):
         ValueError: If an argument is out of range; at the start of a fit, if the rule needs single updates.
     """
 
+    key = "OverTheAirChannel"
+
     def __init__(
         self,
         snr_db: float,

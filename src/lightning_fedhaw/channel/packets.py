@@ -32,6 +32,8 @@ class PacketLossChannel(Channel):
         ValueError: If an argument is out of range.
     """
 
+    key = "PacketLossChannel"
+
     def __init__(
         self,
         probability: float,

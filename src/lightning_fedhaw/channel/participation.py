@@ -34,6 +34,8 @@ class DeadlineChannel(Channel):
         ValueError: If an argument is out of range.
     """
 
+    key = "DeadlineChannel"
+
     def __init__(
         self,
         deadline: float,
@@ -88,6 +90,8 @@ class AvailabilityChannel(Channel):
     Raises:
         ValueError: If an argument is out of range, or not of N clients.
     """
+
+    key = "AvailabilityChannel"
 
     def __init__(
         self,

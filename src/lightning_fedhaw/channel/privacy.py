@@ -94,6 +94,8 @@ class PrivacyChannel(SumChannel):
         ModuleNotFoundError: At the start of a fit, if there is a delta and the extra is missing.
     """
 
+    key = "PrivacyChannel"
+
     _parts: dict[int, int]
     _terms: dict[str, float]
 

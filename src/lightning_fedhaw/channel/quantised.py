@@ -135,6 +135,8 @@ class QuantizedChannel(BlockChannel):
         ValueError: If an argument is out of range.
     """
 
+    key = "QuantizedChannel"
+
     def __init__(self, bits: int = 8, scheme: Scheme = "stochastic", *, per: Per = "update", **channel: Any) -> None:
         super().__init__(per, **channel)
         self.bits = check_bits(bits)

@@ -53,6 +53,8 @@ class SparsifiedChannel(BlockChannel):
         ValueError: If an argument is out of range.
     """
 
+    key = "SparsifiedChannel"
+
     _held: dict[int, Tensor]
     _next: Tensor | None
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
+
+from lightning_fedhaw.keys import KeyedCallback
 
 ClientState = dict[str, Tensor]
 Named = Mapping[str, Tensor]
@@ -16,7 +17,7 @@ GRADIENT = "gradient of "
 """Before a parameter's name: its gradient, in the state of an objective that asks for it."""
 
 
-class ClientObjective(Callback):
+class ClientObjective(KeyedCallback):
     """A term that clients add to the loss of their ``training_step``. Several add up.
 
     A new objective implements :meth:`penalty`, or :meth:`gradient` where its closed form is known, which costs a
@@ -31,6 +32,8 @@ class ClientObjective(Callback):
         mean: With ``shares_state``, the mean of all N clients' states, on the server; empty until somebody was heard.
             What of it a client knows is :meth:`told`.
     """
+
+    key = "ClientObjective"
 
     pull: float = 0.0
     """The factor of ``|w - start|^2 / 2`` in the term, which shortens the way of a local optimiser."""
@@ -56,8 +59,8 @@ class ClientObjective(Callback):
 
     @property
     def state_key(self) -> str:
-        """Class and name: Lightning keeps one state per key."""
-        return "/".join(filter(None, (type(self).__qualname__, self.name)))
+        """Key and name: Lightning keeps one state per key."""
+        return "/".join(filter(None, (type(self).key, self.name)))
 
     @property
     def is_closed(self) -> bool:

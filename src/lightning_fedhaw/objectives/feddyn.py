@@ -24,7 +24,7 @@ class FedDyn(ClientObjective):
     the clients' part, for any rule; the published method is :class:`~lightning_fedhaw.FedDynCallback`.
 
     Args:
-        alpha: The factor, at least 0.
+        regularization: The factor ``alpha``, at least 0.
         penalty: ``"square"``, as published. ``"norm"``: ``alpha / 2 |w - start|`` without the square, as in FedLAW's
             code and PFLlib: a pull of constant length.
         name: Tells two objectives of one class apart in a checkpoint.
@@ -33,20 +33,22 @@ class FedDyn(ClientObjective):
         ValueError: If an argument is not one of the allowed values.
     """
 
-    def __init__(self, alpha: float = 0.01, penalty: DynPenalty = "square", name: str | None = None) -> None:
+    key = "FedDyn"
+
+    def __init__(self, regularization: float = 0.01, penalty: DynPenalty = "square", name: str | None = None) -> None:
         super().__init__(name)
-        self.alpha = check_number("alpha", alpha, 0, below=math.inf)
+        self.regularization = check_number("regularization", regularization, 0, below=math.inf)
         check_choice("penalty", penalty, get_args(DynPenalty))
         self.is_square = penalty == "square"
-        self.pull = self.alpha if self.is_square else 0.0
+        self.pull = self.regularization if self.is_square else 0.0
 
     def gradient(self, parameters: Named, start: Named, state: ClientState) -> Named:
         """``alpha (w - start) - g_k``."""
         moved = {name: value - start[name] for name, value in parameters.items()}
-        factor: torch.Tensor | float = self.alpha
+        factor: torch.Tensor | float = self.regularization
         if not self.is_square:
             length = torch.stack([torch.linalg.vector_norm(value) for value in moved.values()]).square().sum().sqrt()
-            factor = torch.where(length > 0, self.alpha / 2 / length, 0.0)
+            factor = torch.where(length > 0, self.regularization / 2 / length, 0.0)
         return {name: value.mul_(factor).sub_(state[name]) for name, value in moved.items()}
 
     def init_client(self, start: Named) -> ClientState:
@@ -55,4 +57,4 @@ class FedDyn(ClientObjective):
 
     def end_client(self, state: ClientState, start: Named, end: Named, num_steps: int) -> ClientState:
         """``g_k - alpha (end - start)``."""
-        return {name: own - self.alpha * (end[name] - start[name]) for name, own in state.items()}
+        return {name: own - self.regularization * (end[name] - start[name]) for name, own in state.items()}

@@ -29,6 +29,8 @@ class FedProx(ClientObjective):
         {'w': tensor([1.])}
     """
 
+    key = "FedProx"
+
     def __init__(self, mu: float = 1e-3, name: str | None = None) -> None:
         super().__init__(name)
         self.mu = self.pull = check_number("mu", mu, 0, below=math.inf)

@@ -41,6 +41,8 @@ class Scaffold(ClientObjective):
         ValueError: If ``option`` is unknown; when ``fit`` begins, if it needs an SGD and there is none.
     """
 
+    key = "Scaffold"
+
     shares_state = True
 
     def __init__(self, option: ControlOption = "II", name: str | None = None) -> None:
