@@ -29,7 +29,7 @@ from torch.utils.data import Dataset, Subset
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 import lightning_fedhaw as fed
-from lightning_fedhaw.checkpoint import RoundCheckpoint
+from lightning_fedhaw.adapter.checkpoint import RoundCheckpoint
 from lightning_fedhaw.data import StanfordDogs, cache_features
 from lightning_fedhaw.plotting import History, draw_comparison
 

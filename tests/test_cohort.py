@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_fedhaw import ClientVectors
-from lightning_fedhaw.cohort import CPU, RUN, AccumulatedVectors, accumulate, dot
+from lightning_fedhaw.vectors.client_vectors import CPU, RUN, AccumulatedVectors, accumulate, dot
 
 
 def vectors(k=3, p=5, seed=0, dtype=torch.float64, start=True):

@@ -46,9 +46,9 @@ from lightning_fedhaw import (
     ServerFineTuningCallback,
     TrimmedMeanCallback,
 )
-from lightning_fedhaw.cohort import AccumulatedVectors
 from lightning_fedhaw.ranks import Ranks
-from lightning_fedhaw.spread import SpreadVectors
+from lightning_fedhaw.vectors.client_vectors import AccumulatedVectors
+from lightning_fedhaw.vectors.distributed import SpreadVectors
 
 P = 7
 

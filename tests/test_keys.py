@@ -20,11 +20,11 @@ from lightning_fedhaw import (
     aggregation,
     channel,
     data,
-    history,
     objectives,
 )
-from lightning_fedhaw.checkpoint import RoundCheckpoint
+from lightning_fedhaw.adapter.checkpoint import RoundCheckpoint
 from lightning_fedhaw.keys import KeyedCallback
+from lightning_fedhaw.report import history
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 

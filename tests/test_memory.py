@@ -19,12 +19,12 @@ from lightning_fedhaw import (
     FedOptCallback,
     RoundObserver,
     ScaffoldCallback,
-    federation,
-    memory,
 )
-from lightning_fedhaw.clients.compiled import _flattened
-from lightning_fedhaw.data.federation import ClientData
+from lightning_fedhaw.clients.vectorized.compiled import _flattened
+from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.federation import federation
 from lightning_fedhaw.ranks import Ranks
+from lightning_fedhaw.vectors import memory
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_fedhaw import ClientVectors, cohort
 from lightning_fedhaw.aggregation.fedadp import angles
 from lightning_fedhaw.aggregation.robust import geometric_median_weights, krum_scores
-from lightning_fedhaw.cohort import ACCELERATOR, CPU, RUN, dot, pieces_for
+from lightning_fedhaw.vectors.client_vectors import ACCELERATOR, CPU, RUN, dot, pieces_for
 
 K = 10
 GROUPS = {"first": [slice(0, 100), slice(5000, 9000)], "second": [slice(100, 5000)]}

@@ -18,8 +18,8 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 
 from federations import QUIET, Classifier, flat, loader, samples, trainer, val_loader
 from lightning_fedhaw import FedAvgCallback, FedHAWCallback, IIDPartitioner
-from lightning_fedhaw.history import History, history_of, read_run, read_runs
-from lightning_fedhaw.plotting import draw_bands, draw_clients, draw_weights, main
+from lightning_fedhaw.report.history import History, history_of, read_run, read_runs
+from lightning_fedhaw.report.plotting import draw_bands, draw_clients, draw_weights, main
 
 LOST = "The closing numbers, the table of the clients and the picture"
 
@@ -281,7 +281,7 @@ def test_nobodys_run_fails_for_a_report(monkeypatch):
     def full(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lightning_fedhaw.reporting._write", full)
+    monkeypatch.setattr("lightning_fedhaw.report.loggers._write", full)
     with pytest.warns(UserWarning, match=LOST + r".* CSVLogger \(OSError: No space left on device\)"):
         runner, _ = play(logger=CSVLogger("."))
     assert runner.federation_summary["rounds"] == 3

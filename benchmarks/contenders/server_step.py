@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from workloads import Clock, Job, run_contender
 
 from lightning_fedhaw import FedHAWCallback
-from lightning_fedhaw.cohort import ClientVectors, Cohort
-from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.cohort import Cohort
+from lightning_fedhaw.vectors.client_vectors import ClientVectors
+from lightning_fedhaw.vectors.layout import ParameterLayout
 
 LAYERS = 8
 LR, LR_GAMMA, LR_LAMBDA = 0.1, 1e-5, 1e-4

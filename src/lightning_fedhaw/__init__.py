@@ -1,5 +1,7 @@
 """Federated learning for PyTorch Lightning: a round is an epoch, and a method is a callback."""
 
+from lightning_fedhaw.adapter.progress import RoundProgressBar
+from lightning_fedhaw.adapter.strategy import FederatedStrategy
 from lightning_fedhaw.aggregation import (
     AggregationRule,
     FedAdagradCallback,
@@ -27,7 +29,6 @@ from lightning_fedhaw.aggregation import (
     ServerFineTuningCallback,
     TrimmedMeanCallback,
 )
-from lightning_fedhaw.backbones import TimmClassifier
 from lightning_fedhaw.channel import (
     AvailabilityChannel,
     AWGNChannel,
@@ -43,7 +44,7 @@ from lightning_fedhaw.channel import (
     QuantizedChannel,
     SparsifiedChannel,
 )
-from lightning_fedhaw.cohort import ClientUpdate, ClientVectors, Cohort
+from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data import (
     DirichletPartitioner,
     FederatedDataModule,
@@ -51,15 +52,15 @@ from lightning_fedhaw.data import (
     IndexPartitioner,
     KeyPartitioner,
 )
-from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.models.timm_classifier import TimmClassifier
 from lightning_fedhaw.objectives import ClientObjective, FedDyn, FedProx, Scaffold
 from lightning_fedhaw.observer import RoundObserver
 from lightning_fedhaw.options import FederationOptions
-from lightning_fedhaw.progress import RoundProgressBar
 from lightning_fedhaw.server import Server
-from lightning_fedhaw.strategy import FederatedStrategy
 from lightning_fedhaw.streams import stream
 from lightning_fedhaw.trainer import FederatedTrainer
+from lightning_fedhaw.vectors.client_vectors import ClientVectors
+from lightning_fedhaw.vectors.layout import ParameterLayout
 
 __version__ = "0.1.0"
 

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["plot"]:
-        import_module("lightning_fedhaw.plotting").main(arguments[1:])
+        import_module("lightning_fedhaw.report.plotting").main(arguments[1:])
         return 0
     try:
         from lightning_fedhaw.cli import FederatedCLI

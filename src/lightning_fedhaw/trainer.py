@@ -9,25 +9,25 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_fedhaw.aggregation.base import AggregationRule
-from lightning_fedhaw.channel.base import check_keys
-from lightning_fedhaw.checkpoint import RoundCheckpoint, write_atomically
-from lightning_fedhaw.data.partition import Partitioner
-from lightning_fedhaw.data.samplers import CohortSampler
-from lightning_fedhaw.evaluation import SharedEvaluationLoop
-from lightning_fedhaw.history import keep_history
-from lightning_fedhaw.loop import RoundLoop, find_rule
-from lightning_fedhaw.objectives.base import find_objectives
-from lightning_fedhaw.options import FederationOptions, check_names, check_whole
-from lightning_fedhaw.progress import replace_default_bar
-from lightning_fedhaw.refusals import (
+from lightning_fedhaw.adapter.checkpoint import RoundCheckpoint, write_atomically
+from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop
+from lightning_fedhaw.adapter.loop import RoundLoop, find_rule
+from lightning_fedhaw.adapter.progress import replace_default_bar
+from lightning_fedhaw.adapter.strategy import check_world_size, default_strategy
+from lightning_fedhaw.adapter.unsupported import (
     check_accelerator,
     check_callbacks,
     check_strategy,
     check_trainer,
     default_accelerator,
 )
-from lightning_fedhaw.strategy import check_world_size, default_strategy
+from lightning_fedhaw.aggregation.base import AggregationRule
+from lightning_fedhaw.channel.base import check_keys
+from lightning_fedhaw.data.partition import Partitioner
+from lightning_fedhaw.data.samplers import CohortSampler
+from lightning_fedhaw.objectives.base import find_objectives
+from lightning_fedhaw.options import FederationOptions, check_names, check_whole
+from lightning_fedhaw.report.history import keep_history
 
 
 class FederatedTrainer(pl.Trainer):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_fedhaw import ClientVectors, Cohort, FedAvgCallback, FedHAWCallback, ParameterLayout, RuleStep, Server
 from lightning_fedhaw.aggregation.fedhaw import LOGIT_FLOOR, gamma_hypergradient, lambda_hypergradient
-from lightning_fedhaw.cohort import AccumulatedVectors
+from lightning_fedhaw.vectors.client_vectors import AccumulatedVectors
 
 MU, LR_GAMMA, LR_LAMBDA = 0.1, 0.01, 0.05
 BEFORE = [[1.0, 2.0], [3.0, -1.0]]

@@ -13,11 +13,12 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 
 import lightning_fedhaw
 from federations import Classifier, flat, loader, train, trainer
-from lightning_fedhaw import IndexPartitioner, federation
-from lightning_fedhaw.clients import optimizers
+from lightning_fedhaw import IndexPartitioner
 from lightning_fedhaw.clients.engine import give_settings, give_states, settings_of, states_of
-from lightning_fedhaw.clients.optimizers import StackedOptimizer
-from lightning_fedhaw.clients.vectorized import VectorizedEngine
+from lightning_fedhaw.clients.vectorized import optimizers
+from lightning_fedhaw.clients.vectorized.engine import VectorizedEngine
+from lightning_fedhaw.clients.vectorized.optimizers import StackedOptimizer
+from lightning_fedhaw.federation import federation
 
 LAST = torch.channels_last
 

@@ -13,7 +13,7 @@ from torch.nn.functional import conv2d, cross_entropy, dropout
 from torch.utils.data import DataLoader, TensorDataset
 
 from federations import Classifier, samples, trainer
-from lightning_fedhaw.clients.vectorized import VectorizedEngine
+from lightning_fedhaw.clients.vectorized.engine import VectorizedEngine
 from lightning_fedhaw.data import IIDPartitioner
 
 

@@ -26,8 +26,9 @@ from lightning_fedhaw import (
     Scaffold,
     ScaffoldCallback,
 )
-from lightning_fedhaw.clients import choice, vectorized
-from lightning_fedhaw.clients.probe import _looks_at_index
+from lightning_fedhaw.clients import choice
+from lightning_fedhaw.clients.vectorized import engine as vectorized
+from lightning_fedhaw.clients.vectorized.trial import _looks_at_index
 from lightning_fedhaw.data import FixedSequenceSampler, IIDPartitioner, IndexPartitioner
 
 optim = torch.optim

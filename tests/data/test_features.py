@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 from federations import QUIET
 from lightning_fedhaw import FederatedDataModule, FederatedTrainer, FedHAWCallback
 from lightning_fedhaw.data import cache_features, find_labels
-from lightning_fedhaw.data.federation import tensors_of
+from lightning_fedhaw.data.client_data import tensors_of
 
 
 class Images(Dataset):
@@ -208,7 +208,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
 
 def test_cached_and_uncached_federations_agree(tmp_path):
     """A frozen network in front of a trained head, fed with images and with features."""
-    from lightning_fedhaw.backbones import TimmClassifier
+    from lightning_fedhaw.models.timm_classifier import TimmClassifier
 
     results = {}
     for name in ("start", "images", "features"):

@@ -29,7 +29,7 @@ from lightning_fedhaw import (
     Scaffold,
     ScaffoldCallback,
 )
-from lightning_fedhaw.federation import Federation
+from lightning_fedhaw.federation.federation import Federation
 
 # ---------------------------------------------------------------------- quadratics
 

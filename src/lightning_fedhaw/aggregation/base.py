@@ -12,11 +12,12 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from lightning_fedhaw.cohort import ClientVectors, Cohort
+from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.keys import KeyedCallback
-from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.options import FederationOptions, check_names, described
+from lightning_fedhaw.vectors.client_vectors import ClientVectors
+from lightning_fedhaw.vectors.layout import ParameterLayout
 
 State = dict[str, Any]
 
@@ -217,7 +218,7 @@ class AggregationRule(KeyedCallback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Puts the round loop in the place of a stock trainer's fit loop."""
         if stage == "fit":
-            from lightning_fedhaw.loop import attach
+            from lightning_fedhaw.adapter.loop import attach
 
             attach(trainer, self.options)
 

@@ -63,8 +63,9 @@ from lightning_fedhaw.aggregation.base import (
     check_optimizer,
     normalised,
 )
-from lightning_fedhaw.cohort import AccumulatedVectors, ClientVectors, Cohort, dot
+from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.options import check_choice, check_number, described, is_number
+from lightning_fedhaw.vectors.client_vectors import AccumulatedVectors, ClientVectors, dot
 
 Jacobian = Literal["diagonal", "exact"]
 GammaForLambda = Literal["new", "old"]

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
-from lightning_fedhaw.cohort import ClientVectors, Cohort
+from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.options import check_number
+from lightning_fedhaw.vectors.client_vectors import ClientVectors
 
 NOTHING = 1e-12
 """A layer whose norm is below this is not shrunk: it would be zero for ever."""

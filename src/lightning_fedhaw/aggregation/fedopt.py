@@ -38,8 +38,8 @@ from lightning_fedhaw.aggregation.base import (
     normalised,
 )
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
-from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.options import FederationOptions, check_number, described, is_number, settings_of
+from lightning_fedhaw.vectors.layout import ParameterLayout
 
 Method = Literal["adagrad", "adam", "yogi"]
 MakesOptimizer = Callable[..., torch.optim.Optimizer]

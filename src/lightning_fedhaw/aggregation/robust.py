@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
-from lightning_fedhaw.cohort import ClientVectors, Cohort
+from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.options import is_number
+from lightning_fedhaw.vectors.client_vectors import ClientVectors
 
 
 def trimmed_mean(values: Tensor, cut: int) -> Tensor:

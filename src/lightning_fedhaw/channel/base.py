@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw.keys import KeyedCallback
-from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.options import check_choice
 from lightning_fedhaw.streams import PathPart, stream
+from lightning_fedhaw.vectors.layout import ParameterLayout
 
 Link = Literal["uplink", "downlink"]
 Fallback = Literal["zero_update", "reuse_update", "reuse_model", "discard"]

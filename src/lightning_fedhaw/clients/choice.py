@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from lightning_fedhaw.clients.engine import Engine
-from lightning_fedhaw.clients.probe import NoFunctionError, free_memory, probe
-from lightning_fedhaw.clients.vectorized import VectorizedEngine
-from lightning_fedhaw.layout import trainable
+from lightning_fedhaw.clients.vectorized.engine import VectorizedEngine
+from lightning_fedhaw.clients.vectorized.trial import NoFunctionError, free_memory, probe
 from lightning_fedhaw.options import EngineName
+from lightning_fedhaw.vectors.layout import trainable
 
 MIN_CLIENTS = 10
 """Clients a round from which a batched step is faster."""

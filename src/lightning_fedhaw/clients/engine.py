@@ -15,11 +15,11 @@ from torch import Tensor
 from lightning_fedhaw.aggregation.base import LocalPace
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate
-from lightning_fedhaw.data.federation import ClientData
-from lightning_fedhaw.layout import ParameterLayout
-from lightning_fedhaw.memory import is_out_of_memory
+from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named
 from lightning_fedhaw.options import OptimizerState
+from lightning_fedhaw.vectors.layout import ParameterLayout
+from lightning_fedhaw.vectors.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)

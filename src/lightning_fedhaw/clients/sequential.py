@@ -24,8 +24,8 @@ from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.steps import AutomaticStep, ManualStep, PlainSGDStep, StepCounts, Terms
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
-from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.streams import seed_of
+from lightning_fedhaw.vectors.layout import ParameterLayout
 
 
 class SequentialEngine(Engine):

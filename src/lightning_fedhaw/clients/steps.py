@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.data.federation import Batch
-from lightning_fedhaw.layout import ParameterLayout
+from lightning_fedhaw.data.client_data import Batch
 from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
+from lightning_fedhaw.vectors.layout import ParameterLayout
 
 
 class Host(Protocol):

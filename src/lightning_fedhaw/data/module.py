@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, default_collate
 
-from lightning_fedhaw.data.federation import LoaderSettings
+from lightning_fedhaw.data.client_data import LoaderSettings
 from lightning_fedhaw.data.labels import find_labels
 from lightning_fedhaw.data.partition import IndexPartitioner, Partition, Partitioner, balanced_subset
 from lightning_fedhaw.data.preview import draw_histogram, format_histogram

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.cohort import ClientVectors, from_start
 from lightning_fedhaw.ranks import Ranks
+from lightning_fedhaw.vectors.client_vectors import ClientVectors, from_start
 
 
 class SpreadVectors(ClientVectors):

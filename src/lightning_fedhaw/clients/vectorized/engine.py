@@ -13,22 +13,22 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_fedhaw.clients.batched import BatchedStep, ClientDropout
-from lightning_fedhaw.clients.compiled import CompiledStep
 from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit, add_note, give_settings, settings_of
-from lightning_fedhaw.clients.optimizers import StackedOptimizer
 from lightning_fedhaw.clients.pace import Paced, begin
-from lightning_fedhaw.clients.probe import Facts, explained
 from lightning_fedhaw.clients.records import Logged, NotAFunctionError, StackRecorder
 from lightning_fedhaw.clients.steps import Host
+from lightning_fedhaw.clients.vectorized.batched import BatchedStep, ClientDropout
+from lightning_fedhaw.clients.vectorized.compiled import CompiledStep
+from lightning_fedhaw.clients.vectorized.optimizers import StackedOptimizer
+from lightning_fedhaw.clients.vectorized.trial import Facts, explained
 from lightning_fedhaw.cohort import ClientUpdate
-from lightning_fedhaw.data.federation import ClientData
+from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.partition import swap_labels
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
-from lightning_fedhaw.layout import ParameterLayout
-from lightning_fedhaw.memory import is_out_of_memory
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.streams import seed_of
+from lightning_fedhaw.vectors.layout import ParameterLayout
+from lightning_fedhaw.vectors.memory import is_out_of_memory
 
 
 class VectorizedEngine(Engine):

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_fedhaw.clients.records import NotAFunctionError, StackRecorder
 from lightning_fedhaw.clients.steps import Host, Terms, loss_of
-from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
+from lightning_fedhaw.vectors.layout import ParameterLayout
 
 Arguments = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int, Named | None, Sequence[ClientState]]
 """Parameters, buffers, batch, its number, starts and states of client objectives."""

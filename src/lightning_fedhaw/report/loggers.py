@@ -13,8 +13,8 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_fedhaw.history import CLIENT_TABLE, WEIGHT_TABLE, History
-from lightning_fedhaw.plotting import draw_weights
+from lightning_fedhaw.report.history import CLIENT_TABLE, WEIGHT_TABLE, History
+from lightning_fedhaw.report.plotting import draw_weights
 
 _TABLE, _PICTURE = "federation/per_client", "federation/weights"
 

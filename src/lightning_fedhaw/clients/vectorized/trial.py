@@ -29,16 +29,16 @@ from torch.utils.data import Dataset
 from torchmetrics import Metric
 
 import lightning_fedhaw
-from lightning_fedhaw.clients.batched import BatchedStep, ClientDropout, EmbeddingGuard
 from lightning_fedhaw.clients.engine import LocalPlan, give_settings, settings_of, states_of
-from lightning_fedhaw.clients.optimizers import row_states
 from lightning_fedhaw.clients.records import LogRecorder, NotAFunctionError, StackRecorder
 from lightning_fedhaw.clients.steps import Host, Terms, loss_of
-from lightning_fedhaw.data.federation import ClientData
+from lightning_fedhaw.clients.vectorized.batched import BatchedStep, ClientDropout, EmbeddingGuard
+from lightning_fedhaw.clients.vectorized.optimizers import row_states
+from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
-from lightning_fedhaw.layout import ParameterLayout
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.streams import seed_of, stream
+from lightning_fedhaw.vectors.layout import ParameterLayout
 
 # The standard library's folder too, which holds that of installed packages as a rule.
 _LIBRARIES = tuple(str(Path(m.__file__ or "").parent) for m in (torch, lightning, torchmetrics, lightning_fedhaw, dis))

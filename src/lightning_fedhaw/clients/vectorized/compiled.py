@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_fedhaw.clients.batched import Arguments, BatchedStep, Gradients
 from lightning_fedhaw.clients.records import Pending
+from lightning_fedhaw.clients.vectorized.batched import Arguments, BatchedStep, Gradients
 
 MAX_SHAPES = 64
 """Shapes that are compiled at most; others run as they are."""

@@ -26,29 +26,29 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_fedhaw.adapter.checkpoint import write_atomically
+from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop, same_value
+from lightning_fedhaw.adapter.progress import replace_default_bar
+from lightning_fedhaw.adapter.strategy import FederatedStrategy, never_wrap
+from lightning_fedhaw.adapter.unsupported import check_callbacks, check_trainer
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.channel.base import Channel
-from lightning_fedhaw.checkpoint import write_atomically
 from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.clients.steps import is_plain_sgd
-from lightning_fedhaw.data.federation import ClientData, LoaderSettings
+from lightning_fedhaw.data.client_data import ClientData, LoaderSettings
 from lightning_fedhaw.data.module import FederatedDataModule
 from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
 from lightning_fedhaw.data.split import split
-from lightning_fedhaw.evaluation import SharedEvaluationLoop, same_value
-from lightning_fedhaw.federation import Federation, Report
-from lightning_fedhaw.history import history_of, keep_history
-from lightning_fedhaw.layout import ParameterLayout, trainable
-from lightning_fedhaw.memory import release
+from lightning_fedhaw.federation.federation import Federation, Report
 from lightning_fedhaw.objectives.base import ClientObjective, find_objectives
 from lightning_fedhaw.options import FederationOptions, described
-from lightning_fedhaw.progress import replace_default_bar
 from lightning_fedhaw.ranks import Ranks
-from lightning_fedhaw.refusals import check_callbacks, check_trainer
-from lightning_fedhaw.reporting import report
+from lightning_fedhaw.report.history import history_of, keep_history
+from lightning_fedhaw.report.loggers import report
+from lightning_fedhaw.report.summary import client_statistics, flat_numbers, format_summary
 from lightning_fedhaw.server import Server, step_arguments
-from lightning_fedhaw.strategy import FederatedStrategy, never_wrap
-from lightning_fedhaw.summary import client_statistics, flat_numbers, format_summary
+from lightning_fedhaw.vectors.layout import ParameterLayout, trainable
+from lightning_fedhaw.vectors.memory import release
 
 DEVELOPMENT_ROUNDS = 2
 DEVELOPMENT_CLIENTS = 2

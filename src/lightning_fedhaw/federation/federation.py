@@ -23,19 +23,20 @@ from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit
 from lightning_fedhaw.clients.records import Logged, LogRecorder, merge
 from lightning_fedhaw.clients.sequential import SequentialEngine
 from lightning_fedhaw.clients.steps import Host
-from lightning_fedhaw.cohort import AccumulatedVectors, ClientUpdate, ClientVectors, Cohort
-from lightning_fedhaw.data.federation import ClientData
+from lightning_fedhaw.cohort import ClientUpdate, Cohort
+from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
-from lightning_fedhaw.layout import ParameterLayout
-from lightning_fedhaw.memory import HOST, empty, is_out_of_memory
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks, deal
+from lightning_fedhaw.report.summary import PHASES
 from lightning_fedhaw.server import Server, all_finite, averaged_buffers
-from lightning_fedhaw.spread import SpreadVectors
 from lightning_fedhaw.streams import seed_of
-from lightning_fedhaw.summary import PHASES
+from lightning_fedhaw.vectors.client_vectors import AccumulatedVectors, ClientVectors
+from lightning_fedhaw.vectors.distributed import SpreadVectors
+from lightning_fedhaw.vectors.layout import ParameterLayout
+from lightning_fedhaw.vectors.memory import HOST, empty, is_out_of_memory
 
 EVALUATION_CAP = 1000
 """Samples a client is evaluated on at most."""
