@@ -287,7 +287,7 @@ def test_the_tuner_searches_centrally_and_is_refused_in_a_federation():
             Tuner(trainer).lr_find(module, loader())
         assert torch.equal(flat(module), before)
     play(1, module, loader())
-    assert (flat(module) - before).abs().max() > 0.01
+    assert (flat(module) - before).abs().max() > 0.1 * module.lr, "it trained with the rate that was found"
 
 
 @DOORS
