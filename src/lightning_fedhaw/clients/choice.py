@@ -183,8 +183,8 @@ def _vectorized_line(
 
 def _refusal(error: NotVectorizableError) -> str:
     return (
-        '`engine="vectorized"` needs a `training_step` without side effects, an element-wise optimizer and data in memory;'
-        f' here {error}. Use `engine="sequential"`, or `engine="auto"`, which chooses by itself.'
+        '`engine="vectorized"` needs a `training_step` without side effects, an element-wise optimizer and data in'
+        f' memory; here {error}. Use `engine="sequential"`, or `engine="auto"`, which chooses by itself.'
     )
 
 
