@@ -44,7 +44,7 @@ from lightning_fedhaw import (
     IndexPartitioner,
 )
 from lightning_fedhaw.data import Partitioner
-from lightning_fedhaw.report.plotting import History
+from lightning_fedhaw.report.history import History
 
 ROUNDS, LAST = 40, 10
 RATES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from federations import QUIET, flat, trainer
 from lightning_fedhaw import FedAvgCallback, FederatedDataModule, FederatedTrainer, FedHAWCallback, TimmClassifier
-from lightning_fedhaw.models.timm_classifier import LoRALinear
+from lightning_fedhaw.models.lora import LoRALinear
 
 SMALL = {"img_size": 32}
 

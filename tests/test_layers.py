@@ -18,6 +18,7 @@ ROWS = [
     {"adapter"},
     {"trainer"},
     {"models"},
+    {"cli_messages"},
     {"cli", "plotting"},
     {"__main__"},
 ]

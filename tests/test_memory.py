@@ -20,6 +20,7 @@ from lightning_fedhaw import (
     RoundObserver,
     ScaffoldCallback,
 )
+from lightning_fedhaw.clients.vectorized.batched import StepInputs
 from lightning_fedhaw.clients.vectorized.compiled import _flattened
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.federation import federation
@@ -239,7 +240,9 @@ def test_an_error_among_several_processes_does_not_keep_what_its_frames_hold():
 
 
 def test_a_graph_does_not_keep_the_tensors_that_it_was_traced_with():
-    call = ([torch.zeros(3)], [torch.zeros(2)], [torch.ones(1)], 5, {"w": torch.zeros(3)}, [{"c": torch.zeros(3)}])
+    call = StepInputs(
+        [torch.zeros(3)], [torch.zeros(2)], [torch.ones(1)], 5, {"w": torch.zeros(3)}, [{"c": torch.zeros(3)}]
+    )
     flat_call, build = _flattened(call)
     held = [weakref.ref(tensor) for tensor in flat_call]
     again = build([tensor.clone() for tensor in flat_call])
@@ -248,7 +251,8 @@ def test_a_graph_does_not_keep_the_tensors_that_it_was_traced_with():
     parameters, buffers, batch, index, starts, (state,) = again
     assert [len(parameters), len(buffers), len(batch), index] == [1, 1, 1, 5]
     assert (starts.keys(), state.keys()) == ({"w"}, {"c"})
-    assert _flattened((parameters, buffers, batch, index, None, []))[1](parameters + buffers + batch)[4] is None
+    _, build = _flattened(StepInputs(parameters, buffers, batch, index))
+    assert build(parameters + buffers + batch).starts is None
 
 
 @pytest.mark.parametrize("storage_dtype", [None, torch.bfloat16])

@@ -20,6 +20,8 @@ from federations import QUIET, Classifier, flat, loader, samples, trainer, val_l
 from lightning_fedhaw import FedAvgCallback, FedHAWCallback, IIDPartitioner
 from lightning_fedhaw.report.history import History, history_of, read_run, read_runs
 from lightning_fedhaw.report.plotting import draw_bands, draw_clients, draw_weights, main
+from lightning_fedhaw.report.run_report import RunRecord, summary_metrics, summary_of
+from lightning_fedhaw.report.summary import flat_numbers, format_summary
 
 LOST = "The closing numbers, the table of the clients and the picture"
 
@@ -371,3 +373,71 @@ def test_clients_are_drawn_by_name_and_by_rank(logs):
     assert ranked.get_lines()[0].get_ydata().tolist() == pytest.approx(sorted(run.clients["val_acc"]))
     with pytest.raises(ValueError, match=r"measured on the clients \(`val_acc`, `val_loss`\), got 'acc'"):
         draw_clients({"FedHAW": [run]}, "acc")
+
+
+# ---------------------------------------------------------------------- the run summary
+
+
+def record(**changes: Any) -> RunRecord:
+    values: dict[str, Any] = {
+        "rule": "FedHAWCallback",
+        "channels": [],
+        "objectives": [],
+        "rounds": 4,
+        "num_clients": 10,
+        "num_received": 30,
+        "num_parameters": 1234,
+        "metrics": {"val_acc": 0.5},
+        "learned": {"scale": 0.9},
+        "channel_numbers": {},
+        "client_metrics": {},
+        "has_held_out_data": False,
+        "bytes_down": 1500,
+        "bytes_up": 0,
+        "lost_messages": 0,
+        "nonfinite_updates": 0,
+        "skipped_rounds": 0,
+        "skipped_steps": 0,
+        "seconds": {"local training": 3.0, "aggregation": 1.0},
+    }
+    return RunRecord(**{**values, **changes})
+
+
+def test_the_summary_of_a_record():
+    summary = summary_of(record())
+    assert (summary["clients_per_round"], summary["scale"], summary["learned"]) == (7.5, 0.9, ["scale"])
+    assert summary["clients_measured_on"] == "training data"
+    assert summary_of(record(rounds=0, num_received=0))["clients_per_round"] == 0
+    assert flat_numbers(summary)["summary/seconds/local_training"] == 3.0
+
+
+def test_the_table_of_a_record():
+    lines = [line.split() for line in format_summary(summary_of(record())).splitlines()]
+    assert ["clients", "10,", "7.5", "received", "a", "round"] in lines
+    assert ["sent", "down", "/", "up", "1.5", "kB", "/", "0", "B"] in lines
+    assert ["local", "training", "3.00", "75%"] in lines
+    assert not any(line[0] in ("channels", "incidents", "privacy", "over") for line in lines)
+    statistics = {"val_acc": {"mean": 0.5, "std": 0.1, "worst_decile": 0.25}}
+    table = format_summary(
+        summary_of(
+            record(
+                channels=["ErasureChannel (uplink)"],
+                channel_numbers={"epsilon": 2.0, "delta": 1e-3},
+                client_metrics=statistics,
+                has_held_out_data=True,
+                lost_messages=3,
+                skipped_rounds=1,
+            )
+        )
+    )
+    lines = [line.split() for line in table.splitlines()]
+    assert ["channels", "ErasureChannel", "(uplink)"] in lines
+    assert ["incidents", "3", "lost", "messages,", "1", "skipped", "rounds"] in lines
+    assert ["privacy", "of", "a", "client", "epsilon", "2", "at", "delta", "0.001"] in lines
+    assert "over 10 clients, their held-out data" in table
+    assert ["val_acc", "0.5", "0.1", "0.25"] in lines
+
+
+def test_the_summary_has_each_metric_once_and_none_of_the_rules_internal_ones():
+    metrics = {name: torch.tensor(1.0) for name in ("loss", "loss_step", "loss_epoch", "gamma", "time_step")}
+    assert summary_metrics(metrics, {"gamma"}) == {"loss": 1.0, "time_step": 1.0}

@@ -1,51 +1,22 @@
-"""The third door: a federation from the command line and from YAML files. Needs jsonargparse."""
+"""The third entry point: a federation from the command line and from YAML files. Needs jsonargparse."""
 
 from __future__ import annotations
 
 import inspect
-import re
 import traceback
-from collections.abc import Iterable
-from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
 from jsonargparse.typing import register_type
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-import lightning_fedhaw
 from lightning_fedhaw.aggregation.base import AggregationRule
-from lightning_fedhaw.channel.base import Channel
-from lightning_fedhaw.data.partition import Partitioner
-from lightning_fedhaw.data.samplers import CohortSampler
-from lightning_fedhaw.objectives.base import ClientObjective
-from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.cli_messages import FEDERATION, GROUPS, TRAINER, sentence
 from lightning_fedhaw.trainer import FederatedTrainer
-
-FEDERATION = frozenset(f.name for f in fields(FederationOptions))
-TRAINER = (
-    frozenset({*inspect.signature(Trainer).parameters, *inspect.signature(FederatedTrainer).parameters}) - FEDERATION
-)
-GROUPS = {
-    "rule": AggregationRule | None,
-    "channel": Channel | list[Channel] | None,
-    "objective": ClientObjective | list[ClientObjective] | None,
-}
-BASES: dict[str, type] = {
-    "rule": AggregationRule,
-    "channel": Channel,
-    "objective": ClientObjective,
-    "model": LightningModule,
-    "data": LightningDataModule,
-    "federation.partitioner": Partitioner,
-    "federation.sampler": CohortSampler,
-    "trainer.callbacks": Callback,
-}
 
 register_type(torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), lambda name: getattr(torch, name))
 
@@ -57,7 +28,7 @@ class FederatedArgumentParser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, **kwargs: Any) -> list[str]:
-        """The arguments of a class, without those that the group ``federation`` has.
+        """Add the arguments of a class, without those that the group ``federation`` has.
 
         What a rule of the user's own declares itself stays, whatever its name.
         """
@@ -70,15 +41,17 @@ class FederatedArgumentParser(LightningArgumentParser):
         return added
 
     def add_instantiator(self, instantiator: Any, class_type: type, **kwargs: Any) -> None:
-        """Lightning's instantiators, which tell an object its hyper-parameters: those of its group.
+        """Add Lightning's instantiator, which gives an object the hyper-parameters of its group.
 
-        They are another's for a data module within a :class:`~lightning_fedhaw.FederatedDataModule`. That one is made
-        plainly, and ``save_hyperparameters`` reads its own arguments.
+        For a data module within a :class:`~lightning_fedhaw.FederatedDataModule` they would be those of the outer one.
+        So the inner one is made plainly, and ``save_hyperparameters`` reads its own arguments.
         """
 
         def make(kind: type, *args: Any, applied_instantiation_links: dict[str, Any], **given: Any) -> Any:
             cli = instantiator.cli
-            path = getattr(cli._get(cli.config, "data"), "class_path", "") if instantiator.key == "data" else ""
+            path = ""
+            if instantiator.key == "data":
+                path = getattr(cli._get(cli.config, "data"), "class_path", "")
             if path and path.rpartition(".")[2] != kind.__name__:
                 return kind(*args, **given)
             return instantiator(kind, *args, applied_instantiation_links=applied_instantiation_links, **given)
@@ -90,7 +63,7 @@ class FederatedArgumentParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        self.exit(2, f"{parser.prog.split(' [')[0]}: error: {_sentence(message)}\n")
+        self.exit(2, f"{parser.prog.split(' [')[0]}: error: {sentence(message)}\n")
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -103,7 +76,8 @@ class SaveRunConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save once, in the first process."""
-        logger, checkpoints = trainer.logger, trainer.checkpoint_callback
+        logger = trainer.logger
+        checkpoints = trainer.checkpoint_callback
         if isinstance(logger, (CSVLogger, TensorBoardLogger)):
             super().setup(trainer, pl_module, stage)
         elif trainer.is_global_zero and not self.already_saved:
@@ -160,24 +134,26 @@ class FederatedCLI(LightningCLI):
             parser.add_argument(f"--{name}", type=kind, default=None)
 
     def instantiate_classes(self) -> None:
-        """Make the objects; what this package refuses is said in its sentence, without a traceback."""
+        """Make the objects; an error of this package is printed as its sentence, without a traceback."""
         try:
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
-            ours: BaseException = error
-            while ours.__cause__ is not None:
-                ours = ours.__cause__  # jsonargparse wraps what constructors raise
-            if not _raised_here(ours):
+            # jsonargparse wraps what constructors raise.
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if not _raised_here(cause):
                 raise
-            self._parser(self.subcommand).error(str(ours), error)
+            self._parser(self.subcommand).error(str(cause), error)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, with the federation's settings, the rule, channels and objectives."""
-        given = self._get(self.config_init, "trainer")
-        callbacks = _listed(given.get("callbacks"))
+        """Make the trainer, with the federation's settings, the rule, channels and objectives."""
+        config = self._get(self.config_init, "trainer")
+        callbacks = _as_list(config.get("callbacks"))
         for group in GROUPS:
-            callbacks += _listed(self._get(self.config_init, group))
-        if self.subcommand != "fit" and given.get("rounds") is None and given.get("max_epochs") is None:
+            callbacks += _as_list(self._get(self.config_init, group))
+        if self.subcommand != "fit" and config.get("rounds") is None and config.get("max_epochs") is None:
+            # Nothing is trained, and the trainer asks for a number of rounds.
             kwargs = {"rounds": 0, **kwargs}
         trainer: Any = super().instantiate_trainer(
             **{**self._get(self.config_init, "federation"), "callbacks": callbacks, **kwargs}
@@ -192,64 +168,13 @@ class FederatedCLI(LightningCLI):
 
 
 def _raised_here(error: BaseException) -> bool:
+    """Whether an error was raised by this package's own code."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals["__name__"]).startswith("lightning_fedhaw.")
 
 
-def _listed(given: Any) -> list[Any]:
-    if given is None:
+def _as_list(value: Any) -> list[Any]:
+    """Make a list of one value, of several, or of none."""
+    if value is None:
         return []
-    return list(given) if isinstance(given, list) else [given]
-
-
-def _sentence(message: str) -> str:
-    """What jsonargparse found, on one line and with the nearest name, where it is about names."""
-    noise: tuple[str, ...] = (
-        "Errors:",
-        "Subtypes:",
-        "Does not validate",
-        "Expected a path but",
-        "Expected a <class 'list'>",
-        "Expected a <class 'NoneType'>",
-        "Given",
-    )
-    if "Expected a dot import path" in message:  # the name of a class that is not there, whatever else may be given
-        noise += ("Expected a <class", "Expected a typing.")
-    lines = [line.strip(" -") for line in message.splitlines()]
-    text = " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
-    text = re.sub(r'Parser key "([\w.]+)":', r"`--\1`:", text)
-    if unknown := re.search(r"Expected a dot import path string: (\w+)$", text):
-        key = text[3:].split("`")[0]
-        known = [name for name, kind in _named().items() if issubclass(kind, BASES.get(key, ()))]
-        hint = _nearest(unknown[1], known) or ("There are " + ", ".join(known) + "." if key in GROUPS else "")
-        return (
-            f"{text[: unknown.start()]}there is no class `{unknown[1]}`; give a name or an import path. {hint}".strip()
-        )
-    if unknown := re.search(r"class_path '[\w.]*?(\w+)'.* Option '(\w+)' is not accepted", text):
-        owner = _named().get(unknown[1])
-        return f"{text}. {_place(unknown[2], inspect.signature(owner).parameters if owner else ())}".strip()
-    if unknown := re.search(r"(?:arguments: --|accept option ')(federation|trainer)\.(\w+)", text):
-        known = list(FEDERATION if unknown[1] == "federation" else TRAINER)
-        return f"{text}. {_place(unknown[2], known)}".strip()
-    given = re.findall(r"Given value: (?!NestedArg|Namespace|[{\[])(.+)", message)
-    return f"{text}, got {given[0]}" if given and given[0] not in text else text
-
-
-def _named() -> dict[str, type]:
-    """The classes of this package by name."""
-    found = {name: getattr(lightning_fedhaw, name) for name in lightning_fedhaw.__all__}
-    return {name: kind for name, kind in found.items() if isinstance(kind, type) and kind not in BASES.values()}
-
-
-def _place(name: str, known: Iterable[str]) -> str:
-    return f"It is `--federation.{name}`." if name in FEDERATION else _nearest(name, known)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    short = {_short(each): each for each in known}
-    near = get_close_matches(_short(name), short, 1)
-    return f"Did you mean `{short[near[0]]}`?" if near else ""
-
-
-def _short(name: str) -> str:
-    return re.sub("(callback|channel)$", "", name.lower())
+    return list(value) if isinstance(value, list) else [value]

@@ -1,4 +1,27 @@
 """Figures of finished runs, under the name that projects import."""
 
-from lightning_fedhaw.report.plotting import *  # noqa: F403
-from lightning_fedhaw.report.plotting import __all__ as __all__
+from lightning_fedhaw.report.history import History, read_run, read_runs
+from lightning_fedhaw.report.plotting import (
+    draw_bands,
+    draw_clients,
+    draw_comparison,
+    draw_curves,
+    draw_labels,
+    draw_lines,
+    draw_weights,
+    main,
+)
+
+__all__ = [
+    "History",
+    "draw_bands",
+    "draw_clients",
+    "draw_comparison",
+    "draw_curves",
+    "draw_labels",
+    "draw_lines",
+    "draw_weights",
+    "main",
+    "read_run",
+    "read_runs",
+]

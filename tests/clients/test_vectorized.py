@@ -28,7 +28,8 @@ from lightning_fedhaw import (
 )
 from lightning_fedhaw.clients import choice
 from lightning_fedhaw.clients.vectorized import engine as vectorized
-from lightning_fedhaw.clients.vectorized.trial import _looks_at_index
+from lightning_fedhaw.clients.vectorized.chunk import Chunk
+from lightning_fedhaw.clients.vectorized.tracing import reads_index
 from lightning_fedhaw.data import FixedSequenceSampler, IIDPartitioner, IndexPartitioner
 
 optim = torch.optim
@@ -289,7 +290,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit_and_engines_share_checkpoints
 @pytest.mark.filterwarnings("ignore:.* clients at once do not fit")
 def test_memory_that_is_not_there_halves_the_chunk(monkeypatch):
     _, module, _ = play("vectorized")
-    make, tried = vectorized._Chunk._make, []
+    make, tried = Chunk._make, []
 
     def fails(self, call):
         tried.append(len(self.visits))
@@ -297,7 +298,7 @@ def test_memory_that_is_not_there_halves_the_chunk(monkeypatch):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         return make(self, call)
 
-    monkeypatch.setattr(vectorized._Chunk, "_make", fails)
+    monkeypatch.setattr(Chunk, "_make", fails)
     with pytest.warns(UserWarning, match="clients at once do not fit into memory; they are trained again, 3 at a time"):
         runner, other, _ = play("vectorized")
     assert runner.fit_loop.federation.engine.chunk == 2
@@ -309,12 +310,12 @@ def test_a_single_client_that_does_not_fit_is_an_error(monkeypatch):
     def fails(self, call):
         raise MemoryError
 
-    monkeypatch.setattr(vectorized._Chunk, "_make", fails)
+    monkeypatch.setattr(Chunk, "_make", fails)
     with pytest.raises(MemoryError), pytest.warns(UserWarning, match="do not fit"):
         play("vectorized")
 
 
-# ---------------------------------------------------------------------- what is not a function
+# ---------------------------------------------------------------------- what cannot be vectorized
 
 
 class Branches(Classifier):
@@ -505,7 +506,7 @@ REFUSED = {
     "a class's counter": (CountsForAll, {}, "changes `self.count`", CountsForAll),
     "a generator": (OwnGenerator, {}, "changes `self.generator`", OwnGenerator),
     "an object that holds parameters": (HoldsParameters, {}, "reaches the parameter `net.0.weight` through", None),
-    "a rate": (SetsRate, {}, "changes settings of the optimiser", SetsRate),
+    "a rate": (SetsRate, {}, "changes settings of the optimizer", SetsRate),
     "control flow": (Branches, {}, "needs the value of a tensor in Python", Branches),
     "a list": (Appends, {}, "changes `self.losses`", Appends),
     "a counter": (Counts, {}, "changes `self.steps`", Counts),
@@ -519,9 +520,9 @@ REFUSED = {
     "a transfer hook": (Transfers, {}, "is surrounded by the hook `on_after_batch_transfer`", Transfers),
     "a callback": (Classifier, {"callbacks": [Watching()]}, "callback hook `on_train_batch_end`", Watching),
     "accumulation": (Classifier, {"accumulate_grad_batches": 2}, "accumulates gradients", None),
-    "LBFGS": (lambda: Classifier(optim.LBFGS), {}, "the optimiser `LBFGS` cannot be stepped on gradients alone", None),
+    "LBFGS": (lambda: Classifier(optim.LBFGS), {}, "the optimizer `LBFGS` cannot be stepped on gradients alone", None),
     "Adafactor": (lambda: Classifier(getattr(optim, "Adafactor", Norms)), {}, "is not element-wise", None),
-    "norms": (lambda: Classifier(lambda p: Norms(p, lr=0.1)), {}, "the optimiser `Norms` is not element-wise", None),
+    "norms": (lambda: Classifier(lambda p: Norms(p, lr=0.1)), {}, "the optimizer `Norms` is not element-wise", None),
     "other data": (
         Classifier,
         {"data": DataLoader(list(zip(*samples(60).tensors, strict=True)), batch_size=8), "alpha": None},
@@ -532,9 +533,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_a_function_is_refused_by_its_line(name, monkeypatch, caplog):
+def test_what_cannot_be_vectorized_is_refused_by_its_line(name, monkeypatch, caplog):
     module, kwargs, why, where = REFUSED[name]
-    with pytest.raises(ValueError, match='`engine="vectorized"` needs a step that is a function') as caught:
+    with pytest.raises(
+        ValueError, match='`engine="vectorized"` needs a `training_step` without side effects'
+    ) as caught:
         play("vectorized", module, **kwargs)
     assert why in str(caught.value)
     assert 'Use `engine="sequential"`' in str(caught.value)
@@ -582,7 +585,7 @@ class BranchesLater(Classifier):
         return loss
 
 
-def test_a_step_that_turns_out_to_be_no_function_goes_on_sequentially(monkeypatch):
+def test_a_run_continues_sequentially_where_a_step_turns_out_to_have_side_effects(monkeypatch):
     monkeypatch.setattr(choice, "slower", lambda *_: None)
     kwargs = {"optimizer_state": "kept", "rounds": 3}
     with pytest.warns(UserWarning, match="in round 1 `training_step` needs the value of a tensor"):
@@ -601,7 +604,7 @@ class SetsRateLater(Classifier):
 
 
 def test_settings_that_change_in_a_later_round_stop_the_engine():
-    with pytest.raises(RuntimeError, match="changes settings of the optimiser"):
+    with pytest.raises(RuntimeError, match="changes settings of the optimizer"):
         play("vectorized", SetsRateLater)
 
 
@@ -691,7 +694,7 @@ def test_what_happens_to_be_free_does_not_choose_the_engine(monkeypatch):
     ],
 )
 def test_whether_a_step_looks_at_the_index(step, uses):
-    assert _looks_at_index(step) is uses
+    assert reads_index(step) is uses
 
 
 def test_other_randomness_differs_between_clients_and_is_said():

@@ -1,14 +1,20 @@
-"""Which engine trains a federation: the one asked for, or the one that was measured to be faster."""
+"""Which engine trains a federation: the one asked for, or the one that was measured to be faster.
+
+``choose`` is the rule, in the order in which it asks; ``docs/speed.md`` has the evidence for its numbers. The sentences
+in which a run says what was chosen, and why, stand at the end of the file.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import os
 
+import torch
 from torch import nn
 
 from lightning_fedhaw.clients.engine import Engine
 from lightning_fedhaw.clients.vectorized.engine import VectorizedEngine
-from lightning_fedhaw.clients.vectorized.trial import NoFunctionError, free_memory, probe
+from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
+from lightning_fedhaw.clients.vectorized.trial import Facts, probe
 from lightning_fedhaw.options import EngineName
 from lightning_fedhaw.vectors.layout import trainable
 
@@ -28,26 +34,6 @@ MAX_FROZEN = 1_000_000
 """Frozen parameters that a step computes with, up to which the same holds: beyond them their work is what counts."""
 
 
-def slower(engine: Engine, cohort: int, processes: int = 1) -> str | None:
-    """Why one client after another is faster, by the rule of ``docs/speed.md``; ``None`` if it is not."""
-    parameters, batch = engine.layout.numel, engine.data.settings.batch_size
-    is_cpu = engine.host.device.type == "cpu"
-    most = MAX_PARAMETERS if is_cpu else MAX_PARAMETERS_GPU
-    if cohort < MIN_CLIENTS:
-        where = "" if processes == 1 else f" on each of {processes} processes"
-        return f"it would train {_clients(cohort)} at a time{where}, and {MIN_CLIENTS} are worth it"
-    if parameters > most:
-        return f"{parameters:,} parameters are more than {most:,}"
-    # One that is frozen has one weight for all clients, and a batched call makes a larger batch for it.
-    convolutions = [m for m in engine.host.module.modules() if isinstance(m, nn.modules.conv._ConvNd)]
-    has_convolutions = any(trainable(convolution) for convolution in convolutions)
-    if is_cpu and has_convolutions and parameters * batch > MAX_CONVOLVED:
-        return (
-            f"it has convolutions, and parameters times batch size are {parameters * batch:,}: over {MAX_CONVOLVED:,}"
-        )
-    return None
-
-
 def choose(
     sequential: Engine,
     asked: EngineName,
@@ -57,7 +43,7 @@ def choose(
     compile_clients: bool,
     processes: int = 1,
 ) -> tuple[Engine, str]:
-    """The engine of a run, and one line that says which and why.
+    """Choose the engine of a run.
 
     Args:
         sequential: The sequential engine.
@@ -67,64 +53,145 @@ def choose(
         compile_clients: Whether the batched step is compiled.
         processes: How many train.
 
+    Returns:
+        The engine, and one line that says which it is and why.
+
     Raises:
         ValueError: If the vectorized engine was asked for and cannot be had.
     """
-    no_effect = "; `compile_clients=True` has no effect on it" if compile_clients else ""
     if asked == "sequential":
-        return sequential, f"Engine: sequential, as asked{no_effect}."
-    why = slower(sequential, cohort, processes) if asked == "auto" else None
-    if why is not None:
-        return sequential, f"Engine: sequential, because {why}{no_effect}."
+        return sequential, _sequential_line(None, compile_clients)
+    if asked == "auto":
+        reason = slower(sequential, cohort, processes)
+        if reason is not None:
+            return sequential, _sequential_line(reason, compile_clients)
     host = sequential.host
-    given: tuple[Any, ...] = (host, sequential.layout, sequential.data, sequential.plan, sequential.objectives)
     try:
-        facts = probe(*given)
-    except NoFunctionError as error:
+        facts = probe(host, sequential.layout, sequential.data, sequential.plan, sequential.objectives)
+    except NotVectorizableError as error:
         if asked == "vectorized":
-            raise ValueError(
-                f'`engine="vectorized"` needs a step that is a function, and {error}. Use `engine="sequential"`,'
-                ' or `engine="auto"`, which chooses by itself.'
-            ) from error
-        return sequential, f"Engine: sequential, because {error}{no_effect}."
-    if asked == "auto" and facts.frozen > MAX_FROZEN:
-        return sequential, (
-            f"Engine: sequential, because a step computes with {facts.frozen:,} frozen parameters, and that is more"
-            f" than {MAX_FROZEN:,}{no_effect}."
-        )
+            raise ValueError(_refusal(error)) from error
+        return sequential, _sequential_line(str(error), compile_clients)
     memory = chunk_memory or free_memory(host.device) // 4
-    fit = memory // facts.bytes_per_client
-    # Only where the bound is given: what happens to be free must not decide which numbers a seed gives.
-    if asked == "auto" and chunk_memory is not None and fit < MIN_CLIENTS:
-        return sequential, (
-            f"Engine: sequential, because {_clients(fit)} at a time fit into `chunk_memory`={memory}, and {MIN_CLIENTS}"
-            f" are worth it{no_effect}."
-        )
+    if asked == "auto":
+        # Only where the bound is given: what happens to be free must not decide which numbers a seed gives.
+        bound = None if chunk_memory is None else memory
+        reason = _not_worth_it(facts, bound)
+        if reason is not None:
+            return sequential, _sequential_line(reason, compile_clients)
+    can_be_compiled = not (facts.uses_index or facts.draws_dropout or facts.draws_other)
     engine = VectorizedEngine(
-        *given,
+        host,
+        sequential.layout,
+        sequential.data,
+        sequential.plan,
+        sequential.objectives,
         facts=facts,
         chunk_memory=memory,
-        compile_clients=compile_clients and not (facts.uses_index or facts.draws_dropout or facts.draws_other),
+        compile_clients=compile_clients and can_be_compiled,
         fallback=sequential if asked == "auto" else None,
     )
-    engine.kept, engine.gradient = sequential.kept, sequential.gradient
-    told = f"Engine: vectorized, {min(engine.chunk, cohort)} of {_clients(cohort)} at a time"
+    engine.kept = sequential.kept
+    engine.gradient = sequential.gradient
+    return engine, _vectorized_line(engine, asked, cohort, processes, memory, compile_clients)
+
+
+def slower(engine: Engine, cohort: int, processes: int = 1) -> str | None:
+    """Say why one client after another is faster, by what can be seen without a trial; ``None`` if it is not.
+
+    Args:
+        engine: The sequential engine.
+        cohort: Clients that one process trains in a round.
+        processes: How many train.
+    """
+    if cohort < MIN_CLIENTS:
+        return _too_few(cohort, processes)
+    parameters = engine.layout.numel
+    is_cpu = engine.host.device.type == "cpu"
+    most = MAX_PARAMETERS if is_cpu else MAX_PARAMETERS_GPU
+    if parameters > most:
+        return f"{parameters:,} parameters are more than {most:,}"
+    convolved = parameters * engine.data.settings.batch_size
+    if is_cpu and convolved > MAX_CONVOLVED and _trains_convolutions(engine.host.module):
+        return f"it has convolutions, and parameters times batch size are {convolved:,}: over {MAX_CONVOLVED:,}"
+    return None
+
+
+def _trains_convolutions(module: nn.Module) -> bool:
+    """Whether a convolution is trained: a frozen one has one weight for all clients, and gets a larger batch."""
+    for submodule in module.modules():
+        if isinstance(submodule, nn.modules.conv._ConvNd) and trainable(submodule):
+            return True
+    return False
+
+
+def _not_worth_it(facts: Facts, memory: int | None) -> str | None:
+    """Say why one client after another is faster, by what the trial found out; ``None`` if it is not."""
+    if facts.frozen > MAX_FROZEN:
+        return f"a step computes with {facts.frozen:,} frozen parameters, and that is more than {MAX_FROZEN:,}"
+    if memory is None:
+        return None
+    fit = memory // facts.bytes_per_client
+    if fit < MIN_CLIENTS:
+        return f"{_clients(fit)} at a time fit into `chunk_memory`={memory}, and {MIN_CLIENTS} are worth it"
+    return None
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device; 2 GiB where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 2**31
+
+
+# ---------------------------------------------------------------------- what a run says
+
+
+def _sequential_line(reason: str | None, compile_clients: bool) -> str:
+    """Say that the sequential engine trains, and why; without a reason it was asked for."""
+    line = "Engine: sequential, as asked" if reason is None else f"Engine: sequential, because {reason}"
+    if compile_clients:
+        line += "; `compile_clients=True` has no effect on it"
+    return f"{line}."
+
+
+def _vectorized_line(
+    engine: VectorizedEngine, asked: EngineName, cohort: int, processes: int, memory: int, compile_clients: bool
+) -> str:
+    """Say that the vectorized engine trains, and what is special about it."""
+    facts = engine.facts
+    line = f"Engine: vectorized, {min(engine.chunk, cohort)} of {_clients(cohort)} at a time"
     if processes > 1:
-        told += f" on each of {processes} processes"
+        line += f" on each of {processes} processes"
     if asked == "vectorized":
-        told += ", as asked"
-    if not fit:
-        told += f"; one takes about {facts.bytes_per_client:,} bytes, more than `chunk_memory`={memory:,}"
+        line += ", as asked"
+    if facts.bytes_per_client > memory:
+        line += f"; one takes about {facts.bytes_per_client:,} bytes, more than `chunk_memory`={memory:,}"
     if compile_clients and not engine.compile_clients:
-        told += "; not compiled, because the step reads `batch_idx` or draws random numbers"
+        line += "; not compiled, because the step reads `batch_idx` or draws random numbers"
     if facts.draws_other:
-        told += "; random numbers other than dropout differ from those of the sequential engine"
+        line += "; random numbers other than dropout differ from those of the sequential engine"
     if not facts.is_compared:
-        told += (
+        line += (
             "; not compared with one client alone, because the step draws from a distribution that depends on the model"
         )
-    return engine, f"{told}."
+    return f"{line}."
+
+
+def _refusal(error: NotVectorizableError) -> str:
+    return (
+        '`engine="vectorized"` needs a `training_step` without side effects, an element-wise optimizer and data in'
+        f' memory; here {error}. Use `engine="sequential"`, or `engine="auto"`, which chooses by itself.'
+    )
+
+
+def _too_few(cohort: int, processes: int) -> str:
+    where = "" if processes == 1 else f" on each of {processes} processes"
+    return f"it would train {_clients(cohort)} at a time{where}, and {MIN_CLIENTS} are worth it"
 
 
 def _clients(count: int) -> str:
-    return f"{count} client" + "s" * (count != 1)
+    return f"{count} client" if count == 1 else f"{count} clients"

@@ -28,9 +28,9 @@ class LocalPlan:
 
     Attributes:
         epochs: Passes over its data; or
-        steps: optimiser steps.
+        steps: optimizer steps.
         limit: Batches a pass at most: a number, or a share of the pass.
-        optimizer_state: Whether clients find the optimiser state they left behind.
+        optimizer_state: Whether clients find the optimizer state they left behind.
         seed: The federation's seed.
         channels_last: Whether 4-D parameters are laid out channels-last meanwhile.
     """
@@ -72,8 +72,8 @@ class Engine(ABC):
         objectives: What clients add to their loss.
 
     Attributes:
-        kept: With ``optimizer_state="kept"``, each client's optimiser states, by position of the parameter.
-        initial: The optimiser states that a client without memory starts from: those of their constructors.
+        kept: With ``optimizer_state="kept"``, each client's optimizer states, by position of the parameter.
+        initial: The optimizer states that a client without memory starts from: those of their constructors.
         pace: What the rule makes of the clients' learning rates in this round.
         gradient: Gives the gradient ``[P]`` of a client's mean loss at parameters ``[P]``, for objectives that ask.
     """
@@ -113,7 +113,7 @@ class Engine(ABC):
         return float(len(self.data.train_indices[client]) * (self.plan.epochs or 1))
 
     def num_steps(self, client: int) -> int:
-        """Optimiser steps that a client is going to make in a round."""
+        """Optimizer steps that a client is going to make in a round."""
         if self.plan.steps is not None:
             return self.plan.steps
         return -(-self.num_batches(client) // self.host.accumulate) * (self.plan.epochs or 1)
@@ -163,7 +163,7 @@ class Engine(ABC):
 
 
 def states_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
-    """An optimiser's states by position of the parameter, in host memory."""
+    """An optimizer's states by position of the parameter, in host memory."""
     order = [p for group in optimizer.param_groups for p in group["params"]]
     return {
         index: {n: v.cpu() if isinstance(v, Tensor) else v for n, v in optimizer.state[parameter].items()}
@@ -173,21 +173,21 @@ def states_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
 
 
 def device_of_state(name: str, device: torch.device, group: Mapping[str, Any]) -> torch.device:
-    """Where an optimiser wants a state, as ``torch.optim.Optimizer.load_state_dict`` places it.
+    """Where an optimizer wants a state, as ``torch.optim.Optimizer.load_state_dict`` places it.
 
     Args:
         name: The state's name.
         device: The device of its parameter.
         group: The options of the parameter's group.
     """
-    # Plain optimisers read `step` on the host in every step; fused and capturable kernels read it where they run.
+    # Plain optimizers read `step` on the host in every step; fused and capturable kernels read it where they run.
     if name == "step" and not (group.get("fused") or group.get("capturable")):
         return torch.device("cpu")
     return device
 
 
 def give_states(optimizer: torch.optim.Optimizer, states: Mapping[int, Mapping[str, Any]]) -> None:
-    """Put copies of such states in place of an optimiser's own."""
+    """Put copies of such states in place of an optimizer's own."""
     optimizer.state = defaultdict(dict)
     if not states:
         return

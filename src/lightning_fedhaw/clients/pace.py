@@ -12,7 +12,7 @@ from lightning_fedhaw.aggregation.base import LocalPace
 
 
 class Paced:
-    """Scales each change that an optimiser makes to parameters, of one client or of a stack.
+    """Scales each change that an optimizer makes to parameters, of one client or of a stack.
 
     Args:
         pace: The rule's part.
@@ -32,7 +32,7 @@ class Paced:
         Args:
             parameters: After the step, ``[..., *shape]`` each; changed in place.
             before: Before it.
-            gradients: What the optimiser was given; ``None`` for a parameter that was not used.
+            gradients: What the optimizer was given; ``None`` for a parameter that was not used.
             at: The clients of the call, as an index into the states.
         """
         given = {
@@ -49,10 +49,10 @@ class Paced:
 
 
 class PacedOptimizer:
-    """Does so for one client at a time, whoever calls the optimiser's ``step``.
+    """Does so for one client at a time, whoever calls the optimizer's ``step``.
 
     Args:
-        optimizer: The user's optimiser.
+        optimizer: The user's optimizer.
         parameters: The trainable parameters, in the layout's order.
     """
 
@@ -66,7 +66,7 @@ class PacedOptimizer:
         ]
 
     def close(self) -> None:
-        """Leave the optimiser alone."""
+        """Leave the optimizer alone."""
         for handle in self._handles:
             handle.remove()
 

@@ -46,7 +46,7 @@ class SequentialEngine(Engine):
         scale = host.scaler.state_dict() if host.scaler is not None else None
         scales: list[dict[str, Any]] = []
         complete = False
-        # Before the step is chosen, which is another one where an optimiser has hooks.
+        # Before the step is chosen, which is another one where an optimizer has hooks.
         self._paced = None if self.pace is None else PacedOptimizer(host.optimizers[0], parameters)
         step, modes = self._make_step(), _Modes(host.module, self.layout)
         try:
@@ -88,7 +88,7 @@ class SequentialEngine(Engine):
         self._paced = None
 
     def aftermath(self) -> tuple[Settings, list[dict[str, Any]], list[dict[str, Any]]]:
-        """Settings of the optimisers, states of the schedules, and the clients' loss scales."""
+        """Settings of the optimizers, states of the schedules, and the clients' loss scales."""
         return self._aftermath
 
     def settle(self, aftermaths: Sequence[Any]) -> None:

@@ -1,4 +1,4 @@
-"""One optimiser step of a client, in three ways: plain SGD without an optimiser object, automatic, manual."""
+"""One optimizer step of a client, in three ways: plain SGD without an optimizer object, automatic, manual."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Host(Protocol):
 
     @property
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
-        """The module's optimisers."""
+        """The module's optimizers."""
 
     @property
     def accumulate(self) -> int:
-        """Batches behind one optimiser step."""
+        """Batches behind one optimizer step."""
 
     @property
     def round(self) -> int:
@@ -39,7 +39,7 @@ class Host(Protocol):
 
     @property
     def is_plain_sgd(self) -> bool:
-        """Whether a step needs no optimiser object, precision plugin or hook."""
+        """Whether a step needs no optimizer object, precision plugin or hook."""
 
     @property
     def clipping(self) -> tuple[float, str] | None:
@@ -47,7 +47,7 @@ class Host(Protocol):
 
     @property
     def obstacle(self) -> str | None:
-        """What in trainer or module keeps a step from being a function of its tensors; ``None`` if nothing."""
+        """What in trainer or module keeps many clients' steps from being one batched call; ``None`` if nothing."""
 
     @property
     def can_evaluate(self) -> bool:
@@ -72,7 +72,7 @@ class Host(Protocol):
         """The learning rate of each parameter tensor in the layout's order, as scheduled for this round."""
 
     def forward(self, data: Any, batch_idx: int) -> Any:
-        """Call ``training_step`` in the trainer's precision, without hooks or optimisers."""
+        """Call ``training_step`` in the trainer's precision, without hooks or optimizers."""
 
     def evaluate(self, data: Any, batch_idx: int) -> Any:
         """Call ``validation_step``; ``training_step`` where there is none."""
@@ -85,7 +85,7 @@ class Host(Protocol):
 
 
 class StepCounts:
-    """Optimiser steps of one visit: made, and tried but skipped."""
+    """Optimizer steps of one visit: made, and tried but skipped."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -188,7 +188,7 @@ class PlainSGDStep:
 
 
 class AutomaticStep:
-    """Any optimiser and precision, with every hook of Lightning's own automatic optimisation."""
+    """Any optimizer and precision, with every hook of Lightning's own automatic optimization."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
@@ -237,7 +237,7 @@ class AutomaticStep:
 
 
 class ManualStep:
-    """Manual optimisation: ``training_step`` steps its optimisers itself; the busiest one is counted."""
+    """Manual optimization: ``training_step`` steps its optimizers itself; the busiest one is counted."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
@@ -267,7 +267,7 @@ class ManualStep:
 
 
 def is_plain_sgd(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> bool:
-    """Whether an optimiser does nothing but subtract the gradient times the learning rate from these parameters."""
+    """Whether an optimizer does nothing but subtract the gradient times the learning rate from these parameters."""
     if (
         type(optimizer) is not torch.optim.SGD
         or optimizer._optimizer_step_pre_hooks

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +13,11 @@ from typing import Any, Literal, cast
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_fedhaw.models import lora, weights
+from lightning_fedhaw.models.messages import listed
 from lightning_fedhaw.options import check_choice, check_number, check_whole
 
 
@@ -96,7 +96,9 @@ class TimmClassifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         checkpoint_path = None if checkpoint_path is None else str(checkpoint_path)
-        head_widths, lora_targets, model_kwargs = list(head_widths), list(lora_targets), dict(model_kwargs or {})
+        head_widths = list(head_widths)
+        lora_targets = list(lora_targets)
+        model_kwargs = dict(model_kwargs or {})
         if not _names_parts(trainable):
             raise ValueError(
                 '`trainable` must be "all", "head", a number of blocks, or patterns of parameter names, got'
@@ -123,23 +125,17 @@ class TimmClassifier(pl.LightningModule):
                 f'`lora_rank`={lora_rank} adapts weights that are frozen, and with `trainable="all"` none are. Set'
                 ' `trainable="head"`, a number of blocks, or patterns such as "*norm*".'
             )
-        self.backbone = _create(model_name, pretrained, model_kwargs)
-        made: Any = self.backbone
-        self.num_features: int = getattr(made, "head_hidden_size", None) or made.num_features
+        self.backbone = weights.create(model_name, pretrained, model_kwargs)
+        self.num_features = _num_features(self.backbone)
         if checkpoint_path is not None:
-            _load(self.backbone, checkpoint_path, model_name)
+            weights.load(self.backbone, checkpoint_path, model_name)
         chosen = self._chosen(trainable)
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_(name in chosen)
         if lora_rank:
-            _adapt(self.backbone, lora_rank, lora_rank if lora_alpha is None else lora_alpha, lora_targets, model_name)
-        widths = [self.num_features, *head_widths, num_classes]
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(widths):
-            layers += [nn.ReLU()] if layers else []
-            layers += [nn.Dropout(head_dropout)] if head_dropout else []
-            layers.append(nn.Linear(fan_in, fan_out))
-        self.head = nn.Sequential(*layers)
+            alpha = lora_rank if lora_alpha is None else lora_alpha
+            lora.adapt(self.backbone, lora_rank, alpha, lora_targets, model_name)
+        self.head = _head([self.num_features, *head_widths, num_classes], head_dropout)
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.train()
@@ -147,7 +143,7 @@ class TimmClassifier(pl.LightningModule):
     # ------------------------------------------------------------------ what it computes
 
     def features(self, images: Tensor) -> Tensor:
-        """What the head sees.
+        """Compute what the head sees.
 
         Args:
             images: ``[batch, channels, height, width]``.
@@ -159,11 +155,11 @@ class TimmClassifier(pl.LightningModule):
         return cast(Tensor, backbone.forward_head(backbone.forward_features(images), pre_logits=True))
 
     def classify(self, features: Tensor) -> Tensor:
-        """Logits ``[batch, num_classes]`` of features ``[batch, num_features]``."""
+        """Compute logits ``[batch, num_classes]`` of features ``[batch, num_features]``."""
         return cast(Tensor, self.head(features))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Logits ``[batch, num_classes]`` of images, or of features ``[batch, num_features]`` of a frozen backbone."""
+        """Compute logits ``[batch, num_classes]`` of images, or, with a frozen backbone, of features."""
         if inputs.ndim > 2:
             inputs = self.features(inputs)
         elif not self.is_frozen:
@@ -174,7 +170,7 @@ class TimmClassifier(pl.LightningModule):
         return self.classify(inputs)
 
     def transform(self, train: bool, **arguments: Any) -> Callable[[Any], Tensor]:
-        """The transform from a PIL image to the backbone's input, by timm's data configuration of the model.
+        """Make the transform from a PIL image to the backbone's input, by timm's data configuration of the model.
 
         Args:
             train: Whether it augments: random crops and flips.
@@ -189,7 +185,7 @@ class TimmClassifier(pl.LightningModule):
         return transform
 
     def feature_key(self) -> str:
-        """A name for what :meth:`features` computes: a hash of the model's name, its arguments and its weights.
+        """Name what :meth:`features` computes: a hash of the model's name, its arguments and its weights.
 
         Raises:
             ValueError: If the backbone trains, so that features do not stay the same.
@@ -209,37 +205,36 @@ class TimmClassifier(pl.LightningModule):
         Returns:
             The module itself, whose backbone is now a plain one.
         """
-        for name, layer in list(self.backbone.named_modules()):
-            if isinstance(layer, LoRALinear):
-                _put(self.backbone, name, layer.merged())
+        lora.merge(self.backbone)
         self.hparams["lora_rank"] = 0
         return self.train(self.training)
 
     # ------------------------------------------------------------------ how it trains
 
     def train(self, mode: bool = True) -> TimmClassifier:
-        """Training mode for what trains; what is frozen stays in evaluation mode."""
+        """Put what trains into training mode; what is frozen stays in evaluation mode."""
         super().train(mode)
-        self.is_frozen = _still(self.backbone)
+        self.is_frozen = _freeze_mode(self.backbone)
         return self
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Cross entropy of a batch ``(images or features, labels)``."""
+        """Compute the cross entropy of a batch ``(images or features, labels)``, and log it as ``train_loss``."""
         loss = self._loss(self(batch[0]), batch[1])
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs ``val_loss`` and ``val_acc``."""
+        """Log ``val_loss`` and ``val_acc``."""
         self._evaluate(batch, "val", self.val_accuracy)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs ``test_loss`` and ``test_acc``."""
+        """Log ``test_loss`` and ``test_acc``."""
         self._evaluate(batch, "test", self.test_accuracy)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Probabilities ``[batch, num_classes]``, of a batch with or without labels."""
-        return cast(Tensor, self(batch[0] if isinstance(batch, (tuple, list)) else batch)).softmax(-1)
+        """Compute probabilities ``[batch, num_classes]`` of a batch with or without labels."""
+        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+        return cast(Tensor, self(inputs)).softmax(-1)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
@@ -252,54 +247,66 @@ class TimmClassifier(pl.LightningModule):
         self.log(f"{name}_acc", accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimiser, with groups for the head, the backbone and its layers."""
-        own = self.hparams
-        rate = own["lr"] if own["backbone_lr"] is None else own["backbone_lr"]
-        depth_of = None if own["layer_decay"] is None else self._depths("layer_decay")
+        """Make the optimizer, with parameter groups for the head, the backbone and its layers."""
+        arguments = self.hparams
+        lr = arguments["lr"]
+        backbone_lr = lr if arguments["backbone_lr"] is None else arguments["backbone_lr"]
+        layer_decay = arguments["layer_decay"]
+        depth_of = {} if layer_decay is None else self._depths("layer_decay")
         exempt = [f"backbone.{name}" for name in getattr(self.backbone, "no_weight_decay", set)()]
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 continue
-            lr = own["lr"] if name.startswith("head.") else rate
-            if depth_of is not None:
-                lr *= own["layer_decay"] ** depth_of.get(name.removeprefix("backbone."), 0)
+            rate = lr if name.startswith("head.") else backbone_lr
+            if layer_decay is not None:
+                # The head is not among the backbone's layers: it is the first, and its rate is not decayed.
+                rate *= layer_decay ** depth_of.get(name.removeprefix("backbone."), 0)
             decays = parameter.ndim > 1 and not any(fnmatch(name, pattern) for pattern in exempt)
-            groups.setdefault((lr, own["weight_decay"] if decays else 0.0), []).append(parameter)
-        given = [{"params": ps, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
-        if own["optimizer"] == "sgd":
-            return torch.optim.SGD(given, lr=own["lr"], momentum=own["momentum"])
-        return torch.optim.AdamW(given, lr=own["lr"])
+            weight_decay = arguments["weight_decay"] if decays else 0.0
+            groups.setdefault((rate, weight_decay), []).append(parameter)
+        parameter_groups = []
+        for (rate, weight_decay), parameters in groups.items():
+            parameter_groups.append({"params": parameters, "lr": rate, "weight_decay": weight_decay})
+        if arguments["optimizer"] == "sgd":
+            return torch.optim.SGD(parameter_groups, lr=lr, momentum=arguments["momentum"])
+        return torch.optim.AdamW(parameter_groups, lr=lr)
 
     def _chosen(self, trainable: str | int | Sequence[str]) -> set[str]:
-        """The names of the backbone's parameters that train."""
+        """Choose the names of the backbone's parameters that train."""
         names = [name for name, _ in self.backbone.named_parameters()]
-        model_name = self.hparams["model_name"]
-        if trainable in ("all", "head"):
-            return set(names) if trainable == "all" else set()
+        if trainable == "all":
+            return set(names)
+        if trainable == "head":
+            return set()
         if isinstance(trainable, int):
-            depth_of = self._depths("trainable")
-            blocks = max(depth_of.values()) - 1  # the deepest is the stem
-            if not 1 <= trainable <= blocks:
-                raise ValueError(
-                    f'`trainable` must be "all", "head", patterns, or a number of blocks from 1 to {blocks} for'
-                    f" {model_name!r}, got {trainable}."
-                )
-            return {name for name, depth in depth_of.items() if depth <= trainable}
+            return self._last_blocks(trainable)
         chosen: set[str] = set()
         for pattern in [trainable] if isinstance(trainable, str) else trainable:
             matching = {name for name in names if fnmatch(name, pattern)}
             if not matching:
                 raise ValueError(
                     '`trainable` must be "all", "head", a number of blocks, or patterns of parameter names, and no'
-                    f" parameter of {model_name!r} matches {pattern!r}; they are called like"
-                    f" {_listed(names[-3:], 'and')}."
+                    f" parameter of {self.hparams['model_name']!r} matches {pattern!r}; they are called like"
+                    f" {listed(names[-3:], 'and')}."
                 )
             chosen |= matching
         return chosen
 
+    def _last_blocks(self, count: int) -> set[str]:
+        """Return the names of the backbone's parameters in its last blocks."""
+        depth_of = self._depths("trainable")
+        # The deepest is the stem, which is not a block.
+        blocks = max(depth_of.values()) - 1
+        if not 1 <= count <= blocks:
+            raise ValueError(
+                f'`trainable` must be "all", "head", patterns, or a number of blocks from 1 to {blocks} for'
+                f" {self.hparams['model_name']!r}, got {count}."
+            )
+        return {name for name, depth in depth_of.items() if depth <= count}
+
     def _depths(self, argument: str) -> dict[str, int]:
-        """How far below the head each of the backbone's parameters is, in timm's blocks; the last block is 1."""
+        """Count how far below the head each of the backbone's parameters is, in timm's blocks; the last block is 1."""
         from timm.models import group_parameters
 
         if not hasattr(self.backbone, "group_matcher"):
@@ -308,67 +315,52 @@ class TimmClassifier(pl.LightningModule):
                 " or say what trains by patterns of parameter names."
             )
         blocks = cast(Any, self.backbone).group_matcher(coarse=False)
-        if isinstance(blocks, dict):  # What has no place, as a norm after pooling, goes with the last block.
+        if isinstance(blocks, dict):
+            # What has no place, as a norm after pooling, goes with the last block.
             blocks = {**blocks, "rest": [(".", (99999,))]}
         number_of = group_parameters(self.backbone, blocks, reverse=True)
-        return {name: max(number_of.values()) + 1 - number for name, number in number_of.items()}
+        last = max(number_of.values())
+        return {name: last + 1 - number for name, number in number_of.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint holds all weights, so the arguments in it name no other source of weights."""
+        """Let the arguments in a checkpoint name no other source of weights: it holds all of them."""
         arguments = checkpoint.get("hyper_parameters")
         if arguments is not None:
             checkpoint["hyper_parameters"] = {**arguments, "pretrained": False, "checkpoint_path": None}
 
 
-class LoRALinear(nn.Linear):
-    """A linear layer whose weights stay, beside a trainable change of low rank.
-
-    ``y = W x + b + (alpha / rank) B A x`` with ``A [rank, in]`` drawn as a linear layer's weights are and ``B [out,
-    rank]`` zero, so that at first nothing changes (E. J. Hu et al., "LoRA: Low-Rank Adaptation of Large Language
-    Models", arXiv 2106.09685, equation 3). The layer's own parameters keep their names.
-
-    Args:
-        base: The layer; its parameters are shared, and frozen.
-        rank: Rank of the change.
-        alpha: Scale of the change, times the rank.
-    """
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
-        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
-        self.weight, self.bias = base.weight.requires_grad_(False), base.bias
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        self.scale = alpha / rank
-        self.lora_a = nn.Parameter(base.weight.new_empty(rank, base.in_features))
-        self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
-        nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``[..., in]`` to ``[..., out]``."""
-        return super().forward(input) + self.scale * linear(linear(input, self.lora_a), self.lora_b)
-
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """A plain layer that computes the same."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(self.weight + self.scale * self.lora_b @ self.lora_a, requires_grad=False)
-        plain.bias = self.bias
-        return plain
+def _num_features(backbone: nn.Module) -> int:
+    """Return the width of the features: of some models, what their head makes of them before its last layer."""
+    model: Any = backbone
+    width: int = getattr(model, "head_hidden_size", None) or model.num_features
+    return width
 
 
-def _still(module: nn.Module) -> bool:
+def _head(widths: Sequence[int], dropout: float) -> nn.Sequential:
+    """Make linear layers of these widths, with a ReLU between two of them and dropout before each."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(widths):
+        if layers:
+            layers.append(nn.ReLU())
+        if dropout:
+            layers.append(nn.Dropout(dropout))
+        layers.append(nn.Linear(fan_in, fan_out))
+    return nn.Sequential(*layers)
+
+
+def _freeze_mode(module: nn.Module) -> bool:
     """Put what is frozen into evaluation mode; true if it is all that the module has."""
     parameters = list(module.parameters())
     if parameters and not any(parameter.requires_grad for parameter in parameters):
         module.eval()
         return True
     for child in module.children():
-        _still(child)
+        _freeze_mode(child)
     return False
 
 
 def _names_parts(trainable: object) -> bool:
-    """Whether this can say what trains: a word or pattern, a number, or several patterns."""
+    """Whether an argument can say what trains: a word or pattern, a number, or several patterns."""
     if isinstance(trainable, (str, int)):
         return not isinstance(trainable, bool)
     return isinstance(trainable, Sequence) and bool(trainable) and all(isinstance(each, str) for each in trainable)
@@ -377,131 +369,3 @@ def _names_parts(trainable: object) -> bool:
 def _check(holds: bool, name: str, allowed: str, got: object) -> None:
     if not holds:
         raise ValueError(f"`{name}` must be {allowed}, got {got!r}.")
-
-
-def _create(model_name: str, pretrained: bool, model_kwargs: Mapping[str, Any]) -> nn.Module:
-    """A model of timm's without its head."""
-    import timm
-
-    remote = model_name.startswith("hf-hub:")
-    if ":" not in model_name:
-        architecture, _, tag = model_name.partition(".")
-        if not timm.is_model(architecture):
-            near = get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.0)
-            raise ValueError(
-                f"`model_name`: timm {timm.__version__} has no model {architecture!r}. Did you mean"
-                f" {_listed(near, 'or')}?"
-            )
-        tags = timm.list_models(f"{architecture}.*", include_tags=True)
-        if pretrained and not timm.models.is_model_pretrained(architecture):
-            raise ValueError(
-                f"timm has no pretrained weights of {architecture!r}. Set `pretrained=False`, or give a file of your"
-                " own as `checkpoint_path`."
-            )
-        if tag and model_name not in tags:
-            raise ValueError(
-                f"`model_name`: timm has no weights {tag!r} of {architecture!r}; it has {_listed(tags, 'and')}."
-            )
-        remote = pretrained
-    try:
-        return timm.create_model(model_name, pretrained=pretrained, num_classes=0, **model_kwargs)
-    except Exception as error:
-        if not remote or isinstance(error, (TypeError, RuntimeError)):
-            raise
-        raise ConnectionError(
-            f"The pretrained weights of {model_name!r} could not be downloaded ({type(error).__name__}). Without a"
-            " network, fetch the file elsewhere and give it as `checkpoint_path`, or start from random weights with"
-            " `pretrained=False`."
-        ) from error
-
-
-def _load(backbone: nn.Module, path: str, model_name: str) -> None:
-    """Give a backbone the weights of a file, whose own head is left out."""
-    from timm.models import load_checkpoint, load_state_dict
-
-    if not Path(path).is_file():
-        raise ValueError(f"`checkpoint_path`: there is no file {path!r}.")
-    if path.endswith((".npz", ".npy")):
-        load_checkpoint(backbone, path)
-        return
-    try:
-        found = load_state_dict(path, weights_only=True)
-    except Exception as error:  # what is raised depends on the byte at which the reader stumbles
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"`checkpoint_path`={path!r} could not be read as a state dict of tensors: {why.rstrip('.')}. Save or fetch"
-            " it again, whole."
-        ) from error
-    if any(name.endswith(".lora_a") for name in found):
-        raise ValueError(
-            f"`checkpoint_path`={path!r} has adapters beside the weights. Fold them in first:"
-            f" `TimmClassifier.load_from_checkpoint({path!r}).merge()`, and save its `backbone.state_dict()`."
-        )
-    if any(name.startswith("backbone.") for name in found):
-        found = {n.removeprefix("backbone."): v for n, v in found.items() if n.startswith("backbone.")}
-    heads = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
-    heads = [heads] if isinstance(heads, str) else heads
-    found = {n: v for n, v in found.items() if n.rpartition(".")[0] not in heads}
-    if _misfit(backbone, found):
-        # timm's own conversion: older names, position embeddings of other image sizes.
-        convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-        found = convert(found, backbone) if convert is not None else found
-    if misfit := _misfit(backbone, found):
-        raise ValueError(
-            f"`checkpoint_path`={path!r} does not fit {model_name!r}: {misfit}. Give a checkpoint of this model, or the"
-            " arguments that it was made with as `model_kwargs`."
-        )
-    backbone.load_state_dict(found)
-
-
-def _misfit(backbone: nn.Module, found: Mapping[str, Any]) -> str:
-    """Which names of a state dict are not those of a model; an empty string if all fit."""
-    own = backbone.state_dict()
-    wrong = {
-        "missing": [name for name in own if name not in found],
-        "unexpected": [name for name in found if name not in own],
-        "of another shape": [
-            f"{n} {list(getattr(found[n], 'shape', '?'))} instead of {list(own[n].shape)}"
-            for n in own
-            if n in found and getattr(found[n], "shape", None) != own[n].shape
-        ],
-    }
-    return "; ".join(f"{what}: {_listed(names, 'and')}" for what, names in wrong.items() if names)
-
-
-def _adapt(backbone: nn.Module, rank: int, alpha: float, targets: Sequence[str], model_name: str) -> None:
-    """Put adapters on the linear layers whose names match."""
-    layers = {
-        name: module
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.Linear) and any(fnmatch(name, target) for target in targets)
-    }
-    if not layers:
-        linears = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
-        has = f"its linear layers are called like {_listed(linears[-3:], 'and')}" if linears else "it has none"
-        raise ValueError(
-            f"`lora_rank`={rank}: no linear layer of {model_name!r} matches `lora_targets`={list(targets)}; {has}."
-            " Take a transformer, or name other layers."
-        )
-    for name, layer in layers.items():
-        owner = backbone.get_submodule(name.rpartition(".")[0])
-        if name.endswith("qkv") and getattr(owner, "q_bias", None) is not None:
-            raise ValueError(
-                f"`lora_rank`={rank}: {model_name!r} uses the weights of {name!r} without calling the layer, so an"
-                ' adapter would have no effect. Name other layers, such as `lora_targets=["*attn.proj"]`.'
-            )
-        _put(backbone, name, LoRALinear(layer, rank, alpha))
-
-
-def _put(root: nn.Module, name: str, module: nn.Module) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(owner), leaf, module)
-
-
-def _listed(names: Iterable[str], last: Literal["and", "or"]) -> str:
-    """The first few names in a sentence."""
-    names = list(names)
-    shown = [repr(name) for name in names[:5]]
-    if len(names) > 5:
-        return f"{', '.join(shown)} {last} {len(names) - 5} more"
-    return f" {last} ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))

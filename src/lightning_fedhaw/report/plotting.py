@@ -31,7 +31,7 @@ __all__ = [
     "read_runs",
 ]
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", ":", "-.")
 _MOST_LABELS = 40
 
@@ -58,12 +58,12 @@ def draw_comparison(
     figure = _figure(11, 4.8)
     panels = figure.subplot_mosaic([["curves", "heat"], ["scale", "heat"]], width_ratios=(1, 1.1), height_ratios=(2, 1))
     curves, scale, heat = panels["curves"], panels["scale"], panels["heat"]
-    for colour, (name, history) in zip(_COLOURS, runs.items(), strict=False):
+    for color, (name, history) in zip(_COLORS, runs.items(), strict=False):
         values = history.curve(metric)
         rounds = range(1, len(values) + 1)
-        curves.plot(rounds, values, color=colour, label=name, linewidth=2)
+        curves.plot(rounds, values, color=color, label=name, linewidth=2)
         scales = [1.0 if value != value else value for value in history.curve("scale")]
-        scale.plot(rounds, scales, color=colour, linewidth=2)
+        scale.plot(rounds, scales, color=color, linewidth=2)
     curves.set(ylabel=metric, title=f"{metric} of the global model")
     curves.legend(frameon=False)
     scale.set(xlabel="round", ylabel="scale")
@@ -91,10 +91,10 @@ def draw_curves(runs: Mapping[str, History], path: str | Path | None = None, met
     means = {name: sum(curve[-10:]) / len(curve[-10:]) for name, curve in values.items()}
     order = sorted(means, key=means.__getitem__)
     for i, name in enumerate(reversed(order)):
-        colour, style = _look(i)
-        curves.plot(range(1, len(values[name]) + 1), values[name], style, color=colour, label=name, linewidth=1.5)
-        bars.plot(means[name], len(order) - 1 - i, "o", color=colour)
-        bars.hlines(len(order) - 1 - i, min(means.values()), means[name], colors=colour, linestyles=style)
+        color, style = _look(i)
+        curves.plot(range(1, len(values[name]) + 1), values[name], style, color=color, label=name, linewidth=1.5)
+        bars.plot(means[name], len(order) - 1 - i, "o", color=color)
+        bars.hlines(len(order) - 1 - i, min(means.values()), means[name], colors=color, linestyles=style)
     curves.set(xlabel="round", ylabel=metric, title=f"{metric} of the global model")
     bars.set(title="mean of the last ten rounds", xlabel=metric)
     bars.set_yticks(range(len(order)), order)
@@ -125,8 +125,8 @@ def draw_lines(
     figure = _figure(7, 4.4)
     axes = figure.subplots()
     for i, (name, values) in enumerate(lines.items()):
-        style = ("o-", "s--", "^:", "D-.")[i // len(_COLOURS) % 4]
-        axes.plot(positions, values, style, color=_COLOURS[i % len(_COLOURS)], label=name, linewidth=1.5)
+        style = ("o-", "s--", "^:", "D-.")[i // len(_COLORS) % 4]
+        axes.plot(positions, values, style, color=_COLORS[i % len(_COLORS)], label=name, linewidth=1.5)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(frameon=False)
     _tidy(axes)
@@ -154,7 +154,7 @@ def draw_bands(
     figure = _figure(1.4 + 5.2 * len(metrics), 4.2)
     for metric, axes in zip(metrics, figure.subplots(1, len(metrics), squeeze=False)[0], strict=True):
         for i, (name, runs) in enumerate(groups.items()):
-            colour, style = _look(i)
+            color, style = _look(i)
             curves = _aligned([run.curve(metric) for run in runs])
             rounds = (~curves.isnan()).any(0).nonzero()[:, 0]
             mean, deviation = _spread(curves[:, rounds])
@@ -163,9 +163,9 @@ def draw_bands(
                 continue
             at, mean, deviation = rounds[keep] + 1, mean[keep], deviation[keep]
             low = torch.maximum(mean - deviation, mean / 10) if log else mean - deviation
-            axes.plot(at, mean, style, marker="o" if len(at) == 1 else None, color=colour, label=name, linewidth=2)
+            axes.plot(at, mean, style, marker="o" if len(at) == 1 else None, color=color, label=name, linewidth=2)
             if len(runs) > 1:
-                axes.fill_between(at, low, mean + deviation, color=colour, alpha=0.18, linewidth=0)
+                axes.fill_between(at, low, mean + deviation, color=color, alpha=0.18, linewidth=0)
         axes.set(xlabel="round", title=metric, yscale="log" if log else "linear")
         axes.margins(x=0.02)
         _whole_numbers(axes)
@@ -221,14 +221,14 @@ def draw_clients(groups: Mapping[str, Sequence[History]], metric: str, path: str
     each, ranked = figure.subplots(1, 2, width_ratios=(1, 1.15))
     row = {client: i for i, client in enumerate(_largest_first(sizes))}
     for i, (name, runs) in enumerate(measured.items()):
-        colour, style = _look(i)
+        color, style = _look(i)
         values = runs[0].clients[metric]
-        each.plot(values, [row[k] for k in range(len(values))], "o", color=colour, alpha=0.85, markersize=5, label=name)
+        each.plot(values, [row[k] for k in range(len(values))], "o", color=color, alpha=0.85, markersize=5, label=name)
         mean, deviation = _spread(_aligned([sorted(run.clients[metric]) for run in runs]))
         at = 100 * torch.arange(1, len(mean) + 1) / len(mean)
-        ranked.plot(at, mean, style, color=colour, linewidth=2, label=name)
+        ranked.plot(at, mean, style, color=color, linewidth=2, label=name)
         if len(runs) > 1:
-            ranked.fill_between(at, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
+            ranked.fill_between(at, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0)
     _client_ticks(each, sizes)
     each.set_ylim(len(sizes) - 0.4, -0.6)
     seeds = max(map(len, measured.values()))
@@ -240,7 +240,7 @@ def draw_clients(groups: Mapping[str, Sequence[History]], metric: str, path: str
 
 
 def draw_labels(history: History, path: str | Path | None = None) -> Figure:
-    """Who owned what: one bar per client with a colour for each class, or its size where the labels are not known.
+    """Who owned what: one bar per client with a color for each class, or its size where the labels are not known.
 
     Args:
         history: The run.
@@ -375,11 +375,11 @@ def _tidy(*panels: Any) -> None:
 
 def _look(i: int) -> tuple[str, str]:
     """Colour and line style of the i-th method."""
-    return _COLOURS[i % len(_COLOURS)], _STYLES[i // len(_COLOURS) % len(_STYLES)]
+    return _COLORS[i % len(_COLORS)], _STYLES[i // len(_COLORS) % len(_STYLES)]
 
 
 def _heat(axes: Any, history: History, sizes: Sequence[int]) -> None:
-    """The change of weights against shares of samples, and its colour bar."""
+    """The change of weights against shares of samples, and its color bar."""
     changes = history.weight_changes()
     if changes is None:
         changes = torch.where(history.weights.isnan(), torch.nan, 0.0)

@@ -1,4 +1,4 @@
-"""The table that closes every run."""
+"""The table that a run ends with, and its numbers under flat names."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor
 
 PHASES = ("broadcast", "local training", "channel", "aggregation", "validation")
 
+_INCIDENTS = ("lost_messages", "nonfinite_updates", "skipped_rounds", "skipped_steps")
+_STATISTICS = ("mean", "std", "worst_decile")
+
 _WORSE_WHEN_HIGHER = re.compile(
     r"loss|err|mse|mae|perplexity|ppl|nll|fid|entropy|distance|divergence"
     r"|(?:^|[_/])(?:ce|bce|wer|cer|kl|brier)(?:$|[_/])",
@@ -20,7 +23,7 @@ _WORSE_WHEN_HIGHER = re.compile(
 def client_statistics(
     values: Mapping[str, Tensor], higher_is_better: Mapping[str, bool]
 ) -> dict[str, dict[str, float]]:
-    """Mean, standard deviation and worst decile over clients.
+    """Compute mean, standard deviation and worst decile over clients.
 
     The worst decile is the value that a tenth of the clients does not reach: the 10th percentile where higher is
     better, the 90th where lower is. Where a metric does not say which, its name decides: losses and errors are better
@@ -31,61 +34,61 @@ def client_statistics(
         higher_is_better: What torchmetrics objects say of themselves.
     """
     statistics = {}
-    for name, each in values.items():
-        better = higher_is_better.get(name, _WORSE_WHEN_HIGHER.search(name) is None)
+    for name, value in values.items():
+        is_better_when_higher = higher_is_better.get(name, _WORSE_WHEN_HIGHER.search(name) is None)
         statistics[name] = {
-            "mean": each.mean().item(),
-            "std": each.std(unbiased=False).item(),
-            "worst_decile": each.quantile(0.1 if better else 0.9).item(),
+            "mean": value.mean().item(),
+            "std": value.std(unbiased=False).item(),
+            "worst_decile": value.quantile(0.1 if is_better_when_higher else 0.9).item(),
         }
     return statistics
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
-    """The summary of a run as text."""
-    rows: list[tuple[str, str]] = [
-        ("rule", str(summary["rule"])),
-        *((name, ", ".join(summary[name])) for name in ("channels", "objectives") if summary[name]),
+    """Format the summary of a run as text."""
+    tables = [_table(("federation", ""), _federation_rows(summary))]
+    if summary["client_metrics"]:
+        head = f"over {summary['clients']} clients, their {summary['clients_measured_on']}"
+        rows = []
+        for name, statistics in summary["client_metrics"].items():
+            rows.append((name, *(f"{statistics[key]:.4g}" for key in _STATISTICS)))
+        tables.append(_table((head, "mean", "std", "worst decile"), rows))
+    tables.append(_table(("phase", "seconds", "share"), _phase_rows(summary["seconds"])))
+    return "\n".join(tables)
+
+
+def _federation_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List what the run was, what it cost, and what came out."""
+    rows = [("rule", str(summary["rule"]))]
+    for name in ("channels", "objectives"):
+        if summary[name]:
+            rows.append((name, ", ".join(summary[name])))
+    rows += [
         ("rounds", str(summary["rounds"])),
-        ("clients", f"{summary['clients']}, {summary['clients_per_round']:.4g} heard a round"),
+        ("clients", f"{summary['clients']}, {summary['clients_per_round']:.4g} received a round"),
         ("parameters", f"{summary['parameters']:,}"),
         ("sent down / up", f"{_bytes(summary['bytes_down'])} / {_bytes(summary['bytes_up'])}"),
     ]
-    troubles = ("lost_messages", "nonfinite_updates", "skipped_rounds", "skipped_steps")
-    if told := ", ".join(f"{summary[t]} {t.replace('_', ' ')}" for t in troubles if summary[t]):
-        rows.append(("troubles", told))
+    incidents = [f"{summary[name]} {name.replace('_', ' ')}" for name in _INCIDENTS if summary[name]]
+    if incidents:
+        rows.append(("incidents", ", ".join(incidents)))
     if "epsilon" in summary:
         rows.append(("privacy of a client", f"epsilon {summary['epsilon']:.3g} at delta {summary['delta']:.3g}"))
-    rows += [(name.replace("_", " "), f"{summary[name]:.4g}") for name in summary["learned"]]
-    rows += [(name, f"{value:.4g}") for name, value in summary["metrics"].items()]
-    blocks = [_table(("federation", ""), rows)]
-    if summary["client_metrics"]:
-        blocks.append(
-            _table(
-                (
-                    f"over {summary['clients']} clients, their {summary['clients_measured_on']}",
-                    "mean",
-                    "std",
-                    "worst decile",
-                ),
-                [
-                    (name, *(f"{s[key]:.4g}" for key in ("mean", "std", "worst_decile")))
-                    for name, s in summary["client_metrics"].items()
-                ],
-            )
-        )
-    total = sum(summary["seconds"].values()) or 1.0
-    blocks.append(
-        _table(
-            ("phase", "seconds", "share"),
-            [(name, f"{seconds:.2f}", f"{seconds / total:.0%}") for name, seconds in summary["seconds"].items()],
-        )
-    )
-    return "\n".join(blocks)
+    for name in summary["learned"]:
+        rows.append((name.replace("_", " "), f"{summary[name]:.4g}"))
+    for name, value in summary["metrics"].items():
+        rows.append((name, f"{value:.4g}"))
+    return rows
+
+
+def _phase_rows(seconds: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    # Phases that took no time at all have no share of it either.
+    total = sum(seconds.values()) or 1.0
+    return [(name, f"{value:.2f}", f"{value / total:.0%}") for name, value in seconds.items()]
 
 
 def flat_numbers(summary: Mapping[str, Any], prefix: str = "summary") -> dict[str, float]:
-    """A summary's numbers under flat names, for loggers."""
+    """Give a summary's numbers flat names, for loggers."""
     flat: dict[str, float] = {}
     for name, value in summary.items():
         key = f"{prefix}/{name.replace(' ', '_')}"
@@ -105,11 +108,20 @@ def _bytes(count: float) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    widths = []
+    for column in zip(head, *rows, strict=True):
+        widths.append(max(map(len, column)))
     rule = "─" * (sum(widths) + 2 * len(widths))
+    lines = [rule, _line(head, widths), rule]
+    for row in rows:
+        lines.append(_line(row, widths))
+    lines.append(rule)
+    return "\n".join(lines)
 
-    def line(cells: Sequence[str]) -> str:
-        rest = "".join(f"  {cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True))
-        return f" {cells[0]:<{widths[0]}}{rest}".rstrip()
 
-    return "\n".join([rule, line(head), rule, *map(line, rows), rule])
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Align the first cell left and the others, which are numbers, right."""
+    line = f" {cells[0]:<{widths[0]}}"
+    for cell, width in zip(cells[1:], widths[1:], strict=True):
+        line += f"  {cell:>{width}}"
+    return line.rstrip()

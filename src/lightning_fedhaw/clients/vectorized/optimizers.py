@@ -1,4 +1,4 @@
-"""A user's optimiser on stacks of parameters: one step for many clients, each with its own state."""
+"""A user's optimizer on stacks of parameters: one step for many clients, each with its own state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_fedhaw.clients.steps import is_plain_sgd
 from lightning_fedhaw.streams import stream
 
 OptimizerStates = dict[int, dict[str, Any]]
-"""One client's states of one optimiser, by position of the parameter in the optimiser's groups."""
+"""One client's states of one optimizer, by position of the parameter in the optimizer's groups."""
 
 _ROW = object()
 """Stands for a state of the parameter's shape, which is a row of a stack."""
@@ -25,14 +25,14 @@ _Template = list[dict[str, Any]]
 
 
 class StackedOptimizer:
-    """Steps an element-wise optimiser on stacks, whose rows may have made different numbers of steps.
+    """Step an element-wise optimizer on stacks, whose rows may have made different numbers of steps.
 
     States of a parameter's shape are stacked. Numbers, such as Adam's ``step``, are the same for rows that began with
-    equal ones and have made equally many steps: each run of such rows is one step of the user's optimiser class.
+    equal ones and have made equally many steps: each run of such rows is one step of the user's optimizer class.
     Which rows agree is known from where they began and what they did, so no step waits for numbers from a device.
 
     Args:
-        optimizer: The user's optimiser; it is left alone.
+        optimizer: The user's optimizer; it is left alone.
         stacks: ``[rows, *shape]`` for each parameter of its groups, in their order; ``None`` for one that is frozen.
         row_states: Names of the states that have the parameter's shape, as :func:`row_states` finds them.
         states: What each row's client starts from, in host memory.
@@ -45,7 +45,9 @@ class StackedOptimizer:
         row_states: frozenset[str],
         states: Sequence[OptimizerStates],
     ) -> None:
-        self.optimizer, self.stacks, self.row_states = optimizer, stacks, row_states
+        self.optimizer = optimizer
+        self.stacks = stacks
+        self.row_states = row_states
         self.is_plain = is_plain_sgd(optimizer, [p for p in _parameters(optimizer) if p.requires_grad])
         self._is_fused = any(group.get("fused") for group in optimizer.param_groups)
         self._groups = [group for group in optimizer.param_groups for _ in group["params"]]
@@ -82,7 +84,7 @@ class StackedOptimizer:
             self._step_run(rows[begin], rows[end - 1] + 1, [None if g is None else g[begin:end] for g in gradients])
 
     def states(self, row: int) -> OptimizerStates:
-        """A row's states, copied into host memory, as the sequential engine keeps them."""
+        """Copy a row's states into host memory, as the sequential engine keeps them."""
         return {
             index: {
                 name: _in_host_memory(self._states[index][name][row] if value is _ROW else value)
@@ -93,12 +95,13 @@ class StackedOptimizer:
         }
 
     def _runs(self, rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Runs of neighbouring rows whose numbers agree, as positions in ``rows``."""
+        """Find the runs of neighboring rows whose numbers agree, as positions in ``rows``."""
         kinds = self.kinds
         cuts = [i + 1 for i, (a, b) in enumerate(pairwise(rows)) if b != a + 1 or kinds[a] != kinds[b]]
         yield from pairwise([0, *cuts, len(rows)])
 
     def _step_run(self, begin: int, end: int, gradients: Sequence[Tensor | None]) -> None:
+        """Step neighboring rows whose numbers agree, by one step of the user's class."""
         kind = self.kinds[begin]
         template = self._templates[kind]
         given: list[Tensor] = []
@@ -133,6 +136,7 @@ class StackedOptimizer:
         return name in self.row_states and isinstance(value, Tensor)
 
     def _put(self, index: int, name: str, rows: slice, value: Tensor) -> None:
+        """Write rows of a state into its stack, which is made with the first of them."""
         stack = self.stacks[index]
         assert stack is not None
         own = self._states[index].get(name)
@@ -142,18 +146,19 @@ class StackedOptimizer:
         own[rows].copy_(value)
 
     def _template(self, states: Sequence[Mapping[str, Any]]) -> _Template:
+        """Keep the numbers of some states, and a placeholder for each that is a row."""
         return [
             {name: _ROW if self._is_row(name, value) else _copied(value) for name, value in own.items()}
             for own in states
         ]
 
     def _add(self, template: _Template) -> int:
-        """A number for a template."""
+        """Number a template."""
         self._templates.append(template)
         return len(self._templates) - 1
 
     def _placed(self, template: _Template) -> _Template:
-        """A template of states in host memory, with its numbers where the optimiser wants them."""
+        """Move the numbers of a template, which are in host memory, to where the optimizer wants them."""
         for own, stack, group in zip(template, self.stacks, self._groups, strict=True):
             for name, value in own.items():
                 if isinstance(value, Tensor) and stack is not None:
@@ -161,14 +166,14 @@ class StackedOptimizer:
         return template
 
     def _load(self, row: int, states: OptimizerStates) -> int:
-        """Take what a row starts from; the number of its template."""
+        """Take what a row starts from, and return the number of its template."""
         # A frozen parameter is not stepped, whatever the constructor made for it.
         given = [{} if stack is None else states.get(i, {}) for i, stack in enumerate(self.stacks)]
         for index, own in enumerate(given):
             for name, value in own.items():
                 if self._is_row(name, value):
                     self._put(index, name, slice(row, row + 1), value[None])
-        # Clients without memory share one object, and are recognised without a look at it.
+        # Clients without memory share one object, and are recognized without a look at it.
         if id(states) not in self._kind_of:
             template = self._template(given)
             key = _key(template)
@@ -179,10 +184,10 @@ class StackedOptimizer:
 
 
 def row_states(optimizer: torch.optim.Optimizer, initial: OptimizerStates) -> frozenset[str]:
-    """Find out whether an optimiser is element-wise, by trying it on two small clients stacked and alone.
+    """Find out whether an optimizer is element-wise, by trying it on two small clients stacked and alone.
 
     Args:
-        optimizer: The user's optimiser; it is left alone.
+        optimizer: The user's optimizer; it is left alone.
         initial: Its states before the first step.
 
     Returns:
@@ -245,19 +250,21 @@ def twin(
     state: defaultdict[Any, dict[str, Any]],
     each: int | None = None,
 ) -> torch.optim.Optimizer:
-    """An optimiser of the same class and settings on other parameters, ``each`` a group.
+    """Make an optimizer of the same class and settings on other parameters, ``each`` a group.
 
     Its constructor is not called: it may take what nobody kept.
     """
     copy = object.__new__(type(optimizer))
     # A scheduler puts its own `step` on the object.
     copy.__dict__ = {name: value for name, value in vars(optimizer).items() if name != "step"}
-    groups, begin = [], 0
+    groups = []
+    begin = 0
     for group in optimizer.param_groups:
         count = each or len(group["params"])
         groups.append({**group, "params": list(parameters[begin : begin + count])})
         begin += count
-    copy.param_groups, copy.state = groups, state
+    copy.param_groups = groups
+    copy.state = state
     return copy
 
 
@@ -274,12 +281,12 @@ def _copied(value: Any) -> Any:
 
 
 def _in_host_memory(value: Any) -> Any:
-    """A copy, of a tensor in host memory."""
+    """Copy a value, and a tensor into host memory."""
     return value.to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 def _key(template: _Template) -> Any:
-    """What tells templates of states in host memory apart; the numbers of all tensors are read in one go."""
+    """Return what tells templates of states in host memory apart; the numbers of all tensors are read in one go."""
     tensors = [value for own in template for value in own.values() if isinstance(value, Tensor)]
     if len({tensor.dtype for tensor in tensors}) > 1:
         tensors = [tensor.double() for tensor in tensors]
@@ -291,7 +298,7 @@ def _key(template: _Template) -> Any:
 
 
 def _spread(value: Any, parameter: Tensor, device: torch.device) -> Any:
-    """A state that the constructor made, for another parameter; a number on the device where the optimiser wants it."""
+    """Make a constructor's state for another parameter; a number on the device where the optimizer wants it."""
     if not isinstance(value, Tensor):
         return value
     if not value.ndim:

@@ -1,0 +1,157 @@
+"""What a module logs while many clients train at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_fedhaw.clients.records import Logged, LoggedValues, LogRecorder, LogSettings
+from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
+
+
+class PendingValue(NamedTuple):
+    """What is known of a logged value while it is still inside a batched call.
+
+    Attributes:
+        name: Its name.
+        settings: The further arguments of ``self.log``.
+        weight: The examples behind it.
+    """
+
+    name: str
+    settings: LogSettings
+    weight: float
+
+
+class _LoggedStack(NamedTuple):
+    """One logged value of many clients.
+
+    Attributes:
+        rows: ``[clients]``, their rows.
+        values: ``[clients]``.
+        weight: The examples behind each.
+    """
+
+    rows: Tensor
+    values: Tensor
+    weight: float
+
+
+class StackRecorder(LogRecorder):
+    """Record what many clients log that train at once: a stack, with one value per client.
+
+    A value that is logged inside a batched call cannot be looked at before it has left the call as an output. So
+    :meth:`take` hands the values out of the call, and :meth:`put` receives them as stacks.
+    """
+
+    def __init__(self, module: Any, callbacks: Iterable[Any] = ()) -> None:
+        super().__init__(module, callbacks)
+        self._pending: list[PendingValue] = []
+        self._stacks: dict[str, list[_LoggedStack]] = {}
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Record a value; the arguments are those of ``LightningModule.log``.
+
+        Raises:
+            NotVectorizableError: If it is a torchmetrics object.
+        """
+        if isinstance(value, Metric):
+            raise NotVectorizableError(f"logs the torchmetrics object `{name}`, which keeps what it has seen")
+        super().log(name, value, *args, **kwargs)
+
+    @staticmethod
+    def _snapshot(value: Tensor) -> Tensor:
+        """Copy a value; within a batched call no tensor is a number."""
+        return value.detach().clone().reshape(())
+
+    def take(self, like: Tensor) -> list[Tensor]:
+        """Take the values that were logged so far in a batched call, to be returned from it.
+
+        They come back by :meth:`put`, as stacks.
+
+        Args:
+            like: A tensor on the device where plain numbers are to be put.
+        """
+        taken = []
+        for name, (settings, values, weights) in self._entries.items():
+            for value, weight in zip(values, weights, strict=True):
+                number = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+                taken.append(number.reshape(()).to(like.device))
+                self._pending.append(PendingValue(name, settings, weight))
+            values.clear()
+            weights.clear()
+        return taken
+
+    def drop_pending(self) -> list[PendingValue]:
+        """Forget, and return, what was taken in the last call, which will not come back by :meth:`put`."""
+        pending = self._pending
+        self._pending = []
+        return pending
+
+    def pend(self, pending: Sequence[PendingValue]) -> None:
+        """Expect these values at the next :meth:`put`, of a call that was not made through :meth:`log`."""
+        self._pending = list(pending)
+
+    def put(self, rows: Tensor, stacks: Iterable[Tensor]) -> None:
+        """Receive after a batched call what :meth:`take` gave, ``[len(rows)]`` each."""
+        for (name, settings, weight), stack in zip(self._pending, stacks, strict=True):
+            self._entries.setdefault(name, LoggedValues(settings, [], []))
+            self._stacks.setdefault(name, []).append(_LoggedStack(rows, stack, weight))
+        self._pending.clear()
+
+    def stacks(self) -> dict[str, list[Tensor]]:
+        """Return the stacks that were received since the last :meth:`collect_rows`, by the name of the value."""
+        received = {}
+        for name, stacks in self._stacks.items():
+            received[name] = [stack.values for stack in stacks]
+        return received
+
+    def collect_rows(self, count: int) -> list[dict[str, Logged]]:
+        """Merge what was recorded for each of ``count`` clients since the last call; one synchronization a name."""
+        records: list[dict[str, Logged]] = [{} for _ in range(count)]
+        for name, stacks in self._stacks.items():
+            settings = self._entries[name].settings
+            reduction = settings.reduction(name)
+            options = settings.options()
+            totals, weights = _merged(stacks, reduction, count)
+            # One transfer for both.
+            for row, (total, weight) in enumerate(torch.stack([totals, weights], 1).tolist()):
+                if weight:
+                    records[row][name] = Logged(total, weight, reduction, options)
+        self.forget()
+        return records
+
+    def forget(self) -> None:
+        """Drop what was recorded, of clients that are trained again."""
+        for _, values, weights in self._entries.values():
+            values.clear()
+            weights.clear()
+        self._pending.clear()
+        self._stacks.clear()
+
+
+def _merged(stacks: Sequence[_LoggedStack], reduction: str, count: int) -> tuple[Tensor, Tensor]:
+    """Merge one name's values of each client over its steps.
+
+    Returns:
+        ``[count]`` totals and ``[count]`` weights, in float64.
+    """
+    device = stacks[0].values.device
+    rows = torch.cat([stack.rows for stack in stacks]).to(device)
+    values = torch.cat([stack.values.double() for stack in stacks])
+    lengths = torch.tensor([len(stack.rows) for stack in stacks])
+    weights = torch.tensor([stack.weight for stack in stacks], dtype=torch.float64)
+    weights = weights.repeat_interleave(lengths).to(device)
+    totals = torch.zeros(count, dtype=torch.float64, device=device)
+    if reduction == "mean":
+        totals.index_add_(0, rows, values * weights)
+    elif reduction == "sum":
+        totals.index_add_(0, rows, values)
+    else:
+        extremum = "amin" if reduction == "min" else "amax"
+        totals.scatter_reduce_(0, rows, values, extremum, include_self=False)
+    return totals, torch.zeros_like(totals).index_add_(0, rows, weights)

@@ -1,0 +1,148 @@
+"""A timm model without its head, and weights for it from timm or from a file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_fedhaw.models.messages import listed
+
+
+def create(model_name: str, pretrained: bool, model_kwargs: Mapping[str, Any]) -> nn.Module:
+    """Make a model of timm's without its head.
+
+    Args:
+        model_name: A name of ``timm.list_models()``, with or without a tag, or one with a source (``hf-hub:...``).
+        pretrained: Whether it starts from timm's weights, which are downloaded.
+        model_kwargs: Further arguments of the model.
+
+    Raises:
+        ValueError: If there is no such model or tag, or no pretrained weights.
+        ConnectionError: If something cannot be downloaded.
+    """
+    import timm
+
+    is_remote = model_name.startswith("hf-hub:")
+    if ":" not in model_name:
+        _check_name(model_name, pretrained)
+        is_remote = pretrained
+    try:
+        return timm.create_model(model_name, pretrained=pretrained, num_classes=0, **model_kwargs)
+    except Exception as error:
+        # A download may fail in any way; wrong arguments of the model are told by timm.
+        if not is_remote or isinstance(error, (TypeError, RuntimeError)):
+            raise
+        raise ConnectionError(
+            f"The pretrained weights of {model_name!r} could not be downloaded ({type(error).__name__}). Without a"
+            " network, fetch the file elsewhere and give it as `checkpoint_path`, or start from random weights with"
+            " `pretrained=False`."
+        ) from error
+
+
+def _check_name(model_name: str, pretrained: bool) -> None:
+    import timm
+
+    architecture, _, tag = model_name.partition(".")
+    if not timm.is_model(architecture):
+        nearest = get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.0)
+        raise ValueError(
+            f"`model_name`: timm {timm.__version__} has no model {architecture!r}. Did you mean"
+            f" {listed(nearest, 'or')}?"
+        )
+    if pretrained and not timm.models.is_model_pretrained(architecture):
+        raise ValueError(
+            f"timm has no pretrained weights of {architecture!r}. Set `pretrained=False`, or give a file of your"
+            " own as `checkpoint_path`."
+        )
+    tags = timm.list_models(f"{architecture}.*", include_tags=True)
+    if tag and model_name not in tags:
+        raise ValueError(
+            f"`model_name`: timm has no weights {tag!r} of {architecture!r}; it has {listed(tags, 'and')}."
+        )
+
+
+def load(backbone: nn.Module, path: str, model_name: str) -> None:
+    """Give a backbone the weights of a file, whose own head is left out.
+
+    Args:
+        backbone: The model; changed in place.
+        path: The file: a state dict of the timm model, a Lightning checkpoint, or for some models ``.npz``.
+        model_name: For errors.
+
+    Raises:
+        ValueError: If there is no such file, or it cannot be read, or does not fit.
+    """
+    from timm.models import load_checkpoint, load_state_dict
+
+    if not Path(path).is_file():
+        raise ValueError(f"`checkpoint_path`: there is no file {path!r}.")
+    if path.endswith((".npz", ".npy")):
+        load_checkpoint(backbone, path)
+        return
+    try:
+        state = load_state_dict(path, weights_only=True)
+    except Exception as error:
+        # What is raised depends on the byte at which the reader stumbles.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"`checkpoint_path`={path!r} could not be read as a state dict of tensors: {reason.rstrip('.')}. Save or"
+            " fetch it again, whole."
+        ) from error
+    if any(name.endswith(".lora_a") for name in state):
+        raise ValueError(
+            f"`checkpoint_path`={path!r} has adapters beside the weights. Fold them in first:"
+            f" `TimmClassifier.load_from_checkpoint({path!r}).merge()`, and save its `backbone.state_dict()`."
+        )
+    state = _without_head(_of_backbone(state), backbone)
+    if _misfit(backbone, state):
+        # timm's own conversion: older names, position embeddings of other image sizes.
+        convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+        if convert is not None:
+            state = convert(state, backbone)
+    misfit = _misfit(backbone, state)
+    if misfit:
+        raise ValueError(
+            f"`checkpoint_path`={path!r} does not fit {model_name!r}: {misfit}. Give a checkpoint of this model, or the"
+            " arguments that it was made with as `model_kwargs`."
+        )
+    backbone.load_state_dict(state)
+
+
+def _of_backbone(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Take the backbone's part of a checkpoint of the whole module."""
+    prefix = "backbone."
+    if not any(name.startswith(prefix) for name in state):
+        return state
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _without_head(state: Mapping[str, Any], backbone: nn.Module) -> dict[str, Any]:
+    """Leave out the parameters of the head, by the names that timm has for it."""
+    heads = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
+    if isinstance(heads, str):
+        heads = [heads]
+    return {name: value for name, value in state.items() if name.rpartition(".")[0] not in heads}
+
+
+def _misfit(backbone: nn.Module, state: Mapping[str, Any]) -> str:
+    """List which names of a state dict are not those of a model; an empty string if all fit."""
+    expected = backbone.state_dict()
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    misshapen = []
+    for name, tensor in expected.items():
+        if name not in state:
+            continue
+        shape = getattr(state[name], "shape", None)
+        if shape != tensor.shape:
+            misshapen.append(f"{name} {list('?' if shape is None else shape)} instead of {list(tensor.shape)}")
+    parts = []
+    for label, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
+        if names:
+            parts.append(f"{label}: {listed(names, 'and')}")
+    return "; ".join(parts)
