@@ -1,18 +1,23 @@
 """The trial of the vectorized engine: what it takes for the user's step, and what it compares."""
 
 import gc
+import itertools
+import random
 import sys
 import threading
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn.functional import conv2d, cross_entropy, dropout
 from torch.utils.data import DataLoader, TensorDataset
 
-from federations import Classifier, samples, trainer
+from federations import Classifier, flat, samples, trainer
+from lightning_fedhaw.clients import choice
 from lightning_fedhaw.clients.vectorized.engine import VectorizedEngine
 from lightning_fedhaw.data import IIDPartitioner
 
@@ -20,8 +25,8 @@ from lightning_fedhaw.data import IIDPartitioner
 def engine_of(module, data=None, **kwargs):
     """The engine of a short run that asks for the vectorized one."""
     split = {"num_clients": 2, "alpha": None, "partitioner": IIDPartitioner()}
-    options = {**split, "limit_train_batches": 1, "client_eval": False, **kwargs}
-    runner = trainer(rounds=1, engine="vectorized", **options)
+    options = {**split, "limit_train_batches": 2, "client_eval": False, **kwargs}
+    runner = trainer(engine="vectorized", **{"rounds": 1, **options})
     runner.fit(module, data or DataLoader(samples(32), batch_size=8))
     return runner.fit_loop.federation.engine
 
@@ -105,7 +110,8 @@ def test_the_finalizer_of_old_garbage_is_no_side_effect():
     finally:
         gc.enable()
     assert isinstance(engine, VectorizedEngine)
-    assert Collects.collections > before, "it was finalized when the clients trained"
+    gc.collect()
+    assert Collects.collections > before, "it was there, and was finalized after the run"
 
 
 def test_other_threads_and_tracers_are_not_blamed():
@@ -293,3 +299,184 @@ def test_a_step_that_cannot_be_compared_is_named(caplog):
         engine = engine_of(DrawsByModel())
     assert not engine.facts.is_compared
     assert "not compared with one client alone" in caplog.text
+
+
+# ---------------------------------------------------------------------- what a step may reach
+
+COUNTER = [0]
+GENERATOR = np.random.default_rng(0)
+
+
+def adds_to_counter():
+    COUNTER[0] += 1  # global
+
+
+class Slots:
+    __slots__ = ("count",)
+
+    def __init__(self):
+        self.count = 0
+
+
+class SideEffect(Classifier):
+    """A step that does something beside its loss."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.array = np.zeros(3)
+        self.random = np.random.default_rng(0)
+        self.python = random.Random(0)
+        self.numbers = itertools.count()
+        self.slots = Slots()
+        self.hidden = [nn.Linear(2, 2)]
+
+    def training_step(self, batch, batch_idx):
+        kind = self.kind
+        if kind == "array":
+            self.array += 1  # array
+        if kind == "NumPy generator":
+            self.random.normal()  # NumPy generator
+        if kind == "Python generator":
+            self.python.random()  # Python generator
+        if kind == "count":
+            next(self.numbers)  # count
+        if kind == "slots":
+            self.slots.count += 1  # slots
+        if kind == "hidden module":
+            with torch.no_grad():
+                self.hidden[0].weight.mul_(0.9)  # hidden module
+        if kind == "global":
+            adds_to_counter()
+        if kind == "global generator":
+            GENERATOR.normal()  # global generator
+        if kind == "second batch" and batch_idx > 0:
+            self.array += 1  # second batch
+        if kind == "logger":
+            self.logger.log_metrics({"here": 1.0})
+        if kind == "later" and self.current_epoch == 1:
+            self.array = self.array + 1
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "array",
+        "NumPy generator",
+        "Python generator",
+        "count",
+        "slots",
+        "hidden module",
+        "global",
+        "global generator",
+        "second batch",
+    ],
+)
+def test_what_a_step_leaves_behind_is_found_and_put_back(kind):
+    module = SideEffect(kind)
+    weight = module.hidden[0].weight.detach().clone()
+    states = [module.random.bit_generator.state, GENERATOR.bit_generator.state, module.python.getstate()]
+    with pytest.raises(ValueError, match="without side effects") as caught:
+        engine_of(module)
+    assert line_of(kind) in str(caught.value)
+    assert module.array.tolist() == [0.0, 0.0, 0.0]
+    assert states == [module.random.bit_generator.state, GENERATOR.bit_generator.state, module.python.getstate()]
+    assert module.slots.count == 0
+    assert COUNTER == [0]
+    assert torch.equal(module.hidden[0].weight, weight)
+
+
+def test_a_logger_is_not_called_once_for_all(tmp_path):
+    with pytest.raises(ValueError, match=r"calls the logger itself \(`log_metrics`\)"):
+        engine_of(SideEffect("logger"), logger=CSVLogger(tmp_path))
+
+
+def test_what_a_step_does_in_a_later_round_only_is_found_too():
+    with pytest.raises(RuntimeError, match="changes `self.array`"):
+        engine_of(SideEffect("later"), rounds=2)
+
+
+class Holds(Classifier):
+    """Tensors that cannot be written to."""
+
+    def __init__(self, file):
+        super().__init__()
+        np.save(file, np.ones(6, dtype=np.float32))
+        self.mapped = torch.from_numpy(np.load(file, mmap_mode="r"))
+        self.expanded = torch.ones(1).expand(6)
+        self.prior = torch.distributions.Normal(torch.zeros(1), torch.ones(6))
+        with torch.inference_mode():
+            self.inference = torch.ones(6)
+
+    def training_step(self, batch, batch_idx):
+        shift = self.mapped + self.expanded + self.prior.mean + self.inference.clone()
+        return super().training_step([batch[0] + shift, batch[1]], batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_what_no_step_touches_is_not_written_to(tmp_path):
+    assert isinstance(engine_of(Holds(tmp_path / "array.npy")), VectorizedEngine)
+
+
+class Penalized(Classifier):
+    """Penalties that batching makes hard: parameters that are asked whether they train, gradients within the step."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.kind == "trainable":
+            return loss + 1e-2 * sum(p.square().sum() for p in self.parameters() if p.requires_grad)
+        inputs = batch[0]
+        slope = torch.func.grad(lambda x: self.net(x).square().sum())(inputs)
+        return loss + 1e-2 * slope.square().mean()
+
+
+@pytest.mark.parametrize("kind", ["trainable", "slope"])
+def test_penalties_are_batched_as_they_are(kind):
+    torch.manual_seed(0)
+    modules = [Penalized(kind), Penalized(kind)]
+    engine_of(modules[0])
+    runner = trainer(
+        rounds=1, engine="sequential", num_clients=2, alpha=None, partitioner=IIDPartitioner(), limit_train_batches=2
+    )
+    runner.fit(modules[1], DataLoader(samples(32), batch_size=8))
+    assert torch.allclose(flat(modules[0]), flat(modules[1]), atol=1e-6)
+
+
+class LooksUpLater(Classifier):
+    """An embedding with `padding_idx` from the second round on."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, 3, padding_idx=0)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx) + self.table.weight.square().mean()
+        if self.current_epoch:
+            loss = loss + self.table((batch[0][:, 0] > 0).long()).square().mean()
+        return loss
+
+
+def test_what_batching_gets_wrong_is_refused_in_any_round():
+    with pytest.raises(RuntimeError, match="looks up an embedding with `padding_idx`"):
+        engine_of(LooksUpLater(), rounds=2)
+
+
+class NotFinite(Classifier):
+    """A loss that is no number where a client's model is away from its start."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + (self.net[0].weight * 0 - 1).sqrt().sum() * 0
+
+
+@pytest.mark.filterwarnings("ignore:Client . returned non-finite parameters")
+def test_a_value_that_is_not_finite_proves_nothing(caplog, monkeypatch):
+    monkeypatch.setattr(choice, "slower", lambda *_: None)
+    runner = trainer(rounds=1, engine="auto", on_nonfinite="exclude", client_eval=False)
+    with caplog.at_level("INFO", logger="lightning.pytorch"), pytest.raises(FloatingPointError, match="diverged"):
+        runner.fit(NotFinite(), DataLoader(samples(32), batch_size=8))
+    assert "cannot be compared with one client alone" in caplog.text

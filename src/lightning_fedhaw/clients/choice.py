@@ -126,7 +126,12 @@ def _trains_convolutions(module: nn.Module) -> bool:
 
 
 def _not_worth_it(facts: Facts, memory: int | None) -> str | None:
-    """Say why one client after another is faster, by what the trial found out; ``None`` if it is not."""
+    """Say why to train one client after another, by what the trial found out; ``None`` if there is no reason."""
+    if not facts.is_compared:
+        return (
+            "its batched step cannot be compared with one client alone: draws depend on the model, or a value is not"
+            " finite"
+        )
     if facts.frozen > MAX_FROZEN:
         return f"a step computes with {facts.frozen:,} frozen parameters, and that is more than {MAX_FROZEN:,}"
     if memory is None:
@@ -175,9 +180,7 @@ def _vectorized_line(
     if facts.draws_other:
         line += "; random numbers other than dropout differ from those of the sequential engine"
     if not facts.is_compared:
-        line += (
-            "; not compared with one client alone, because the step draws from a distribution that depends on the model"
-        )
+        line += "; not compared with one client alone, because draws depend on the model or values are not finite"
     return f"{line}."
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_fedhaw.clients.steps import Host, Terms, loss_of
-from lightning_fedhaw.clients.vectorized.dropout import ClientDropout
-from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
+from lightning_fedhaw.clients.vectorized.guard import StepGuard
 from lightning_fedhaw.clients.vectorized.recorder import StackRecorder
 from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
 from lightning_fedhaw.vectors.layout import ParameterLayout
@@ -88,7 +85,7 @@ class BatchedStep:
         layout: The trainable parameters.
         objectives: What clients add to their loss.
         recorder: Receives what is logged.
-        dropout: Draws the clients' dropout masks, where the step asks for some.
+        guard: Surrounds each client's step; its generators draw the clients' dropout masks.
         same_draws: Whether all clients are given the same other random numbers, instead of each its own.
     """
 
@@ -98,14 +95,14 @@ class BatchedStep:
         layout: ParameterLayout,
         objectives: Sequence[ClientObjective],
         recorder: StackRecorder,
-        dropout: ClientDropout | None = None,
+        guard: StepGuard,
         same_draws: bool = False,
     ) -> None:
         self.host = host
         self.layout = layout
         self.objectives = objectives
         self.recorder = recorder
-        self.dropout = dropout
+        self.guard = guard
         self.buffer_names = layout.buffers
         module = host.module
         self._parameters = _places(module, "_parameters", layout.tensors(module))
@@ -124,9 +121,7 @@ class BatchedStep:
         """Compute the clients' losses."""
         parameters, buffers, batch, self._batch_index, starts, states = inputs
         self._counts = (len(parameters), len(buffers), len(batch))
-        extra: list[Tensor] = []
-        if self.dropout is not None:
-            extra.append(torch.arange(len(parameters[0])))
+        extra = [torch.arange(len(parameters[0]))]
         if self._open and starts is not None:
             self._state_names = [list(states[i]) for i in self._open]
             extra += starts.values()
@@ -171,12 +166,12 @@ class BatchedStep:
         buffers = list(islice(remaining, num_buffers))
         batch = list(islice(remaining, num_data))
         module = self.host.module
-        if self.dropout is not None:
-            self.dropout.ticket = next(remaining)
+        self.guard.ticket = next(remaining)
+        self.guard.trainable = frozenset(map(id, parameters))
         with (
             _in_place_of(self._parameters, parameters),
             _in_place_of(self._buffers, buffers) as read_back,
-            self.dropout or nullcontext(),
+            self.guard,
         ):
             output = module.training_step(*self.host.arguments(batch, self._batch_index))
             after = read_back()
@@ -253,20 +248,3 @@ def _same_shape(name: str, ended: Any, started: Tensor) -> Tensor:
     if ended is None or ended.shape != started.shape:
         raise ValueError(f"buffer `{name}` of the shape {list(started.shape)} changes its shape")
     return ended.detach().to(started.dtype)  # type: ignore[no-any-return]
-
-
-class EmbeddingGuard(TorchFunctionMode):
-    """Refuse embeddings that a batched call silently gets wrong."""
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.nn.functional.embedding, torch.nn.functional.embedding_bag):
-            arguments = inspect.signature(func).bind(*args, **kwargs).arguments
-            for option in ("padding_idx", "max_norm"):
-                if arguments.get(option) is not None:
-                    # Batching numbers the rows of all clients together, so the one that is meant is not found; and a
-                    # norm is bounded in place.
-                    raise NotVectorizableError(
-                        f"looks up an embedding with `{option}`, which a batched call gets wrong"
-                    )
-        return func(*args, **kwargs)

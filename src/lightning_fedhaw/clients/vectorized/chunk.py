@@ -138,15 +138,19 @@ class Chunk:
             self.paced = Paced(engine.pace, layout.names, state)
 
     def _load_streams(self, first: int) -> None:
-        """Make a generator for each client's dropout; other draws follow the client that the chunk begins with."""
+        """Let random numbers other than dropout's follow the client that the chunk begins with."""
         host = self.engine.host
         seed = self.engine.plan.seed
-        if self.step.dropout is not None:
-            self.generators = [
-                torch.Generator(host.device).manual_seed(seed_of(seed, "client", client, "round", host.round, "model"))
-                for client in self.clients
-            ]
+        self._generators: dict[int, torch.Generator] = {}
         seed_randomness(seed_of(seed, "round", host.round, "clients from", first), host.device)
+
+    def _generator(self, row: int) -> torch.Generator:
+        """Return the generator of a client's dropout masks, which is made when it is first asked for."""
+        if row not in self._generators:
+            host = self.engine.host
+            seed = seed_of(self.engine.plan.seed, "client", self.clients[row], "round", host.round, "model")
+            self._generators[row] = torch.Generator(host.device).manual_seed(seed)
+        return self._generators[row]
 
     # ------------------------------------------------------------------ the work
 
@@ -242,8 +246,7 @@ class Chunk:
             for i, row in enumerate(rows):
                 if row in self.swaps:
                     data[1][i] = swap_labels(data[1][i], self.swaps[row])
-        if self.step.dropout is not None:
-            self.step.dropout.generators = [self.generators[row] for row in rows]
+        self.step.guard.generators = lambda: [self._generator(row) for row in rows]
         starts = None
         if self.starts is not None:
             starts = {name: stack[taken] for name, stack in self.starts.items()}

@@ -9,20 +9,20 @@ from torch import Tensor
 
 from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
 
-TOLERANCE = 1e-4
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
 """How far a value may be from the one that a client alone gives, as a share of the largest in its tensor."""
 
-NEGLIGIBLE = 1e-6
-"""A gradient below this share of the largest one is zero but for rounding, as of a bias before a normalization."""
-
-NOTHING = 1e-9
-"""A loss, a buffer or a logged value below this is zero but for rounding."""
+NEGLIGIBLE = 1e-3
+"""A gradient below this share of the tolerance of the largest one is zero but for rounding."""
 
 NOISE_MARGIN = 8.0
-"""How many times the rounding noise that was measured a float32 value may be off."""
+"""How many times the rounding noise that was measured a value may be off."""
 
 MOST_NOISE = 5e-3
-"""With more rounding noise than this share of the largest value, float32 cannot tell a wrong value from a right one."""
+"""With more rounding noise than this share of the largest value, a wrong value cannot be told from a right one."""
+
+LOSS = "the loss"
+"""The name of the loss."""
 
 GRADIENT = "the gradient of"
 """How the names of gradients begin."""
@@ -31,35 +31,43 @@ Values = dict[str, Tensor | None]
 """What one client's step gives, by name: loss, gradients, buffers, logged values."""
 
 
-def check_equal(together: Values, alone: Values, noise: Mapping[str, float], line: str) -> None:
-    """Refuse a step that gives one of two clients something else than alone.
+def first_difference(
+    together: Values, alone: Values, dtype: torch.dtype, noise: Mapping[str, float] | None = None
+) -> str | None:
+    """Name the first value that one of two clients is given and that is not the one it is given alone.
 
     Args:
         together: What the client is given beside another one.
         alone: What it is given alone.
-        noise: How far each value moves by rounding; 0 where it does not say.
-        line: Where the step is written, in brackets.
+        dtype: The precision that both were computed in.
+        noise: How far each value moves by rounding, where that was measured.
+
+    Returns:
+        ``None`` if all values agree.
 
     Raises:
-        NotVectorizableError: Naming the first value that differs.
+        NotVectorizableError: If the noise hides what there is to compare.
     """
     gradients = [name for name in alone if name.startswith(GRADIENT)]
     largest_gradient = max(largest(alone[name]) for name in gradients)
+    tolerance = TOLERANCE[dtype]
     for name in {**together, **alone}:
-        own_largest = largest(alone.get(name))
-        floor = NOTHING
-        scale = own_largest
-        if name in gradients:
-            floor = NEGLIGIBLE * largest_gradient
-            scale = max(own_largest, largest_gradient)
-        rounding = NOISE_MARGIN * noise.get(name, 0.0)
-        if rounding > MOST_NOISE * scale + floor:
-            raise NotVectorizableError(
-                f"cannot be run in float64, and in float32 the rounding noise of {name} is too large to compare"
-                f" two clients at once with each alone{line}"
-            )
-        if not _agree(together.get(name), alone.get(name), TOLERANCE * own_largest + floor + rounding):
-            raise NotVectorizableError(f"gives another value of {name} for two clients at once than alone{line}")
+        scale = largest(alone.get(name))
+        # A bias before a normalization has a gradient of rounding errors alone; a loss may be such a sum, too.
+        whole = largest_gradient if name in gradients else 1.0
+        rounding = NOISE_MARGIN * (noise or {}).get(name, 0.0)
+        if rounding > MOST_NOISE * max(scale, largest_gradient if name in gradients else 0.0) + NEGLIGIBLE:
+            raise NotVectorizableError(f"has too much rounding noise in {name} to compare two clients at once")
+        allowed = tolerance * scale + tolerance * NEGLIGIBLE * whole + rounding
+        if not _agree(together.get(name), alone.get(name), allowed):
+            return name
+    return None
+
+
+def is_finite(values: Values) -> bool:
+    """Whether the loss and all gradients are finite: others agree with anything that is not."""
+    tensors = [value for name, value in values.items() if name == LOSS or name.startswith(GRADIENT)]
+    return all(value is None or bool(torch.isfinite(value).all()) for value in tensors)
 
 
 def distance(one: Tensor | None, other: Tensor | None) -> float:

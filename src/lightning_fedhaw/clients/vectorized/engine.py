@@ -13,10 +13,11 @@ from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep
 from lightning_fedhaw.clients.vectorized.chunk import Chunk
 from lightning_fedhaw.clients.vectorized.compiled import CompiledStep
-from lightning_fedhaw.clients.vectorized.dropout import ClientDropout
 from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
+from lightning_fedhaw.clients.vectorized.guard import StepGuard
 from lightning_fedhaw.clients.vectorized.recorder import StackRecorder
-from lightning_fedhaw.clients.vectorized.tracing import explained
+from lightning_fedhaw.clients.vectorized.snapshot import Attributes
+from lightning_fedhaw.clients.vectorized.tracing import explained, quiet_collector
 from lightning_fedhaw.clients.vectorized.trial import Facts
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.data.client_data import ClientData
@@ -80,8 +81,7 @@ class VectorizedEngine(Engine):
         # Parts of a chunk that failed, to be trained again before the next chunk.
         again: deque[list[Visit]] = deque()
         with isolated_randomness(host.device), StackRecorder(host.module, host.callbacks) as recorder:
-            dropout = ClientDropout() if self.facts.draws_dropout else None
-            step = BatchedStep(host, self.layout, self.objectives, recorder, dropout)
+            step = BatchedStep(host, self.layout, self.objectives, recorder, StepGuard())
             if self.compile_clients and self.rounds and self.compiled is None:
                 self.compiled = CompiledStep()
             if self.compiled is not None:
@@ -118,7 +118,8 @@ class VectorizedEngine(Engine):
         settings = settings_of(optimizers)
         try:
             chunk = Chunk(self, visits, step, self.facts, self.compiled)
-            chunk.train()
+            with quiet_collector(runs=True):
+                self._train(chunk)
             if repr(settings_of(optimizers)) != repr(settings):
                 raise NotVectorizableError("changes settings of the optimizer, which all clients share here")
             return chunk
@@ -130,6 +131,22 @@ class VectorizedEngine(Engine):
                 raise
         step.recorder.forget()
         return None
+
+    def _train(self, chunk: Chunk) -> None:
+        """Train some clients, and look whether a step did what it did not do in the trial.
+
+        Raises:
+            NotVectorizableError: If something was left behind that would pass from client to client. It is put back.
+        """
+        attributes = Attributes(self.host.module, copies_tensors=False)
+        try:
+            chunk.train()
+            change = attributes.changed()
+            if change is not None:
+                raise NotVectorizableError(change.what)
+        except BaseException:
+            attributes.restore()
+            raise
 
     def _recovers(self, error: Exception, step: BatchedStep, visits: Sequence[Visit]) -> bool:
         """After a failure choose fewer clients at a time, or one after another; false if neither helps."""

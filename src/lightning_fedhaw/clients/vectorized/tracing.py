@@ -28,6 +28,11 @@ def is_users(file: str) -> bool:
     return not file.startswith((*_LIBRARIES, "<"))
 
 
+def is_users_class(kind: type) -> bool:
+    """Whether a class is written in a source file of the user's."""
+    return is_users(getattr(sys.modules.get(kind.__module__), "__file__", None) or "<")
+
+
 class LineFinder:
     """Find the line of the user's code after which something has changed, entered around a call.
 
@@ -81,16 +86,20 @@ class LineFinder:
 
 
 @contextmanager
-def no_collection() -> Iterator[None]:
-    """Keep the garbage collector from running by itself, and its earlier work from being done by the user's step.
+def quiet_collector(runs: bool = False) -> Iterator[None]:
+    """Keep what the garbage collector calls from looking like the step's own doing.
 
-    Its callbacks and the finalizers of garbage that is there already would look like the step's own doing.
+    Its callbacks are not called, and garbage that is there already is not finalized.
+
+    Args:
+        runs: Whether it goes on collecting what becomes garbage meanwhile.
     """
     was_enabled = gc.isenabled()
     callbacks = list(gc.callbacks)
     # Otherwise somebody else keeps objects there, and unfreezing would release them too.
     freezes = gc.get_freeze_count() == 0
-    gc.disable()
+    if not runs:
+        gc.disable()
     gc.callbacks.clear()
     if freezes:
         gc.freeze()

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import inspect
 import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import DoublePrecision, Precision
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torchmetrics import Metric
 
-from lightning_fedhaw.clients.engine import LocalPlan, give_settings, settings_of, states_of
+from lightning_fedhaw.clients.engine import LocalPlan, states_of
 from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.steps import Host, Terms, loss_of
-from lightning_fedhaw.clients.vectorized.batched import BatchedStep, EmbeddingGuard, StepInputs
-from lightning_fedhaw.clients.vectorized.comparison import GRADIENT, Values, check_equal, distance
-from lightning_fedhaw.clients.vectorized.dropout import ClientDropout
+from lightning_fedhaw.clients.vectorized.batched import BatchedStep, StepInputs
+from lightning_fedhaw.clients.vectorized.comparison import GRADIENT, LOSS, Values, distance, first_difference, is_finite
 from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
-from lightning_fedhaw.clients.vectorized.fingerprint import Undo, fingerprint
+from lightning_fedhaw.clients.vectorized.guard import StepGuard
 from lightning_fedhaw.clients.vectorized.optimizers import row_states
 from lightning_fedhaw.clients.vectorized.recorder import StackRecorder
-from lightning_fedhaw.clients.vectorized.tracing import LineFinder, explained, is_users, no_collection, reads_index
+from lightning_fedhaw.clients.vectorized.snapshot import Snapshot
+from lightning_fedhaw.clients.vectorized.tracing import LineFinder, explained, quiet_collector, reads_index
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.objectives.base import ClientObjective
@@ -86,8 +86,8 @@ def probe(
     except ValueError as error:
         raise NotVectorizableError(f"the optimizer {error}") from error
     uses_index = reads_index(host.module.training_step)
-    snapshot = _Snapshot(host.module, host.optimizers, layout)
-    with isolated_randomness(host.device), no_collection():
+    snapshot = Snapshot(host.module, host.optimizers, layout)
+    with isolated_randomness(host.device), quiet_collector(), _without_loggers(host.module.trainer):
         try:
             return _Trial(host, layout, data, plan, objectives, snapshot).facts(rows, uses_index)
         except NotVectorizableError as error:
@@ -106,7 +106,7 @@ class _Trial:
         data: ClientData,
         plan: LocalPlan,
         objectives: Sequence[ClientObjective],
-        snapshot: _Snapshot,
+        snapshot: Snapshot,
     ) -> None:
         self.host = host
         self.layout = layout
@@ -127,6 +127,7 @@ class _Trial:
         for objective in objectives:
             state = objective.client_state(largest, layout.views(start))
             self.states.append({name: torch.stack([value, value]).to(host.device) for name, value in state.items()})
+        self.index = 0
         # Set while the step runs in another precision than its own.
         self.dtype: torch.dtype | None = None
         self.activations = 0
@@ -142,15 +143,19 @@ class _Trial:
         Raises:
             NotVectorizableError: If the step cannot be batched.
         """
-        for row in (0, 1):
-            self._try_alone(row)
-        dropout = ClientDropout()
-        draws_other = self._try_together(dropout)
-        is_compared = self._compare(draws_other)
+        guard = StepGuard()
+        draws_other = False
+        is_compared = True
+        # A step that looks at its number may do something else from the second batch on.
+        for self.index in (0, 1) if uses_index else (0,):
+            for row in (0, 1):
+                self._try_alone(row)
+            draws_other |= self._try_together(guard)
+            is_compared &= self._compare(draws_other)
         return Facts(
             row_states=rows,
             uses_index=uses_index,
-            draws_dropout=dropout.calls > 0,
+            draws_dropout=guard.calls > 0,
             draws_other=draws_other,
             is_compared=is_compared,
             bytes_per_client=self._bytes(len(rows)),
@@ -164,31 +169,37 @@ class _Trial:
         seed_randomness(self.seeds[row], self.host.device)
         before = _foreign_randomness()
         try:
-            self._alone(row, self._measured())
+            try:
+                self._alone(row, self._measured())
+            except RuntimeError:
+                # Gradients inside of a step may refuse to be measured: what they save is estimated instead.
+                seed_randomness(self.seeds[row], self.host.device)
+                self._alone(row, nullcontext())
+                self.activations = max(self.activations, 10 * sum(_nbytes(tensor[row]) for tensor in self.batch))
         except Exception as error:
             # The user's code may raise anything; the sequential engine will say so where it matters.
             raise NotVectorizableError(explained(error)) from error
         change = self.snapshot.changed()
         if change is not None:
-            raise NotVectorizableError(change + self._line_that(lambda: self.snapshot.changed() is not None))
+            raise NotVectorizableError(change.what + self._line_that(change.is_there))
         after = _foreign_randomness()
         if after != before:
             line = self._line_that(lambda: _foreign_randomness() != after)
             raise NotVectorizableError(f"draws from NumPy's or Python's random numbers, once for all clients{line}")
 
-    def _try_together(self, dropout: ClientDropout) -> bool:
+    def _try_together(self, guard: StepGuard) -> bool:
         """Run the step for both clients at once; whether it draws random numbers other than dropout's."""
         self.snapshot.restore()
         seed_randomness(self.seeds[0], self.host.device)
         before = _torch_randomness(self.host.device)
         try:
-            self._together(dropout)
+            self._together(guard)
         except Exception as error:
             # The user's code, and torch about it, may raise anything.
             raise NotVectorizableError(explained(error)) from error
         change = self.snapshot.changed()
         if change is not None:
-            raise NotVectorizableError(change)
+            raise NotVectorizableError(change.what)
         return not torch.equal(before, _torch_randomness(self.host.device))
 
     def _alone(self, row: int, around: AbstractContextManager[Any]) -> Values:
@@ -205,7 +216,7 @@ class _Trial:
         batch = self._prepared([tensor[row].clone() for tensor in self.batch])
         with LogRecorder(host.module, host.callbacks) as recorder:
             recorder.batch_size = self.batch_size
-            arguments = host.arguments(batch, 0)
+            arguments = host.arguments(batch, self.index)
             with host.strategy.precision_plugin.train_step_context(), around:
                 output = host.module.training_step(*arguments)
             loss, _ = loss_of(output)
@@ -215,7 +226,7 @@ class _Trial:
             loss = terms.added_to(loss, terms.open)
             gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
             logged = recorder.recorded()
-        values: Values = {"the loss": loss.detach().reshape(())}
+        values: Values = {LOSS: loss.detach().reshape(())}
         for name, gradient in zip(self.layout.names, gradients, strict=True):
             values[f"{GRADIENT} `{name}`"] = gradient
         for name, buffer in self.layout.moving_buffers(host.module).items():
@@ -255,7 +266,7 @@ class _Trial:
             yield
         self.activations = sum(saved.values())
 
-    def _together(self, dropout: ClientDropout, same_draws: bool = False) -> list[Values]:
+    def _together(self, guard: StepGuard, same_draws: bool = False) -> list[Values]:
         """Run both clients' steps at once, and return everything that each gives."""
         host = self.host
         layout = self.layout
@@ -263,13 +274,13 @@ class _Trial:
         for view, parameter in zip(layout.views(torch.stack(self.vectors)).values(), self.parameters, strict=True):
             stacks.append(view.to(parameter.dtype).requires_grad_())
         buffers = [torch.stack([buffer, buffer]) for buffer in layout.moving_buffers(host.module).values()]
-        dropout.generators = self._generators()
+        generators = self._generators()
+        guard.generators = lambda: generators
         with StackRecorder(host.module, host.callbacks) as recorder:
             recorder.batch_size = self.batch_size
-            step = BatchedStep(host, layout, self.objectives, recorder, dropout, same_draws)
+            step = BatchedStep(host, layout, self.objectives, recorder, guard, same_draws)
             batch = self._prepared([tensor.clone() for tensor in self.batch])
-            with EmbeddingGuard():
-                outputs = step(StepInputs(stacks, buffers, batch, 0, self.starts, self.states))
+            outputs = step(StepInputs(stacks, buffers, batch, self.index, self.starts, self.states))
             assert outputs.losses is not None
             # The module's own parameters too: a gradient of theirs means that the step reached past the stacks.
             found = torch.autograd.grad(outputs.losses.sum(), [*stacks, *self.parameters], allow_unused=True)
@@ -286,7 +297,7 @@ class _Trial:
             buffers[i] = value
         values_of_clients = []
         for row in (0, 1):
-            values: Values = {"the loss": outputs.losses[row].detach()}
+            values: Values = {LOSS: outputs.losses[row].detach()}
             for name, gradient in zip(layout.names, gradients, strict=True):
                 values[f"{GRADIENT} `{name}`"] = None if gradient is None else gradient[row]
             for name, buffer in zip(step.buffer_names, buffers, strict=True):
@@ -310,15 +321,16 @@ class _Trial:
     def _compare(self, draws_other: bool) -> bool:
         """Compare both clients at once with each alone, with the same masks and the same other random numbers.
 
-        In float64, where rounding is many orders of magnitude below the tolerance: what differs there is another
-        computation. A few samples are enough, unless the step takes full batches only. A step that cannot be run in
-        float64 is compared in float32, beside its own rounding noise.
+        In float64, where rounding is many orders of magnitude below what a wrong computation does, or else in float32.
+        A few samples are enough, unless the step takes full batches only.
 
         Returns:
-            False if that is not possible, because a batched call cannot give clients the same random numbers.
+            False if that is not possible: because a batched call cannot give clients the same random numbers, or
+            because a client alone has a loss or a gradient that is not finite.
 
         Raises:
-            NotVectorizableError: If a value differs, or the step cannot be run in either precision.
+            NotVectorizableError: If a value differs by more than rounding, or the step cannot be run in either
+                precision.
         """
         for precision, dtype, size in (
             (DoublePrecision(), torch.float64, min(FEW, self.batch_size)),
@@ -329,20 +341,38 @@ class _Trial:
             try:
                 with self._computing_in(precision, dtype, size):
                     alone = [self._alone_with_masks(row) for row in (0, 1)]
-                    noise = [self._noise(row, alone[row]) if dtype == torch.float32 else {} for row in (0, 1)]
                     self.snapshot.restore()
                     seed_randomness(self.seeds[0], self.host.device)
-                    together = self._together(ClientDropout(), same_draws=True)
+                    together = self._together(StepGuard(), same_draws=True)
+                    self._check_equal(together, alone, dtype)
+            except _DifferenceError as error:
+                raise NotVectorizableError(f"{error}{self._step_line()}") from error
             except Exception as error:
                 # Whatever the user's code raises in a precision that is not its own is no reason to refuse it yet.
                 failure = error
                 continue
-            for row in (0, 1):
-                check_equal(together[row], alone[row], noise[row], self._step_line())
-            return True
+            return all(map(is_finite, alone))
         if draws_other and "same randomness" in str(failure):
             return False
         raise NotVectorizableError(f"cannot be compared in float64 or float32: it {explained(failure)}") from failure
+
+    def _check_equal(self, together: Sequence[Values], alone: Sequence[Values], dtype: torch.dtype) -> None:
+        """Refuse a step that gives one of two clients something else than alone.
+
+        Raises:
+            _DifferenceError: Naming the first value that differs by more than rounding.
+        """
+        for row in (0, 1):
+            if first_difference(together[row], alone[row], dtype) is None:
+                continue
+            # Parts of the step may be computed in less precision, whatever it is asked to be run in.
+            noise = self._noise(row, alone[row])
+            try:
+                name = first_difference(together[row], alone[row], dtype, noise)
+            except NotVectorizableError as error:
+                raise _DifferenceError(str(error)) from error
+            if name is not None:
+                raise _DifferenceError(f"gives another value of {name} for two clients at once than alone")
 
     @contextmanager
     def _computing_in(self, precision: Precision, dtype: torch.dtype, size: int) -> Iterator[None]:
@@ -350,8 +380,6 @@ class _Trial:
         strategy = self.host.strategy
         own_precision = strategy.precision_plugin
         own_inputs = self.vectors, self.starts, self.states, self.batch, self.batch_size
-        tensors = [*self.host.module.parameters(), *self.host.module.buffers()]
-        own_data = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point()]
         strategy.precision_plugin = precision
         self.dtype = dtype
         self.vectors = [vector.to(dtype) for vector in self.vectors]
@@ -360,22 +388,20 @@ class _Trial:
         self.batch = [tensor[:, :size] for tensor in self.batch]
         self.batch_size = size
         try:
-            for tensor, data in own_data:
-                tensor.data = data.to(dtype)
-            yield
+            with self.snapshot.cast(dtype):
+                yield
         finally:
             strategy.precision_plugin = own_precision
             self.dtype = None
             self.vectors, self.starts, self.states, self.batch, self.batch_size = own_inputs
-            for tensor, data in own_data:
-                tensor.data = data
 
     def _alone_with_masks(self, row: int) -> Values:
         """Run one client alone, with the dropout masks and other draws that it is given beside the other one."""
         seed_randomness(self.seeds[0], self.host.device)
-        dropout = ClientDropout()
-        dropout.generators = self._generators()[row : row + 1]
-        return self._alone(row, dropout)
+        guard = StepGuard()
+        generators = self._generators()[row : row + 1]
+        guard.generators = lambda: generators
+        return self._alone(row, guard)
 
     def _noise(self, row: int, values: Values) -> dict[str, float]:
         """Measure how far each value moves when every parameter is rounded another way."""
@@ -405,7 +431,11 @@ class _Trial:
         """Find the line of the user's code after which something has changed, by running the step again."""
         self.snapshot.restore()
         finder = LineFinder(changed)
-        self._alone(0, finder)
+        try:
+            self._alone(0, finder)
+        except Exception:
+            # A second time the user's code may raise what it did not the first time; then nobody knows the line.
+            return ""
         return f" ({finder.found})" if finder.found else ""
 
     def _bytes(self, num_states: int) -> int:
@@ -422,106 +452,28 @@ class _Trial:
         return total
 
 
-class _Snapshot:
-    """What a module holds, and attributes beside it: to see what a step changes, and to put it back."""
+class _NoLogger:
+    """Stands for the logger during the trial: who calls it would call it once for all clients."""
 
-    def __init__(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], layout: ParameterLayout) -> None:
-        self.module = module
-        self.tensors = [(tensor, tensor.detach().clone()) for tensor in (*module.parameters(), *module.buffers())]
-        self.frozen = [(name, tensor, tensor._version) for name, tensor in layout.still_tensors(module).items()]
-        self.trainable = [(name, p, p.requires_grad) for name, p in module.named_parameters()]
-        self.settings = settings_of(optimizers)
-        self.optimizers = optimizers
-        self.mark()
-        self.dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        for submodule in module.modules():
-            for holder in (vars(submodule)["_parameters"], vars(submodule)["_buffers"]):
-                self.dicts.append((holder, dict(holder)))
-        # Classes of the user's too, which may count their steps.
-        owners: list[tuple[str, Any]] = list(module.named_modules())
-        owners += [("", base) for base in type(module).__mro__]
-        self.attributes = [(path, owner, dict(_attributes(owner))) for path, owner in owners]
-        self._undo: list[Undo] = []
-        self._fingerprints = self._taken(self._undo)
-
-    def _taken(self, undo: list[Undo] | None = None) -> list[dict[str, Any]]:
-        """Take the fingerprints of all attributes, by owner and name."""
-        fingerprints = []
-        for _, _, values in self.attributes:
-            fingerprints.append({name: fingerprint(value, undo) for name, value in values.items()})
-        return fingerprints
-
-    def mark(self) -> None:
-        """Take the parameters as they are now for unchanged."""
-        self.versions = [(name, p, p._version) for name, p, is_trainable in self.trainable if is_trainable]
-
-    def changed(self) -> str | None:
-        """Name the first thing that a step changed and no client may leave behind; ``None`` if there is none."""
-        for (path, owner, _), before in zip(self.attributes, self._fingerprints, strict=True):
-            now = dict(_attributes(owner))
-            for name in {**before, **now}:
-                if name in before and name in now and fingerprint(now[name]) == before[name]:
-                    continue
-                if isinstance(owner, Metric):
-                    return f"updates the torchmetrics object `self.{path}`"
-                return f"changes `self.{'.'.join(filter(None, (path, name)))}`"
-        for name, tensor, version in self.frozen:
-            if tensor._version != version:
-                return f"changes the frozen {'parameter' if isinstance(tensor, nn.Parameter) else 'buffer'} `{name}`"
-        for name, parameter, version in self.versions:
-            if parameter._version != version or self.module.get_parameter(name) is not parameter:
-                return f"changes the parameter `{name}` itself"
-        if repr(settings_of(self.optimizers)) != repr(self.settings):
-            return "changes settings of the optimizer"
-        for name, parameter, is_trainable in self.trainable:
-            if parameter.requires_grad != is_trainable:
-                return f"changes whether `{name}` is trainable"
-        return None
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put everything back."""
-        for holder, before in self.dicts:
-            if holder.keys() != before.keys() or any(holder[name] is not before[name] for name in before):
-                holder.clear()
-                holder.update(before)
-        for tensor, value in self.tensors:
-            tensor.copy_(value)
-        self.frozen = [(name, tensor, tensor._version) for name, tensor, _ in self.frozen]
-        for _, parameter, is_trainable in self.trainable:
-            parameter.requires_grad_(is_trainable)
-        for _, owner, values in self.attributes:
-            added = [name for name, _ in _attributes(owner) if name not in values]
-            for name in added:
-                delattr(owner, name)
-            if isinstance(owner, type):
-                for name, value in values.items():
-                    setattr(owner, name, value)
-            else:
-                vars(owner).update(values)
-        for undo in self._undo:
-            undo()
-        give_settings(self.optimizers, self.settings)
-        self.mark()
-        # Putting tensors back counts as a change of theirs.
-        self._fingerprints = self._taken()
+    def __getattr__(self, name: str) -> Any:
+        raise NotVectorizableError(
+            f"calls the logger itself (`{name}`), once for all clients at once; `self.log` is called for each"
+        )
 
 
-def _attributes(owner: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the attributes of a module or a class that a step may change."""
-    if isinstance(owner, type):
-        # A class of the user's, with its counters and lists.
-        if is_users(getattr(sys.modules.get(owner.__module__), "__file__", None) or "<"):
-            plain = (int, float, str, list, dict, set, Tensor)
-            for name, value in vars(owner).items():
-                if isinstance(value, plain) and not name.startswith("__"):
-                    yield name, value
-        return
-    # `log` is the recorder's while a step runs.
-    inner = {"_parameters", "_buffers", "_modules", "_trainer", "_fabric", "log"}
-    for name, value in vars(owner).items():
-        if name not in inner:
-            yield name, value
+@contextmanager
+def _without_loggers(trainer: pl.Trainer) -> Iterator[None]:
+    """Take the loggers from a trainer for a while."""
+    loggers = trainer.loggers
+    trainer.loggers = [cast(Logger, _NoLogger()) for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+class _DifferenceError(Exception):
+    """Two clients at once are given something else than alone, or it cannot be seen."""
 
 
 def _nbytes(tensor: Tensor) -> int:

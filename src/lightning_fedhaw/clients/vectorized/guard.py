@@ -1,37 +1,62 @@
-"""Dropout in a batched call: each client is given the masks that it would draw if it trained alone."""
+"""What a batched call would get wrong: dropout masks, embeddings, and whether a parameter is trainable."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
 
-class ClientDropout(TorchFunctionMode):
-    """Give each client of a batched call the dropout masks that it would draw if it trained alone on the CPU.
 
-    Outside of a batched call it gives the one client there is the same masks, on any device.
+class StepGuard(TorchFunctionMode):
+    """Surround one client's step, in a batched call or alone.
+
+    Each client is given the dropout masks that it would draw if it trained alone on the CPU, also outside of a batched
+    call and on any device. Embeddings that batching silently gets wrong are refused. The clients' parameters say that
+    they are trainable, which no tensor says inside of a batched call.
 
     Attributes:
-        generators: One for each client of the current call.
+        generators: Gives a generator for each client of the current call.
         ticket: Inside a batched call, a batched tensor, by which the clients' masks become batched too.
+        trainable: The numbers (``id``) of the clients' parameters in the current call.
         calls: How often dropout was asked for.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.generators: Sequence[torch.Generator] = ()
+        self.generators: Callable[[], Sequence[torch.Generator]] = tuple
         self.ticket: Tensor | None = None
+        self.trainable: frozenset[int] = frozenset()
         self.calls = 0
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.dropout:
-            return self._dropout(*args, **kwargs)
-        return func(*args, **kwargs)
+        if func in _GUARDED:
+            return getattr(self, _GUARDED[func])(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _requires_grad(self, tensor: Tensor) -> bool:
+        return id(tensor) in self.trainable or tensor.requires_grad
+
+    def _embedding(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._looked_up(functional.embedding, args, kwargs)
+
+    def _embedding_bag(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._looked_up(functional.embedding_bag, args, kwargs)
+
+    def _looked_up(self, function: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
+        arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+        for option in ("padding_idx", "max_norm"):
+            # Batching numbers the rows of all clients together, so the one that is meant is not found; and a norm is
+            # bounded in place.
+            if self.ticket is not None and arguments.get(option) is not None:
+                raise NotVectorizableError(f"looks up an embedding with `{option}`, which a batched call gets wrong")
+        return function(*args, **kwargs)
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0 or not input.numel():
@@ -39,9 +64,18 @@ class ClientDropout(TorchFunctionMode):
         self.calls += 1
         if p == 1:
             return input.mul_(0) if inplace else input * 0
-        draw = _Draw(list(self.generators), tuple(input.shape), input.dtype, input.device, p)
+        draw = _Draw(self.generators(), tuple(input.shape), input.dtype, input.device, p)
         mask = draw.masks()[0] if self.ticket is None else _BatchedMasks.apply(self.ticket, draw)
         return input.mul_(mask) if inplace else input * mask
+
+
+_GUARDED: dict[Any, str] = {
+    functional.dropout: "_dropout",
+    functional.embedding: "_embedding",
+    functional.embedding_bag: "_embedding_bag",
+    Tensor.requires_grad.__get__: "_requires_grad",  # type: ignore[attr-defined]
+}
+"""Functions that the guard answers for, and its methods that do."""
 
 
 class _Draw(NamedTuple):
