@@ -1,1 +1,1 @@
-"""Ready-made modules."""
+"""Ready-made modules: image classifiers on timm's backbones, low-rank adapters, weight files."""
