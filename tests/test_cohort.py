@@ -97,6 +97,8 @@ def test_accumulated_vectors_know_one_mix_only():
     assert torch.allclose(summed.weights, weights)
     with pytest.raises(RuntimeError, match=r"`SomeRule` declares `raw_weight`.*weighted sum with weights other"):
         summed.weighted_sum(torch.tensor([0.5, 0.25, 0.25]))
+    with pytest.raises(RuntimeError, match=r"`SomeRule` declares `raw_weight`.* the derivative of a weighted sum"):
+        summed.weighted_sum(weights.clone().requires_grad_())
     verbs = {
         "to": lambda v: v.to(torch.device("cpu")),
         "inner": lambda v: v.inner(torch.ones(5)),

@@ -46,9 +46,12 @@ class AccumulatedVectors(CohortVectors):
         """Mix the clients by the one set of weights that was accumulated (up to a common factor), ``[P]``.
 
         Raises:
-            RuntimeError: If other weights are asked for.
+            RuntimeError: If other weights are asked for, or weights that gradients should flow back to.
         """
         check_length("weights", weights, len(self))
+        if weights.requires_grad and torch.is_grad_enabled():
+            # The derivative is `inner`. Without this, the mix would come out detached, and nothing be learned from it.
+            raise self._not_kept("the derivative of a weighted sum")
         asked = weights.detach().double()
         scale = asked.sum() / self.raw_weights.sum()
         if not torch.allclose(asked, self.raw_weights * scale, rtol=1e-9, atol=0.0):
