@@ -25,7 +25,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lightning_fedhaw.data.partition import Partition, swap_labels
+from lightning_fedhaw.data.partitioners.partition import Partition, swap_labels
 from lightning_fedhaw.streams import PathPart, stream
 
 _HASHED_ROWS = 1000

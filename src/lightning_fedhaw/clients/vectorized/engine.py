@@ -23,7 +23,7 @@ from lightning_fedhaw.clients.vectorized.optimizers import StackedOptimizer
 from lightning_fedhaw.clients.vectorized.trial import Facts, explained
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.data.client_data import ClientData
-from lightning_fedhaw.data.partition import swap_labels
+from lightning_fedhaw.data.partitioners.partition import swap_labels
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.streams import seed_of
