@@ -1,9 +1,10 @@
 """The clients' data: partitioners, cohort samplers, and the data module."""
 
-from lightning_fedhaw.data.client_data import Batch, ClientData, LoaderSettings
+from lightning_fedhaw.data.client_data import Batch, ClientData
 from lightning_fedhaw.data.dogs import StanfordDogs
 from lightning_fedhaw.data.features import cache_features
 from lightning_fedhaw.data.labels import find_labels
+from lightning_fedhaw.data.loader_settings import LoaderSettings
 from lightning_fedhaw.data.module import FederatedDataModule
 from lightning_fedhaw.data.partitioners import (
     DirichletPartitioner,
