@@ -145,20 +145,22 @@ class ClientData:
             channels_last: Whether 4-D tensors ``[B, C, H, W]`` are laid out channels-last: tensors in memory once and
                 for all, other data batch by batch.
         """
-        is_new_layout = channels_last != self._channels_last
+        placed = None
+        if self._tensors is not None:
+            placed = tuple(self._placed(tensor, device, channels_last) for tensor in self._tensors)
+        # Both at the end: memory may run out above, and then everything is as it was.
+        self._tensors = placed
         self._channels_last = channels_last
-        if self._tensors is None:
-            return
-        # Stored as [samples, H, W, C], because a gather of rows keeps no other layout than the plain one.
-        order = (0, 2, 3, 1) if channels_last else (0, 3, 1, 2)
-        placed = []
-        for tensor in self._tensors:
-            if is_new_layout and tensor.ndim == 4:
-                tensor = tensor.permute(order).contiguous()
-            if device is not None:
-                tensor = tensor.to(device)
-            placed.append(tensor)
-        self._tensors = tuple(placed)
+
+    def _placed(self, tensor: Tensor, device: torch.device | None, channels_last: bool) -> Tensor:
+        """One of the tensors in memory, as :meth:`place` wants it."""
+        if channels_last != self._channels_last and tensor.ndim == 4:
+            # Stored as [samples, H, W, C], because a gather of rows keeps no other layout than the plain one.
+            order = (0, 2, 3, 1) if channels_last else (0, 3, 1, 2)
+            tensor = tensor.permute(order).contiguous()
+        if device is not None:
+            tensor = tensor.to(device)
+        return tensor
 
     def release(self) -> None:
         """Let go of copies of the data set's tensors, wherever they are; what is asked for again is made again."""
