@@ -4,7 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_fedhaw import ClientVectors
-from lightning_fedhaw.vectors.client_vectors import CPU, RUN, AccumulatedVectors, accumulate, dot
+from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
+from lightning_fedhaw.vectors.base import CohortVectors
+from lightning_fedhaw.vectors.kernels import CPU, RUN, accumulate, dot
 
 
 def vectors(k=3, p=5, seed=0, dtype=torch.float64, start=True):
@@ -95,9 +97,23 @@ def test_accumulated_vectors_know_one_mix_only():
     assert torch.allclose(summed.weights, weights)
     with pytest.raises(RuntimeError, match=r"`SomeRule` declares `raw_weight`.*weighted sum with weights other"):
         summed.weighted_sum(torch.tensor([0.5, 0.25, 0.25]))
-    for verb in ("inner", "gram", "norms", "distances", "gather"):
-        with pytest.raises(RuntimeError, match=f"asked for `{verb}`"):
-            getattr(summed, verb)
+    with pytest.raises(RuntimeError, match=r"`SomeRule` declares `raw_weight`.* the derivative of a weighted sum"):
+        summed.weighted_sum(weights.clone().requires_grad_())
+    verbs = {
+        "to": lambda v: v.to(torch.device("cpu")),
+        "inner": lambda v: v.inner(torch.ones(5)),
+        "gram": lambda v: v.gram(),
+        "norms": lambda v: v.displacements.norms(),
+        "distances": lambda v: v.distances(None),
+        "gather": lambda v: v.gather(),
+        "map_columns": lambda v: v.map_columns(lambda rows: rows.amax(0)),
+        "matrix": lambda v: v.matrix,
+    }
+    assert set(verbs) >= CohortVectors.__abstractmethods__ - {"__len__", "displacements", "weighted_sum"}
+    for verb, use in verbs.items():
+        use(dense)
+        with pytest.raises(RuntimeError, match=f"`SomeRule` declares `raw_weight`.* asked for `{verb}`.* set `storage"):
+            use(summed)
 
 
 @settings(deadline=None, max_examples=40)

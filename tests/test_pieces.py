@@ -7,10 +7,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_fedhaw import ClientVectors, cohort
+from lightning_fedhaw import ClientVectors
 from lightning_fedhaw.aggregation.fedadp import angles
 from lightning_fedhaw.aggregation.robust import geometric_median_weights, krum_scores
-from lightning_fedhaw.vectors.client_vectors import ACCELERATOR, CPU, RUN, dot, pieces_for
+from lightning_fedhaw.vectors import client_vectors, kernels
+from lightning_fedhaw.vectors.kernels import ACCELERATOR, CPU, RUN, dot, pieces_for
 
 K = 10
 GROUPS = {"first": [slice(0, 100), slice(5000, 9000)], "second": [slice(100, 5000)]}
@@ -42,7 +43,8 @@ def accelerate(monkeypatch):
 
     def use(elements=ACCELERATOR.elements):
         pieces = replace(ACCELERATOR, columns=elements, elements=elements)
-        monkeypatch.setattr(cohort, "pieces_for", lambda device: pieces)
+        for module in (kernels, client_vectors):
+            monkeypatch.setattr(module, "pieces_for", lambda device: pieces)
         return pieces
 
     return use

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.vectors.client_vectors import AccumulatedVectors, ClientVectors
+from lightning_fedhaw.vectors.base import CohortVectors
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Cohort:
     num_steps: Tensor
     heard: Tensor
     start: Tensor
-    vectors: ClientVectors | AccumulatedVectors
+    vectors: CohortVectors
     learning_rates: tuple[float, ...] = ()
     buffers: Sequence[Mapping[str, Tensor]] = ()
     num_batches: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from torchmetrics import Metric
 
-from lightning_fedhaw.data.client_data import tensors_of
 from lightning_fedhaw.data.labels import find_labels
+from lightning_fedhaw.data.tensors import tensors_of
 from lightning_fedhaw.isolation import isolated_randomness
 from lightning_fedhaw.vectors.layout import ParameterLayout
 

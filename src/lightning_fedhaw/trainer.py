@@ -23,7 +23,7 @@ from lightning_fedhaw.adapter.unsupported import (
 )
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.channel.base import check_keys
-from lightning_fedhaw.data.partition import Partitioner
+from lightning_fedhaw.data.partitioners import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions, check_names, check_whole

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_fedhaw import ClientUpdate, ClientVectors, Cohort, FedAvgCallback, ParameterLayout, Server
-from lightning_fedhaw.vectors.client_vectors import AccumulatedVectors
+from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
 
 START = torch.tensor([1.0, -2.0], dtype=torch.float64)
 DISPLACEMENTS = torch.tensor([[0.2, -0.4], [-0.1, 0.5]], dtype=torch.float64)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_fedhaw import ClientVectors, Cohort, FedAvgCallback, FedHAWCallback, ParameterLayout, RuleStep, Server
 from lightning_fedhaw.aggregation.fedhaw import LOGIT_FLOOR, gamma_hypergradient, lambda_hypergradient
-from lightning_fedhaw.vectors.client_vectors import AccumulatedVectors
+from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
 
 MU, LR_GAMMA, LR_LAMBDA = 0.1, 0.01, 0.05
 BEFORE = [[1.0, 2.0], [3.0, -1.0]]
@@ -435,7 +435,7 @@ def test_a_running_sum_is_not_enough():
         **{**vars(cohort), "vectors": AccumulatedVectors(raw @ tensor(BEFORE), raw, cohort.start, "FedHAWCallback")}
     )
     rule = make_rule()
-    with pytest.raises(TypeError, match="needs the clients' vectors"):
+    with pytest.raises(RuntimeError, match="`FedHAWCallback` declares `raw_weight`.* asked for `to`"):
         rule.step(summed, rule.init(cohort.start, torch.tensor(SIZES)), make_server())
 
 

@@ -23,7 +23,7 @@ from lightning_fedhaw import (
 )
 from lightning_fedhaw.aggregation.robust import geometric_median_weights, krum_scores, trimmed_mean
 from lightning_fedhaw.server import Server
-from lightning_fedhaw.vectors.client_vectors import CPU
+from lightning_fedhaw.vectors.kernels import CPU
 
 MODULE = nn.Linear(1, 1).double()
 SERVER = Server(MODULE, ParameterLayout.of(MODULE))

@@ -127,6 +127,21 @@ def test_data_is_laid_out_once_and_back_again():
     assert data.dataset.tensors[0].is_contiguous()
 
 
+def test_data_that_finds_no_room_stays_as_it_was(monkeypatch):
+    runner, _ = train(Images(), DataLoader(images(), batch_size=8), rounds=1)
+    data, index = runner.fit_loop.federation.data, torch.tensor([4, 2])
+
+    def full(tensor, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.Tensor, "to", full)
+        data.place(torch.device("cuda"), channels_last=True)
+    assert data.gather(index)[0].equal(data.dataset.tensors[0][index])
+    data.place(channels_last=True)
+    assert data.gather(index)[0].equal(data.dataset.tensors[0][index])
+
+
 @pytest.mark.parametrize("choice", ["auto", "model", "cpu"])
 def test_on_a_cpu_data_stays_where_it_is(choice):
     runner, module = train(data_device=choice)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 from federations import QUIET
 from lightning_fedhaw import FederatedDataModule, FederatedTrainer, FedHAWCallback
 from lightning_fedhaw.data import cache_features, find_labels
-from lightning_fedhaw.data.client_data import tensors_of
+from lightning_fedhaw.data.tensors import tensors_of
 
 
 class Images(Dataset):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_fedhaw.data.partition import (
+from lightning_fedhaw.data import (
     DirichletPartitioner,
     HybridDirichletPartitioner,
     IIDPartitioner,
@@ -22,16 +22,18 @@ from lightning_fedhaw.data.partition import (
     Partitioner,
     QuantitySkewPartitioner,
     ShardPartitioner,
-    balanced_counts,
     balanced_subset,
+    subset_by_class,
+)
+from lightning_fedhaw.data.partitioners.counts import largest_remainder
+from lightning_fedhaw.data.partitioners.dirichlet import (
+    balanced_counts,
     clientwise_counts,
     hybrid_counts,
-    largest_remainder,
-    long_tail_counts,
-    subset_by_class,
-    swap_labels,
     unbalanced_counts,
 )
+from lightning_fedhaw.data.partitioners.partition import swap_labels
+from lightning_fedhaw.data.partitioners.skewed import long_tail_counts
 
 N, K = 1200, 6
 LABELS = torch.arange(N) % 8 * 3  # eight classes of 150, numbered 0, 3, .., 21
@@ -557,7 +559,7 @@ class Returns(Partitioner):
     def __init__(self, partition):
         self.result = partition
 
-    def _split(self, num_clients, labels, seed):
+    def split(self, num_clients, labels, seed):
         return self.result
 
 
@@ -568,3 +570,12 @@ def test_a_users_scheme_is_checked():
         Returns(Partition(halves)).partition(3, num_samples=4)
     with pytest.raises(ValueError, match=r"`indices` and `dropped` .* all 5 samples, got 4 used and 0 dropped"):
         Returns(Partition(halves)).partition(2, num_samples=5)
+
+
+def test_a_scheme_without_split_is_refused_when_it_is_made():
+    class Misspelled(Partitioner):
+        def _split(self, num_clients, labels, seed):
+            return Partition.from_owners(labels % num_clients, num_clients)
+
+    with pytest.raises(TypeError, match="abstract method '?split"):
+        Misspelled()

@@ -35,7 +35,8 @@ from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.clients.steps import is_plain_sgd
-from lightning_fedhaw.data.client_data import ClientData, LoaderSettings
+from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.data.loader_settings import LoaderSettings
 from lightning_fedhaw.data.module import FederatedDataModule
 from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
 from lightning_fedhaw.data.split import split

@@ -22,12 +22,13 @@ from torch import Tensor
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.options import check_choice, check_number
-from lightning_fedhaw.vectors.client_vectors import ClientVectors, dot
+from lightning_fedhaw.vectors.base import CohortVectors
+from lightning_fedhaw.vectors.kernels import dot
 
 Smoothing = Literal["participations", "rounds"]
 
 
-def angles(updates: ClientVectors, shares: Tensor) -> Tensor:
+def angles(updates: CohortVectors, shares: Tensor) -> Tensor:
     """Angle between each update and their average, ``[K]`` float64 in [0, pi]; a right angle where either is zero.
 
     Args:
@@ -91,7 +92,7 @@ class FedAdpCallback(AggregationRule):
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
         """One mean of angles a client, and the average it leads to."""
         vectors, clients = cohort.vectors, cohort.clients
-        seen = angles(vectors.displacements, normalised(cohort.num_examples))  # type: ignore[arg-type]
+        seen = angles(vectors.displacements, normalised(cohort.num_examples))
         counts, smooth = state["counts"][clients], state["angles"][clients]
         told = cohort.heard | self.update_unheard
         rounds = counts + 1 if self.smooth_by == "participations" else torch.full_like(counts, cohort.round + 1)

@@ -65,7 +65,8 @@ from lightning_fedhaw.aggregation.base import (
 )
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.options import check_choice, check_number, described, is_number
-from lightning_fedhaw.vectors.client_vectors import AccumulatedVectors, ClientVectors, dot
+from lightning_fedhaw.vectors.base import CohortVectors
+from lightning_fedhaw.vectors.kernels import dot
 
 Jacobian = Literal["diagonal", "exact"]
 GammaForLambda = Literal["new", "old"]
@@ -325,8 +326,6 @@ class FedHAWCallback(AggregationRule):
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
         """One hypergradient step where a previous cohort exists, then the aggregation."""
         vectors = cohort.vectors
-        if isinstance(vectors, AccumulatedVectors):
-            raise TypeError("FedHAW needs the clients' vectors, not their accumulated sum.")
         state = dict(state)
         if self.normalise_by == "norms":
             return self._scale_free_step(cohort, vectors, state)
@@ -351,7 +350,7 @@ class FedHAWCallback(AggregationRule):
             )
         return RuleStep(vectors.weighted_sum(scale * weights), state, weights, metrics)
 
-    def _scale_free_step(self, cohort: Cohort, vectors: ClientVectors, state: State) -> RuleStep:
+    def _scale_free_step(self, cohort: Cohort, vectors: CohortVectors, state: State) -> RuleStep:
         """The whole step where hypergradients have no units."""
         moved, examples = vectors.displacements, normalised(cohort.num_examples)
         now = moved.weighted_sum(examples)
@@ -392,7 +391,7 @@ class FedHAWCallback(AggregationRule):
         return state, metrics
 
     def _hyper_step(
-        self, cohort: Cohort, vectors: ClientVectors, state: State, server: ServerView
+        self, cohort: Cohort, vectors: CohortVectors, state: State, server: ServerView
     ) -> tuple[State, dict[str, float]]:
         gamma, lambda_, previous = state["gamma"], state["lambda_"], state["previous_clients"]
         r = self._pseudo_gradient(cohort, vectors, lambda_, server)
@@ -427,7 +426,7 @@ class FedHAWCallback(AggregationRule):
             return state, {"hypergradient_gamma": 0.0, "hypergradient_lambda": 0.0, "hyper_steps_refused": 1.0}
         return {**state, **gamma_memory, **lambda_memory, "gamma": new_gamma, "lambda_": new_lambda}, metrics
 
-    def _pseudo_gradient(self, cohort: Cohort, vectors: ClientVectors, lambda_: Tensor, server: ServerView) -> Tensor:
+    def _pseudo_gradient(self, cohort: Cohort, vectors: CohortVectors, lambda_: Tensor, server: ServerView) -> Tensor:
         """``r`` [P]: the weighted mean of what the clients did, per unit of learning rate (and step)."""
         shares = torch.softmax(lambda_[cohort.clients], 0)
         if self.normalise_by == "lr*steps":

@@ -29,7 +29,7 @@ from torch import Tensor
 from lightning_fedhaw.aggregation.base import AggregationRule, LocalPace, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.options import check_choice, check_number
-from lightning_fedhaw.vectors.client_vectors import dot
+from lightning_fedhaw.vectors.kernels import dot
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
 Adapt = Literal["G", "SL", "CL", "G+SL", "G+CL"]

@@ -24,6 +24,7 @@ from torch import Tensor
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.options import check_number
+from lightning_fedhaw.vectors.base import CohortVectors
 from lightning_fedhaw.vectors.client_vectors import ClientVectors
 
 NOTHING = 1e-12
@@ -31,7 +32,7 @@ NOTHING = 1e-12
 
 
 def shrinking(
-    updates: ClientVectors,
+    updates: CohortVectors,
     start: Tensor,
     moved: Tensor,
     groups: Mapping[str, Sequence[slice]],
@@ -86,7 +87,7 @@ class FedLWSCallback(AggregationRule):
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
         """One average, shrunk layer by layer."""
         weights, groups = normalised(cohort.num_examples), server.layout.groups()
-        updates: ClientVectors = cohort.vectors.displacements  # type: ignore[assignment]
+        updates = cohort.vectors.displacements
         moved = updates.weighted_sum(weights).to(cohort.start)
         shrink = shrinking(updates, cohort.start, moved, groups, self.beta, self.tau_min, self.tau_max)
         parameters = cohort.start + moved

@@ -26,7 +26,7 @@ from torch import Tensor
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.options import is_number
-from lightning_fedhaw.vectors.client_vectors import ClientVectors
+from lightning_fedhaw.vectors.base import CohortVectors
 
 
 def trimmed_mean(values: Tensor, cut: int) -> Tensor:
@@ -44,7 +44,7 @@ def trimmed_mean(values: Tensor, cut: int) -> Tensor:
     return values[cut : many - cut].mean(0)
 
 
-def krum_scores(vectors: ClientVectors, num_byzantine: int) -> Tensor:
+def krum_scores(vectors: CohortVectors, num_byzantine: int) -> Tensor:
     """Sum of squared distances of each vector to its ``K - num_byzantine - 2`` nearest others, ``[K]`` float64."""
     products = vectors.gram()
     products = (products + products.T) / 2  # to the last bit: a mutual nearest pair has to have equal scores
@@ -55,7 +55,7 @@ def krum_scores(vectors: ClientVectors, num_byzantine: int) -> Tensor:
 
 
 def geometric_median_weights(
-    vectors: ClientVectors, shares: Tensor, smoothing: float, tolerance: float, max_iterations: int
+    vectors: CohortVectors, shares: Tensor, smoothing: float, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, int]:
     """The mix that is the geometric median, by the smoothed Weiszfeld algorithm.
 
@@ -164,7 +164,7 @@ class MultiKrumCallback(_RobustRule):
         self._check_clients(cohort, 2 * self.num_byzantine + 3)
         if self.keep is not None:
             self._check_clients(cohort, self.num_byzantine + self.keep, self.keep)
-        vectors: ClientVectors = cohort.vectors  # type: ignore[assignment]
+        vectors = cohort.vectors
         scores = krum_scores(vectors.displacements, self.num_byzantine)
         order = sorted(range(len(cohort)), key=lambda slot: (scores[slot].item(), cohort.clients[slot].item()))
         chosen = order[: self.keep or len(cohort) - self.num_byzantine - 2]
@@ -225,7 +225,7 @@ class GeometricMedianCallback(AggregationRule):
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
         """One geometric median."""
-        vectors: ClientVectors = cohort.vectors  # type: ignore[assignment]
+        vectors = cohort.vectors
         weights, iterations = geometric_median_weights(
             vectors.displacements, normalised(cohort.num_examples), self.smoothing, self.tolerance, self.max_iterations
         )
@@ -234,7 +234,7 @@ class GeometricMedianCallback(AggregationRule):
 
 
 def _by_columns(cohort: Cohort, state: State, cut: int) -> RuleStep:
-    vectors: ClientVectors = cohort.vectors  # type: ignore[assignment]
+    vectors = cohort.vectors
     moved = vectors.displacements.map_columns(lambda values: trimmed_mean(values, cut))
     weights = torch.full((len(cohort),), 1 / len(cohort), dtype=torch.float64)
     return RuleStep(cohort.start + moved.to(cohort.start), state, weights)

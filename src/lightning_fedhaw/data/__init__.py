@@ -1,11 +1,12 @@
 """The clients' data: partitioners, cohort samplers, and the data module."""
 
-from lightning_fedhaw.data.client_data import Batch, ClientData, LoaderSettings
+from lightning_fedhaw.data.client_data import Batch, ClientData
 from lightning_fedhaw.data.dogs import StanfordDogs
 from lightning_fedhaw.data.features import cache_features
 from lightning_fedhaw.data.labels import find_labels
+from lightning_fedhaw.data.loader_settings import LoaderSettings
 from lightning_fedhaw.data.module import FederatedDataModule
-from lightning_fedhaw.data.partition import (
+from lightning_fedhaw.data.partitioners import (
     DirichletPartitioner,
     HybridDirichletPartitioner,
     IIDPartitioner,
@@ -17,7 +18,6 @@ from lightning_fedhaw.data.partition import (
     Partitioner,
     QuantitySkewPartitioner,
     ShardPartitioner,
-    balanced_subset,
 )
 from lightning_fedhaw.data.preview import draw_histogram, format_histogram
 from lightning_fedhaw.data.samplers import (
@@ -28,6 +28,7 @@ from lightning_fedhaw.data.samplers import (
     WeightedSampler,
 )
 from lightning_fedhaw.data.split import split
+from lightning_fedhaw.data.subsets import balanced_subset, subset_by_class
 
 __all__ = [
     "Batch",
@@ -57,4 +58,5 @@ __all__ = [
     "find_labels",
     "format_histogram",
     "split",
+    "subset_by_class",
 ]

@@ -11,11 +11,12 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, default_collate
 
-from lightning_fedhaw.data.client_data import LoaderSettings
 from lightning_fedhaw.data.labels import find_labels
-from lightning_fedhaw.data.partition import IndexPartitioner, Partition, Partitioner, balanced_subset
+from lightning_fedhaw.data.loader_settings import LoaderSettings
+from lightning_fedhaw.data.partitioners import IndexPartitioner, Partition, Partitioner
 from lightning_fedhaw.data.preview import draw_histogram, format_histogram
 from lightning_fedhaw.data.split import split
+from lightning_fedhaw.data.subsets import balanced_subset
 from lightning_fedhaw.options import FederationOptions, check_whole
 
 Source = Dataset[Any] | DataLoader[Any] | Sequence[DataLoader[Any]]

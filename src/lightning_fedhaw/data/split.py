@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_fedhaw.data.labels import find_labels, stored_labels
-from lightning_fedhaw.data.partition import DirichletPartitioner, IIDPartitioner, Partition, Partitioner
+from lightning_fedhaw.data.partitioners import DirichletPartitioner, IIDPartitioner, Partition, Partitioner
 
 DEFAULT_CLIENTS = 10
 DEFAULT_ALPHA = 0.1

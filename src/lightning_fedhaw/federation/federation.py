@@ -33,7 +33,8 @@ from lightning_fedhaw.ranks import Ranks, deal
 from lightning_fedhaw.report.summary import PHASES
 from lightning_fedhaw.server import Server, all_finite, averaged_buffers
 from lightning_fedhaw.streams import seed_of
-from lightning_fedhaw.vectors.client_vectors import AccumulatedVectors, ClientVectors
+from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
+from lightning_fedhaw.vectors.client_vectors import ClientVectors
 from lightning_fedhaw.vectors.distributed import SpreadVectors
 from lightning_fedhaw.vectors.layout import ParameterLayout
 from lightning_fedhaw.vectors.memory import HOST, empty, is_out_of_memory

@@ -17,7 +17,7 @@ from lightning_fedhaw.clients.vectorized.compiled import CompiledStep
 from lightning_fedhaw.clients.vectorized.optimizers import StackedOptimizer
 from lightning_fedhaw.clients.vectorized.trial import Facts
 from lightning_fedhaw.cohort import ClientUpdate
-from lightning_fedhaw.data.partition import swap_labels
+from lightning_fedhaw.data.partitioners.partition import swap_labels
 from lightning_fedhaw.isolation import seed_randomness
 from lightning_fedhaw.objectives.base import ClientState
 from lightning_fedhaw.streams import seed_of

@@ -1,0 +1,28 @@
+"""Who owns which sample: ways to split one data set over clients.
+
+A scheme is a :class:`Partitioner`; what it returns is a :class:`Partition`. Most schemes first decide *how many*
+samples of each class each client gets, a table of counts, and then deal the shuffled samples out. Every draw comes from
+a generator addressed by the seed and the scheme's name.
+"""
+
+from lightning_fedhaw.data.partitioners.base import Partitioner
+from lightning_fedhaw.data.partitioners.dirichlet import DirichletPartitioner, HybridDirichletPartitioner
+from lightning_fedhaw.data.partitioners.explicit import IndexPartitioner, KeyPartitioner
+from lightning_fedhaw.data.partitioners.iid import IIDPartitioner
+from lightning_fedhaw.data.partitioners.label_swap import LabelSwap
+from lightning_fedhaw.data.partitioners.partition import Partition
+from lightning_fedhaw.data.partitioners.skewed import LongTailPartitioner, QuantitySkewPartitioner, ShardPartitioner
+
+__all__ = [
+    "DirichletPartitioner",
+    "HybridDirichletPartitioner",
+    "IIDPartitioner",
+    "IndexPartitioner",
+    "KeyPartitioner",
+    "LabelSwap",
+    "LongTailPartitioner",
+    "Partition",
+    "Partitioner",
+    "QuantitySkewPartitioner",
+    "ShardPartitioner",
+]

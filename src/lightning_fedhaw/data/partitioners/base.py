@@ -1,0 +1,168 @@
+"""The base class of the schemes that split one data set over clients.
+
+Shapes: K clients.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.data.partitioners.partition import Integers, Partition
+from lightning_fedhaw.options import check_whole
+
+
+class Partitioner(ABC):
+    """A scheme that splits the samples of one data set over clients.
+
+    A subclass writes :meth:`split`. Callers use :meth:`partition`, which checks what goes in and what comes out.
+
+    Attributes:
+        needs_labels: Whether the scheme looks at labels.
+    """
+
+    needs_labels: bool = False
+
+    @property
+    def num_clients(self) -> int | None:
+        """The number of clients that the scheme dictates; None if any will do."""
+        return None
+
+    @abstractmethod
+    def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
+        """Decide who owns which sample; called by :meth:`partition` with arguments that were checked.
+
+        Draw from :func:`~lightning_fedhaw.stream` or another generator made of ``seed``, so that the same seed gives
+        the same partition.
+
+        Args:
+            num_clients: K, at least 1 and at most the number of samples.
+            labels: ``[samples]``; all zero, that is one class, where the scheme does not need labels.
+            seed: The federation's seed.
+
+        Returns:
+            The partition. :meth:`partition` refuses one that uses a sample twice, leaves a client without data, or
+            loses a sample that is not counted in ``dropped``.
+        """
+
+    def partition(
+        self, num_clients: int | None, *, num_samples: int, labels: Tensor | None = None, seed: int = 0
+    ) -> Partition:
+        """Split ``num_samples`` samples over ``num_clients`` clients.
+
+        Args:
+            num_clients: K. May be None where the scheme dictates it.
+            num_samples: Samples in the data set.
+            labels: Integer labels ``[num_samples]``; only looked at by schemes with ``needs_labels``.
+            seed: The federation's seed. The same seed gives the same partition.
+
+        Returns:
+            The partition: no sample twice, no client without data, and no sample lost that is not in ``dropped``.
+
+        Raises:
+            TypeError: If labels are needed and are not integers.
+            ValueError: If the arguments do not fit each other, or the scheme leaves a client without data.
+        """
+        clients = self._resolved_clients(num_clients)
+        check_whole("num_samples", num_samples, 1)
+        if num_samples < clients:
+            raise ValueError(
+                f"`num_clients` must be at most the number of samples, {num_samples}, got {clients}; use fewer clients."
+            )
+        partition = self.split(clients, self._checked_labels(labels, num_samples), seed)
+        _check_partition(partition, clients, num_samples, type(self).__name__)
+        return partition
+
+    def _resolved_clients(self, num_clients: int | None) -> int:
+        """Find K from what the caller asks for and what the scheme dictates."""
+        dictated = self.num_clients
+        name = type(self).__name__
+        if num_clients is None:
+            if dictated is None:
+                raise ValueError(f"`num_clients` must be given for {name}, got None; give a whole number, such as 10.")
+            return dictated
+        check_whole("num_clients", num_clients, 1)
+        if dictated is not None and dictated != num_clients:
+            raise ValueError(f"`num_clients` must be {dictated}, which {name} dictates, or None, got {num_clients}.")
+        return num_clients
+
+    def _checked_labels(self, labels: Tensor | None, num_samples: int) -> Integers:
+        """Make the labels ``[samples]`` that :meth:`split` is given."""
+        if labels is None and self.needs_labels:
+            raise ValueError(
+                f"`labels` must be given for {type(self).__name__}, got None (no integer class labels were found in the"
+                " data set); give the labels of all samples, or split without labels: leave `alpha` out, or use"
+                " `IIDPartitioner()`."
+            )
+        if labels is not None and len(labels) != num_samples:
+            raise ValueError(f"`labels` must have one entry per sample ({num_samples}), got {len(labels)}.")
+        if labels is None or not self.needs_labels:
+            return np.zeros(num_samples, dtype=np.int64)
+        return integer_labels(labels)
+
+
+def _check_partition(partition: Partition, num_clients: int, num_samples: int, scheme: str) -> None:
+    """Refuse a partition that does not keep what a scheme has to promise."""
+    if len(partition.indices) != num_clients:
+        raise ValueError(
+            f"`indices` of a partition by {scheme} must have one entry per client ({num_clients}), got"
+            f" {len(partition.indices)}."
+        )
+    empty = [str(client) for client, size in enumerate(partition.sizes.tolist()) if size == 0]
+    if empty:
+        raise ValueError(
+            f"`indices` of a partition by {scheme} must give every client a sample, got none for client(s)"
+            f" {', '.join(empty)}; use fewer clients or a less skewed split."
+        )
+    used = torch.cat(partition.indices)
+    if used.min() < 0 or used.max() >= num_samples:
+        raise ValueError(
+            f"`indices` of a partition by {scheme} must lie in 0 .. {num_samples - 1}, got {int(used.min())} to"
+            f" {int(used.max())}."
+        )
+    times = used.bincount()
+    if times.max() > 1:
+        raise ValueError(
+            f"`indices` of a partition by {scheme} must use each sample at most once, got sample {int(times.argmax())}"
+            f" {int(times.max())} times."
+        )
+    if len(used) + partition.dropped != num_samples:
+        raise ValueError(
+            f"`indices` and `dropped` of a partition by {scheme} must account for all {num_samples} samples, got"
+            f" {len(used)} used and {partition.dropped} dropped."
+        )
+
+
+def check_base(base: Any) -> None:
+    """Refuse what is no scheme where one scheme stands on another.
+
+    Raises:
+        TypeError: If it is no partitioner.
+    """
+    if not isinstance(base, Partitioner):
+        raise TypeError(f"`base` must be a `Partitioner`, such as `IIDPartitioner()`, got {base!r}.")
+
+
+def integer_labels(labels: Tensor) -> Integers:
+    """Convert labels ``[samples]`` to int64.
+
+    Raises:
+        TypeError: If they are not integers, or not one for each sample.
+    """
+    values = torch.as_tensor(labels)
+    if values.ndim != 1 or values.is_floating_point() or values.is_complex():
+        raise TypeError(
+            f"`labels` must be integers of shape [samples], got {values.dtype} of shape {list(values.shape)}."
+        )
+    return values.cpu().numpy().astype(np.int64)
+
+
+def plain_list(values: Any) -> list[Any]:
+    """Convert an array, a tensor, a column or another iterable to a list of plain Python values."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    return list(values)

@@ -1,0 +1,193 @@
+"""What the schemes share that decide by counts: how many samples of each class each client gets.
+
+Shapes: K clients, C classes that occur in the data (in ascending order of label), counts ``[K, C]``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from math import isfinite
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lightning_fedhaw.data.partitioners.partition import Integers, Partition
+from lightning_fedhaw.options import check_whole, is_number
+from lightning_fedhaw.streams import seed_of
+
+OnInfeasible = Literal["raise", "move"]
+
+
+def generator(seed: int, *scheme: str) -> np.random.Generator:
+    """Make the generator of a scheme: a seed and a name always give the same draws."""
+    return np.random.default_rng(seed_of(seed, "partition", *scheme))
+
+
+def count_classes(labels: Integers) -> Integers:
+    """Count the samples of each class that occurs, ``[C]``."""
+    return np.unique(labels, return_counts=True)[1].astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making counts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def largest_remainder(fractions: ArrayLike, total: int) -> Integers:
+    """Find whole numbers in the given proportions that sum to ``total`` (Hamilton's method).
+
+    Every entry is rounded down, then the largest remainders, the first of equals, get one more.
+
+    Args:
+        fractions: Non-negative proportions ``[n]``; they need not sum to one.
+        total: What the counts sum to.
+
+    Returns:
+        Counts ``[n]``, each less than one away from its exact share.
+
+    Raises:
+        ValueError: If a fraction is negative or not finite, if all are zero, or if ``total`` is negative.
+
+    Example:
+        >>> largest_remainder((0.15, 0.35, 0.5), 7).tolist()
+        [1, 2, 4]
+    """
+    check_whole("total", total, 0)
+    weights = np.asarray(fractions, dtype=np.float64)
+    if weights.ndim != 1 or not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
+        raise ValueError(f"`fractions` must be non-negative finite numbers, not all zero, got {fractions!r}.")
+    exact = weights / weights.sum() * total
+    counts: Integers = np.floor(exact).astype(np.int64)
+    by_remainder = np.argsort(counts - exact, kind="stable")
+    missing = total - counts.sum()
+    counts[by_remainder[:missing]] += 1
+    return counts
+
+
+def equal_sizes(num_clients: int, num_samples: int) -> Integers:
+    """Share samples out evenly, ``[K]``; sizes differ by one at most."""
+    return largest_remainder(np.ones(num_clients), num_samples)
+
+
+def dirichlet(rng: np.random.Generator, alpha: float, size: int) -> NDArray[np.float64]:
+    """Draw proportions ``[size]`` from Dir(alpha, .., alpha), also where floating point gives up on alpha."""
+    shares = rng.dirichlet(np.full(size, alpha))
+    if abs(shares.sum() - 1.0) < 1e-6:
+        return shares
+    # NaN or all zero: what the distribution tends to, one corner for a tiny alpha and the center for a huge one.
+    if alpha < 1:
+        corner: NDArray[np.float64] = np.eye(size)[rng.integers(size)]
+        return corner
+    return np.full(size, 1 / size)
+
+
+def check_concentration(name: str, value: Any) -> None:
+    """Refuse what is no concentration of a Dirichlet distribution.
+
+    Raises:
+        ValueError: Naming the argument, what is allowed, and what came.
+    """
+    if not (is_number(value) and isfinite(value) and value > 0):
+        raise ValueError(f"`{name}` must be a positive number (0.1 is strong skew, 100 nearly none), got {value!r}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clients that are large enough
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def smallest_allowed(min_size: int | None, num_clients: int, num_samples: int) -> int:
+    """Find the smallest client size to insist on: ``min_size``, or its default.
+
+    Raises:
+        ValueError: If there are too few samples for ``min_size``.
+    """
+    if min_size is None:
+        half_of_equal_share = num_samples // num_clients // 2
+        least = max(1, min(10, half_of_equal_share))
+    else:
+        least = min_size
+    if least * num_clients > num_samples:
+        raise ValueError(
+            f"`min_size` must be at most the mean client size {num_samples / num_clients:g} ({num_samples} samples,"
+            f" {num_clients} clients), got {least}."
+        )
+    return least
+
+
+def redraw(draw: Callable[[], Integers], least: int, max_tries: int, on_infeasible: OnInfeasible) -> Integers:
+    """Draw counts ``[K, C]``, all of them anew each time, until every client has enough samples.
+
+    Args:
+        draw: Draws counts.
+        least: Samples that every client must get.
+        max_tries: Draws before giving up.
+        on_infeasible: Whether giving up is an error, or a warning that samples were moved.
+
+    Raises:
+        ValueError: If no draw was good enough, with ``on_infeasible="raise"``.
+    """
+    for _ in range(max_tries):
+        counts = draw()
+        smallest = int(counts.sum(axis=1).min())
+        if smallest >= least:
+            return counts
+    if on_infeasible == "raise":
+        raise ValueError(
+            f"`min_size` must be reached by every client, and in {max_tries} tries no draw gave all {len(counts)}"
+            f" clients {least} samples (the last gave one {smallest}); use a less skewed split, fewer clients, a"
+            ' smaller `min_size`, or, with `DirichletPartitioner`, `on_infeasible="move"`.'
+        )
+    warnings.warn(
+        f"No draw in {max_tries} tries gave all {len(counts)} clients `min_size`={least} samples; samples were moved"
+        " from the largest clients to the smallest.",
+        stacklevel=4,  # the caller of Partitioner.partition
+    )
+    return _top_up(counts, least)
+
+
+def _top_up(counts: Integers, least: int) -> Integers:
+    """Move samples from the largest client to the smallest until every client has ``least``."""
+    counts = counts.copy()
+    sizes = counts.sum(axis=1)
+    while sizes.min() < least:
+        poor = sizes.argmin()
+        rich = sizes.argmax()
+        c = counts[rich].argmax()
+        # Only what the rich one can spare; it can, since `least` is at most the mean, so that the loop ends.
+        moved = min(least - sizes[poor], sizes[rich] - least, counts[rich, c])
+        counts[rich, c] -= moved
+        counts[poor, c] += moved
+        sizes = counts.sum(axis=1)
+    return counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From counts to samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def deal(rng: np.random.Generator, labels: Integers, counts: Integers) -> Partition:
+    """Give client k ``counts[k, c]`` random samples of class c; what is left over belongs to nobody.
+
+    Args:
+        rng: Where the draw comes from.
+        labels: ``[samples]``.
+        counts: ``[K, C]``.
+    """
+    num_clients, num_classes = counts.shape
+    left_over = count_classes(labels) - counts.sum(axis=0)
+    table = np.vstack([counts, left_over])  # [K + 1, C]
+    clients_and_nobody = np.append(np.arange(num_clients), -1)
+    takers = np.repeat(np.tile(clients_and_nobody, num_classes), table.T.ravel())  # [samples], class by class
+    owners = np.empty(len(labels), dtype=np.int64)
+    owners[shuffled_by_class(rng, labels)] = takers
+    return Partition.from_owners(owners, num_clients)
+
+
+def shuffled_by_class(rng: np.random.Generator, labels: Integers) -> Integers:
+    """List all sample indices ``[samples]``, sorted by label and in random order within a label."""
+    order = rng.permutation(len(labels))
+    return order[np.argsort(labels[order], kind="stable")]

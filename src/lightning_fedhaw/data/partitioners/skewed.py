@@ -1,0 +1,216 @@
+"""Other skews than those of a Dirichlet distribution over labels: shards, clients of unequal size, long tails.
+
+Shapes: K clients, C classes that occur in the data (in ascending order of label), counts ``[K, C]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from lightning_fedhaw.data.partitioners.base import Partitioner, check_base
+from lightning_fedhaw.data.partitioners.counts import (
+    check_concentration,
+    count_classes,
+    deal,
+    dirichlet,
+    generator,
+    largest_remainder,
+    redraw,
+    shuffled_by_class,
+    smallest_allowed,
+)
+from lightning_fedhaw.data.partitioners.partition import Integers, Partition
+from lightning_fedhaw.options import check_whole, is_number
+
+
+@dataclass(frozen=True)
+class ShardPartitioner(Partitioner):
+    """A few shards of label-sorted data per client, so that most clients see few labels; McMahan et al. 2017 (FedAvg).
+
+    MNIST's classic is 100 clients with 2 shards of 300. Left-over samples are dropped and counted.
+
+    Attributes:
+        shards_per_client: Shards that each client gets.
+        shard_size: Samples in a shard. Default: as many as there are samples for.
+
+    Raises:
+        ValueError: If an argument is not a positive whole number; in ``partition``, if there are too few samples.
+    """
+
+    shards_per_client: int = 2
+    shard_size: int | None = None
+    needs_labels = True
+
+    def __post_init__(self) -> None:
+        check_whole("shards_per_client", self.shards_per_client, 1)
+        if self.shard_size is not None:
+            check_whole("shard_size", self.shard_size, 1)
+
+    def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
+        """Cut the samples, sorted by label, into shards, and deal the shards."""
+        needed = num_clients * self.shards_per_client
+        size = max(1, len(labels) // needed) if self.shard_size is None else self.shard_size
+        available = len(labels) // size
+        if available < needed:
+            name = "shards_per_client" if self.shard_size is None else "shard_size"
+            raise ValueError(
+                f"`{name}` must leave enough samples for {needed} shards ({num_clients} clients with"
+                f" {self.shards_per_client} each), got {getattr(self, name)}, which {len(labels)} samples fill"
+                f" {available} times; use smaller or fewer shards."
+            )
+        rng = generator(seed, "shards")
+        order = shuffled_by_class(rng, labels)
+        takers = np.full(available, -1)  # [shards]
+        takers[rng.permutation(available)[:needed]] = np.repeat(np.arange(num_clients), self.shards_per_client)
+        owners = np.full(len(labels), -1)
+        owners[order[: available * size]] = np.repeat(takers, size)
+        return Partition.from_owners(owners, num_clients)
+
+
+@dataclass(frozen=True)
+class QuantitySkewPartitioner(Partitioner):
+    """Clients of different size, each with a random sample of the data.
+
+    Sizes are proportional to LogNormal(., ``sigma``), as in FedLab and FedDyn (Acar et al. 2021), or are drawn from
+    Dir(``alpha``) over the clients, as in Li et al. 2022 ("Federated Learning on Non-IID Data Silos").
+
+    Attributes:
+        sigma: Standard deviation of the logarithm of a client's size, at least 0; 0 gives equal sizes. Default: 1,
+            unless ``alpha`` is given.
+        alpha: Concentration, positive; excludes ``sigma``.
+        min_size: As for :class:`DirichletPartitioner`.
+        max_tries: Draws before ``min_size`` is given up with an error.
+
+    Raises:
+        ValueError: If an argument is out of range, or both ``sigma`` and ``alpha`` are given.
+    """
+
+    sigma: float | None = None
+    alpha: float | None = None
+    min_size: int | None = None
+    max_tries: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.sigma is not None and self.alpha is not None:
+            raise ValueError(f"Give `sigma` or `alpha`, not both, got {self.sigma!r} and {self.alpha!r}.")
+        if self.sigma is not None and not (is_number(self.sigma) and 0 <= self.sigma < float("inf")):
+            raise ValueError(f"`sigma` must be a number of at least 0 (0 is equal sizes), got {self.sigma!r}.")
+        if self.alpha is not None:
+            check_concentration("alpha", self.alpha)
+        check_whole("max_tries", self.max_tries, 1)
+        if self.min_size is not None:
+            check_whole("min_size", self.min_size, 1)
+
+    def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
+        """Draw the sizes, and deal by them."""
+        counts = np.array(self.sizes(num_clients, len(labels), seed))[:, None]  # [K, 1]
+        return deal(generator(seed, "quantity-skew"), labels, counts)
+
+    def sizes(self, num_clients: int, num_samples: int, seed: int = 0) -> list[int]:
+        """Draw the samples of each client, ``[K]`` of sum ``num_samples``."""
+        check_whole("num_clients", num_clients, 1)
+        check_whole("num_samples", num_samples, num_clients)
+        rng = generator(seed, "quantity-skew", "sizes")
+
+        def draw() -> Integers:
+            return largest_remainder(self._shares(rng, num_clients), num_samples)[:, None]  # [K, 1]
+
+        least = smallest_allowed(self.min_size, num_clients, num_samples)
+        counts = redraw(draw, least, self.max_tries, "raise")
+        sizes: list[int] = counts[:, 0].tolist()
+        return sizes
+
+    def _shares(self, rng: np.random.Generator, num_clients: int) -> NDArray[np.float64]:
+        """Draw proportions of the clients' sizes, ``[K]``."""
+        if self.alpha is not None:
+            return dirichlet(rng, self.alpha, num_clients)
+        sigma = 1.0 if self.sigma is None else self.sigma
+        logs = sigma * rng.standard_normal(num_clients)
+        shares: NDArray[np.float64] = np.exp(logs - logs.max())  # the scale is free, and must not overflow
+        return shares
+
+
+@dataclass(frozen=True)
+class LongTailPartitioner(Partitioner):
+    """Class imbalance in the whole federation: classes are cut by ``long_tail_counts``, then ``base`` splits.
+
+    FedLAW (Li et al. 2023) takes ``DirichletPartitioner(alpha, "unbalanced")`` as the base. What is cut away is
+    dropped and counted.
+
+    Attributes:
+        rho: Largest class over smallest, at least 1; classes fall off in ascending order of label.
+        base: Splits what is left.
+
+    Raises:
+        TypeError: If ``base`` is not a partitioner.
+        ValueError: If ``rho`` is below 1 or ``base`` is made for one data set; in ``partition``, if ``rho`` leaves a
+            class without a sample.
+    """
+
+    rho: float
+    base: Partitioner
+    needs_labels = True
+
+    def __post_init__(self) -> None:
+        _check_rho(self.rho)
+        check_base(self.base)
+        if self.base.num_clients is not None:
+            raise ValueError(
+                f"`base` must be a scheme that can split any data set, got {type(self.base).__name__}, which is made"
+                " for one; use, for example, `DirichletPartitioner(0.1)`."
+            )
+
+    def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
+        """Keep a long tail of the samples, and let the base split those."""
+        counts = long_tail_counts(count_classes(labels), self.rho)  # [C]
+        if counts.min() == 0:
+            raise ValueError(
+                f"`rho` must leave every class a sample, got {self.rho}, which leaves class"
+                f" {np.unique(labels)[counts.argmin()]} none; use a smaller `rho`."
+            )
+        # One client who takes the tail is a way to draw it.
+        kept = deal(generator(seed, "long-tail"), labels, counts[None]).indices[0]
+        inner = self.base.partition(
+            num_clients, num_samples=len(kept), labels=torch.from_numpy(labels)[kept], seed=seed
+        )
+        indices = tuple(kept[chosen] for chosen in inner.indices)
+        return Partition(indices, len(labels) - len(kept) + inner.dropped, inner.label_swaps)
+
+
+def long_tail_counts(class_counts: ArrayLike, rho: float) -> Integers:
+    """Cut class sizes so that they fall off exponentially: class c of C keeps ``floor(n_c * rho ** (-c / (C - 1)))``.
+
+    The truncation of long-tailed CIFAR (Cui et al. 2019, "Class-Balanced Loss Based on Effective Number of Samples"),
+    used by FedLAW (Li et al. 2023).
+
+    Args:
+        class_counts: Samples n_c of each class, ``[C]``.
+        rho: How many times larger the first class becomes than the last where all were equal; at least 1.
+
+    Returns:
+        Samples that each class keeps, ``[C]``.
+
+    Raises:
+        ValueError: If ``rho`` is less than 1 or not finite.
+
+    Example:
+        >>> long_tail_counts([5000] * 5, 10).tolist()
+        [5000, 2811, 1581, 889, 500]
+    """
+    _check_rho(rho)
+    full = np.asarray(class_counts, dtype=np.int64)
+    kept = full * float(rho) ** (-np.arange(len(full)) / max(len(full) - 1, 1))
+    # The slack is for products that round to just below a whole number: 49 * 49 ** -1.0 is 0.99..
+    counts: Integers = np.floor(kept * (1 + 1e-12)).astype(np.int64)
+    return counts
+
+
+def _check_rho(rho: Any) -> None:
+    if not (is_number(rho) and isfinite(rho) and rho >= 1):
+        raise ValueError(f"`rho` must be a number of at least 1, got {rho!r}.")

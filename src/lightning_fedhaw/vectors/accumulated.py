@@ -1,0 +1,101 @@
+"""A cohort's vectors that were summed as they came, and not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.vectors.base import CohortVectors, check_length
+
+
+class AccumulatedVectors(CohortVectors):
+    """The weighted sum of vectors that were never kept, for rules that name each client's weight beforehand.
+
+    Memory is one vector, whatever the number of clients. Only the mix for the accumulated weights exists; any other
+    verb needs the vectors, and raises a ``RuntimeError`` that says so.
+
+    Args:
+        total: ``[P]``, the sum of raw weight times displacement.
+        raw_weights: ``[K]``, the raw weight of each client that was added.
+        start: ``[P]``, what the displacements are measured from. ``None`` stands for zero.
+        rule: Name of the rule, for error messages.
+    """
+
+    def __init__(self, total: Tensor, raw_weights: Tensor, start: Tensor | None, rule: str) -> None:
+        self.total = total
+        self.raw_weights = raw_weights
+        self.start = start
+        self.rule = rule
+
+    def __len__(self) -> int:
+        return len(self.raw_weights)
+
+    @property
+    def weights(self) -> Tensor:
+        """``[K]`` float64: the raw weights, normalized to sum to one."""
+        return self.raw_weights / self.raw_weights.sum()
+
+    @property
+    def displacements(self) -> AccumulatedVectors:
+        """The same sum measured from the start."""
+        return AccumulatedVectors(self.total, self.raw_weights, None, self.rule)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Mix the clients by the one set of weights that was accumulated (up to a common factor), ``[P]``.
+
+        Raises:
+            RuntimeError: If other weights are asked for, or weights that gradients should flow back to.
+        """
+        check_length("weights", weights, len(self))
+        if weights.requires_grad and torch.is_grad_enabled():
+            # The derivative is `inner`. Without this, the mix would come out detached, and nothing be learned from it.
+            raise self._not_kept("the derivative of a weighted sum")
+        asked = weights.detach().double()
+        scale = asked.sum() / self.raw_weights.sum()
+        if not torch.allclose(asked, self.raw_weights * scale, rtol=1e-9, atol=0.0):
+            raise self._not_kept("a weighted sum with weights other than its `raw_weight`")
+        mixed = self.total * scale.item()
+        if self.start is None:
+            return mixed
+        return mixed.add_(self.start, alpha=weights.sum().item())
+
+    def to(self, device: torch.device) -> AccumulatedVectors:
+        """Raise: there are no vectors to keep."""
+        raise self._not_kept("`to`")
+
+    def inner(self, vector: Tensor) -> Tensor:
+        """Raise: it takes the vectors."""
+        raise self._not_kept("`inner`")
+
+    def gram(self) -> Tensor:
+        """Raise: it takes the vectors."""
+        raise self._not_kept("`gram`")
+
+    def norms(self, groups: Mapping[str, Sequence[slice]] | None = None) -> Tensor:
+        """Raise: it takes the vectors."""
+        raise self._not_kept("`norms`")
+
+    def distances(self, center: Tensor | None, groups: Mapping[str, Sequence[slice]] | None = None) -> Tensor:
+        """Raise: it takes the vectors."""
+        raise self._not_kept("`distances`")
+
+    def gather(self) -> Tensor:
+        """Raise: it takes the vectors."""
+        raise self._not_kept("`gather`")
+
+    def map_columns(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Raise: it takes the vectors."""
+        raise self._not_kept("`map_columns`")
+
+    @property
+    def matrix(self) -> Tensor:
+        """Raise: it is no verb, but a rule that was tried with vectors that are kept may read their rows."""
+        raise self._not_kept("`matrix`")
+
+    def _not_kept(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"`{self.rule}` declares `raw_weight`, so the clients' vectors were summed as they came and not kept, but"
+            f' it then asked for {what}. Remove `raw_weight` from the rule, or set `storage="device"`.'
+        )
