@@ -110,7 +110,7 @@ class BatchedStep:
         if self._open and starts is not None:
             self._state_names = [list(states[i]) for i in self._open]
             extra += [*starts.values(), *(value for i in self._open for value in states[i].values())]
-        with self.host.strategy.precision_plugin.train_step_context():
+        with self.host.step_context():
             given = self._batched(*parameters, *buffers, *data, *extra)
         loss = given[0] if self._has_loss else None
         rest = given[1:] if self._has_loss else given

@@ -228,7 +228,7 @@ class _Trial:
         with LogRecorder(host.module, host.callbacks) as recorder:
             recorder.batch_size = self.batch_size
             arguments = host.arguments(data, 0)
-            with host.strategy.precision_plugin.train_step_context(), around:
+            with host.step_context(), around:
                 output = host.module.training_step(*arguments)
             loss, _ = loss_of(output)
             if loss is None:
@@ -357,12 +357,9 @@ class _Trial:
     @contextmanager
     def _computing_in(self, precision: Precision, dtype: torch.dtype, size: int) -> Iterator[None]:
         """Run the module in another precision for a while, on the first samples of each client's batch."""
-        strategy = self.host.strategy
-        own = strategy.precision_plugin
         given = self.vectors, self.starts, self.states, self.batch, self.batch_size
         tensors = [*self.host.module.parameters(), *self.host.module.buffers()]
         before = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point()]
-        strategy.precision_plugin = precision
         self.dtype = dtype
         self.vectors = [vector.to(dtype) for vector in self.vectors]
         self.starts = {name: _cast(value, dtype) for name, value in self.starts.items()}
@@ -372,9 +369,9 @@ class _Trial:
         try:
             for tensor, data in before:
                 tensor.data = data.to(dtype)
-            yield
+            with self.host.computing_in(precision):
+                yield
         finally:
-            strategy.precision_plugin = own
             self.dtype = None
             self.vectors, self.starts, self.states, self.batch, self.batch_size = given
             for tensor, data in before:
