@@ -1,4 +1,4 @@
-"""The third door: a federation from the command line and from YAML files. Needs jsonargparse."""
+"""The third entry point: a federation from the command line and from YAML files. Needs jsonargparse."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class FederatedArgumentParser(LightningArgumentParser):
 
         def make(kind: type, *args: Any, applied_instantiation_links: dict[str, Any], **given: Any) -> Any:
             cli = instantiator.cli
-            path = getattr(cli._get(cli.config, "data"), "class_path", "") if instantiator.key == "data" else ""
+            path = getattr(_entry(cli, cli.config, "data"), "class_path", "") if instantiator.key == "data" else ""
             if path and path.rpartition(".")[2] != kind.__name__:
                 return kind(*args, **given)
             return instantiator(kind, *args, applied_instantiation_links=applied_instantiation_links, **given)
@@ -169,18 +169,18 @@ class FederatedCLI(LightningCLI):
                 ours = ours.__cause__  # jsonargparse wraps what constructors raise
             if not _raised_here(ours):
                 raise
-            self._parser(self.subcommand).error(str(ours), error)
+            self.parser.error(str(ours), error)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with the federation's settings, the rule, channels and objectives."""
-        given = self._get(self.config_init, "trainer")
+        given = _entry(self, self.config_init, "trainer")
         callbacks = _listed(given.get("callbacks"))
         for group in GROUPS:
-            callbacks += _listed(self._get(self.config_init, group))
+            callbacks += _listed(_entry(self, self.config_init, group))
         if self.subcommand != "fit" and given.get("rounds") is None and given.get("max_epochs") is None:
             kwargs = {"rounds": 0, **kwargs}
         trainer: Any = super().instantiate_trainer(
-            **{**self._get(self.config_init, "federation"), "callbacks": callbacks, **kwargs}
+            **{**_entry(self, self.config_init, "federation"), "callbacks": callbacks, **kwargs}
         )
         has_rule = any(isinstance(callback, AggregationRule) for callback in trainer.callbacks)
         if self.subcommand == "fit" and not has_rule and not is_overridden("configure_callbacks", self.model):
@@ -189,6 +189,11 @@ class FederatedCLI(LightningCLI):
                 " the configuration."
             )
         return cast(Trainer, trainer)
+
+
+def _entry(cli: LightningCLI, config: Any, key: str) -> Any:
+    """An entry of a configuration, which may be that of a subcommand."""
+    return config.get(str(cli.subcommand), config).get(key)
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -250,8 +250,8 @@ def _new_methods(cls: type[Rule]) -> list[str]:
     """The methods of a rule's class that override nothing, among which a misspelled one is found."""
     names: list[str] = []
     for kind in cls.__mro__[: cls.__mro__.index(Rule)]:
-        inherited = {name for parent in kind.__mro__[1:] for name in vars(parent)}
-        names += [name for name, value in vars(kind).items() if callable(value) and name not in inherited]
+        known = {name for parent in kind.__mro__[1:] for name in vars(parent)} | cls.__abstractmethods__
+        names += [name for name, value in vars(kind).items() if callable(value) and name not in known]
     return names
 
 

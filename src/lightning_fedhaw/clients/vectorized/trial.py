@@ -28,7 +28,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import Dataset
 from torchmetrics import Metric
 
-import lightning_fedhaw
+from lightning_fedhaw import streams
 from lightning_fedhaw.clients.engine import LocalPlan, give_settings, settings_of, states_of
 from lightning_fedhaw.clients.records import LogRecorder, NotAFunctionError, StackRecorder
 from lightning_fedhaw.clients.steps import Host, Terms, loss_of
@@ -41,7 +41,7 @@ from lightning_fedhaw.streams import seed_of, stream
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
 # The standard library's folder too, which holds that of installed packages as a rule.
-_LIBRARIES = tuple(str(Path(m.__file__ or "").parent) for m in (torch, lightning, torchmetrics, lightning_fedhaw, dis))
+_LIBRARIES = tuple(str(Path(m.__file__ or "").parent) for m in (torch, lightning, torchmetrics, streams, dis))
 
 FEW = 8
 """Samples a client that are enough to compare: float64 is slow on many devices."""
