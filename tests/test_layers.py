@@ -1,6 +1,7 @@
 """Modules in rows: imports run downwards, files import each other in no circle, and only adapter/ opens Lightning."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -78,6 +79,12 @@ def circle(graph) -> list[str]:
 
 def test_every_module_has_a_row_and_every_row_is_of_modules_that_are_there():
     assert {module_of(path) for path in FILES} == set(ROW_OF)
+
+
+def test_the_table_in_the_documentation_is_the_one_that_is_enforced():
+    text = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", text, re.MULTILINE)
+    assert {int(number): set(re.findall(r"`(\w+)`", modules)) for number, modules in rows} == ROWS
 
 
 def test_imports_run_downwards():
