@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from federations import QUIET, Classifier, flat, loader, samples, trainer, val_loader
-from lightning_fedhaw import FedAvgCallback, FederatedDataModule, FederatedTrainer, FedHAWCallback
+from lightning_fedhaw import FedAvgCallback, FederatedDataModule, FederatedTrainer, FedHAWCallback, RoundObserver
 
 FEDERATION = {"num_clients": 5, "alpha": 0.5, "clients_per_round": 3, "local_epochs": 2, "seed": 4}
 
@@ -192,3 +192,30 @@ def test_trainer_and_rule_must_agree():
     )
     runner.fit(Classifier(), loader())
     assert runner.fit_loop.options.local_epochs == 2
+
+
+@pytest.mark.parametrize("door", [1, 2])
+def test_callbacks_are_given_the_federation_and_the_options_in_force(door):
+    class Sees(RoundObserver):
+        def __init__(self):
+            self.seen = []
+
+        def on_federation_start(self, trainer, pl_module, federation):
+            self.seen.append((trainer.global_step, federation.data.num_clients, trainer.federation_options.num_clients))
+            assert federation is trainer.fit_loop.federation
+            assert trainer.federation_options.optimizer_state == "kept"
+
+        def on_round_start(self, trainer, pl_module, round_, clients):
+            self.seen.append(round_)
+
+    sees, rule = Sees(), FedAvgCallback(num_clients=3, optimizer_state="kept")
+    if door == 1:
+        runner = FederatedTrainer(rounds=1, callbacks=[rule, sees], **QUIET)
+        assert runner.federation_options.num_clients is None
+    else:
+        runner = pl.Trainer(max_epochs=1, callbacks=[rule, sees], **QUIET)
+    module = Classifier()
+    runner.fit(module, loader())
+    runner.fit_loop.max_epochs = 2
+    runner.fit(module, loader())
+    assert sees.seen == [(0, 3, 3), 0, (1, 3, 3), 1]

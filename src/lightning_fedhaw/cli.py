@@ -51,7 +51,7 @@ class FederatedArgumentParser(LightningArgumentParser):
             cli = instantiator.cli
             path = ""
             if instantiator.key == "data":
-                path = getattr(cli._get(cli.config, "data"), "class_path", "")
+                path = getattr(_entry(cli, cli.config, "data"), "class_path", "")
             if path and path.rpartition(".")[2] != kind.__name__:
                 return kind(*args, **given)
             return instantiator(kind, *args, applied_instantiation_links=applied_instantiation_links, **given)
@@ -148,15 +148,15 @@ class FederatedCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with the federation's settings, the rule, channels and objectives."""
-        config = self._get(self.config_init, "trainer")
+        config = _entry(self, self.config_init, "trainer")
         callbacks = _as_list(config.get("callbacks"))
         for group in GROUPS:
-            callbacks += _as_list(self._get(self.config_init, group))
+            callbacks += _as_list(_entry(self, self.config_init, group))
         if self.subcommand != "fit" and config.get("rounds") is None and config.get("max_epochs") is None:
             # Nothing is trained, and the trainer asks for a number of rounds.
             kwargs = {"rounds": 0, **kwargs}
         trainer: Any = super().instantiate_trainer(
-            **{**self._get(self.config_init, "federation"), "callbacks": callbacks, **kwargs}
+            **{**_entry(self, self.config_init, "federation"), "callbacks": callbacks, **kwargs}
         )
         has_rule = any(isinstance(callback, AggregationRule) for callback in trainer.callbacks)
         if self.subcommand == "fit" and not has_rule and not is_overridden("configure_callbacks", self.model):
@@ -165,6 +165,11 @@ class FederatedCLI(LightningCLI):
                 " the configuration."
             )
         return cast(Trainer, trainer)
+
+
+def _entry(cli: LightningCLI, config: Any, key: str) -> Any:
+    """An entry of a configuration, which may be that of a subcommand."""
+    return config.get(str(cli.subcommand), config).get(key)
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -13,6 +13,15 @@ class RoundObserver(Callback):
     Observers see, and change nothing: weights belong to rules, messages to channels, losses to client objectives.
     """
 
+    def on_federation_start(self, trainer: Any, pl_module: Any, federation: Any) -> None:
+        """A ``fit`` is about to play its first round.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module, with the global model in it.
+            federation: The :class:`~lightning_fedhaw.federation.federation.Federation`, new or resumed.
+        """
+
     def on_round_start(self, trainer: Any, pl_module: Any, round_: int, clients: list[int]) -> None:
         """A cohort was drawn; nobody has trained yet.
 

@@ -1,4 +1,4 @@
-"""The first door: a Lightning trainer whose epochs are communication rounds."""
+"""The first entry point: a Lightning trainer whose epochs are communication rounds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_fedhaw.adapter.attach import install_loops
 from lightning_fedhaw.adapter.checkpoint import RoundCheckpoint, write_atomically
-from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop
-from lightning_fedhaw.adapter.loop import RoundLoop, find_rule
 from lightning_fedhaw.adapter.progress import replace_default_bar
 from lightning_fedhaw.adapter.strategy import check_world_size, default_strategy
 from lightning_fedhaw.adapter.unsupported import (
@@ -21,13 +20,13 @@ from lightning_fedhaw.adapter.unsupported import (
     check_trainer,
     default_accelerator,
 )
-from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.channel.base import check_keys
 from lightning_fedhaw.data.partitioners import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions, check_names, check_whole
 from lightning_fedhaw.report.history import keep_history
+from lightning_fedhaw.rule import Rule, find_rule
 
 
 class FederatedTrainer(pl.Trainer):
@@ -88,6 +87,7 @@ class FederatedTrainer(pl.Trainer):
 
     Attributes:
         federation_summary: After ``fit``, what the closing table says, as a plain dict; empty before.
+        federation_options: The federation's arguments; from the beginning of ``fit``, those of the rule too.
 
     Raises:
         ValueError: If an argument has no meaning in a federation.
@@ -100,6 +100,7 @@ class FederatedTrainer(pl.Trainer):
     """
 
     federation_summary: dict[str, Any]
+    federation_options: FederationOptions
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class FederatedTrainer(pl.Trainer):
         )
         given = kwargs.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        if len([c for c in given if isinstance(c, AggregationRule)]) > 1 or any(isinstance(c, type) for c in given):
+        if len([c for c in given if isinstance(c, Rule)]) > 1 or any(isinstance(c, type) for c in given):
             find_rule(given)
         check_keys(given)
         find_objectives(given)
@@ -187,9 +188,7 @@ class FederatedTrainer(pl.Trainer):
             )
         super().__init__(max_epochs=max_epochs, **kwargs)
         _refuse_silent_bf16(asked_precision, self.precision)
-        self.fit_loop: RoundLoop = RoundLoop(self, options)
-        self.validate_loop = SharedEvaluationLoop.of(self.validate_loop)
-        self.test_loop = SharedEvaluationLoop.of(self.test_loop)
+        install_loops(self, options)
         write_atomically(self.strategy)
         self.federation_summary = {}
         check_world_size(self.num_devices * self.num_nodes)

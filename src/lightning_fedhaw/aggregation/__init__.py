@@ -1,6 +1,6 @@
 """Aggregation rules: one file each, a pure function that is the paper and a small class that keeps the state."""
 
-from lightning_fedhaw.aggregation.base import AggregationRule, LocalPace, RuleStep
+from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.aggregation.fedadp import FedAdpCallback
 from lightning_fedhaw.aggregation.fedavg import FedAvgCallback
 from lightning_fedhaw.aggregation.fedbe import FedBECallback
@@ -27,6 +27,7 @@ from lightning_fedhaw.aggregation.robust import (
 )
 from lightning_fedhaw.aggregation.scaffold import ScaffoldCallback
 from lightning_fedhaw.aggregation.serverft import ServerFineTuningCallback
+from lightning_fedhaw.rule import LocalPace, RuleStep
 
 __all__ = [
     "AggregationRule",

@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.options import check_choice
+from lightning_fedhaw.rule import RuleStep, ServerView, State
 
 Weighting = Literal["examples", "batches", "uniform"]
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import ServerView
 from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory
 from lightning_fedhaw.aggregation.servertraining import Distillation, Ensemble, Teacher, Weighting, client_models
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.options import check_whole
+from lightning_fedhaw.rule import ServerView
 from lightning_fedhaw.streams import stream
 
 VARIANCE_FLOOR, SPREAD = 1e-5, 0.1

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import ServerView
 from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory
 from lightning_fedhaw.aggregation.servertraining import Distillation, Ensemble, Teacher, Weighting, client_models
 from lightning_fedhaw.cohort import Cohort
+from lightning_fedhaw.rule import ServerView
 
 
 class FedDFCallback(Distillation):

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, normalised
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.objectives.feddyn import DynPenalty, FedDyn
+from lightning_fedhaw.rule import RuleStep, ServerView, State
 
 
 class FedDynCallback(AggregationRule):

@@ -55,16 +55,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import (
-    AggregationRule,
-    RuleStep,
-    ServerView,
-    State,
-    check_optimizer,
-    normalised,
-)
+from lightning_fedhaw.aggregation.base import AggregationRule, check_optimizer, normalised
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.options import check_choice, check_number, described, is_number
+from lightning_fedhaw.rule import RuleStep, ServerView, State
 from lightning_fedhaw.vectors.base import CohortVectors
 from lightning_fedhaw.vectors.kernels import dot
 

@@ -26,9 +26,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import AggregationRule, LocalPace, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.options import check_choice, check_number
+from lightning_fedhaw.rule import LocalPace, RuleStep, ServerView, State
 from lightning_fedhaw.vectors.kernels import dot
 from lightning_fedhaw.vectors.layout import ParameterLayout
 

@@ -26,10 +26,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, normalised
 from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory, check_settings, descend, mean_loss
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.options import check_choice, is_number
+from lightning_fedhaw.rule import RuleStep, ServerView, State
 
 Learn = Literal["both", "scale", "weights", "in_stages", "nothing"]
 Base = Literal["exponential", "quadratic"]

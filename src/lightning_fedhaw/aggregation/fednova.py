@@ -18,11 +18,12 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.objectives.reach import normaliser, sgd_groups
 from lightning_fedhaw.options import check_choice, is_number
+from lightning_fedhaw.rule import RuleStep, ServerView, State
 
 EffectiveSteps = Literal["normaliser", "steps"]
 

@@ -27,18 +27,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import (
-    AggregationRule,
-    LocalPace,
-    RuleStep,
-    ServerView,
-    State,
-    check_optimizer,
-    check_schedule,
-    normalised,
-)
+from lightning_fedhaw.aggregation.base import AggregationRule, check_optimizer, check_schedule, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.options import FederationOptions, check_number, described, is_number, settings_of
+from lightning_fedhaw.rule import LocalPace, Rule, RuleStep, ServerView, State
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
 Method = Literal["adagrad", "adam", "yogi"]
@@ -183,7 +175,7 @@ class FedOptCallback(AggregationRule):
         return () if type(self) is FedOptCallback else ("optimizer",)
 
     @property
-    def innermost(self) -> AggregationRule:
+    def innermost(self) -> Rule:
         """The rule that proposes."""
         return self if self.rule is None else self.rule.innermost
 

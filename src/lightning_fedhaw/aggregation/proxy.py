@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import ServerView, check_optimizer, check_schedule
+from lightning_fedhaw.aggregation.base import check_optimizer, check_schedule
 from lightning_fedhaw.options import check_whole, is_number
+from lightning_fedhaw.rule import ServerView
 from lightning_fedhaw.streams import PathPart, stream
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.objectives.scaffold import ControlOption, Scaffold
 from lightning_fedhaw.options import check_number
+from lightning_fedhaw.rule import RuleStep, ServerView, State
 
 
 class ScaffoldCallback(AggregationRule):

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import ServerView
 from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory
 from lightning_fedhaw.aggregation.servertraining import ServerLoss, ServerTraining, Weighting
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
+from lightning_fedhaw.rule import ServerView
 
 
 class ServerFineTuningCallback(ServerTraining):

@@ -13,10 +13,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep, ServerView, State, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, normalised
 from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory, batches, check_settings, descend, mean_loss
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.options import check_choice
+from lightning_fedhaw.rule import RuleStep, ServerView, State
 
 Weighting = Literal["examples", "uniform"]
 Ensemble = Literal["logits", "probabilities"]

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import LocalPace
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named
 from lightning_fedhaw.options import OptimizerState
+from lightning_fedhaw.rule import LocalPace
 from lightning_fedhaw.vectors.layout import ParameterLayout
 from lightning_fedhaw.vectors.memory import is_out_of_memory
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import LocalPace
+from lightning_fedhaw.rule import LocalPace
 
 
 class Paced:

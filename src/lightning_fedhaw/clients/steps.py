@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
 from lightning_fedhaw.data.client_data import Batch
@@ -17,7 +19,6 @@ class Host(Protocol):
     """What an engine needs of the trainer around it; the round loop provides it."""
 
     module: Any
-    strategy: Any
     scaler: Any
     device: torch.device
 
@@ -73,6 +74,18 @@ class Host(Protocol):
 
     def forward(self, data: Any, batch_idx: int) -> Any:
         """Call ``training_step`` in the trainer's precision, without hooks or optimizers."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Form the gradients of a loss, through the precision plugin and the hooks around it."""
+
+    def step_context(self) -> AbstractContextManager[Any]:
+        """The context of a training step in the precision that is computed in at the moment."""
+
+    def computing_in(self, precision: Precision) -> AbstractContextManager[None]:
+        """Compute in another precision for a while."""
+
+    def logging_to(self, logger: Any) -> AbstractContextManager[None]:
+        """Let another logger stand in the place of the trainer's for a while."""
 
     def evaluate(self, data: Any, batch_idx: int) -> Any:
         """Call ``validation_step``; ``training_step`` where there is none."""
@@ -215,7 +228,7 @@ class AutomaticStep:
             result.update({"loss": loss.detach().clone(), **extra})
             self._window_has_loss = True
             objective = (loss if terms is None else terms.added_to(loss, terms.all)) / host.accumulate
-            host.strategy.backward(objective, host.optimizers[0])
+            host.backward(objective)
             accumulated: Tensor = result["loss"] / host.accumulate
             return accumulated
 

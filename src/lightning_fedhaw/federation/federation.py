@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep
 from lightning_fedhaw.channel.awgn import rms
 from lightning_fedhaw.channel.base import Arrivals, Channel, Link, Parcel, Scene, SumChannel
 from lightning_fedhaw.clients.choice import choose
@@ -26,11 +25,12 @@ from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
+from lightning_fedhaw.federation.phases import PHASES
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks, deal
-from lightning_fedhaw.report.summary import PHASES
+from lightning_fedhaw.rule import Rule, RuleStep
 from lightning_fedhaw.server import Server, all_finite, averaged_buffers
 from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
@@ -146,7 +146,7 @@ class Federation:
         server: Server,
         data: ClientData,
         sampler: CohortSampler,
-        rule: AggregationRule,
+        rule: Rule,
         callbacks: Sequence[Any],
         options: FederationOptions,
         *,
@@ -965,7 +965,7 @@ class _Rows(_Store):
 class _Sum(_Store):
     """The running weighted sum, for rules that know a client's weight beforehand."""
 
-    def __init__(self, start: Tensor, rule: AggregationRule, ranks: Ranks) -> None:
+    def __init__(self, start: Tensor, rule: Rule, ranks: Ranks) -> None:
         super().__init__(start)
         self.rule, self.ranks = rule, ranks
         self.total = empty(*start.shape, dtype=start.dtype, device=start.device).zero_()
@@ -982,7 +982,7 @@ class _Sum(_Store):
 class _OrderedSum(_Rows):
     """The same sum with the bits of one process, at the price of keeping the rows until all have arrived."""
 
-    def __init__(self, start: Tensor, capacity: int, rule: AggregationRule, options: FederationOptions, ranks: Ranks):
+    def __init__(self, start: Tensor, capacity: int, rule: Rule, options: FederationOptions, ranks: Ranks):
         super().__init__(start, capacity, options, ranks)
         self.rule = rule
 
@@ -993,14 +993,14 @@ class _OrderedSum(_Rows):
 
 
 def _store(
-    rule: AggregationRule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks, *, summed: bool
+    rule: Rule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks, *, summed: bool
 ) -> _Store:
     if rule.raw_weight is None or (options.storage != "auto" and not summed):
         return _Rows(start, capacity, options, ranks)
     return _sum(rule, options, start, capacity, ranks)
 
 
-def _sum(rule: AggregationRule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks) -> _Store:
+def _sum(rule: Rule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks) -> _Store:
     if ranks.size > 1 and options.reduction == "ordered":
         return _OrderedSum(start, capacity, rule, options, ranks)
     return _Sum(start, rule, ranks)

@@ -50,7 +50,7 @@ def sgd_groups(trainer: Any, who: str, remedy: str) -> list[dict[str, Any]]:
             f"{who} has to know how far a local optimiser goes in a number of steps, and knows it of `torch.optim.SGD`"
             f" without dampening; `configure_optimizers` gave {', '.join(what)}. Use such an SGD, or {remedy}."
         )
-    if any(group["momentum"] for group in groups) and trainer.fit_loop.options.optimizer_state == "kept":
+    if any(group["momentum"] for group in groups) and trainer.federation_options.optimizer_state == "kept":
         raise ValueError(
             f"{who} counts on momentum that starts at 0 every round, and"
             ' `optimizer_state="kept"` lets it go on. Use `optimizer_state="fresh"`.'

@@ -14,8 +14,10 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.keys import KeyedCallback
 from lightning_fedhaw.observer import RoundObserver
+from lightning_fedhaw.rule import Rule
 
 MOST_CLIENTS = 1000
 LOG, CLIENT_TABLE, WEIGHT_TABLE = "metrics.csv", "per_client.csv", "weights.csv"
@@ -49,12 +51,15 @@ class History(KeyedCallback, RoundObserver):
         self._weights: list[Tensor] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin, or go on where the run stands."""
-        if not hasattr(trainer.fit_loop, "federation"):
+        """Refuse a trainer that plays no federation."""
+        if not any(isinstance(callback, Rule) for callback in trainer.callbacks):
             raise ValueError(
                 "`History` keeps what a federation logs. Add a rule such as `FedHAWCallback()`, or remove it."
             )
-        rounds, data = trainer.global_step, trainer.fit_loop.federation.data
+
+    def on_federation_start(self, trainer: Any, pl_module: Any, federation: Federation) -> None:
+        """Begin, or go on where the run stands."""
+        rounds, data = trainer.global_step, federation.data
         if rounds == 0:
             self._clear()
         self.sizes = data.num_examples.tolist()

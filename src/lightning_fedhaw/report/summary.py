@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-PHASES = ("broadcast", "local training", "channel", "aggregation", "validation")
-
 _INCIDENTS = ("lost_messages", "nonfinite_updates", "skipped_rounds", "skipped_steps")
 _STATISTICS = ("mean", "std", "worst_decile")
 

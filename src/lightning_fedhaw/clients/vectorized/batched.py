@@ -127,7 +127,7 @@ class BatchedStep:
             extra += starts.values()
             for i in self._open:
                 extra += states[i].values()
-        with self.host.strategy.precision_plugin.train_step_context():
+        with self.host.step_context():
             outputs = self._batched(*parameters, *buffers, *batch, *extra)
         losses: Tensor | None = None
         if self._has_loss:

@@ -16,11 +16,11 @@ import lightning
 import torch
 import torchmetrics
 
-import lightning_fedhaw
+from lightning_fedhaw import streams
 from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
 
 # The standard library's folder too, which holds that of installed packages as a rule.
-_LIBRARIES = tuple(str(Path(m.__file__ or "").parent) for m in (torch, lightning, torchmetrics, lightning_fedhaw, dis))
+_LIBRARIES = tuple(str(Path(m.__file__ or "").parent) for m in (torch, lightning, torchmetrics, streams, dis))
 
 
 def is_users(file: str) -> bool:

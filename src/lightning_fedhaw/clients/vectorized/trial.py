@@ -7,12 +7,10 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import DoublePrecision, Precision
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -87,7 +85,7 @@ def probe(
         raise NotVectorizableError(f"the optimizer {error}") from error
     uses_index = reads_index(host.module.training_step)
     snapshot = Snapshot(host.module, host.optimizers, layout)
-    with isolated_randomness(host.device), quiet_collector(), _without_loggers(host.module.trainer):
+    with isolated_randomness(host.device), quiet_collector(), host.logging_to(_NoLogger()):
         try:
             return _Trial(host, layout, data, plan, objectives, snapshot).facts(rows, uses_index)
         except NotVectorizableError as error:
@@ -217,7 +215,7 @@ class _Trial:
         with LogRecorder(host.module, host.callbacks) as recorder:
             recorder.batch_size = self.batch_size
             arguments = host.arguments(batch, self.index)
-            with host.strategy.precision_plugin.train_step_context(), around:
+            with host.step_context(), around:
                 output = host.module.training_step(*arguments)
             loss, _ = loss_of(output)
             if loss is None:
@@ -377,10 +375,7 @@ class _Trial:
     @contextmanager
     def _computing_in(self, precision: Precision, dtype: torch.dtype, size: int) -> Iterator[None]:
         """Run the module in another precision for a while, on the first samples of each client's batch."""
-        strategy = self.host.strategy
-        own_precision = strategy.precision_plugin
         own_inputs = self.vectors, self.starts, self.states, self.batch, self.batch_size
-        strategy.precision_plugin = precision
         self.dtype = dtype
         self.vectors = [vector.to(dtype) for vector in self.vectors]
         self.starts = {name: _cast(value, dtype) for name, value in self.starts.items()}
@@ -388,10 +383,9 @@ class _Trial:
         self.batch = [tensor[:, :size] for tensor in self.batch]
         self.batch_size = size
         try:
-            with self.snapshot.cast(dtype):
+            with self.snapshot.cast(dtype), self.host.computing_in(precision):
                 yield
         finally:
-            strategy.precision_plugin = own_precision
             self.dtype = None
             self.vectors, self.starts, self.states, self.batch, self.batch_size = own_inputs
 
@@ -459,17 +453,6 @@ class _NoLogger:
         raise NotVectorizableError(
             f"calls the logger itself (`{name}`), once for all clients at once; `self.log` is called for each"
         )
-
-
-@contextmanager
-def _without_loggers(trainer: pl.Trainer) -> Iterator[None]:
-    """Take the loggers from a trainer for a while."""
-    loggers = trainer.loggers
-    trainer.loggers = [cast(Logger, _NoLogger()) for _ in loggers]
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers
 
 
 class _DifferenceError(Exception):
