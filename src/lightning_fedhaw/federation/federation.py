@@ -26,6 +26,7 @@ from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
+from lightning_fedhaw.federation.run_state import RunState, metrics_of
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
@@ -187,13 +188,18 @@ class Federation:
         self.engine.gradient = self._full_gradient
         self._sharing = [objective for objective in objectives if objective.shares_state]
         self._parcels = {"uplink": self._prepare(self.uplink), "downlink": self._prepare(self.downlink)}
-        self.local_buffers: dict[int, dict[str, Tensor]] = {}
+        self.run_state = RunState(server, rule, [*self.uplink, *self.downlink, *objectives])
         self.tally = Tally()
         self.in_round = False
         self._homes: dict[int, int] = {}
         self.on_round_start: Callable[[int, list[int]], None] = lambda round_, clients: None
         self.on_client_end: Callable[[ClientUpdate], None] = lambda update: None
         self.on_round_end: Callable[[Report], None] = lambda report: None
+
+    @property
+    def local_buffers(self) -> dict[int, dict[str, Tensor]]:
+        """Each client's own buffers, with ``buffers="local"``."""
+        return self.run_state.local_buffers
 
     @property
     def layout(self) -> ParameterLayout:
@@ -305,16 +311,14 @@ class Federation:
             FloatingPointError: If a client returns NaN or infinity and ``on_nonfinite="raise"``, or if every client
                 that was heard does.
         """
-        before, model, state = self._memories(), (self.server.parameters(), self.server.buffers), self.rule.state
+        before = self.run_state.snapshot(self.engine)
         self.in_round = True
         try:
             return self._play(round_)
         except BaseException as error:
             if is_out_of_memory(error) and hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(self._memory_advice())
-            self._restore_memories(before)
-            self.rule.state = state
-            self.server.put_back(*model)
+            self.run_state.restore(self.engine, before)
             raise
         finally:
             self.in_round = False
@@ -332,22 +336,6 @@ class Federation:
             if getattr(rule, "memory", None) == "device":
                 advice.append(f'keep those of the last round there by `{type(rule).__name__}(memory="host")`')
         return f"Memory has run out. To need less: {'; '.join(advice)}."
-
-    def _memories(self) -> tuple[Any, ...]:
-        """What clients and channels remember; entries are replaced and never changed, so shallow copies do."""
-        stateful = [*self.uplink, *self.downlink, *self.engine.objectives]
-        states = [{k: copy.copy(v) for k, v in each.state_dict().items()} for each in stateful]
-        return dict(self.engine.kept), dict(self.local_buffers), list(zip(stateful, states, strict=True))
-
-    def _restore_memories(self, memories: tuple[Any, ...]) -> None:
-        self.engine.kept, self.local_buffers, states = memories
-        for each, state in states:
-            each.load_state_dict(state)
-        for metric in self._torchmetrics():
-            metric.reset()
-
-    def _torchmetrics(self) -> list[Metric]:
-        return [module for module in self.host.module.modules() if isinstance(module, Metric)]
 
     def _play(self, round_: int) -> Report:
         tally = self.tally
@@ -474,7 +462,7 @@ class Federation:
         records: list[_Record] = []
         excluded: list[str] = []
         visits = (
-            Visit(client, heard[client], self.local_buffers.get(client, self.server.buffers), store.slot)
+            Visit(client, heard[client], self.run_state.local_buffers.get(client, self.server.buffers), store.slot)
             for client in clients
             if client not in lost
         )
@@ -496,7 +484,9 @@ class Federation:
                 for channel in self.uplink:
                     channel.remember(update.client, self.server.parameters(), update.displacement, update.num_steps)
                 if self.options.buffers == "local":
-                    self.local_buffers[update.client] = {name: b.to(HOST) for name, b in update.buffers.items()}
+                    self.run_state.local_buffers[update.client] = {
+                        name: b.to(HOST) for name, b in update.buffers.items()
+                    }
                 records.append(self._record(update, store, heard=True))
         for client in clients:
             filled = lost[client].fill(client, self.server.parameters()) if client in lost else None
@@ -788,10 +778,10 @@ class Federation:
                     if k in m._defaults
                 },
             )
-            for m in self._torchmetrics()
+            for m in metrics_of(module)
         ]
-        counts = [(m, m._update_count, m._computed, m.sync_on_compute) for m in self._torchmetrics()]
-        for metric in self._torchmetrics():
+        counts = [(m, m._update_count, m._computed, m.sync_on_compute) for m in metrics_of(module)]
+        for metric in metrics_of(module):
             metric.sync_on_compute = False  # a client is evaluated by one process
         plain = {k: copy.copy(v) for k, v in vars(module).items() if type(v) in (list, dict, set) and k[0] != "_"}
 
@@ -814,12 +804,16 @@ class Federation:
             return
         stateful = [*self.uplink, *self.engine.objectives]
         everybody = self.ranks.gather_to_first(
-            (self.engine.kept, self.local_buffers, [move_data_to_device(e.state_dict(), HOST) for e in stateful])
+            (
+                self.engine.kept,
+                self.run_state.local_buffers,
+                [move_data_to_device(e.state_dict(), HOST) for e in stateful],
+            )
         )
         if not everybody:
             return
         kept, buffers, states = zip(*everybody, strict=True)
-        self.engine.kept, self.local_buffers = self._by_home(kept), self._by_home(buffers)
+        self.engine.kept, self.run_state.local_buffers = self._by_home(kept), self._by_home(buffers)
         for each, own in zip(stateful, zip(*states, strict=True), strict=True):
             names = {name for state in own for name in state}
             each.load_state_dict({name: self._by_home([state.get(name) for state in own]) for name in sorted(names)})
@@ -852,7 +846,7 @@ class Federation:
             "fingerprint": self.fingerprint,
             "round_options": self._round_options,
             "optimizers": dict(self.engine.kept),
-            "buffers": dict(self.local_buffers),
+            "buffers": dict(self.run_state.local_buffers),
             "tally": {**vars(self.tally), "seconds": dict(self.tally.seconds)},
         }
         if not self.layout.is_exact:
@@ -888,7 +882,9 @@ class Federation:
             rank_zero_warn(f"Going on with another way to play a round than before: {told}.")
         self.engine.kept = dict(state["optimizers"])
         travels = self.layout.buffers  # more did when frozen ones travelled too
-        self.local_buffers = {k: {n: b for n, b in v.items() if n in travels} for k, v in state["buffers"].items()}
+        self.run_state.local_buffers = {
+            k: {n: b for n, b in v.items() if n in travels} for k, v in state["buffers"].items()
+        }
         self.tally = Tally(**{**state["tally"], "seconds": dict(state["tally"]["seconds"])})
         if "parameters" in state:
             self.server.install(state["parameters"].to(self.server.parameters()))
