@@ -39,7 +39,8 @@ from lightning_fedhaw.data.client_data import ClientData, LoaderSettings
 from lightning_fedhaw.data.module import FederatedDataModule
 from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
 from lightning_fedhaw.data.split import split
-from lightning_fedhaw.federation.federation import Federation, Report
+from lightning_fedhaw.federation.federation import Federation
+from lightning_fedhaw.federation.records import Report
 from lightning_fedhaw.objectives.base import ClientObjective, find_objectives
 from lightning_fedhaw.options import FederationOptions, described
 from lightning_fedhaw.ranks import Ranks

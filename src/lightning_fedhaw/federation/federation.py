@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,18 +19,18 @@ from lightning_fedhaw.channel.awgn import rms
 from lightning_fedhaw.channel.base import Arrivals, Channel, Link, Parcel, Scene, SumChannel
 from lightning_fedhaw.clients.choice import choose
 from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit
-from lightning_fedhaw.clients.records import Logged, LogRecorder, merge
+from lightning_fedhaw.clients.records import LogRecorder, merge
 from lightning_fedhaw.clients.sequential import SequentialEngine
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
+from lightning_fedhaw.federation.records import LocalResults, Report, Tally, UpdateRecord
 from lightning_fedhaw.federation.run_state import RunState, metrics_of
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks, deal
-from lightning_fedhaw.report.summary import PHASES
 from lightning_fedhaw.server import Server, all_finite, averaged_buffers
 from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.client_vectors import AccumulatedVectors, ClientVectors
@@ -46,82 +45,6 @@ _NOTHING = torch.empty(0)
 
 RECALIBRATION_BATCHES = 50
 """Batches that buffers are recomputed on, over the whole cohort."""
-
-
-@dataclass
-class Tally:
-    """What a run has cost so far; part of a checkpoint."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    bytes_down: int = 0
-    bytes_up: int = 0
-    heard: int = 0
-    lost_messages: int = 0
-    nonfinite_updates: int = 0
-    skipped_rounds: int = 0
-    skipped_steps: int = 0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to a phase."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - begin
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What every process knows of an update.
-
-    Attributes:
-        update: The update, without its vector and what only its client needs.
-        heard: Whether the message really came from the client.
-        raw_weight: Its weight before normalisation, where the rule names it beforehand.
-        rank: The process that holds its vector.
-        rms: Root mean square of what was heard, where a channel acts on the sum.
-    """
-
-    update: ClientUpdate
-    heard: bool
-    raw_weight: float
-    rank: int
-    rms: float
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What one process brings back from its share of a round.
-
-    Attributes:
-        records: What its clients did, in the order of its rows.
-        excluded: A sentence for each client that was left out.
-        aftermath: The state of schedules and loss scale after its clients.
-    """
-
-    records: list[_Record]
-    excluded: list[str]
-    aftermath: Any
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a round leaves behind for the log.
-
-    Attributes:
-        round: The round's number, from 0.
-        clients: The clients that were drawn.
-        metrics: The rule's and the round's own numbers.
-        logged: What the clients' ``training_step`` logged, merged.
-        weights: The normalised weight of each client whose vector reached the aggregation.
-    """
-
-    round: int
-    clients: Sequence[int]
-    metrics: Mapping[str, float]
-    logged: Mapping[str, Logged]
-    weights: Mapping[int, float]
 
 
 class Federation:
@@ -457,9 +380,9 @@ class Federation:
         lost: Mapping[int, Channel],
         store: _Store,
         shared: Sequence[_Store],
-    ) -> _Share:
+    ) -> LocalResults:
         """This process's part of a round: local training, the way up, and what stands in for lost messages."""
-        records: list[_Record] = []
+        records: list[UpdateRecord] = []
         excluded: list[str] = []
         visits = (
             Visit(client, heard[client], self.run_state.local_buffers.get(client, self.server.buffers), store.slot)
@@ -499,14 +422,14 @@ class Federation:
         if self.ranks.size > 1:
             # Nobody wants tensors on another process's device.
             aftermath = move_data_to_device(aftermath, HOST)
-        return _Share(records, excluded, aftermath)
+        return LocalResults(records, excluded, aftermath)
 
-    def _record(self, update: ClientUpdate, store: _Store, *, heard: bool) -> _Record:
+    def _record(self, update: ClientUpdate, store: _Store, *, heard: bool) -> UpdateRecord:
         """Keep an update's vector here, and note the rest for everybody."""
         weight = 0.0 if self.rule.raw_weight is None else float(self.rule.raw_weight(update))
         store.commit(update, weight)
         size = rms(update.displacement) if heard and self.sums else 0.0
-        return _Record(self._abridged(update), heard, weight, self.ranks.rank, size)
+        return UpdateRecord(self._abridged(update), heard, weight, self.ranks.rank, size)
 
     def _collect_changes(self, update: ClientUpdate, stores: Sequence[_Store]) -> None:
         """What objectives send up beside a client's update."""
@@ -518,7 +441,7 @@ class Federation:
                 views[name].copy_(value)
             store.commit(replace(update, displacement=vector), 1.0)
 
-    def _share(self, start: Tensor, stores: Sequence[_Store], records: Sequence[_Record]) -> None:
+    def _share(self, start: Tensor, stores: Sequence[_Store], records: Sequence[UpdateRecord]) -> None:
         """Move the means of all clients' states by the changes that were heard."""
         weights = torch.full((len(records),), 1 / self.data.num_clients, dtype=torch.float64)
         for objective, store in zip(self._sharing, stores if records else (), strict=bool(records)):
@@ -625,7 +548,7 @@ class Federation:
         return bool((~torch.isfinite(buffer) & (buffer != self.server.buffers[name])).any())
 
     def _aggregate(
-        self, round_: int, start: Tensor, store: _Store, arrived: Sequence[_Record], *, drawn: int
+        self, round_: int, start: Tensor, store: _Store, arrived: Sequence[UpdateRecord], *, drawn: int
     ) -> tuple[Mapping[str, float], dict[int, float]]:
         updates = [record.update for record in arrived if record.heard]
         if not arrived or (not updates and self.options.empty_round == "skip"):
@@ -663,7 +586,7 @@ class Federation:
             self._recalibrate(round_, [update.client for update in updates])
         return step.metrics, dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
 
-    def _superpose(self, round_: int, vectors: Any, arrived: Sequence[_Record], drawn: int) -> None:
+    def _superpose(self, round_: int, vectors: Any, arrived: Sequence[UpdateRecord], drawn: int) -> None:
         """Send the sum of a cohort through the channels that act on it."""
         arrivals = Arrivals(
             round=round_,
@@ -847,7 +770,7 @@ class Federation:
             "round_options": self._round_options,
             "optimizers": dict(self.engine.kept),
             "buffers": dict(self.run_state.local_buffers),
-            "tally": {**vars(self.tally), "seconds": dict(self.tally.seconds)},
+            "tally": self.tally.state_dict(),
         }
         if not self.layout.is_exact:
             state["parameters"] = self.server.parameters().cpu()
@@ -885,7 +808,7 @@ class Federation:
         self.run_state.local_buffers = {
             k: {n: b for n, b in v.items() if n in travels} for k, v in state["buffers"].items()
         }
-        self.tally = Tally(**{**state["tally"], "seconds": dict(state["tally"]["seconds"])})
+        self.tally = Tally.from_state(state["tally"])
         if "parameters" in state:
             self.server.install(state["parameters"].to(self.server.parameters()))
 
@@ -920,7 +843,7 @@ class _Store:
         """Keep an update, whether its displacement stands in the slot or elsewhere."""
         self.count += 1
 
-    def vectors(self, start: Tensor, records: Sequence[_Record]) -> ClientVectors | AccumulatedVectors:
+    def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> ClientVectors | AccumulatedVectors:
         raise AssertionError("a store without vectors")
 
 
@@ -949,7 +872,7 @@ class _Rows(_Store):
                 )
         super().commit(update, weight)
 
-    def vectors(self, start: Tensor, records: Sequence[_Record]) -> ClientVectors | AccumulatedVectors:
+    def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> ClientVectors | AccumulatedVectors:
         # A rule may keep these, the rows of who stayed away included: a copy would be a third matrix for a while.
         rows = self.matrix[: self.count]
         if self.ranks.size == 1:
@@ -969,7 +892,7 @@ class _Sum(_Store):
         self.total.add_(update.displacement, alpha=weight)
         super().commit(update, weight)
 
-    def vectors(self, start: Tensor, records: Sequence[_Record]) -> AccumulatedVectors:
+    def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> AccumulatedVectors:
         raw = torch.tensor([record.raw_weight for record in records], dtype=torch.float64)
         return AccumulatedVectors(self.ranks.sum(self.total), raw, start, type(self.rule).__name__)
 
@@ -981,7 +904,7 @@ class _OrderedSum(_Rows):
         super().__init__(start, capacity, options, ranks)
         self.rule = rule
 
-    def vectors(self, start: Tensor, records: Sequence[_Record]) -> AccumulatedVectors:
+    def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> AccumulatedVectors:
         raw = torch.tensor([record.raw_weight for record in records], dtype=torch.float64)
         total = super().vectors(start, records).displacements.weighted_sum(raw)
         return AccumulatedVectors(total, raw, start, type(self.rule).__name__)

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-PHASES = ("broadcast", "local training", "channel", "aggregation", "validation")
-
 _WORSE_WHEN_HIGHER = re.compile(
     r"loss|err|mse|mae|perplexity|ppl|nll|fid|entropy|distance|divergence"
     r"|(?:^|[_/])(?:ce|bce|wer|cer|kl|brier)(?:$|[_/])",
