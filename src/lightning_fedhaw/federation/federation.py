@@ -27,16 +27,15 @@ from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
 from lightning_fedhaw.federation.records import LocalResults, Report, Tally, UpdateRecord
 from lightning_fedhaw.federation.run_state import RunState, metrics_of
+from lightning_fedhaw.federation.stores import VectorStore, make_store, make_sum
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks, deal
 from lightning_fedhaw.server import Server, all_finite, averaged_buffers
 from lightning_fedhaw.streams import seed_of
-from lightning_fedhaw.vectors.client_vectors import AccumulatedVectors, ClientVectors
-from lightning_fedhaw.vectors.distributed import SpreadVectors
 from lightning_fedhaw.vectors.layout import ParameterLayout
-from lightning_fedhaw.vectors.memory import HOST, empty, is_out_of_memory
+from lightning_fedhaw.vectors.memory import HOST, is_out_of_memory
 
 EVALUATION_CAP = 1000
 """Samples a client is evaluated on at most."""
@@ -277,8 +276,8 @@ class Federation:
                 f"`{type(self.rule).__name__}` changes the clients' learning rates within a round, and a client"
                 ' objective divides by them. Use a rule that leaves them alone, or for SCAFFOLD `option="I"`.'
             )
-        shared = [_sum(self.rule, self.options, start, len(own), self.ranks) for _ in self._sharing]
-        store = _store(self.rule, self.options, start, len(own), self.ranks, summed=bool(self.sums))
+        shared = [make_sum(self.rule, self.options, start, len(own), self.ranks) for _ in self._sharing]
+        store = make_store(self.rule, self.options, start, len(own), self.ranks, summed=bool(self.sums))
         shares = self.ranks.exchange(lambda: self._work(round_, own, heard_down, lost_up, store, shared))
         self.engine.settle([share.aftermath for share in shares])
         order = {client: slot for slot, client in enumerate((*trainees, *lost_up))}
@@ -378,8 +377,8 @@ class Federation:
         clients: Sequence[int],
         heard: Mapping[int, Tensor],
         lost: Mapping[int, Channel],
-        store: _Store,
-        shared: Sequence[_Store],
+        store: VectorStore,
+        shared: Sequence[VectorStore],
     ) -> LocalResults:
         """This process's part of a round: local training, the way up, and what stands in for lost messages."""
         records: list[UpdateRecord] = []
@@ -424,14 +423,14 @@ class Federation:
             aftermath = move_data_to_device(aftermath, HOST)
         return LocalResults(records, excluded, aftermath)
 
-    def _record(self, update: ClientUpdate, store: _Store, *, heard: bool) -> UpdateRecord:
+    def _record(self, update: ClientUpdate, store: VectorStore, *, heard: bool) -> UpdateRecord:
         """Keep an update's vector here, and note the rest for everybody."""
         weight = 0.0 if self.rule.raw_weight is None else float(self.rule.raw_weight(update))
         store.commit(update, weight)
         size = rms(update.displacement) if heard and self.sums else 0.0
         return UpdateRecord(self._abridged(update), heard, weight, self.ranks.rank, size)
 
-    def _collect_changes(self, update: ClientUpdate, stores: Sequence[_Store]) -> None:
+    def _collect_changes(self, update: ClientUpdate, stores: Sequence[VectorStore]) -> None:
         """What objectives send up beside a client's update."""
         states = dict(zip(self.engine.objectives, update.memory["objectives"], strict=True))
         for objective, store in zip(self._sharing, stores, strict=True):
@@ -441,7 +440,7 @@ class Federation:
                 views[name].copy_(value)
             store.commit(replace(update, displacement=vector), 1.0)
 
-    def _share(self, start: Tensor, stores: Sequence[_Store], records: Sequence[UpdateRecord]) -> None:
+    def _share(self, start: Tensor, stores: Sequence[VectorStore], records: Sequence[UpdateRecord]) -> None:
         """Move the means of all clients' states by the changes that were heard."""
         weights = torch.full((len(records),), 1 / self.data.num_clients, dtype=torch.float64)
         for objective, store in zip(self._sharing, stores if records else (), strict=bool(records)):
@@ -548,7 +547,7 @@ class Federation:
         return bool((~torch.isfinite(buffer) & (buffer != self.server.buffers[name])).any())
 
     def _aggregate(
-        self, round_: int, start: Tensor, store: _Store, arrived: Sequence[UpdateRecord], *, drawn: int
+        self, round_: int, start: Tensor, store: VectorStore, arrived: Sequence[UpdateRecord], *, drawn: int
     ) -> tuple[Mapping[str, float], dict[int, float]]:
         updates = [record.update for record in arrived if record.heard]
         if not arrived or (not updates and self.options.empty_round == "skip"):
@@ -823,102 +822,3 @@ def _check_step(step: Any, rule: str, clients: int) -> None:
             f"`{rule}.step` must return one weight per client of the cohort, [{clients}], got"
             f" {list(step.weights.shape)}."
         )
-
-
-# ---------------------------------------------------------------------- where a cohort's vectors go
-
-
-class _Store:
-    """Collects what reaches the server in a round, as far as this process trained it."""
-
-    def __init__(self, start: Tensor) -> None:
-        self.scratch = empty(*start.shape, dtype=start.dtype, device=start.device)
-        self.count = 0
-
-    def slot(self) -> Tensor:
-        """``[P]`` on the model's device: where the next displacement may be written."""
-        return self.scratch
-
-    def commit(self, update: ClientUpdate, weight: float) -> None:
-        """Keep an update, whether its displacement stands in the slot or elsewhere."""
-        self.count += 1
-
-    def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> ClientVectors | AccumulatedVectors:
-        raise AssertionError("a store without vectors")
-
-
-class _Rows(_Store):
-    """One row per client, on the device or in host memory."""
-
-    def __init__(self, start: Tensor, capacity: int, options: FederationOptions, ranks: Ranks) -> None:
-        device = torch.device("cpu") if options.storage == "host" else start.device
-        dtype = options.storage_dtype or start.dtype
-        self.matrix = empty(capacity, start.numel(), dtype=dtype, device=device)
-        self.in_place = device == start.device and dtype == start.dtype
-        self.ranks, self.ordered = ranks, options.reduction == "ordered"
-        super().__init__(start[:0] if self.in_place else start)
-
-    def slot(self) -> Tensor:
-        return self.matrix[self.count] if self.in_place else self.scratch
-
-    def commit(self, update: ClientUpdate, weight: float) -> None:
-        row = self.matrix[self.count]
-        if update.displacement.data_ptr() != row.data_ptr():
-            row.copy_(update.displacement)
-            if row.dtype != update.displacement.dtype and not all_finite(row):
-                raise FloatingPointError(
-                    f"The update of client {update.client} does not fit into `storage_dtype`={row.dtype}. Use"
-                    " torch.bfloat16, which has the range of float32, or leave it out."
-                )
-        super().commit(update, weight)
-
-    def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> ClientVectors | AccumulatedVectors:
-        # A rule may keep these, the rows of who stayed away included: a copy would be a third matrix for a while.
-        rows = self.matrix[: self.count]
-        if self.ranks.size == 1:
-            return ClientVectors(rows, start)
-        return SpreadVectors(rows, start, [r.rank for r in records], self.ranks, ordered=self.ordered)
-
-
-class _Sum(_Store):
-    """The running weighted sum, for rules that know a client's weight beforehand."""
-
-    def __init__(self, start: Tensor, rule: AggregationRule, ranks: Ranks) -> None:
-        super().__init__(start)
-        self.rule, self.ranks = rule, ranks
-        self.total = empty(*start.shape, dtype=start.dtype, device=start.device).zero_()
-
-    def commit(self, update: ClientUpdate, weight: float) -> None:
-        self.total.add_(update.displacement, alpha=weight)
-        super().commit(update, weight)
-
-    def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> AccumulatedVectors:
-        raw = torch.tensor([record.raw_weight for record in records], dtype=torch.float64)
-        return AccumulatedVectors(self.ranks.sum(self.total), raw, start, type(self.rule).__name__)
-
-
-class _OrderedSum(_Rows):
-    """The same sum with the bits of one process, at the price of keeping the rows until all have arrived."""
-
-    def __init__(self, start: Tensor, capacity: int, rule: AggregationRule, options: FederationOptions, ranks: Ranks):
-        super().__init__(start, capacity, options, ranks)
-        self.rule = rule
-
-    def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> AccumulatedVectors:
-        raw = torch.tensor([record.raw_weight for record in records], dtype=torch.float64)
-        total = super().vectors(start, records).displacements.weighted_sum(raw)
-        return AccumulatedVectors(total, raw, start, type(self.rule).__name__)
-
-
-def _store(
-    rule: AggregationRule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks, *, summed: bool
-) -> _Store:
-    if rule.raw_weight is None or (options.storage != "auto" and not summed):
-        return _Rows(start, capacity, options, ranks)
-    return _sum(rule, options, start, capacity, ranks)
-
-
-def _sum(rule: AggregationRule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks) -> _Store:
-    if ranks.size > 1 and options.reduction == "ordered":
-        return _OrderedSum(start, capacity, rule, options, ranks)
-    return _Sum(start, rule, ranks)
