@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -12,7 +11,6 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep
 from lightning_fedhaw.channel.awgn import rms
@@ -25,8 +23,9 @@ from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
+from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
 from lightning_fedhaw.federation.records import LocalResults, Report, Tally, UpdateRecord
-from lightning_fedhaw.federation.run_state import RunState, metrics_of
+from lightning_fedhaw.federation.run_state import RunState
 from lightning_fedhaw.federation.stores import VectorStore, make_store, make_sum
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.objectives.base import find_objectives
@@ -36,9 +35,6 @@ from lightning_fedhaw.server import Server, all_finite, averaged_buffers
 from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.layout import ParameterLayout
 from lightning_fedhaw.vectors.memory import HOST, is_out_of_memory
-
-EVALUATION_CAP = 1000
-"""Samples a client is evaluated on at most."""
 
 _NOTHING = torch.empty(0)
 
@@ -642,83 +638,9 @@ class Federation:
 
     # ------------------------------------------------------------------ the end of a run
 
-    @torch.no_grad()
-    def evaluate_clients(self) -> tuple[dict[str, Tensor], dict[str, bool]]:
-        """The global model on every client's own data.
-
-        Returns:
-            ``[N]`` per metric that every client logged, and whether higher is better where a metric says so.
-        """
-        module = self.host.module
-        modes = {m: m.training for m in module.modules()}
-        restore = self._remember_evaluation_state()
-        module.eval()
-
-        def evaluate() -> tuple[list[dict[str, float]], dict[str, bool]]:
-            rows: list[dict[str, float]] = []
-            better: dict[str, bool] = {}
-            with isolated_randomness(self.host.device), LogRecorder(module, self.host.callbacks) as recorder:
-                for client in range(self.ranks.rank, self.data.num_clients, self.ranks.size):
-                    seed_randomness(seed_of(self.seed, "client", client, "evaluation"), self.host.device)
-                    for batch in self.data.evaluation_batches(client, EVALUATION_CAP):
-                        recorder.batch_size = batch.size
-                        self.host.evaluate(self.host.prepare(batch.data), batch.index)
-                    row: dict[str, float] = {}
-                    for name, logged in recorder.collect().items():
-                        if not isinstance(logged.metric, Metric):
-                            row[name] = logged.value
-                            continue
-                        row[name] = float(logged.metric.compute())
-                        logged.metric.reset()
-                        if logged.metric.higher_is_better is not None:
-                            better[name] = logged.metric.higher_is_better
-                    rows.append(row)
-            return rows, better
-
-        try:
-            shares = self.ranks.exchange(evaluate)
-        finally:
-            for submodule, mode in modes.items():
-                submodule.training = mode
-            restore()
-        rows = [shares[k % self.ranks.size][0][k // self.ranks.size] for k in range(self.data.num_clients)]
-        better = {name: higher for share in shares for name, higher in share[1].items()}
-        shared = set.intersection(*(set(row) for row in rows))
-        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0] if name in shared}, better
-
-    def _remember_evaluation_state(self) -> Callable[[], None]:
-        """What evaluating clients would leave in the module: buffers, metrics, lists that outputs are appended to."""
-        module = self.host.module
-        buffers = {name: (b, b.detach().clone()) for name, b in module.named_buffers()}
-        # Metrics add to their tensors in place.
-        metrics = [
-            (
-                m,
-                {
-                    k: v.clone() if isinstance(v, Tensor) else copy.copy(v)
-                    for k, v in vars(m).items()
-                    if k in m._defaults
-                },
-            )
-            for m in metrics_of(module)
-        ]
-        counts = [(m, m._update_count, m._computed, m.sync_on_compute) for m in metrics_of(module)]
-        for metric in metrics_of(module):
-            metric.sync_on_compute = False  # a client is evaluated by one process
-        plain = {k: copy.copy(v) for k, v in vars(module).items() if type(v) in (list, dict, set) and k[0] != "_"}
-
-        def restore() -> None:
-            for buffer, value in buffers.values():
-                buffer.copy_(value)
-            for metric, values in metrics:
-                for name, value in values.items():
-                    setattr(metric, name, value)
-            for metric, count, computed, pools in counts:
-                metric._update_count, metric._computed, metric.sync_on_compute = count, computed, pools
-            for name, value in plain.items():
-                setattr(module, name, value)
-
-        return restore
+    def evaluate_clients(self) -> ClientMetrics:
+        """Evaluate the global model on every client's own data."""
+        return ClientEvaluation(self.host, self.data, self.ranks, self.seed).evaluate()
 
     def collect(self) -> None:
         """Bring what clients and channels remember on other processes to process 0, which writes checkpoints."""
