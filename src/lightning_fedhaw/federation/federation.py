@@ -17,12 +17,13 @@ from lightning_fedhaw.channel.awgn import rms
 from lightning_fedhaw.channel.base import Arrivals, Channel, Link, Parcel, Scene, SumChannel
 from lightning_fedhaw.clients.choice import choose
 from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit
-from lightning_fedhaw.clients.records import LogRecorder, merge
+from lightning_fedhaw.clients.records import merge
 from lightning_fedhaw.clients.sequential import SequentialEngine
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
+from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
 from lightning_fedhaw.federation.records import LocalResults, Report, Tally, UpdateRecord
 from lightning_fedhaw.federation.run_state import RunState
@@ -31,15 +32,12 @@ from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks, deal
-from lightning_fedhaw.server import Server, all_finite, averaged_buffers
+from lightning_fedhaw.server import Server, all_finite
 from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.layout import ParameterLayout
 from lightning_fedhaw.vectors.memory import HOST, is_out_of_memory
 
 _NOTHING = torch.empty(0)
-
-RECALIBRATION_BATCHES = 50
-"""Batches that buffers are recomputed on, over the whole cohort."""
 
 
 class Federation:
@@ -89,11 +87,7 @@ class Federation:
                 " `automatic_optimization=False` it returns none. Add the term in `training_step`, or use automatic"
                 " optimisation."
             )
-        if options.buffers == "recalibrate" and not host.module.automatic_optimization:
-            raise ValueError(
-                '`buffers="recalibrate"` runs `training_step` without stepping optimisers, which'
-                ' `automatic_optimization=False` does not allow. Use `buffers="average"`.'
-            )
+        self.buffers = Buffers(options.buffers, host, server, data, self.seed)
         plan = LocalPlan(
             epochs=None if options.local_steps is not None else options.local_epochs or 1,
             steps=options.local_steps,
@@ -106,7 +100,7 @@ class Federation:
         self.engine.gradient = self._full_gradient
         self._sharing = [objective for objective in objectives if objective.shares_state]
         self._parcels = {"uplink": self._prepare(self.uplink), "downlink": self._prepare(self.downlink)}
-        self.run_state = RunState(server, rule, [*self.uplink, *self.downlink, *objectives])
+        self.run_state = RunState(server, rule, self.buffers, [*self.uplink, *self.downlink, *objectives])
         self.tally = Tally()
         self.in_round = False
         self._homes: dict[int, int] = {}
@@ -115,20 +109,14 @@ class Federation:
         self.on_round_end: Callable[[Report], None] = lambda report: None
 
     @property
-    def local_buffers(self) -> dict[int, dict[str, Tensor]]:
-        """Each client's own buffers, with ``buffers="local"``."""
-        return self.run_state.local_buffers
-
-    @property
     def layout(self) -> ParameterLayout:
         """Where each trainable parameter lives in the flat vector."""
         return self.server.layout
 
     def message_bytes(self, link: Link) -> int:
         """Bytes of one message on a link as its channels pack it, with buffers and what objectives share beside it."""
-        buffers = sum(b.numel() * b.element_size() for b in self.server.buffers.values())
         shared = len(self._sharing) * self.layout.message_bytes
-        return self._parcels[link].bytes + shared + (0 if self.options.buffers in ("keep", "local") else buffers)
+        return self._parcels[link].bytes + shared + self.buffers.message_bytes
 
     def _prepare(self, channels: Sequence[Channel]) -> Parcel:
         """Tell a link's channels where they are, and find out what they make of a message."""
@@ -145,7 +133,7 @@ class Federation:
                     rule=type(self.rule.innermost).__name__,
                     raw_weight=self.rule.raw_weight,
                     beside=[
-                        *(["buffers"] if self.server.buffers and self.options.buffers != "keep" else []),
+                        *(["buffers"] if self.buffers.leave_clients else []),
                         *(type(objective).__name__ for objective in self._sharing),
                     ],
                     drawn_uniformly=len(self.cohort(0)) if draws_uniformly else None,
@@ -380,7 +368,7 @@ class Federation:
         records: list[UpdateRecord] = []
         excluded: list[str] = []
         visits = (
-            Visit(client, heard[client], self.run_state.local_buffers.get(client, self.server.buffers), store.slot)
+            Visit(client, heard[client], self.buffers.start(client), store.slot)
             for client in clients
             if client not in lost
         )
@@ -401,10 +389,7 @@ class Federation:
                 self.engine.commit(update)
                 for channel in self.uplink:
                     channel.remember(update.client, self.server.parameters(), update.displacement, update.num_steps)
-                if self.options.buffers == "local":
-                    self.run_state.local_buffers[update.client] = {
-                        name: b.to(HOST) for name, b in update.buffers.items()
-                    }
+                self.buffers.remember(update)
                 records.append(self._record(update, store, heard=True))
         for client in clients:
             filled = lost[client].fill(client, self.server.parameters()) if client in lost else None
@@ -459,7 +444,7 @@ class Federation:
         """An update without its vector; on several processes, also without buffers that did not change."""
         buffers, logged = update.buffers, update.logged
         if self.ranks.size > 1:
-            buffers = {n: b.cpu() for n, b in buffers.items() if not torch.equal(b, self.server.buffers[n])}
+            buffers = self.buffers.changed(update)
             logged = {name: each.located(self.host.module) for name, each in logged.items()}
         return replace(update, displacement=_NOTHING, buffers=buffers, logged=logged, memory={})
 
@@ -515,7 +500,7 @@ class Federation:
 
     def _spoilt(self, round_: int, update: ClientUpdate, why: str = "") -> str:
         """A sentence if an update is not finite."""
-        buffers = {} if self.options.buffers == "keep" else update.buffers
+        buffers = self.buffers.sent(update)
         # The usual answer with one wait for the device: everything adds up to finite numbers.
         states = [value for state in update.memory["objectives"] for value in state.values()]
         sums = [v.sum() for v in (update.displacement, *buffers.values(), *states) if not v.is_complex()]
@@ -575,10 +560,10 @@ class Federation:
             seed_randomness(seed_of(self.seed, "round", round_, "aggregation"), self.host.device)
             step = self.rule.step(cohort, self.rule.state, self.server)
         _check_step(step, type(self.rule).__name__, len(cohort))
-        self.server.install(step.parameters, self._buffers(cohort, step, updates))
+        self.server.install(step.parameters, self.buffers.aggregate(cohort, step, updates))
         self.rule.state = dict(step.state)
         if self.options.buffers == "recalibrate" and updates:
-            self._recalibrate(round_, [update.client for update in updates])
+            self.buffers.recalibrate(round_, [update.client for update in updates])
         return step.metrics, dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
 
     def _superpose(self, round_: int, vectors: Any, arrived: Sequence[UpdateRecord], drawn: int) -> None:
@@ -594,48 +579,6 @@ class Federation:
         for channel in self.sums:
             vectors.total = channel.superpose(vectors.total, arrivals)
 
-    def _buffers(self, cohort: Cohort, step: RuleStep, updates: Sequence[ClientUpdate]) -> Mapping[str, Tensor] | None:
-        """The server's new buffers; ``None`` leaves them."""
-        if self.options.buffers == "keep" or not self.server.buffers or not updates:
-            return None
-        by_client = dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
-        weights = torch.tensor([by_client[update.client] for update in updates], dtype=torch.float64)
-        if not weights.sum() > 0:
-            return None
-        return averaged_buffers(self.server.buffers, (u.buffers for u in updates), weights / weights.sum())
-
-    @torch.no_grad()
-    def _recalibrate(self, round_: int, clients: Sequence[int]) -> None:
-        """Recompute normalisation statistics with the new global model, as plain averages over the cohort's data."""
-        module = self.host.module
-        moving = {id(buffer) for buffer in self.layout.moving_buffers(module).values()}
-        norms = [
-            m for m in module.modules() if id(getattr(m, "running_mean", None)) in moving and hasattr(m, "momentum")
-        ]
-        modes = [(norm.momentum, norm.training) for norm in norms]
-        each = max(1, RECALIBRATION_BATCHES // len(clients))
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None
-                norm.train()
-            with isolated_randomness(self.host.device), LogRecorder(module):
-                for client in clients:
-                    seed_randomness(
-                        seed_of(self.seed, "client", client, "round", round_, "recalibrate"), self.host.device
-                    )
-                    for batch in self.data.batches(client, round_, epochs=1, limit=each):
-                        self.host.forward(self.host.prepare(batch.data), batch.index)
-        finally:
-            for norm, (momentum, training) in zip(norms, modes, strict=True):
-                norm.momentum = momentum
-                norm.train(training)
-        recomputed = {id(b) for norm in norms for b in norm.buffers()}
-        fresh = {n: b.detach().clone() for n, b in module.named_buffers() if id(b) in recomputed}
-        self.server.buffers = {**self.server.buffers, **fresh}
-        # Whatever else the passes changed is not theirs to change.
-        self.restore_module()
-
     # ------------------------------------------------------------------ the end of a run
 
     def evaluate_clients(self) -> ClientMetrics:
@@ -650,14 +593,14 @@ class Federation:
         everybody = self.ranks.gather_to_first(
             (
                 self.engine.kept,
-                self.run_state.local_buffers,
+                self.buffers.local,
                 [move_data_to_device(e.state_dict(), HOST) for e in stateful],
             )
         )
         if not everybody:
             return
         kept, buffers, states = zip(*everybody, strict=True)
-        self.engine.kept, self.run_state.local_buffers = self._by_home(kept), self._by_home(buffers)
+        self.engine.kept, self.buffers.local = self._by_home(kept), self._by_home(buffers)
         for each, own in zip(stateful, zip(*states, strict=True), strict=True):
             names = {name for state in own for name in state}
             each.load_state_dict({name: self._by_home([state.get(name) for state in own]) for name in sorted(names)})
@@ -690,7 +633,7 @@ class Federation:
             "fingerprint": self.fingerprint,
             "round_options": self._round_options,
             "optimizers": dict(self.engine.kept),
-            "buffers": dict(self.run_state.local_buffers),
+            "buffers": dict(self.buffers.local),
             "tally": self.tally.state_dict(),
         }
         if not self.layout.is_exact:
@@ -726,9 +669,7 @@ class Federation:
             rank_zero_warn(f"Going on with another way to play a round than before: {told}.")
         self.engine.kept = dict(state["optimizers"])
         travels = self.layout.buffers  # more did when frozen ones travelled too
-        self.run_state.local_buffers = {
-            k: {n: b for n, b in v.items() if n in travels} for k, v in state["buffers"].items()
-        }
+        self.buffers.local = {k: {n: b for n, b in v.items() if n in travels} for k, v in state["buffers"].items()}
         self.tally = Tally.from_state(state["tally"])
         if "parameters" in state:
             self.server.install(state["parameters"].to(self.server.parameters()))

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.clients.engine import Engine
+from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.server import Server
 
 
@@ -65,17 +66,15 @@ class RunState:
     Args:
         server: The global model.
         rule: The aggregation rule.
+        buffers: The policy for buffers, which holds those that clients find again.
         callbacks: The channels and client objectives.
-
-    Attributes:
-        local_buffers: Each client's own buffers, with ``buffers="local"``.
     """
 
-    def __init__(self, server: Server, rule: AggregationRule, callbacks: Iterable[Stateful]) -> None:
+    def __init__(self, server: Server, rule: AggregationRule, buffers: Buffers, callbacks: Iterable[Stateful]) -> None:
         self.server = server
         self.rule = rule
+        self.buffers = buffers
         self.callbacks = list(callbacks)
-        self.local_buffers: dict[int, dict[str, Tensor]] = {}
 
     def snapshot(self, engine: Engine) -> RoundSnapshot:
         """Remember everything that the next round may change.
@@ -91,7 +90,7 @@ class RunState:
             callbacks.append(CallbackState(callback, state))
         return RoundSnapshot(
             optimizer_states=dict(engine.kept),
-            local_buffers=dict(self.local_buffers),
+            local_buffers=dict(self.buffers.local),
             callbacks=callbacks,
             rule=self.rule.state,
             parameters=self.server.parameters(),
@@ -106,7 +105,7 @@ class RunState:
             snapshot: The state from before the round.
         """
         engine.kept = snapshot.optimizer_states
-        self.local_buffers = snapshot.local_buffers
+        self.buffers.local = snapshot.local_buffers
         for saved in snapshot.callbacks:
             saved.callback.load_state_dict(saved.state)
         # The clients that had trained before the failure were counted in the module's metrics.
