@@ -27,12 +27,13 @@ from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
 from lightning_fedhaw.federation.records import LocalResults, Report, Tally, UpdateRecord
 from lightning_fedhaw.federation.run_state import RunState
+from lightning_fedhaw.federation.screening import Screening
 from lightning_fedhaw.federation.stores import VectorStore, make_store, make_sum
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks, deal
-from lightning_fedhaw.server import Server, all_finite
+from lightning_fedhaw.server import Server
 from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.layout import ParameterLayout
 from lightning_fedhaw.vectors.memory import HOST, is_out_of_memory
@@ -101,6 +102,7 @@ class Federation:
         self._sharing = [objective for objective in objectives if objective.shares_state]
         self._parcels = {"uplink": self._prepare(self.uplink), "downlink": self._prepare(self.downlink)}
         self.run_state = RunState(server, rule, self.buffers, [*self.uplink, *self.downlink, *objectives])
+        self.screening = Screening(options.on_nonfinite, server, self.buffers, rule, self.uplink)
         self.tally = Tally()
         self.in_round = False
         self._homes: dict[int, int] = {}
@@ -270,10 +272,10 @@ class Federation:
         )
         updates = [record.update for record in arrived if record.heard]
         excluded = [sentence for share in shares for sentence in share.excluded]
-        for sentence in excluded:
-            rank_zero_warn(f"{sentence} and was left out of the aggregation.")
         tally.nonfinite_updates += len(excluded)
-        self._check_arrivals(round_, clients, trainees, updates, excluded)
+        self.screening.check_round(
+            round_, drawn=len(clients), trained=len(trainees), updates=updates, excluded=excluded
+        )
         with tally.phase("aggregation"):
             metrics, weights = self._aggregate(round_, start, store, arrived, drawn=len(clients))
             self._share(start, shared, [replace(record, raw_weight=1.0) for record in arrived if record.heard])
@@ -380,7 +382,7 @@ class Federation:
                     break
                 # A client that failed moves no channel's state; and a channel may spoil what was good.
                 with self.tally.phase("channel"):
-                    sentence = self._spoilt(round_, update) or self._transmit(round_, update)
+                    sentence = self.screening.nonfinite_reason(round_, update) or self._transmit(round_, update)
                 self.on_client_end(update)
                 if sentence:
                     excluded.append(sentence)
@@ -448,27 +450,7 @@ class Federation:
             logged = {name: each.located(self.host.module) for name, each in logged.items()}
         return replace(update, displacement=_NOTHING, buffers=buffers, logged=logged, memory={})
 
-    def _check_arrivals(
-        self,
-        round_: int,
-        clients: Sequence[int],
-        trainees: Sequence[int],
-        updates: Sequence[ClientUpdate],
-        excluded: Sequence[str],
-    ) -> None:
-        # Where most of the cohort is lost, the few that are left may be the few that always fail.
-        if not updates and len(trainees) > len(clients) / 2:
-            air = [f"`{type(c).__name__}`" for c in self.uplink if type(c).transmit is not Channel.transmit]
-            raise FloatingPointError(
-                f"Every client of round {round_} returned non-finite values, so training has diverged ({excluded[0]})."
-                " The global model is the one before this round. Lower the local learning rate, or clip gradients"
-                f" (`gradient_clip_val=1.0`).{self.rule.advice()}"
-                + (f" Or {' and '.join(air)} spoiled what they sent; then make it gentler." if air else "")
-            )
-        if updates and not any(update.num_steps for update in updates):
-            rank_zero_warn(f"No client made an optimiser step in round {round_}; `training_step` may return None.")
-
-    def _transmit(self, round_: int, update: ClientUpdate) -> str:
+    def _transmit(self, round_: int, update: ClientUpdate) -> str | None:
         """Send an update up; a sentence if what arrives is not finite."""
         changed = False
         for channel in self.uplink:
@@ -476,7 +458,9 @@ class Federation:
             if received is not update.displacement:
                 update.displacement.copy_(received)
                 changed = True
-        return self._spoilt(round_, update, " (they were finite when it sent them)") if changed else ""
+        if not changed:
+            return None
+        return self.screening.nonfinite_reason(round_, update, " (they were finite when it sent them)")
 
     def _outage(self, channel: Channel, round_: int, clients: list[int]) -> list[bool]:
         if not clients:
@@ -497,35 +481,6 @@ class Federation:
                 f" {list(received.shape)}."
             )
         return received
-
-    def _spoilt(self, round_: int, update: ClientUpdate, why: str = "") -> str:
-        """A sentence if an update is not finite."""
-        buffers = self.buffers.sent(update)
-        # The usual answer with one wait for the device: everything adds up to finite numbers.
-        states = [value for state in update.memory["objectives"] for value in state.values()]
-        sums = [v.sum() for v in (update.displacement, *buffers.values(), *states) if not v.is_complex()]
-        if len(sums) == 1 + len(buffers) + len(states) and all_finite(
-            torch.stack([s.to(update.displacement) for s in sums])
-        ):
-            return ""
-        bad = [name for name, buffer in buffers.items() if self._is_spoilt(name, buffer)]
-        where = f"buffers {bad[:3]}" if bad else "" if all_finite(update.displacement) else "parameters"
-        if not where and all(map(all_finite, states)):
-            return ""
-        where = where or "states of client objectives"
-        sentence = f"Client {update.client} returned non-finite {where} in round {round_}{why}"
-        if self.options.on_nonfinite == "raise":
-            raise FloatingPointError(
-                f'{sentence}, and `on_nonfinite="raise"` ends the run. Lower the local learning rate, clip gradients,'
-                ' or set `on_nonfinite="exclude"`.'
-            )
-        return sentence
-
-    def _is_spoilt(self, name: str, buffer: Tensor) -> bool:
-        """Whether training put NaN or infinity into a buffer; an attention mask has always had them."""
-        if not (buffer.is_floating_point() or buffer.is_complex()) or all_finite(buffer):
-            return False
-        return bool((~torch.isfinite(buffer) & (buffer != self.server.buffers[name])).any())
 
     def _aggregate(
         self, round_: int, start: Tensor, store: VectorStore, arrived: Sequence[UpdateRecord], *, drawn: int
