@@ -25,10 +25,12 @@ from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
+from lightning_fedhaw.federation.full_gradient import FullGradient
 from lightning_fedhaw.federation.records import LocalResults, Report, Tally, UpdateRecord
 from lightning_fedhaw.federation.run_state import RunState
 from lightning_fedhaw.federation.screening import Screening
-from lightning_fedhaw.federation.stores import VectorStore, make_store, make_sum
+from lightning_fedhaw.federation.shared_states import SharedStates
+from lightning_fedhaw.federation.stores import VectorStore, make_store
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
@@ -98,8 +100,8 @@ class Federation:
             channels_last=options.channels_last,
         )
         self.engine: Engine = SequentialEngine(host, server.layout, data, plan, objectives)
-        self.engine.gradient = self._full_gradient
-        self._sharing = [objective for objective in objectives if objective.shares_state]
+        self.engine.gradient = FullGradient(host, server, data, self.seed).compute
+        self.shared_states = SharedStates(objectives, self.layout, data.num_clients, rule, options, self.ranks)
         self._parcels = {"uplink": self._prepare(self.uplink), "downlink": self._prepare(self.downlink)}
         self.run_state = RunState(server, rule, self.buffers, [*self.uplink, *self.downlink, *objectives])
         self.screening = Screening(options.on_nonfinite, server, self.buffers, rule, self.uplink)
@@ -117,8 +119,7 @@ class Federation:
 
     def message_bytes(self, link: Link) -> int:
         """Bytes of one message on a link as its channels pack it, with buffers and what objectives share beside it."""
-        shared = len(self._sharing) * self.layout.message_bytes
-        return self._parcels[link].bytes + shared + self.buffers.message_bytes
+        return self._parcels[link].bytes + self.shared_states.message_bytes + self.buffers.message_bytes
 
     def _prepare(self, channels: Sequence[Channel]) -> Parcel:
         """Tell a link's channels where they are, and find out what they make of a message."""
@@ -136,7 +137,7 @@ class Federation:
                     raw_weight=self.rule.raw_weight,
                     beside=[
                         *(["buffers"] if self.buffers.leave_clients else []),
-                        *(type(objective).__name__ for objective in self._sharing),
+                        *self.shared_states.contents,
                     ],
                     drawn_uniformly=len(self.cohort(0)) if draws_uniformly else None,
                     clients_remember=remember,
@@ -262,7 +263,7 @@ class Federation:
                 f"`{type(self.rule).__name__}` changes the clients' learning rates within a round, and a client"
                 ' objective divides by them. Use a rule that leaves them alone, or for SCAFFOLD `option="I"`.'
             )
-        shared = [make_sum(self.rule, self.options, start, len(own), self.ranks) for _ in self._sharing]
+        shared = self.shared_states.make_stores(start, len(own))
         store = make_store(self.rule, self.options, start, len(own), self.ranks, summed=bool(self.sums))
         shares = self.ranks.exchange(lambda: self._work(round_, own, heard_down, lost_up, store, shared))
         self.engine.settle([share.aftermath for share in shares])
@@ -278,7 +279,7 @@ class Federation:
         )
         with tally.phase("aggregation"):
             metrics, weights = self._aggregate(round_, start, store, arrived, drawn=len(clients))
-            self._share(start, shared, [replace(record, raw_weight=1.0) for record in arrived if record.heard])
+            self.shared_states.aggregate(start, shared, [record for record in arrived if record.heard])
         paced = 0 if self.engine.pace is None else self.engine.pace.numbers_sent * self.layout.dtype.itemsize
         down = len(clients) * paced + self._sent("downlink", round_, clients)
         up = self._sent("uplink", round_, [update.client for update in updates])
@@ -321,8 +322,7 @@ class Federation:
                 else:
                     heard[client] = last.to(start)
         if any(channel.fallback == "reuse_model" for channel in self.downlink):
-            for objective in self._sharing:
-                objective.tell(up_to_date)
+            self.shared_states.record_broadcast(up_to_date)
         return {client: vector if vector is sent else self.layout.rounded(vector) for client, vector in heard.items()}
 
     def _sent(self, link: Link, round_: int, clients: Sequence[int]) -> int:
@@ -387,7 +387,7 @@ class Federation:
                 if sentence:
                     excluded.append(sentence)
                     continue
-                self._collect_changes(update, shared)
+                self.shared_states.collect(update, shared)
                 self.engine.commit(update)
                 for channel in self.uplink:
                     channel.remember(update.client, self.server.parameters(), update.displacement, update.num_steps)
@@ -412,35 +412,6 @@ class Federation:
         store.commit(update, weight)
         size = rms(update.displacement) if heard and self.sums else 0.0
         return UpdateRecord(self._abridged(update), heard, weight, self.ranks.rank, size)
-
-    def _collect_changes(self, update: ClientUpdate, stores: Sequence[VectorStore]) -> None:
-        """What objectives send up beside a client's update."""
-        states = dict(zip(self.engine.objectives, update.memory["objectives"], strict=True))
-        for objective, store in zip(self._sharing, stores, strict=True):
-            vector = torch.zeros_like(update.displacement)
-            change, views = objective.change(update.client, states[objective]), self.layout.views(vector)
-            for name, value in change.items():
-                views[name].copy_(value)
-            store.commit(replace(update, displacement=vector), 1.0)
-
-    def _share(self, start: Tensor, stores: Sequence[VectorStore], records: Sequence[UpdateRecord]) -> None:
-        """Move the means of all clients' states by the changes that were heard."""
-        weights = torch.full((len(records),), 1 / self.data.num_clients, dtype=torch.float64)
-        for objective, store in zip(self._sharing, stores if records else (), strict=bool(records)):
-            change = store.vectors(start, records).displacements.weighted_sum(weights)
-            objective.share(self.layout.views(change.to(start)))
-
-    def _full_gradient(self, client: int, start: Tensor) -> Tensor:
-        """The gradient ``[P]`` of a client's mean loss over its training data, at the model it heard."""
-        total, seen, round_ = torch.zeros_like(start), 0, self.host.round
-        vector = start.detach().requires_grad_()
-        with isolated_randomness(self.host.device), torch.enable_grad():
-            seed_randomness(seed_of(self.seed, "client", client, "round", round_, "gradient"), self.host.device)
-            for batch in self.data.batches(client, round_, epochs=1):
-                loss = self.server.loss(vector, self.host.prepare(batch.data), batch.index)
-                total.add_(torch.autograd.grad(loss, vector)[0], alpha=batch.size)
-                seen += batch.size
-        return total / seen
 
     def _abridged(self, update: ClientUpdate) -> ClientUpdate:
         """An update without its vector; on several processes, also without buffers that did not change."""
