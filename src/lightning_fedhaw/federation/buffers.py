@@ -61,9 +61,11 @@ class Buffers:
         return sum(buffer.numel() * buffer.element_size() for buffer in self.server.buffers.values())
 
     @property
-    def leave_clients(self) -> bool:
-        """Whether the server sees clients' buffers."""
-        return bool(self.server.buffers) and self.policy != "keep"
+    def contents(self) -> list[str]:
+        """What leaves the clients, in words."""
+        if self.policy == "keep" or not self.server.buffers:
+            return []
+        return ["buffers"]
 
     def start(self, client: int) -> Mapping[str, Tensor]:
         """Return the buffers that a client starts from."""

@@ -13,8 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep
-from lightning_fedhaw.channel.awgn import rms
-from lightning_fedhaw.channel.base import Arrivals, Channel, Link, Parcel, Scene, SumChannel
+from lightning_fedhaw.channel.base import Channel, Link
 from lightning_fedhaw.clients.choice import choose
 from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit
 from lightning_fedhaw.clients.records import merge
@@ -31,12 +30,14 @@ from lightning_fedhaw.federation.run_state import RunState
 from lightning_fedhaw.federation.screening import Screening
 from lightning_fedhaw.federation.shared_states import SharedStates
 from lightning_fedhaw.federation.stores import VectorStore, make_store
+from lightning_fedhaw.federation.transport import Transport
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks, deal
 from lightning_fedhaw.server import Server
 from lightning_fedhaw.streams import seed_of
+from lightning_fedhaw.vectors.client_vectors import AccumulatedVectors
 from lightning_fedhaw.vectors.layout import ParameterLayout
 from lightning_fedhaw.vectors.memory import HOST, is_out_of_memory
 
@@ -78,10 +79,7 @@ class Federation:
         self.seed = options.resolved_seed
         self.cohort_cap = cohort_cap
         self.ranks = ranks or Ranks()
-        channels = [c for c in callbacks if isinstance(c, Channel)]
-        self.uplink = [c for c in channels if c.link == "uplink"]
-        self.downlink = [c for c in channels if c.link == "downlink"]
-        self.sums = [c for c in self.uplink if isinstance(c, SumChannel)]
+        channels = [callback for callback in callbacks if isinstance(callback, Channel)]
         objectives = find_objectives(callbacks)
         if objectives and not host.module.automatic_optimization:
             names = ", ".join(type(o).__name__ for o in objectives)
@@ -102,7 +100,14 @@ class Federation:
         self.engine: Engine = SequentialEngine(host, server.layout, data, plan, objectives)
         self.engine.gradient = FullGradient(host, server, data, self.seed).compute
         self.shared_states = SharedStates(objectives, self.layout, data.num_clients, rule, options, self.ranks)
-        self._parcels = {"uplink": self._prepare(self.uplink), "downlink": self._prepare(self.downlink)}
+        self.transport = Transport(channels, self.layout, [self.buffers, self.shared_states], self.seed)
+        draws_uniformly = type(sampler) in (EveryoneSampler, UniformSampler) and cohort_cap is None
+        self.transport.prepare(
+            data.num_examples,
+            rule,
+            drawn_uniformly=len(self.cohort(0)) if draws_uniformly and channels else None,
+            clients_remember=self._remembers,
+        )
         self.run_state = RunState(server, rule, self.buffers, [*self.uplink, *self.downlink, *objectives])
         self.screening = Screening(options.on_nonfinite, server, self.buffers, rule, self.uplink)
         self.tally = Tally()
@@ -119,32 +124,17 @@ class Federation:
 
     def message_bytes(self, link: Link) -> int:
         """Bytes of one message on a link as its channels pack it, with buffers and what objectives share beside it."""
-        return self._parcels[link].bytes + self.shared_states.message_bytes + self.buffers.message_bytes
+        return self.transport.message_bytes(link)
 
-    def _prepare(self, channels: Sequence[Channel]) -> Parcel:
-        """Tell a link's channels where they are, and find out what they make of a message."""
-        draws_uniformly = type(self.sampler) in (EveryoneSampler, UniformSampler) and self.cohort_cap is None
-        remember = self._remembers or any(channel.remembers for channel in self.downlink)
-        parcel = Parcel(self.layout.numel, 8 * self.layout.message_bytes / self.layout.numel)
-        for channel in channels:
-            channel.prepare(
-                Scene(
-                    layout=self.layout,
-                    num_examples=self.data.num_examples,
-                    parcel=parcel,
-                    channels=channels,
-                    rule=type(self.rule.innermost).__name__,
-                    raw_weight=self.rule.raw_weight,
-                    beside=[
-                        *(["buffers"] if self.buffers.leave_clients else []),
-                        *self.shared_states.contents,
-                    ],
-                    drawn_uniformly=len(self.cohort(0)) if draws_uniformly else None,
-                    clients_remember=remember,
-                )
-            )
-            parcel = channel.encode(parcel)
-        return parcel
+    @property
+    def uplink(self) -> Sequence[Channel]:
+        """The channels from clients to server."""
+        return self.transport.uplink
+
+    @property
+    def downlink(self) -> Sequence[Channel]:
+        """The channels from server to clients."""
+        return self.transport.downlink
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -239,7 +229,7 @@ class Federation:
         if self.host.device != HOST:
             if self.data.device == self.host.device:
                 advice.append('keep the training data in host memory by `data_device="cpu"`')
-            keeps_rows = (self.rule.raw_weight is None or options.storage == "device") and not self.sums
+            keeps_rows = (self.rule.raw_weight is None or options.storage == "device") and not self.transport.is_summed
             if keeps_rows and options.storage != "host":
                 advice.append('keep the clients\' vectors in host memory by `storage="host"`')
             if getattr(rule, "memory", None) == "device":
@@ -252,8 +242,11 @@ class Federation:
         with tally.phase("broadcast"):
             self.on_round_start(round_, clients)
             start = self.server.parameters()
-            heard_down = self._broadcast(round_, clients, start)
-            lost_up = self._uplink_outages(round_, list(heard_down))
+            broadcast = self.transport.broadcast(round_, clients, start)
+            if self.transport.may_be_outdated:
+                self.shared_states.record_broadcast(broadcast.up_to_date)
+            heard_down = broadcast.models
+            lost_up = self.transport.uplink_outages(round_, list(heard_down))
             trainees = [client for client in heard_down if client not in lost_up]
             self._deal([*trainees, *lost_up])
         own = [client for client in (*trainees, *lost_up) if self._homes[client] == self.ranks.rank]
@@ -264,7 +257,7 @@ class Federation:
                 ' objective divides by them. Use a rule that leaves them alone, or for SCAFFOLD `option="I"`.'
             )
         shared = self.shared_states.make_stores(start, len(own))
-        store = make_store(self.rule, self.options, start, len(own), self.ranks, summed=bool(self.sums))
+        store = make_store(self.rule, self.options, start, len(own), self.ranks, summed=self.transport.is_summed)
         shares = self.ranks.exchange(lambda: self._work(round_, own, heard_down, lost_up, store, shared))
         self.engine.settle([share.aftermath for share in shares])
         order = {client: slot for slot, client in enumerate((*trainees, *lost_up))}
@@ -281,8 +274,8 @@ class Federation:
             metrics, weights = self._aggregate(round_, start, store, arrived, drawn=len(clients))
             self.shared_states.aggregate(start, shared, [record for record in arrived if record.heard])
         paced = 0 if self.engine.pace is None else self.engine.pace.numbers_sent * self.layout.dtype.itemsize
-        down = len(clients) * paced + self._sent("downlink", round_, clients)
-        up = self._sent("uplink", round_, [update.client for update in updates])
+        down = len(clients) * paced + self.transport.sent_bytes("downlink", round_, clients)
+        up = self.transport.sent_bytes("uplink", round_, [update.client for update in updates])
         tally.bytes_down += down
         tally.bytes_up += up
         tally.heard += len(updates)
@@ -303,42 +296,6 @@ class Federation:
         self.server.write(self.server.parameters(), self.server.buffers)
 
     # ------------------------------------------------------------------ the parts of a round
-
-    def _broadcast(self, round_: int, clients: Sequence[int], start: Tensor) -> dict[int, Tensor]:
-        """What each client starts from, ``[P]``; clients that hear nothing and have nothing are absent."""
-        sent = self.layout.rounded(start)
-        heard, up_to_date = dict.fromkeys(clients, sent), set(clients)
-        for channel in self.downlink:
-            present = list(heard)
-            for client, is_lost in zip(present, self._outage(channel, round_, present), strict=True):
-                if not is_lost:
-                    heard[client] = self._through(channel, heard[client], round_, client)
-                    channel.remember_broadcast(client, heard[client])
-                    continue
-                up_to_date.discard(client)
-                last = channel.last_broadcast(client)
-                if last is None:
-                    del heard[client]
-                else:
-                    heard[client] = last.to(start)
-        if any(channel.fallback == "reuse_model" for channel in self.downlink):
-            self.shared_states.record_broadcast(up_to_date)
-        return {client: vector if vector is sent else self.layout.rounded(vector) for client, vector in heard.items()}
-
-    def _sent(self, link: Link, round_: int, clients: Sequence[int]) -> int:
-        """Bytes of a round's messages on a link."""
-        channels = self.uplink if link == "uplink" else self.downlink
-        again = sum(c.resent(round_=round_, client=k, seed=self.seed) for c in channels for k in clients)
-        return len(clients) * self.message_bytes(link) + again
-
-    def _uplink_outages(self, round_: int, clients: list[int]) -> dict[int, Channel]:
-        """The clients whose update will not arrive, drawn before they train, with the first channel that loses it."""
-        lost: dict[int, Channel] = {}
-        for channel in self.uplink:
-            for client, is_lost in zip(clients, self._outage(channel, round_, clients), strict=True):
-                if is_lost:
-                    lost.setdefault(client, channel)
-        return lost
 
     def _deal(self, clients: Sequence[int]) -> None:
         """Say which process does what: those with most to do first, and whoever is remembered where they were."""
@@ -389,8 +346,7 @@ class Federation:
                     continue
                 self.shared_states.collect(update, shared)
                 self.engine.commit(update)
-                for channel in self.uplink:
-                    channel.remember(update.client, self.server.parameters(), update.displacement, update.num_steps)
+                self.transport.remember(update, self.server.parameters())
                 self.buffers.remember(update)
                 records.append(self._record(update, store, heard=True))
         for client in clients:
@@ -410,7 +366,7 @@ class Federation:
         """Keep an update's vector here, and note the rest for everybody."""
         weight = 0.0 if self.rule.raw_weight is None else float(self.rule.raw_weight(update))
         store.commit(update, weight)
-        size = rms(update.displacement) if heard and self.sums else 0.0
+        size = self.transport.rms(update) if heard else 0.0
         return UpdateRecord(self._abridged(update), heard, weight, self.ranks.rank, size)
 
     def _abridged(self, update: ClientUpdate) -> ClientUpdate:
@@ -423,35 +379,9 @@ class Federation:
 
     def _transmit(self, round_: int, update: ClientUpdate) -> str | None:
         """Send an update up; a sentence if what arrives is not finite."""
-        changed = False
-        for channel in self.uplink:
-            received = self._through(channel, update.displacement, round_, update.client)
-            if received is not update.displacement:
-                update.displacement.copy_(received)
-                changed = True
-        if not changed:
+        if not self.transport.transmit(round_, update):
             return None
         return self.screening.nonfinite_reason(round_, update, " (they were finite when it sent them)")
-
-    def _outage(self, channel: Channel, round_: int, clients: list[int]) -> list[bool]:
-        if not clients:
-            return []
-        lost = torch.as_tensor(channel.outage(round_, clients, self.seed), dtype=torch.bool)
-        if lost.shape != (len(clients),):
-            raise ValueError(
-                f"`{type(channel).__name__}.outage` must say for each of {len(clients)} clients whether its message is"
-                f" lost, got the shape {list(lost.shape)}."
-            )
-        return lost.tolist()
-
-    def _through(self, channel: Channel, message: Tensor, round_: int, client: int) -> Tensor:
-        received = channel.transmit(message, round_=round_, client=client, seed=self.seed)
-        if received.shape != message.shape:
-            raise ValueError(
-                f"`{type(channel).__name__}.transmit` must return a message of the shape {list(message.shape)}, got"
-                f" {list(received.shape)}."
-            )
-        return received
 
     def _aggregate(
         self, round_: int, start: Tensor, store: VectorStore, arrived: Sequence[UpdateRecord], *, drawn: int
@@ -466,9 +396,10 @@ class Federation:
             return {"round_skipped": 1.0}, {}
         rates = self.host.learning_rates(self.layout) if self.rule.needs_learning_rates else ()
         vectors = store.vectors(start, arrived)
-        if self.sums:
+        if self.transport.is_summed:
+            assert isinstance(vectors, AccumulatedVectors)  # a store that was told so
             with self.tally.phase("channel"):
-                self._superpose(round_, vectors, arrived, drawn)
+                self.transport.superpose(vectors, arrived, round_=round_, drawn=drawn)
         cohort = Cohort(
             round=round_,
             clients=torch.tensor([record.update.client for record in arrived]),
@@ -491,19 +422,6 @@ class Federation:
         if self.options.buffers == "recalibrate" and updates:
             self.buffers.recalibrate(round_, [update.client for update in updates])
         return step.metrics, dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
-
-    def _superpose(self, round_: int, vectors: Any, arrived: Sequence[UpdateRecord], drawn: int) -> None:
-        """Send the sum of a cohort through the channels that act on it."""
-        arrivals = Arrivals(
-            round=round_,
-            seed=self.seed,
-            drawn=drawn,
-            clients=[record.update.client for record in arrived],
-            weights=vectors.raw_weights,
-            rms=torch.tensor([record.rms for record in arrived], dtype=torch.float64),
-        )
-        for channel in self.sums:
-            vectors.total = channel.superpose(vectors.total, arrivals)
 
     # ------------------------------------------------------------------ the end of a run
 
