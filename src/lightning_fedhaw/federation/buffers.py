@@ -90,6 +90,12 @@ class Buffers:
         if self.policy == "local":
             self.local[update.client] = {name: buffer.to(HOST) for name, buffer in update.buffers.items()}
 
+    def load(self, local: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Take clients' own buffers from a checkpoint, without those that no longer travel."""
+        self.local = {}
+        for client, buffers in local.items():
+            self.local[client] = {name: b for name, b in buffers.items() if name in self.server.layout.buffers}
+
     def aggregate(self, cohort: Cohort, step: RuleStep, updates: Sequence[ClientUpdate]) -> Mapping[str, Tensor] | None:
         """Average the received buffers by the rule's weights.
 

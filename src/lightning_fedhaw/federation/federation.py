@@ -25,6 +25,7 @@ from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, Unifo
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
 from lightning_fedhaw.federation.full_gradient import FullGradient
+from lightning_fedhaw.federation.placement import Placement
 from lightning_fedhaw.federation.records import LocalResults, Report, Tally, UpdateRecord
 from lightning_fedhaw.federation.run_state import RunState
 from lightning_fedhaw.federation.screening import Screening
@@ -34,7 +35,7 @@ from lightning_fedhaw.federation.transport import Transport
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
-from lightning_fedhaw.ranks import Ranks, deal
+from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.server import Server
 from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.client_vectors import AccumulatedVectors
@@ -101,18 +102,34 @@ class Federation:
         self.engine.gradient = FullGradient(host, server, data, self.seed).compute
         self.shared_states = SharedStates(objectives, self.layout, data.num_clients, rule, options, self.ranks)
         self.transport = Transport(channels, self.layout, [self.buffers, self.shared_states], self.seed)
+        self.placement = Placement(
+            self.ranks,
+            is_sticky=options.optimizer_state == "kept"
+            or options.buffers == "local"
+            or any(channel.remembers for channel in self.transport.uplink)
+            or any(objective.remembers for objective in objectives),
+        )
         draws_uniformly = type(sampler) in (EveryoneSampler, UniformSampler) and cohort_cap is None
         self.transport.prepare(
             data.num_examples,
             rule,
             drawn_uniformly=len(self.cohort(0)) if draws_uniformly and channels else None,
-            clients_remember=self._remembers,
+            clients_remember=self.placement.is_sticky,
         )
-        self.run_state = RunState(server, rule, self.buffers, [*self.uplink, *self.downlink, *objectives])
+        self.run_state = RunState(
+            server,
+            rule,
+            data,
+            options,
+            buffers=self.buffers,
+            transport=self.transport,
+            objectives=objectives,
+            placement=self.placement,
+            ranks=self.ranks,
+            seed=self.seed,
+        )
         self.screening = Screening(options.on_nonfinite, server, self.buffers, rule, self.uplink)
-        self.tally = Tally()
         self.in_round = False
-        self._homes: dict[int, int] = {}
         self.on_round_start: Callable[[int, list[int]], None] = lambda round_, clients: None
         self.on_client_end: Callable[[ClientUpdate], None] = lambda update: None
         self.on_round_end: Callable[[Report], None] = lambda report: None
@@ -137,21 +154,9 @@ class Federation:
         return self.transport.downlink
 
     @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What two runs must share for one to go on from the other's checkpoint."""
-        return {
-            "rule": self.rule.identity,
-            "num_clients": self.data.num_clients,
-            "split": self.data.partition.fingerprint(),
-            "parameters": self.layout.numel,
-            "seed": self.seed,
-        }
-
-    @property
-    def _round_options(self) -> dict[str, Any]:
-        """What may change between two parts of a run, but seldom should."""
-        names = ("clients_per_round", "local_epochs", "local_steps", "optimizer_state", "buffers")
-        return {**{name: getattr(self.options, name) for name in names}, "batch_size": self.data.settings.batch_size}
+    def tally(self) -> Tally:
+        """The costs and incidents of the run so far."""
+        return self.run_state.tally
 
     def check_agreement(self) -> None:
         """Refuse to go on where processes were given different data or another split.
@@ -159,14 +164,7 @@ class Federation:
         Raises:
             ValueError: Naming the processes that differ.
         """
-        everybody = self.ranks.gather((self.fingerprint, self.data.sample_hash()) if self.ranks.size > 1 else None)
-        others = [rank for rank, theirs in enumerate(everybody) if theirs != everybody[0]]
-        if others:
-            raise ValueError(
-                f"Processes {others} of {self.ranks.size} were given other training data, another split or another seed"
-                " than process 0, and every process must know the whole federation. Seed whatever makes the data"
-                " (`seed_everything`) before it is made."
-            )
+        self.run_state.check_agreement()
 
     def choose_engine(self) -> str:
         """Take the engine that was asked for, or that the rule of ``engine="auto"`` names.
@@ -248,8 +246,7 @@ class Federation:
             heard_down = broadcast.models
             lost_up = self.transport.uplink_outages(round_, list(heard_down))
             trainees = [client for client in heard_down if client not in lost_up]
-            self._deal([*trainees, *lost_up])
-        own = [client for client in (*trainees, *lost_up) if self._homes[client] == self.ranks.rank]
+            own = self.placement.assign([*trainees, *lost_up], self.engine.cost)
         self.engine.pace = self.rule.local_pace(self.rule.state, self.layout)
         if self.engine.pace is not None and any(objective.needs_learning_rates for objective in self.engine.objectives):
             raise ValueError(
@@ -296,23 +293,6 @@ class Federation:
         self.server.write(self.server.parameters(), self.server.buffers)
 
     # ------------------------------------------------------------------ the parts of a round
-
-    def _deal(self, clients: Sequence[int]) -> None:
-        """Say which process does what: those with most to do first, and whoever is remembered where they were."""
-        if self.ranks.size == 1:
-            self._homes = dict.fromkeys(clients, 0)
-            return
-        known = self._homes if self._remembers else {}
-        homes = {i: known[client] for i, client in enumerate(clients) if client in known}
-        costs = [self.engine.cost(client) for client in clients]
-        self._homes = {**known, **dict(zip(clients, deal(costs, self.ranks.size, homes), strict=True))}
-
-    @property
-    def _remembers(self) -> bool:
-        """Whether clients leave something behind that is found again where they were."""
-        kept = self.options.optimizer_state == "kept" or self.options.buffers == "local"
-        channels = any(channel.remembers for channel in self.uplink)
-        return kept or channels or any(objective.remembers for objective in self.engine.objectives)
 
     def _work(
         self,
@@ -429,35 +409,6 @@ class Federation:
         """Evaluate the global model on every client's own data."""
         return ClientEvaluation(self.host, self.data, self.ranks, self.seed).evaluate()
 
-    def collect(self) -> None:
-        """Bring what clients and channels remember on other processes to process 0, which writes checkpoints."""
-        if self.ranks.size == 1 or not self._remembers:
-            return
-        stateful = [*self.uplink, *self.engine.objectives]
-        everybody = self.ranks.gather_to_first(
-            (
-                self.engine.kept,
-                self.buffers.local,
-                [move_data_to_device(e.state_dict(), HOST) for e in stateful],
-            )
-        )
-        if not everybody:
-            return
-        kept, buffers, states = zip(*everybody, strict=True)
-        self.engine.kept, self.buffers.local = self._by_home(kept), self._by_home(buffers)
-        for each, own in zip(stateful, zip(*states, strict=True), strict=True):
-            names = {name for state in own for name in state}
-            each.load_state_dict({name: self._by_home([state.get(name) for state in own]) for name in sorted(names)})
-
-    def _by_home(self, memories: Sequence[Any]) -> Any:
-        """Each client's memory as the process holds it where it was last; anything else as process 0 does."""
-        if not all(isinstance(memory, (dict, type(None))) for memory in memories):
-            return memories[0]
-        memories = [memory or {} for memory in memories]
-        clients = {client for memory in memories for client in memory}
-        merged = {client: memories[self._homes.get(client, 0)].get(client) for client in clients}
-        return {client: merged[client] for client in sorted(clients) if merged[client] is not None}
-
     def close(self) -> None:
         """End a run: leave nothing on the model's device.
 
@@ -471,18 +422,8 @@ class Federation:
             objective.mean = move_data_to_device(objective.mean, HOST)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is not in the module, the rule or another callback; plain values and tensors."""
-        self.collect()
-        state: dict[str, Any] = {
-            "fingerprint": self.fingerprint,
-            "round_options": self._round_options,
-            "optimizers": dict(self.engine.kept),
-            "buffers": dict(self.buffers.local),
-            "tally": self.tally.state_dict(),
-        }
-        if not self.layout.is_exact:
-            state["parameters"] = self.server.parameters().cpu()
-        return state
+        """Return everything that is not in the module, the rule or another callback: plain values and tensors."""
+        return self.run_state.state_dict(self.engine)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -490,33 +431,7 @@ class Federation:
         Raises:
             ValueError: If it is of another federation.
         """
-        theirs, ours = state["fingerprint"], self.fingerprint
-        words = {
-            "rule": "the rule",
-            "num_clients": "`num_clients`",
-            "split": "the split of the training data (seed, partitioner, labels or data)",
-            "parameters": "the number of trainable parameters",
-            "seed": "`seed` (or that of `seed_everything`)",
-        }
-        for key, word in words.items():
-            if theirs[key] != ours[key]:
-                raise ValueError(
-                    f"The checkpoint (or earlier `fit`) to go on from is of another federation: {word} was"
-                    f" {theirs[key]!r} there and is {ours[key]!r} here. Resume with the arguments of that run, or"
-                    " start anew from its weights with `load_from_checkpoint`."
-                )
-        changed = {
-            k: (v, self._round_options[k]) for k, v in state["round_options"].items() if v != self._round_options[k]
-        }
-        if changed:
-            told = ", ".join(f"`{name}` from {then} to {now}" for name, (then, now) in changed.items())
-            rank_zero_warn(f"Going on with another way to play a round than before: {told}.")
-        self.engine.kept = dict(state["optimizers"])
-        travels = self.layout.buffers  # more did when frozen ones travelled too
-        self.buffers.local = {k: {n: b for n, b in v.items() if n in travels} for k, v in state["buffers"].items()}
-        self.tally = Tally.from_state(state["tally"])
-        if "parameters" in state:
-            self.server.install(state["parameters"].to(self.server.parameters()))
+        self.run_state.load_state_dict(state, self.engine)
 
 
 def _check_step(step: Any, rule: str, clients: int) -> None:
