@@ -1,18 +1,18 @@
-"""A federation: who takes part, and the order of a round. It knows no particular rule."""
+"""A federation: the order of a round. It knows no particular rule, channel or objective."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import AggregationRule, RuleStep
+from lightning_fedhaw.aggregation.base import AggregationRule, LocalPace, RuleStep
 from lightning_fedhaw.channel.base import Channel, Link
 from lightning_fedhaw.clients.choice import choose
 from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit
@@ -26,14 +26,22 @@ from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
 from lightning_fedhaw.federation.full_gradient import FullGradient
 from lightning_fedhaw.federation.placement import Placement
-from lightning_fedhaw.federation.records import LocalResults, Report, Tally, UpdateRecord
+from lightning_fedhaw.federation.records import (
+    Aggregation,
+    LocalResults,
+    Received,
+    Report,
+    RoundPlan,
+    Tally,
+    UpdateRecord,
+)
 from lightning_fedhaw.federation.run_state import RunState
 from lightning_fedhaw.federation.screening import Screening
 from lightning_fedhaw.federation.shared_states import SharedStates
-from lightning_fedhaw.federation.stores import VectorStore, make_store
+from lightning_fedhaw.federation.stores import RoundStores, VectorStore, make_store
 from lightning_fedhaw.federation.transport import Transport
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
-from lightning_fedhaw.objectives.base import find_objectives
+from lightning_fedhaw.objectives.base import ClientObjective, find_objectives
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.server import Server
@@ -42,23 +50,32 @@ from lightning_fedhaw.vectors.client_vectors import AccumulatedVectors
 from lightning_fedhaw.vectors.layout import ParameterLayout
 from lightning_fedhaw.vectors.memory import HOST, is_out_of_memory
 
-_NOTHING = torch.empty(0)
+_NO_VECTOR = torch.empty(0)
 
 
 class Federation:
-    """Everything of a run that lasts longer than a round.
+    """Plays the rounds of a run.
+
+    The order of a round is here, in :meth:`_play`. What its parts need to remember is kept by collaborators.
 
     Args:
         host: The trainer around it.
         server: The global model.
         data: The clients' data.
-        sampler: Who comes in a round.
+        sampler: How the clients of a round are sampled.
         rule: How the server aggregates.
         callbacks: The trainer's callbacks, of which channels and client objectives are picked in list order.
         options: The federation's arguments.
         limit: Batches a local pass at most.
         cohort_cap: Clients a round at most, for a development run.
         ranks: The processes that share the work; this one alone by default.
+
+    Attributes:
+        engine: What trains clients; see :meth:`choose_engine`.
+        in_round: Whether a round is being played, so that the module may hold a client's model.
+        on_round_start: Called with the round's number and the clients that were drawn.
+        on_client_end: Called with each update of this process.
+        on_round_end: Called with the round's report.
     """
 
     def __init__(
@@ -75,47 +92,37 @@ class Federation:
         cohort_cap: int | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self.host, self.server, self.data, self.sampler, self.rule = host, server, data, sampler, rule
+        self.host = host
+        self.server = server
+        self.data = data
+        self.sampler = sampler
+        self.rule = rule
         self.options = options
         self.seed = options.resolved_seed
         self.cohort_cap = cohort_cap
         self.ranks = ranks or Ranks()
         channels = [callback for callback in callbacks if isinstance(callback, Channel)]
         objectives = find_objectives(callbacks)
-        if objectives and not host.module.automatic_optimization:
-            names = ", ".join(type(o).__name__ for o in objectives)
-            raise ValueError(
-                f"Client objectives ({names}) are added to the loss that `training_step` returns, and with"
-                " `automatic_optimization=False` it returns none. Add the term in `training_step`, or use automatic"
-                " optimisation."
-            )
+        _check_objectives(objectives, host)
         self.buffers = Buffers(options.buffers, host, server, data, self.seed)
-        plan = LocalPlan(
-            epochs=None if options.local_steps is not None else options.local_epochs or 1,
-            steps=options.local_steps,
-            limit=limit,
-            optimizer_state=options.optimizer_state,
-            seed=self.seed,
-            channels_last=options.channels_last,
-        )
-        self.engine: Engine = SequentialEngine(host, server.layout, data, plan, objectives)
+        self.engine: Engine = SequentialEngine(host, self.layout, data, self._local_plan(limit), objectives)
         self.engine.gradient = FullGradient(host, server, data, self.seed).compute
         self.shared_states = SharedStates(objectives, self.layout, data.num_clients, rule, options, self.ranks)
         self.transport = Transport(channels, self.layout, [self.buffers, self.shared_states], self.seed)
-        self.placement = Placement(
-            self.ranks,
-            is_sticky=options.optimizer_state == "kept"
+        clients_remember = (
+            options.optimizer_state == "kept"
             or options.buffers == "local"
             or any(channel.remembers for channel in self.transport.uplink)
-            or any(objective.remembers for objective in objectives),
+            or any(objective.remembers for objective in objectives)
         )
-        draws_uniformly = type(sampler) in (EveryoneSampler, UniformSampler) and cohort_cap is None
+        self.placement = Placement(self.ranks, is_sticky=clients_remember)
         self.transport.prepare(
             data.num_examples,
             rule,
-            drawn_uniformly=len(self.cohort(0)) if draws_uniformly and channels else None,
-            clients_remember=self.placement.is_sticky,
+            drawn_uniformly=self._uniform_cohort_size() if channels else None,
+            clients_remember=clients_remember,
         )
+        self.screening = Screening(options.on_nonfinite, server, self.buffers, rule, self.transport.uplink)
         self.run_state = RunState(
             server,
             rule,
@@ -128,20 +135,22 @@ class Federation:
             ranks=self.ranks,
             seed=self.seed,
         )
-        self.screening = Screening(options.on_nonfinite, server, self.buffers, rule, self.uplink)
         self.in_round = False
-        self.on_round_start: Callable[[int, list[int]], None] = lambda round_, clients: None
-        self.on_client_end: Callable[[ClientUpdate], None] = lambda update: None
-        self.on_round_end: Callable[[Report], None] = lambda report: None
+        self.on_round_start: Callable[[int, list[int]], None] = _ignore
+        self.on_client_end: Callable[[ClientUpdate], None] = _ignore
+        self.on_round_end: Callable[[Report], None] = _ignore
+
+    # ------------------------------------------------------------------ before a run
 
     @property
     def layout(self) -> ParameterLayout:
         """Where each trainable parameter lives in the flat vector."""
         return self.server.layout
 
-    def message_bytes(self, link: Link) -> int:
-        """Bytes of one message on a link as its channels pack it, with buffers and what objectives share beside it."""
-        return self.transport.message_bytes(link)
+    @property
+    def tally(self) -> Tally:
+        """The costs and incidents of the run so far."""
+        return self.run_state.tally
 
     @property
     def uplink(self) -> Sequence[Channel]:
@@ -153,10 +162,9 @@ class Federation:
         """The channels from server to clients."""
         return self.transport.downlink
 
-    @property
-    def tally(self) -> Tally:
-        """The costs and incidents of the run so far."""
-        return self.run_state.tally
+    def message_bytes(self, link: Link) -> int:
+        """Count the bytes of one message on a link, with what travels beside it."""
+        return self.transport.message_bytes(link)
 
     def check_agreement(self) -> None:
         """Refuse to go on where processes were given different data or another split.
@@ -177,19 +185,22 @@ class Federation:
         Raises:
             ValueError: If ``engine="vectorized"`` and the module's step is not a function.
         """
-        sequential, options = self.engine, self.options
-        self.engine, why = choose(
-            sequential,
-            options.engine,
-            cohort=-(-len(self.cohort(0)) // self.ranks.size),
-            chunk_memory=options.chunk_memory,
-            compile_clients=options.compile_clients,
+        self.engine, reason = choose(
+            self.engine,
+            self.options.engine,
+            cohort=ceil(len(self.cohort(0)) / self.ranks.size),
+            chunk_memory=self.options.chunk_memory,
+            compile_clients=self.options.compile_clients,
             processes=self.ranks.size,
         )
-        return why
+        return reason
 
     def cohort(self, round_: int) -> list[int]:
-        """The clients that are drawn for a round."""
+        """Draw the clients of a round.
+
+        Raises:
+            ValueError: If the sampler names a client twice, or one that does not exist.
+        """
         count = self.data.num_clients
         drawn = self.sampler.sample(round_, num_clients=count, sizes=self.data.num_examples, seed=self.seed)
         # In ascending order, so that sums over clients do not depend on the order they were named in.
@@ -201,8 +212,32 @@ class Federation:
             )
         return clients[: self.cohort_cap]
 
+    def _local_plan(self, limit: int | float | None) -> LocalPlan:
+        """Say what a client does in a round."""
+        epochs = None
+        if self.options.local_steps is None:
+            epochs = self.options.local_epochs or 1
+        return LocalPlan(
+            epochs=epochs,
+            steps=self.options.local_steps,
+            limit=limit,
+            optimizer_state=self.options.optimizer_state,
+            seed=self.seed,
+            channels_last=self.options.channels_last,
+        )
+
+    def _uniform_cohort_size(self) -> int | None:
+        """Count the clients of a round, where all sets of so many are equally likely; ``None`` elsewhere."""
+        # A class derived from these may draw in another way.
+        draws_uniformly = type(self.sampler) in (EveryoneSampler, UniformSampler)
+        if not draws_uniformly or self.cohort_cap is not None:
+            return None
+        return len(self.cohort(0))
+
+    # ------------------------------------------------------------------ a round
+
     def play(self, round_: int) -> Report:
-        """One communication round. If it fails, it leaves nothing behind.
+        """Play one communication round. If it fails, it leaves nothing behind.
 
         Raises:
             FloatingPointError: If a client returns NaN or infinity and ``on_nonfinite="raise"``, or if every client
@@ -213,6 +248,7 @@ class Federation:
         try:
             return self._play(round_)
         except BaseException as error:
+            # An interrupted round (Ctrl+C) is undone like one that failed.
             if is_out_of_memory(error) and hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(self._memory_advice())
             self.run_state.restore(self.engine, before)
@@ -220,190 +256,238 @@ class Federation:
         finally:
             self.in_round = False
 
-    def _memory_advice(self) -> str:
-        """What a user can do where memory has run out, as far as it is not done yet."""
-        rule, options = self.rule.innermost, self.options
-        advice = ["give the clients a smaller `batch_size`"]
-        if self.host.device != HOST:
-            if self.data.device == self.host.device:
-                advice.append('keep the training data in host memory by `data_device="cpu"`')
-            keeps_rows = (self.rule.raw_weight is None or options.storage == "device") and not self.transport.is_summed
-            if keeps_rows and options.storage != "host":
-                advice.append('keep the clients\' vectors in host memory by `storage="host"`')
-            if getattr(rule, "memory", None) == "device":
-                advice.append(f'keep those of the last round there by `{type(rule).__name__}(memory="host")`')
-        return f"Memory has run out. To need less: {'; '.join(advice)}."
-
     def _play(self, round_: int) -> Report:
-        tally = self.tally
         clients = self.cohort(round_)
-        with tally.phase("broadcast"):
+        with self.tally.phase("broadcast"):
             self.on_round_start(round_, clients)
-            start = self.server.parameters()
-            broadcast = self.transport.broadcast(round_, clients, start)
-            if self.transport.may_be_outdated:
-                self.shared_states.record_broadcast(broadcast.up_to_date)
-            heard_down = broadcast.models
-            lost_up = self.transport.uplink_outages(round_, list(heard_down))
-            trainees = [client for client in heard_down if client not in lost_up]
-            own = self.placement.assign([*trainees, *lost_up], self.engine.cost)
-        self.engine.pace = self.rule.local_pace(self.rule.state, self.layout)
-        if self.engine.pace is not None and any(objective.needs_learning_rates for objective in self.engine.objectives):
+            plan = self._broadcast(round_, clients)
+            own_clients = self.placement.assign(plan.slots, self.engine.cost)
+        self.engine.pace = self._local_pace()
+        stores = self._make_stores(plan, capacity=len(own_clients))
+        received = self._train(plan, own_clients, stores)
+        self.screening.check_round(plan, received)
+        with self.tally.phase("aggregation"):
+            aggregation = self._aggregate(plan, received, stores.displacements)
+            self.shared_states.aggregate(plan.start, stores.shared, received.from_clients)
+        report = self._report(plan, received, aggregation)
+        self.on_round_end(report)
+        return report
+
+    # ------------------------------------------------------------------ the parts of a round, in their order
+
+    def _broadcast(self, round_: int, clients: Sequence[int]) -> RoundPlan:
+        """Send the global model down, and draw whose update will be lost."""
+        start = self.server.parameters()
+        broadcast = self.transport.broadcast(round_, clients, start)
+        if self.transport.may_be_outdated:
+            self.shared_states.record_broadcast(broadcast.up_to_date)
+        lost = self.transport.uplink_outages(round_, list(broadcast.models))
+        return RoundPlan(round_, clients, start, broadcast.models, lost)
+
+    def _local_pace(self) -> LocalPace | None:
+        """Ask the rule what it makes of the clients' learning rates in this round.
+
+        Raises:
+            ValueError: If it changes them and a client objective divides by them.
+        """
+        pace = self.rule.local_pace(self.rule.state, self.layout)
+        if pace is not None and any(objective.needs_learning_rates for objective in self.engine.objectives):
             raise ValueError(
                 f"`{type(self.rule).__name__}` changes the clients' learning rates within a round, and a client"
                 ' objective divides by them. Use a rule that leaves them alone, or for SCAFFOLD `option="I"`.'
             )
-        shared = self.shared_states.make_stores(start, len(own))
-        store = make_store(self.rule, self.options, start, len(own), self.ranks, summed=self.transport.is_summed)
-        shares = self.ranks.exchange(lambda: self._work(round_, own, heard_down, lost_up, store, shared))
+        return pace
+
+    def _make_stores(self, plan: RoundPlan, capacity: int) -> RoundStores:
+        """Make the places for what this process's clients send."""
+        shared = self.shared_states.make_stores(plan.start, capacity)
+        displacements = make_store(
+            self.rule, self.options, plan.start, capacity, self.ranks, summed=self.transport.is_summed
+        )
+        return RoundStores(displacements, shared)
+
+    def _train(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores) -> Received:
+        """Train the cohort on all processes, and gather what each of them knows of it."""
+        shares = self.ranks.exchange(lambda: self._train_share(plan, own_clients, stores))
         self.engine.settle([share.aftermath for share in shares])
-        order = {client: slot for slot, client in enumerate((*trainees, *lost_up))}
-        arrived = sorted(
-            (record for share in shares for record in share.records), key=lambda record: order[record.update.client]
-        )
-        updates = [record.update for record in arrived if record.heard]
+        records = [record for share in shares for record in share.records]
         excluded = [sentence for share in shares for sentence in share.excluded]
-        tally.nonfinite_updates += len(excluded)
-        self.screening.check_round(
-            round_, drawn=len(clients), trained=len(trainees), updates=updates, excluded=excluded
-        )
-        with tally.phase("aggregation"):
-            metrics, weights = self._aggregate(round_, start, store, arrived, drawn=len(clients))
-            self.shared_states.aggregate(start, shared, [record for record in arrived if record.heard])
-        paced = 0 if self.engine.pace is None else self.engine.pace.numbers_sent * self.layout.dtype.itemsize
-        down = len(clients) * paced + self.transport.sent_bytes("downlink", round_, clients)
-        up = self.transport.sent_bytes("uplink", round_, [update.client for update in updates])
-        tally.bytes_down += down
-        tally.bytes_up += up
-        tally.heard += len(updates)
-        tally.lost_messages += len(clients) - len(trainees)
-        tally.skipped_steps += sum(update.num_skipped for update in updates)
-        metrics = {
-            **metrics,
-            "clients_heard": float(len(updates)),
-            "bytes_down": float(down),
-            "bytes_up": float(up),
-        }
-        report = Report(round_, clients, metrics, merge(update.logged for update in updates), weights)
-        self.on_round_end(report)
-        return report
+        # The same order for any number of processes.
+        slot_of = {client: slot for slot, client in enumerate(plan.slots)}
+        records.sort(key=lambda record: slot_of[record.update.client])
+        self.tally.nonfinite_updates += len(excluded)
+        return Received(records, excluded)
 
-    def restore_module(self) -> None:
-        """Put the global model back into the module, which may hold a client's."""
-        self.server.write(self.server.parameters(), self.server.buffers)
-
-    # ------------------------------------------------------------------ the parts of a round
-
-    def _work(
-        self,
-        round_: int,
-        clients: Sequence[int],
-        heard: Mapping[int, Tensor],
-        lost: Mapping[int, Channel],
-        store: VectorStore,
-        shared: Sequence[VectorStore],
-    ) -> LocalResults:
-        """This process's part of a round: local training, the way up, and what stands in for lost messages."""
+    def _train_share(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores) -> LocalResults:
+        """Do this process's part of a round: local training, the uplink, and substitutes for lost messages."""
         records: list[UpdateRecord] = []
         excluded: list[str] = []
-        visits = (
-            Visit(client, heard[client], self.buffers.start(client), store.slot)
-            for client in clients
-            if client not in lost
-        )
-        with closing(self.engine.run(visits)) as training:
+        with closing(self.engine.run(self._visits(plan, own_clients, stores.displacements))) as updates:
             while True:
-                with self.tally.phase("local training"):
-                    update = next(training, None)
+                update = self._next_update(updates)
                 if update is None:
                     break
-                # A client that failed moves no channel's state; and a channel may spoil what was good.
                 with self.tally.phase("channel"):
-                    sentence = self.screening.nonfinite_reason(round_, update) or self._transmit(round_, update)
+                    reason = self._send_up(plan.round, update)
                 self.on_client_end(update)
-                if sentence:
-                    excluded.append(sentence)
+                if reason is not None:
+                    excluded.append(reason)
                     continue
-                self.shared_states.collect(update, shared)
+                self.shared_states.collect(update, stores.shared)
                 self.engine.commit(update)
-                self.transport.remember(update, self.server.parameters())
+                self.transport.remember(update, plan.start)
                 self.buffers.remember(update)
-                records.append(self._record(update, store, heard=True))
-        for client in clients:
-            filled = lost[client].fill(client, self.server.parameters()) if client in lost else None
-            if filled is not None:
-                examples = len(self.data.train_indices[client])
-                batches = self.engine.num_batches(client)
-                update = ClientUpdate(client, examples, filled.num_steps, 0, filled.displacement, num_batches=batches)
-                records.append(self._record(update, store, heard=False))
+                records.append(self._record(update, stores.displacements, heard=True))
+        for client in own_clients:
+            substitute = self._substitute(plan, client)
+            if substitute is not None:
+                records.append(self._record(substitute, stores.displacements, heard=False))
         aftermath = self.engine.aftermath()
         if self.ranks.size > 1:
             # Nobody wants tensors on another process's device.
             aftermath = move_data_to_device(aftermath, HOST)
         return LocalResults(records, excluded, aftermath)
 
-    def _record(self, update: ClientUpdate, store: VectorStore, *, heard: bool) -> UpdateRecord:
-        """Keep an update's vector here, and note the rest for everybody."""
-        weight = 0.0 if self.rule.raw_weight is None else float(self.rule.raw_weight(update))
-        store.commit(update, weight)
-        size = self.transport.rms(update) if heard else 0.0
-        return UpdateRecord(self._abridged(update), heard, weight, self.ranks.rank, size)
+    def _visits(self, plan: RoundPlan, own_clients: Sequence[int], store: VectorStore) -> Iterator[Visit]:
+        """Give the engine one client after another, each when its turn comes."""
+        for client in own_clients:
+            if client not in plan.lost:
+                yield Visit(client, plan.models[client], self.buffers.start(client), store.slot)
 
-    def _abridged(self, update: ClientUpdate) -> ClientUpdate:
-        """An update without its vector; on several processes, also without buffers that did not change."""
-        buffers, logged = update.buffers, update.logged
-        if self.ranks.size > 1:
-            buffers = self.buffers.changed(update)
-            logged = {name: each.located(self.host.module) for name, each in logged.items()}
-        return replace(update, displacement=_NOTHING, buffers=buffers, logged=logged, memory={})
+    def _next_update(self, updates: Generator[ClientUpdate, None, None]) -> ClientUpdate | None:
+        """Let the engine train until the next update is there; ``None`` when all are."""
+        with self.tally.phase("local training"):
+            return next(updates, None)
 
-    def _transmit(self, round_: int, update: ClientUpdate) -> str | None:
-        """Send an update up; a sentence if what arrives is not finite."""
-        if not self.transport.transmit(round_, update):
+    def _send_up(self, round_: int, update: ClientUpdate) -> str | None:
+        """Send an update through the uplink; a sentence if it is not finite, before or after."""
+        # A client that failed changes no channel's state.
+        reason = self.screening.nonfinite_reason(round_, update)
+        if reason is not None:
+            return reason
+        is_changed = self.transport.transmit(round_, update)
+        if not is_changed:
             return None
+        # A channel may spoil what was good.
         return self.screening.nonfinite_reason(round_, update, " (they were finite when it sent them)")
 
-    def _aggregate(
-        self, round_: int, start: Tensor, store: VectorStore, arrived: Sequence[UpdateRecord], *, drawn: int
-    ) -> tuple[Mapping[str, float], dict[int, float]]:
-        updates = [record.update for record in arrived if record.heard]
-        if not arrived or (not updates and self.options.empty_round == "skip"):
+    def _substitute(self, plan: RoundPlan, client: int) -> ClientUpdate | None:
+        """Make what stands in for a client's lost update, if its channel fills the slot."""
+        if client not in plan.lost:
+            return None
+        filled = plan.lost[client].fill(client, plan.start)
+        if filled is None:
+            return None
+        return ClientUpdate(
+            client=client,
+            num_examples=len(self.data.train_indices[client]),
+            num_steps=filled.num_steps,
+            num_skipped=0,
+            displacement=filled.displacement,
+            num_batches=self.engine.num_batches(client),
+        )
+
+    def _record(self, update: ClientUpdate, store: VectorStore, *, heard: bool) -> UpdateRecord:
+        """Keep an update's vector on this process, and note the rest for all of them."""
+        raw_weight = 0.0
+        if self.rule.raw_weight is not None:
+            raw_weight = float(self.rule.raw_weight(update))
+        store.commit(update, raw_weight)
+        rms = self.transport.rms(update) if heard else 0.0
+        buffers = update.buffers
+        logged = update.logged
+        if self.ranks.size > 1:
+            # The record is sent to the other processes: without what they have, and without what cannot be sent.
+            buffers = self.buffers.changed(update)
+            logged = {name: entry.located(self.host.module) for name, entry in logged.items()}
+        abridged = replace(update, displacement=_NO_VECTOR, buffers=buffers, logged=logged, memory={})
+        return UpdateRecord(abridged, heard, raw_weight, self.ranks.rank, rms)
+
+    def _aggregate(self, plan: RoundPlan, received: Received, store: VectorStore) -> Aggregation:
+        """Let the rule make a new global model of the cohort, and install it."""
+        if not received.records or (not received.from_clients and self.options.empty_round == "skip"):
             rank_zero_warn(
-                f"Nobody was heard in round {round_}: the global model and the rule's state stay as they were."
+                f"Nobody was heard in round {plan.round}: the global model and the rule's state stay as they were."
             )
             self.tally.skipped_rounds += 1
-            self.restore_module()
-            return {"round_skipped": 1.0}, {}
-        rates = self.host.learning_rates(self.layout) if self.rule.needs_learning_rates else ()
-        vectors = store.vectors(start, arrived)
-        if self.transport.is_summed:
-            assert isinstance(vectors, AccumulatedVectors)  # a store that was told so
-            with self.tally.phase("channel"):
-                self.transport.superpose(vectors, arrived, round_=round_, drawn=drawn)
-        cohort = Cohort(
-            round=round_,
-            clients=torch.tensor([record.update.client for record in arrived]),
-            num_examples=torch.tensor([record.update.num_examples for record in arrived]),
-            num_steps=torch.tensor([record.update.num_steps for record in arrived]),
-            heard=torch.tensor([record.heard for record in arrived]),
-            start=start,
-            vectors=vectors,
-            learning_rates=rates,
-            buffers=tuple(record.update.buffers for record in arrived),
-            num_batches=torch.tensor([record.update.num_batches for record in arrived]),
-        )
+            # The module may hold a client's model.
+            self.server.write(self.server.parameters(), self.server.buffers)
+            return Aggregation({"round_skipped": 1.0}, {})
+        cohort = self._receive(plan, received, store)
         with isolated_randomness(self.host.device):
             # For layers that draw (dropout, augmentation), where a rule trains on the server's data.
-            seed_randomness(seed_of(self.seed, "round", round_, "aggregation"), self.host.device)
+            seed_randomness(seed_of(self.seed, "round", plan.round, "aggregation"), self.host.device)
             step = self.rule.step(cohort, self.rule.state, self.server)
         _check_step(step, type(self.rule).__name__, len(cohort))
-        self.server.install(step.parameters, self.buffers.aggregate(cohort, step, updates))
+        self.server.install(step.parameters, self.buffers.aggregate(cohort, step, received.updates))
         self.rule.state = dict(step.state)
-        if self.options.buffers == "recalibrate" and updates:
-            self.buffers.recalibrate(round_, [update.client for update in updates])
-        return step.metrics, dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
+        if self.options.buffers == "recalibrate" and received.updates:
+            self.buffers.recalibrate(plan.round, [update.client for update in received.updates])
+        weights = dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
+        return Aggregation(step.metrics, weights)
 
-    # ------------------------------------------------------------------ the end of a run
+    def _receive(self, plan: RoundPlan, received: Received, store: VectorStore) -> Cohort:
+        """Bring what the server has received into the form in which rules read it."""
+        learning_rates: tuple[float, ...] = ()
+        if self.rule.needs_learning_rates:
+            learning_rates = self.host.learning_rates(self.layout)
+        vectors = store.vectors(plan.start, received.records)
+        if self.transport.is_summed:
+            assert isinstance(vectors, AccumulatedVectors)  # that is what such a store gives
+            with self.tally.phase("channel"):
+                self.transport.superpose(vectors, received.records, round_=plan.round, drawn=len(plan.clients))
+        updates = [record.update for record in received.records]
+        return Cohort(
+            round=plan.round,
+            clients=torch.tensor([update.client for update in updates]),
+            num_examples=torch.tensor([update.num_examples for update in updates]),
+            num_steps=torch.tensor([update.num_steps for update in updates]),
+            heard=torch.tensor([record.heard for record in received.records]),
+            start=plan.start,
+            vectors=vectors,
+            learning_rates=learning_rates,
+            buffers=tuple(update.buffers for update in updates),
+            num_batches=torch.tensor([update.num_batches for update in updates]),
+        )
+
+    def _report(self, plan: RoundPlan, received: Received, aggregation: Aggregation) -> Report:
+        """Count what the round has cost, and write its report."""
+        updates = received.updates
+        pace_bytes = 0
+        if self.engine.pace is not None:
+            pace_bytes = self.engine.pace.numbers_sent * self.layout.dtype.itemsize
+        bytes_down = self.transport.sent_bytes("downlink", plan.round, plan.clients) + len(plan.clients) * pace_bytes
+        bytes_up = self.transport.sent_bytes("uplink", plan.round, [update.client for update in updates])
+        self.tally.bytes_down += bytes_down
+        self.tally.bytes_up += bytes_up
+        self.tally.heard += len(updates)
+        self.tally.lost_messages += len(plan.clients) - len(plan.trainees)
+        self.tally.skipped_steps += sum(update.num_skipped for update in updates)
+        metrics = {
+            **aggregation.metrics,
+            "clients_heard": float(len(updates)),
+            "bytes_down": float(bytes_down),
+            "bytes_up": float(bytes_up),
+        }
+        logged = merge(update.logged for update in updates)
+        return Report(plan.round, plan.clients, metrics, logged, aggregation.weights)
+
+    def _memory_advice(self) -> str:
+        """Say what a user can do where memory has run out, as far as it is not done yet."""
+        rule = self.rule.innermost
+        options = self.options
+        advice = ["give the clients a smaller `batch_size`"]
+        if self.host.device != HOST:
+            if self.data.device == self.host.device:
+                advice.append('keep the training data in host memory by `data_device="cpu"`')
+            is_summable = self.rule.raw_weight is not None and options.storage != "device"
+            if not is_summable and not self.transport.is_summed and options.storage != "host":
+                advice.append('keep the clients\' vectors in host memory by `storage="host"`')
+            if getattr(rule, "memory", None) == "device":
+                advice.append(f'keep those of the last round there by `{type(rule).__name__}(memory="host")`')
+        return f"Memory has run out. To need less: {'; '.join(advice)}."
+
+    # ------------------------------------------------------------------ the end of a run, and checkpoints
 
     def evaluate_clients(self) -> ClientMetrics:
         """Evaluate the global model on every client's own data."""
@@ -434,7 +518,23 @@ class Federation:
         self.run_state.load_state_dict(state, self.engine)
 
 
+def _ignore(*arguments: object) -> None:
+    """Observe nothing."""
+
+
+def _check_objectives(objectives: Sequence[ClientObjective], host: Host) -> None:
+    """Refuse client objectives where there is no loss to which they could be added."""
+    if objectives and not host.module.automatic_optimization:
+        names = ", ".join(type(objective).__name__ for objective in objectives)
+        raise ValueError(
+            f"Client objectives ({names}) are added to the loss that `training_step` returns, and with"
+            " `automatic_optimization=False` it returns none. Add the term in `training_step`, or use automatic"
+            " optimisation."
+        )
+
+
 def _check_step(step: Any, rule: str, clients: int) -> None:
+    """Refuse an answer of a rule that is not one, or not one for this cohort."""
     if not isinstance(step, RuleStep):
         raise TypeError(
             f"`{rule}.step` must return a `RuleStep(parameters, state, weights)`, got {type(step).__name__}."

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.cohort import ClientUpdate
 
@@ -59,6 +62,35 @@ class Tally:
 
 
 @dataclass(frozen=True)
+class RoundPlan:
+    """What is decided before any client trains.
+
+    Attributes:
+        round: The round's number, from 0.
+        clients: The clients that were drawn.
+        start: ``[P]``, the global parameters that are broadcast.
+        models: The model ``[P]`` that each client starts from; a client that received nothing and has none is absent.
+        lost: The clients whose update will be lost, with the channel that loses it; they do not train.
+    """
+
+    round: int
+    clients: Sequence[int]
+    start: Tensor
+    models: Mapping[int, Tensor]
+    lost: Mapping[int, Channel]
+
+    @property
+    def trainees(self) -> list[int]:
+        """The clients that train."""
+        return [client for client in self.models if client not in self.lost]
+
+    @property
+    def slots(self) -> list[int]:
+        """The clients that may have a slot in the cohort, in its order; a channel may fill that of a lost update."""
+        return [*self.trainees, *self.lost]
+
+
+@dataclass(frozen=True)
 class UpdateRecord:
     """What every process knows of an update.
 
@@ -90,6 +122,42 @@ class LocalResults:
     records: list[UpdateRecord]
     excluded: list[str]
     aftermath: Any
+
+
+@dataclass(frozen=True)
+class Received:
+    """What the server has received in a round, from all processes.
+
+    Attributes:
+        records: One record per update, in the cohort's order; slots that a channel filled are among them.
+        excluded: A sentence for each client whose update was left out.
+    """
+
+    records: Sequence[UpdateRecord]
+    excluded: Sequence[str]
+
+    @property
+    def from_clients(self) -> list[UpdateRecord]:
+        """The records of messages that really came from their client."""
+        return [record for record in self.records if record.heard]
+
+    @property
+    def updates(self) -> list[ClientUpdate]:
+        """The updates that really came from their client."""
+        return [record.update for record in self.from_clients]
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """What came of a round's aggregation.
+
+    Attributes:
+        metrics: The rule's numbers for the log.
+        weights: The normalized weight of each client whose vector reached the aggregation.
+    """
+
+    metrics: Mapping[str, float]
+    weights: Mapping[int, float]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.federation.buffers import Buffers
+from lightning_fedhaw.federation.records import Received, RoundPlan
 from lightning_fedhaw.options import OnNonfinite
 from lightning_fedhaw.server import Server, all_finite
 
@@ -66,38 +67,28 @@ class Screening:
             )
         return sentence
 
-    def check_round(
-        self,
-        round_: int,
-        *,
-        drawn: int,
-        trained: int,
-        updates: Sequence[ClientUpdate],
-        excluded: Sequence[str],
-    ) -> None:
+    def check_round(self, plan: RoundPlan, received: Received) -> None:
         """Warn of excluded updates, and refuse to go on where training has diverged.
 
         Args:
-            round_: The round's number.
-            drawn: The number of clients that were drawn.
-            trained: The number of clients that trained.
-            updates: The updates that were received.
-            excluded: A sentence for each update that was left out.
+            plan: Who was to train.
+            received: What came of it.
 
         Raises:
             FloatingPointError: If nothing was received because every update was left out.
         """
-        for sentence in excluded:
+        for sentence in received.excluded:
             rank_zero_warn(f"{sentence} and was left out of the aggregation.")
+        updates = received.updates
         # Where most of the cohort is lost, the few that are left may be the few that always fail.
-        if not updates and trained > drawn / 2:
+        if not updates and len(plan.trainees) > len(plan.clients) / 2:
             raise FloatingPointError(
-                f"Every client of round {round_} returned non-finite values, so training has diverged ({excluded[0]})."
-                " The global model is the one before this round. Lower the local learning rate, or clip gradients"
-                f" (`gradient_clip_val=1.0`).{self.rule.advice()}{self._channel_advice()}"
+                f"Every client of round {plan.round} returned non-finite values, so training has diverged"
+                f" ({received.excluded[0]}). The global model is the one before this round. Lower the local learning"
+                f" rate, or clip gradients (`gradient_clip_val=1.0`).{self.rule.advice()}{self._channel_advice()}"
             )
         if updates and not any(update.num_steps for update in updates):
-            rank_zero_warn(f"No client made an optimiser step in round {round_}; `training_step` may return None.")
+            rank_zero_warn(f"No client made an optimiser step in round {plan.round}; `training_step` may return None.")
 
     def _channel_advice(self) -> str:
         """Name the channels that change what clients send."""

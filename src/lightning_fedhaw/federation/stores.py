@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -158,6 +159,19 @@ class OrderedSum(RowStore):
         weights = raw_weights(records)
         total = self.rows(start, records).displacements.weighted_sum(weights)
         return AccumulatedVectors(total, weights, start, type(self.rule).__name__)
+
+
+@dataclass(frozen=True)
+class RoundStores:
+    """The stores of a round on one process.
+
+    Attributes:
+        displacements: What clients' updates are kept in.
+        shared: What the changes of shared states are kept in, one store per state.
+    """
+
+    displacements: VectorStore
+    shared: Sequence[VectorStore]
 
 
 def raw_weights(records: Sequence[UpdateRecord]) -> Tensor:
