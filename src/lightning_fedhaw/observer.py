@@ -47,5 +47,5 @@ class RoundObserver(Callback):
         Args:
             trainer: The trainer.
             pl_module: The module.
-            report: The round's :class:`~lightning_fedhaw.federation.federation.Report`.
+            report: The round's :class:`~lightning_fedhaw.federation.records.Report`.
         """

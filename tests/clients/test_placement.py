@@ -18,7 +18,7 @@ from lightning_fedhaw.clients.engine import give_settings, give_states, settings
 from lightning_fedhaw.clients.vectorized import optimizers
 from lightning_fedhaw.clients.vectorized.engine import VectorizedEngine
 from lightning_fedhaw.clients.vectorized.optimizers import StackedOptimizer
-from lightning_fedhaw.federation import federation
+from lightning_fedhaw.federation import buffers as buffer_policies
 
 LAST = torch.channels_last
 
@@ -297,7 +297,7 @@ def test_a_rate_that_another_process_sent_goes_where_the_rate_is():
 
 
 def test_buffers_that_stay_with_clients_are_in_host_memory(monkeypatch):
-    monkeypatch.setattr(federation, "HOST", torch.device("meta"))  # so that it is another place than the device
+    monkeypatch.setattr(buffer_policies, "HOST", torch.device("meta"))  # so that it is another place than the device
     runner, _ = train(Classifier(norm=True), rounds=1, buffers="local", client_eval=False)
     buffers = runner.fit_loop.federation.state_dict()["buffers"]
     assert len(buffers) == 4

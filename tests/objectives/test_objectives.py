@@ -29,7 +29,7 @@ from lightning_fedhaw import (
     Scaffold,
     ScaffoldCallback,
 )
-from lightning_fedhaw.federation.federation import Federation
+from lightning_fedhaw.federation.full_gradient import FullGradient
 
 # ---------------------------------------------------------------------- quadratics
 
@@ -440,12 +440,12 @@ def test_a_control_that_is_not_finite_is_not_heard(monkeypatch):
     own = IndexPartitioner([list(range(10 * k, 10 * k + 10)) for k in range(4)])
     rule = ScaffoldCallback("I")
     runner = trainer(rule=rule, alpha=None, partitioner=own, client_eval=False)
-    found = Federation._full_gradient
+    found = FullGradient.compute
 
     def spoilt(self, client, start):
         return found(self, client, start) * (float("inf") if client == 2 else 1)
 
-    monkeypatch.setattr(Federation, "_full_gradient", spoilt)
+    monkeypatch.setattr(FullGradient, "compute", spoilt)
     with pytest.warns(UserWarning, match="Client 2 returned non-finite states of client objectives"):
         runner.fit(Classifier(), loader(40))
     assert sorted(rule.objectives[0].state_dict()["clients"]) == [0, 1, 3]

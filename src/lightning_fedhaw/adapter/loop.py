@@ -31,7 +31,8 @@ from lightning_fedhaw.adapter.assembly import (
 from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop, same_value
 from lightning_fedhaw.adapter.host import hook_owner
 from lightning_fedhaw.clients.records import Logged
-from lightning_fedhaw.federation.federation import Federation, Report
+from lightning_fedhaw.federation.federation import Federation
+from lightning_fedhaw.federation.records import Report
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.report.history import history_of
 from lightning_fedhaw.report.loggers import report

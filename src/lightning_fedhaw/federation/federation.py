@@ -1,143 +1,81 @@
-"""A federation: who takes part, and the order of a round. It knows no particular rule."""
+"""A federation: the order of a round. It knows no particular rule, channel or objective."""
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-from torchmetrics import Metric
 
-from lightning_fedhaw.channel.awgn import rms
-from lightning_fedhaw.channel.base import Arrivals, Channel, Link, Parcel, Scene, SumChannel
+from lightning_fedhaw.channel.base import Channel, Link
 from lightning_fedhaw.clients.choice import choose
 from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit
-from lightning_fedhaw.clients.records import Logged, LogRecorder, merge
+from lightning_fedhaw.clients.records import merge
 from lightning_fedhaw.clients.sequential import SequentialEngine
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
-from lightning_fedhaw.federation.phases import PHASES
+from lightning_fedhaw.federation.buffers import Buffers
+from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
+from lightning_fedhaw.federation.full_gradient import FullGradient
+from lightning_fedhaw.federation.placement import Placement
+from lightning_fedhaw.federation.records import (
+    Aggregation,
+    LocalResults,
+    Received,
+    Report,
+    RoundPlan,
+    Tally,
+    UpdateRecord,
+)
+from lightning_fedhaw.federation.run_state import RunState
+from lightning_fedhaw.federation.screening import Screening
+from lightning_fedhaw.federation.shared_states import SharedStates
+from lightning_fedhaw.federation.stores import RoundStores, VectorStore, make_store
+from lightning_fedhaw.federation.transport import Transport
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
-from lightning_fedhaw.objectives.base import find_objectives
+from lightning_fedhaw.objectives.base import ClientObjective, find_objectives
 from lightning_fedhaw.options import FederationOptions
-from lightning_fedhaw.ranks import Ranks, deal
-from lightning_fedhaw.rule import Rule, RuleStep
-from lightning_fedhaw.server import Server, all_finite, averaged_buffers
+from lightning_fedhaw.ranks import Ranks
+from lightning_fedhaw.rule import LocalPace, Rule, RuleStep
+from lightning_fedhaw.server import Server
 from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
-from lightning_fedhaw.vectors.client_vectors import ClientVectors
-from lightning_fedhaw.vectors.distributed import SpreadVectors
 from lightning_fedhaw.vectors.layout import ParameterLayout
-from lightning_fedhaw.vectors.memory import HOST, empty, is_out_of_memory
+from lightning_fedhaw.vectors.memory import HOST, is_out_of_memory
 
-EVALUATION_CAP = 1000
-"""Samples a client is evaluated on at most."""
-
-_NOTHING = torch.empty(0)
-
-RECALIBRATION_BATCHES = 50
-"""Batches that buffers are recomputed on, over the whole cohort."""
-
-
-@dataclass
-class Tally:
-    """What a run has cost so far; part of a checkpoint."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    bytes_down: int = 0
-    bytes_up: int = 0
-    heard: int = 0
-    lost_messages: int = 0
-    nonfinite_updates: int = 0
-    skipped_rounds: int = 0
-    skipped_steps: int = 0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to a phase."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - begin
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What every process knows of an update.
-
-    Attributes:
-        update: The update, without its vector and what only its client needs.
-        heard: Whether the message really came from the client.
-        raw_weight: Its weight before normalisation, where the rule names it beforehand.
-        rank: The process that holds its vector.
-        rms: Root mean square of what was heard, where a channel acts on the sum.
-    """
-
-    update: ClientUpdate
-    heard: bool
-    raw_weight: float
-    rank: int
-    rms: float
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What one process brings back from its share of a round.
-
-    Attributes:
-        records: What its clients did, in the order of its rows.
-        excluded: A sentence for each client that was left out.
-        aftermath: The state of schedules and loss scale after its clients.
-    """
-
-    records: list[_Record]
-    excluded: list[str]
-    aftermath: Any
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a round leaves behind for the log.
-
-    Attributes:
-        round: The round's number, from 0.
-        clients: The clients that were drawn.
-        metrics: The rule's and the round's own numbers.
-        logged: What the clients' ``training_step`` logged, merged.
-        weights: The normalised weight of each client whose vector reached the aggregation.
-    """
-
-    round: int
-    clients: Sequence[int]
-    metrics: Mapping[str, float]
-    logged: Mapping[str, Logged]
-    weights: Mapping[int, float]
+_NO_VECTOR = torch.empty(0)
 
 
 class Federation:
-    """Everything of a run that lasts longer than a round.
+    """Plays the rounds of a run.
+
+    The order of a round is here, in :meth:`_play`. What its parts need to remember is kept by collaborators.
 
     Args:
         host: The trainer around it.
         server: The global model.
         data: The clients' data.
-        sampler: Who comes in a round.
+        sampler: How the clients of a round are sampled.
         rule: How the server aggregates.
         callbacks: The trainer's callbacks, of which channels and client objectives are picked in list order.
         options: The federation's arguments.
         limit: Batches a local pass at most.
         cohort_cap: Clients a round at most, for a development run.
         ranks: The processes that share the work; this one alone by default.
+
+    Attributes:
+        engine: What trains clients; see :meth:`choose_engine`.
+        in_round: Whether a round is being played, so that the module may hold a client's model.
+        on_round_start: Called with the round's number and the clients that were drawn.
+        on_client_end: Called with each update of this process.
+        on_round_end: Called with the round's report.
     """
 
     def __init__(
@@ -154,100 +92,79 @@ class Federation:
         cohort_cap: int | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self.host, self.server, self.data, self.sampler, self.rule = host, server, data, sampler, rule
+        self.host = host
+        self.server = server
+        self.data = data
+        self.sampler = sampler
+        self.rule = rule
         self.options = options
         self.seed = options.resolved_seed
         self.cohort_cap = cohort_cap
         self.ranks = ranks or Ranks()
-        channels = [c for c in callbacks if isinstance(c, Channel)]
-        self.uplink = [c for c in channels if c.link == "uplink"]
-        self.downlink = [c for c in channels if c.link == "downlink"]
-        self.sums = [c for c in self.uplink if isinstance(c, SumChannel)]
+        channels = [callback for callback in callbacks if isinstance(callback, Channel)]
         objectives = find_objectives(callbacks)
-        if objectives and not host.module.automatic_optimization:
-            names = ", ".join(type(o).__name__ for o in objectives)
-            raise ValueError(
-                f"Client objectives ({names}) are added to the loss that `training_step` returns, and with"
-                " `automatic_optimization=False` it returns none. Add the term in `training_step`, or use automatic"
-                " optimisation."
-            )
-        if options.buffers == "recalibrate" and not host.module.automatic_optimization:
-            raise ValueError(
-                '`buffers="recalibrate"` runs `training_step` without stepping optimisers, which'
-                ' `automatic_optimization=False` does not allow. Use `buffers="average"`.'
-            )
-        plan = LocalPlan(
-            epochs=None if options.local_steps is not None else options.local_epochs or 1,
-            steps=options.local_steps,
-            limit=limit,
-            optimizer_state=options.optimizer_state,
-            seed=self.seed,
-            channels_last=options.channels_last,
+        _check_objectives(objectives, host)
+        self.buffers = Buffers(options.buffers, host, server, data, self.seed)
+        self.engine: Engine = SequentialEngine(host, self.layout, data, self._local_plan(limit), objectives)
+        self.engine.gradient = FullGradient(host, server, data, self.seed).compute
+        self.shared_states = SharedStates(objectives, self.layout, data.num_clients, rule, options, self.ranks)
+        self.transport = Transport(channels, self.layout, [self.buffers, self.shared_states], self.seed)
+        clients_remember = (
+            options.optimizer_state == "kept"
+            or options.buffers == "local"
+            or any(channel.remembers for channel in self.transport.uplink)
+            or any(objective.remembers for objective in objectives)
         )
-        self.engine: Engine = SequentialEngine(host, server.layout, data, plan, objectives)
-        self.engine.gradient = self._full_gradient
-        self._sharing = [objective for objective in objectives if objective.shares_state]
-        self._parcels = {"uplink": self._prepare(self.uplink), "downlink": self._prepare(self.downlink)}
-        self.local_buffers: dict[int, dict[str, Tensor]] = {}
-        self.tally = Tally()
+        self.placement = Placement(self.ranks, is_sticky=clients_remember)
+        self.transport.prepare(
+            data.num_examples,
+            rule,
+            drawn_uniformly=self._uniform_cohort_size() if channels else None,
+            clients_remember=clients_remember,
+        )
+        self.screening = Screening(options.on_nonfinite, server, self.buffers, rule, self.transport.uplink)
+        self.run_state = RunState(
+            server,
+            rule,
+            data,
+            options,
+            buffers=self.buffers,
+            transport=self.transport,
+            objectives=objectives,
+            placement=self.placement,
+            ranks=self.ranks,
+            seed=self.seed,
+        )
         self.in_round = False
-        self._homes: dict[int, int] = {}
-        self.on_round_start: Callable[[int, list[int]], None] = lambda round_, clients: None
-        self.on_client_end: Callable[[ClientUpdate], None] = lambda update: None
-        self.on_round_end: Callable[[Report], None] = lambda report: None
+        self.on_round_start: Callable[[int, list[int]], None] = _ignore
+        self.on_client_end: Callable[[ClientUpdate], None] = _ignore
+        self.on_round_end: Callable[[Report], None] = _ignore
+
+    # ------------------------------------------------------------------ before a run
 
     @property
     def layout(self) -> ParameterLayout:
         """Where each trainable parameter lives in the flat vector."""
         return self.server.layout
 
+    @property
+    def tally(self) -> Tally:
+        """The costs and incidents of the run so far."""
+        return self.run_state.tally
+
+    @property
+    def uplink(self) -> Sequence[Channel]:
+        """The channels from clients to server."""
+        return self.transport.uplink
+
+    @property
+    def downlink(self) -> Sequence[Channel]:
+        """The channels from server to clients."""
+        return self.transport.downlink
+
     def message_bytes(self, link: Link) -> int:
-        """Bytes of one message on a link as its channels pack it, with buffers and what objectives share beside it."""
-        buffers = sum(b.numel() * b.element_size() for b in self.server.buffers.values())
-        shared = len(self._sharing) * self.layout.message_bytes
-        return self._parcels[link].bytes + shared + (0 if self.options.buffers in ("keep", "local") else buffers)
-
-    def _prepare(self, channels: Sequence[Channel]) -> Parcel:
-        """Tell a link's channels where they are, and find out what they make of a message."""
-        draws_uniformly = type(self.sampler) in (EveryoneSampler, UniformSampler) and self.cohort_cap is None
-        remember = self._remembers or any(channel.remembers for channel in self.downlink)
-        parcel = Parcel(self.layout.numel, 8 * self.layout.message_bytes / self.layout.numel)
-        for channel in channels:
-            channel.prepare(
-                Scene(
-                    layout=self.layout,
-                    num_examples=self.data.num_examples,
-                    parcel=parcel,
-                    channels=channels,
-                    rule=type(self.rule.innermost).__name__,
-                    raw_weight=self.rule.raw_weight,
-                    beside=[
-                        *(["buffers"] if self.server.buffers and self.options.buffers != "keep" else []),
-                        *(type(objective).__name__ for objective in self._sharing),
-                    ],
-                    drawn_uniformly=len(self.cohort(0)) if draws_uniformly else None,
-                    clients_remember=remember,
-                )
-            )
-            parcel = channel.encode(parcel)
-        return parcel
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What two runs must share for one to go on from the other's checkpoint."""
-        return {
-            "rule": self.rule.identity,
-            "num_clients": self.data.num_clients,
-            "split": self.data.partition.fingerprint(),
-            "parameters": self.layout.numel,
-            "seed": self.seed,
-        }
-
-    @property
-    def _round_options(self) -> dict[str, Any]:
-        """What may change between two parts of a run, but seldom should."""
-        names = ("clients_per_round", "local_epochs", "local_steps", "optimizer_state", "buffers")
-        return {**{name: getattr(self.options, name) for name in names}, "batch_size": self.data.settings.batch_size}
+        """Count the bytes of one message on a link, with what travels beside it."""
+        return self.transport.message_bytes(link)
 
     def check_agreement(self) -> None:
         """Refuse to go on where processes were given different data or another split.
@@ -255,14 +172,7 @@ class Federation:
         Raises:
             ValueError: Naming the processes that differ.
         """
-        everybody = self.ranks.gather((self.fingerprint, self.data.sample_hash()) if self.ranks.size > 1 else None)
-        others = [rank for rank, theirs in enumerate(everybody) if theirs != everybody[0]]
-        if others:
-            raise ValueError(
-                f"Processes {others} of {self.ranks.size} were given other training data, another split or another seed"
-                " than process 0, and every process must know the whole federation. Seed whatever makes the data"
-                " (`seed_everything`) before it is made."
-            )
+        self.run_state.check_agreement()
 
     def choose_engine(self) -> str:
         """Take the engine that was asked for, or that the rule of ``engine="auto"`` names.
@@ -275,19 +185,22 @@ class Federation:
         Raises:
             ValueError: If ``engine="vectorized"`` and the module's step is not a function.
         """
-        sequential, options = self.engine, self.options
-        self.engine, why = choose(
-            sequential,
-            options.engine,
-            cohort=-(-len(self.cohort(0)) // self.ranks.size),
-            chunk_memory=options.chunk_memory,
-            compile_clients=options.compile_clients,
+        self.engine, reason = choose(
+            self.engine,
+            self.options.engine,
+            cohort=ceil(len(self.cohort(0)) / self.ranks.size),
+            chunk_memory=self.options.chunk_memory,
+            compile_clients=self.options.compile_clients,
             processes=self.ranks.size,
         )
-        return why
+        return reason
 
     def cohort(self, round_: int) -> list[int]:
-        """The clients that are drawn for a round."""
+        """Draw the clients of a round.
+
+        Raises:
+            ValueError: If the sampler names a client twice, or one that does not exist.
+        """
         count = self.data.num_clients
         drawn = self.sampler.sample(round_, num_clients=count, sizes=self.data.num_examples, seed=self.seed)
         # In ascending order, so that sums over clients do not depend on the order they were named in.
@@ -299,540 +212,286 @@ class Federation:
             )
         return clients[: self.cohort_cap]
 
+    def _local_plan(self, limit: int | float | None) -> LocalPlan:
+        """Say what a client does in a round."""
+        epochs = None
+        if self.options.local_steps is None:
+            epochs = self.options.local_epochs or 1
+        return LocalPlan(
+            epochs=epochs,
+            steps=self.options.local_steps,
+            limit=limit,
+            optimizer_state=self.options.optimizer_state,
+            seed=self.seed,
+            channels_last=self.options.channels_last,
+        )
+
+    def _uniform_cohort_size(self) -> int | None:
+        """Count the clients of a round, where all sets of so many are equally likely; ``None`` elsewhere."""
+        # A class derived from these may draw in another way.
+        draws_uniformly = type(self.sampler) in (EveryoneSampler, UniformSampler)
+        if not draws_uniformly or self.cohort_cap is not None:
+            return None
+        return len(self.cohort(0))
+
+    # ------------------------------------------------------------------ a round
+
     def play(self, round_: int) -> Report:
-        """One communication round. If it fails, it leaves nothing behind.
+        """Play one communication round. If it fails, it leaves nothing behind.
 
         Raises:
             FloatingPointError: If a client returns NaN or infinity and ``on_nonfinite="raise"``, or if every client
                 that was heard does.
         """
-        before, model, state = self._memories(), (self.server.parameters(), self.server.buffers), self.rule.state
+        before = self.run_state.snapshot(self.engine)
         self.in_round = True
         try:
             return self._play(round_)
         except BaseException as error:
+            # An interrupted round (Ctrl+C) is undone like one that failed.
             if is_out_of_memory(error) and hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(self._memory_advice())
-            self._restore_memories(before)
-            self.rule.state = state
-            self.server.put_back(*model)
+            self.run_state.restore(self.engine, before)
             raise
         finally:
             self.in_round = False
 
+    def _play(self, round_: int) -> Report:
+        clients = self.cohort(round_)
+        with self.tally.phase("broadcast"):
+            self.on_round_start(round_, clients)
+            plan = self._broadcast(round_, clients)
+            own_clients = self.placement.assign(plan.slots, self.engine.cost)
+        self.engine.pace = self._local_pace()
+        stores = self._make_stores(plan, capacity=len(own_clients))
+        received = self._train(plan, own_clients, stores)
+        self.screening.check_round(plan, received)
+        with self.tally.phase("aggregation"):
+            aggregation = self._aggregate(plan, received, stores.displacements)
+            self.shared_states.aggregate(plan.start, stores.shared, received.from_clients)
+        report = self._report(plan, received, aggregation)
+        self.on_round_end(report)
+        return report
+
+    # ------------------------------------------------------------------ the parts of a round, in their order
+
+    def _broadcast(self, round_: int, clients: Sequence[int]) -> RoundPlan:
+        """Send the global model down, and draw whose update will be lost."""
+        start = self.server.parameters()
+        broadcast = self.transport.broadcast(round_, clients, start)
+        if self.transport.may_be_outdated:
+            self.shared_states.record_broadcast(broadcast.up_to_date)
+        lost = self.transport.uplink_outages(round_, list(broadcast.models))
+        return RoundPlan(round_, clients, start, broadcast.models, lost)
+
+    def _local_pace(self) -> LocalPace | None:
+        """Ask the rule what it makes of the clients' learning rates in this round.
+
+        Raises:
+            ValueError: If it changes them and a client objective divides by them.
+        """
+        pace = self.rule.local_pace(self.rule.state, self.layout)
+        if pace is not None and any(objective.needs_learning_rates for objective in self.engine.objectives):
+            raise ValueError(
+                f"`{type(self.rule).__name__}` changes the clients' learning rates within a round, and a client"
+                ' objective divides by them. Use a rule that leaves them alone, or for SCAFFOLD `option="I"`.'
+            )
+        return pace
+
+    def _make_stores(self, plan: RoundPlan, capacity: int) -> RoundStores:
+        """Make the places for what this process's clients send."""
+        shared = self.shared_states.make_stores(plan.start, capacity)
+        displacements = make_store(
+            self.rule, self.options, plan.start, capacity, self.ranks, summed=self.transport.is_summed
+        )
+        return RoundStores(displacements, shared)
+
+    def _train(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores) -> Received:
+        """Train the cohort on all processes, and gather what each of them knows of it."""
+        shares = self.ranks.exchange(lambda: self._train_share(plan, own_clients, stores))
+        self.engine.settle([share.aftermath for share in shares])
+        records = [record for share in shares for record in share.records]
+        excluded = [sentence for share in shares for sentence in share.excluded]
+        # The same order for any number of processes.
+        slot_of = {client: slot for slot, client in enumerate(plan.slots)}
+        records.sort(key=lambda record: slot_of[record.update.client])
+        self.tally.nonfinite_updates += len(excluded)
+        return Received(records, excluded)
+
+    def _train_share(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores) -> LocalResults:
+        """Do this process's part of a round: local training, the uplink, and substitutes for lost messages."""
+        records: list[UpdateRecord] = []
+        excluded: list[str] = []
+        with closing(self.engine.run(self._visits(plan, own_clients, stores.displacements))) as updates:
+            while True:
+                update = self._next_update(updates)
+                if update is None:
+                    break
+                with self.tally.phase("channel"):
+                    reason = self._send_up(plan.round, update)
+                self.on_client_end(update)
+                if reason is not None:
+                    excluded.append(reason)
+                    continue
+                self.shared_states.collect(update, stores.shared)
+                self.engine.commit(update)
+                self.transport.remember(update, plan.start)
+                self.buffers.remember(update)
+                records.append(self._record(update, stores.displacements, heard=True))
+        for client in own_clients:
+            substitute = self._substitute(plan, client)
+            if substitute is not None:
+                records.append(self._record(substitute, stores.displacements, heard=False))
+        aftermath = self.engine.aftermath()
+        if self.ranks.size > 1:
+            # Nobody wants tensors on another process's device.
+            aftermath = move_data_to_device(aftermath, HOST)
+        return LocalResults(records, excluded, aftermath)
+
+    def _visits(self, plan: RoundPlan, own_clients: Sequence[int], store: VectorStore) -> Iterator[Visit]:
+        """Give the engine one client after another, each when its turn comes."""
+        for client in own_clients:
+            if client not in plan.lost:
+                yield Visit(client, plan.models[client], self.buffers.start(client), store.slot)
+
+    def _next_update(self, updates: Generator[ClientUpdate, None, None]) -> ClientUpdate | None:
+        """Let the engine train until the next update is there; ``None`` when all are."""
+        with self.tally.phase("local training"):
+            return next(updates, None)
+
+    def _send_up(self, round_: int, update: ClientUpdate) -> str | None:
+        """Send an update through the uplink; a sentence if it is not finite, before or after."""
+        # A client that failed changes no channel's state.
+        reason = self.screening.nonfinite_reason(round_, update)
+        if reason is not None:
+            return reason
+        is_changed = self.transport.transmit(round_, update)
+        if not is_changed:
+            return None
+        # A channel may spoil what was good.
+        return self.screening.nonfinite_reason(round_, update, " (they were finite when it sent them)")
+
+    def _substitute(self, plan: RoundPlan, client: int) -> ClientUpdate | None:
+        """Make what stands in for a client's lost update, if its channel fills the slot."""
+        if client not in plan.lost:
+            return None
+        filled = plan.lost[client].fill(client, plan.start)
+        if filled is None:
+            return None
+        return ClientUpdate(
+            client=client,
+            num_examples=len(self.data.train_indices[client]),
+            num_steps=filled.num_steps,
+            num_skipped=0,
+            displacement=filled.displacement,
+            num_batches=self.engine.num_batches(client),
+        )
+
+    def _record(self, update: ClientUpdate, store: VectorStore, *, heard: bool) -> UpdateRecord:
+        """Keep an update's vector on this process, and note the rest for all of them."""
+        raw_weight = 0.0
+        if self.rule.raw_weight is not None:
+            raw_weight = float(self.rule.raw_weight(update))
+        store.commit(update, raw_weight)
+        rms = self.transport.rms(update) if heard else 0.0
+        buffers = update.buffers
+        logged = update.logged
+        if self.ranks.size > 1:
+            # The record is sent to the other processes: without what they have, and without what cannot be sent.
+            buffers = self.buffers.changed(update)
+            logged = {name: entry.located(self.host.module) for name, entry in logged.items()}
+        abridged = replace(update, displacement=_NO_VECTOR, buffers=buffers, logged=logged, memory={})
+        return UpdateRecord(abridged, heard, raw_weight, self.ranks.rank, rms)
+
+    def _aggregate(self, plan: RoundPlan, received: Received, store: VectorStore) -> Aggregation:
+        """Let the rule make a new global model of the cohort, and install it."""
+        if not received.records or (not received.from_clients and self.options.empty_round == "skip"):
+            rank_zero_warn(
+                f"Nobody was heard in round {plan.round}: the global model and the rule's state stay as they were."
+            )
+            self.tally.skipped_rounds += 1
+            # The module may hold a client's model.
+            self.server.write(self.server.parameters(), self.server.buffers)
+            return Aggregation({"round_skipped": 1.0}, {})
+        cohort = self._receive(plan, received, store)
+        with isolated_randomness(self.host.device):
+            # For layers that draw (dropout, augmentation), where a rule trains on the server's data.
+            seed_randomness(seed_of(self.seed, "round", plan.round, "aggregation"), self.host.device)
+            step = self.rule.step(cohort, self.rule.state, self.server)
+        _check_step(step, type(self.rule).__name__, len(cohort))
+        self.server.install(step.parameters, self.buffers.aggregate(cohort, step, received.updates))
+        self.rule.state = dict(step.state)
+        if self.options.buffers == "recalibrate" and received.updates:
+            self.buffers.recalibrate(plan.round, [update.client for update in received.updates])
+        weights = dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
+        return Aggregation(step.metrics, weights)
+
+    def _receive(self, plan: RoundPlan, received: Received, store: VectorStore) -> Cohort:
+        """Bring what the server has received into the form in which rules read it."""
+        learning_rates: tuple[float, ...] = ()
+        if self.rule.needs_learning_rates:
+            learning_rates = self.host.learning_rates(self.layout)
+        vectors = store.vectors(plan.start, received.records)
+        if self.transport.is_summed:
+            assert isinstance(vectors, AccumulatedVectors)  # that is what such a store gives
+            with self.tally.phase("channel"):
+                self.transport.superpose(vectors, received.records, round_=plan.round, drawn=len(plan.clients))
+        updates = [record.update for record in received.records]
+        return Cohort(
+            round=plan.round,
+            clients=torch.tensor([update.client for update in updates]),
+            num_examples=torch.tensor([update.num_examples for update in updates]),
+            num_steps=torch.tensor([update.num_steps for update in updates]),
+            heard=torch.tensor([record.heard for record in received.records]),
+            start=plan.start,
+            vectors=vectors,
+            learning_rates=learning_rates,
+            buffers=tuple(update.buffers for update in updates),
+            num_batches=torch.tensor([update.num_batches for update in updates]),
+        )
+
+    def _report(self, plan: RoundPlan, received: Received, aggregation: Aggregation) -> Report:
+        """Count what the round has cost, and write its report."""
+        updates = received.updates
+        pace_bytes = 0
+        if self.engine.pace is not None:
+            pace_bytes = self.engine.pace.numbers_sent * self.layout.dtype.itemsize
+        bytes_down = self.transport.sent_bytes("downlink", plan.round, plan.clients) + len(plan.clients) * pace_bytes
+        bytes_up = self.transport.sent_bytes("uplink", plan.round, [update.client for update in updates])
+        self.tally.bytes_down += bytes_down
+        self.tally.bytes_up += bytes_up
+        self.tally.heard += len(updates)
+        self.tally.lost_messages += len(plan.clients) - len(plan.trainees)
+        self.tally.skipped_steps += sum(update.num_skipped for update in updates)
+        metrics = {
+            **aggregation.metrics,
+            "clients_heard": float(len(updates)),
+            "bytes_down": float(bytes_down),
+            "bytes_up": float(bytes_up),
+        }
+        logged = merge(update.logged for update in updates)
+        return Report(plan.round, plan.clients, metrics, logged, aggregation.weights)
+
     def _memory_advice(self) -> str:
-        """What a user can do where memory has run out, as far as it is not done yet."""
-        rule, options = self.rule.innermost, self.options
+        """Say what a user can do where memory has run out, as far as it is not done yet."""
+        rule = self.rule.innermost
+        options = self.options
         advice = ["give the clients a smaller `batch_size`"]
         if self.host.device != HOST:
             if self.data.device == self.host.device:
                 advice.append('keep the training data in host memory by `data_device="cpu"`')
-            keeps_rows = (self.rule.raw_weight is None or options.storage == "device") and not self.sums
-            if keeps_rows and options.storage != "host":
+            is_summable = self.rule.raw_weight is not None and options.storage != "device"
+            if not is_summable and not self.transport.is_summed and options.storage != "host":
                 advice.append('keep the clients\' vectors in host memory by `storage="host"`')
             if getattr(rule, "memory", None) == "device":
                 advice.append(f'keep those of the last round there by `{type(rule).__name__}(memory="host")`')
         return f"Memory has run out. To need less: {'; '.join(advice)}."
 
-    def _memories(self) -> tuple[Any, ...]:
-        """What clients and channels remember; entries are replaced and never changed, so shallow copies do."""
-        stateful = [*self.uplink, *self.downlink, *self.engine.objectives]
-        states = [{k: copy.copy(v) for k, v in each.state_dict().items()} for each in stateful]
-        return dict(self.engine.kept), dict(self.local_buffers), list(zip(stateful, states, strict=True))
+    # ------------------------------------------------------------------ the end of a run, and checkpoints
 
-    def _restore_memories(self, memories: tuple[Any, ...]) -> None:
-        self.engine.kept, self.local_buffers, states = memories
-        for each, state in states:
-            each.load_state_dict(state)
-        for metric in self._torchmetrics():
-            metric.reset()
-
-    def _torchmetrics(self) -> list[Metric]:
-        return [module for module in self.host.module.modules() if isinstance(module, Metric)]
-
-    def _play(self, round_: int) -> Report:
-        tally = self.tally
-        clients = self.cohort(round_)
-        with tally.phase("broadcast"):
-            self.on_round_start(round_, clients)
-            start = self.server.parameters()
-            heard_down = self._broadcast(round_, clients, start)
-            lost_up = self._uplink_outages(round_, list(heard_down))
-            trainees = [client for client in heard_down if client not in lost_up]
-            self._deal([*trainees, *lost_up])
-        own = [client for client in (*trainees, *lost_up) if self._homes[client] == self.ranks.rank]
-        self.engine.pace = self.rule.local_pace(self.rule.state, self.layout)
-        if self.engine.pace is not None and any(objective.needs_learning_rates for objective in self.engine.objectives):
-            raise ValueError(
-                f"`{type(self.rule).__name__}` changes the clients' learning rates within a round, and a client"
-                ' objective divides by them. Use a rule that leaves them alone, or for SCAFFOLD `option="I"`.'
-            )
-        shared = [_sum(self.rule, self.options, start, len(own), self.ranks) for _ in self._sharing]
-        store = _store(self.rule, self.options, start, len(own), self.ranks, summed=bool(self.sums))
-        shares = self.ranks.exchange(lambda: self._work(round_, own, heard_down, lost_up, store, shared))
-        self.engine.settle([share.aftermath for share in shares])
-        order = {client: slot for slot, client in enumerate((*trainees, *lost_up))}
-        arrived = sorted(
-            (record for share in shares for record in share.records), key=lambda record: order[record.update.client]
-        )
-        updates = [record.update for record in arrived if record.heard]
-        excluded = [sentence for share in shares for sentence in share.excluded]
-        for sentence in excluded:
-            rank_zero_warn(f"{sentence} and was left out of the aggregation.")
-        tally.nonfinite_updates += len(excluded)
-        self._check_arrivals(round_, clients, trainees, updates, excluded)
-        with tally.phase("aggregation"):
-            metrics, weights = self._aggregate(round_, start, store, arrived, drawn=len(clients))
-            self._share(start, shared, [replace(record, raw_weight=1.0) for record in arrived if record.heard])
-        paced = 0 if self.engine.pace is None else self.engine.pace.numbers_sent * self.layout.dtype.itemsize
-        down = len(clients) * paced + self._sent("downlink", round_, clients)
-        up = self._sent("uplink", round_, [update.client for update in updates])
-        tally.bytes_down += down
-        tally.bytes_up += up
-        tally.heard += len(updates)
-        tally.lost_messages += len(clients) - len(trainees)
-        tally.skipped_steps += sum(update.num_skipped for update in updates)
-        metrics = {
-            **metrics,
-            "clients_heard": float(len(updates)),
-            "bytes_down": float(down),
-            "bytes_up": float(up),
-        }
-        report = Report(round_, clients, metrics, merge(update.logged for update in updates), weights)
-        self.on_round_end(report)
-        return report
-
-    def restore_module(self) -> None:
-        """Put the global model back into the module, which may hold a client's."""
-        self.server.write(self.server.parameters(), self.server.buffers)
-
-    # ------------------------------------------------------------------ the parts of a round
-
-    def _broadcast(self, round_: int, clients: Sequence[int], start: Tensor) -> dict[int, Tensor]:
-        """What each client starts from, ``[P]``; clients that hear nothing and have nothing are absent."""
-        sent = self.layout.rounded(start)
-        heard, up_to_date = dict.fromkeys(clients, sent), set(clients)
-        for channel in self.downlink:
-            present = list(heard)
-            for client, is_lost in zip(present, self._outage(channel, round_, present), strict=True):
-                if not is_lost:
-                    heard[client] = self._through(channel, heard[client], round_, client)
-                    channel.remember_broadcast(client, heard[client])
-                    continue
-                up_to_date.discard(client)
-                last = channel.last_broadcast(client)
-                if last is None:
-                    del heard[client]
-                else:
-                    heard[client] = last.to(start)
-        if any(channel.fallback == "reuse_model" for channel in self.downlink):
-            for objective in self._sharing:
-                objective.tell(up_to_date)
-        return {client: vector if vector is sent else self.layout.rounded(vector) for client, vector in heard.items()}
-
-    def _sent(self, link: Link, round_: int, clients: Sequence[int]) -> int:
-        """Bytes of a round's messages on a link."""
-        channels = self.uplink if link == "uplink" else self.downlink
-        again = sum(c.resent(round_=round_, client=k, seed=self.seed) for c in channels for k in clients)
-        return len(clients) * self.message_bytes(link) + again
-
-    def _uplink_outages(self, round_: int, clients: list[int]) -> dict[int, Channel]:
-        """The clients whose update will not arrive, drawn before they train, with the first channel that loses it."""
-        lost: dict[int, Channel] = {}
-        for channel in self.uplink:
-            for client, is_lost in zip(clients, self._outage(channel, round_, clients), strict=True):
-                if is_lost:
-                    lost.setdefault(client, channel)
-        return lost
-
-    def _deal(self, clients: Sequence[int]) -> None:
-        """Say which process does what: those with most to do first, and whoever is remembered where they were."""
-        if self.ranks.size == 1:
-            self._homes = dict.fromkeys(clients, 0)
-            return
-        known = self._homes if self._remembers else {}
-        homes = {i: known[client] for i, client in enumerate(clients) if client in known}
-        costs = [self.engine.cost(client) for client in clients]
-        self._homes = {**known, **dict(zip(clients, deal(costs, self.ranks.size, homes), strict=True))}
-
-    @property
-    def _remembers(self) -> bool:
-        """Whether clients leave something behind that is found again where they were."""
-        kept = self.options.optimizer_state == "kept" or self.options.buffers == "local"
-        channels = any(channel.remembers for channel in self.uplink)
-        return kept or channels or any(objective.remembers for objective in self.engine.objectives)
-
-    def _work(
-        self,
-        round_: int,
-        clients: Sequence[int],
-        heard: Mapping[int, Tensor],
-        lost: Mapping[int, Channel],
-        store: _Store,
-        shared: Sequence[_Store],
-    ) -> _Share:
-        """This process's part of a round: local training, the way up, and what stands in for lost messages."""
-        records: list[_Record] = []
-        excluded: list[str] = []
-        visits = (
-            Visit(client, heard[client], self.local_buffers.get(client, self.server.buffers), store.slot)
-            for client in clients
-            if client not in lost
-        )
-        with closing(self.engine.run(visits)) as training:
-            while True:
-                with self.tally.phase("local training"):
-                    update = next(training, None)
-                if update is None:
-                    break
-                # A client that failed moves no channel's state; and a channel may spoil what was good.
-                with self.tally.phase("channel"):
-                    sentence = self._spoilt(round_, update) or self._transmit(round_, update)
-                self.on_client_end(update)
-                if sentence:
-                    excluded.append(sentence)
-                    continue
-                self._collect_changes(update, shared)
-                self.engine.commit(update)
-                for channel in self.uplink:
-                    channel.remember(update.client, self.server.parameters(), update.displacement, update.num_steps)
-                if self.options.buffers == "local":
-                    self.local_buffers[update.client] = {name: b.to(HOST) for name, b in update.buffers.items()}
-                records.append(self._record(update, store, heard=True))
-        for client in clients:
-            filled = lost[client].fill(client, self.server.parameters()) if client in lost else None
-            if filled is not None:
-                examples = len(self.data.train_indices[client])
-                batches = self.engine.num_batches(client)
-                update = ClientUpdate(client, examples, filled.num_steps, 0, filled.displacement, num_batches=batches)
-                records.append(self._record(update, store, heard=False))
-        aftermath = self.engine.aftermath()
-        if self.ranks.size > 1:
-            # Nobody wants tensors on another process's device.
-            aftermath = move_data_to_device(aftermath, HOST)
-        return _Share(records, excluded, aftermath)
-
-    def _record(self, update: ClientUpdate, store: _Store, *, heard: bool) -> _Record:
-        """Keep an update's vector here, and note the rest for everybody."""
-        weight = 0.0 if self.rule.raw_weight is None else float(self.rule.raw_weight(update))
-        store.commit(update, weight)
-        size = rms(update.displacement) if heard and self.sums else 0.0
-        return _Record(self._abridged(update), heard, weight, self.ranks.rank, size)
-
-    def _collect_changes(self, update: ClientUpdate, stores: Sequence[_Store]) -> None:
-        """What objectives send up beside a client's update."""
-        states = dict(zip(self.engine.objectives, update.memory["objectives"], strict=True))
-        for objective, store in zip(self._sharing, stores, strict=True):
-            vector = torch.zeros_like(update.displacement)
-            change, views = objective.change(update.client, states[objective]), self.layout.views(vector)
-            for name, value in change.items():
-                views[name].copy_(value)
-            store.commit(replace(update, displacement=vector), 1.0)
-
-    def _share(self, start: Tensor, stores: Sequence[_Store], records: Sequence[_Record]) -> None:
-        """Move the means of all clients' states by the changes that were heard."""
-        weights = torch.full((len(records),), 1 / self.data.num_clients, dtype=torch.float64)
-        for objective, store in zip(self._sharing, stores if records else (), strict=bool(records)):
-            change = store.vectors(start, records).displacements.weighted_sum(weights)
-            objective.share(self.layout.views(change.to(start)))
-
-    def _full_gradient(self, client: int, start: Tensor) -> Tensor:
-        """The gradient ``[P]`` of a client's mean loss over its training data, at the model it heard."""
-        total, seen, round_ = torch.zeros_like(start), 0, self.host.round
-        vector = start.detach().requires_grad_()
-        with isolated_randomness(self.host.device), torch.enable_grad():
-            seed_randomness(seed_of(self.seed, "client", client, "round", round_, "gradient"), self.host.device)
-            for batch in self.data.batches(client, round_, epochs=1):
-                loss = self.server.loss(vector, self.host.prepare(batch.data), batch.index)
-                total.add_(torch.autograd.grad(loss, vector)[0], alpha=batch.size)
-                seen += batch.size
-        return total / seen
-
-    def _abridged(self, update: ClientUpdate) -> ClientUpdate:
-        """An update without its vector; on several processes, also without buffers that did not change."""
-        buffers, logged = update.buffers, update.logged
-        if self.ranks.size > 1:
-            buffers = {n: b.cpu() for n, b in buffers.items() if not torch.equal(b, self.server.buffers[n])}
-            logged = {name: each.located(self.host.module) for name, each in logged.items()}
-        return replace(update, displacement=_NOTHING, buffers=buffers, logged=logged, memory={})
-
-    def _check_arrivals(
-        self,
-        round_: int,
-        clients: Sequence[int],
-        trainees: Sequence[int],
-        updates: Sequence[ClientUpdate],
-        excluded: Sequence[str],
-    ) -> None:
-        # Where most of the cohort is lost, the few that are left may be the few that always fail.
-        if not updates and len(trainees) > len(clients) / 2:
-            air = [f"`{type(c).__name__}`" for c in self.uplink if type(c).transmit is not Channel.transmit]
-            raise FloatingPointError(
-                f"Every client of round {round_} returned non-finite values, so training has diverged ({excluded[0]})."
-                " The global model is the one before this round. Lower the local learning rate, or clip gradients"
-                f" (`gradient_clip_val=1.0`).{self.rule.advice()}"
-                + (f" Or {' and '.join(air)} spoiled what they sent; then make it gentler." if air else "")
-            )
-        if updates and not any(update.num_steps for update in updates):
-            rank_zero_warn(f"No client made an optimiser step in round {round_}; `training_step` may return None.")
-
-    def _transmit(self, round_: int, update: ClientUpdate) -> str:
-        """Send an update up; a sentence if what arrives is not finite."""
-        changed = False
-        for channel in self.uplink:
-            received = self._through(channel, update.displacement, round_, update.client)
-            if received is not update.displacement:
-                update.displacement.copy_(received)
-                changed = True
-        return self._spoilt(round_, update, " (they were finite when it sent them)") if changed else ""
-
-    def _outage(self, channel: Channel, round_: int, clients: list[int]) -> list[bool]:
-        if not clients:
-            return []
-        lost = torch.as_tensor(channel.outage(round_, clients, self.seed), dtype=torch.bool)
-        if lost.shape != (len(clients),):
-            raise ValueError(
-                f"`{type(channel).__name__}.outage` must say for each of {len(clients)} clients whether its message is"
-                f" lost, got the shape {list(lost.shape)}."
-            )
-        return lost.tolist()
-
-    def _through(self, channel: Channel, message: Tensor, round_: int, client: int) -> Tensor:
-        received = channel.transmit(message, round_=round_, client=client, seed=self.seed)
-        if received.shape != message.shape:
-            raise ValueError(
-                f"`{type(channel).__name__}.transmit` must return a message of the shape {list(message.shape)}, got"
-                f" {list(received.shape)}."
-            )
-        return received
-
-    def _spoilt(self, round_: int, update: ClientUpdate, why: str = "") -> str:
-        """A sentence if an update is not finite."""
-        buffers = {} if self.options.buffers == "keep" else update.buffers
-        # The usual answer with one wait for the device: everything adds up to finite numbers.
-        states = [value for state in update.memory["objectives"] for value in state.values()]
-        sums = [v.sum() for v in (update.displacement, *buffers.values(), *states) if not v.is_complex()]
-        if len(sums) == 1 + len(buffers) + len(states) and all_finite(
-            torch.stack([s.to(update.displacement) for s in sums])
-        ):
-            return ""
-        bad = [name for name, buffer in buffers.items() if self._is_spoilt(name, buffer)]
-        where = f"buffers {bad[:3]}" if bad else "" if all_finite(update.displacement) else "parameters"
-        if not where and all(map(all_finite, states)):
-            return ""
-        where = where or "states of client objectives"
-        sentence = f"Client {update.client} returned non-finite {where} in round {round_}{why}"
-        if self.options.on_nonfinite == "raise":
-            raise FloatingPointError(
-                f'{sentence}, and `on_nonfinite="raise"` ends the run. Lower the local learning rate, clip gradients,'
-                ' or set `on_nonfinite="exclude"`.'
-            )
-        return sentence
-
-    def _is_spoilt(self, name: str, buffer: Tensor) -> bool:
-        """Whether training put NaN or infinity into a buffer; an attention mask has always had them."""
-        if not (buffer.is_floating_point() or buffer.is_complex()) or all_finite(buffer):
-            return False
-        return bool((~torch.isfinite(buffer) & (buffer != self.server.buffers[name])).any())
-
-    def _aggregate(
-        self, round_: int, start: Tensor, store: _Store, arrived: Sequence[_Record], *, drawn: int
-    ) -> tuple[Mapping[str, float], dict[int, float]]:
-        updates = [record.update for record in arrived if record.heard]
-        if not arrived or (not updates and self.options.empty_round == "skip"):
-            rank_zero_warn(
-                f"Nobody was heard in round {round_}: the global model and the rule's state stay as they were."
-            )
-            self.tally.skipped_rounds += 1
-            self.restore_module()
-            return {"round_skipped": 1.0}, {}
-        rates = self.host.learning_rates(self.layout) if self.rule.needs_learning_rates else ()
-        vectors = store.vectors(start, arrived)
-        if self.sums:
-            with self.tally.phase("channel"):
-                self._superpose(round_, vectors, arrived, drawn)
-        cohort = Cohort(
-            round=round_,
-            clients=torch.tensor([record.update.client for record in arrived]),
-            num_examples=torch.tensor([record.update.num_examples for record in arrived]),
-            num_steps=torch.tensor([record.update.num_steps for record in arrived]),
-            heard=torch.tensor([record.heard for record in arrived]),
-            start=start,
-            vectors=vectors,
-            learning_rates=rates,
-            buffers=tuple(record.update.buffers for record in arrived),
-            num_batches=torch.tensor([record.update.num_batches for record in arrived]),
-        )
-        with isolated_randomness(self.host.device):
-            # For layers that draw (dropout, augmentation), where a rule trains on the server's data.
-            seed_randomness(seed_of(self.seed, "round", round_, "aggregation"), self.host.device)
-            step = self.rule.step(cohort, self.rule.state, self.server)
-        _check_step(step, type(self.rule).__name__, len(cohort))
-        self.server.install(step.parameters, self._buffers(cohort, step, updates))
-        self.rule.state = dict(step.state)
-        if self.options.buffers == "recalibrate" and updates:
-            self._recalibrate(round_, [update.client for update in updates])
-        return step.metrics, dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
-
-    def _superpose(self, round_: int, vectors: Any, arrived: Sequence[_Record], drawn: int) -> None:
-        """Send the sum of a cohort through the channels that act on it."""
-        arrivals = Arrivals(
-            round=round_,
-            seed=self.seed,
-            drawn=drawn,
-            clients=[record.update.client for record in arrived],
-            weights=vectors.raw_weights,
-            rms=torch.tensor([record.rms for record in arrived], dtype=torch.float64),
-        )
-        for channel in self.sums:
-            vectors.total = channel.superpose(vectors.total, arrivals)
-
-    def _buffers(self, cohort: Cohort, step: RuleStep, updates: Sequence[ClientUpdate]) -> Mapping[str, Tensor] | None:
-        """The server's new buffers; ``None`` leaves them."""
-        if self.options.buffers == "keep" or not self.server.buffers or not updates:
-            return None
-        by_client = dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
-        weights = torch.tensor([by_client[update.client] for update in updates], dtype=torch.float64)
-        if not weights.sum() > 0:
-            return None
-        return averaged_buffers(self.server.buffers, (u.buffers for u in updates), weights / weights.sum())
-
-    @torch.no_grad()
-    def _recalibrate(self, round_: int, clients: Sequence[int]) -> None:
-        """Recompute normalisation statistics with the new global model, as plain averages over the cohort's data."""
-        module = self.host.module
-        moving = {id(buffer) for buffer in self.layout.moving_buffers(module).values()}
-        norms = [
-            m for m in module.modules() if id(getattr(m, "running_mean", None)) in moving and hasattr(m, "momentum")
-        ]
-        modes = [(norm.momentum, norm.training) for norm in norms]
-        each = max(1, RECALIBRATION_BATCHES // len(clients))
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None
-                norm.train()
-            with isolated_randomness(self.host.device), LogRecorder(module):
-                for client in clients:
-                    seed_randomness(
-                        seed_of(self.seed, "client", client, "round", round_, "recalibrate"), self.host.device
-                    )
-                    for batch in self.data.batches(client, round_, epochs=1, limit=each):
-                        self.host.forward(self.host.prepare(batch.data), batch.index)
-        finally:
-            for norm, (momentum, training) in zip(norms, modes, strict=True):
-                norm.momentum = momentum
-                norm.train(training)
-        recomputed = {id(b) for norm in norms for b in norm.buffers()}
-        fresh = {n: b.detach().clone() for n, b in module.named_buffers() if id(b) in recomputed}
-        self.server.buffers = {**self.server.buffers, **fresh}
-        # Whatever else the passes changed is not theirs to change.
-        self.restore_module()
-
-    # ------------------------------------------------------------------ the end of a run
-
-    @torch.no_grad()
-    def evaluate_clients(self) -> tuple[dict[str, Tensor], dict[str, bool]]:
-        """The global model on every client's own data.
-
-        Returns:
-            ``[N]`` per metric that every client logged, and whether higher is better where a metric says so.
-        """
-        module = self.host.module
-        modes = {m: m.training for m in module.modules()}
-        restore = self._remember_evaluation_state()
-        module.eval()
-
-        def evaluate() -> tuple[list[dict[str, float]], dict[str, bool]]:
-            rows: list[dict[str, float]] = []
-            better: dict[str, bool] = {}
-            with isolated_randomness(self.host.device), LogRecorder(module, self.host.callbacks) as recorder:
-                for client in range(self.ranks.rank, self.data.num_clients, self.ranks.size):
-                    seed_randomness(seed_of(self.seed, "client", client, "evaluation"), self.host.device)
-                    for batch in self.data.evaluation_batches(client, EVALUATION_CAP):
-                        recorder.batch_size = batch.size
-                        self.host.evaluate(self.host.prepare(batch.data), batch.index)
-                    row: dict[str, float] = {}
-                    for name, logged in recorder.collect().items():
-                        if not isinstance(logged.metric, Metric):
-                            row[name] = logged.value
-                            continue
-                        row[name] = float(logged.metric.compute())
-                        logged.metric.reset()
-                        if logged.metric.higher_is_better is not None:
-                            better[name] = logged.metric.higher_is_better
-                    rows.append(row)
-            return rows, better
-
-        try:
-            shares = self.ranks.exchange(evaluate)
-        finally:
-            for submodule, mode in modes.items():
-                submodule.training = mode
-            restore()
-        rows = [shares[k % self.ranks.size][0][k // self.ranks.size] for k in range(self.data.num_clients)]
-        better = {name: higher for share in shares for name, higher in share[1].items()}
-        shared = set.intersection(*(set(row) for row in rows))
-        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0] if name in shared}, better
-
-    def _remember_evaluation_state(self) -> Callable[[], None]:
-        """What evaluating clients would leave in the module: buffers, metrics, lists that outputs are appended to."""
-        module = self.host.module
-        buffers = {name: (b, b.detach().clone()) for name, b in module.named_buffers()}
-        # Metrics add to their tensors in place.
-        metrics = [
-            (
-                m,
-                {
-                    k: v.clone() if isinstance(v, Tensor) else copy.copy(v)
-                    for k, v in vars(m).items()
-                    if k in m._defaults
-                },
-            )
-            for m in self._torchmetrics()
-        ]
-        counts = [(m, m._update_count, m._computed, m.sync_on_compute) for m in self._torchmetrics()]
-        for metric in self._torchmetrics():
-            metric.sync_on_compute = False  # a client is evaluated by one process
-        plain = {k: copy.copy(v) for k, v in vars(module).items() if type(v) in (list, dict, set) and k[0] != "_"}
-
-        def restore() -> None:
-            for buffer, value in buffers.values():
-                buffer.copy_(value)
-            for metric, values in metrics:
-                for name, value in values.items():
-                    setattr(metric, name, value)
-            for metric, count, computed, pools in counts:
-                metric._update_count, metric._computed, metric.sync_on_compute = count, computed, pools
-            for name, value in plain.items():
-                setattr(module, name, value)
-
-        return restore
-
-    def collect(self) -> None:
-        """Bring what clients and channels remember on other processes to process 0, which writes checkpoints."""
-        if self.ranks.size == 1 or not self._remembers:
-            return
-        stateful = [*self.uplink, *self.engine.objectives]
-        everybody = self.ranks.gather_to_first(
-            (self.engine.kept, self.local_buffers, [move_data_to_device(e.state_dict(), HOST) for e in stateful])
-        )
-        if not everybody:
-            return
-        kept, buffers, states = zip(*everybody, strict=True)
-        self.engine.kept, self.local_buffers = self._by_home(kept), self._by_home(buffers)
-        for each, own in zip(stateful, zip(*states, strict=True), strict=True):
-            names = {name for state in own for name in state}
-            each.load_state_dict({name: self._by_home([state.get(name) for state in own]) for name in sorted(names)})
-
-    def _by_home(self, memories: Sequence[Any]) -> Any:
-        """Each client's memory as the process holds it where it was last; anything else as process 0 does."""
-        if not all(isinstance(memory, (dict, type(None))) for memory in memories):
-            return memories[0]
-        memories = [memory or {} for memory in memories]
-        clients = {client for memory in memories for client in memory}
-        merged = {client: memories[self._homes.get(client, 0)].get(client) for client in clients}
-        return {client: merged[client] for client in sorted(clients) if merged[client] is not None}
+    def evaluate_clients(self) -> ClientMetrics:
+        """Evaluate the global model on every client's own data."""
+        return ClientEvaluation(self.host, self.data, self.ranks, self.seed).evaluate()
 
     def close(self) -> None:
         """End a run: leave nothing on the model's device.
@@ -847,18 +506,8 @@ class Federation:
             objective.mean = move_data_to_device(objective.mean, HOST)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is not in the module, the rule or another callback; plain values and tensors."""
-        self.collect()
-        state: dict[str, Any] = {
-            "fingerprint": self.fingerprint,
-            "round_options": self._round_options,
-            "optimizers": dict(self.engine.kept),
-            "buffers": dict(self.local_buffers),
-            "tally": {**vars(self.tally), "seconds": dict(self.tally.seconds)},
-        }
-        if not self.layout.is_exact:
-            state["parameters"] = self.server.parameters().cpu()
-        return state
+        """Return everything that is not in the module, the rule or another callback: plain values and tensors."""
+        return self.run_state.state_dict(self.engine)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -866,36 +515,26 @@ class Federation:
         Raises:
             ValueError: If it is of another federation.
         """
-        theirs, ours = state["fingerprint"], self.fingerprint
-        words = {
-            "rule": "the rule",
-            "num_clients": "`num_clients`",
-            "split": "the split of the training data (seed, partitioner, labels or data)",
-            "parameters": "the number of trainable parameters",
-            "seed": "`seed` (or that of `seed_everything`)",
-        }
-        for key, word in words.items():
-            if theirs[key] != ours[key]:
-                raise ValueError(
-                    f"The checkpoint (or earlier `fit`) to go on from is of another federation: {word} was"
-                    f" {theirs[key]!r} there and is {ours[key]!r} here. Resume with the arguments of that run, or"
-                    " start anew from its weights with `load_from_checkpoint`."
-                )
-        changed = {
-            k: (v, self._round_options[k]) for k, v in state["round_options"].items() if v != self._round_options[k]
-        }
-        if changed:
-            told = ", ".join(f"`{name}` from {then} to {now}" for name, (then, now) in changed.items())
-            rank_zero_warn(f"Going on with another way to play a round than before: {told}.")
-        self.engine.kept = dict(state["optimizers"])
-        travels = self.layout.buffers  # more did when frozen ones travelled too
-        self.local_buffers = {k: {n: b for n, b in v.items() if n in travels} for k, v in state["buffers"].items()}
-        self.tally = Tally(**{**state["tally"], "seconds": dict(state["tally"]["seconds"])})
-        if "parameters" in state:
-            self.server.install(state["parameters"].to(self.server.parameters()))
+        self.run_state.load_state_dict(state, self.engine)
+
+
+def _ignore(*arguments: object) -> None:
+    """Observe nothing."""
+
+
+def _check_objectives(objectives: Sequence[ClientObjective], host: Host) -> None:
+    """Refuse client objectives where there is no loss to which they could be added."""
+    if objectives and not host.module.automatic_optimization:
+        names = ", ".join(type(objective).__name__ for objective in objectives)
+        raise ValueError(
+            f"Client objectives ({names}) are added to the loss that `training_step` returns, and with"
+            " `automatic_optimization=False` it returns none. Add the term in `training_step`, or use automatic"
+            " optimisation."
+        )
 
 
 def _check_step(step: Any, rule: str, clients: int) -> None:
+    """Refuse an answer of a rule that is not one, or not one for this cohort."""
     if not isinstance(step, RuleStep):
         raise TypeError(
             f"`{rule}.step` must return a `RuleStep(parameters, state, weights)`, got {type(step).__name__}."
@@ -905,102 +544,3 @@ def _check_step(step: Any, rule: str, clients: int) -> None:
             f"`{rule}.step` must return one weight per client of the cohort, [{clients}], got"
             f" {list(step.weights.shape)}."
         )
-
-
-# ---------------------------------------------------------------------- where a cohort's vectors go
-
-
-class _Store:
-    """Collects what reaches the server in a round, as far as this process trained it."""
-
-    def __init__(self, start: Tensor) -> None:
-        self.scratch = empty(*start.shape, dtype=start.dtype, device=start.device)
-        self.count = 0
-
-    def slot(self) -> Tensor:
-        """``[P]`` on the model's device: where the next displacement may be written."""
-        return self.scratch
-
-    def commit(self, update: ClientUpdate, weight: float) -> None:
-        """Keep an update, whether its displacement stands in the slot or elsewhere."""
-        self.count += 1
-
-    def vectors(self, start: Tensor, records: Sequence[_Record]) -> ClientVectors | AccumulatedVectors:
-        raise AssertionError("a store without vectors")
-
-
-class _Rows(_Store):
-    """One row per client, on the device or in host memory."""
-
-    def __init__(self, start: Tensor, capacity: int, options: FederationOptions, ranks: Ranks) -> None:
-        device = torch.device("cpu") if options.storage == "host" else start.device
-        dtype = options.storage_dtype or start.dtype
-        self.matrix = empty(capacity, start.numel(), dtype=dtype, device=device)
-        self.in_place = device == start.device and dtype == start.dtype
-        self.ranks, self.ordered = ranks, options.reduction == "ordered"
-        super().__init__(start[:0] if self.in_place else start)
-
-    def slot(self) -> Tensor:
-        return self.matrix[self.count] if self.in_place else self.scratch
-
-    def commit(self, update: ClientUpdate, weight: float) -> None:
-        row = self.matrix[self.count]
-        if update.displacement.data_ptr() != row.data_ptr():
-            row.copy_(update.displacement)
-            if row.dtype != update.displacement.dtype and not all_finite(row):
-                raise FloatingPointError(
-                    f"The update of client {update.client} does not fit into `storage_dtype`={row.dtype}. Use"
-                    " torch.bfloat16, which has the range of float32, or leave it out."
-                )
-        super().commit(update, weight)
-
-    def vectors(self, start: Tensor, records: Sequence[_Record]) -> ClientVectors | AccumulatedVectors:
-        # A rule may keep these, the rows of who stayed away included: a copy would be a third matrix for a while.
-        rows = self.matrix[: self.count]
-        if self.ranks.size == 1:
-            return ClientVectors(rows, start)
-        return SpreadVectors(rows, start, [r.rank for r in records], self.ranks, ordered=self.ordered)
-
-
-class _Sum(_Store):
-    """The running weighted sum, for rules that know a client's weight beforehand."""
-
-    def __init__(self, start: Tensor, rule: Rule, ranks: Ranks) -> None:
-        super().__init__(start)
-        self.rule, self.ranks = rule, ranks
-        self.total = empty(*start.shape, dtype=start.dtype, device=start.device).zero_()
-
-    def commit(self, update: ClientUpdate, weight: float) -> None:
-        self.total.add_(update.displacement, alpha=weight)
-        super().commit(update, weight)
-
-    def vectors(self, start: Tensor, records: Sequence[_Record]) -> AccumulatedVectors:
-        raw = torch.tensor([record.raw_weight for record in records], dtype=torch.float64)
-        return AccumulatedVectors(self.ranks.sum(self.total), raw, start, type(self.rule).__name__)
-
-
-class _OrderedSum(_Rows):
-    """The same sum with the bits of one process, at the price of keeping the rows until all have arrived."""
-
-    def __init__(self, start: Tensor, capacity: int, rule: Rule, options: FederationOptions, ranks: Ranks):
-        super().__init__(start, capacity, options, ranks)
-        self.rule = rule
-
-    def vectors(self, start: Tensor, records: Sequence[_Record]) -> AccumulatedVectors:
-        raw = torch.tensor([record.raw_weight for record in records], dtype=torch.float64)
-        total = super().vectors(start, records).displacements.weighted_sum(raw)
-        return AccumulatedVectors(total, raw, start, type(self.rule).__name__)
-
-
-def _store(
-    rule: Rule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks, *, summed: bool
-) -> _Store:
-    if rule.raw_weight is None or (options.storage != "auto" and not summed):
-        return _Rows(start, capacity, options, ranks)
-    return _sum(rule, options, start, capacity, ranks)
-
-
-def _sum(rule: Rule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks) -> _Store:
-    if ranks.size > 1 and options.reduction == "ordered":
-        return _OrderedSum(start, capacity, rule, options, ranks)
-    return _Sum(start, rule, ranks)

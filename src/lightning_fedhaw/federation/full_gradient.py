@@ -1,0 +1,49 @@
+"""The full gradient of a client's loss, for client objectives that ask for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.clients.steps import Host
+from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
+from lightning_fedhaw.server import Server
+from lightning_fedhaw.streams import seed_of
+
+
+class FullGradient:
+    """Computes gradients on all training data of a client, and leaves the module alone.
+
+    Args:
+        host: The trainer around the federation.
+        server: The global model, which gives the loss at any parameters.
+        data: The clients' data.
+        seed: The federation's seed, for models that draw.
+    """
+
+    def __init__(self, host: Host, server: Server, data: ClientData, seed: int) -> None:
+        self.host = host
+        self.server = server
+        self.data = data
+        self.seed = seed
+
+    def compute(self, client: int, start: Tensor) -> Tensor:
+        """Compute the gradient ``[P]`` of a client's mean loss over its training data.
+
+        Args:
+            client: The client's number.
+            start: ``[P]``, the model that the client received.
+        """
+        round_ = self.host.round
+        total = torch.zeros_like(start)
+        num_samples = 0
+        vector = start.detach().requires_grad_()
+        with isolated_randomness(self.host.device), torch.enable_grad():
+            seed_randomness(seed_of(self.seed, "client", client, "round", round_, "gradient"), self.host.device)
+            for batch in self.data.batches(client, round_, epochs=1):
+                loss = self.server.loss(vector, self.host.prepare(batch.data), batch.index)
+                (gradient,) = torch.autograd.grad(loss, vector)
+                total.add_(gradient, alpha=batch.size)
+                num_samples += batch.size
+        return total / num_samples

@@ -1,0 +1,300 @@
+"""The state that rounds change: the undo of a round that fails, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_fedhaw.clients.engine import Engine
+from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.federation.buffers import Buffers
+from lightning_fedhaw.federation.placement import Placement
+from lightning_fedhaw.federation.records import Tally
+from lightning_fedhaw.federation.transport import Transport
+from lightning_fedhaw.objectives.base import ClientObjective
+from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.ranks import Ranks
+from lightning_fedhaw.rule import Rule
+from lightning_fedhaw.server import Server
+from lightning_fedhaw.vectors.memory import HOST
+
+OptimizerStates = list[dict[int, dict[str, Any]]]
+"""The states of a client's optimizers, each by position of the parameter."""
+
+ROUND_OPTIONS = ("clients_per_round", "local_epochs", "local_steps", "optimizer_state", "buffers")
+"""Options that may change between two parts of a run, but seldom should."""
+
+FINGERPRINT_WORDS = {
+    "rule": "the rule",
+    "num_clients": "`num_clients`",
+    "split": "the split of the training data (seed, partitioner, labels or data)",
+    "parameters": "the number of trainable parameters",
+    "seed": "`seed` (or that of `seed_everything`)",
+}
+"""What two parts of a run must share, in words."""
+
+
+class Stateful(Protocol):
+    """A channel or a client objective: a callback whose state changes while clients train."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class CallbackState:
+    """The state of one callback before a round.
+
+    Attributes:
+        callback: The channel or client objective.
+        state: What its ``state_dict`` gave, with a shallow copy of every value.
+    """
+
+    callback: Stateful
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RoundSnapshot:
+    """Everything that a round may change, as it was before.
+
+    Attributes:
+        optimizer_states: The optimizer states that clients find again.
+        local_buffers: The buffers that clients find again.
+        callbacks: The states of channels and client objectives.
+        rule: The state of the aggregation rule.
+        parameters: ``[P]``, the global parameters.
+        buffers: The global buffers.
+    """
+
+    optimizer_states: dict[int, OptimizerStates]
+    local_buffers: dict[int, dict[str, Tensor]]
+    callbacks: Sequence[CallbackState]
+    rule: dict[str, Any]
+    parameters: Tensor
+    buffers: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """What clients left behind on one process.
+
+    Attributes:
+        optimizer_states: The optimizer states that clients find again.
+        local_buffers: The buffers that clients find again.
+        callbacks: The states of uplink channels and client objectives.
+    """
+
+    optimizer_states: dict[int, OptimizerStates]
+    local_buffers: dict[int, dict[str, Tensor]]
+    callbacks: list[dict[str, Any]]
+
+
+class RunState:
+    """The state of a run between rounds. What has an owner of its own stays there; this knows all of them.
+
+    Args:
+        server: The global model.
+        rule: The aggregation rule.
+        data: The clients' data.
+        options: The federation's arguments.
+        buffers: The policy for buffers, which holds those that clients find again.
+        transport: The channels.
+        objectives: The client objectives.
+        placement: The process of each client.
+        ranks: The processes.
+        seed: The federation's seed.
+
+    Attributes:
+        tally: The costs and incidents of the run so far.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        rule: Rule,
+        data: ClientData,
+        options: FederationOptions,
+        *,
+        buffers: Buffers,
+        transport: Transport,
+        objectives: Sequence[ClientObjective],
+        placement: Placement,
+        ranks: Ranks,
+        seed: int,
+    ) -> None:
+        self.server = server
+        self.rule = rule
+        self.data = data
+        self.options = options
+        self.buffers = buffers
+        self.placement = placement
+        self.ranks = ranks
+        self.seed = seed
+        self.tally = Tally()
+        # These change where their client trains; every process sends the broadcast to all clients.
+        self.spread_callbacks: list[Stateful] = [*transport.uplink, *objectives]
+        self.callbacks: list[Stateful] = [*transport.uplink, *transport.downlink, *objectives]
+
+    # ------------------------------------------------------------------ the undo of a round
+
+    def snapshot(self, engine: Engine) -> RoundSnapshot:
+        """Remember everything that the next round may change.
+
+        Entries of these dictionaries are replaced and never changed in place, so shallow copies are enough.
+
+        Args:
+            engine: The engine of the round, which holds the clients' optimizer states.
+        """
+        callbacks = []
+        for callback in self.callbacks:
+            state = {name: copy.copy(value) for name, value in callback.state_dict().items()}
+            callbacks.append(CallbackState(callback, state))
+        return RoundSnapshot(
+            optimizer_states=dict(engine.kept),
+            local_buffers=dict(self.buffers.local),
+            callbacks=callbacks,
+            rule=self.rule.state,
+            parameters=self.server.parameters(),
+            buffers=self.server.buffers,
+        )
+
+    def restore(self, engine: Engine, snapshot: RoundSnapshot) -> None:
+        """Undo a round that failed.
+
+        Args:
+            engine: The engine of the round.
+            snapshot: The state from before the round.
+        """
+        engine.kept = snapshot.optimizer_states
+        self.buffers.local = snapshot.local_buffers
+        for saved in snapshot.callbacks:
+            saved.callback.load_state_dict(saved.state)
+        # The clients that had trained before the failure were counted in the module's metrics.
+        for metric in metrics_of(self.server.module):
+            metric.reset()
+        self.rule.state = snapshot.rule
+        # The module may hold the model of the client that failed.
+        self.server.put_back(snapshot.parameters, snapshot.buffers)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What two runs must share for one to go on from the other's checkpoint."""
+        return {
+            "rule": self.rule.identity,
+            "num_clients": self.data.num_clients,
+            "split": self.data.partition.fingerprint(),
+            "parameters": self.server.layout.numel,
+            "seed": self.seed,
+        }
+
+    @property
+    def round_options(self) -> dict[str, Any]:
+        """The values of ``ROUND_OPTIONS``, and the batch size."""
+        options = {name: getattr(self.options, name) for name in ROUND_OPTIONS}
+        return {**options, "batch_size": self.data.settings.batch_size}
+
+    def check_agreement(self) -> None:
+        """Refuse to go on where processes were given different data or another split.
+
+        Raises:
+            ValueError: Naming the processes that differ.
+        """
+        if self.ranks.size == 1:
+            return
+        identities = self.ranks.gather((self.fingerprint, self.data.sample_hash()))
+        different = [rank for rank, identity in enumerate(identities) if identity != identities[0]]
+        if different:
+            raise ValueError(
+                f"Processes {different} of {self.ranks.size} were given other training data, another split or another"
+                " seed than process 0, and every process must know the whole federation. Seed whatever makes the data"
+                " (`seed_everything`) before it is made."
+            )
+
+    def state_dict(self, engine: Engine) -> dict[str, Any]:
+        """Return everything that is not in the module, the rule or another callback: plain values and tensors.
+
+        Args:
+            engine: The engine, which holds the clients' optimizer states.
+        """
+        self._collect(engine)
+        state: dict[str, Any] = {
+            "fingerprint": self.fingerprint,
+            "round_options": self.round_options,
+            "optimizers": dict(engine.kept),
+            "buffers": dict(self.buffers.local),
+            "tally": self.tally.state_dict(),
+        }
+        if not self.server.layout.is_exact:
+            state["parameters"] = self.server.parameters().cpu()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], engine: Engine) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            state: What :meth:`state_dict` gave.
+            engine: The engine, which holds the clients' optimizer states.
+
+        Raises:
+            ValueError: If it is of another federation.
+        """
+        self._check_fingerprint(state["fingerprint"])
+        self._warn_of_changes(state["round_options"])
+        engine.kept = dict(state["optimizers"])
+        self.buffers.load(state["buffers"])
+        self.tally = Tally.from_state(state["tally"])
+        if "parameters" in state:
+            self.server.install(state["parameters"].to(self.server.parameters()))
+
+    def _check_fingerprint(self, saved: Mapping[str, Any]) -> None:
+        current = self.fingerprint
+        for key, words in FINGERPRINT_WORDS.items():
+            if saved[key] != current[key]:
+                raise ValueError(
+                    f"The checkpoint (or earlier `fit`) to go on from is of another federation: {words} was"
+                    f" {saved[key]!r} there and is {current[key]!r} here. Resume with the arguments of that run, or"
+                    " start anew from its weights with `load_from_checkpoint`."
+                )
+
+    def _warn_of_changes(self, saved: Mapping[str, Any]) -> None:
+        current = self.round_options
+        changes = []
+        for name, value in saved.items():
+            if value != current[name]:
+                changes.append(f"`{name}` from {value} to {current[name]}")
+        if changes:
+            rank_zero_warn(f"Going on with another way to play a round than before: {', '.join(changes)}.")
+
+    def _collect(self, engine: Engine) -> None:
+        """Bring what clients left behind on other processes to process 0, which writes checkpoints."""
+        if self.ranks.size == 1 or not self.placement.is_sticky:
+            return
+        states = [move_data_to_device(callback.state_dict(), HOST) for callback in self.spread_callbacks]
+        memories = self.ranks.gather_to_first(ProcessMemory(engine.kept, self.buffers.local, states))
+        if not memories:
+            return
+        merged = self.placement.merged
+        engine.kept = merged([memory.optimizer_states for memory in memories])
+        self.buffers.local = merged([memory.local_buffers for memory in memories])
+        for position, callback in enumerate(self.spread_callbacks):
+            states = [memory.callbacks[position] for memory in memories]
+            names = {name for state in states for name in state}
+            callback.load_state_dict({name: merged([state.get(name) for state in states]) for name in sorted(names)})
+
+
+def metrics_of(module: nn.Module) -> list[Metric]:
+    """List the ``torchmetrics`` objects in a module."""
+    return [submodule for submodule in module.modules() if isinstance(submodule, Metric)]

@@ -1,0 +1,133 @@
+"""Updates that hold NaN or infinity: found before they reach the aggregation, and left out or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_fedhaw.channel.base import Channel
+from lightning_fedhaw.cohort import ClientUpdate
+from lightning_fedhaw.federation.buffers import Buffers
+from lightning_fedhaw.federation.records import Received, RoundPlan
+from lightning_fedhaw.options import OnNonfinite
+from lightning_fedhaw.rule import Rule
+from lightning_fedhaw.server import Server, all_finite
+
+
+class Screening:
+    """Looks at every update, and at what a round has received in all.
+
+    Args:
+        policy: The argument ``on_nonfinite``.
+        server: The global model.
+        buffers: The policy for buffers, which says whether those of an update count.
+        rule: The aggregation rule, which may know why training diverges.
+        uplink: The channels between clients and server, which may have spoiled what was sent.
+    """
+
+    def __init__(
+        self,
+        policy: OnNonfinite,
+        server: Server,
+        buffers: Buffers,
+        rule: Rule,
+        uplink: Sequence[Channel],
+    ) -> None:
+        self.policy = policy
+        self.server = server
+        self.buffers = buffers
+        self.rule = rule
+        self.uplink = uplink
+
+    def nonfinite_reason(self, round_: int, update: ClientUpdate, circumstance: str = "") -> str | None:
+        """Say why an update has to be left out.
+
+        Args:
+            round_: The round's number.
+            update: The update.
+            circumstance: What to add to the sentence.
+
+        Returns:
+            A sentence; ``None`` if the update is finite.
+
+        Raises:
+            FloatingPointError: If the update is not finite and ``on_nonfinite="raise"``.
+        """
+        part = self._nonfinite_part(update)
+        if part is None:
+            return None
+        sentence = f"Client {update.client} returned non-finite {part} in round {round_}{circumstance}"
+        if self.policy == "raise":
+            raise FloatingPointError(
+                f'{sentence}, and `on_nonfinite="raise"` ends the run. Lower the local learning rate, clip gradients,'
+                ' or set `on_nonfinite="exclude"`.'
+            )
+        return sentence
+
+    def check_round(self, plan: RoundPlan, received: Received) -> None:
+        """Warn of excluded updates, and refuse to go on where training has diverged.
+
+        Args:
+            plan: Who was to train.
+            received: What came of it.
+
+        Raises:
+            FloatingPointError: If nothing was received because every update was left out.
+        """
+        for sentence in received.excluded:
+            rank_zero_warn(f"{sentence} and was left out of the aggregation.")
+        updates = received.updates
+        # Where most of the cohort is lost, the few that are left may be the few that always fail.
+        if not updates and len(plan.trainees) > len(plan.clients) / 2:
+            raise FloatingPointError(
+                f"Every client of round {plan.round} returned non-finite values, so training has diverged"
+                f" ({received.excluded[0]}). The global model is the one before this round. Lower the local learning"
+                f" rate, or clip gradients (`gradient_clip_val=1.0`).{self.rule.advice()}{self._channel_advice()}"
+            )
+        if updates and not any(update.num_steps for update in updates):
+            rank_zero_warn(f"No client made an optimiser step in round {plan.round}; `training_step` may return None.")
+
+    def _channel_advice(self) -> str:
+        """Name the channels that change what clients send."""
+        names = [f"`{type(channel).__name__}`" for channel in self.uplink if changes_messages(channel)]
+        if not names:
+            return ""
+        return f" Or {' and '.join(names)} spoiled what they sent; then make it gentler."
+
+    def _nonfinite_part(self, update: ClientUpdate) -> str | None:
+        """Name the part of an update that is not finite."""
+        buffers = self.buffers.sent(update)
+        states = [value for state in update.memory["objectives"] for value in state.values()]
+        # The usual answer, with one wait for the device.
+        if _sums_are_finite([update.displacement, *buffers.values(), *states]):
+            return None
+        spoiled = [name for name, buffer in buffers.items() if self._is_spoiled(name, buffer)]
+        if spoiled:
+            return f"buffers {spoiled[:3]}"
+        if not all_finite(update.displacement):
+            return "parameters"
+        if not all(all_finite(state) for state in states):
+            return "states of client objectives"
+        return None
+
+    def _is_spoiled(self, name: str, buffer: Tensor) -> bool:
+        """Whether training put NaN or infinity into a buffer; an attention mask has always had them."""
+        if not (buffer.is_floating_point() or buffer.is_complex()) or all_finite(buffer):
+            return False
+        return bool((~torch.isfinite(buffer) & (buffer != self.server.buffers[name])).any())
+
+
+def changes_messages(channel: Channel) -> bool:
+    """Whether a channel may change the messages that it delivers."""
+    return type(channel).transmit is not Channel.transmit
+
+
+def _sums_are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every tensor adds up to a finite number, which proves it finite; complex ones are not added up."""
+    if any(tensor.is_complex() for tensor in tensors):
+        return False
+    sums = [tensor.sum().to(tensors[0]) for tensor in tensors]
+    return all_finite(torch.stack(sums))

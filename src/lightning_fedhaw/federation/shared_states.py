@@ -1,0 +1,102 @@
+"""The states that client objectives share with the server, such as SCAFFOLD's control variates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.cohort import ClientUpdate
+from lightning_fedhaw.federation.records import UpdateRecord
+from lightning_fedhaw.federation.stores import VectorStore, make_sum
+from lightning_fedhaw.objectives.base import ClientObjective
+from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.ranks import Ranks
+from lightning_fedhaw.rule import Rule
+from lightning_fedhaw.vectors.layout import ParameterLayout
+
+
+class SharedStates:
+    """Sends the means of clients' states down beside the model, and gathers their changes beside the updates.
+
+    The means themselves are the objectives' own state.
+
+    Args:
+        objectives: All client objectives of the run, of which those that share a state are picked.
+        layout: Where each trainable parameter lives in the flat vector.
+        num_clients: N.
+        rule: The aggregation rule, for error messages.
+        options: The federation's arguments.
+        ranks: The processes.
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[ClientObjective],
+        layout: ParameterLayout,
+        num_clients: int,
+        rule: Rule,
+        options: FederationOptions,
+        ranks: Ranks,
+    ) -> None:
+        self.objectives = objectives
+        self.sharing = [objective for objective in objectives if objective.shares_state]
+        self.layout = layout
+        self.num_clients = num_clients
+        self.rule = rule
+        self.options = options
+        self.ranks = ranks
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of shared states beside a model, on either link: each is as large as the model."""
+        return len(self.sharing) * self.layout.message_bytes
+
+    @property
+    def contents(self) -> list[str]:
+        """What leaves the clients, in words."""
+        return [type(objective).__name__ for objective in self.sharing]
+
+    def record_broadcast(self, clients: Set[int]) -> None:
+        """Let clients keep the means that came with the model they received."""
+        for objective in self.sharing:
+            objective.tell(clients)
+
+    def make_stores(self, start: Tensor, capacity: int) -> list[VectorStore]:
+        """Make a store for the changes of each shared state in a round.
+
+        Args:
+            start: ``[P]``, the model that is broadcast.
+            capacity: Updates of this process at most.
+        """
+        return [make_sum(self.rule, self.options, start, capacity, self.ranks) for _ in self.sharing]
+
+    def collect(self, update: ClientUpdate, stores: Sequence[VectorStore]) -> None:
+        """Store what a client sends beside its update: by how much its states have changed."""
+        states = dict(zip(self.objectives, update.memory["objectives"], strict=True))
+        for objective, store in zip(self.sharing, stores, strict=True):
+            # Parameters that the objective leaves out have not changed.
+            vector = torch.zeros_like(update.displacement)
+            views = self.layout.views(vector)
+            for name, value in objective.change(update.client, states[objective]).items():
+                views[name].copy_(value)
+            store.commit(replace(update, displacement=vector), 1.0)
+
+    def aggregate(self, start: Tensor, stores: Sequence[VectorStore], records: Sequence[UpdateRecord]) -> None:
+        """Move the means of all N clients' states by the changes that were received.
+
+        Args:
+            start: ``[P]``, the model that was broadcast.
+            stores: The stores of the changes.
+            records: The updates that really came from their clients.
+        """
+        if not records:
+            return
+        unweighted = [replace(record, raw_weight=1.0) for record in records]
+        # The states of clients that sent nothing are as they were, so a change counts as one of N.
+        weights = torch.full((len(records),), 1 / self.num_clients, dtype=torch.float64)
+        for objective, store in zip(self.sharing, stores, strict=True):
+            change = store.vectors(start, unweighted).displacements.weighted_sum(weights)
+            objective.share(self.layout.views(change.to(start)))

@@ -1,0 +1,204 @@
+"""The places where a cohort's vectors are kept until they are aggregated: as rows, or as a running sum."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.cohort import ClientUpdate
+from lightning_fedhaw.federation.records import UpdateRecord
+from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.ranks import Ranks
+from lightning_fedhaw.rule import Rule
+from lightning_fedhaw.server import all_finite
+from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
+from lightning_fedhaw.vectors.client_vectors import ClientVectors
+from lightning_fedhaw.vectors.distributed import SpreadVectors
+from lightning_fedhaw.vectors.memory import HOST, empty
+
+
+class VectorStore(ABC):
+    """Collects the displacements of a round, as far as this process trained their clients.
+
+    Args:
+        start: ``[P]``, the model that was broadcast.
+        scratch_size: Numbers of the place that :meth:`slot` gives; 0 where a store has places of its own.
+    """
+
+    def __init__(self, start: Tensor, scratch_size: int) -> None:
+        self.scratch = empty(scratch_size, dtype=start.dtype, device=start.device)
+
+    def slot(self) -> Tensor:
+        """Return the place ``[P]``, on the model's device, where the next displacement may be written."""
+        return self.scratch
+
+    @abstractmethod
+    def commit(self, update: ClientUpdate, weight: float) -> None:
+        """Keep an update, whether its displacement stands in the slot or elsewhere.
+
+        Args:
+            update: The update.
+            weight: Its raw weight, for stores that sum.
+        """
+
+    @abstractmethod
+    def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> ClientVectors | AccumulatedVectors:
+        """Return the vectors of the whole cohort. Every process has to ask.
+
+        Args:
+            start: ``[P]``, the model that was broadcast.
+            records: The updates of all processes, in the cohort's order.
+        """
+
+
+class RowStore(VectorStore):
+    """Keeps one row per client, on the model's device or in host memory.
+
+    Args:
+        start: ``[P]``, the model that was broadcast.
+        capacity: Updates of this process at most.
+        options: The federation's arguments: where rows are kept, in which dtype, and how processes add them up.
+        ranks: The processes.
+    """
+
+    def __init__(self, start: Tensor, capacity: int, options: FederationOptions, ranks: Ranks) -> None:
+        device = HOST if options.storage == "host" else start.device
+        dtype = options.storage_dtype or start.dtype
+        # An engine may write straight into the matrix if a row is what it would write.
+        self.in_place = device == start.device and dtype == start.dtype
+        self.matrix = empty(capacity, start.numel(), dtype=dtype, device=device)
+        self.ranks = ranks
+        self.ordered = options.reduction == "ordered"
+        self.count = 0
+        super().__init__(start, scratch_size=0 if self.in_place else start.numel())
+
+    def slot(self) -> Tensor:
+        """Return the next row, or a place from which it is copied there."""
+        if self.in_place:
+            return self.matrix[self.count]
+        return self.scratch
+
+    def commit(self, update: ClientUpdate, weight: float) -> None:
+        """Keep an update's displacement as the next row.
+
+        Raises:
+            FloatingPointError: If it does not fit into ``storage_dtype``.
+        """
+        row = self.matrix[self.count]
+        if update.displacement.data_ptr() != row.data_ptr():
+            row.copy_(update.displacement)
+            if row.dtype != update.displacement.dtype and not all_finite(row):
+                raise FloatingPointError(
+                    f"The update of client {update.client} does not fit into `storage_dtype`={row.dtype}. Use"
+                    " torch.bfloat16, which has the range of float32, or leave it out."
+                )
+        self.count += 1
+
+    def rows(self, start: Tensor, records: Sequence[UpdateRecord]) -> ClientVectors:
+        """Return the rows of all processes as one set of vectors."""
+        # A rule may keep these, together with the unused rows of clients that were lost: a copy without them would be
+        # one more matrix for a while.
+        own_rows = self.matrix[: self.count]
+        if self.ranks.size == 1:
+            return ClientVectors(own_rows, start)
+        owners = [record.rank for record in records]
+        return SpreadVectors(own_rows, start, owners, self.ranks, ordered=self.ordered)
+
+    def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> ClientVectors | AccumulatedVectors:
+        """Return the rows; see :meth:`VectorStore.vectors`."""
+        return self.rows(start, records)
+
+
+class RunningSum(VectorStore):
+    """Adds displacements up as they come, for rules that know a client's weight beforehand.
+
+    Args:
+        start: ``[P]``, the model that was broadcast.
+        rule: The aggregation rule, for error messages.
+        ranks: The processes.
+    """
+
+    def __init__(self, start: Tensor, rule: Rule, ranks: Ranks) -> None:
+        super().__init__(start, scratch_size=start.numel())
+        self.rule = rule
+        self.ranks = ranks
+        self.total = empty(*start.shape, dtype=start.dtype, device=start.device).zero_()
+
+    def commit(self, update: ClientUpdate, weight: float) -> None:
+        """Add an update's displacement, times its weight."""
+        self.total.add_(update.displacement, alpha=weight)
+
+    def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> AccumulatedVectors:
+        """Return the sum over all processes; see :meth:`VectorStore.vectors`."""
+        total = self.ranks.sum(self.total)
+        return AccumulatedVectors(total, raw_weights(records), start, type(self.rule).__name__)
+
+
+class OrderedSum(RowStore):
+    """Forms the same sum with the bits of one process, at the price of keeping the rows until all are there.
+
+    Args:
+        start: ``[P]``, the model that was broadcast.
+        capacity: Updates of this process at most.
+        rule: The aggregation rule, for error messages.
+        options: The federation's arguments.
+        ranks: The processes.
+    """
+
+    def __init__(self, start: Tensor, capacity: int, rule: Rule, options: FederationOptions, ranks: Ranks) -> None:
+        super().__init__(start, capacity, options, ranks)
+        self.rule = rule
+
+    def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> AccumulatedVectors:
+        """Return the sum over all processes, in the cohort's order; see :meth:`VectorStore.vectors`."""
+        weights = raw_weights(records)
+        total = self.rows(start, records).displacements.weighted_sum(weights)
+        return AccumulatedVectors(total, weights, start, type(self.rule).__name__)
+
+
+@dataclass(frozen=True)
+class RoundStores:
+    """The stores of a round on one process.
+
+    Attributes:
+        displacements: What clients' updates are kept in.
+        shared: What the changes of shared states are kept in, one store per state.
+    """
+
+    displacements: VectorStore
+    shared: Sequence[VectorStore]
+
+
+def raw_weights(records: Sequence[UpdateRecord]) -> Tensor:
+    """Return the raw weight of each update, ``[K]`` float64."""
+    return torch.tensor([record.raw_weight for record in records], dtype=torch.float64)
+
+
+def make_store(
+    rule: Rule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks, *, summed: bool
+) -> VectorStore:
+    """Make the store of a cohort's displacements.
+
+    Args:
+        rule: The aggregation rule.
+        options: The federation's arguments.
+        start: ``[P]``, the model that is broadcast.
+        capacity: Updates of this process at most.
+        ranks: The processes.
+        summed: Whether a channel acts on the sum, so that nobody may see single updates, whatever ``storage=`` says.
+    """
+    is_summable = rule.raw_weight is not None
+    if is_summable and (summed or options.storage == "auto"):
+        return make_sum(rule, options, start, capacity, ranks)
+    return RowStore(start, capacity, options, ranks)
+
+
+def make_sum(rule: Rule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks) -> VectorStore:
+    """Make a store of a weighted sum; the arguments are those of :func:`make_store`."""
+    if ranks.size > 1 and options.reduction == "ordered":
+        return OrderedSum(start, capacity, rule, options, ranks)
+    return RunningSum(start, rule, ranks)

@@ -1,0 +1,250 @@
+"""The messages between server and clients: sent through the channels of both links, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.channel.awgn import rms
+from lightning_fedhaw.channel.base import Arrivals, Channel, Link, Parcel, Scene, SumChannel
+from lightning_fedhaw.cohort import ClientUpdate
+from lightning_fedhaw.federation.records import UpdateRecord
+from lightning_fedhaw.rule import Rule
+from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
+from lightning_fedhaw.vectors.layout import ParameterLayout
+
+
+class SidePayload(Protocol):
+    """What travels beside the models: buffers, and the states that client objectives share."""
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes beside one model, on either link."""
+
+    @property
+    def contents(self) -> list[str]:
+        """What leaves the clients, in words; empty if nothing does."""
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What a round's broadcast brought to the clients.
+
+    Attributes:
+        models: The model ``[P]`` that each client starts from; a client that received nothing and has none is absent.
+        up_to_date: The clients that received this round's model, and not an older one.
+    """
+
+    models: dict[int, Tensor]
+    up_to_date: set[int]
+
+
+class Transport:
+    """Sends messages through the channels of their link, in list order.
+
+    Args:
+        channels: The channels of both links.
+        layout: Where each trainable parameter lives in a message.
+        payloads: What travels beside the models.
+        seed: The federation's seed, from which channels draw.
+    """
+
+    def __init__(
+        self, channels: Sequence[Channel], layout: ParameterLayout, payloads: Sequence[SidePayload], seed: int
+    ) -> None:
+        self.uplink = [channel for channel in channels if channel.link == "uplink"]
+        self.downlink = [channel for channel in channels if channel.link == "downlink"]
+        self.sum_channels = [channel for channel in self.uplink if isinstance(channel, SumChannel)]
+        self.layout = layout
+        self.payloads = payloads
+        self.seed = seed
+        self._parcels: dict[Link, Parcel] = {}
+
+    def prepare(
+        self,
+        num_examples: Tensor,
+        rule: Rule,
+        *,
+        drawn_uniformly: int | None,
+        clients_remember: bool,
+    ) -> None:
+        """Tell the channels of the federation around them, and find out what they make of a message's size.
+
+        Args:
+            num_examples: ``[N]`` int64, training examples of every client.
+            rule: The aggregation rule.
+            drawn_uniformly: See :class:`~lightning_fedhaw.channel.base.Scene`.
+            clients_remember: Whether what clients send depends on earlier rounds, apart from the downlink's channels.
+        """
+        remember = clients_remember or any(channel.remembers for channel in self.downlink)
+        contents = [content for payload in self.payloads for content in payload.contents]
+        links: dict[Link, Sequence[Channel]] = {"uplink": self.uplink, "downlink": self.downlink}
+        for link, channels in links.items():
+            parcel = Parcel(self.layout.numel, 8 * self.layout.message_bytes / self.layout.numel)
+            for channel in channels:
+                scene = Scene(
+                    layout=self.layout,
+                    num_examples=num_examples,
+                    parcel=parcel,
+                    channels=channels,
+                    rule=type(rule.innermost).__name__,
+                    raw_weight=rule.raw_weight,
+                    beside=contents,
+                    drawn_uniformly=drawn_uniformly,
+                    clients_remember=remember,
+                )
+                channel.prepare(scene)
+                parcel = channel.encode(parcel)
+            self._parcels[link] = parcel
+
+    # ------------------------------------------------------------------ bytes
+
+    def message_bytes(self, link: Link) -> int:
+        """Count the bytes of one message as the channels of its link pack it, with what travels beside it."""
+        return self._parcels[link].bytes + sum(payload.message_bytes for payload in self.payloads)
+
+    def sent_bytes(self, link: Link, round_: int, clients: Sequence[int]) -> int:
+        """Count the bytes of a round's messages on a link, what was sent more than once included."""
+        channels = self.uplink if link == "uplink" else self.downlink
+        resent = 0
+        for channel in channels:
+            for client in clients:
+                resent += channel.resent(round_=round_, client=client, seed=self.seed)
+        return len(clients) * self.message_bytes(link) + resent
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether a channel acts on the sum of the cohort, so that the server sees no single updates."""
+        return bool(self.sum_channels)
+
+    # ------------------------------------------------------------------ down
+
+    @property
+    def may_be_outdated(self) -> bool:
+        """Whether a client that misses a broadcast trains an older model."""
+        return any(channel.fallback == "reuse_model" for channel in self.downlink)
+
+    def broadcast(self, round_: int, clients: Sequence[int], start: Tensor) -> Broadcast:
+        """Send the global model to the clients of a round.
+
+        Args:
+            round_: The round's number.
+            clients: The clients that were drawn.
+            start: ``[P]``, the global parameters.
+        """
+        sent = self.layout.rounded(start)
+        models = dict.fromkeys(clients, sent)
+        up_to_date = set(clients)
+        for channel in self.downlink:
+            present = list(models)
+            for client, is_lost in zip(present, self._outage(channel, round_, present), strict=True):
+                if not is_lost:
+                    models[client] = self._through(channel, models[client], round_, client)
+                    channel.remember_broadcast(client, models[client])
+                    continue
+                up_to_date.discard(client)
+                last_model = channel.last_broadcast(client)
+                if last_model is None:
+                    del models[client]
+                else:
+                    models[client] = last_model.to(start)
+        received = {}
+        for client, model in models.items():
+            # What most clients share is rounded already.
+            received[client] = model if model is sent else self.layout.rounded(model)
+        return Broadcast(received, up_to_date)
+
+    # ------------------------------------------------------------------ up
+
+    def uplink_outages(self, round_: int, clients: Sequence[int]) -> dict[int, Channel]:
+        """Draw whose update will be lost, before anybody trains.
+
+        Returns:
+            The clients, with the first channel that loses their update.
+        """
+        lost: dict[int, Channel] = {}
+        for channel in self.uplink:
+            for client, is_lost in zip(clients, self._outage(channel, round_, clients), strict=True):
+                if is_lost:
+                    lost.setdefault(client, channel)
+        return lost
+
+    def transmit(self, round_: int, update: ClientUpdate) -> bool:
+        """Send an update's displacement up; what arrives takes its place.
+
+        Returns:
+            Whether a channel has changed it.
+        """
+        is_changed = False
+        for channel in self.uplink:
+            received = self._through(channel, update.displacement, round_, update.client)
+            if received is not update.displacement:
+                update.displacement.copy_(received)
+                is_changed = True
+        return is_changed
+
+    def remember(self, update: ClientUpdate, start: Tensor) -> None:
+        """Let the channels keep an update that was received, if they will want it again.
+
+        Args:
+            update: The update.
+            start: ``[P]``, the global parameters of the round.
+        """
+        for channel in self.uplink:
+            channel.remember(update.client, start, update.displacement, update.num_steps)
+
+    def rms(self, update: ClientUpdate) -> float:
+        """Measure the root mean square of an update, if a channel that acts on the sum will ask for it."""
+        if not self.sum_channels:
+            return 0.0
+        return rms(update.displacement)
+
+    def superpose(
+        self, vectors: AccumulatedVectors, records: Sequence[UpdateRecord], *, round_: int, drawn: int
+    ) -> None:
+        """Send the sum of a cohort through the channels that act on it; what arrives takes its place.
+
+        Args:
+            vectors: The cohort's sum.
+            records: The updates in it.
+            round_: The round's number.
+            drawn: The number of clients that were drawn for the round.
+        """
+        arrivals = Arrivals(
+            round=round_,
+            seed=self.seed,
+            drawn=drawn,
+            clients=[record.update.client for record in records],
+            weights=vectors.raw_weights,
+            rms=torch.tensor([record.rms for record in records], dtype=torch.float64),
+        )
+        for channel in self.sum_channels:
+            vectors.total = channel.superpose(vectors.total, arrivals)
+
+    # ------------------------------------------------------------------ one channel
+
+    def _outage(self, channel: Channel, round_: int, clients: Sequence[int]) -> list[bool]:
+        """Ask a channel whose message is lost."""
+        if not clients:
+            return []
+        lost = torch.as_tensor(channel.outage(round_, list(clients), self.seed), dtype=torch.bool)
+        if lost.shape != (len(clients),):
+            raise ValueError(
+                f"`{type(channel).__name__}.outage` must say for each of {len(clients)} clients whether its message is"
+                f" lost, got the shape {list(lost.shape)}."
+            )
+        return lost.tolist()
+
+    def _through(self, channel: Channel, message: Tensor, round_: int, client: int) -> Tensor:
+        """Send one message through one channel."""
+        received = channel.transmit(message, round_=round_, client=client, seed=self.seed)
+        if received.shape != message.shape:
+            raise ValueError(
+                f"`{type(channel).__name__}.transmit` must return a message of the shape {list(message.shape)}, got"
+                f" {list(received.shape)}."
+            )
+        return received
