@@ -9,6 +9,7 @@ ROOT = Path(lightning_fedhaw.__file__).parent
 
 # A file or folder may import rows below its own. Inside a folder, files share what the folder is made of.
 ROWS = [
+    {"arguments"},
     {"streams", "isolation", "ranks", "keys", "options"},
     {"vectors"},
     {"cohort", "objectives", "observer"},

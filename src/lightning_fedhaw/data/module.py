@@ -296,9 +296,11 @@ class FederatedDataModule(pl.LightningDataModule):
 
 
 def _checked_proxy(proxy: Any) -> Dataset[Any] | int | None:
-    if isinstance(proxy, bool) or arguments.plain_number(proxy) is not None:
-        return arguments.integer("proxy", proxy, minimum=1, hint="So many training samples are set aside.")
-    if proxy is None or (hasattr(proxy, "__len__") and hasattr(proxy, "__getitem__") and not isinstance(proxy, str)):
+    number = arguments.plain_number(proxy)
+    if isinstance(number, int):
+        return arguments.integer("proxy", number, minimum=1)
+    is_dataset = hasattr(proxy, "__len__") and hasattr(proxy, "__getitem__") and number is None
+    if proxy is None or (is_dataset and not isinstance(proxy, str)):
         return proxy
     raise TypeError(
         "`proxy` must be a data set with a length, or a whole number of training samples to set aside, got"
