@@ -62,7 +62,8 @@ class AWGNChannel(BlockChannel):
         channel: The arguments of :class:`Channel`. On the downlink the message is the model.
 
     Raises:
-        ValueError: If not exactly one is given, or it is NaN, minus infinity or (``noise_std``) negative.
+        ValueError: If not exactly one is given, or it is NaN, below -200 (``snr_db``), or negative or infinite
+            (``noise_std``).
     """
 
     key = "AWGNChannel"

@@ -115,6 +115,7 @@ class ErasureChannel(Channel):
 
     Raises:
         ValueError: If not exactly one is given, a probability is out of [0, 1], or there are not N of them.
+        TypeError: If ``burst`` is no :class:`GilbertElliott`.
     """
 
     key = "ErasureChannel"
