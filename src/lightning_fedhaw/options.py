@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from functools import partial
-from math import inf
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import numpy as np
 import torch
+
+from lightning_fedhaw import arguments
+from lightning_fedhaw.arguments import check_names as check_names
 
 OptimizerState = Literal["fresh", "kept"]
 BufferPolicy = Literal["average", "keep", "local", "recalibrate"]
@@ -103,74 +102,78 @@ class FederationOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        self._check_split()
-        self._check_round()
-        for name, allowed in (
-            ("optimizer_state", get_args(OptimizerState)),
-            ("buffers", get_args(BufferPolicy)),
-            ("on_nonfinite", get_args(OnNonfinite)),
-            ("empty_round", get_args(EmptyRound)),
-            ("storage", get_args(Storage)),
-            ("engine", get_args(EngineName)),
-            ("compile_clients", (True, False)),
-            ("channels_last", (True, False)),
-            ("data_device", get_args(DataDevice)),
-            ("reduction", get_args(Reduction)),
-        ):
-            check_choice(name, getattr(self, name), allowed)
-        if not 0.0 <= self.client_val_fraction < 1.0:
-            raise ValueError(
-                f"`client_val_fraction` must lie in [0, 1), got {self.client_val_fraction!r}; 0.1 holds out a tenth of"
-                " each client's data."
-            )
-        if self.storage_dtype not in (None, *STORAGE_DTYPES):
-            names = ", ".join(map(str, STORAGE_DTYPES))
-            raise ValueError(f"`storage_dtype` must be a floating-point dtype of {names}, got {self.storage_dtype}.")
-        if self.chunk_memory is not None:
-            check_whole("chunk_memory", self.chunk_memory, 1)
-        if self.seed is not None:
-            check_whole("seed", self.seed, 0)
+        for check in (self._checked_split, self._checked_round, self._checked_engine):
+            for name, value in check().items():
+                object.__setattr__(self, name, value)
 
-    def _check_split(self) -> None:
-        if self.num_clients is not None:
-            check_whole("num_clients", self.num_clients, 1)
-        if self.alpha is not None and not (is_number(self.alpha) and 0 < self.alpha < float("inf")):
-            raise ValueError(
-                f"`alpha` must be a positive number (0.1 is strong label skew, 100 nearly IID), got {self.alpha!r}."
-            )
+    def _checked_split(self) -> dict[str, Any]:
         if self.alpha is not None and self.partitioner is not None:
             raise ValueError(
                 "Give `alpha` or `partitioner`, not both: `alpha` is short for `DirichletPartitioner(alpha)`."
             )
-        if self.partitioner is not None and (
-            isinstance(self.partitioner, type) or not hasattr(self.partitioner, "needs_labels")
-        ):
-            raise TypeError(
-                f"`partitioner` must be a `lightning_fedhaw.data.Partitioner`, got {type(self.partitioner).__name__}."
-            )
+        return {
+            "num_clients": arguments.optional(arguments.integer, "num_clients", self.num_clients, minimum=1),
+            "alpha": arguments.optional(
+                arguments.number, "alpha", self.alpha, above=0, hint="0.1 is strong label skew, 100 nearly IID."
+            ),
+            "partitioner": arguments.optional(
+                arguments.provider,
+                "partitioner",
+                self.partitioner,
+                "needs_labels",
+                kind="lightning_fedhaw.data.Partitioner",
+                example="IIDPartitioner()",
+            ),
+            "client_val_fraction": arguments.number(
+                "client_val_fraction",
+                self.client_val_fraction,
+                minimum=0,
+                below=1,
+                hint="0.1 holds out a tenth of each client's data.",
+            ),
+            "seed": arguments.optional(arguments.integer, "seed", self.seed, minimum=0),
+        }
 
-    def _check_round(self) -> None:
-        per_round = self.clients_per_round
-        if per_round is not None:
-            check_number_or_share("clients_per_round", per_round)
-            if isinstance(per_round, int) and self.num_clients is not None and per_round > self.num_clients:
-                raise ValueError(
-                    f"`clients_per_round` must be at most `num_clients`={self.num_clients}, got {per_round}."
-                )
-        if self.sampler is not None:
-            if per_round is not None:
-                raise ValueError("Give `clients_per_round` or `sampler`, not both: a sampler knows how many come.")
-            if not callable(getattr(self.sampler, "sample", None)):
-                raise TypeError(
-                    f"`sampler` must be a `lightning_fedhaw.data.CohortSampler`, got {type(self.sampler).__name__}."
-                )
+    def _checked_round(self) -> dict[str, Any]:
+        per_round = arguments.optional(arguments.count_or_share, "clients_per_round", self.clients_per_round)
+        if isinstance(per_round, int) and self.num_clients is not None and per_round > self.num_clients:
+            raise ValueError(f"`clients_per_round` must be at most `num_clients`={self.num_clients}, got {per_round}.")
+        if per_round is not None and self.sampler is not None:
+            raise ValueError("Give `clients_per_round` or `sampler`, not both: a sampler knows how many come.")
         if self.local_epochs is not None and self.local_steps is not None:
             raise ValueError(
                 f"Give `local_epochs` or `local_steps`, not both, got {self.local_epochs!r} and {self.local_steps!r}."
             )
-        for name in ("local_epochs", "local_steps"):
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), 1)
+        return {
+            "clients_per_round": per_round,
+            "sampler": arguments.optional(
+                arguments.provider,
+                "sampler",
+                self.sampler,
+                "sample",
+                kind="lightning_fedhaw.data.CohortSampler",
+                example="UniformSampler(10)",
+            ),
+            "local_epochs": arguments.optional(arguments.integer, "local_epochs", self.local_epochs, minimum=1),
+            "local_steps": arguments.optional(arguments.integer, "local_steps", self.local_steps, minimum=1),
+            "optimizer_state": arguments.choice("optimizer_state", self.optimizer_state, OptimizerState),
+            "buffers": arguments.choice("buffers", self.buffers, BufferPolicy),
+            "on_nonfinite": arguments.choice("on_nonfinite", self.on_nonfinite, OnNonfinite),
+            "empty_round": arguments.choice("empty_round", self.empty_round, EmptyRound),
+            "client_eval": arguments.flag("client_eval", self.client_eval),
+        }
+
+    def _checked_engine(self) -> dict[str, Any]:
+        return {
+            "storage": arguments.choice("storage", self.storage, Storage),
+            "storage_dtype": arguments.optional(arguments.choice, "storage_dtype", self.storage_dtype, STORAGE_DTYPES),
+            "engine": arguments.choice("engine", self.engine, EngineName),
+            "compile_clients": arguments.flag("compile_clients", self.compile_clients),
+            "chunk_memory": arguments.optional(arguments.integer, "chunk_memory", self.chunk_memory, minimum=1),
+            "channels_last": arguments.flag("channels_last", self.channels_last),
+            "data_device": arguments.choice("data_device", self.data_device, DataDevice),
+            "reduction": arguments.choice("reduction", self.reduction, Reduction),
+        }
 
     def merged(
         self, other: FederationOptions, mine_of: str = "the trainer", theirs_of: str = "the rule callback"
@@ -207,22 +210,6 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def check_names(taker: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse keyword arguments that nobody knows.
-
-    Raises:
-        TypeError: Naming who got it, the argument, and the nearest that exists.
-    """
-    names = list(known)
-    for name in given:
-        if name not in names:
-            near = get_close_matches(name, names, 1)
-            raise TypeError(
-                f"`{taker}` got an unexpected keyword argument '{name}'"
-                + (f"; did you mean `{near[0]}`?" if near else f"; it takes {', '.join(sorted(names))}.")
-            )
-
-
 def described(thing: Any, *hidden: str, **instead: str | None) -> str:
     """An object with its settings, for a line of the log; the arguments are those of :func:`settings_of`."""
     return f"{type(thing).__name__}({settings_of(thing, *hidden, **instead)})"
@@ -238,14 +225,7 @@ def settings_of(thing: Any, *hidden: str, **instead: str | None) -> str:
         hidden: Names to leave out.
         instead: What to say in place of a value, by its name.
     """
-    passed = [
-        p
-        for kind in type(thing).__mro__
-        if "__init__" in vars(kind)
-        for p in inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
-    ]
-    names = dict.fromkeys(p.name for p in passed if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
-    told = {name: vars(thing).get(name) for name in names if name not in hidden}
+    told = {name: vars(thing).get(name) for name in arguments.constructor_names(type(thing)) if name not in hidden}
     settings = [f"{name}={instead.get(name) or _shown(value)}" for name, value in told.items() if value is not None]
     return ", ".join(settings)
 
@@ -253,8 +233,8 @@ def settings_of(thing: Any, *hidden: str, **instead: str | None) -> str:
 def _shown(value: Any) -> str:
     """A setting in few characters; what makes things by name and keywords, anything large by its type."""
     if isinstance(value, partial):
-        arguments = [*map(_shown, value.args), *(f"{name}={_shown(each)}" for name, each in value.keywords.items())]
-        return f"{_shown(value.func)}({', '.join(arguments)})"
+        passed = [*map(_shown, value.args), *(f"{name}={_shown(each)}" for name, each in value.keywords.items())]
+        return f"{_shown(value.func)}({', '.join(passed)})"
     if isinstance(value, torch.Tensor) and value.numel() <= 4:
         return _shown(value.tolist())
     if isinstance(value, (tuple, list)) and len(value) <= 4:
@@ -264,55 +244,19 @@ def _shown(value: Any) -> str:
     return str(value) if isinstance(value, (int, str)) else str(getattr(value, "__name__", type(value).__name__))
 
 
+# What the partitioners still check their arguments with.
+
+
 def is_number(value: Any) -> bool:
-    """Whether a value is an int or a float, NumPy's included, and not a bool."""
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-
-
-def check_number(name: str, value: Any, least: float, most: float = inf, *, below: float | None = None) -> float:
-    """A number of ``[least, most]``, or of ``[least, below)``, as a float; ``below=inf`` leaves out infinity.
-
-    Raises:
-        ValueError: Naming the argument, what is allowed, and what came.
-    """
-    if is_number(value) and least <= value <= most and (below is None or value < below):
-        return float(value)
-    kind = "finite number" if below == inf else "number"
-    allowed = f"of at least {least:g}" if most == inf else f"in [{least:g}, {most:g}]"
-    allowed += "" if below in (None, inf) else f" and below {below:g}"
-    raise ValueError(f"`{name}` must be a {kind} {allowed}, got {value!r}.")
+    """Whether a value is one real number, NumPy's and torch's included, and not a bool."""
+    return arguments.plain_number(value) is not None
 
 
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Refuse what is none of a few values.
-
-    Raises:
-        ValueError: Naming the argument, what is allowed, and what came.
-    """
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    """Refuse what is none of a few values; see :func:`lightning_fedhaw.arguments.choice`."""
+    arguments.choice(name, value, allowed)
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
-    """Refuse what is not a whole number of at least ``least``.
-
-    Raises:
-        ValueError: Naming the argument, what is allowed, and what came.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
-
-
-def check_number_or_share(name: str, value: Any) -> None:
-    """Refuse what is neither a whole number of clients nor, as a float, a share of all of them.
-
-    Raises:
-        ValueError: Naming the argument, what is allowed, and what came.
-    """
-    if not isinstance(value, float):
-        check_whole(name, value, 1)
-    elif not 0.0 < value <= 1.0:
-        raise ValueError(
-            f"`{name}` as a float is a share of all clients in (0, 1], got {value}; give an int for a number of"
-            " clients."
-        )
+    """Refuse what is not a whole number; see :func:`lightning_fedhaw.arguments.integer`."""
+    arguments.integer(name, value, minimum=least)

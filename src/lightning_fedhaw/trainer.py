@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.adapter.attach import install_loops
 from lightning_fedhaw.adapter.checkpoint import RoundCheckpoint, write_atomically
 from lightning_fedhaw.adapter.progress import replace_default_bar
@@ -24,7 +25,7 @@ from lightning_fedhaw.channel.base import check_keys
 from lightning_fedhaw.data.partitioners import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.objectives.base import find_objectives
-from lightning_fedhaw.options import FederationOptions, check_names, check_whole
+from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.report.history import keep_history
 from lightning_fedhaw.rule import Rule, find_rule
 
@@ -163,19 +164,19 @@ class FederatedTrainer(pl.Trainer):
             find_rule(given)
         check_keys(given)
         find_objectives(given)
-        check_names(
+        arguments.check_names(
             "FederatedTrainer",
             kwargs,
             {*inspect.signature(pl.Trainer).parameters, *inspect.signature(FederatedTrainer).parameters} - {"kwargs"},
         )
         if checkpoint_every_n_rounds is not None:
-            check_whole("checkpoint_every_n_rounds", checkpoint_every_n_rounds, 1)
+            every = arguments.integer("checkpoint_every_n_rounds", checkpoint_every_n_rounds, minimum=1)
             if kwargs.get("enable_checkpointing") is False:
                 raise ValueError(
                     f"`checkpoint_every_n_rounds`={checkpoint_every_n_rounds} contradicts `enable_checkpointing=False`."
                     " Leave one of them out."
                 )
-            kwargs["callbacks"] = [*given, RoundCheckpoint(checkpoint_every_n_rounds)]
+            kwargs["callbacks"] = [*given, RoundCheckpoint(every)]
         asked_precision = kwargs.get("precision")
         max_epochs = _rounds(rounds, kwargs)
         kwargs.pop("max_epochs", None)
@@ -224,9 +225,7 @@ def _rounds(rounds: int | None, kwargs: dict[str, Any]) -> int:
         raise ValueError(
             "`rounds` must say how many communication rounds to play (-1: until something stops it), got none."
         )
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < -1:
-        raise ValueError(f"`rounds` must be a whole number of at least 0, or -1 for no limit, got {rounds!r}.")
-    return rounds
+    return arguments.integer("rounds", rounds, minimum=-1, hint="-1 plays until something stops it.")
 
 
 def _refuse_silent_bf16(asked: Any, got: str) -> None:

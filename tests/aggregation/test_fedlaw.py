@@ -207,10 +207,10 @@ def test_a_scale_that_leaves_no_model_is_refused(rule, factor):
         ({"base": "cubic"}, "`base` must be one of"),
         ({"weighting": "steps"}, "`weighting` must be one of"),
         ({"first_stage": "both"}, "`first_stage` must be one of"),
-        ({"scale": 0.0}, "`scale` must be a number from 0.001 to 1000.0, got 0.0"),
+        ({"scale": 0.0}, r"`scale` must be a number in \[0.001, 1000\], got 0.0"),
         ({"server_epochs": -1}, "`server_epochs` must be a whole number of at least 0, got -1"),
         ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, got 0"),
-        ({"lr": 0.0}, "`lr` must be a positive number, got 0.0"),
+        ({"lr": 0.0}, "`lr` must be a finite number above 0, got 0.0"),
         ({"learn": "in_stages", "server_epochs": 12}, "`server_epochs` must be at least 14 .*, got 12"),
     ],
 )

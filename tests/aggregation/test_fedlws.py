@@ -88,5 +88,7 @@ def test_a_federation_shrinks():
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="`beta` must be a finite number of at least 0, got -1"):
         FedLWSCallback(beta=-1)
-    with pytest.raises(ValueError, match="0 <= tau_min <= tau_max, got 0.3 and 0.2"):
+    with pytest.raises(
+        ValueError, match="`tau_max` must be a number of at least 0.3, got 0.2. It may not be less than `tau_min`"
+    ):
         FedLWSCallback(tau_min=0.3)

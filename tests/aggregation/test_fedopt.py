@@ -208,7 +208,9 @@ def test_ready_made_things_are_refused():
         FedOptCallback(lr_scheduler=MultiStepLR(ready, [1]))
     with pytest.raises(TypeError, match="`optimizer` must make .* got 'adam'"):
         FedOptCallback("adam")
-    with pytest.raises(TypeError, match="`rule` must be an aggregation rule, .* got the class FedAvgCallback"):
+    with pytest.raises(
+        TypeError, match="`rule` must be an instance of `AggregationRule`, .* got the class FedAvgCallback"
+    ):
         FedOptCallback(rule=FedAvgCallback)
     with pytest.raises(ValueError, match=r"`rule` \(FedAvgCallback\) was given arguments .* Give them to FedAdamCall"):
         FedAdamCallback(rule=FedAvgCallback(local_epochs=2))
@@ -218,9 +220,9 @@ def test_ready_made_things_are_refused():
     ("make", "message"),
     [
         (lambda: FedOptCallback(lr=-1.0), "`lr` must be a finite number of at least 0, got -1.0"),
-        (lambda: FedAvgMCallback(momentum=1.0), "`momentum` must be a number of at least 0 and below 1, got 1.0"),
-        (lambda: FedAdamCallback(tau=0.0), "`tau` must be a positive number, got 0.0"),
-        (lambda: FedAdamCallback(beta2=1.5), "`beta2` must be a number of at least 0 and below 1, got 1.5"),
+        (lambda: FedAvgMCallback(momentum=1.0), r"`momentum` must be a number in \[0, 1\), got 1.0"),
+        (lambda: FedAdamCallback(tau=0.0), "`tau` must be a finite number above 0, got 0.0"),
+        (lambda: FedAdamCallback(beta2=1.5), r"`beta2` must be a number in \[0, 1\), got 1.5"),
         (lambda: FedYogiCallback(initial_second_moment=-1.0), "`initial_second_moment` must be .* got -1.0"),
     ],
 )

@@ -201,7 +201,7 @@ def test_buffers_of_chosen_clients_alone():
         (lambda: TrimmedMeanCallback(0.1), "`num_byzantine` must be a whole number of at least 0, got 0.1"),
         (lambda: KrumCallback(-1), "`num_byzantine` must be a whole number of at least 0, got -1"),
         (lambda: MultiKrumCallback(1, keep=0), "`keep` must be a whole number of at least 1, got 0"),
-        (lambda: GeometricMedianCallback(smoothing=0), "`smoothing` must be a positive number, got 0"),
+        (lambda: GeometricMedianCallback(smoothing=0), "`smoothing` must be a finite number above 0, got 0"),
         (lambda: GeometricMedianCallback(max_iterations=0), "`max_iterations` must be a whole number of at least 1"),
     ],
 )

@@ -331,7 +331,7 @@ def test_a_module_without_forward_is_refused(make):
 def test_bad_arguments(make):
     with pytest.raises(ValueError, match="`weighting` must be one of 'examples', 'uniform', got 'steps'"):
         make(weighting="steps")
-    with pytest.raises(ValueError, match="`lr` must be a positive number, got -1"):
+    with pytest.raises(ValueError, match="`lr` must be a finite number above 0, got -1"):
         make(lr=-1)
     with pytest.raises(TypeError, match="`optimizer` must make an optimiser"):
         make(optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))

@@ -130,5 +130,5 @@ def test_a_list_that_is_none(drawn, tmp_path):
 
 
 def test_an_unknown_split(drawn):
-    with pytest.raises(ValueError, match="`split` must be 'train' or 'test', got 'val'"):
+    with pytest.raises(ValueError, match="`split` must be one of 'train', 'test', got 'val'"):
         StanfordDogs(drawn, "val")

@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from lightning_fedhaw import arguments
+
 _REFRESH_SECONDS = 0.2
 
 
@@ -21,7 +23,12 @@ class RoundProgressBar(TQDMProgressBar):
     """
 
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
-        super().__init__(refresh_rate=refresh_rate, process_position=process_position, leave=False)
+        arguments.flag("leave", leave)
+        super().__init__(
+            refresh_rate=arguments.integer("refresh_rate", refresh_rate, minimum=0),
+            process_position=arguments.integer("process_position", process_position, minimum=0),
+            leave=False,
+        )
         self._clients, self._done, self._drawn_at = 0, 0, 0.0
 
     def init_train_tqdm(self) -> Tqdm:

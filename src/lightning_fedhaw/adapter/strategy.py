@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_fedhaw.options import check_whole
+from lightning_fedhaw import arguments
 from lightning_fedhaw.ranks import Ranks
 
 _START_METHODS = {
@@ -40,10 +40,9 @@ class FederatedStrategy(DDPStrategy):
     strategy_name = "federated"
 
     def __init__(self, *args: Any, threads_per_worker: int | None = None, **kwargs: Any) -> None:
-        if threads_per_worker is not None:
-            check_whole("threads_per_worker", threads_per_worker, 1)
+        threads = arguments.optional(arguments.integer, "threads_per_worker", threads_per_worker, minimum=1)
         super().__init__(*args, **kwargs)
-        self.threads_per_worker = threads_per_worker
+        self.threads_per_worker = threads
 
     def setup_environment(self) -> None:
         """Join the other processes."""

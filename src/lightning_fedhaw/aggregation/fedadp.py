@@ -13,15 +13,14 @@ Shapes: N clients exist, K are in the cohort, P parameters. With ``q_k`` [P] the
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule, normalised
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.options import check_choice, check_number
 from lightning_fedhaw.rule import RuleStep, ServerView, State
 from lightning_fedhaw.vectors.base import CohortVectors
 from lightning_fedhaw.vectors.kernels import dot
@@ -77,9 +76,9 @@ class FedAdpCallback(AggregationRule):
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        self.gompertz = check_number("gompertz", gompertz, 0, below=math.inf)
-        check_choice("smooth_by", smooth_by, get_args(Smoothing))
-        self.smooth_by, self.update_unheard = smooth_by, update_unheard
+        self.gompertz = arguments.number("gompertz", gompertz, minimum=0)
+        self.smooth_by = arguments.choice("smooth_by", smooth_by, Smoothing)
+        self.update_unheard = arguments.flag("update_unheard", update_unheard)
 
     headlines = ("weight/min", "weight/max")
 

@@ -6,13 +6,13 @@ from Decentralized Data. AISTATS 2017, Algorithm 1.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
-from lightning_fedhaw.options import check_choice
 from lightning_fedhaw.rule import RuleStep, ServerView, State
 
 Weighting = Literal["examples", "batches", "uniform"]
@@ -34,8 +34,7 @@ class FedAvgCallback(AggregationRule):
 
     def __init__(self, weighting: Weighting = "examples", **federation: Any) -> None:
         super().__init__(**federation)
-        check_choice("weighting", weighting, get_args(Weighting))
-        self.weighting = weighting
+        self.weighting = arguments.choice("weighting", weighting, Weighting)
 
     def raw_weight(self, update: ClientUpdate) -> float:
         """A client's weight before normalisation."""

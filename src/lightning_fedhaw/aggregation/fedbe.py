@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory
 from lightning_fedhaw.aggregation.servertraining import Distillation, Ensemble, Teacher, Weighting, client_models
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.options import check_whole
 from lightning_fedhaw.rule import ServerView
 from lightning_fedhaw.streams import stream
 
@@ -85,7 +85,6 @@ class FedBECallback(Distillation):
         logits: Callable[[Any, Any], Tensor] | None = None,
         **federation: Any,
     ) -> None:
-        check_whole("samples", samples, 0)
         super().__init__(
             ensemble=ensemble,
             logits=logits,
@@ -97,7 +96,7 @@ class FedBECallback(Distillation):
             weighting=weighting,
             **federation,
         )
-        self.samples = samples
+        self.samples = arguments.integer("samples", samples, minimum=0)
 
     def teachers(self, cohort: Cohort, weights: Tensor, average: Tensor, server: ServerView) -> Iterable[Teacher]:
         """The average, the clients' models and the samples; these have the buffers of the average."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule, normalised
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.objectives.feddyn import DynPenalty, FedDyn
@@ -44,12 +45,11 @@ class FedDynCallback(AggregationRule):
 
     def __init__(self, regularization: float = 0.01, penalty: DynPenalty = "square", **federation: Any) -> None:
         super().__init__(**federation)
-        self.objectives = (FedDyn(regularization, penalty),)
-        if not regularization > 0:
-            raise ValueError(
-                f"`regularization` must be above 0, because the server divides by it, got {regularization!r}."
-            )
-        self.regularization, self.penalty = float(regularization), penalty
+        self.regularization = arguments.number(
+            "regularization", regularization, above=0, hint="The server divides by it."
+        )
+        self.penalty = arguments.choice("penalty", penalty, DynPenalty)
+        self.objectives = (FedDyn(self.regularization, self.penalty),)
 
     @property
     def identity(self) -> str:

@@ -48,16 +48,17 @@ made its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule, check_optimizer, normalised
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.options import check_choice, check_number, described, is_number
+from lightning_fedhaw.options import described
 from lightning_fedhaw.rule import RuleStep, ServerView, State
 from lightning_fedhaw.vectors.base import CohortVectors
 from lightning_fedhaw.vectors.kernels import dot
@@ -215,7 +216,8 @@ class FedHAWCallback(AggregationRule):
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        free = normalise_by == "norms"
+        self.normalise_by = arguments.choice("normalise_by", normalise_by, NormaliseBy)
+        free = self.normalise_by == "norms"
         without_meaning: dict[str, Any] = (
             {"gamma_for_lambda": gamma_for_lambda, "pseudo_gradient": pseudo_gradient, "learning_rate": learning_rate}
             if free
@@ -228,22 +230,19 @@ class FedHAWCallback(AggregationRule):
         lr_lambda = (0.3 if free else 1e-2) if lr_lambda is None else lr_lambda
         jacobian = ("exact" if free else "diagonal") if jacobian is None else jacobian
         scale_bounds = (0.9, 1.1) if free and scale_bounds is None else scale_bounds
-        self.lr_gamma = check_number("lr_gamma", lr_gamma, 0, below=math.inf)
-        self.lr_lambda = check_number("lr_lambda", lr_lambda, 0, below=math.inf)
-        self.lr_step = check_number("lr_step", lr_step, 0, below=math.inf)
-        for name, value, allowed in (
-            ("jacobian", jacobian, get_args(Jacobian)),
-            ("gamma_for_lambda", gamma_for_lambda, (*get_args(GammaForLambda), None)),
-            ("pseudo_gradient", pseudo_gradient, get_args(PseudoGradient)),
-            ("normalise_by", normalise_by, get_args(NormaliseBy)),
-            ("memory", memory, get_args(Memory)),
-        ):
-            check_choice(name, value, allowed)
-        if learning_rate is not None and not (is_number(learning_rate) and 0 < learning_rate < math.inf):
-            raise ValueError(f"`learning_rate` must be a positive number, got {learning_rate!r}.")
-        for name, bounds in (("scale_bounds", scale_bounds or (1, 1)), ("step_bounds", step_bounds)):
-            if not (isinstance(bounds, Sequence) and len(bounds) == 2 and 0 < bounds[0] <= 1 <= bounds[1] < math.inf):
-                raise ValueError(f"`{name}` must be two positive numbers around 1, such as (0.5, 2.0), got {bounds!r}.")
+        self.lr_gamma = arguments.number("lr_gamma", lr_gamma, minimum=0)
+        self.lr_lambda = arguments.number("lr_lambda", lr_lambda, minimum=0)
+        self.lr_step = arguments.number("lr_step", lr_step, minimum=0)
+        self.jacobian: Jacobian = arguments.choice("jacobian", jacobian, Jacobian)
+        if gamma_for_lambda is None:
+            self.gamma_for_lambda = "new" if self.jacobian == "diagonal" else "old"
+        else:
+            self.gamma_for_lambda = arguments.choice("gamma_for_lambda", gamma_for_lambda, GammaForLambda)
+        self.pseudo_gradient: PseudoGradient = arguments.choice("pseudo_gradient", pseudo_gradient, PseudoGradient)
+        self.learning_rate = arguments.optional(arguments.number, "learning_rate", learning_rate, above=0)
+        self.scale_bounds = arguments.optional(arguments.bounds_around_one, "scale_bounds", scale_bounds)
+        self.step_bounds = arguments.bounds_around_one("step_bounds", step_bounds)
+        self.memory = arguments.choice("memory", memory, Memory)
         for name, given in without_meaning.items():
             if given is not None:
                 raise ValueError(
@@ -251,17 +250,9 @@ class FedHAWCallback(AggregationRule):
                     f" `normalise_by={'lr' if free else 'norms'!r}`."
                 )
         if hyper_optimizer is not None:
-            check_optimizer("hyper_optimizer", hyper_optimizer, lr_lambda)
-        self.jacobian: Jacobian = jacobian
-        self.gamma_for_lambda = gamma_for_lambda or ("new" if jacobian == "diagonal" else "old")
-        self.pseudo_gradient: PseudoGradient = pseudo_gradient
-        self.normalise_by = normalise_by
-        self.learning_rate = learning_rate
-        self.scale_bounds = scale_bounds
-        self.step_bounds = step_bounds
-        self._chooses_hyper_optimizer = hyper_optimizer is None and normalise_by == "lr*steps"
+            check_optimizer("hyper_optimizer", hyper_optimizer, self.lr_lambda)
+        self._chooses_hyper_optimizer = hyper_optimizer is None and self.normalise_by == "lr*steps"
         self.hyper_optimizer = hyper_optimizer or torch.optim.SGD
-        self.memory = memory
         self._without_meaning = tuple(without_meaning)
 
     prog_bar = ("scale", "server_step")

@@ -18,17 +18,16 @@ bounds; ``normalise_by`` has remedies. ``docs/parity.md`` lists what differs fro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
-from lightning_fedhaw.options import check_choice, check_number
 from lightning_fedhaw.rule import LocalPace, RuleStep, ServerView, State
 from lightning_fedhaw.vectors.kernels import dot
 from lightning_fedhaw.vectors.layout import ParameterLayout
@@ -97,19 +96,12 @@ class FedHyperCallback(AggregationRule):
                 f"`adapt`={adapt!r}: SL and CL both set the clients' rate, so they do not combine. Use 'G+SL' or"
                 " 'G+CL'."
             )
-        for name, value, allowed in (
-            ("adapt", adapt, get_args(Adapt)),
-            ("normalise_by", normalise_by, get_args(NormaliseBy)),
-            ("weighting", weighting, get_args(Weighting)),
-        ):
-            check_choice(name, value, allowed)
-        for name, bounds in (("alpha_bounds", alpha_bounds), ("beta_bounds", beta_bounds)):
-            if not (isinstance(bounds, Sequence) and len(bounds) == 2 and 0 < bounds[0] <= 1 <= bounds[1] < math.inf):
-                raise ValueError(f"`{name}` must be two positive numbers around 1, such as (0.2, 5.0), got {bounds!r}.")
-        self.adapt, self.normalise_by, self.weighting = adapt, normalise_by, weighting
-        self.alpha_bounds = (float(alpha_bounds[0]), float(alpha_bounds[1]))
-        self.beta_bounds = (float(beta_bounds[0]), float(beta_bounds[1]))
-        self.hyper_lr = check_number("hyper_lr", hyper_lr, 0, below=math.inf)
+        self.adapt = arguments.choice("adapt", adapt, Adapt)
+        self.alpha_bounds = arguments.bounds_around_one("alpha_bounds", alpha_bounds)
+        self.beta_bounds = arguments.bounds_around_one("beta_bounds", beta_bounds)
+        self.normalise_by = arguments.choice("normalise_by", normalise_by, NormaliseBy)
+        self.hyper_lr = arguments.number("hyper_lr", hyper_lr, minimum=0)
+        self.weighting = arguments.choice("weighting", weighting, Weighting)
 
     prog_bar = ("alpha",)
 

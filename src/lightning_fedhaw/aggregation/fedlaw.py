@@ -20,16 +20,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import AggregationRule, normalised
-from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory, check_settings, descend, mean_loss
+from lightning_fedhaw import arguments
+from lightning_fedhaw.aggregation.base import AggregationRule, check_optimizer, check_schedule, normalised
+from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory, descend, mean_loss
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.options import check_choice, is_number
 from lightning_fedhaw.rule import RuleStep, ServerView, State
 
 Learn = Literal["both", "scale", "weights", "in_stages", "nothing"]
@@ -133,25 +133,24 @@ class FedLAWCallback(AggregationRule):
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        for name, value, allowed in (
-            ("learn", learn, get_args(Learn)),
-            ("base", base, get_args(Base)),
-            ("weighting", weighting, get_args(Weighting)),
-            ("first_stage", first_stage, get_args(FirstStage)),
-        ):
-            check_choice(name, value, allowed)
         low, high = SCALES
-        if not (is_number(scale) and low <= scale <= high):
-            raise ValueError(f"`scale` must be a number from {low} to {high}, got {scale!r}.")
-        check_settings(server_epochs, batch_size, lr, optimizer, scheduler)
-        if learn == "in_stages" and 0 < server_epochs < 2 * (SWA_START + 1):
+        self.learn = arguments.choice("learn", learn, Learn)
+        self.scale = arguments.number("scale", scale, minimum=low, maximum=high)
+        self.base = arguments.choice("base", base, Base)
+        self.weighting = arguments.choice("weighting", weighting, Weighting)
+        self.first_stage = arguments.choice("first_stage", first_stage, FirstStage)
+        self.server_epochs = arguments.integer("server_epochs", server_epochs, minimum=0)
+        self.batch_size = arguments.integer("batch_size", batch_size, minimum=1)
+        self.lr = arguments.number("lr", lr, above=0)
+        check_schedule("scheduler", scheduler, check_optimizer("optimizer", optimizer, self.lr, given="closure"))
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.swa_lr = arguments.number("swa_lr", swa_lr, minimum=0)
+        if self.learn == "in_stages" and 0 < self.server_epochs < 2 * (SWA_START + 1):
             raise ValueError(
                 f'`server_epochs` must be at least {2 * (SWA_START + 1)} with `learn="in_stages"`, whose weights are'
-                f" averaged from the {SWA_START + 1}th epoch of their half on, got {server_epochs}."
+                f" averaged from the {SWA_START + 1}th epoch of their half on, got {self.server_epochs}."
             )
-        self.learn, self.scale, self.base, self.weighting = learn, float(scale), base, weighting
-        self.first_stage, self.server_epochs, self.batch_size = first_stage, server_epochs, batch_size
-        self.lr, self.optimizer, self.scheduler, self.swa_lr = lr, optimizer, scheduler, swa_lr
 
     prog_bar = ("scale",)
     headlines = ("weight/min", "weight/max", "proxy_loss_before", "proxy_loss_after")

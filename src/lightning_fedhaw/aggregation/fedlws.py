@@ -14,16 +14,15 @@ Per layer l, with ``w`` the broadcast model and ``d_k = w_k - w`` of the cohort'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule, normalised
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.options import check_number
 from lightning_fedhaw.rule import RuleStep, ServerView, State
 from lightning_fedhaw.vectors.base import CohortVectors
 from lightning_fedhaw.vectors.client_vectors import ClientVectors
@@ -78,10 +77,11 @@ class FedLWSCallback(AggregationRule):
 
     def __init__(self, beta: float = 0.03, *, tau_min: float = 0.01, tau_max: float = 0.2, **federation: Any) -> None:
         super().__init__(**federation)
-        self.beta = check_number("beta", beta, 0, below=math.inf)
-        if not 0 <= tau_min <= tau_max:
-            raise ValueError(f"`tau_min` and `tau_max` must be 0 <= tau_min <= tau_max, got {tau_min} and {tau_max}.")
-        self.tau_min, self.tau_max = float(tau_min), float(tau_max)
+        self.beta = arguments.number("beta", beta, minimum=0)
+        self.tau_min = arguments.number("tau_min", tau_min, minimum=0)
+        self.tau_max = arguments.number(
+            "tau_max", tau_max, minimum=self.tau_min, infinite=True, hint="It may not be less than `tau_min`."
+        )
 
     headlines = ("shrink/min", "shrink/mean")
 

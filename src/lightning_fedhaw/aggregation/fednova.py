@@ -13,16 +13,15 @@ A linear local optimiser ends at ``w_k = w - lr sum_j a_j g_j`` with gradients `
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.objectives.reach import normaliser, sgd_groups
-from lightning_fedhaw.options import check_choice, is_number
 from lightning_fedhaw.rule import RuleStep, ServerView, State
 
 EffectiveSteps = Literal["normaliser", "steps"]
@@ -58,15 +57,19 @@ class FedNovaCallback(AggregationRule):
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        if momentum != "auto" and not (is_number(momentum) and 0 <= momentum < 1):
-            raise ValueError(f"`momentum` must be 'auto' or a number of at least 0 and below 1, got {momentum!r}.")
-        if proximal != "auto" and not (is_number(proximal) and 0 <= proximal < math.inf):
-            raise ValueError(f"`proximal` must be 'auto' or a finite number of at least 0, got {proximal!r}.")
-        check_choice("tau_eff", tau_eff, get_args(EffectiveSteps))
-        self._reads_momentum = momentum == "auto"
-        self.momentum, self.nesterov = 0.0 if momentum == "auto" else float(momentum), False
-        self._finds_proximal, self.tau_eff = proximal == "auto", tau_eff
-        self._set_proximal(0.0 if proximal == "auto" else float(proximal))
+        self.tau_eff = arguments.choice("tau_eff", tau_eff, EffectiveSteps)
+        self._reads_momentum = isinstance(momentum, str) and momentum == "auto"
+        self._finds_proximal = isinstance(proximal, str) and proximal == "auto"
+        self.momentum = 0.0
+        self.nesterov = False
+        if not self._reads_momentum:
+            hint = 'Or "auto", by which it is read from `configure_optimizers`.'
+            self.momentum = arguments.number("momentum", momentum, minimum=0, below=1, hint=hint)
+        factor = 0.0
+        if not self._finds_proximal:
+            hint = 'Or "auto", by which it is that of the client objectives.'
+            factor = arguments.number("proximal", proximal, minimum=0, hint=hint)
+        self._set_proximal(factor)
 
     headlines = ("tau_eff",)
 

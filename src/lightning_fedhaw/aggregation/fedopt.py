@@ -19,7 +19,6 @@ With ``delta`` [P], the proposed displacement ``sum_k p_k (w_k - w)``, everythin
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -27,9 +26,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule, check_optimizer, check_schedule, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
-from lightning_fedhaw.options import FederationOptions, check_number, described, is_number, settings_of
+from lightning_fedhaw.options import FederationOptions, described, settings_of
 from lightning_fedhaw.rule import LocalPace, Rule, RuleStep, ServerView, State
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
@@ -126,11 +126,13 @@ class FedOptCallback(AggregationRule):
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        check_number("lr", lr, 0, below=math.inf)
-        check_schedule("lr_scheduler", lr_scheduler, check_optimizer("optimizer", optimizer, lr))
+        self.lr = arguments.number("lr", lr, minimum=0)
+        check_schedule("lr_scheduler", lr_scheduler, check_optimizer("optimizer", optimizer, self.lr))
         if rule is not None:
             _check_inner(rule, type(self).__name__)
-        self.optimizer, self.lr, self.lr_scheduler, self.rule = optimizer, float(lr), lr_scheduler, rule
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.rule = rule
         self.raw_weight = _examples
         self._follow()
 
@@ -251,9 +253,8 @@ class FedAvgMCallback(FedOptCallback):
     key = "FedAvgMCallback"
 
     def __init__(self, lr: float = 1.0, momentum: float = 0.9, **options: Any) -> None:
-        check_number("momentum", momentum, 0, below=1)
-        super().__init__(partial(torch.optim.SGD, momentum=momentum), lr, **options)
-        self.momentum = momentum
+        self.momentum = arguments.number("momentum", momentum, minimum=0, below=1)
+        super().__init__(partial(torch.optim.SGD, momentum=self.momentum), lr, **options)
 
 
 class _AdaptiveCallback(FedOptCallback):
@@ -268,18 +269,19 @@ class _AdaptiveCallback(FedOptCallback):
         initial_second_moment: float | None,
         **options: Any,
     ) -> None:
-        for name, beta in (("beta1", betas[0]), ("beta2", betas[1])):
-            check_number(name, beta, 0, below=1)
-        if not (is_number(tau) and math.isfinite(tau) and tau > 0):
-            raise ValueError(f"`tau` must be a positive number, got {tau!r}.")
-        initial = tau**2 if initial_second_moment is None else initial_second_moment
-        check_number("initial_second_moment", initial, 0, below=math.inf)
-        super().__init__(
-            partial(AdaptiveOptimizer, method=method, betas=betas, tau=float(tau), initial=float(initial)),
-            lr,
-            **options,
+        self.beta1 = arguments.number("beta1", betas[0], minimum=0, below=1)
+        self.beta2 = arguments.number("beta2", betas[1], minimum=0, below=1)
+        self.tau = arguments.number("tau", tau, above=0)
+        initial = self.tau**2 if initial_second_moment is None else initial_second_moment
+        self.initial_second_moment = arguments.number("initial_second_moment", initial, minimum=0)
+        optimizer = partial(
+            AdaptiveOptimizer,
+            method=method,
+            betas=(self.beta1, self.beta2),
+            tau=self.tau,
+            initial=self.initial_second_moment,
         )
-        self.beta1, self.beta2, self.tau, self.initial_second_moment = *betas, float(tau), float(initial)
+        super().__init__(optimizer, lr, **options)
 
 
 class FedAdagradCallback(_AdaptiveCallback):
@@ -372,9 +374,7 @@ def _examples(update: ClientUpdate) -> float:
 
 
 def _check_inner(rule: Any, outer: str) -> None:
-    if not isinstance(rule, AggregationRule):
-        what = f"the class {rule.__name__}" if isinstance(rule, type) else type(rule).__name__
-        raise TypeError(f"`rule` must be an aggregation rule, such as `FedAvgCallback()`, got {what}.")
+    arguments.instance("rule", rule, AggregationRule, example="FedAvgCallback()")
     if rule.options != FederationOptions():
         raise ValueError(
             f"`rule` ({type(rule).__name__}) was given arguments of the federation, which belong to the callback that"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import check_optimizer, check_schedule
-from lightning_fedhaw.options import check_whole, is_number
 from lightning_fedhaw.rule import ServerView
 from lightning_fedhaw.streams import PathPart, stream
 
@@ -23,20 +20,6 @@ def published_adam(parameters: Any, lr: float) -> torch.optim.Optimizer:
 
 
 ADAM: OptimizerFactory = published_adam  # a function has a name that a configuration file can hold
-
-
-def check_settings(server_epochs: int, batch_size: int, lr: float, optimizer: Any, scheduler: Any = None) -> None:
-    """Refuse settings of a descent that mean nothing.
-
-    Raises:
-        ValueError: If a number is out of its range.
-        TypeError: If the optimiser or the schedule is not something that makes one.
-    """
-    check_whole("server_epochs", server_epochs, 0)
-    check_whole("batch_size", batch_size, 1)
-    if not (is_number(lr) and math.isfinite(lr) and lr > 0):
-        raise ValueError(f"`lr` must be a positive number, got {lr!r}.")
-    check_schedule("scheduler", scheduler, check_optimizer("optimizer", optimizer, lr, given="closure"))
 
 
 def batches(server: ServerView, size: int, *path: PathPart) -> Iterator[tuple[Tensor, Any]]:

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule, normalised
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.options import is_number
 from lightning_fedhaw.rule import RuleStep, ServerView, State
 from lightning_fedhaw.vectors.base import CohortVectors
 
@@ -83,8 +83,7 @@ class _RobustRule(AggregationRule):
 
     def __init__(self, num_byzantine: int, **federation: Any) -> None:
         super().__init__(**federation)
-        _check_count("num_byzantine", num_byzantine, 0)
-        self.num_byzantine = num_byzantine
+        self.num_byzantine = arguments.integer("num_byzantine", num_byzantine, minimum=0)
 
     def _check_clients(self, cohort: Cohort, needed: int, keep: int = 0) -> None:
         if len(cohort) < needed:
@@ -156,9 +155,7 @@ class MultiKrumCallback(_RobustRule):
 
     def __init__(self, num_byzantine: int = 1, keep: int | None = None, **federation: Any) -> None:
         super().__init__(num_byzantine, **federation)
-        if keep is not None:
-            _check_count("keep", keep, 1)
-        self.keep = keep
+        self.keep = arguments.optional(arguments.integer, "keep", keep, minimum=1)
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
         """One choice, and the average of the chosen."""
@@ -216,11 +213,9 @@ class GeometricMedianCallback(AggregationRule):
         self, *, smoothing: float = 1e-6, tolerance: float = 1e-4, max_iterations: int = 20, **federation: Any
     ) -> None:
         super().__init__(**federation)
-        for name, value in (("smoothing", smoothing), ("tolerance", tolerance)):
-            if not (is_number(value) and value > 0):
-                raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
-        _check_count("max_iterations", max_iterations, 1)
-        self.smoothing, self.tolerance, self.max_iterations = float(smoothing), float(tolerance), max_iterations
+        self.smoothing = arguments.number("smoothing", smoothing, above=0)
+        self.tolerance = arguments.number("tolerance", tolerance, above=0)
+        self.max_iterations = arguments.integer("max_iterations", max_iterations, minimum=1)
 
     headlines = ("iterations", "weight/max")
 
@@ -239,8 +234,3 @@ def _by_columns(cohort: Cohort, state: State, cut: int) -> RuleStep:
     moved = vectors.displacements.map_columns(lambda values: trimmed_mean(values, cut))
     weights = torch.full((len(cohort),), 1 / len(cohort), dtype=torch.float64)
     return RuleStep(cohort.start + moved.to(cohort.start), state, weights)
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
-        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")

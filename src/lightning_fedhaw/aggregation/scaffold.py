@@ -6,15 +6,14 @@ for Federated Learning. ICML 2020, Algorithm 1. The clients' part is ``objective
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule, normalised
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.objectives.scaffold import ControlOption, Scaffold
-from lightning_fedhaw.options import check_number
 from lightning_fedhaw.rule import RuleStep, ServerView, State
 
 
@@ -37,8 +36,9 @@ class ScaffoldCallback(AggregationRule):
 
     def __init__(self, option: ControlOption = "II", server_lr: float = 1.0, **federation: Any) -> None:
         super().__init__(**federation)
-        self.option, self.server_lr = option, check_number("server_lr", server_lr, 0, below=math.inf)
-        self.objectives = (Scaffold(option),)
+        self.option = arguments.choice("option", option, ControlOption)
+        self.server_lr = arguments.number("server_lr", server_lr, minimum=0)
+        self.objectives = (Scaffold(self.option),)
 
     def raw_weight(self, update: ClientUpdate) -> float:
         """Everybody's is the same."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -13,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from lightning_fedhaw.aggregation.base import AggregationRule, normalised
-from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory, batches, check_settings, descend, mean_loss
+from lightning_fedhaw import arguments
+from lightning_fedhaw.aggregation.base import AggregationRule, check_optimizer, check_schedule, normalised
+from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory, batches, descend, mean_loss
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.options import check_choice
 from lightning_fedhaw.rule import RuleStep, ServerView, State
 
 Weighting = Literal["examples", "uniform"]
@@ -71,10 +71,13 @@ class ServerTraining(AggregationRule):
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        check_choice("weighting", weighting, get_args(Weighting))
-        check_settings(server_epochs, batch_size, lr, optimizer, scheduler)
-        self.server_epochs, self.batch_size, self.lr = server_epochs, batch_size, lr
-        self.optimizer, self.scheduler, self.weighting = optimizer, scheduler, weighting
+        self.server_epochs = arguments.integer("server_epochs", server_epochs, minimum=0)
+        self.batch_size = arguments.integer("batch_size", batch_size, minimum=1)
+        self.lr = arguments.number("lr", lr, above=0)
+        check_schedule("scheduler", scheduler, check_optimizer("optimizer", optimizer, self.lr, given="closure"))
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.weighting = arguments.choice("weighting", weighting, Weighting)
 
     headlines = ("proxy_loss_before", "proxy_loss_after")
 
@@ -142,9 +145,8 @@ class Distillation(ServerTraining):
         self, *, ensemble: Ensemble = "logits", logits: Callable[[Any, Any], Tensor] | None = None, **settings: Any
     ) -> None:
         super().__init__(**settings)
-        check_choice("ensemble", ensemble, get_args(Ensemble))
-        self.ensemble: Ensemble = ensemble
-        self.logits = logits
+        self.ensemble: Ensemble = arguments.choice("ensemble", ensemble, Ensemble)
+        self.logits = arguments.optional(arguments.function, "logits", logits, "logits(module, batch)")
 
     @abstractmethod
     def teachers(self, cohort: Cohort, weights: Tensor, average: Tensor, server: ServerView) -> Iterable[Teacher]:

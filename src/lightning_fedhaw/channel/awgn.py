@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per
 from lightning_fedhaw.channel.scale import ordinary, rescaled
-from lightning_fedhaw.options import check_number
 
 
 def rms(vector: Tensor) -> float:
@@ -62,7 +62,8 @@ class AWGNChannel(BlockChannel):
         channel: The arguments of :class:`Channel`. On the downlink the message is the model.
 
     Raises:
-        ValueError: If not exactly one is given, or it is NaN, minus infinity or (``noise_std``) negative.
+        ValueError: If not exactly one is given, or it is NaN, below -200 (``snr_db``), or negative or infinite
+            (``noise_std``).
     """
 
     key = "AWGNChannel"
@@ -78,8 +79,8 @@ class AWGNChannel(BlockChannel):
         super().__init__(per, **channel)
         if (snr_db is None) == (noise_std is None):
             raise ValueError(f"Give one of `snr_db` and `noise_std`, got {snr_db!r} and {noise_std!r}.")
-        self.snr_db = None if snr_db is None else check_decibels(snr_db)
-        self.noise_std = 0.0 if noise_std is None else check_number("noise_std", noise_std, 0)
+        self.snr_db = arguments.optional(decibels, "snr_db", snr_db)
+        self.noise_std = arguments.number("noise_std", 0.0 if noise_std is None else noise_std, minimum=0)
 
     def encode(self, parcel: Parcel) -> Parcel:
         """The power of each block travels with it."""
@@ -95,9 +96,13 @@ class AWGNChannel(BlockChannel):
         return self.blockwise(lambda block: add_relative_noise(block, snr_db, generator), message)
 
 
-def check_decibels(value: Any) -> float:
-    """Refuse what is no signal-to-noise ratio."""
-    return check_number("snr_db", value, -200)
+def decibels(name: str, value: object) -> float:
+    """Check a signal-to-noise ratio; infinity is no noise.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    return arguments.number(name, value, minimum=-200, infinite=True)
 
 
 def with_power(parcel: Parcel, blocks: int) -> Parcel:

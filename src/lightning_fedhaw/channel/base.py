@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.keys import KeyedCallback
-from lightning_fedhaw.options import check_choice
 from lightning_fedhaw.streams import PathPart, stream
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
 Link = Literal["uplink", "downlink"]
 Fallback = Literal["zero_update", "reuse_update", "reuse_model", "discard"]
+DownlinkFallback = Literal["reuse_model", "discard"]
 Per = Literal["update", "layer"]
 
 
@@ -118,26 +119,23 @@ class Channel(KeyedCallback):
 
     Raises:
         ValueError: If ``link`` or ``fallback`` is unknown, the fallback has no meaning on the link, or the name is no
-            text.
+            string.
     """
 
     key = "Channel"
 
     def __init__(self, link: Link = "uplink", fallback: Fallback | None = None, name: str | None = None) -> None:
         super().__init__()
+        self.link: Link = arguments.choice("link", link, Link)
         if fallback is None:
-            fallback = "zero_update" if link == "uplink" else "discard"
-        check_choice("link", link, get_args(Link))
-        allowed = get_args(Fallback) if link == "uplink" else ("reuse_model", "discard")
-        if fallback not in allowed:
-            raise ValueError(
-                f"`fallback` on the {link} must be one of {', '.join(map(repr, allowed))}, got {fallback!r}."
-            )
-        if not isinstance(name, (str, type(None))):
-            raise ValueError(f"`name` must be a text, got {name!r}.")
-        self.link: Link = link
-        self.fallback: Fallback = fallback
-        self.name = name
+            fallback = "zero_update" if self.link == "uplink" else "discard"
+        self.fallback: Fallback = arguments.choice(
+            "fallback",
+            fallback,
+            Fallback if self.link == "uplink" else DownlinkFallback,
+            hint=f"The channel is on the {self.link}.",
+        )
+        self.name = arguments.optional(arguments.text, "name", name)
         self._heard: dict[int, dict[str, Any]] = {}
 
     @property
@@ -279,9 +277,9 @@ class BlockChannel(Channel):
     key = "BlockChannel"
 
     def __init__(self, per: Per = "update", **channel: Any) -> None:
+        arguments.check_names(type(self).__name__, channel, arguments.constructor_names(type(self)))
         super().__init__(**channel)
-        check_choice("per", per, get_args(Per))
-        self.per: Per = per
+        self.per: Per = arguments.choice("per", per, Per)
 
     @property
     def blocks(self) -> list[slice]:
@@ -370,20 +368,3 @@ def check_keys(callbacks: Iterable[Any]) -> None:
                     f' apart. Give each a name: `{own}(..., name="second")`.'
                 )
             seen.add(channel.state_key)
-
-
-def probabilities(name: str, value: Any, what: str) -> Tensor:
-    """A number or a list of them, float64, each in [0, 1].
-
-    Raises:
-        ValueError: Naming the argument, what is allowed, and what came.
-    """
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        table = torch.as_tensor(value, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"`{name}` must be {what}, got {value!r}.") from None
-    if not ((table >= 0) & (table <= 1)).all():
-        raise ValueError(f"`{name}` must lie in [0, 1], got {table.tolist()}.")
-    return table

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.channel.base import Channel, Parcel
 from lightning_fedhaw.channel.quantised import check_bits, through_codes
-from lightning_fedhaw.options import check_number
 
 
 def flips(count: int, rate: float, generator: torch.Generator) -> Tensor:
@@ -61,8 +61,10 @@ class BitFlipChannel(Channel):
     key = "BitFlipChannel"
 
     def __init__(self, rate: float, bits: int = 32, **channel: Any) -> None:
+        arguments.check_names(type(self).__name__, channel, arguments.constructor_names(type(self)))
         super().__init__(**channel)
-        self.rate, self.bits = check_number("rate", rate, 0, 1), check_bits(bits)
+        self.rate = arguments.probability("rate", rate)
+        self.bits = check_bits(bits)
 
     def encode(self, parcel: Parcel) -> Parcel:
         """As many bits a number as the codes have, and their range."""

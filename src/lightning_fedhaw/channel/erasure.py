@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.channel.base import Channel, Scene, probabilities
-from lightning_fedhaw.options import check_number, check_whole
+from lightning_fedhaw import arguments
+from lightning_fedhaw.channel.base import Channel, Scene
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class GilbertElliott:
 
     def __post_init__(self) -> None:
         for name in ("enter", "leave", "loss_good", "loss_bad"):
-            check_number(name, getattr(self, name), 0, 1)
+            object.__setattr__(self, name, arguments.probability(name, getattr(self, name)))
         if self.enter + self.leave == 0:
             raise ValueError("`enter` and `leave` must not both be 0, got 0 and 0: such a link never changes.")
 
@@ -115,6 +115,7 @@ class ErasureChannel(Channel):
 
     Raises:
         ValueError: If not exactly one is given, a probability is out of [0, 1], or there are not N of them.
+        TypeError: If ``burst`` is no :class:`GilbertElliott`.
     """
 
     key = "ErasureChannel"
@@ -128,6 +129,7 @@ class ErasureChannel(Channel):
         legacy_seed: int | None = None,
         **channel: Any,
     ) -> None:
+        arguments.check_names(type(self).__name__, channel, arguments.constructor_names(type(self)))
         super().__init__(**channel)
         models = {"probability": probability, "max_probability": max_probability, "burst": burst}
         given = [name for name, value in models.items() if value is not None]
@@ -136,18 +138,21 @@ class ErasureChannel(Channel):
                 "Give exactly one of `probability`, `max_probability` and `burst`, got"
                 f" {' and '.join(f'`{name}`' for name in given) or 'none'}."
             )
-        if legacy_seed is not None:
-            check_whole("legacy_seed", legacy_seed, 0)
-            if max_probability is None:
-                raise ValueError("`legacy_seed` repeats the authors' draws of rates: give `max_probability` with it.")
-        if max_probability is not None:
-            max_probability = check_number("max_probability", max_probability, 0, 1)
-        if burst is not None and not isinstance(burst, GilbertElliott):
-            raise ValueError(f"`burst` must be a `GilbertElliott(enter, leave)`, got {burst!r}.")
-        self.probability = None
-        if probability is not None:
-            self.probability = probabilities("probability", probability, "a number in [0, 1], or one per client")
-        self.max_probability, self.burst, self.legacy_seed = max_probability, burst, legacy_seed
+        self.legacy_seed = arguments.optional(arguments.integer, "legacy_seed", legacy_seed, minimum=0)
+        if legacy_seed is not None and max_probability is None:
+            raise ValueError("`legacy_seed` repeats the authors' draws of rates: give `max_probability` with it.")
+        self.max_probability = arguments.optional(arguments.probability, "max_probability", max_probability)
+        self.burst = arguments.optional(
+            arguments.instance, "burst", burst, GilbertElliott, example="GilbertElliott(0.1, 0.5)"
+        )
+        self.probability = arguments.optional(
+            arguments.numbers,
+            "probability",
+            probability,
+            allowed="a number in [0, 1], or one per client",
+            maximum=1,
+            or_one=True,
+        )
 
     def prepare(self, scene: Scene) -> None:
         """Refuse rates of another federation."""

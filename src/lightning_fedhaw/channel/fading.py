@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.channel.awgn import add_relative_noise, check_decibels, with_power
+from lightning_fedhaw import arguments
+from lightning_fedhaw.channel.awgn import add_relative_noise, decibels, with_power
 from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per
-from lightning_fedhaw.options import check_number, check_whole
 
 
 def power_gain(k_factor: float, generator: torch.Generator) -> float:
@@ -68,16 +68,18 @@ class FadingChannel(BlockChannel):
         **channel: Any,
     ) -> None:
         super().__init__(per, **channel)
-        self.snr_db = check_decibels(snr_db)
-        self.k_factor = check_number("k_factor", k_factor, 0)
-        check_whole("block", block, 1)
-        self.truncation = check_number("truncation", truncation, 0)
-        self.rate = None if rate is None else check_number("rate", rate, 0)
-        if rate is not None and inversion:
+        self.snr_db = decibels("snr_db", snr_db)
+        self.k_factor = arguments.number("k_factor", k_factor, minimum=0, infinite=True)
+        self.block = arguments.integer("block", block, minimum=1)
+        self.truncation = arguments.number("truncation", truncation, minimum=0)
+        self.rate = arguments.optional(arguments.number, "rate", rate, minimum=0)
+        self.inversion = arguments.flag("inversion", inversion)
+        if self.rate is not None and self.inversion:
             raise ValueError("Give `rate` or `inversion=True`, not both: a coded message needs no inversion.")
-        if truncation and not inversion:
-            raise ValueError(f"`truncation`={truncation} bounds the power of inversion: set `inversion=True` with it.")
-        self.block, self.inversion = block, inversion
+        if self.truncation and not self.inversion:
+            raise ValueError(
+                f"`truncation`={self.truncation} bounds the power of inversion: set `inversion=True` with it."
+            )
 
     def gain(self, round_: int, client: int, seed: int) -> float:
         """``|h|^2`` of a client's link in a round."""

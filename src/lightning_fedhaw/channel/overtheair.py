@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.channel.awgn import add_noise, check_decibels
+from lightning_fedhaw import arguments
+from lightning_fedhaw.channel.awgn import add_noise, decibels
 from lightning_fedhaw.channel.base import Arrivals, Fallback, SumChannel
 from lightning_fedhaw.channel.fading import power_gain
-from lightning_fedhaw.options import check_number, check_whole
 
 
 def receiver_noise(weights: Tensor, rms: Tensor, gains: Tensor, snr_db: float) -> float:
@@ -68,11 +68,10 @@ class OverTheAirChannel(SumChannel):
         name: str | None = None,
     ) -> None:
         super().__init__(fallback, name)
-        self.snr_db = check_decibels(snr_db)
-        self.truncation = check_number("truncation", truncation, 0)
-        self.k_factor = check_number("k_factor", k_factor, 0)
-        check_whole("block", block, 1)
-        self.block = block
+        self.snr_db = decibels("snr_db", snr_db)
+        self.truncation = arguments.number("truncation", truncation, minimum=0)
+        self.k_factor = arguments.number("k_factor", k_factor, minimum=0, infinite=True)
+        self.block = arguments.integer("block", block, minimum=1)
 
     def _gains(self, round_: int, clients: Sequence[int], seed: int) -> Tensor:
         """``|h_k|^2``, ``[K]`` float64."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.channel.base import Channel, Link, Parcel
-from lightning_fedhaw.options import check_number, check_whole
+from lightning_fedhaw import arguments
+from lightning_fedhaw.channel.base import Channel, Fallback, Link, Parcel
 
 Lost = Literal["zero", "last"]
 
@@ -45,18 +45,21 @@ class PacketLossChannel(Channel):
         link: Link = "uplink",
         name: str | None = None,
     ) -> None:
-        lost = lost or ("zero" if link == "uplink" else "last")
-        if lost not in get_args(Lost) or (link == "downlink" and lost == "zero"):
-            raise ValueError(f'`lost` must be "zero" (on the uplink) or "last", got {lost!r} on the {link}.')
-        # What was heard last is kept as for messages that are lost whole.
-        memory = {"uplink": "reuse_update", "downlink": "reuse_model"}
-        super().__init__(link, memory.get(link) if lost == "last" else None, name)  # type: ignore[arg-type]
-        self.probability = check_number("probability", probability, 0, 1)
-        check_whole("packet_bytes", packet_bytes, 8)
-        check_whole("header_bytes", header_bytes, 0)
-        check_whole("retries", retries, 0)
-        self.packet_bytes, self.header_bytes = packet_bytes, header_bytes
-        self.retries, self.lost = retries, lost
+        on_uplink = arguments.choice("link", link, Link) == "uplink"
+        if lost is None:
+            lost = "zero" if on_uplink else "last"
+        self.lost = arguments.choice("lost", lost, Lost)
+        if self.lost == "zero" and not on_uplink:
+            raise arguments.invalid("lost", "'last' on the downlink", lost, "A model of zeros helps nobody.")
+        fallback: Fallback | None = None
+        if self.lost == "last":
+            # What was heard last is kept as for messages that are lost whole.
+            fallback = "reuse_update" if on_uplink else "reuse_model"
+        super().__init__(link, fallback, name)
+        self.probability = arguments.probability("probability", probability)
+        self.packet_bytes = arguments.integer("packet_bytes", packet_bytes, minimum=8)
+        self.header_bytes = arguments.integer("header_bytes", header_bytes, minimum=0)
+        self.retries = arguments.integer("retries", retries, minimum=0)
 
     @property
     def packets(self) -> int:

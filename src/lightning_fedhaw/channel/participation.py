@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.channel.base import Channel, Fallback, Scene, probabilities
-from lightning_fedhaw.options import check_number, check_whole
+from lightning_fedhaw import arguments
+from lightning_fedhaw.channel.base import Channel, Fallback, Scene
 
 
 class DeadlineChannel(Channel):
@@ -47,10 +47,10 @@ class DeadlineChannel(Channel):
         name: str | None = None,
     ) -> None:
         super().__init__(fallback=fallback, name=name)
-        self.deadline = check_number("deadline", deadline, 0)
-        self.seconds_per_sample = check_number("seconds_per_sample", seconds_per_sample, 0)
-        self.spread = check_number("spread", spread, 0, 100)
-        self.client_spread = check_number("client_spread", client_spread, 0, 100)
+        self.deadline = arguments.number("deadline", deadline, minimum=0, infinite=True)
+        self.seconds_per_sample = arguments.number("seconds_per_sample", seconds_per_sample, minimum=0)
+        self.spread = arguments.number("spread", spread, minimum=0, maximum=100)
+        self.client_spread = arguments.number("client_spread", client_spread, minimum=0, maximum=100)
 
     def seconds(self, round_: int, clients: list[int], seed: int) -> Tensor:
         """How long clients compute in a round, ``[K]`` float64."""
@@ -105,12 +105,13 @@ class AvailabilityChannel(Channel):
         name: str | None = None,
     ) -> None:
         super().__init__(fallback=fallback, name=name)
-        self.mean = check_number("mean", mean, 0, 1)
-        self.amplitude = check_number("amplitude", amplitude, 0, 1)
-        check_whole("period", period, 1)
+        self.mean = arguments.probability("mean", mean)
+        self.amplitude = arguments.probability("amplitude", amplitude)
+        self.period = arguments.integer("period", period, minimum=1)
         self.trace = None if trace is None else read_trace(trace)
-        self.phases = None if phases is None else probabilities("phases", phases, "numbers of [0, 1), one per client")
-        self.period = period
+        self.phases = arguments.optional(
+            arguments.numbers, "phases", phases, allowed="numbers in [0, 1], one per client", maximum=1
+        )
 
     def prepare(self, scene: Scene) -> None:
         """Refuse a trace or phases of another federation."""

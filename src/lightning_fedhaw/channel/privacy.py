@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.channel.awgn import add_noise
 from lightning_fedhaw.channel.base import Arrivals, Channel, Scene, SumChannel
 from lightning_fedhaw.channel.scale import ordinary
 from lightning_fedhaw.cohort import ClientUpdate
-from lightning_fedhaw.options import check_number
 
 
 def clipped(vector: Tensor, bound: float) -> Tensor:
@@ -103,15 +103,11 @@ class PrivacyChannel(SumChannel):
         self, clip: float, noise_multiplier: float, *, delta: float | None = 1e-5, name: str | None = None
     ) -> None:
         super().__init__(name=name)
-        self.clip = check_number("clip", clip, 0)
-        self.noise_multiplier = check_number("noise_multiplier", noise_multiplier, 0)
-        if self.noise_multiplier == float("inf"):
-            raise ValueError("`noise_multiplier` must be finite, got inf: nothing would be left of any update.")
-        if not clip:
-            raise ValueError("`clip` must be more than 0, got 0: nothing would be left of any update.")
-        if clip == float("inf") and noise_multiplier:
+        self.clip = arguments.number("clip", clip, above=0, infinite=True)
+        self.noise_multiplier = arguments.number("noise_multiplier", noise_multiplier, minimum=0)
+        if self.clip == float("inf") and self.noise_multiplier:
             raise ValueError("`noise_multiplier` is in units of `clip`, which must be finite then, got inf.")
-        self.delta = None if delta is None else check_number("delta", delta, 0, 1)
+        self.delta = arguments.optional(arguments.probability, "delta", delta)
         self.reset()
 
     def prepare(self, scene: Scene) -> None:

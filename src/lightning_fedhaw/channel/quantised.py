@@ -7,15 +7,14 @@ Encoding. NeurIPS 2017, Section 3.1.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per
 from lightning_fedhaw.channel.scale import rescaled
-from lightning_fedhaw.options import check_choice
 
 Scheme = Literal["stochastic", "nearest", "qsgd"]
 MOST_BITS = 16
@@ -108,16 +107,16 @@ def _round_at_random(numbers: Tensor, generator: torch.Generator) -> Tensor:
     return whole.add_(draws < numbers.sub_(whole))
 
 
-def check_bits(bits: Any) -> int:
-    """A number of bits, NumPy's included, as an int.
+def check_bits(value: object) -> int:
+    """Check a number of bits.
 
     Raises:
-        ValueError: Naming what is allowed, and what came.
+        ValueError: If it is not from 1 to 16, and not 32 either.
     """
-    is_whole = isinstance(bits, (int, np.integer)) and not isinstance(bits, bool)
-    if not is_whole or bits not in (*range(1, MOST_BITS + 1), 32):
-        raise ValueError(f"`bits` must be a whole number from 1 to {MOST_BITS}, or 32 to change nothing, got {bits!r}.")
-    return int(bits)
+    bits = arguments.plain_number(value)
+    if isinstance(bits, int) and (1 <= bits <= MOST_BITS or bits == 32):
+        return bits
+    raise arguments.invalid("bits", f"a whole number from 1 to {MOST_BITS}, or 32 to change nothing", value)
 
 
 class QuantizedChannel(BlockChannel):
@@ -140,10 +139,9 @@ class QuantizedChannel(BlockChannel):
     def __init__(self, bits: int = 8, scheme: Scheme = "stochastic", *, per: Per = "update", **channel: Any) -> None:
         super().__init__(per, **channel)
         self.bits = check_bits(bits)
-        check_choice("scheme", scheme, get_args(Scheme))
-        if scheme == "qsgd" and bits == 1:
+        self.scheme = arguments.choice("scheme", scheme, Scheme)
+        if self.scheme == "qsgd" and self.bits == 1:
             raise ValueError('`bits` must be at least 2 with `scheme="qsgd"`, one of which is the sign, got 1.')
-        self.scheme = scheme
 
     def encode(self, parcel: Parcel) -> Parcel:
         """``bits`` a number, and a range (64 bits) or a norm (32) for each block."""

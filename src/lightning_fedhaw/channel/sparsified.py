@@ -6,13 +6,13 @@ S. U. Stich, J.-B. Cordonnier, M. Jaggi: Sparsified SGD with Memory. NeurIPS 201
 from __future__ import annotations
 
 from math import ceil, log2
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per
-from lightning_fedhaw.options import check_choice, check_number
 
 Choice = Literal["top", "random"]
 
@@ -68,11 +68,9 @@ class SparsifiedChannel(BlockChannel):
         name: str | None = None,
     ) -> None:
         super().__init__(per, name=name)
-        self.fraction = check_number("fraction", fraction, 0, 1)
-        if not fraction:
-            raise ValueError(f"`fraction` must be more than 0, got {fraction!r}; 0.01 sends a hundredth.")
-        check_choice("choice", choice, get_args(Choice))
-        self.choice, self.error_feedback = choice, error_feedback
+        self.fraction = arguments.number("fraction", fraction, above=0, maximum=1, hint="0.01 sends a hundredth.")
+        self.choice = arguments.choice("choice", choice, Choice)
+        self.error_feedback = arguments.flag("error_feedback", error_feedback)
         self.reset()
 
     @property

@@ -14,12 +14,16 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
+from lightning_fedhaw import arguments
+
 SITE = "http://vision.stanford.edu/aditya86/ImageNetDogs"
 # What each archive holds, and its md5.
 ARCHIVES = {
     "images.tar": (("Images",), "1bb1f2a596ae7057f99d7d75860002ef"),
     "lists.tar": (("train_list.mat", "test_list.mat"), "edbb9f16854ec66506b5f09b583e0656"),
 }
+
+Split = Literal["train", "test"]
 
 
 class StanfordDogs(Dataset[tuple[Any, Any]]):
@@ -51,16 +55,18 @@ class StanfordDogs(Dataset[tuple[Any, Any]]):
     def __init__(
         self,
         root: str | Path,
-        split: Literal["train", "test"] = "train",
+        split: Split = "train",
         transform: Callable[[Any], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
         download: bool = False,
     ) -> None:
-        if split not in ("train", "test"):
-            raise ValueError(f"`split` must be 'train' or 'test', got {split!r}.")
-        self.root, self.split = Path(root).expanduser(), split
-        self.transform, self.target_transform = transform, target_transform
-        _provide(self.root, download)
+        self.root = Path(root).expanduser()
+        self.split = arguments.choice("split", split, Split)
+        self.transform = arguments.optional(arguments.function, "transform", transform, "transform(image)")
+        self.target_transform = arguments.optional(
+            arguments.function, "target_transform", target_transform, "target_transform(class_number)"
+        )
+        _provide(self.root, arguments.flag("download", download))
         self.files, self.targets = _read_list(self.root / f"{split}_list.mat")
         folders = {target: file.split("/")[0] for file, target in zip(self.files, self.targets, strict=True)}
         self.classes = [folders[i].partition("-")[2] for i in range(len(folders))]

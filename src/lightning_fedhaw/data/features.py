@@ -21,8 +21,8 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.isolation import isolated_randomness
-from lightning_fedhaw.options import check_whole
 from lightning_fedhaw.streams import stream
 
 _PROBES = 8
@@ -67,8 +67,12 @@ def cache_features(
         ValueError: If the data set is empty, gives the same sample twice differently, or ``extract`` does not return
             a row for every image.
     """
-    check_whole("batch_size", batch_size, 1)
-    check_whole("shard_size", shard_size, 1)
+    arguments.function("extract", extract, "extract(images)")
+    key = arguments.text("key", key)
+    batch_size = arguments.integer("batch_size", batch_size, minimum=1)
+    num_workers = arguments.integer("num_workers", num_workers, minimum=0)
+    shard_size = arguments.integer("shard_size", shard_size, minimum=1)
+    progress = arguments.flag("progress", progress)
     module = extract if isinstance(extract, nn.Module) else getattr(extract, "__self__", None)
     parameter = next(module.parameters(), None) if isinstance(module, nn.Module) else None
     place = torch.device(device or ("cpu" if parameter is None else parameter.device))

@@ -11,13 +11,14 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, default_collate
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.data.labels import find_labels
 from lightning_fedhaw.data.loader_settings import LoaderSettings
 from lightning_fedhaw.data.partitioners import IndexPartitioner, Partition, Partitioner
 from lightning_fedhaw.data.preview import draw_histogram, format_histogram
 from lightning_fedhaw.data.split import split
 from lightning_fedhaw.data.subsets import balanced_subset
-from lightning_fedhaw.options import FederationOptions, check_whole
+from lightning_fedhaw.options import FederationOptions
 
 Source = Dataset[Any] | DataLoader[Any] | Sequence[DataLoader[Any]]
 
@@ -77,24 +78,23 @@ class FederatedDataModule(pl.LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        for name, number in (("batch_size", batch_size), ("num_clients", num_clients)):
-            if number is not None:
-                check_whole(name, number, 1)
-        FederationOptions(partitioner=partitioner)  # the same check and the same sentence
+        # What the federation's options say too has the same checks and the same sentences.
+        options = FederationOptions(num_clients=num_clients, partitioner=partitioner, seed=seed)
         self.inner = train if isinstance(train, pl.LightningDataModule) else None
-        self.num_clients, self.partitioner = num_clients, partitioner
-        self.batch_size, self.labels = batch_size, labels
-        if isinstance(proxy, int):
-            check_whole("proxy", proxy, 1)
-        elif proxy is not None and not (hasattr(proxy, "__len__") and hasattr(proxy, "__getitem__")):
-            raise TypeError(
-                "`proxy` must be a data set with a length, or a whole number of training samples to set aside, got"
-                f" {type(proxy).__name__}."
-            )
-        self._val, self._test, self._proxy = val, test, proxy
-        self._loader = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": collate_fn}
-        self._drop_last = drop_last
-        self.seed = FederationOptions(seed=seed).resolved_seed
+        self.num_clients = options.num_clients
+        self.partitioner: Partitioner | None = options.partitioner
+        self.batch_size = arguments.optional(arguments.integer, "batch_size", batch_size, minimum=1)
+        self.labels = labels
+        self._val = val
+        self._test = test
+        self._proxy = _checked_proxy(proxy)
+        self._loader = {
+            "num_workers": arguments.integer("num_workers", num_workers, minimum=0),
+            "pin_memory": arguments.flag("pin_memory", pin_memory),
+            "collate_fn": arguments.function("collate_fn", collate_fn, "collate_fn(samples)"),
+        }
+        self._drop_last = arguments.flag("drop_last", drop_last)
+        self.seed = options.resolved_seed
         self.dealt: Partition | None = None
         self._train: Dataset[Any] | None = None
         self._proxy_set: Dataset[Any] | None = None
@@ -294,6 +294,19 @@ class FederatedDataModule(pl.LightningDataModule):
         """Give an existing data module its state back."""
         if self.inner is not None:
             self.inner.load_state_dict(state_dict)
+
+
+def _checked_proxy(proxy: Any) -> Dataset[Any] | int | None:
+    number = arguments.plain_number(proxy)
+    if isinstance(number, int):
+        return arguments.integer("proxy", number, minimum=1)
+    is_dataset = hasattr(proxy, "__len__") and hasattr(proxy, "__getitem__") and number is None
+    if proxy is None or (is_dataset and not isinstance(proxy, str)):
+        return proxy
+    raise TypeError(
+        "`proxy` must be a data set with a length, or a whole number of training samples to set aside, got"
+        f" {type(proxy).__name__}."
+    )
 
 
 def _map_style(dataset: Any) -> Any:

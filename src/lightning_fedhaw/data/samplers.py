@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import floor
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.options import check_number_or_share
+from lightning_fedhaw import arguments
 from lightning_fedhaw.streams import stream
 
 
@@ -59,7 +60,8 @@ class UniformSampler(CohortSampler):
     clients_per_round: int | float
 
     def __post_init__(self) -> None:
-        check_number_or_share("clients_per_round", self.clients_per_round)
+        per_round = arguments.count_or_share("clients_per_round", self.clients_per_round)
+        object.__setattr__(self, "clients_per_round", per_round)
 
     def sample(self, round_: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
         """A uniform draw without replacement; see :meth:`CohortSampler.sample`."""
@@ -85,13 +87,11 @@ class WeightedSampler(CohortSampler):
     weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        check_number_or_share("clients_per_round", self.clients_per_round)
-        if self.weights is None:
-            return
-        weights = torch.as_tensor(self.weights, dtype=torch.float64)
-        if weights.ndim != 1 or not weights.isfinite().all() or (weights < 0).any():
-            raise ValueError(f"`weights` must be one finite number of at least 0 per client, got {self.weights!r}.")
-        object.__setattr__(self, "weights", tuple(weights.tolist()))
+        per_round = arguments.count_or_share("clients_per_round", self.clients_per_round)
+        object.__setattr__(self, "clients_per_round", per_round)
+        if self.weights is not None:
+            weights = arguments.numbers("weights", self.weights, allowed="one finite number of at least 0 per client")
+            object.__setattr__(self, "weights", tuple(weights.tolist()))
 
     def sample(self, round_: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
         """A weighted draw without replacement; see :meth:`CohortSampler.sample`."""
@@ -123,14 +123,8 @@ class FixedSequenceSampler(CohortSampler):
     cohorts: Iterable[Iterable[int]]
 
     def __post_init__(self) -> None:
-        cohorts = tuple(tuple(sorted(int(client) for client in cohort)) for cohort in self.cohorts)
-        for round_, cohort in enumerate(cohorts):
-            if not cohort or len(set(cohort)) < len(cohort):
-                raise ValueError(
-                    f"`cohorts` must name at least one client a round and none twice, got {list(cohort)} for round"
-                    f" {round_}."
-                )
-        object.__setattr__(self, "cohorts", cohorts)
+        cohorts = [_checked_cohort(round_, cohort) for round_, cohort in enumerate(_list("cohorts", self.cohorts))]
+        object.__setattr__(self, "cohorts", tuple(cohorts))
 
     def sample(self, round_: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
         """The cohort written down for the round; see :meth:`CohortSampler.sample`."""
@@ -144,6 +138,21 @@ class FixedSequenceSampler(CohortSampler):
         if cohort[0] < 0 or cohort[-1] >= num_clients:
             raise ValueError(f"`cohorts` must name clients in 0 .. {num_clients - 1}, got {cohort} for round {round_}.")
         return cohort
+
+
+def _list(name: str, value: object) -> list[Any]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise arguments.invalid(name, "a list of client numbers for each round", value)
+    return list(value)
+
+
+def _checked_cohort(round_: int, clients: object) -> tuple[int, ...]:
+    cohort = sorted(arguments.integer("cohorts", client, minimum=0) for client in _list("cohorts", clients))
+    if not cohort or len(set(cohort)) < len(cohort):
+        raise ValueError(
+            f"`cohorts` must name at least one client a round and none twice, got {cohort} for round {round_}."
+        )
+    return tuple(cohort)
 
 
 def _cohort_size(per_round: int | float, num_clients: int) -> int:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.models import lora, weights
 from lightning_fedhaw.models.messages import listed
-from lightning_fedhaw.options import check_choice, check_number, check_whole
+
+Optimizer = Literal["adamw", "sgd"]
 
 
 class TimmClassifier(pl.LightningModule):
@@ -85,7 +87,7 @@ class TimmClassifier(pl.LightningModule):
         lora_rank: int = 0,
         lora_alpha: float | None = None,
         lora_targets: Sequence[str] = ("*attn.qkv", "*attn.proj"),
-        optimizer: Literal["adamw", "sgd"] = "adamw",
+        optimizer: Optimizer = "adamw",
         lr: float = 1e-3,
         backbone_lr: float | None = None,
         layer_decay: float | None = None,
@@ -95,29 +97,28 @@ class TimmClassifier(pl.LightningModule):
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        # What is saved as hyperparameters is what the local names hold when they are saved: plain values.
+        model_name = arguments.text("model_name", model_name)
+        num_classes = arguments.integer("num_classes", num_classes, minimum=2)
+        pretrained = arguments.flag("pretrained", pretrained)
         checkpoint_path = None if checkpoint_path is None else str(checkpoint_path)
-        head_widths = list(head_widths)
-        lora_targets = list(lora_targets)
-        model_kwargs = dict(model_kwargs or {})
-        if not _names_parts(trainable):
-            raise ValueError(
-                '`trainable` must be "all", "head", a number of blocks, or patterns of parameter names, got'
-                f" {trainable!r}."
-            )
-        trainable = trainable if isinstance(trainable, (str, int)) else list(trainable)
+        trainable = _checked_trainable(trainable)
+        head_widths = _checked_widths(head_widths)
+        head_dropout = arguments.probability("head_dropout", head_dropout)
+        lora_rank = arguments.integer("lora_rank", lora_rank, minimum=0)
+        lora_alpha = arguments.optional(
+            arguments.number, "lora_alpha", lora_alpha, above=0, hint="None is the rank, which is a scale of 1."
+        )
+        lora_targets = _checked_patterns("lora_targets", lora_targets)
+        optimizer = arguments.choice("optimizer", optimizer, Optimizer)
+        lr = arguments.number("lr", lr, minimum=0)
+        backbone_lr = arguments.optional(arguments.number, "backbone_lr", backbone_lr, minimum=0)
+        layer_decay = arguments.optional(arguments.number, "layer_decay", layer_decay, above=0, maximum=1)
+        weight_decay = arguments.number("weight_decay", weight_decay, minimum=0)
+        momentum = arguments.probability("momentum", momentum)
+        label_smoothing = arguments.probability("label_smoothing", label_smoothing)
+        model_kwargs = _checked_kwargs(model_kwargs)
         self.save_hyperparameters()
-        check_choice("optimizer", optimizer, ("adamw", "sgd"))
-        check_whole("num_classes", num_classes, 2)
-        check_whole("lora_rank", lora_rank, 0)
-        for width in head_widths:
-            check_whole("head_widths", width, 1)
-        _check(lora_alpha is None or lora_alpha > 0, "lora_alpha", "above 0, or None for the rank", lora_alpha)
-        _check(layer_decay is None or 0 < layer_decay <= 1, "layer_decay", "above 0 and at most 1", layer_decay)
-        check_number("lr", lr, 0)
-        check_number("backbone_lr", lr if backbone_lr is None else backbone_lr, 0)
-        check_number("weight_decay", weight_decay, 0)
-        check_number("momentum", momentum, 0, 1)
-        check_number("label_smoothing", label_smoothing, 0, 1)
         if pretrained and checkpoint_path is not None:
             raise ValueError("`pretrained=True` and `checkpoint_path` both say where weights come from: give one.")
         if lora_rank and trainable == "all":
@@ -359,13 +360,44 @@ def _freeze_mode(module: nn.Module) -> bool:
     return False
 
 
-def _names_parts(trainable: object) -> bool:
-    """Whether an argument can say what trains: a word or pattern, a number, or several patterns."""
-    if isinstance(trainable, (str, int)):
-        return not isinstance(trainable, bool)
-    return isinstance(trainable, Sequence) and bool(trainable) and all(isinstance(each, str) for each in trainable)
+def _checked_trainable(trainable: object) -> str | int | list[str]:
+    """Check what says what trains: a word or pattern, a number of blocks, or several patterns."""
+    number = arguments.plain_number(trainable)
+    if isinstance(number, int):
+        return number
+    if isinstance(trainable, str):
+        return str(trainable)
+    patterns = _patterns(trainable)
+    if patterns:
+        return patterns
+    raise arguments.invalid("trainable", '"all", "head", a number of blocks, or patterns of parameter names', trainable)
 
 
-def _check(holds: bool, name: str, allowed: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"`{name}` must be {allowed}, got {got!r}.")
+def _checked_patterns(name: str, patterns: object) -> list[str]:
+    found = _patterns(patterns)
+    if found is None:
+        raise arguments.invalid(name, "a list of patterns of layer names", patterns, 'One goes in brackets: ["*.qkv"].')
+    return found
+
+
+def _patterns(patterns: object) -> list[str] | None:
+    """A list of plain strings; ``None`` if it is none."""
+    if not isinstance(patterns, Sequence) or isinstance(patterns, str):
+        return None
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        return None
+    return [str(pattern) for pattern in patterns]
+
+
+def _checked_widths(widths: object) -> list[int]:
+    if not isinstance(widths, Iterable) or isinstance(widths, str):
+        raise arguments.invalid("head_widths", "a list of whole numbers", widths, "One goes in brackets: [256].")
+    return [arguments.integer("head_widths", width, minimum=1) for width in widths]
+
+
+def _checked_kwargs(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    if model_kwargs is None:
+        return {}
+    if not isinstance(model_kwargs, Mapping):
+        raise arguments.invalid("model_kwargs", "a dictionary of arguments of the timm model", model_kwargs)
+    return dict(model_kwargs)

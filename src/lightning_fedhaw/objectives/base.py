@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.keys import KeyedCallback
 
 ClientState = dict[str, Tensor]
@@ -52,7 +53,7 @@ class ClientObjective(KeyedCallback):
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__()
-        self.name = name
+        self.name = arguments.optional(arguments.text, "name", name)
         self._states: dict[int, ClientState] = {}
         self.mean: ClientState = {}
         self._told: dict[int, ClientState] = {}

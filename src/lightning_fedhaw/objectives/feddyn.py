@@ -6,13 +6,12 @@ Regularization. ICLR 2021. The server's part is ``aggregation/feddyn.py``.
 
 from __future__ import annotations
 
-import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
-from lightning_fedhaw.options import check_choice, check_number
 
 DynPenalty = Literal["square", "norm"]
 
@@ -37,9 +36,8 @@ class FedDyn(ClientObjective):
 
     def __init__(self, regularization: float = 0.01, penalty: DynPenalty = "square", name: str | None = None) -> None:
         super().__init__(name)
-        self.regularization = check_number("regularization", regularization, 0, below=math.inf)
-        check_choice("penalty", penalty, get_args(DynPenalty))
-        self.is_square = penalty == "square"
+        self.regularization = arguments.number("regularization", regularization, minimum=0)
+        self.is_square = arguments.choice("penalty", penalty, DynPenalty) == "square"
         self.pull = self.regularization if self.is_square else 0.0
 
     def gradient(self, parameters: Named, start: Named, state: ClientState) -> Named:

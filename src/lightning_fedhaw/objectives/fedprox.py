@@ -6,10 +6,8 @@ MLSys 2020.
 
 from __future__ import annotations
 
-import math
-
+from lightning_fedhaw import arguments
 from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
-from lightning_fedhaw.options import check_number
 
 
 class FedProx(ClientObjective):
@@ -33,7 +31,8 @@ class FedProx(ClientObjective):
 
     def __init__(self, mu: float = 1e-3, name: str | None = None) -> None:
         super().__init__(name)
-        self.mu = self.pull = check_number("mu", mu, 0, below=math.inf)
+        self.mu = arguments.number("mu", mu, minimum=0)
+        self.pull = self.mu
 
     def gradient(self, parameters: Named, start: Named, state: ClientState) -> Named:
         """``mu (w - start)``."""

@@ -6,13 +6,13 @@ for Federated Learning. ICML 2020. The server's part is ``aggregation/scaffold.p
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named, find_objectives
 from lightning_fedhaw.objectives.reach import normaliser, sgd_groups
-from lightning_fedhaw.options import check_choice
 
 ControlOption = Literal["II", "I"]
 
@@ -47,10 +47,9 @@ class Scaffold(ClientObjective):
 
     def __init__(self, option: ControlOption = "II", name: str | None = None) -> None:
         super().__init__(name)
-        check_choice("option", option, get_args(ControlOption))
-        self.option = option
-        self.needs_gradient = option == "I"
-        self.needs_learning_rates = option == "II"
+        self.option = arguments.choice("option", option, ControlOption)
+        self.needs_gradient = self.option == "I"
+        self.needs_learning_rates = self.option == "II"
         self._groups: dict[str, dict[str, Any]] = {}
         self._pull = 0.0
 

@@ -1,0 +1,425 @@
+"""Every argument of every public constructor: what is refused, in which sentence, and what is kept of what is accepted.
+
+The walk goes by the annotations. Whoever adds an argument says here what it is given where its annotation says too
+little, or why anything will do.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf, nan
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import lightning_fedhaw
+from federations import QUIET
+from lightning_fedhaw import FederatedTrainer, arguments, channel, data, objectives
+from lightning_fedhaw.data.features import cache_features
+
+DATA = TensorDataset(torch.randn(8, 2), torch.arange(8) % 2)
+
+# What a constructor needs beside the argument that is looked at, and where that depends on the argument.
+NEEDS: dict[str, dict[str, Any]] = {
+    "AWGNChannel": {"snr_db": 3.0},
+    "AWGNChannel.noise_std": {"snr_db": None},
+    "BitFlipChannel": {"rate": 0.1},
+    "DeadlineChannel": {"deadline": 2.0, "seconds_per_sample": 0.5},
+    "ErasureChannel": {"probability": 0.1},
+    "ErasureChannel.max_probability": {"probability": None},
+    "ErasureChannel.legacy_seed": {"probability": None, "max_probability": 0.5},
+    "ErasureChannel.burst": {"probability": None},
+    "FadingChannel": {"snr_db": 3.0},
+    "FadingChannel.truncation": {"inversion": True},
+    "FedHAWCallback.gamma_for_lambda": {"normalise_by": "lr"},
+    "FedHAWCallback.learning_rate": {"normalise_by": "lr"},
+    "FedHAWCallback.pseudo_gradient": {"normalise_by": "lr"},
+    "FederatedDataModule": {"train": DATA},
+    "FederatedTrainer": {"rounds": 1, **QUIET},
+    "FederatedTrainer.checkpoint_every_n_rounds": {"enable_checkpointing": True},
+    "FixedSequenceSampler": {"cohorts": [[0]]},
+    "GilbertElliott": {"enter": 0.1, "leave": 0.5},
+    "OverTheAirChannel": {"snr_db": 3.0},
+    "PacketLossChannel": {"probability": 0.1},
+    "PrivacyChannel": {"clip": 1.0, "noise_multiplier": 0.5},
+    "SparsifiedChannel": {"fraction": 0.5},
+    "StanfordDogs": {"root": "nowhere"},
+    "TimmClassifier": {"model_name": "test_vit", "num_classes": 3, "model_kwargs": {"img_size": 32}},
+    "TimmClassifier.lora_alpha": {"trainable": "head", "lora_rank": 1},
+    "TimmClassifier.lora_rank": {"trainable": "head"},
+    "UniformSampler": {"clients_per_round": 2},
+    "WeightedSampler": {"clients_per_round": 2},
+}
+
+# A value to try of numbers without a default, or with one that two numbers of other kinds would not share.
+SAMPLES: dict[str, float] = {
+    "alpha": 0.5,
+    "backbone_lr": 0.125,
+    "clients_per_round": 2,
+    "delta": 0.125,
+    "initial_second_moment": 0.25,
+    "layer_decay": 0.5,
+    "learning_rate": 0.5,
+    "lora_alpha": 2.0,
+    "max_probability": 0.5,
+    "momentum": 0.5,
+    "noise_std": 0.5,
+    "proximal": 0.5,
+    "rate": 0.5,
+    "snr_db": 3.0,
+    "truncation": 0.5,
+}
+
+NEGATIVE = {"snr_db", "rounds"}
+"""Numbers that may be negative: decibels, and -1 rounds, which is no limit."""
+
+INFINITE = {"snr_db", "deadline", "k_factor", "clip", "tau_max"}
+"""Numbers that may be infinite: no noise, no deadline, no fading, no clipping, no bound."""
+
+# Arguments of other kinds, each with something that is none.
+WRONG: dict[str, Any] = {
+    "alpha_bounds": (2.0, 3.0),
+    "beta_bounds": "wide",
+    "burst": (0.1, 0.5),
+    "cohorts": [["a"]],
+    "collate_fn": 3,
+    "head_widths": 64,
+    "hyper_optimizer": "adam",
+    "lora_targets": "qkv",
+    "lr_scheduler": 3,
+    "logits": 3,
+    "model_kwargs": 3,
+    "optimizer": 3,
+    "partitioner": "iid",
+    "phases": ["noon"],
+    "ErasureChannel.probability": "half",
+    "proxy": 0.5,
+    "rule": 3,
+    "sampler": 3,
+    "scale_bounds": 3,
+    "scheduler": 3,
+    "step_bounds": 3,
+    "storage_dtype": torch.int8,
+    "target_transform": 3,
+    "trace": [[2.0]],
+    "train": 3,
+    "trainable": None,
+    "transform": 3,
+    "weights": [-1.0],
+}
+
+# Arguments that take anything, each with the reason.
+ANYTHING = {
+    "checkpoint_path": "a path of any kind; a file that is not there is refused when it is read",
+    "labels": "an array of any library, or a function; what it holds is checked with the data in hand",
+    "root": "a path of any kind; a folder without the data is refused when it is read",
+    "test": "whatever `test_dataloader` may return, which Lightning checks",
+    "val": "whatever `val_dataloader` may return, which Lightning checks",
+}
+
+# What the package makes and users read: no user writes these calls.
+RECORDS = {"Arrivals", "Batch", "ClientData", "ClientUpdate", "ClientVectors", "Cohort", "Filled", "LoaderSettings"}
+RECORDS |= {"ParameterLayout", "Parcel", "Partition", "RuleStep", "Scene", "Server"}
+
+# Reads files when it is made: only what it refuses before that is looked at.
+NEEDS_FILES = {"StanfordDogs"}
+
+PARTITIONERS = {
+    name for name, kind in vars(data).items() if inspect.isclass(kind) and issubclass(kind, data.Partitioner)
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One argument of one constructor."""
+
+    kind: type
+    name: str
+    hint: Any
+    default: Any
+    needs: dict[str, Any] = field(default_factory=dict)
+
+    def make(self, value: object) -> Any:
+        return self.kind(**{**self.needs, self.name: value})
+
+    @property
+    def wrong(self) -> Any:
+        """Something that is refused, for arguments whose annotation does not say what would be."""
+        return WRONG.get(f"{self.kind.__name__}.{self.name}", WRONG.get(self.name))
+
+    @property
+    def is_listed(self) -> bool:
+        return bool({self.name, f"{self.kind.__name__}.{self.name}"} & {*WRONG})
+
+    @property
+    def kinds(self) -> set[Any]:
+        """What the annotation allows, without None and Literals."""
+        return {part for part in parts(self.hint) if get_origin(part) is not Literal and part is not type(None)}
+
+    @property
+    def words(self) -> tuple[Any, ...]:
+        """The words that the annotation allows."""
+        return tuple(word for part in parts(self.hint) if get_origin(part) is Literal for word in get_args(part))
+
+    @property
+    def sample(self) -> float:
+        """A number to try."""
+        if self.name in self.needs and self.needs[self.name] is not None:
+            return self.needs[self.name]
+        fallback = self.default if isinstance(self.default, (int, float)) else 3
+        return SAMPLES.get(self.name, fallback)
+
+
+def parts(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def public_classes() -> list[type]:
+    found = {}
+    for module in (lightning_fedhaw, channel, data, objectives):
+        for name in module.__all__:
+            kind = getattr(module, name)
+            if inspect.isclass(kind) and not inspect.isabstract(kind) and name not in RECORDS | PARTITIONERS:
+                found[name] = kind
+    return [found[name] for name in sorted(found)]
+
+
+def cases() -> list[Any]:
+    listed = []
+    for kind in public_classes():
+        own = kind.__name__
+        constructor = next((base for base in kind.__mro__ if "__init__" in vars(base)), object)
+        if not constructor.__module__.startswith("lightning_fedhaw"):
+            continue  # no constructor of the package's own, such as that of an observer
+        hints = get_type_hints(constructor.__init__)
+        for p in list(inspect.signature(constructor.__init__).parameters.values())[1:]:
+            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                continue
+            needs = {**NEEDS.get(own, {}), **NEEDS.get(f"{own}.{p.name}", {})}
+            case = Case(kind, p.name, hints[p.name], p.default, needs)
+            listed.append(pytest.param(case, id=f"{own}.{p.name}"))
+    return listed
+
+
+CASES = cases()
+
+
+def of_kind(test: Callable[[Case], bool]) -> Any:
+    return pytest.mark.parametrize("case", [param for param in CASES if test(param.values[0])])
+
+
+def is_number(case: Case) -> bool:
+    return bool(case.kinds & {int, float}) and not case.is_listed
+
+
+def message(case: Case, value: object) -> str:
+    """The sentence in which a value is refused."""
+    with pytest.raises((ValueError, TypeError)) as caught:
+        case.make(value)
+    return str(caught.value)
+
+
+def test_the_walk_knows_every_argument():
+    for param in CASES:
+        case = param.values[0]
+        known = is_number(case) or case.words or case.kinds <= {bool, str} or case.is_listed or case.name in ANYTHING
+        assert known, f"say in WRONG what {param.id} refuses, or in ANYTHING why it refuses nothing"
+    assert len(CASES) > 200
+
+
+@of_kind(is_number)
+def test_what_is_no_number_is_refused(case):
+    for value in ("x", True, nan, [], np.bool_(True), torch.tensor(True)):
+        assert f"`{case.name}` must be " in message(case, value)
+        assert f", got {value!r}." in message(case, value)
+    if case.name not in INFINITE:
+        assert ", got inf." in message(case, inf)
+    if case.name not in NEGATIVE:
+        assert ", got -1." in message(case, -1)
+    if float not in case.kinds:
+        assert "must be a whole number" in message(case, 2.5)
+    if type(None) not in parts(case.hint):
+        assert ", got None." in message(case, None)
+
+
+@of_kind(lambda case: is_number(case) and case.kind.__name__ not in NEEDS_FILES)
+def test_scalars_of_numpy_and_torch_are_numbers_and_become_plain(case):
+    of_numpy = np.float32 if isinstance(case.sample, float) or int not in case.kinds else np.int64
+    for convert in (of_numpy, torch.tensor):
+        given = convert(case.sample)
+        made = case.make(given)
+        assert not list(scalars(made)), f"{case.name} was kept as it was given"
+        owner = made.fit_loop.options if isinstance(made, FederatedTrainer) else made
+        if case.name in vars(owner):
+            kept = vars(owner)[case.name]
+            assert type(kept) in (int, float)
+            assert kept == given.item()
+
+
+def scalars(thing: Any, depth: int = 0) -> Any:
+    """The scalars of NumPy in an object, and in what it is made of."""
+    if isinstance(thing, np.generic):
+        yield thing
+    if depth > 3 or isinstance(thing, (torch.Tensor, torch.nn.Module, type)):
+        return
+    if isinstance(thing, dict):
+        inner = list(thing.values())
+    elif isinstance(thing, (tuple, list)):
+        inner = list(thing)
+    elif isinstance(thing, partial):
+        inner = [*thing.args, *thing.keywords.values()]
+    elif type(thing).__module__.startswith("lightning_fedhaw"):
+        inner = list(vars(thing).values())
+    else:
+        inner = []
+    for part in inner:
+        yield from scalars(part, depth + 1)
+
+
+@of_kind(lambda case: bool(case.words) and str not in case.kinds)
+def test_an_unknown_word_is_refused_and_the_known_ones_are_named(case):
+    sentence = message(case, "unheard-of")
+    assert f"`{case.name}` must be " in sentence
+    assert ", got 'unheard-of'." in sentence
+    if not case.kinds:
+        assert all(repr(word) in sentence for word in case.words)
+        assert f"`{case.name}` must be one of " in message(case, 3)
+
+
+@of_kind(lambda case: bool(case.words) and not case.kinds and case.kind.__name__ not in NEEDS_FILES)
+def test_a_word_is_kept_as_pythons_own(case):
+    made = case.make(np.str_(case.words[-1]))
+    assert not list(scalars(made))
+
+
+@of_kind(lambda case: case.kinds == {bool})
+def test_a_flag_is_no_text_and_no_number(case):
+    for value in ("yes", 1, None):
+        assert message(case, value) == f"`{case.name}` must be True or False, got {value!r}."
+
+
+@of_kind(lambda case: case.kinds == {bool} and case.kind.__name__ not in NEEDS_FILES)
+def test_numpys_booleans_are_flags(case):
+    needs = {"pin_memory": np.bool_(False), "pretrained": np.bool_(False)}
+    made = case.make(needs.get(case.name, np.bool_(True)))
+    assert not list(scalars(made))
+
+
+@of_kind(lambda case: case.kinds == {str} and not case.words)
+def test_a_text_is_no_number(case):
+    assert message(case, 3) == f"`{case.name}` must be a string, got 3."
+
+
+@of_kind(lambda case: case.is_listed)
+def test_other_arguments_are_refused_by_name(case):
+    assert f"`{case.name}`" in message(case, case.wrong)
+
+
+# ---------------------------------------------------------------------- single ones
+
+
+def test_the_features_of_a_frozen_network(tmp_path):
+    keep = partial(cache_features, lambda images: images, DATA, tmp_path, key="k", progress=False)
+    with pytest.raises(ValueError, match="`batch_size` must be a whole number of at least 1, got True"):
+        keep(batch_size=True)
+    with pytest.raises(ValueError, match="`num_workers` must be a whole number of at least 0, got -1"):
+        keep(num_workers=-1)
+    with pytest.raises(ValueError, match="`progress` must be True or False, got 'no'"):
+        keep(progress="no")
+    with pytest.raises(ValueError, match="`key` must be a string, got 3"):
+        keep(key=3)
+    with pytest.raises(TypeError, match="`extract` must be a function that can be called as `extract"):
+        cache_features(3, DATA, tmp_path, key="k")
+    assert len(keep(shard_size=np.int64(3), batch_size=torch.tensor(2))) == 8
+    assert len(list(tmp_path.iterdir())) == 1
+    keep(shard_size=3)
+    assert len(list(tmp_path.iterdir())) == 1, "the same numbers are the same features"
+
+
+def test_hyperparameters_are_plain():
+    module = lightning_fedhaw.TimmClassifier(
+        "test_vit",
+        np.int64(3),
+        trainable=np.int64(2),
+        head_widths=np.array([4]),
+        lr=np.float32(0.1),
+        model_kwargs={"img_size": 32},
+    )
+    assert module.hparams["num_classes"] == 3
+    assert type(module.hparams["num_classes"]) is int
+    assert type(module.hparams["trainable"]) is int
+    assert module.hparams["head_widths"] == [4]
+    assert module.hparams["lr"] == float(np.float32(0.1))
+    assert type(module.hparams["lr"]) is float
+
+
+def test_an_unknown_argument_of_a_channel_is_told_with_the_nearest_of_its_own():
+    with pytest.raises(TypeError, match="`ErasureChannel` .* 'max_probabilty'; did you mean `max_probability`?"):
+        channel.ErasureChannel(max_probabilty=0.5)
+    with pytest.raises(TypeError, match="`AWGNChannel` .* 'noise_sd'; did you mean `noise_std`?"):
+        channel.AWGNChannel(noise_sd=0.5)
+    with pytest.raises(TypeError, match="`BitFlipChannel` .* 'lnk'; did you mean `link`?"):
+        channel.BitFlipChannel(0.1, lnk="uplink")
+    with pytest.raises(
+        TypeError, match="`QuantizedChannel` .* 'zzz'; it takes bits, fallback, link, name, per, scheme"
+    ):
+        channel.QuantizedChannel(zzz=1)
+
+
+# ---------------------------------------------------------------------- the checks
+
+
+@pytest.mark.parametrize(
+    ("limits", "allowed"),
+    [
+        ({}, "a finite number"),
+        ({"infinite": True}, "a number"),
+        ({"minimum": 0}, "a finite number of at least 0"),
+        ({"minimum": 0, "infinite": True}, "a number of at least 0"),
+        ({"above": 0}, "a finite number above 0"),
+        ({"maximum": 2.5}, "a finite number of at most 2.5"),
+        ({"below": 2.5}, "a finite number below 2.5"),
+        ({"minimum": 0, "maximum": 1}, "a number in [0, 1]"),
+        ({"above": 0, "below": 1}, "a number in (0, 1)"),
+        ({"minimum": 0, "below": 1}, "a number in [0, 1)"),
+    ],
+)
+def test_the_sentence_says_the_limits(limits, allowed):
+    with pytest.raises(ValueError, match="`rate`") as caught:
+        arguments.number("rate", "x", **limits, hint="Say how fast.")
+    assert str(caught.value) == f"`rate` must be {allowed}, got 'x'. Say how fast."
+
+
+def test_limits_themselves():
+    assert arguments.number("rate", 0, minimum=0, below=1) == 0.0
+    assert arguments.number("rate", 1, above=0, maximum=1) == 1.0
+    assert arguments.number("rate", inf, minimum=0, infinite=True) == inf
+    for value in (0, 1):
+        with pytest.raises(ValueError, match=f"`rate` must be a number in .0, 1., got {value}."):
+            arguments.number("rate", value, above=0, below=1)
+    with pytest.raises(ValueError, match="got -inf"):
+        arguments.number("rate", -inf)
+    with pytest.raises(ValueError, match="`rate` must be a finite number, got 1000"):
+        arguments.number("rate", 10**400)
+
+
+def test_a_value_too_long_to_show_is_cut():
+    with pytest.raises(ValueError, match="`count`") as caught:
+        arguments.integer("count", "x" * 1000, minimum=1)
+    assert len(str(caught.value)) < 200
+    assert str(caught.value).endswith("xxx ....")
+
+
+def test_numbers_are_a_copy():
+    given = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    kept = arguments.numbers("rates", given, allowed="numbers")
+    given.zero_()
+    assert kept.tolist() == [0.25, 0.5]
+    for value in (np.array([True]), torch.tensor([1j]), [[1.0]], [1.0, "x"], "12", None, 0.5, [inf]):
+        with pytest.raises(ValueError, match="`rates` must be numbers, got"):
+            arguments.numbers("rates", value, allowed="numbers")
