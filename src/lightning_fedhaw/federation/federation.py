@@ -24,6 +24,7 @@ from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, Unifo
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
 from lightning_fedhaw.federation.full_gradient import FullGradient
+from lightning_fedhaw.federation.memory_advice import memory_advice
 from lightning_fedhaw.federation.placement import Placement
 from lightning_fedhaw.federation.records import (
     Aggregation,
@@ -473,19 +474,9 @@ class Federation:
         return Report(plan.round, plan.clients, metrics, logged, aggregation.weights)
 
     def _memory_advice(self) -> str:
-        """Say what a user can do where memory has run out, as far as it is not done yet."""
-        rule = self.rule.innermost
-        options = self.options
-        advice = ["give the clients a smaller `batch_size`"]
-        if self.host.device != HOST:
-            if self.data.device == self.host.device:
-                advice.append('keep the training data in host memory by `data_device="cpu"`')
-            is_summable = self.rule.raw_weight is not None and options.storage != "device"
-            if not is_summable and not self.transport.is_summed and options.storage != "host":
-                advice.append('keep the clients\' vectors in host memory by `storage="host"`')
-            if getattr(rule, "memory", None) == "device":
-                advice.append(f'keep those of the last round there by `{type(rule).__name__}(memory="host")`')
-        return f"Memory has run out. To need less: {'; '.join(advice)}."
+        """Say what a user can do where memory has run out."""
+        is_summed = self.transport.is_summed
+        return memory_advice(self.host.device, self.data, self.rule, self.options, is_summed=is_summed)
 
     # ------------------------------------------------------------------ the end of a run, and checkpoints
 
