@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.adapter.attach import attach
 from lightning_fedhaw.keys import KeyedCallback
-from lightning_fedhaw.options import FederationOptions, check_names
+from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.rule import Rule
 
 
@@ -40,7 +40,8 @@ class AggregationRule(Rule, KeyedCallback):
 
     def __init__(self, **federation: Any) -> None:
         super().__init__()
-        check_names(type(self).__name__, federation, [f.name for f in fields(FederationOptions)])
+        known = [*arguments.constructor_names(type(self)), *arguments.constructor_names(FederationOptions)]
+        arguments.check_names(type(self).__name__, federation, known)
         self.options = FederationOptions(**federation)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

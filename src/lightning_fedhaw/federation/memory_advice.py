@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.rule import Rule
 from lightning_fedhaw.vectors.memory import HOST
 
 
 def memory_advice(
-    device: torch.device, data: ClientData, rule: AggregationRule, options: FederationOptions, *, is_summed: bool
+    device: torch.device, data: ClientData, rule: Rule, options: FederationOptions, *, is_summed: bool
 ) -> str:
     """Say what would need less memory, as far as it is not done yet.
 
