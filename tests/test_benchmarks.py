@@ -223,14 +223,17 @@ def test_every_rule_is_checked(harness, tmp_path):
     assert titles == [f"{name}: resumed from straight" for name in sorted(rules)]
 
 
-def test_a_group_that_was_stopped_is_a_failure_and_the_rest_was_not_run(harness, tmp_path):
+@pytest.mark.parametrize(
+    ("ending", "verdict"), [("not finished after 60 s", "not finished"), ("died: Segmentation fault", "FAIL")]
+)
+def test_a_group_that_was_stopped_is_told_from_one_that_failed(harness, tmp_path, ending, verdict):
     table = harness("gpu_checks").Table({"a": ["one", "two", "three"]}, "head", [tmp_path])
     table.add(["one", "0", "0", "pass", "1.0"])
-    table.close(["one", "two", "three"], "not finished after 60 s")
-    assert table.verdicts == ["pass", "**FAIL**", "not run"]
+    table.close(["one", "two", "three"], ending)
+    assert table.verdicts == ["pass", f"**{verdict}**", "not run"]
     text = (tmp_path / "gpu_checks.md").read_text()
-    assert "1 FAIL, 1 not run, 1 pass." in text
-    assert "| two | not finished after 60 s |  | **FAIL** |  |" in text
+    assert f"1 {verdict}, 1 not run, 1 pass." in text
+    assert f"| two | {ending} |  | **{verdict}** |  |" in text
 
 
 def test_published_rows_extrapolate_and_are_held_against_their_aims(harness):
