@@ -177,7 +177,7 @@ def test_low_precision_models_resume_the_servers_float32_vector():
         ({"num_clients": 5}, "`num_clients` was 4 there and is 5 here"),
         (
             {"make_rule": FedAvgCallback},
-            r"the rule was 'FedHAWCallback\(normalise_by=norms, lr_lambda>0, hyper_optimizer=Adam\)' there and is"
+            r"the rule was 'FedHAWCallback\(normalize_by=norms, lr_lambda>0, hyper_optimizer=Adam\)' there and is"
             " 'FedAvgCallback' here",
         ),
         ({"seed": 9}, "the split of the training data"),
@@ -197,7 +197,7 @@ def test_a_checkpoint_of_another_federation_is_refused(kwargs, said):
 @pytest.mark.parametrize(
     ("before", "now"),
     [
-        (FedHAWCallback, partial(FedHAWCallback, normalise_by="lr")),
+        (FedHAWCallback, partial(FedHAWCallback, normalize_by="lr")),
         (partial(FedHAWCallback, lr_lambda=0.0), FedHAWCallback),
         (partial(FedAdamCallback, lr=0.1), partial(FedAdamCallback, lr=0.01)),
         (partial(FedAvgMCallback, momentum=0.9), partial(FedAvgMCallback, momentum=0.5)),
