@@ -156,8 +156,12 @@ class Chunk:
 
     def train(self) -> None:
         """Train to the end."""
-        for call in self._calls():
-            self._make(call)
+        try:
+            for call in self._calls():
+                self._make(call)
+        finally:
+            # Otherwise chunk and step know each other, and what they hold waits for a garbage collection.
+            self.step.guard.generators = tuple
         layout = self.engine.layout
         self.displacements = torch.empty_like(self.start, memory_format=torch.contiguous_format)
         torch._foreach_copy_(list(layout.views(self.displacements).values()), self.stacks)
