@@ -176,6 +176,49 @@ def count_or_share(name: str, value: object) -> int | float:
     raise invalid(name, "a whole number of at least 1, or as a float a share of all clients in (0, 1]", value)
 
 
+def integers(name: str, values: object, *, minimum: int | None = None, allowed: str, hint: str = "") -> list[int]:
+    """Check a list of whole numbers.
+
+    Args:
+        name: The argument.
+        values: Its value: a list or another iterable, an array or a tensor.
+        minimum: The least that is allowed; anything if None.
+        allowed: What it must be, in words.
+        hint: A sentence to add to the message.
+
+    Raises:
+        ValueError: If it is no list, or one of its entries is no such number.
+
+    Example:
+        >>> integers("clients", np.array([3, 1]), minimum=0, allowed="client numbers")
+        [3, 1]
+    """
+    if isinstance(values, (str, bytes)):
+        raise invalid(name, allowed, values, hint)
+    try:
+        listed = plain_list(values)
+    except TypeError:  # not iterable
+        raise invalid(name, allowed, values, hint) from None
+    checked = []
+    for value in listed:
+        plain = plain_number(value)
+        if not isinstance(plain, int) or (minimum is not None and plain < minimum):
+            raise invalid(name, allowed, values, hint)
+        checked.append(plain)
+    return checked
+
+
+def plain_list(values: Any) -> list[Any]:
+    """Convert an array, a tensor, a column or another iterable to a list; of arrays and tensors, of plain values.
+
+    Raises:
+        TypeError: If it is nothing of the kind.
+    """
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    return list(values)
+
+
 def bounds_around_one(name: str, value: object) -> tuple[float, float]:
     """Check the smallest and the largest value of a factor: two positive numbers with 1 between them.
 
@@ -301,7 +344,8 @@ def instance(name: str, value: Value, kind: type, *, example: str) -> Value:
     """
     if isinstance(value, kind):
         return value
-    raise TypeError(_sentence(name, f"an instance of `{kind.__name__}`, such as `{example}`", value))
+    allowed = f"an instance of `{kind.__name__}`, such as `{example}`"
+    raise TypeError(_sentence(name, allowed, value, _call_hint(value)))
 
 
 def provider(name: str, value: Value, attribute: str, *, kind: str, example: str) -> Value:
@@ -312,7 +356,12 @@ def provider(name: str, value: Value, attribute: str, *, kind: str, example: str
     """
     if hasattr(value, attribute) and not isinstance(value, type):
         return value
-    raise TypeError(_sentence(name, f"an instance of `{kind}`, such as `{example}`", value))
+    raise TypeError(_sentence(name, f"an instance of `{kind}`, such as `{example}`", value, _call_hint(value)))
+
+
+def _call_hint(value: object) -> str:
+    """Say what is missing where a class was given in the place of an object."""
+    return f"Write `{value.__name__}(...)`." if isinstance(value, type) else ""
 
 
 def optional(
