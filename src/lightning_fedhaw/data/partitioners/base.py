@@ -6,6 +6,7 @@ Shapes: K clients.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.data.partitioners.partition import Integers, Partition
+from lightning_fedhaw.options import described
 
 
 class Partitioner(ABC):
@@ -75,7 +77,13 @@ class Partitioner(ABC):
             )
         partition = self.split(clients, self._checked_labels(labels, num_samples), seed)
         _check_partition(partition, clients, num_samples, type(self).__name__)
-        return partition
+        return replace(partition, scheme=self.description)
+
+    @property
+    def description(self) -> str:
+        """The scheme and its settings in one line."""
+        inner = {name: value.description for name, value in vars(self).items() if isinstance(value, Partitioner)}
+        return described(self, **inner)
 
     def _resolved_clients(self, num_clients: int | None) -> int:
         """Find K from what the caller asks for and what the scheme dictates."""

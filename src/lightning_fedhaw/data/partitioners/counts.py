@@ -143,10 +143,11 @@ def redraw(
         if smallest >= least:
             return counts
     if on_infeasible == "raise":
+        helps = ["fewer clients (`num_clients`)", *remedies]
         raise ValueError(
             f"{scheme} leaves clients with too few samples: in {max_tries} tries no draw gave each of {len(counts)}"
             f" clients at least {least} (`min_size`) of the {int(counts.sum())} samples; in the last one a client got"
-            f" {smallest}. Use fewer clients (`num_clients`), {', or '.join(remedies)}."
+            f" {smallest}. What helps: {', '.join(helps[:-1])}, or {helps[-1]}."
         )
     warnings.warn(
         f"No draw in {max_tries} tries gave all {len(counts)} clients `min_size`={least} samples; samples were moved"

@@ -80,10 +80,12 @@ class IndexPartitioner(Partitioner):
     """
 
     def __init__(self, indices: Iterable[Iterable[int]]) -> None:
-        if isinstance(indices, (str, bytes)) or not isinstance(indices, Iterable):
-            raise arguments.invalid("indices", "one list of sample indices per client", indices)
+        try:
+            per_client = arguments.plain_list(indices)
+        except TypeError:  # not iterable
+            raise arguments.invalid("indices", "one list of sample indices per client", indices) from None
         chosen = []
-        for client, samples in enumerate(indices):
+        for client, samples in enumerate(per_client):
             checked = arguments.integers(
                 "indices",
                 samples,
