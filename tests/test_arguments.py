@@ -4,9 +4,11 @@ The walk goes by the annotations. Whoever adds an argument says here what it is 
 little, or why anything will do.
 """
 
+import copy
 import inspect
+import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf, nan
 from types import UnionType
@@ -461,3 +463,47 @@ def test_numbers_are_a_copy():
     for value in (np.array([True]), torch.tensor([1j]), [[1.0]], [1.0, "x"], "12", None, 0.5, [inf]):
         with pytest.raises(ValueError, match="`rates` must be numbers, got"):
             arguments.numbers("rates", value, allowed="numbers")
+
+
+# ---------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: objectives.FedProx(m=1), "`FedProx` .* 'm'; did you mean `mu`"),
+        (lambda: objectives.FedProx(zzz=1), "`FedProx` .* 'zzz'; it takes mu, name"),
+        (lambda: FederatedDataModule(DATA, num_clinets=3), "`FederatedDataModule` .*; did you mean `num_clients`"),
+        (lambda: data.DirichletPartitioner(alfa=0.1), "`DirichletPartitioner` .*; did you mean `alpha`"),
+        (lambda: data.UniformSampler(clients_per_rund=2), "`UniformSampler` .*; did you mean `clients_per_round`"),
+        (lambda: channel.QuantizedChannel(bit=8), "`QuantizedChannel` .*; did you mean `bits`"),
+    ],
+)
+def test_an_unknown_argument_is_told_with_the_nearest(make, said):
+    with pytest.raises(TypeError, match=said):
+        make()
+
+
+def test_the_check_of_names_is_not_seen_elsewhere():
+    class Mine(objectives.FedProx):
+        """Takes what its parent takes."""
+
+    class Open(objectives.FedProx):
+        def __init__(self, **more):
+            super().__init__()
+            self.more = more
+
+    class Bare(data.IIDPartitioner):
+        __init__ = object.__init__
+
+    expected = ["mu", "name"]
+    assert list(inspect.signature(objectives.FedProx).parameters) == expected
+    assert list(inspect.signature(Mine).parameters) == expected
+    assert list(inspect.signature(data.ShardPartitioner).parameters) == ["shards_per_client", "shard_size"]
+    assert Open(anything=1).more == {"anything": 1}
+    with pytest.raises(TypeError):
+        Bare(3)
+    for made in (data.DirichletPartitioner(0.5), data.UniformSampler(2)):
+        assert pickle.loads(pickle.dumps(made)) == copy.deepcopy(made) == made
+        assert replace(made) == made
+    assert pickle.loads(pickle.dumps(objectives.FedProx(mu=0.5))).mu == 0.5

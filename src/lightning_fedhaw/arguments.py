@@ -23,6 +23,7 @@ from torch import Tensor
 Value = TypeVar("Value")
 Checked = TypeVar("Checked")
 Limits = ParamSpec("Limits")
+Made = TypeVar("Made", bound="NamedArguments")
 
 LONGEST_REPR = 120
 """Characters of a refused value that are shown: it may be a whole data set."""
@@ -403,3 +404,40 @@ def check_names(taker: str, given: Iterable[str], known: Iterable[str]) -> None:
         nearest = get_close_matches(name, names, 1)
         remedy = f"did you mean `{nearest[0]}`?" if nearest else f"it takes {', '.join(names)}."
         raise TypeError(f"`{taker}` got an unexpected keyword argument '{name}'; {remedy}")
+
+
+class _ConstructorSignature:
+    """The signature of a class whose ``__new__`` takes anything: that of its ``__init__``."""
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        if instance is not None:
+            raise AttributeError("__signature__")
+        full = inspect.signature(owner.__init__)  # type: ignore[misc]  # of whatever class it is
+        return full.replace(parameters=list(full.parameters.values())[1:])  # all but `self`
+
+
+class NamedArguments:
+    """A class whose constructor tells an unknown keyword argument with the nearest of its own.
+
+    A constructor with ``**kwargs`` of its own is left alone: only its author knows what they may be.
+
+    Example:
+        >>> class Meter(NamedArguments):
+        ...     def __init__(self, unit: str) -> None: ...
+        >>> Meter(unt="m")
+        Traceback (most recent call last):
+        TypeError: `Meter` got an unexpected keyword argument 'unt'; did you mean `unit`?
+        >>> str(inspect.signature(Meter))
+        "(unit: 'str') -> 'None'"
+    """
+
+    __signature__ = _ConstructorSignature()
+
+    def __new__(cls: type[Made], *args: Any, **kwargs: Any) -> Made:
+        """Check the names before Python does."""
+        if cls.__init__ is object.__init__:
+            return super().__new__(cls, *args, **kwargs)  # which refuses all arguments
+        parameters = inspect.signature(cls.__init__).parameters.values() if kwargs else ()
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            check_names(cls.__name__, kwargs, [p.name for p in list(parameters)[1:]])
+        return super().__new__(cls)

@@ -18,7 +18,7 @@ from lightning_fedhaw.data.partitioners.partition import Integers, Partition
 from lightning_fedhaw.options import described
 
 
-class Partitioner(ABC):
+class Partitioner(arguments.NamedArguments, ABC):
     """A scheme that splits the samples of one data set over clients.
 
     A subclass writes :meth:`split`. Callers use :meth:`partition`, which checks what goes in and what comes out.
