@@ -34,11 +34,11 @@ from lightning_fedhaw.data import StanfordDogs, cache_features
 from lightning_fedhaw.plotting import History, draw_comparison
 
 RULES: dict[str, Callable[[], fed.AggregationRule]] = {
-    "fedhaw-paper": lambda: fed.FedHAWCallback(lr_gamma=1e-7, lr_lambda=1e-5, normalise_by="lr"),
+    "fedhaw-paper": lambda: fed.FedHAWCallback(lr_gamma=1e-7, lr_lambda=1e-5, normalize_by="lr"),
     "fedhaw": fed.FedHAWCallback,
     "fedavg": fed.FedAvgCallback,
     "fedadam": fed.FedAdamCallback,
-    "fedhyper": lambda: fed.FedHyperCallback("G", normalise_by="norms", hyper_lr=0.1),
+    "fedhyper": lambda: fed.FedHyperCallback("G", normalize_by="norms", hyper_lr=0.1),
     "fedlws": fed.FedLWSCallback,
 }
 LOGGERS: dict[str, Callable[[Path], Logger | bool]] = {

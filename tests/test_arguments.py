@@ -33,29 +33,29 @@ NEEDS: dict[str, dict[str, Any]] = {
     "BitFlipChannel": {"rate": 0.1},
     "DirichletPartitioner": {"alpha": 0.5},
     "DirichletPartitioner.sizes": {"kind": "client"},
-    "DeadlineChannel": {"deadline": 2.0, "seconds_per_sample": 0.5},
+    "StragglerChannel": {"deadline": 2.0, "seconds_per_sample": 0.5},
     "ErasureChannel": {"probability": 0.1},
     "ErasureChannel.max_probability": {"probability": None},
     "ErasureChannel.legacy_seed": {"probability": None, "max_probability": 0.5},
     "ErasureChannel.burst": {"probability": None},
     "FadingChannel": {"snr_db": 3.0},
     "FadingChannel.truncation": {"inversion": True},
-    "FedHAWCallback.gamma_for_lambda": {"normalise_by": "lr"},
-    "FedHAWCallback.learning_rate": {"normalise_by": "lr"},
-    "FedHAWCallback.pseudo_gradient": {"normalise_by": "lr"},
+    "FedHAWCallback.gamma_for_lambda": {"normalize_by": "lr"},
+    "FedHAWCallback.learning_rate": {"normalize_by": "lr"},
+    "FedHAWCallback.pseudo_gradient": {"normalize_by": "lr"},
     "FederatedDataModule": {"train": DATA},
     "FederatedTrainer": {"rounds": 1, **QUIET},
     "FederatedTrainer.checkpoint_every_n_rounds": {"enable_checkpointing": True},
     "FixedSequenceSampler": {"cohorts": [[0]]},
     "GilbertElliott": {"enter": 0.1, "leave": 0.5},
     "IndexPartitioner": {"indices": [[0]]},
-    "KeyPartitioner": {"keys": ["a"]},
-    "LabelSwap": {"base": data.IIDPartitioner(), "fraction": 0.5},
+    "NaturalIdPartitioner": {"keys": ["a"]},
+    "LabelSwapPartitioner": {"base": data.IIDPartitioner(), "fraction": 0.5},
     "LongTailPartitioner": {"rho": 2.0, "base": data.IIDPartitioner()},
     "OverTheAirChannel": {"snr_db": 3.0},
     "PacketLossChannel": {"probability": 0.1},
-    "PrivacyChannel": {"clip": 1.0, "noise_multiplier": 0.5},
-    "SparsifiedChannel": {"fraction": 0.5},
+    "DifferentialPrivacyChannel": {"clip": 1.0, "noise_multiplier": 0.5},
+    "SparsificationChannel": {"fraction": 0.5},
     "StanfordDogs": {"root": "nowhere"},
     "TimmClassifier": {"model_name": "test_vit", "num_classes": 3, "model_kwargs": {"img_size": 32}},
     "TimmClassifier.lora_alpha": {"trainable": "head", "lora_rank": 1},
@@ -106,7 +106,7 @@ WRONG: dict[str, Any] = {
     "hyper_optimizer": "adam",
     "indices": [[0.5]],
     "keys": "abc",
-    "LabelSwap.labels": (1, 1),
+    "LabelSwapPartitioner.labels": (1, 1),
     "lora_targets": "qkv",
     "lr_scheduler": 3,
     "logits": 3,
@@ -142,7 +142,7 @@ ANYTHING = {
 
 # What the package makes and users read: no user writes these calls.
 RECORDS = {"Arrivals", "Batch", "ClientData", "ClientUpdate", "ClientVectors", "Cohort", "Filled", "LoaderSettings"}
-RECORDS |= {"ParameterLayout", "Parcel", "Partition", "RuleStep", "Scene", "Server"}
+RECORDS |= {"ParameterLayout", "Parcel", "Partition", "RuleOutput", "Scene", "Server"}
 
 # Reads files when it is made: only what it refuses before that is looked at.
 NEEDS_FILES = {"StanfordDogs"}
@@ -380,14 +380,14 @@ def test_an_unknown_argument_of_a_channel_is_told_with_the_nearest_of_its_own():
     with pytest.raises(TypeError, match="`BitFlipChannel` .* 'lnk'; did you mean `link`?"):
         channel.BitFlipChannel(0.1, lnk="uplink")
     with pytest.raises(
-        TypeError, match="`QuantizedChannel` .* 'zzz'; it takes bits, fallback, link, name, per, scheme"
+        TypeError, match="`QuantizationChannel` .* 'zzz'; it takes bits, fallback, link, name, per, scheme"
     ):
-        channel.QuantizedChannel(zzz=1)
+        channel.QuantizationChannel(zzz=1)
 
 
 def test_lists_of_whole_numbers_take_those_of_numpy_and_torch():
     for given in ([np.int64(1), torch.tensor(2)], np.array([1, 2]), torch.tensor([1, 2])):
-        swap = data.LabelSwap(data.IIDPartitioner(), 0.5, given)
+        swap = data.LabelSwapPartitioner(data.IIDPartitioner(), 0.5, given)
         assert swap.labels == (1, 2)
         assert {type(label) for label in swap.labels} == {int}
         fixed = data.IndexPartitioner([given, [np.uint8(0)]])
@@ -395,7 +395,7 @@ def test_lists_of_whole_numbers_take_those_of_numpy_and_torch():
         assert data.DirichletPartitioner(1.0, "client", sizes=given).sizes == (1, 2)
     for wrong in ([1, True], [1, 2.0], "12", 3, [1, None]):
         with pytest.raises(ValueError, match="`labels` must be two different whole numbers, such as .1, 7., got"):
-            data.LabelSwap(data.IIDPartitioner(), 0.5, wrong)
+            data.LabelSwapPartitioner(data.IIDPartitioner(), 0.5, wrong)
         with pytest.raises(ValueError, match="`indices` must be lists of whole numbers, .* list of client 1"):
             data.IndexPartitioner([[0], wrong])
 
@@ -408,7 +408,7 @@ def test_a_class_in_the_place_of_an_object_is_told_to_be_called(make):
     ):
         make(**given, partitioner=data.DirichletPartitioner)
     with pytest.raises(TypeError, match=r"`base` must be .*, got the class IIDPartitioner\. Write `IIDPartitioner\("):
-        data.LabelSwap(data.IIDPartitioner, 0.5)
+        data.LabelSwapPartitioner(data.IIDPartitioner, 0.5)
 
 
 # ---------------------------------------------------------------------- the checks
@@ -476,7 +476,7 @@ def test_numbers_are_a_copy():
         (lambda: FederatedDataModule(DATA, num_clinets=3), "`FederatedDataModule` .*; did you mean `num_clients`"),
         (lambda: data.DirichletPartitioner(alfa=0.1), "`DirichletPartitioner` .*; did you mean `alpha`"),
         (lambda: data.UniformSampler(clients_per_rund=2), "`UniformSampler` .*; did you mean `clients_per_round`"),
-        (lambda: channel.QuantizedChannel(bit=8), "`QuantizedChannel` .*; did you mean `bits`"),
+        (lambda: channel.QuantizationChannel(bit=8), "`QuantizationChannel` .*; did you mean `bits`"),
     ],
 )
 def test_an_unknown_argument_is_told_with_the_nearest(make, said):

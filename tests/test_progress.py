@@ -32,8 +32,8 @@ def test_the_bar_says_who_trains_at_the_moment(options, said, monkeypatch):
             return bar
 
     class Halved(Callback):
-        def on_round_start(self, trainer, pl_module, round_, clients):
-            if round_ == 1 and options["engine"] == "vectorized":
+        def on_round_start(self, trainer, pl_module, round_idx, clients):
+            if round_idx == 1 and options["engine"] == "vectorized":
                 trainer.fit_loop.federation.engine.chunk = 2
 
     runner = trainer(rounds=2, num_clients=3, enable_progress_bar=True, callbacks=[Halved(), Bar()], **options)

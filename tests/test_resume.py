@@ -23,7 +23,7 @@ from lightning_fedhaw import (
     FedOptCallback,
     IIDPartitioner,
 )
-from lightning_fedhaw.data import KeyPartitioner, LongTailPartitioner
+from lightning_fedhaw.data import LongTailPartitioner, NaturalIdPartitioner
 
 ROUNDS = 5
 
@@ -180,7 +180,7 @@ def test_low_precision_models_resume_the_servers_float32_vector():
         ({"num_clients": 5}, "`num_clients` was 4 there and is 5 here"),
         (
             {"make_rule": FedAvgCallback},
-            r"the rule was 'FedHAWCallback\(normalise_by=norms, lr_lambda>0, hyper_optimizer=Adam\)' there and is"
+            r"the rule was 'FedHAWCallback\(normalize_by=norms, lr_lambda>0, hyper_optimizer=Adam\)' there and is"
             " 'FedAvgCallback' here",
         ),
         ({"seed": 9}, r"`seed` \(or that of `seed_everything`\) was \d+ there and is 9 here\. Resume"),
@@ -216,9 +216,9 @@ def test_a_checkpoint_of_another_federation_is_refused(kwargs, said):
             r"`seed` .* was 1 there and is 2 here; the split was DirichletPartitioner.* is IIDPartitioner\(\) here\.",
         ),
         (
-            {"partitioner": KeyPartitioner([n % 3 for n in range(120)])},
-            {"partitioner": KeyPartitioner([n // 40 for n in range(120)])},
-            r"the split, KeyPartitioner\(\) here and there, gives clients other samples: the training data, its labels",
+            {"partitioner": NaturalIdPartitioner([n % 3 for n in range(120)])},
+            {"partitioner": NaturalIdPartitioner([n // 40 for n in range(120)])},
+            r"the split, NaturalIdPartitioner\(\) here and there, gives clients other samples: the training data, its labels",
         ),
     ],
     ids=["alpha", "base", "several", "keys"],
@@ -235,7 +235,7 @@ def test_what_changed_of_the_split_is_named(before, now, said):
 @pytest.mark.parametrize(
     ("before", "now"),
     [
-        (FedHAWCallback, partial(FedHAWCallback, normalise_by="lr")),
+        (FedHAWCallback, partial(FedHAWCallback, normalize_by="lr")),
         (partial(FedHAWCallback, lr_lambda=0.0), FedHAWCallback),
         (partial(FedAdamCallback, lr=0.1), partial(FedAdamCallback, lr=0.01)),
         (partial(FedAvgMCallback, momentum=0.9), partial(FedAvgMCallback, momentum=0.5)),

@@ -35,7 +35,7 @@ class Server:
 
 def ours(start: Tensor, stacks: list[Tensor], rounds: int, clock: Clock) -> Tensor:
     clients, parameters = stacks[0].shape
-    rule, server = FedHAWCallback(LR_GAMMA, LR_LAMBDA, normalise_by="lr"), Server(parameters)
+    rule, server = FedHAWCallback(LR_GAMMA, LR_LAMBDA, normalize_by="lr"), Server(parameters)
     ones, everyone = torch.ones(clients, dtype=torch.int64), torch.arange(clients)
     state = rule.init(start, ones)
     for t in range(rounds):

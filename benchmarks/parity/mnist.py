@@ -41,6 +41,7 @@ from lightning_fedhaw import (
     ErasureChannel,
     FedAdpCallback,
     FedAvgCallback,
+    FederatedCallback,
     FederatedDataModule,
     FederatedTrainer,
     FedHAWCallback,
@@ -49,7 +50,6 @@ from lightning_fedhaw import (
     FedLWSCallback,
     FedProx,
     IndexPartitioner,
-    RoundObserver,
 )
 
 LEARNING_RATE = 1e-3
@@ -68,16 +68,16 @@ VARIANTS: dict[str, Callable[[], AggregationRule]] = {
     "fedlaw": lambda: FedLAWCallback(
         server_epochs=100, batch_size=BATCH_SIZE, lr=0.01, optimizer=torch.optim.SGD, scheduler=None
     ),
-    "diagonal": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalise_by="lr"),
-    "exact": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalise_by="lr", jacobian="exact"),
+    "diagonal": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalize_by="lr"),
+    "exact": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalize_by="lr", jacobian="exact"),
     "default": FedHAWCallback,
-    "slow": lambda: FedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-2, normalise_by="lr"),
+    "slow": lambda: FedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-2, normalize_by="lr"),
     "fedprox": lambda: FedAvgCallback(weighting="batches"),
-    "fedprox_haw": lambda: FedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-2, normalise_by="lr"),
+    "fedprox_haw": lambda: FedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-2, normalize_by="lr"),
     "fedprox_default": FedHAWCallback,
-    "scale_only": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=0.0, normalise_by="lr"),
-    "diagonal_weights": lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=1e-2, normalise_by="lr"),
-    "exact_weights": lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=1e-2, normalise_by="lr", jacobian="exact"),
+    "scale_only": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=0.0, normalize_by="lr"),
+    "diagonal_weights": lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=1e-2, normalize_by="lr"),
+    "exact_weights": lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=1e-2, normalize_by="lr", jacobian="exact"),
 }
 PROXIMAL = {"fedprox", "fedprox_haw", "fedprox_default"}
 MAIN_VARIANTS = ["fedavg", "fedadp", "fedlws", "fedhyper", "fedlaw", "diagonal", "exact", "default"]
@@ -99,7 +99,7 @@ LABELS = {
     "diagonal_weights": "FedHAW, diagonal, weights alone",
     "exact_weights": "FedHAW, exact, weights alone",
 }
-# Okabe and Ito's colours, told apart with any colour vision; line styles tell them apart in grey.
+# Okabe and Ito's colors, told apart with any color vision; line styles tell them apart in gray.
 STYLES = {
     "fedavg": ("#000000", "--"),
     "diagonal": ("#0072B2", "-"),
@@ -165,7 +165,7 @@ class MLP(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-class Recorder(RoundObserver):
+class Recorder(FederatedCallback):
     """Collects a :class:`Round` after every validation."""
 
     def __init__(self, name: str) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_fedhaw import ClientVectors, Cohort, FedAvgCallback, FedHAWCallback, ParameterLayout, RuleStep, Server
+from lightning_fedhaw import ClientVectors, Cohort, FedAvgCallback, FedHAWCallback, ParameterLayout, RuleOutput, Server
 from lightning_fedhaw.aggregation.fedhaw import LOGIT_FLOOR, gamma_hypergradient, lambda_hypergradient
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
 
@@ -58,14 +58,14 @@ def make_cohort(
     sizes: Any = None,
     steps: Any = None,
     rates: tuple[float, ...] = (MU, MU),
-    round_: int = 1,
+    round_idx: int = 1,
     dtype: torch.dtype = torch.float64,
 ) -> Cohort:
     """The cohort in which client k's model is ``models[k]``."""
     models, start = tensor(models), tensor(start)
     many = len(models)
     return Cohort(
-        round=round_,
+        round=round_idx,
         clients=torch.arange(many) if clients is None else torch.as_tensor(clients),
         num_examples=torch.ones(many, dtype=torch.int64) if sizes is None else torch.as_tensor(sizes),
         num_steps=torch.ones(many, dtype=torch.int64) if steps is None else torch.as_tensor(steps),
@@ -77,17 +77,17 @@ def make_cohort(
 
 
 def make_rule(**kwargs: Any) -> FedHAWCallback:
-    return FedHAWCallback(**{"lr_gamma": LR_GAMMA, "lr_lambda": LR_LAMBDA, "normalise_by": "lr", **kwargs})
+    return FedHAWCallback(**{"lr_gamma": LR_GAMMA, "lr_lambda": LR_LAMBDA, "normalize_by": "lr", **kwargs})
 
 
-def first_step(rule: FedHAWCallback, *, gamma: float = 0.0, before: Any = BEFORE, sizes: Any = SIZES) -> RuleStep:
+def first_step(rule: FedHAWCallback, *, gamma: float = 0.0, before: Any = BEFORE, sizes: Any = SIZES) -> RuleOutput:
     """The round that comes before the first hyper step, with a log-scale of our choice."""
     start = torch.linspace(-1, 2, len(before[0]), dtype=torch.float64)
     state = rule.init(start, torch.as_tensor(sizes)) | {"gamma": tensor(gamma)}
-    return rule.step(make_cohort(before, start, round_=0), state, make_server(len(start)))
+    return rule.step(make_cohort(before, start, round_idx=0), state, make_server(len(start)))
 
 
-def two_steps(rule: FedHAWCallback, *, gamma: float = 0.0, now: Any = NOW, **kwargs: Any) -> RuleStep:
+def two_steps(rule: FedHAWCallback, *, gamma: float = 0.0, now: Any = NOW, **kwargs: Any) -> RuleOutput:
     """The first hyper step of the hand-worked cases."""
     first = first_step(rule, gamma=gamma)
     return rule.step(make_cohort(now, first.parameters, **kwargs), first.state, make_server())
@@ -105,7 +105,7 @@ def random_problem(seed: int, many: int = 4, numel: int = 5) -> tuple[Tensor, Te
     return common + 0.3 * draws[:many], common + 0.3 * draws[many:-1], sizes
 
 
-def play(rule: FedHAWCallback, before: Tensor, now: Tensor, sizes: Tensor) -> RuleStep:
+def play(rule: FedHAWCallback, before: Tensor, now: Tensor, sizes: Tensor) -> RuleOutput:
     first = first_step(rule, before=before, sizes=sizes, gamma=0.05)
     return rule.step(make_cohort(now, first.parameters), first.state, make_server(before.shape[1]))
 
@@ -195,7 +195,7 @@ def test_partial_participation():
     rule = make_rule(jacobian="exact")
     start, server = torch.zeros(2, dtype=torch.float64), make_server()
     state = rule.init(start, torch.tensor([2, 3, 5])) | {"gamma": tensor(0.05)}
-    first = rule.step(make_cohort(BEFORE, start, clients=[0, 1], round_=0), state, server)
+    first = rule.step(make_cohort(BEFORE, start, clients=[0, 1], round_idx=0), state, server)
     close(first.weights, (0.4, 0.6))
     close(first.parameters, (2.31279641, 0.21025422))
 
@@ -240,14 +240,14 @@ def test_a_learning_rate_per_parameter():
 
 def test_steps_are_divided_out_client_by_client():
     """With 2 and 5 steps, r = 0.25 (0.5, -0.75) / 0.2 + 0.75 (-0.3, 0.35) / 0.5 = (0.175, -0.4125)."""
-    step = two_steps(make_rule(jacobian="exact", normalise_by="lr*steps"), steps=[2, 5])
+    step = two_steps(make_rule(jacobian="exact", normalize_by="lr*steps"), steps=[2, 5])
     close(step.state["gamma"], -0.01 * 0.540625)
     gradient = (tensor([0.25, 0.75]).log() - step.state["lambda_"]) / LR_LAMBDA
     close(gradient, (-0.29765625, 0.29765625))
 
 
 def test_a_client_of_no_steps_counts_as_one():
-    rule = make_rule(normalise_by="lr*steps")
+    rule = make_rule(normalize_by="lr*steps")
     none, one = (two_steps(rule, now=[[2.5, -0.25], [2.8, -0.6]], steps=[n, 5]) for n in (0, 1))
     assert torch.equal(none.parameters, one.parameters)
 
@@ -451,7 +451,7 @@ def test_a_running_sum_is_not_enough():
         ({"jacobian": "full"}, ValueError, "`jacobian` must be one of 'diagonal', 'exact', got 'full'"),
         ({"gamma_for_lambda": "newest"}, ValueError, "`gamma_for_lambda`"),
         ({"pseudo_gradient": "mean"}, ValueError, "`pseudo_gradient`"),
-        ({"normalise_by": "steps"}, ValueError, "`normalise_by`"),
+        ({"normalize_by": "steps"}, ValueError, "`normalize_by`"),
         ({"memory": "disk"}, ValueError, "`memory`"),
         ({"learning_rate": 0.0}, ValueError, "`learning_rate` must be a finite number above 0, got 0.0"),
         ({"scale_bounds": (1.1, 2.0)}, ValueError, "`scale_bounds`"),
@@ -470,14 +470,14 @@ def test_the_constructor_names_what_is_wrong(kwargs, error, names):
 
 
 def test_defaults_follow_the_jacobian():
-    by_lr = partial(FedHAWCallback, normalise_by="lr")
+    by_lr = partial(FedHAWCallback, normalize_by="lr")
     assert by_lr().gamma_for_lambda == "new"
     assert by_lr(jacobian="exact").gamma_for_lambda == "old"
     assert by_lr(jacobian="exact", gamma_for_lambda="new").gamma_for_lambda == "new"
 
 
-def test_defaults_follow_the_normalisation():
-    free, published = FedHAWCallback(), FedHAWCallback(normalise_by="lr")
+def test_defaults_follow_the_normalization():
+    free, published = FedHAWCallback(), FedHAWCallback(normalize_by="lr")
     assert (published.lr_gamma, published.lr_lambda, published.jacobian) == (1e-3, 1e-2, "diagonal")
     assert published.scale_bounds is None
     assert published.needs_learning_rates
@@ -564,13 +564,13 @@ def test_momentum_remembers():
 
 
 def test_momentum_moves_no_absent_client():
-    """A client keeps its logit while it is away, even where the hyper-optimiser's momentum would move it."""
+    """A client keeps its logit while it is away, even where the hyper-optimizer's momentum would move it."""
     rule = make_rule(jacobian="exact", hyper_optimizer=partial(torch.optim.SGD, momentum=0.9))
     start, server = tensor([0.3, -0.7]), make_server()
     state = rule.init(start, torch.tensor([2, 3, 5]))
     logits = []
-    for round_, clients in enumerate([[0, 1], [1, 2], [1, 2], [0, 2]]):
-        step = rule.step(make_cohort(NOW, start, clients=clients, round_=round_), state, server)
+    for round_idx, clients in enumerate([[0, 1], [1, 2], [1, 2], [0, 2]]):
+        step = rule.step(make_cohort(NOW, start, clients=clients, round_idx=round_idx), state, server)
         start, state = step.parameters, step.state
         logits.append(state["lambda_"])
     assert logits[1][0] != logits[0][0]
@@ -634,7 +634,7 @@ def test_weights_are_logged_for_the_cohort_and_logits_for_everyone():
 
 
 @pytest.mark.parametrize("many", [20, 21])
-def test_many_clients_are_summarised(many):
+def test_many_clients_are_summarized(many):
     metrics = first_step(make_rule(), before=draw(0, many, 3), sizes=[4] * many).metrics
     names = {name for name in metrics if "/" in name}
     if many == 20:

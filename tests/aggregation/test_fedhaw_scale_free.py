@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aggregation.test_fedhaw import make_cohort, make_server
-from lightning_fedhaw import FedHAWCallback, RuleStep
+from lightning_fedhaw import FedHAWCallback, RuleOutput
 from lightning_fedhaw.aggregation.fedhaw import next_scale, next_server_step
 
 SIZES = [1, 3]
@@ -23,14 +23,16 @@ THEN = [[1.25, 1.75], [2.25, 1.75]]
 few = settings(max_examples=25, deadline=None)
 
 
-def played(rule: FedHAWCallback, *rounds: Any, start: Any = START, sizes: Any = SIZES, **kwargs: Any) -> list[RuleStep]:
+def played(
+    rule: FedHAWCallback, *rounds: Any, start: Any = START, sizes: Any = SIZES, **kwargs: Any
+) -> list[RuleOutput]:
     """Rounds of a rule, each from the model that the one before made; ``rounds`` are the clients' displacements."""
     w = torch.as_tensor(start, dtype=torch.float64)
     state = rule.init(w, torch.as_tensor(sizes))
     steps = []
     for t, moved in enumerate(rounds):
         models = w + torch.as_tensor(moved, dtype=torch.float64)
-        step = rule.step(make_cohort(models, w, sizes=sizes, round_=t, **kwargs), state, make_server(len(w)))
+        step = rule.step(make_cohort(models, w, sizes=sizes, round_idx=t, **kwargs), state, make_server(len(w)))
         w, state = step.parameters, step.state
         steps.append(step)
     return steps
@@ -136,13 +138,13 @@ def test_a_model_that_is_zero_has_no_growth():
         ({"step_bounds": 20.0}, "`step_bounds`"),
         (
             {"learning_rate": 0.1},
-            "`learning_rate`=0.1 has no meaning with `normalise_by='norms'`: leave it out, or set",
+            "`learning_rate`=0.1 has no meaning with `normalize_by='norms'`: leave it out, or set",
         ),
         ({"pseudo_gradient": "plain"}, "`pseudo_gradient`='plain' has no meaning"),
         ({"gamma_for_lambda": "old"}, "`gamma_for_lambda`='old' has no meaning"),
-        ({"lr_step": 0.3, "normalise_by": "lr"}, "`lr_step`=0.3 has no meaning with `normalise_by='lr'`"),
-        ({"step_bounds": (1, 2), "normalise_by": "lr"}, "`step_bounds`=.* leave it out, or set `normalise_by='norms'`"),
-        ({"normalise_by": "cosine"}, "`normalise_by`"),
+        ({"lr_step": 0.3, "normalize_by": "lr"}, "`lr_step`=0.3 has no meaning with `normalize_by='lr'`"),
+        ({"step_bounds": (1, 2), "normalize_by": "lr"}, "`step_bounds`=.* leave it out, or set `normalize_by='norms'`"),
+        ({"normalize_by": "cosine"}, "`normalize_by`"),
     ],
 )
 def test_the_constructor_names_what_is_wrong(kwargs, names):

@@ -45,8 +45,8 @@ def displacement(trace: Trace, start: np.ndarray) -> np.ndarray:
 def from_formulas(start: np.ndarray, cohorts: list[list[int]], formulas: Formulas) -> list[Trace]:
     x, y, own = samples()
 
-    def train(w: np.ndarray, client: int, round_: int) -> np.ndarray:
-        generator = stream(SEED, "client", client, "round", round_, "batches")
+    def train(w: np.ndarray, client: int, round_idx: int) -> np.ndarray:
+        generator = stream(SEED, "client", client, "round", round_idx, "batches")
         orders = [own[client][torch.randperm(len(own[client]), generator=generator).numpy()] for _ in range(EPOCHS)]
         return local_sgd(w, x, y, orders, BATCH_SIZE, formulas.mu, formulas.proximal)
 
@@ -61,7 +61,7 @@ def from_package(cohorts: list[list[int]], formulas: Formulas, **kwargs: Any) ->
         jacobian="exact" if formulas.exact else "diagonal",
         gamma_for_lambda="new" if formulas.new_gamma else "old",
         pseudo_gradient="plain" if formulas.plain else "weighted",
-        normalise_by="lr",
+        normalize_by="lr",
     )
     kwargs["beside"] = [FedProx(formulas.proximal)] if formulas.proximal else []
     start, watcher = from_trainer(rule, cohorts, mu=formulas.mu, epochs=EPOCHS, batch_size=BATCH_SIZE, **kwargs)
@@ -149,8 +149,8 @@ class Quadratic(pl.LightningModule):
 class SilentInRoundOne(Channel):
     """Client 0 is not heard in round 1; its slot holds the model just broadcast."""
 
-    def outage(self, round_: int, clients: list[int], seed: int) -> Tensor:
-        return torch.tensor([round_ == 1 and client == 0 for client in clients])
+    def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
+        return torch.tensor([round_idx == 1 and client == 0 for client in clients])
 
 
 def four_rounds(*callbacks: Any) -> list[Trace]:
@@ -177,7 +177,7 @@ def check(trace: Trace, gamma: float | None, lam: tuple[float, float] | None, w:
 
 
 def rule(**kwargs: Any) -> FedHAWCallback:
-    return FedHAWCallback(lr_gamma=0.01, lr_lambda=0.05, normalise_by="lr", **kwargs)
+    return FedHAWCallback(lr_gamma=0.01, lr_lambda=0.05, normalize_by="lr", **kwargs)
 
 
 def test_four_rounds_of_the_authors_rule():
@@ -193,7 +193,7 @@ def test_four_rounds_of_the_exact_rule():
     check(rounds[3], -0.00238542, (-1.39029430, -0.28368214), (0.73735897, 1.16609811))
 
 
-@pytest.mark.parametrize("fedavg", [FedAvgCallback(), FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, normalise_by="lr")])
+@pytest.mark.parametrize("fedavg", [FedAvgCallback(), FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, normalize_by="lr")])
 def test_four_rounds_of_fedavg(fedavg):
     check(four_rounds(fedavg)[3], None, None, (0.742075, 1.17195))
 

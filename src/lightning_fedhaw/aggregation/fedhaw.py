@@ -27,7 +27,7 @@ The exact step is the derivative. The authors' code keeps the diagonal of the so
 that was updated one line earlier (``gamma_for_lambda="new"``); the two can disagree in sign. ``docs/parity.md`` lists
 every difference.
 
-**Scale-free** (``normalise_by="norms"``, the default). The published steps are in units of the loss, the model and the
+**Scale-free** (``normalize_by="norms"``, the default). The published steps are in units of the loss, the model and the
 learning rate, so their sizes have to be found anew for every problem (the authors' ``lr_gamma`` runs from 1e-3 to
 1e-7), and they multiply the model in every round, which makes the scale a hardly damped oscillator. Here every
 hypergradient is divided by the lengths of what it is made of, the learned step belongs to the cohort's displacement,
@@ -56,10 +56,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, check_optimizer, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, check_optimizer, normalized
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.options import described
-from lightning_fedhaw.rule import RuleStep, ServerView, State
+from lightning_fedhaw.rule import RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.base import CohortVectors
 from lightning_fedhaw.vectors.kernels import dot
 
@@ -153,45 +153,45 @@ class FedHAWCallback(AggregationRule):
     The first round is FedAvg; so is every round before a cohort has come back.
 
     Args:
-        lr_gamma: Step size of the log-scale. Default: 0.5 with ``normalise_by="norms"``, else 1e-3.
-        lr_lambda: Step size of the logits. Default: 0.3 with ``normalise_by="norms"``, else 1e-2.
-        lr_step: Step size of the logarithm of the server's step; with ``normalise_by="norms"`` only. Default: 0.3.
+        lr_gamma: Step size of the log-scale. Default: 0.5 with ``normalize_by="norms"``, else 1e-3.
+        lr_lambda: Step size of the logits. Default: 0.3 with ``normalize_by="norms"``, else 1e-2.
+        lr_step: Step size of the logarithm of the server's step; with ``normalize_by="norms"`` only. Default: 0.3.
         jacobian: ``"diagonal"``, as in the authors' code, or ``"exact"``, the derivative. Default: ``"exact"`` with
-            ``normalise_by="norms"``, else ``"diagonal"``.
+            ``normalize_by="norms"``, else ``"diagonal"``.
         gamma_for_lambda: Whether the step of the logits sees the log-scale before or after its own step. Default:
             ``"new"`` with ``"diagonal"`` (the authors' code), ``"old"`` with ``"exact"`` (the derivative). Not with
-            ``normalise_by="norms"``, like the following one: there neither matters.
+            ``normalize_by="norms"``, like the following one: there neither matters.
         pseudo_gradient: ``"weighted"``: ``scale * r``, the gradient of the weighted loss, as in the authors' code.
             ``"plain"``: ``r``. They agree while the scale is 1. Default: ``"weighted"``.
-        normalise_by: ``"norms"``: the scale-free rule, whose step sizes need not be chosen. ``"lr*steps"``: the
+        normalize_by: ``"norms"``: the scale-free rule, whose step sizes need not be chosen. ``"lr*steps"``: the
             published rule, where each client's displacement is divided by its learning rate and its number of
             steps. ``"lr"``: by the learning rate alone, as in the paper, whose step sizes belong to it.
-        learning_rate: The local learning rate. Default: read every round from the clients' optimiser, per parameter
-            group and as scheduled. Not with ``normalise_by="norms"``, which does not ask for it.
+        learning_rate: The local learning rate. Default: read every round from the clients' optimizer, per parameter
+            group and as scheduled. Not with ``normalize_by="norms"``, which does not ask for it.
         scale_bounds: The smallest and largest scale allowed, such as ``(0.5, 2.0)``. Default: (0.9, 1.1) with
-            ``normalise_by="norms"``; else none, as published.
-        step_bounds: The smallest and largest step of the server; with ``normalise_by="norms"`` only. The smallest is 1
+            ``normalize_by="norms"``; else none, as published.
+        step_bounds: The smallest and largest step of the server; with ``normalize_by="norms"`` only. The smallest is 1
             by default: a round goes at least as far as FedAvg. Default: (1.0, 8.0).
-        hyper_optimizer: Makes the optimiser of ``gamma`` and that of ``lambda_`` from ``(parameters, lr=...)``, such
+        hyper_optimizer: Makes the optimizer of ``gamma`` and that of ``lambda_`` from ``(parameters, lr=...)``, such
             as ``torch.optim.Adam`` or a ``functools.partial`` of it; one that steps on a given gradient. Default:
-            ``torch.optim.SGD``, as published. Where ``normalise_by="lr*steps"`` and clients do not train with SGD,
+            ``torch.optim.SGD``, as published. Where ``normalize_by="lr*steps"`` and clients do not train with SGD,
             ``torch.optim.Adam``: a client's displacement is then not in the units of a gradient, and a step that does
-            not depend on units keeps the step sizes meaningful. With ``normalise_by="norms"`` it serves ``lambda_``
+            not depend on units keeps the step sizes meaningful. With ``normalize_by="norms"`` it serves ``lambda_``
             alone.
         memory: Where the previous cohort's models are kept.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
         state: ``gamma`` [] and ``lambda_`` [N] in float64 on the CPU; after the first cohort also its client numbers
-            and its vectors, ``previous_clients`` and ``previous``. With ``normalise_by="norms"`` also ``beta`` [] and
+            and its vectors, ``previous_clients`` and ``previous``. With ``normalize_by="norms"`` also ``beta`` [] and
             ``direction`` [P], and the vectors only where weights are learned.
 
     Raises:
-        ValueError: If an argument is not one of the allowed values, or has no meaning with this ``normalise_by``.
+        ValueError: If an argument is not one of the allowed values, or has no meaning with this ``normalize_by``.
         TypeError: If ``hyper_optimizer`` makes none that steps on a given gradient.
 
     Example:
-        >>> rule = FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalise_by="lr")  # as published
+        >>> rule = FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalize_by="lr")  # as published
         >>> rule.init(torch.zeros(4), torch.tensor([10, 30]))["lambda_"].exp().tolist()
         [0.25, 0.75]
     """
@@ -207,7 +207,7 @@ class FedHAWCallback(AggregationRule):
         jacobian: Jacobian | None = None,
         gamma_for_lambda: GammaForLambda | None = None,
         pseudo_gradient: PseudoGradient | None = None,
-        normalise_by: NormaliseBy = "norms",
+        normalize_by: NormaliseBy = "norms",
         learning_rate: float | None = None,
         scale_bounds: tuple[float, float] | None = None,
         step_bounds: tuple[float, float] | None = None,
@@ -216,8 +216,8 @@ class FedHAWCallback(AggregationRule):
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        self.normalise_by = arguments.choice("normalise_by", normalise_by, NormaliseBy)
-        free = self.normalise_by == "norms"
+        self.normalize_by = arguments.choice("normalize_by", normalize_by, NormaliseBy)
+        free = self.normalize_by == "norms"
         without_meaning: dict[str, Any] = (
             {"gamma_for_lambda": gamma_for_lambda, "pseudo_gradient": pseudo_gradient, "learning_rate": learning_rate}
             if free
@@ -246,12 +246,12 @@ class FedHAWCallback(AggregationRule):
         for name, given in without_meaning.items():
             if given is not None:
                 raise ValueError(
-                    f"`{name}`={given!r} has no meaning with `normalise_by={normalise_by!r}`: leave it out, or set"
-                    f" `normalise_by={'lr' if free else 'norms'!r}`."
+                    f"`{name}`={given!r} has no meaning with `normalize_by={normalize_by!r}`: leave it out, or set"
+                    f" `normalize_by={'lr' if free else 'norms'!r}`."
                 )
         if hyper_optimizer is not None:
             check_optimizer("hyper_optimizer", hyper_optimizer, self.lr_lambda)
-        self._chooses_hyper_optimizer = hyper_optimizer is None and self.normalise_by == "lr*steps"
+        self._chooses_hyper_optimizer = hyper_optimizer is None and self.normalize_by == "lr*steps"
         self.hyper_optimizer = hyper_optimizer or torch.optim.SGD
         self._without_meaning = tuple(without_meaning)
 
@@ -260,8 +260,8 @@ class FedHAWCallback(AggregationRule):
 
     @property
     def needs_learning_rates(self) -> bool:  # type: ignore[override]
-        """Whether the local learning rate is read from the clients' optimiser."""
-        return self.normalise_by != "norms" and self.learning_rate is None
+        """Whether the local learning rate is read from the clients' optimizer."""
+        return self.normalize_by != "norms" and self.learning_rate is None
 
     @property
     def scale(self) -> float:
@@ -269,7 +269,7 @@ class FedHAWCallback(AggregationRule):
         return float(self.state["gamma"].exp()) if "gamma" in self.state else 1.0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Choose the hyper-optimiser by what the clients train with, if nobody else did."""
+        """Choose the hyper-optimizer by what the clients train with, if nobody else did."""
         if self._chooses_hyper_optimizer:
             plain = all(isinstance(optimizer, torch.optim.SGD) for optimizer in trainer.optimizers)
             self.hyper_optimizer = torch.optim.SGD if plain else torch.optim.Adam
@@ -280,10 +280,10 @@ class FedHAWCallback(AggregationRule):
 
     @property
     def identity(self) -> str:
-        """What the kept vectors and the hyper-optimiser's memory are made for; step sizes may change."""
+        """What the kept vectors and the hyper-optimizer's memory are made for; step sizes may change."""
         hyper = "chosen" if self._chooses_hyper_optimizer else getattr(self.hyper_optimizer, "__name__", "given")
         learns = "lr_lambda=0" if self.lr_lambda == 0 else "lr_lambda>0"
-        return f"{type(self).key}(normalise_by={self.normalise_by}, {learns}, hyper_optimizer={hyper})"
+        return f"{type(self).key}(normalize_by={self.normalize_by}, {learns}, hyper_optimizer={hyper})"
 
     def summary(self) -> dict[str, float]:
         """The scale and the server's step, and the range of the weights over all clients."""
@@ -303,16 +303,16 @@ class FedHAWCallback(AggregationRule):
 
     def init(self, start: Tensor, num_examples: Tensor) -> State:
         """``gamma = 0`` and ``lambda_k = log(n_k / sum_j n_j)``: FedAvg."""
-        logs = ("gamma", "beta") if self.normalise_by == "norms" else ("gamma",)
+        logs = ("gamma", "beta") if self.normalize_by == "norms" else ("gamma",)
         return {name: torch.zeros((), dtype=torch.float64) for name in logs} | {
-            "lambda_": normalised(num_examples).log()
+            "lambda_": normalized(num_examples).log()
         }
 
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """One hypergradient step where a previous cohort exists, then the aggregation."""
         vectors = cohort.vectors
         state = dict(state)
-        if self.normalise_by == "norms":
+        if self.normalize_by == "norms":
             return self._scale_free_step(cohort, vectors, state)
         previous_scale = state["gamma"].exp().item()
         metrics: dict[str, float] = {"hypergradient_gamma": 0.0, "hypergradient_lambda": 0.0}
@@ -333,11 +333,11 @@ class FedHAWCallback(AggregationRule):
                 " every round. If training suffers, lower `lr_gamma`, set `scale_bounds`, or use"
                 " `hyper_optimizer=torch.optim.Adam`."
             )
-        return RuleStep(vectors.weighted_sum(scale * weights), state, weights, metrics)
+        return RuleOutput(vectors.weighted_sum(scale * weights), state, weights, metrics)
 
-    def _scale_free_step(self, cohort: Cohort, vectors: CohortVectors, state: State) -> RuleStep:
+    def _scale_free_step(self, cohort: Cohort, vectors: CohortVectors, state: State) -> RuleOutput:
         """The whole step where hypergradients have no units."""
-        moved, examples = vectors.displacements, normalised(cohort.num_examples)
+        moved, examples = vectors.displacements, normalized(cohort.num_examples)
         now = moved.weighted_sum(examples)
         metrics: dict[str, float] = {"agreement": 0.0}
         if "direction" in state:
@@ -351,7 +351,7 @@ class FedHAWCallback(AggregationRule):
         metrics |= _summary(state["gamma"], state["lambda_"], cohort.clients, weights)
         metrics |= {"server_step": state["beta"].exp().item()}
         scale, step = state["gamma"].exp().item(), state["beta"].exp().item()
-        return RuleStep((cohort.start + step * direction).mul_(scale), state, weights, metrics)
+        return RuleOutput((cohort.start + step * direction).mul_(scale), state, weights, metrics)
 
     def _scale_free_hyper_step(self, cohort: Cohort, now: Tensor, state: State) -> tuple[State, dict[str, float]]:
         w, before = cohort.start, state["direction"].to(now)
@@ -414,7 +414,7 @@ class FedHAWCallback(AggregationRule):
     def _pseudo_gradient(self, cohort: Cohort, vectors: CohortVectors, lambda_: Tensor, server: ServerView) -> Tensor:
         """``r`` [P]: the weighted mean of what the clients did, per unit of learning rate (and step)."""
         shares = torch.softmax(lambda_[cohort.clients], 0)
-        if self.normalise_by == "lr*steps":
+        if self.normalize_by == "lr*steps":
             shares = shares / cohort.num_steps.clamp(min=1)
         rates = cohort.learning_rates if self.learning_rate is None else (self.learning_rate,)
         if min(rates) <= 0:
@@ -433,12 +433,12 @@ class FedHAWCallback(AggregationRule):
     def _descend(
         self, name: str, value: Tensor, grad: Tensor, lr: float, state: Mapping[str, Any]
     ) -> tuple[Tensor, State]:
-        """One step of the hyper-optimiser, with its memory taken from and returned to the state."""
+        """One step of the hyper-optimizer, with its memory taken from and returned to the state."""
         variable = value.clone().requires_grad_()
         optimizer = self.hyper_optimizer([variable], lr=lr)
         memory = f"{name}_optimizer"
         if memory in state:
-            # Copies: an optimiser changes its memory in place, and the old state is not ours to change.
+            # Copies: an optimizer changes its memory in place, and the old state is not ours to change.
             old = {key: v.clone() if isinstance(v, Tensor) else v for key, v in state[memory].items()}
             optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: old}})
         variable.grad = grad.clone()
