@@ -126,8 +126,8 @@ BATCH = 14
 SIDE = 8
 """Height and width of an image."""
 
-NOT_RECORDED = ("ModelCheckpoint", "seconds")
-"""Keys of a checkpoint or a log that hold paths and times, and no results."""
+NOT_RECORDED = ("ModelCheckpoint", "scheme", "seconds")
+"""Keys of a checkpoint or a log that hold paths, descriptions and times, and no results."""
 
 Record = dict[str, str]
 

@@ -4,9 +4,11 @@ The walk goes by the annotations. Whoever adds an argument says here what it is 
 little, or why anything will do.
 """
 
+import copy
 import inspect
+import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf, nan
 from types import UnionType
@@ -19,7 +21,7 @@ from torch.utils.data import TensorDataset
 
 import lightning_fedhaw
 from federations import QUIET
-from lightning_fedhaw import FederatedTrainer, arguments, channel, data, objectives
+from lightning_fedhaw import FederatedDataModule, FederatedTrainer, arguments, channel, data, objectives
 from lightning_fedhaw.data.features import cache_features
 
 DATA = TensorDataset(torch.randn(8, 2), torch.arange(8) % 2)
@@ -29,6 +31,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "AWGNChannel": {"snr_db": 3.0},
     "AWGNChannel.noise_std": {"snr_db": None},
     "BitFlipChannel": {"rate": 0.1},
+    "DirichletPartitioner": {"alpha": 0.5},
+    "DirichletPartitioner.sizes": {"kind": "client"},
     "StragglerChannel": {"deadline": 2.0, "seconds_per_sample": 0.5},
     "ErasureChannel": {"probability": 0.1},
     "ErasureChannel.max_probability": {"probability": None},
@@ -44,6 +48,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     "FederatedTrainer.checkpoint_every_n_rounds": {"enable_checkpointing": True},
     "FixedSequenceSampler": {"cohorts": [[0]]},
     "GilbertElliott": {"enter": 0.1, "leave": 0.5},
+    "IndexPartitioner": {"indices": [[0]]},
+    "NaturalIdPartitioner": {"keys": ["a"]},
+    "LabelSwapPartitioner": {"base": data.IIDPartitioner(), "fraction": 0.5},
+    "LongTailPartitioner": {"rho": 2.0, "base": data.IIDPartitioner()},
     "OverTheAirChannel": {"snr_db": 3.0},
     "PacketLossChannel": {"probability": 0.1},
     "DifferentialPrivacyChannel": {"clip": 1.0, "noise_multiplier": 0.5},
@@ -59,9 +67,12 @@ NEEDS: dict[str, dict[str, Any]] = {
 # A value to try of numbers without a default, or with one that two numbers of other kinds would not share.
 SAMPLES: dict[str, float] = {
     "alpha": 0.5,
+    "alpha_balanced": 8.0,
+    "alpha_skewed": 0.5,
     "backbone_lr": 0.125,
     "clients_per_round": 2,
     "delta": 0.125,
+    "fraction": 0.5,
     "initial_second_moment": 0.25,
     "layer_decay": 0.5,
     "learning_rate": 0.5,
@@ -71,6 +82,8 @@ SAMPLES: dict[str, float] = {
     "noise_std": 0.5,
     "proximal": 0.5,
     "rate": 0.5,
+    "rho": 2.0,
+    "sigma": 0.5,
     "snr_db": 3.0,
     "truncation": 0.5,
 }
@@ -84,12 +97,16 @@ INFINITE = {"snr_db", "deadline", "k_factor", "clip", "tau_max"}
 # Arguments of other kinds, each with something that is none.
 WRONG: dict[str, Any] = {
     "alpha_bounds": (2.0, 3.0),
+    "base": "iid",
     "beta_bounds": "wide",
     "burst": (0.1, 0.5),
     "cohorts": [["a"]],
     "collate_fn": 3,
     "head_widths": 64,
     "hyper_optimizer": "adam",
+    "indices": [[0.5]],
+    "keys": "abc",
+    "LabelSwapPartitioner.labels": (1, 1),
     "lora_targets": "qkv",
     "lr_scheduler": 3,
     "logits": 3,
@@ -103,6 +120,7 @@ WRONG: dict[str, Any] = {
     "sampler": 3,
     "scale_bounds": 3,
     "scheduler": 3,
+    "sizes": [0],
     "step_bounds": 3,
     "storage_dtype": torch.int8,
     "target_transform": 3,
@@ -128,10 +146,6 @@ RECORDS |= {"ParameterLayout", "Parcel", "Partition", "RuleOutput", "Scene", "Se
 
 # Reads files when it is made: only what it refuses before that is looked at.
 NEEDS_FILES = {"StanfordDogs"}
-
-PARTITIONERS = {
-    name for name, kind in vars(data).items() if inspect.isclass(kind) and issubclass(kind, data.Partitioner)
-}
 
 
 @dataclass(frozen=True)
@@ -184,7 +198,7 @@ def public_classes() -> list[type]:
     for module in (lightning_fedhaw, channel, data, objectives):
         for name in module.__all__:
             kind = getattr(module, name)
-            if inspect.isclass(kind) and not inspect.isabstract(kind) and name not in RECORDS | PARTITIONERS:
+            if inspect.isclass(kind) and not inspect.isabstract(kind) and name not in RECORDS:
                 found[name] = kind
     return [found[name] for name in sorted(found)]
 
@@ -371,6 +385,32 @@ def test_an_unknown_argument_of_a_channel_is_told_with_the_nearest_of_its_own():
         channel.QuantizationChannel(zzz=1)
 
 
+def test_lists_of_whole_numbers_take_those_of_numpy_and_torch():
+    for given in ([np.int64(1), torch.tensor(2)], np.array([1, 2]), torch.tensor([1, 2])):
+        swap = data.LabelSwapPartitioner(data.IIDPartitioner(), 0.5, given)
+        assert swap.labels == (1, 2)
+        assert {type(label) for label in swap.labels} == {int}
+        fixed = data.IndexPartitioner([given, [np.uint8(0)]])
+        assert [chosen.tolist() for chosen in fixed.partition(2, num_samples=3).indices] == [[1, 2], [0]]
+        assert data.DirichletPartitioner(1.0, "client", sizes=given).sizes == (1, 2)
+    for wrong in ([1, True], [1, 2.0], "12", 3, [1, None]):
+        with pytest.raises(ValueError, match="`labels` must be two different whole numbers, such as .1, 7., got"):
+            data.LabelSwapPartitioner(data.IIDPartitioner(), 0.5, wrong)
+        with pytest.raises(ValueError, match="`indices` must be lists of whole numbers, .* list of client 1"):
+            data.IndexPartitioner([[0], wrong])
+
+
+@pytest.mark.parametrize("make", [FederatedDataModule, FederatedTrainer, lightning_fedhaw.FedAvgCallback])
+def test_a_class_in_the_place_of_an_object_is_told_to_be_called(make):
+    given = {"train": DATA} if make is FederatedDataModule else {}
+    with pytest.raises(
+        TypeError, match=r"`partitioner` must be .*, got the class DirichletPartitioner\. Write `DirichletPartitioner"
+    ):
+        make(**given, partitioner=data.DirichletPartitioner)
+    with pytest.raises(TypeError, match=r"`base` must be .*, got the class IIDPartitioner\. Write `IIDPartitioner\("):
+        data.LabelSwapPartitioner(data.IIDPartitioner, 0.5)
+
+
 # ---------------------------------------------------------------------- the checks
 
 
@@ -423,3 +463,47 @@ def test_numbers_are_a_copy():
     for value in (np.array([True]), torch.tensor([1j]), [[1.0]], [1.0, "x"], "12", None, 0.5, [inf]):
         with pytest.raises(ValueError, match="`rates` must be numbers, got"):
             arguments.numbers("rates", value, allowed="numbers")
+
+
+# ---------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: objectives.FedProx(m=1), "`FedProx` .* 'm'; did you mean `mu`"),
+        (lambda: objectives.FedProx(zzz=1), "`FedProx` .* 'zzz'; it takes mu, name"),
+        (lambda: FederatedDataModule(DATA, num_clinets=3), "`FederatedDataModule` .*; did you mean `num_clients`"),
+        (lambda: data.DirichletPartitioner(alfa=0.1), "`DirichletPartitioner` .*; did you mean `alpha`"),
+        (lambda: data.UniformSampler(clients_per_rund=2), "`UniformSampler` .*; did you mean `clients_per_round`"),
+        (lambda: channel.QuantizationChannel(bit=8), "`QuantizationChannel` .*; did you mean `bits`"),
+    ],
+)
+def test_an_unknown_argument_is_told_with_the_nearest(make, said):
+    with pytest.raises(TypeError, match=said):
+        make()
+
+
+def test_the_check_of_names_is_not_seen_elsewhere():
+    class Mine(objectives.FedProx):
+        """Takes what its parent takes."""
+
+    class Open(objectives.FedProx):
+        def __init__(self, **more):
+            super().__init__()
+            self.more = more
+
+    class Bare(data.IIDPartitioner):
+        __init__ = object.__init__
+
+    expected = ["mu", "name"]
+    assert list(inspect.signature(objectives.FedProx).parameters) == expected
+    assert list(inspect.signature(Mine).parameters) == expected
+    assert list(inspect.signature(data.ShardPartitioner).parameters) == ["shards_per_client", "shard_size"]
+    assert Open(anything=1).more == {"anything": 1}
+    with pytest.raises(TypeError):
+        Bare(3)
+    for made in (data.DirichletPartitioner(0.5), data.UniformSampler(2)):
+        assert pickle.loads(pickle.dumps(made)) == copy.deepcopy(made) == made
+        assert replace(made) == made
+    assert pickle.loads(pickle.dumps(objectives.FedProx(mu=0.5))).mu == 0.5

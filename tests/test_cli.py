@@ -24,7 +24,9 @@ from lightning_fedhaw import (
     FederatedTrainer,
     FedHAWCallback,
     FedProx,
+    arguments,
 )
+from lightning_fedhaw.__main__ import main
 from lightning_fedhaw.cli import FederatedCLI
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Be aware that when using `ckpt_path`")
@@ -364,3 +366,43 @@ def test_without_jsonargparse_the_command_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == '`fedhaw` needs jsonargparse: pip install "lightning-fedhaw[cli]"'
+
+
+def test_a_split_that_leaves_clients_too_small_is_one_sentence(capsys):
+    """It is found when ``fit`` has the data in hand; the user never heard of `min_size`."""
+    with pytest.raises(SystemExit):
+        run("fit", *SHORT, *QUIETLY, "--rule=FedAvgCallback", "--federation.num_clients=20", "--federation.alpha=0.01")
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == (
+        "fedhaw: error: A Dirichlet split with `alpha`=0.01 leaves clients with too few samples: in 1000 tries no draw"
+        " gave each of 20 clients at least 3 (`min_size`) of the 120 samples; in the last one a client got 0. What"
+        " helps: fewer clients (`num_clients`), a larger `alpha`, smaller clients"
+        " (`partitioner=DirichletPartitioner(0.01, min_size=1)`), or moved samples"
+        ' (`partitioner=DirichletPartitioner(0.01, on_infeasible="move")`).'
+    )
+
+
+class Surprises(FedAvgCallback):
+    """A rule of a user's own that fails in this package's code, in the middle of a run."""
+
+    def step(self, cohort, state, server):
+        return arguments.number("momentum", "high")
+
+
+def test_from_the_first_round_on_an_error_keeps_its_traceback():
+    with pytest.raises(ValueError, match="`momentum` must be"):
+        run("fit", *SHORT, *QUIETLY, "--rule=test_cli.Surprises")
+
+
+def test_the_command_lists_plot(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main([])
+    assert "{fit,validate,test,predict,plot}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert re.search(r"plot +Draw pictures", capsys.readouterr().out)
+    (tmp_path / "empty.yaml").write_text("{}")
+    with pytest.raises(SystemExit):
+        main([f"--config={tmp_path}/empty.yaml", "plot"])
+    assert "`plot` comes first" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from federations import Classifier, flat, loader, trainer, val_loader
 from lightning_fedhaw import (
+    DirichletPartitioner,
     FedAdamCallback,
     FedAvgCallback,
     FedAvgMCallback,
@@ -20,7 +21,9 @@ from lightning_fedhaw import (
     FedHAWCallback,
     FedHyperCallback,
     FedOptCallback,
+    IIDPartitioner,
 )
+from lightning_fedhaw.data import LongTailPartitioner, NaturalIdPartitioner
 
 ROUNDS = 5
 
@@ -180,7 +183,7 @@ def test_low_precision_models_resume_the_servers_float32_vector():
             r"the rule was 'FedHAWCallback\(normalize_by=norms, lr_lambda>0, hyper_optimizer=Adam\)' there and is"
             " 'FedAvgCallback' here",
         ),
-        ({"seed": 9}, "the split of the training data"),
+        ({"seed": 9}, r"`seed` \(or that of `seed_everything`\) was \d+ there and is 9 here\. Resume"),
         (
             {"module": Classifier(lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), norm=True, hidden=9)},
             "size mismatch",
@@ -192,6 +195,41 @@ def test_a_checkpoint_of_another_federation_is_refused(kwargs, said):
     fit(2)
     with pytest.raises((ValueError, RuntimeError), match=said):
         fit(4, ckpt_path="kept/last.ckpt", **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        (
+            {"alpha": 1.0},
+            {"alpha": 5.0},
+            r"the split was Dirichlet.*\(alpha=1, .*\) there and is DirichletPartitioner\(alpha=5, .*\) here\.",
+        ),
+        (
+            {"partitioner": LongTailPartitioner(2, DirichletPartitioner(1))},
+            {"partitioner": LongTailPartitioner(2, DirichletPartitioner(5))},
+            r"was LongTailPartitioner\(rho=2, base=Di.*alpha=1, .* is LongTailPartitioner\(rho=2, base=Di.*alpha=5, ",
+        ),
+        (
+            {"alpha": 1.0, "seed": 1},
+            {"partitioner": IIDPartitioner(), "seed": 2},
+            r"`seed` .* was 1 there and is 2 here; the split was DirichletPartitioner.* is IIDPartitioner\(\) here\.",
+        ),
+        (
+            {"partitioner": NaturalIdPartitioner([n % 3 for n in range(120)])},
+            {"partitioner": NaturalIdPartitioner([n // 40 for n in range(120)])},
+            r"the split, NaturalIdPartitioner\(\) here and there, gives clients other samples: the training data, its labels",
+        ),
+    ],
+    ids=["alpha", "base", "several", "keys"],
+)
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_what_changed_of_the_split_is_named(before, now, said):
+    few = {"num_clients": 3, "alpha": None, "buffers": "average", "optimizer_state": "fresh"}
+    few["module"] = Classifier(lambda p: torch.optim.SGD(p, lr=0.05))
+    fit(1, **{**few, **before})
+    with pytest.raises(ValueError, match=said):
+        fit(2, ckpt_path="kept/last.ckpt", **{**few, **now})
 
 
 @pytest.mark.parametrize(

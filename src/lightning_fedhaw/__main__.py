@@ -6,9 +6,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-DESCRIPTION = (
-    "Any LightningModule as a federation, from flags and YAML files. `fedhaw plot --help`: pictures of finished runs."
-)
+DESCRIPTION = "Any LightningModule as a federation, from flags and YAML files."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         import_module("lightning_fedhaw.report.plotting").main(arguments[1:])
         return 0
     try:
-        from lightning_fedhaw.cli import FederatedCLI
+        from lightning_fedhaw.cli import FedhawCommand
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("jsonargparse", "docstring_parser"):
             raise
@@ -35,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    FederatedCLI(args=argv, parser_kwargs={"prog": "fedhaw", "description": DESCRIPTION})
+    FedhawCommand(args=argv, parser_kwargs={"prog": "fedhaw", "description": DESCRIPTION})
     return 0
 
 

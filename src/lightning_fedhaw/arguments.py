@@ -23,6 +23,7 @@ from torch import Tensor
 Value = TypeVar("Value")
 Checked = TypeVar("Checked")
 Limits = ParamSpec("Limits")
+Made = TypeVar("Made", bound="NamedArguments")
 
 LONGEST_REPR = 120
 """Characters of a refused value that are shown: it may be a whole data set."""
@@ -176,6 +177,49 @@ def count_or_share(name: str, value: object) -> int | float:
     raise invalid(name, "a whole number of at least 1, or as a float a share of all clients in (0, 1]", value)
 
 
+def integers(name: str, values: object, *, minimum: int | None = None, allowed: str, hint: str = "") -> list[int]:
+    """Check a list of whole numbers.
+
+    Args:
+        name: The argument.
+        values: Its value: a list or another iterable, an array or a tensor.
+        minimum: The least that is allowed; anything if None.
+        allowed: What it must be, in words.
+        hint: A sentence to add to the message.
+
+    Raises:
+        ValueError: If it is no list, or one of its entries is no such number.
+
+    Example:
+        >>> integers("clients", np.array([3, 1]), minimum=0, allowed="client numbers")
+        [3, 1]
+    """
+    if isinstance(values, (str, bytes)):
+        raise invalid(name, allowed, values, hint)
+    try:
+        listed = plain_list(values)
+    except TypeError:  # not iterable
+        raise invalid(name, allowed, values, hint) from None
+    checked = []
+    for value in listed:
+        plain = plain_number(value)
+        if not isinstance(plain, int) or (minimum is not None and plain < minimum):
+            raise invalid(name, allowed, values, hint)
+        checked.append(plain)
+    return checked
+
+
+def plain_list(values: Any) -> list[Any]:
+    """Convert an array, a tensor, a column or another iterable to a list; of arrays and tensors, of plain values.
+
+    Raises:
+        TypeError: If it is nothing of the kind.
+    """
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    return list(values)
+
+
 def bounds_around_one(name: str, value: object) -> tuple[float, float]:
     """Check the smallest and the largest value of a factor: two positive numbers with 1 between them.
 
@@ -301,7 +345,8 @@ def instance(name: str, value: Value, kind: type, *, example: str) -> Value:
     """
     if isinstance(value, kind):
         return value
-    raise TypeError(_sentence(name, f"an instance of `{kind.__name__}`, such as `{example}`", value))
+    allowed = f"an instance of `{kind.__name__}`, such as `{example}`"
+    raise TypeError(_sentence(name, allowed, value, _call_hint(value)))
 
 
 def provider(name: str, value: Value, attribute: str, *, kind: str, example: str) -> Value:
@@ -312,7 +357,12 @@ def provider(name: str, value: Value, attribute: str, *, kind: str, example: str
     """
     if hasattr(value, attribute) and not isinstance(value, type):
         return value
-    raise TypeError(_sentence(name, f"an instance of `{kind}`, such as `{example}`", value))
+    raise TypeError(_sentence(name, f"an instance of `{kind}`, such as `{example}`", value, _call_hint(value)))
+
+
+def _call_hint(value: object) -> str:
+    """Say what is missing where a class was given in the place of an object."""
+    return f"Write `{value.__name__}(...)`." if isinstance(value, type) else ""
 
 
 def optional(
@@ -354,3 +404,40 @@ def check_names(taker: str, given: Iterable[str], known: Iterable[str]) -> None:
         nearest = get_close_matches(name, names, 1)
         remedy = f"did you mean `{nearest[0]}`?" if nearest else f"it takes {', '.join(names)}."
         raise TypeError(f"`{taker}` got an unexpected keyword argument '{name}'; {remedy}")
+
+
+class _ConstructorSignature:
+    """The signature of a class whose ``__new__`` takes anything: that of its ``__init__``."""
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        if instance is not None:
+            raise AttributeError("__signature__")
+        full = inspect.signature(owner.__init__)  # type: ignore[misc]  # of whatever class it is
+        return full.replace(parameters=list(full.parameters.values())[1:])  # all but `self`
+
+
+class NamedArguments:
+    """A class whose constructor tells an unknown keyword argument with the nearest of its own.
+
+    A constructor with ``**kwargs`` of its own is left alone: only its author knows what they may be.
+
+    Example:
+        >>> class Meter(NamedArguments):
+        ...     def __init__(self, unit: str) -> None: ...
+        >>> Meter(unt="m")
+        Traceback (most recent call last):
+        TypeError: `Meter` got an unexpected keyword argument 'unt'; did you mean `unit`?
+        >>> str(inspect.signature(Meter))
+        "(unit: 'str') -> 'None'"
+    """
+
+    __signature__ = _ConstructorSignature()
+
+    def __new__(cls: type[Made], *args: Any, **kwargs: Any) -> Made:
+        """Check the names before Python does."""
+        if cls.__init__ is object.__init__:
+            return super().__new__(cls, *args, **kwargs)  # which refuses all arguments
+        parameters = inspect.signature(cls.__init__).parameters.values() if kwargs else ()
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            check_names(cls.__name__, kwargs, [p.name for p in list(parameters)[1:]])
+        return super().__new__(cls)

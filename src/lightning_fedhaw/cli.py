@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from jsonargparse import ArgumentParser
 from jsonargparse.typing import register_type
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.cli_messages import FEDERATION, GROUPS, TRAINER, sentence
+from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.trainer import FederatedTrainer
 
 register_type(torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), lambda name: getattr(torch, name))
@@ -26,6 +28,12 @@ class FederatedArgumentParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self.commands: Any = None
+
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        """Add the group of subcommands, and keep it: more may be added later."""
+        self.commands = super().add_subcommands(*args, **kwargs)
+        return self.commands
 
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, **kwargs: Any) -> list[str]:
         """Add the arguments of a class, without those that the group ``federation`` has.
@@ -123,7 +131,13 @@ class FederatedCLI(LightningCLI):
             "seed_everything_default": 0,  # as Lightning chooses where nobody says, but without its warning
         }
         named = inspect.signature(LightningCLI).bind_partial(*args, **kwargs).arguments
-        super().__init__(**{**defaults, **named})
+        try:
+            super().__init__(**{**defaults, **named})
+        except (TypeError, ValueError) as error:
+            refusal = _refusal(error)
+            if refusal is None:
+                raise
+            self._parser(self.subcommand).error(str(refusal), error)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the federation's groups; a class that overrides this calls it too."""
@@ -132,19 +146,6 @@ class FederatedCLI(LightningCLI):
         )
         for name, kind in GROUPS.items():
             parser.add_argument(f"--{name}", type=kind, default=None)
-
-    def instantiate_classes(self) -> None:
-        """Make the objects; an error of this package is printed as its sentence, without a traceback."""
-        try:
-            super().instantiate_classes()
-        except (TypeError, ValueError) as error:
-            # jsonargparse wraps what constructors raise.
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            if not _raised_here(cause):
-                raise
-            self._parser(self.subcommand).error(str(cause), error)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with the federation's settings, the rule, channels and objectives."""
@@ -167,15 +168,43 @@ class FederatedCLI(LightningCLI):
         return cast(Trainer, trainer)
 
 
+class FedhawCommand(FederatedCLI):
+    """The command ``fedhaw``, which can also plot."""
+
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        """List ``plot`` among the commands; where it comes first, it has been carried out before."""
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        commands = cast(FederatedArgumentParser, self.parser).commands
+        commands.add_subcommand("plot", ArgumentParser(), help="Draw pictures of finished runs.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse ``plot`` where it does not come first."""
+        super().parse_arguments(parser, args)
+        if self.config["subcommand"] == "plot":
+            parser.error("`plot` comes first, and its options follow: `fedhaw plot --help` lists them.")
+
+
 def _entry(cli: LightningCLI, config: Any, key: str) -> Any:
     """An entry of a configuration, which may be that of a subcommand."""
     return config.get(str(cli.subcommand), config).get(key)
 
 
-def _raised_here(error: BaseException) -> bool:
-    """Whether an error was raised by this package's own code."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals["__name__"]).startswith("lightning_fedhaw.")
+def _refusal(error: BaseException) -> BaseException | None:
+    """Find the error in which this package refuses what it was given; jsonargparse wraps what constructors raise.
+
+    Some mistakes are found only when ``fit`` has the data in hand. From the first round on the traceback is worth more.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+        if any(frame.f_code is Federation.play.__code__ for frame in frames):
+            return None
+        if frames and str(frames[-1].f_globals["__name__"]).startswith("lightning_fedhaw."):
+            return cause
+        cause = cause.__cause__
+    return None
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import Callback
 
+from lightning_fedhaw.arguments import NamedArguments
 
-class KeyedCallback(Callback):
+
+class KeyedCallback(NamedArguments, Callback):
     """A callback that is addressed by the key of its class.
 
     A class that does not set ``key`` in its body is addressed by its own name, and never by the key of the class it

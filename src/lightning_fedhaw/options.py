@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.arguments import check_names as check_names
 
 OptimizerState = Literal["fresh", "kept"]
 BufferPolicy = Literal["average", "keep", "local", "recalibrate"]
@@ -242,21 +241,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return str(value) if isinstance(value, (int, str)) else str(getattr(value, "__name__", type(value).__name__))
-
-
-# What the partitioners still check their arguments with.
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is one real number, NumPy's and torch's included, and not a bool."""
-    return arguments.plain_number(value) is not None
-
-
-def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Refuse what is none of a few values; see :func:`lightning_fedhaw.arguments.choice`."""
-    arguments.choice(name, value, allowed)
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Refuse what is not a whole number; see :func:`lightning_fedhaw.arguments.integer`."""
-    arguments.integer(name, value, minimum=least)

@@ -556,7 +556,9 @@ def test_scaffold_needs_to_know_how_far_a_client_goes():
 
 
 def test_the_same_objective_twice():
-    with pytest.raises(ValueError, match="has the client objective ScaffoldObjective 2 times, those that rules bring along"):
+    with pytest.raises(
+        ValueError, match="has the client objective ScaffoldObjective 2 times, those that rules bring along"
+    ):
         trainer(rule=ScaffoldCallback(), callbacks=[ScaffoldObjective()])
     with pytest.raises(ValueError, match="FedProx 2 times, .* tell them apart by `name=`"):
         trainer(callbacks=[FedProx(0.1), FedProx(0.2)])

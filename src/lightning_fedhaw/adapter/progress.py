@@ -14,7 +14,7 @@ _REFRESH_SECONDS = 0.2
 
 
 class RoundProgressBar(TQDMProgressBar):
-    """One bar over all rounds of a fit, with the clients of the running round in its description.
+    """One bar over all rounds of a fit, with the clients that train at the moment in its description.
 
     Args:
         refresh_rate: Rounds between two updates; 0 turns the bar off.
@@ -29,7 +29,10 @@ class RoundProgressBar(TQDMProgressBar):
             process_position=arguments.integer("process_position", process_position, minimum=0),
             leave=False,
         )
-        self._clients, self._done, self._drawn_at = 0, 0, 0.0
+        self._federation: Any = None
+        self._clients = 0
+        self._done = 0
+        self._drawn_at = 0.0
 
     def init_train_tqdm(self) -> Tqdm:
         """The bar over rounds."""
@@ -52,17 +55,33 @@ class RoundProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
         """The bar goes on."""
 
+    def on_federation_start(self, trainer: Any, pl_module: Any, federation: Any) -> None:
+        """Remember whose engine says how many clients train at once."""
+        self._federation = federation
+
     def on_round_start(self, trainer: Any, pl_module: Any, round_idx: int, clients: list[int]) -> None:
         """A cohort was drawn."""
-        self._clients, self._done = len(clients), 0
+        self._clients = len(clients)
+        self._done = 0
+        self._describe()
 
     def on_client_end(self, trainer: Any, pl_module: Any, update: Any) -> None:
         """A client is back."""
         self._done += 1
+        # Clients that trained at once come back together: the next ones begin after the last of them.
+        if self._done < self._clients and self._done % self._federation.engine.clients_at_once == 0:
+            self._describe()
+
+    def _describe(self) -> None:
+        """Say which clients of the round begin to train, not more often than anybody can read."""
         now = time.monotonic()
-        if self.is_enabled and now - self._drawn_at > _REFRESH_SECONDS:
-            self._drawn_at = now
-            self.train_progress_bar.set_description(f"Rounds (client {self._done}/{self._clients})")
+        if not self.is_enabled or now - self._drawn_at <= _REFRESH_SECONDS:
+            return
+        self._drawn_at = now
+        first = self._done + 1
+        last = min(self._done + self._federation.engine.clients_at_once, self._clients)
+        clients = f"client {first}" if first == last else f"clients {first}-{last} at once"
+        self.train_progress_bar.set_description(f"Rounds ({clients} of {self._clients})")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A round is over."""

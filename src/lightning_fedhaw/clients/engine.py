@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.notes import add_note
 from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named
 from lightning_fedhaw.options import OptimizerState
 from lightning_fedhaw.rule import LocalLRScale
@@ -95,6 +96,11 @@ class Engine(ABC):
         self.initial = [states_of(optimizer) for optimizer in host.optimizers]
         self.pace: LocalLRScale | None = None
         self.gradient: Callable[[int, Tensor], Tensor]
+
+    @property
+    def clients_at_once(self) -> int:
+        """How many clients train at the same time."""
+        return 1
 
     @abstractmethod
     def run(self, visits: Iterable[Visit]) -> Generator[ClientUpdate, None, None]:
@@ -233,10 +239,9 @@ def give_settings(optimizers: Sequence[torch.optim.Optimizer], settings: Setting
                     group[name] = value
 
 
-def add_note(error: BaseException, where: str, batch_size: int, remedy: str = "") -> None:
+def locate(error: BaseException, where: str, batch_size: int, remedy: str = "") -> None:
     """Say in an error where in local training it was raised, and what may help."""
     if batch_size == 1 and not is_out_of_memory(error):
         # BatchNorm is the usual reason.
         remedy = " Leave such batches out by the loader's `drop_last=True`, or choose another `batch_size`."
-    if hasattr(error, "add_note"):  # Python 3.11
-        error.add_note(f"In local training: {where}, a batch of {batch_size}.{remedy}")
+    add_note(error, f"In local training: {where}, a batch of {batch_size}.{remedy}")

@@ -13,9 +13,9 @@ from lightning_fedhaw.clients.engine import (
     Engine,
     Settings,
     Visit,
-    add_note,
     give_settings,
     give_states,
+    locate,
     settings_of,
     states_of,
 )
@@ -168,7 +168,7 @@ class SequentialEngine(Engine):
                 outputs = step(data, batch, counts, terms)
                 host.on_batch_end(outputs, data, batch.index)
             except Exception as error:
-                add_note(error, f"client {client}, round {host.round}", batch.size)
+                locate(error, f"client {client}, round {host.round}", batch.size)
                 raise
         return counts
 

@@ -25,7 +25,7 @@ Source = Dataset[Any] | DataLoader[Any] | Sequence[DataLoader[Any]]
 OPTIONAL_LOADERS = ("val_dataloader", "test_dataloader", "predict_dataloader")
 
 
-class FederatedDataModule(pl.LightningDataModule):
+class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
     """Training data that is dealt to clients, with validation, test and proxy data beside it.
 
     In a federation every client trains on its part of ``train``; in a stock ``Trainer`` without a rule callback the

@@ -15,7 +15,7 @@ from lightning_fedhaw import arguments
 from lightning_fedhaw.streams import stream
 
 
-class CohortSampler(ABC):
+class CohortSampler(arguments.NamedArguments, ABC):
     """Names the clients of a round; the answer depends on the arguments alone, so that a resumed run repeats it."""
 
     @abstractmethod

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.data.partitioners.base import integer_labels
 from lightning_fedhaw.data.partitioners.counts import count_classes, deal, generator
-from lightning_fedhaw.options import check_whole
 
 
 def balanced_subset(labels: Tensor, total: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def balanced_subset(labels: Tensor, total: int, seed: int = 0) -> tuple[Tensor, 
         TypeError: If the labels are not integers.
         ValueError: If ``total`` is less than C, or a class has too few samples.
     """
-    check_whole("total", total, 1)
+    total = arguments.integer("total", total, minimum=1)
     num_classes = len(count_classes(integer_labels(labels)))
     if total < num_classes:
         raise ValueError(f"`total` must be at least one sample for each of {num_classes} classes, got {total}.")
@@ -53,10 +53,11 @@ def subset_by_class(labels: Tensor, counts: ArrayLike, seed: int = 0) -> tuple[T
         ValueError: If ``counts`` does not have C entries, or a class has too few samples.
     """
     values = integer_labels(labels)
-    wanted = np.asarray(counts, dtype=np.int64)
     available = count_classes(values)
-    if wanted.shape != available.shape or wanted.min() < 0:
-        raise ValueError(f"`counts` must be {len(available)} numbers of at least 0, one per class, got {counts!r}.")
+    allowed = f"{len(available)} whole numbers of at least 0, one per class"
+    wanted = np.array(arguments.integers("counts", counts, minimum=0, allowed=allowed), dtype=np.int64)
+    if wanted.shape != available.shape:
+        raise arguments.invalid("counts", allowed, counts)
     if (wanted > available).any():
         short = int(np.argmax(wanted - available))
         raise ValueError(

@@ -41,6 +41,7 @@ from lightning_fedhaw.federation.shared_states import SharedStates
 from lightning_fedhaw.federation.stores import RoundStores, VectorStore, make_store
 from lightning_fedhaw.federation.transport import Transport
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
+from lightning_fedhaw.notes import add_note
 from lightning_fedhaw.objectives.base import ClientObjective, find_objectives
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks
@@ -250,8 +251,8 @@ class Federation:
             return self._play(round_idx)
         except BaseException as error:
             # An interrupted round (Ctrl+C) is undone like one that failed.
-            if is_out_of_memory(error) and hasattr(error, "add_note"):  # Python 3.11
-                error.add_note(self._memory_advice())
+            if is_out_of_memory(error):
+                add_note(error, self._memory_advice())
             self.run_state.restore(self.engine, before)
             raise
         finally:

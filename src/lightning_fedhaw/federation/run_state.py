@@ -34,11 +34,10 @@ ROUND_OPTIONS = ("clients_per_round", "local_epochs", "local_steps", "optimizer_
 FINGERPRINT_WORDS = {
     "rule": "the rule",
     "num_clients": "`num_clients`",
-    "split": "the split of the training data (seed, partitioner, labels or data)",
-    "parameters": "the number of trainable parameters",
     "seed": "`seed` (or that of `seed_everything`)",
+    "parameters": "the number of trainable parameters",
 }
-"""What two parts of a run must share, in words."""
+"""What two parts of a run must share beside the split, in words."""
 
 
 class Stateful(Protocol):
@@ -232,6 +231,7 @@ class RunState:
         self._collect(engine)
         state: dict[str, Any] = {
             "fingerprint": self.fingerprint,
+            "scheme": self.data.partition.scheme,
             "round_options": self.round_options,
             "optimizers": dict(engine.kept),
             "buffers": dict(self.buffers.local),
@@ -251,7 +251,7 @@ class RunState:
         Raises:
             ValueError: If it is of another federation.
         """
-        self._check_fingerprint(state["fingerprint"])
+        self._check_fingerprint(state["fingerprint"], state["scheme"])
         self._warn_of_changes(state["round_options"])
         engine.kept = dict(state["optimizers"])
         self.buffers.load(state["buffers"])
@@ -259,15 +259,31 @@ class RunState:
         if "parameters" in state:
             self.server.install(state["parameters"].to(self.server.parameters()))
 
-    def _check_fingerprint(self, saved: Mapping[str, Any]) -> None:
+    def _check_fingerprint(self, saved: Mapping[str, Any], scheme: str) -> None:
+        """Refuse to go on from a checkpoint of another federation.
+
+        Args:
+            saved: Its fingerprint.
+            scheme: The partitioner that made its split.
+        """
         current = self.fingerprint
-        for key, words in FINGERPRINT_WORDS.items():
-            if saved[key] != current[key]:
-                raise ValueError(
-                    f"The checkpoint (or earlier `fit`) to go on from is of another federation: {words} was"
-                    f" {saved[key]!r} there and is {current[key]!r} here. Resume with the arguments of that run, or"
-                    " start anew from its weights with `load_from_checkpoint`."
+        changes = []
+        for name, words in FINGERPRINT_WORDS.items():
+            if saved[name] != current[name]:
+                changes.append(f"{words} was {saved[name]!r} there and is {current[name]!r} here")
+        if saved["split"] != current["split"]:
+            if scheme != self.data.partition.scheme:
+                changes.append(f"the split was {scheme} there and is {self.data.partition.scheme} here")
+            elif saved["num_clients"] == current["num_clients"] and saved["seed"] == current["seed"]:
+                changes.append(
+                    f"the split, {scheme} here and there, gives clients other samples: the training data, its labels or"
+                    " what the partitioner was made with has changed"
                 )
+        if changes:
+            raise ValueError(
+                f"The checkpoint (or earlier `fit`) to go on from is of another federation: {'; '.join(changes)}."
+                " Resume with the arguments of that run, or start anew from its weights with `load_from_checkpoint`."
+            )
 
     def _warn_of_changes(self, saved: Mapping[str, Any]) -> None:
         current = self.round_options

@@ -8,7 +8,7 @@ from itertools import chain, islice
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit, add_note, give_settings, settings_of
+from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit, give_settings, locate, settings_of
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep
 from lightning_fedhaw.clients.vectorized.chunk import Chunk
@@ -69,6 +69,11 @@ class VectorizedEngine(Engine):
         self.compile_clients = compile_clients
         self.rounds = 0
         self.compiled: CompiledStep | None = None
+
+    @property
+    def clients_at_once(self) -> int:
+        """The clients of a chunk, as long as the step proves vectorizable."""
+        return 1 if self.gave_up else self.chunk
 
     def run(self, visits: Iterable[Visit]) -> Generator[ClientUpdate, None, None]:
         """Train the cohort, chunk by chunk. The module keeps its own tensors throughout.
@@ -167,7 +172,7 @@ class VectorizedEngine(Engine):
         clients = ", ".join(str(visit.client) for visit in visits[:10])
         if len(visits) > 10:
             clients += " ..."
-        add_note(
+        locate(
             error,
             f"{len(visits)} clients at once ({clients}), round {self.host.round}",
             step.recorder.batch_size,

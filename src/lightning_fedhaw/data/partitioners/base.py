@@ -6,17 +6,19 @@ Shapes: K clients.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.data.partitioners.partition import Integers, Partition
-from lightning_fedhaw.options import check_whole
+from lightning_fedhaw.options import described
 
 
-class Partitioner(ABC):
+class Partitioner(arguments.NamedArguments, ABC):
     """A scheme that splits the samples of one data set over clients.
 
     A subclass writes :meth:`split`. Callers use :meth:`partition`, which checks what goes in and what comes out.
@@ -68,14 +70,20 @@ class Partitioner(ABC):
             ValueError: If the arguments do not fit each other, or the scheme leaves a client without data.
         """
         clients = self._resolved_clients(num_clients)
-        check_whole("num_samples", num_samples, 1)
+        num_samples = arguments.integer("num_samples", num_samples, minimum=1)
         if num_samples < clients:
             raise ValueError(
                 f"`num_clients` must be at most the number of samples, {num_samples}, got {clients}; use fewer clients."
             )
         partition = self.split(clients, self._checked_labels(labels, num_samples), seed)
         _check_partition(partition, clients, num_samples, type(self).__name__)
-        return partition
+        return replace(partition, scheme=self.description)
+
+    @property
+    def description(self) -> str:
+        """The scheme and its settings in one line."""
+        inner = {name: value.description for name, value in vars(self).items() if isinstance(value, Partitioner)}
+        return described(self, **inner)
 
     def _resolved_clients(self, num_clients: int | None) -> int:
         """Find K from what the caller asks for and what the scheme dictates."""
@@ -85,7 +93,7 @@ class Partitioner(ABC):
             if dictated is None:
                 raise ValueError(f"`num_clients` must be given for {name}, got None; give a whole number, such as 10.")
             return dictated
-        check_whole("num_clients", num_clients, 1)
+        num_clients = arguments.integer("num_clients", num_clients, minimum=1)
         if dictated is not None and dictated != num_clients:
             raise ValueError(f"`num_clients` must be {dictated}, which {name} dictates, or None, got {num_clients}.")
         return num_clients
@@ -137,14 +145,14 @@ def _check_partition(partition: Partition, num_clients: int, num_samples: int, s
         )
 
 
-def check_base(base: Any) -> None:
-    """Refuse what is no scheme where one scheme stands on another.
+def checked_base(base: object) -> Partitioner:
+    """Check the scheme that another one stands on.
 
     Raises:
         TypeError: If it is no partitioner.
     """
-    if not isinstance(base, Partitioner):
-        raise TypeError(f"`base` must be a `Partitioner`, such as `IIDPartitioner()`, got {base!r}.")
+    checked: Any = arguments.instance("base", base, Partitioner, example="IIDPartitioner()")
+    return checked  # type: ignore[no-any-return]
 
 
 def integer_labels(labels: Tensor) -> Integers:
@@ -159,10 +167,3 @@ def integer_labels(labels: Tensor) -> Integers:
             f"`labels` must be integers of shape [samples], got {values.dtype} of shape {list(values.shape)}."
         )
     return values.cpu().numpy().astype(np.int64)
-
-
-def plain_list(values: Any) -> list[Any]:
-    """Convert an array, a tensor, a column or another iterable to a list of plain Python values."""
-    if hasattr(values, "tolist"):
-        values = values.tolist()
-    return list(values)

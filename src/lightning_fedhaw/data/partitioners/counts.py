@@ -6,15 +6,14 @@ Shapes: K clients, C classes that occur in the data (in ascending order of label
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from math import isfinite
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.data.partitioners.partition import Integers, Partition
-from lightning_fedhaw.options import check_whole, is_number
 from lightning_fedhaw.streams import seed_of
 
 OnInfeasible = Literal["raise", "move"]
@@ -54,7 +53,7 @@ def largest_remainder(fractions: ArrayLike, total: int) -> Integers:
         >>> largest_remainder((0.15, 0.35, 0.5), 7).tolist()
         [1, 2, 4]
     """
-    check_whole("total", total, 0)
+    total = arguments.integer("total", total, minimum=0)
     weights = np.asarray(fractions, dtype=np.float64)
     if weights.ndim != 1 or not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
         raise ValueError(f"`fractions` must be non-negative finite numbers, not all zero, got {fractions!r}.")
@@ -83,14 +82,13 @@ def dirichlet(rng: np.random.Generator, alpha: float, size: int) -> NDArray[np.f
     return np.full(size, 1 / size)
 
 
-def check_concentration(name: str, value: Any) -> None:
-    """Refuse what is no concentration of a Dirichlet distribution.
+def concentration(name: str, value: object) -> float:
+    """Check the concentration of a Dirichlet distribution.
 
     Raises:
-        ValueError: Naming the argument, what is allowed, and what came.
+        ValueError: If it is no positive number.
     """
-    if not (is_number(value) and isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` must be a positive number (0.1 is strong skew, 100 nearly none), got {value!r}.")
+    return arguments.number(name, value, above=0, hint="0.1 is strong label skew, 100 nearly IID.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,7 +115,15 @@ def smallest_allowed(min_size: int | None, num_clients: int, num_samples: int) -
     return least
 
 
-def redraw(draw: Callable[[], Integers], least: int, max_tries: int, on_infeasible: OnInfeasible) -> Integers:
+def redraw(
+    draw: Callable[[], Integers],
+    least: int,
+    max_tries: int,
+    on_infeasible: OnInfeasible,
+    *,
+    scheme: str,
+    remedies: Sequence[str],
+) -> Integers:
     """Draw counts ``[K, C]``, all of them anew each time, until every client has enough samples.
 
     Args:
@@ -125,6 +131,8 @@ def redraw(draw: Callable[[], Integers], least: int, max_tries: int, on_infeasib
         least: Samples that every client must get.
         max_tries: Draws before giving up.
         on_infeasible: Whether giving up is an error, or a warning that samples were moved.
+        scheme: What draws, with the settings that make it skewed, for the error.
+        remedies: What helps beside fewer clients, for the error.
 
     Raises:
         ValueError: If no draw was good enough, with ``on_infeasible="raise"``.
@@ -135,10 +143,11 @@ def redraw(draw: Callable[[], Integers], least: int, max_tries: int, on_infeasib
         if smallest >= least:
             return counts
     if on_infeasible == "raise":
+        helps = ["fewer clients (`num_clients`)", *remedies]
         raise ValueError(
-            f"`min_size` must be reached by every client, and in {max_tries} tries no draw gave all {len(counts)}"
-            f" clients {least} samples (the last gave one {smallest}); use a less skewed split, fewer clients, a"
-            ' smaller `min_size`, or, with `DirichletPartitioner`, `on_infeasible="move"`.'
+            f"{scheme} leaves clients with too few samples: in {max_tries} tries no draw gave each of {len(counts)}"
+            f" clients at least {least} (`min_size`) of the {int(counts.sum())} samples; in the last one a client got"
+            f" {smallest}. What helps: {', '.join(helps[:-1])}, or {helps[-1]}."
         )
     warnings.warn(
         f"No draw in {max_tries} tries gave all {len(counts)} clients `min_size`={least} samples; samples were moved"
@@ -146,6 +155,16 @@ def redraw(draw: Callable[[], Integers], least: int, max_tries: int, on_infeasib
         stacklevel=4,  # the caller of Partitioner.partition
     )
     return _top_up(counts, least)
+
+
+def smaller_limit(least: int, call: str) -> list[str]:
+    """Name the remedy of a smaller ``min_size``, where there is one.
+
+    Args:
+        least: The limit in force.
+        call: The partitioner with its settings, without the closing parenthesis.
+    """
+    return [f"smaller clients (`partitioner={call}, min_size=1)`)"] if least > 1 else []
 
 
 def _top_up(counts: Integers, least: int) -> Integers:

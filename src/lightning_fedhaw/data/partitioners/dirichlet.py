@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_fedhaw.data.partitioners.base import Partitioner, plain_list
+from lightning_fedhaw import arguments
+from lightning_fedhaw.data.partitioners.base import Partitioner
 from lightning_fedhaw.data.partitioners.counts import (
     OnInfeasible,
-    check_concentration,
+    concentration,
     count_classes,
     deal,
     dirichlet,
@@ -23,10 +24,10 @@ from lightning_fedhaw.data.partitioners.counts import (
     generator,
     largest_remainder,
     redraw,
+    smaller_limit,
     smallest_allowed,
 )
 from lightning_fedhaw.data.partitioners.partition import Integers, Partition
-from lightning_fedhaw.options import check_choice, check_whole
 
 DirichletKind = Literal["balanced", "unbalanced", "client"]
 
@@ -71,20 +72,25 @@ class DirichletPartitioner(Partitioner):
     needs_labels = True
 
     def __post_init__(self) -> None:
-        check_concentration("alpha", self.alpha)
-        check_choice("kind", self.kind, get_args(DirichletKind))
-        check_choice("on_infeasible", self.on_infeasible, get_args(OnInfeasible))
-        check_whole("max_tries", self.max_tries, 1)
-        if self.min_size is not None:
-            check_whole("min_size", self.min_size, 1)
+        for name, value in self._checked().items():
+            object.__setattr__(self, name, value)
         if self.kind == "client" and self.min_size is not None:
             raise ValueError(f'`min_size` must be None for kind="client", got {self.min_size}; give `sizes` instead.')
-        if self.sizes is not None:
-            if self.kind != "client":
-                raise ValueError(f'`sizes` must be None for kind="{self.kind}", got {self.sizes!r}; use kind="client".')
-            object.__setattr__(self, "sizes", tuple(plain_list(self.sizes)))
-            for size in self.sizes:
-                check_whole("sizes", size, 1)
+        if self.kind != "client" and self.sizes is not None:
+            raise ValueError(f'`sizes` must be None for kind="{self.kind}", got {self.sizes!r}; use kind="client".')
+
+    def _checked(self) -> dict[str, Any]:
+        sizes = arguments.optional(
+            arguments.integers, "sizes", self.sizes, minimum=1, allowed="whole numbers of at least 1, one per client"
+        )
+        return {
+            "alpha": concentration("alpha", self.alpha),
+            "kind": arguments.choice("kind", self.kind, DirichletKind),
+            "min_size": arguments.optional(arguments.integer, "min_size", self.min_size, minimum=1),
+            "max_tries": arguments.integer("max_tries", self.max_tries, minimum=1),
+            "on_infeasible": arguments.choice("on_infeasible", self.on_infeasible, OnInfeasible),
+            "sizes": None if sizes is None else tuple(sizes),
+        }
 
     def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
         """Draw the counts of the chosen kind, and deal by them."""
@@ -100,7 +106,22 @@ class DirichletPartitioner(Partitioner):
             return unbalanced_counts(rng, per_class, num_clients, self.alpha)
 
         least = smallest_allowed(self.min_size, num_clients, len(labels))
-        return deal(rng, labels, redraw(draw, least, self.max_tries, self.on_infeasible))
+        call = f"DirichletPartitioner({self.alpha:g}"
+        if self.kind != "balanced":
+            call += f', "{self.kind}"'
+        counts = redraw(
+            draw,
+            least,
+            self.max_tries,
+            self.on_infeasible,
+            scheme=f"A Dirichlet split with `alpha`={self.alpha:g}",
+            remedies=[
+                "a larger `alpha`",
+                *smaller_limit(least, call),
+                f'moved samples (`partitioner={call}, on_infeasible="move")`)',
+            ],
+        )
+        return deal(rng, labels, counts)
 
     def _client_sizes(self, num_clients: int, num_samples: int) -> Integers:
         """Samples of each client, ``[K]``, where clients have a size given beforehand."""
@@ -218,11 +239,16 @@ class HybridDirichletPartitioner(Partitioner):
     needs_labels = True
 
     def __post_init__(self) -> None:
-        check_concentration("alpha_balanced", self.alpha_balanced)
-        check_concentration("alpha_skewed", self.alpha_skewed)
-        check_whole("max_tries", self.max_tries, 1)
-        if self.min_size is not None:
-            check_whole("min_size", self.min_size, 1)
+        for name, value in self._checked().items():
+            object.__setattr__(self, name, value)
+
+    def _checked(self) -> dict[str, Any]:
+        return {
+            "alpha_balanced": concentration("alpha_balanced", self.alpha_balanced),
+            "alpha_skewed": concentration("alpha_skewed", self.alpha_skewed),
+            "min_size": arguments.optional(arguments.integer, "min_size", self.min_size, minimum=1),
+            "max_tries": arguments.integer("max_tries", self.max_tries, minimum=1),
+        }
 
     def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
         """Draw the counts of both halves, and deal by them."""
@@ -235,7 +261,16 @@ class HybridDirichletPartitioner(Partitioner):
             return hybrid_counts(rng, per_class, num_clients, self.alpha_balanced, self.alpha_skewed)
 
         least = smallest_allowed(self.min_size, num_clients, len(labels))
-        return deal(rng, labels, redraw(draw, least, self.max_tries, "raise"))
+        settings = f"{self.alpha_balanced:g}, {self.alpha_skewed:g}"
+        counts = redraw(
+            draw,
+            least,
+            self.max_tries,
+            "raise",
+            scheme=f"A hybrid Dirichlet split with `alpha_skewed`={self.alpha_skewed:g}",
+            remedies=["a larger `alpha_skewed`", *smaller_limit(least, f"HybridDirichletPartitioner({settings}")],
+        )
+        return deal(rng, labels, counts)
 
 
 def hybrid_counts(

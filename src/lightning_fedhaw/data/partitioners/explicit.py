@@ -10,7 +10,8 @@ from collections.abc import Hashable, Iterable
 import numpy as np
 import torch
 
-from lightning_fedhaw.data.partitioners.base import Partitioner, plain_list
+from lightning_fedhaw import arguments
+from lightning_fedhaw.data.partitioners.base import Partitioner
 from lightning_fedhaw.data.partitioners.partition import Integers, Partition
 
 
@@ -25,13 +26,17 @@ class NaturalIdPartitioner(Partitioner):
 
     Raises:
         TypeError: If a key cannot be hashed.
-        ValueError: If there are no keys or one is missing (None or NaN).
+        ValueError: If there are no keys, they are a text, or one is missing (None or NaN).
     """
 
     def __init__(self, keys: Iterable[Hashable]) -> None:
-        if isinstance(keys, str):
-            raise TypeError(f"`keys` must be the column of keys itself, one entry per sample, got the text {keys!r}.")
-        values = plain_list(keys)
+        allowed = "the column of keys itself, one entry per sample"
+        if isinstance(keys, (str, bytes)):
+            raise arguments.invalid("keys", allowed, keys)
+        try:
+            values = arguments.plain_list(keys)
+        except TypeError:  # not iterable
+            raise arguments.invalid("keys", allowed, keys) from None
         if not values:
             raise ValueError("`keys` must have one entry per sample, got none.")
         client_of: dict[Hashable, int] = {}
@@ -70,22 +75,26 @@ class IndexPartitioner(Partitioner):
         indices: For each client the indices of its samples.
 
     Raises:
-        TypeError: If an index is not a whole number.
-        ValueError: If there are no clients; in ``partition``, if an index is out of range or used twice.
+        ValueError: If there are no clients, or an index is not a whole number; in ``partition``, if an index is out of
+            range or used twice.
     """
 
     def __init__(self, indices: Iterable[Iterable[int]]) -> None:
-        lists = list(indices)
-        if not all(isinstance(samples, Iterable) for samples in lists):
-            raise TypeError(f"`indices` must be a list of lists, one per client, got {lists[:5]}.")
-        if not lists:
-            raise ValueError("`indices` must be one list of sample indices per client, got no client.")
+        try:
+            per_client = arguments.plain_list(indices)
+        except TypeError:  # not iterable
+            raise arguments.invalid("indices", "one list of sample indices per client", indices) from None
         chosen = []
-        for client, samples in enumerate(lists):
-            numbers = plain_list(samples)
-            if not all(type(number) is int for number in numbers):
-                raise TypeError(f"`indices` must be lists of whole numbers, got {numbers[:5]} .. for client {client}.")
-            chosen.append(torch.tensor(numbers, dtype=torch.int64))
+        for client, samples in enumerate(per_client):
+            checked = arguments.integers(
+                "indices",
+                samples,
+                allowed="lists of whole numbers, one per client",
+                hint=f"That is the list of client {client}.",
+            )
+            chosen.append(torch.tensor(checked, dtype=torch.int64))
+        if not chosen:
+            raise ValueError("`indices` must be one list of sample indices per client, got no client.")
         self._indices = tuple(chosen)
 
     @property

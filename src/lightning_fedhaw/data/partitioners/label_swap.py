@@ -8,10 +8,10 @@ from math import floor
 import numpy as np
 import torch
 
-from lightning_fedhaw.data.partitioners.base import Partitioner, check_base
+from lightning_fedhaw import arguments
+from lightning_fedhaw.data.partitioners.base import Partitioner, checked_base
 from lightning_fedhaw.data.partitioners.counts import generator
 from lightning_fedhaw.data.partitioners.partition import Integers, Partition
-from lightning_fedhaw.options import is_number
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,19 @@ class LabelSwapPartitioner(Partitioner):
     needs_labels = True
 
     def __post_init__(self) -> None:
-        check_base(self.base)
-        if not (is_number(self.fraction) and 0 <= self.fraction <= 1):
-            raise ValueError(f"`fraction` must be a share of the clients in [0, 1], got {self.fraction!r}.")
+        fraction = arguments.probability("fraction", self.fraction, hint="It is a share of the clients.")
+        object.__setattr__(self, "base", checked_base(self.base))
+        object.__setattr__(self, "fraction", fraction)
+        object.__setattr__(self, "per_client", arguments.flag("per_client", self.per_client))
         if self.labels is None:
             return
         if self.per_client:
             raise ValueError(f"`labels` must be None with `per_client`, which draws a pair each, got {self.labels!r}.")
-        pair = tuple(self.labels)
-        if len(pair) != 2 or pair[0] == pair[1] or not all(type(label) is int for label in pair):
-            raise ValueError(f"`labels` must be two different whole numbers, such as (1, 7), got {self.labels!r}.")
-        object.__setattr__(self, "labels", pair)
+        allowed = "two different whole numbers, such as (1, 7)"
+        pair = arguments.integers("labels", self.labels, allowed=allowed)
+        if len(pair) != 2 or pair[0] == pair[1]:
+            raise arguments.invalid("labels", allowed, self.labels)
+        object.__setattr__(self, "labels", tuple(pair))
 
     @property
     def num_clients(self) -> int | None:

@@ -25,11 +25,13 @@ class Partition:
         indices: For each client the int64 indices ``[n_k]`` of its samples; sorted ascending on construction.
         dropped: Samples that belong to nobody because the scheme leaves some out by definition.
         label_swaps: Client -> the two labels that change places in its training data.
+        scheme: The partitioner that made it, with its settings; what is too long for a line is left out.
     """
 
     indices: tuple[Tensor, ...]
     dropped: int = 0
     label_swaps: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    scheme: str = ""
 
     def __post_init__(self) -> None:
         ascending = []

@@ -6,16 +6,16 @@ Shapes: K clients, C classes that occur in the data (in ascending order of label
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_fedhaw.data.partitioners.base import Partitioner, check_base
+from lightning_fedhaw import arguments
+from lightning_fedhaw.data.partitioners.base import Partitioner, checked_base
 from lightning_fedhaw.data.partitioners.counts import (
-    check_concentration,
+    concentration,
     count_classes,
     deal,
     dirichlet,
@@ -23,10 +23,10 @@ from lightning_fedhaw.data.partitioners.counts import (
     largest_remainder,
     redraw,
     shuffled_by_class,
+    smaller_limit,
     smallest_allowed,
 )
 from lightning_fedhaw.data.partitioners.partition import Integers, Partition
-from lightning_fedhaw.options import check_whole, is_number
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,10 @@ class ShardPartitioner(Partitioner):
     needs_labels = True
 
     def __post_init__(self) -> None:
-        check_whole("shards_per_client", self.shards_per_client, 1)
-        if self.shard_size is not None:
-            check_whole("shard_size", self.shard_size, 1)
+        shards = arguments.integer("shards_per_client", self.shards_per_client, minimum=1)
+        shard_size = arguments.optional(arguments.integer, "shard_size", self.shard_size, minimum=1)
+        object.__setattr__(self, "shards_per_client", shards)
+        object.__setattr__(self, "shard_size", shard_size)
 
     def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
         """Cut the samples, sorted by label, into shards, and deal the shards."""
@@ -99,13 +100,18 @@ class QuantitySkewPartitioner(Partitioner):
     def __post_init__(self) -> None:
         if self.sigma is not None and self.alpha is not None:
             raise ValueError(f"Give `sigma` or `alpha`, not both, got {self.sigma!r} and {self.alpha!r}.")
-        if self.sigma is not None and not (is_number(self.sigma) and 0 <= self.sigma < float("inf")):
-            raise ValueError(f"`sigma` must be a number of at least 0 (0 is equal sizes), got {self.sigma!r}.")
-        if self.alpha is not None:
-            check_concentration("alpha", self.alpha)
-        check_whole("max_tries", self.max_tries, 1)
-        if self.min_size is not None:
-            check_whole("min_size", self.min_size, 1)
+        for name, value in self._checked().items():
+            object.__setattr__(self, name, value)
+
+    def _checked(self) -> dict[str, Any]:
+        return {
+            "sigma": arguments.optional(
+                arguments.number, "sigma", self.sigma, minimum=0, hint="0 gives clients of equal size."
+            ),
+            "alpha": arguments.optional(concentration, "alpha", self.alpha),
+            "min_size": arguments.optional(arguments.integer, "min_size", self.min_size, minimum=1),
+            "max_tries": arguments.integer("max_tries", self.max_tries, minimum=1),
+        }
 
     def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
         """Draw the sizes, and deal by them."""
@@ -114,24 +120,38 @@ class QuantitySkewPartitioner(Partitioner):
 
     def sizes(self, num_clients: int, num_samples: int, seed: int = 0) -> list[int]:
         """Draw the samples of each client, ``[K]`` of sum ``num_samples``."""
-        check_whole("num_clients", num_clients, 1)
-        check_whole("num_samples", num_samples, num_clients)
+        num_clients = arguments.integer("num_clients", num_clients, minimum=1)
+        num_samples = arguments.integer("num_samples", num_samples, minimum=num_clients)
         rng = generator(seed, "quantity-skew", "sizes")
 
         def draw() -> Integers:
             return largest_remainder(self._shares(rng, num_clients), num_samples)[:, None]  # [K, 1]
 
         least = smallest_allowed(self.min_size, num_clients, num_samples)
-        counts = redraw(draw, least, self.max_tries, "raise")
+        setting = f"sigma={self._sigma:g}" if self.alpha is None else f"alpha={self.alpha:g}"
+        counts = redraw(
+            draw,
+            least,
+            self.max_tries,
+            "raise",
+            scheme=f"A split with quantity skew (`{setting}`)",
+            remedies=[
+                "a smaller `sigma`" if self.alpha is None else "a larger `alpha`",
+                *smaller_limit(least, f"QuantitySkewPartitioner({setting}"),
+            ],
+        )
         sizes: list[int] = counts[:, 0].tolist()
         return sizes
+
+    @property
+    def _sigma(self) -> float:
+        return 1.0 if self.sigma is None else self.sigma
 
     def _shares(self, rng: np.random.Generator, num_clients: int) -> NDArray[np.float64]:
         """Draw proportions of the clients' sizes, ``[K]``."""
         if self.alpha is not None:
             return dirichlet(rng, self.alpha, num_clients)
-        sigma = 1.0 if self.sigma is None else self.sigma
-        logs = sigma * rng.standard_normal(num_clients)
+        logs = self._sigma * rng.standard_normal(num_clients)
         shares: NDArray[np.float64] = np.exp(logs - logs.max())  # the scale is free, and must not overflow
         return shares
 
@@ -158,8 +178,8 @@ class LongTailPartitioner(Partitioner):
     needs_labels = True
 
     def __post_init__(self) -> None:
-        _check_rho(self.rho)
-        check_base(self.base)
+        object.__setattr__(self, "rho", _checked_rho(self.rho))
+        object.__setattr__(self, "base", checked_base(self.base))
         if self.base.num_clients is not None:
             raise ValueError(
                 f"`base` must be a scheme that can split any data set, got {type(self.base).__name__}, which is made"
@@ -171,7 +191,7 @@ class LongTailPartitioner(Partitioner):
         counts = long_tail_counts(count_classes(labels), self.rho)  # [C]
         if counts.min() == 0:
             raise ValueError(
-                f"`rho` must leave every class a sample, got {self.rho}, which leaves class"
+                f"`rho` must leave every class a sample, got {self.rho:g}, which leaves class"
                 f" {np.unique(labels)[counts.argmin()]} none; use a smaller `rho`."
             )
         # One client who takes the tail is a way to draw it.
@@ -203,14 +223,13 @@ def long_tail_counts(class_counts: ArrayLike, rho: float) -> Integers:
         >>> long_tail_counts([5000] * 5, 10).tolist()
         [5000, 2811, 1581, 889, 500]
     """
-    _check_rho(rho)
+    rho = _checked_rho(rho)
     full = np.asarray(class_counts, dtype=np.int64)
-    kept = full * float(rho) ** (-np.arange(len(full)) / max(len(full) - 1, 1))
+    kept = full * rho ** (-np.arange(len(full)) / max(len(full) - 1, 1))
     # The slack is for products that round to just below a whole number: 49 * 49 ** -1.0 is 0.99..
     counts: Integers = np.floor(kept * (1 + 1e-12)).astype(np.int64)
     return counts
 
 
-def _check_rho(rho: Any) -> None:
-    if not (is_number(rho) and isfinite(rho) and rho >= 1):
-        raise ValueError(f"`rho` must be a number of at least 1, got {rho!r}.")
+def _checked_rho(rho: object) -> float:
+    return arguments.number("rho", rho, minimum=1, hint="1 leaves the classes as they are.")
