@@ -124,7 +124,7 @@ class FedHAWCallback(HypergradientRule):
         step_bounds: The smallest and largest step of the server. With a smallest one of 1, a round goes at least as
             far as FedAvg.
         hyper_optimizer: Makes the optimizer of ``lambda_`` from ``(parameters, lr=...)``, such as ``torch.optim.Adam``
-            or a ``functools.partial`` of it; one that steps on a given gradient.
+            or a ``functools.partial`` of it; one that steps on a given gradient. Default: ``torch.optim.SGD``.
         memory: Where the previous cohort's models are kept.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
@@ -157,7 +157,7 @@ class FedHAWCallback(HypergradientRule):
         lr_step: float = 0.3,
         scale_bounds: tuple[float, float] = (0.9, 1.1),
         step_bounds: tuple[float, float] = (1.0, 8.0),
-        hyper_optimizer: MakesOptimizer = torch.optim.SGD,
+        hyper_optimizer: MakesOptimizer | None = None,
         memory: Memory = "device",
         **federation: Any,
     ) -> None:
@@ -167,8 +167,9 @@ class FedHAWCallback(HypergradientRule):
         self.lr_step = arguments.number("lr_step", lr_step, minimum=0)
         self.scale_bounds = arguments.bounds_around_one("scale_bounds", scale_bounds)
         self.step_bounds = arguments.bounds_around_one("step_bounds", step_bounds)
-        check_optimizer("hyper_optimizer", hyper_optimizer, self.lr_lambda)
-        self.hyper_optimizer = hyper_optimizer
+        if hyper_optimizer is not None:
+            check_optimizer("hyper_optimizer", hyper_optimizer, self.lr_lambda)
+        self.hyper_optimizer = hyper_optimizer or torch.optim.SGD
         self.memory: Memory = arguments.choice("memory", memory, Memory)
 
     prog_bar = ("scale", "server_step")
