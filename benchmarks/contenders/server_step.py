@@ -1,8 +1,8 @@
 """FedHAW's server step alone: K client vectors of P parameters come in, the next global model goes out.
 
 ``{"how": "ours"}``: ``PublishedFedHAWCallback.step``. ``{"how": "authors"}``: the same formulas as the authors' code
-writes them, Python sums over clients for each named tensor. ``{"how": "read"}``: every vector of the cohort read once by
-a dot product, which is what memory allows.
+writes them, Python sums over clients for each named tensor. ``{"how": "read"}``: every vector of the cohort read once
+by a dot product, which is what memory allows.
 """
 
 from __future__ import annotations
