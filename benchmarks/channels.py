@@ -11,26 +11,28 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import lightning_fedhaw as fed
-from lightning_fedhaw.channel import Arrivals, Channel, Parcel, Scene, SumChannel
+from lightning_fedhaw.channel import AggregateChannel, Arrivals, Channel, Parcel, Scene
 from lightning_fedhaw.channel.awgn import rms
 
 NUMBERS, CLIENTS, ROUNDS = 120, 10, 60
 MESSAGES: dict[str, Channel] = {
     "AWGNChannel(snr_db=5)": fed.AWGNChannel(5.0),
     "FadingChannel(snr_db=10)": fed.FadingChannel(10.0),
-    'QuantizedChannel(3, "nearest")': fed.QuantizedChannel(3, "nearest"),
-    'QuantizedChannel(3, "qsgd")': fed.QuantizedChannel(3, "qsgd"),
-    "SparsifiedChannel(0.2)": fed.SparsifiedChannel(0.2),
-    'SparsifiedChannel(0.2, "random")': fed.SparsifiedChannel(0.2, "random"),
+    'QuantizationChannel(3, "nearest")': fed.QuantizationChannel(3, "nearest"),
+    'QuantizationChannel(3, "qsgd")': fed.QuantizationChannel(3, "qsgd"),
+    "SparsificationChannel(0.2)": fed.SparsificationChannel(0.2),
+    'SparsificationChannel(0.2, "random")': fed.SparsificationChannel(0.2, "random"),
     "BitFlipChannel(0.02, bits=8)": fed.BitFlipChannel(0.02, bits=8),
     "PacketLossChannel(0.3, 48)": fed.PacketLossChannel(0.3, 48),
     "OverTheAirChannel(10): the average": fed.OverTheAirChannel(10.0),
-    "PrivacyChannel(clip=6, noise_multiplier=0.5): the average": fed.PrivacyChannel(6.0, 0.5, delta=None),
+    "DifferentialPrivacyChannel(clip=6, noise_multiplier=0.5): the average": fed.DifferentialPrivacyChannel(
+        6.0, 0.5, delta=None
+    ),
 }
 LOSSES: dict[str, Channel] = {
     "ErasureChannel(max_probability=0.8)": fed.ErasureChannel(max_probability=0.8),
     "ErasureChannel(burst=GilbertElliott(0.05, 0.2))": fed.ErasureChannel(burst=fed.GilbertElliott(0.05, 0.2)),
-    "DeadlineChannel(1.0, seconds_per_sample=0.01)": fed.DeadlineChannel(1.0, 0.01),
+    "StragglerChannel(1.0, seconds_per_sample=0.01)": fed.StragglerChannel(1.0, 0.01),
     "AvailabilityChannel(period=24)": fed.AvailabilityChannel(),
 }
 
@@ -61,10 +63,10 @@ def updates() -> Tensor:
 def crossed(channel: Channel) -> tuple[Tensor, Tensor]:
     """What was sent, and what was received."""
     rows = updates()
-    if not isinstance(channel, SumChannel):
-        return rows[0], channel.transmit(rows[0], round_=1, client=0, seed=0)
+    if not isinstance(channel, AggregateChannel):
+        return rows[0], channel.transmit(rows[0], round_idx=1, client=0, seed=0)
     there = ~channel.outage(0, list(range(CLIENTS)), 0)
-    heard = [channel.transmit(rows[k], round_=0, client=k, seed=0) for k in range(CLIENTS) if there[k]]
+    heard = [channel.transmit(rows[k], round_idx=0, client=k, seed=0) for k in range(CLIENTS) if there[k]]
     arrivals = Arrivals(
         round=0,
         seed=0,
@@ -97,7 +99,7 @@ def main() -> None:
         prepare(channel)
         lost = torch.stack([channel.outage(t, list(range(CLIENTS)), 0) for t in range(ROUNDS)], 1)
         axes = next(panels)
-        axes.imshow(lost, aspect="auto", cmap="Greys", interpolation="nearest", vmax=1.4)
+        axes.imshow(lost, aspect="auto", cmap="Grays", interpolation="nearest", vmax=1.4)
         axes.set_title(name, fontsize=10, family="monospace")
         axes.set(xlabel="round", ylabel="client")
     path.parent.mkdir(parents=True, exist_ok=True)

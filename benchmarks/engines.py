@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fedhaw import FedAvgCallback, FederatedTrainer, IIDPartitioner, RoundObserver
+from lightning_fedhaw import FedAvgCallback, FederatedCallback, FederatedTrainer, IIDPartitioner
 
 MODELS: dict[str, Any] = {
     "logistic 60-10": ((60,), lambda: nn.Linear(60, 10)),
@@ -58,7 +58,7 @@ class Model(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-class Clock(RoundObserver):
+class Clock(FederatedCallback):
     """Seconds of every round."""
 
     def __init__(self) -> None:

@@ -60,7 +60,8 @@ from lightning_fedhaw import (
     BitFlipChannel,
     Channel,
     ClientObjective,
-    DeadlineChannel,
+    CoordinateMedianCallback,
+    DifferentialPrivacyChannel,
     ErasureChannel,
     FadingChannel,
     FedAdagradCallback,
@@ -70,8 +71,8 @@ from lightning_fedhaw import (
     FedAvgMCallback,
     FedBECallback,
     FedDFCallback,
-    FedDyn,
     FedDynCallback,
+    FedDynObjective,
     FederatedDataModule,
     FederatedTrainer,
     FedHAWCallback,
@@ -85,31 +86,30 @@ from lightning_fedhaw import (
     GeometricMedianCallback,
     GilbertElliott,
     KrumCallback,
-    MedianCallback,
     MultiKrumCallback,
     OverTheAirChannel,
     PacketLossChannel,
-    PrivacyChannel,
     PublishedFedHAWCallback,
-    QuantizedChannel,
-    RuleStep,
-    Scaffold,
+    QuantizationChannel,
+    RuleOutput,
     ScaffoldCallback,
+    ScaffoldObjective,
     ServerFineTuningCallback,
-    SparsifiedChannel,
+    SparsificationChannel,
+    StragglerChannel,
     TrimmedMeanCallback,
     stream,
 )
 from lightning_fedhaw.data import (
     DirichletPartitioner,
-    EveryoneSampler,
     FixedSequenceSampler,
+    FullParticipationSampler,
     HybridDirichletPartitioner,
     IIDPartitioner,
     IndexPartitioner,
-    KeyPartitioner,
-    LabelSwap,
+    LabelSwapPartitioner,
     LongTailPartitioner,
+    NaturalIdPartitioner,
     QuantitySkewPartitioner,
     ShardPartitioner,
     UniformSampler,
@@ -306,12 +306,12 @@ class Module(pl.LightningDataModule):
 class NoisyLoss(Channel):
     """Loses a third of the messages, and adds noise to the others."""
 
-    def outage(self, round_: int, clients: list[int], seed: int) -> Tensor:
-        draws = [torch.rand((), generator=self.stream(seed, round_, client, "outage")) for client in clients]
+    def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
+        draws = [torch.rand((), generator=self.stream(seed, round_idx, client, "outage")) for client in clients]
         return torch.stack(draws) < 0.3
 
-    def transmit(self, message: Tensor, *, round_: int, client: int, seed: int) -> Tensor:
-        noise = torch.randn(message.shape, generator=self.stream(seed, round_, client, "noise"))
+    def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
+        noise = torch.randn(message.shape, generator=self.stream(seed, round_idx, client, "noise"))
         return message + 1e-3 * noise.to(message)
 
 
@@ -332,10 +332,10 @@ class SquareRoots(AggregationRule):
     def raw_weight(self, update: Any) -> float:
         return float(update.num_examples) ** 0.5
 
-    def step(self, cohort: Any, state: Any, server: Any) -> RuleStep:
+    def step(self, cohort: Any, state: Any, server: Any) -> RuleOutput:
         roots = cohort.num_examples.double().sqrt()
         weights = roots / roots.sum()
-        return RuleStep(cohort.vectors.weighted_sum(weights), {"rounds": cohort.round + 1}, weights)
+        return RuleOutput(cohort.vectors.weighted_sum(weights), {"rounds": cohort.round + 1}, weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -421,15 +421,15 @@ add("rule/published fedhaw, exact", partial(PUBLISHED, jacobian="exact", scale_b
 add("rule/published fedhaw, plain, old", partial(PUBLISHED, pseudo_gradient="plain", gamma_for_lambda="old"))
 add(
     "rule/published fedhaw, steps",
-    partial(PUBLISHED, normalise_by="lr*steps", memory="host"),
+    partial(PUBLISHED, normalize_by="lr*steps", memory="host"),
     model=partial(Classifier, adam),
 )
 add("rule/published fedhaw, given rate, Adam", partial(PUBLISHED, learning_rate=0.2, hyper_optimizer=Adam))
 add("rule/fedhyper G", partial(FedHyperCallback, "G"))
 add("rule/fedhyper SL", partial(FedHyperCallback, "SL", weighting="uniform"))
-add("rule/fedhyper CL", partial(FedHyperCallback, "CL", normalise_by="norms", hyper_lr=0.1))
-add("rule/fedhyper G+SL", partial(FedHyperCallback, "G+SL", normalise_by="lr", alpha_bounds=(0.2, 5.0)))
-add("rule/fedhyper G+CL", partial(FedHyperCallback, "G+CL", normalise_by="norms", hyper_lr=0.1))
+add("rule/fedhyper CL", partial(FedHyperCallback, "CL", normalize_by="norms", hyper_lr=0.1))
+add("rule/fedhyper G+SL", partial(FedHyperCallback, "G+SL", normalize_by="lr", alpha_bounds=(0.2, 5.0)))
+add("rule/fedhyper G+CL", partial(FedHyperCallback, "G+CL", normalize_by="norms", hyper_lr=0.1))
 add("rule/fedadp", FedAdpCallback)
 add("rule/fedadp, rounds", partial(FedAdpCallback, 2.0, smooth_by="rounds", update_unheard=True), LOSSY)
 add("rule/fedlws", FedLWSCallback)
@@ -461,7 +461,7 @@ add("rule/fedlaw, nothing", partial(FedLAWCallback, "nothing", scale=0.97, weigh
 add("rule/feddf", partial(FedDFCallback, 3, batch_size=8), data=with_proxy)
 add("rule/fedbe", partial(FedBECallback, 3, samples=2, ensemble="probabilities"), data=with_proxy)
 add("rule/server fine-tuning", partial(ServerFineTuningCallback, 2, batch_size=8), data=with_proxy)
-add("rule/median", MedianCallback)
+add("rule/median", CoordinateMedianCallback)
 add("rule/trimmed mean", TrimmedMeanCallback, clients_per_round=5)
 add("rule/krum", partial(KrumCallback, 0))
 add("rule/multi-krum", MultiKrumCallback, clients_per_round=5)
@@ -485,7 +485,7 @@ add("channel/erasure, downlink, reuse", ScaffoldCallback, partial(LOSSY, link="d
 add("channel/erasure, two names", FedAvgCallback, LOSSY, partial(LOSSY, name="second", fallback="discard"))
 add("channel/erasure, everything", FREE, partial(ErasureChannel, 1.0))
 add("channel/erasure, everything, follow", PUBLISHED, partial(ErasureChannel, 1.0), empty_round="follow")
-add("channel/deadline", FedAvgCallback, partial(DeadlineChannel, 1.0, 0.03, client_spread=0.5))
+add("channel/deadline", FedAvgCallback, partial(StragglerChannel, 1.0, 0.03, client_spread=0.5))
 add("channel/availability", FedAvgCallback, partial(AvailabilityChannel, mean=0.6, period=3))
 add("channel/availability, trace", FedAvgCallback, lambda: AvailabilityChannel(trace(), fallback="reuse_update"))
 add("channel/packets", FedAvgCallback, partial(PacketLossChannel, 0.3, 64, retries=1))
@@ -503,20 +503,22 @@ add(
 )
 add("channel/bit flips", FedAvgCallback, partial(BitFlipChannel, 1e-4))
 add("channel/bit flips, codes", FedAvgCallback, partial(BitFlipChannel, 1e-2, bits=8, link="downlink"))
-add("channel/quantized", FedAvgCallback, partial(QuantizedChannel, 4))
-add("channel/quantized, nearest, layers", FREE, partial(QuantizedChannel, 6, "nearest", per="layer"))
-add("channel/quantized, qsgd, downlink", FedAvgCallback, partial(QuantizedChannel, 8, "qsgd", link="downlink"))
-add("channel/sparsified", FedAvgCallback, partial(SparsifiedChannel, 0.2), LOSSY)
-add("channel/sparsified, random, layers", FREE, partial(SparsifiedChannel, 0.3, "random", per="layer"))
-add("channel/sparsified, forgetful", FedAvgCallback, partial(SparsifiedChannel, 0.3, "random", error_feedback=False))
+add("channel/quantized", FedAvgCallback, partial(QuantizationChannel, 4))
+add("channel/quantized, nearest, layers", FREE, partial(QuantizationChannel, 6, "nearest", per="layer"))
+add("channel/quantized, qsgd, downlink", FedAvgCallback, partial(QuantizationChannel, 8, "qsgd", link="downlink"))
+add("channel/sparsified", FedAvgCallback, partial(SparsificationChannel, 0.2), LOSSY)
+add("channel/sparsified, random, layers", FREE, partial(SparsificationChannel, 0.3, "random", per="layer"))
+add(
+    "channel/sparsified, forgetful", FedAvgCallback, partial(SparsificationChannel, 0.3, "random", error_feedback=False)
+)
 add("channel/over the air", FedAvgCallback, partial(OverTheAirChannel, 20.0, 0.2))
-add("channel/privacy", partial(FedAvgCallback, "uniform"), partial(PrivacyChannel, 0.5, 0.1, delta=None))
+add("channel/privacy", partial(FedAvgCallback, "uniform"), partial(DifferentialPrivacyChannel, 0.5, 0.1, delta=None))
 add(
     "channel/many",
     FREE,
     partial(LOSSY, link="downlink", fallback="reuse_model"),
-    partial(SparsifiedChannel, 0.5),
-    partial(QuantizedChannel, 8),
+    partial(SparsificationChannel, 0.5),
+    partial(QuantizationChannel, 8),
     partial(AWGNChannel, 20.0),
     partial(LOSSY, fallback="reuse_update"),
 )
@@ -526,10 +528,23 @@ add("channel/a user's, by inheritance", FedAvgCallback, partial(LateErasure, 0.4
 # Objectives.
 for engine in ("sequential", "vectorized"):
     add(f"objective/fedprox, {engine}", FREE, partial(FedProx, 0.1), engine=engine)
-    add(f"objective/feddyn, {engine}", FedAvgCallback, partial(FedDyn, 0.1), engine=engine)
-    add(f"objective/scaffold, {engine}", FREE, Scaffold, LOSSY, engine=engine, model=partial(Classifier, momentum))
+    add(f"objective/feddyn, {engine}", FedAvgCallback, partial(FedDynObjective, 0.1), engine=engine)
+    add(
+        f"objective/scaffold, {engine}",
+        FREE,
+        ScaffoldObjective,
+        LOSSY,
+        engine=engine,
+        model=partial(Classifier, momentum),
+    )
     add(f"objective/a user's, {engine}", FedAvgCallback, Sparse, engine=engine)
-add("objective/two of a kind", FedAvgCallback, partial(FedProx, 0.1), partial(FedProx, 0.2, name="second"), Scaffold)
+add(
+    "objective/two of a kind",
+    FedAvgCallback,
+    partial(FedProx, 0.1),
+    partial(FedProx, 0.2, name="second"),
+    ScaffoldObjective,
+)
 
 # Engines and models.
 for engine in ("sequential", "vectorized", "auto"):
@@ -566,7 +581,7 @@ KEPT = {"optimizer_state": "kept", "buffers": "local", "model": partial(Normaliz
 add("resumed/fedhaw, kept", FREE, resumed=True, **KEPT)
 add("resumed/published fedhaw, vectorized", PUBLISHED, resumed=True, engine="vectorized", optimizer_state="kept")
 add("resumed/scaffold, reuse", ScaffoldCallback, partial(LOSSY, fallback="reuse_update"), resumed=True)
-add("resumed/feddyn", partial(FedDynCallback, 0.1), partial(SparsifiedChannel, 0.3), resumed=True)
+add("resumed/feddyn", partial(FedDynCallback, 0.1), partial(SparsificationChannel, 0.3), resumed=True)
 add("resumed/fedadam", FedAdamCallback, partial(LOSSY, link="downlink", fallback="reuse_model"), resumed=True)
 add("resumed/fedhyper", partial(FedHyperCallback, "G+SL"), resumed=True, model=partial(Classifier, scheduled))
 add("resumed/bf16-true", FREE, resumed=True, precision="bf16-true")
@@ -578,7 +593,7 @@ add(
     "processes/scaffold, channels, vectorized",
     ScaffoldCallback,
     LOSSY,
-    partial(SparsifiedChannel, 0.5),
+    partial(SparsificationChannel, 0.5),
     engine="vectorized",
     **TWO,
 )
@@ -616,7 +631,12 @@ add("entry/data module", data=Module)
 add("entry/one data set per client", FREE, data=list_of_clients, num_clients=None, alpha=None, clients_per_round=None)
 add("entry/held out", FREE, client_val_fraction=0.2, seed=11)
 add("entry/fast development run", FREE, fast_dev_run=True)
-add("data/label swaps", FREE, alpha=None, partitioner=LabelSwap(DirichletPartitioner(1.0), 0.5, per_client=True))
+add(
+    "data/label swaps",
+    FREE,
+    alpha=None,
+    partitioner=LabelSwapPartitioner(DirichletPartitioner(1.0), 0.5, per_client=True),
+)
 add(
     "data/quantity skew",
     FREE,
@@ -743,9 +763,9 @@ def partitions() -> Record:
         "quantity": QuantitySkewPartitioner(),
         "quantity, alpha": QuantitySkewPartitioner(alpha=1.0),
         "long tail": LongTailPartitioner(4.0, dirichlet),
-        "label swap": LabelSwap(dirichlet, 0.5),
-        "label swap, each": LabelSwap(IIDPartitioner(), 0.7, per_client=True),
-        "keys": KeyPartitioner([index % CLIENTS for index in range(240)]),
+        "label swap": LabelSwapPartitioner(dirichlet, 0.5),
+        "label swap, each": LabelSwapPartitioner(IIDPartitioner(), 0.7, per_client=True),
+        "keys": NaturalIdPartitioner([index % CLIENTS for index in range(240)]),
         "indices": IndexPartitioner([range(start, start + 30) for start in range(0, 180, 30)]),
     }
     record: Record = {}
@@ -761,7 +781,7 @@ def partitions() -> Record:
 def cohorts() -> Record:
     """The cohorts of each sampler."""
     samplers: dict[str, Any] = {
-        "everyone": EveryoneSampler(),
+        "everyone": FullParticipationSampler(),
         "uniform": UniformSampler(3),
         "uniform, share": UniformSampler(0.5),
         "weighted": WeightedSampler(3),
@@ -770,9 +790,9 @@ def cohorts() -> Record:
     }
     sizes = torch.arange(10, 10 + 5 * CLIENTS, 5)
     return {
-        f"{name}/{round_}": repr(sampler.sample(round_, num_clients=CLIENTS, sizes=sizes, seed=7))
+        f"{name}/{round_idx}": repr(sampler.sample(round_idx, num_clients=CLIENTS, sizes=sizes, seed=7))
         for name, sampler in samplers.items()
-        for round_ in range(ROUNDS)
+        for round_idx in range(ROUNDS)
     }
 
 

@@ -84,7 +84,7 @@ def play(case: Case, rounds: int) -> str:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
-    class Meter(lf.RoundObserver):
+    class Meter(lf.FederatedCallback):
         def __init__(self) -> None:
             super().__init__()
             self.resident: list[float] = []

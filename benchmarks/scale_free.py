@@ -4,7 +4,7 @@
 
 ``SPLIT.npz`` is the file of ``parity/mnist.py``. The cells, in four families (MNIST with the authors' split, the digits
 of scikit-learn, Synthetic(1, 1), a small CNN), vary one thing at a time: a timid and a well-chosen local rate, local
-epochs, batch size, optimiser, partial participation, mislabelled clients. 40 rounds; what counts is the mean test
+epochs, batch size, optimizer, partial participation, mislabeled clients. 40 rounds; what counts is the mean test
 accuracy of the last ten. The published rule gets the best of five step sizes on seed 0, cell by cell; the scale-free
 rule has one setting for all. Every run is one JSON file in ``--out`` and is not run again, so a study that was
 interrupted goes on where it was; ``--report-only`` makes table and picture of what is there.
@@ -104,7 +104,7 @@ def digits() -> Data:
 
 
 @lru_cache
-def mislabelled() -> Data:
+def mislabeled() -> Data:
     """Digits dealt evenly; the labels of three clients out of ten are drawn by lot."""
     train, test, _ = digits()
     x, y = train.tensors
@@ -186,7 +186,7 @@ CELLS = {
     "digits, SGD 0.01": Cell(digits, SMALL, 0.01),
     "digits, SGD 0.2": Cell(digits, SMALL, 0.2),
     "digits, SGD 0.2, E=5": Cell(digits, SMALL, 0.2, epochs=5),
-    "digits, 3 of 10 mislabelled": Cell(mislabelled, SMALL, 0.2, epochs=3),
+    "digits, 3 of 10 mislabeled": Cell(mislabeled, SMALL, 0.2, epochs=3),
     "Synthetic, SGD 0.001": Cell(synthetic, logistic, 0.001, batch_size=10),
     "Synthetic, SGD 0.02": Cell(synthetic, logistic, 0.02, batch_size=10),
     "Synthetic, SGD 0.02, 6 of 30": Cell(synthetic, logistic, 0.02, batch_size=10, clients_per_round=6),

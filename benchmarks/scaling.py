@@ -30,7 +30,7 @@ PROCESSES = {
     ("W3", "ours, sequential"): {"engine": "sequential"},
     ("W3", "ours, vectorized"): {"engine": "vectorized"},
 }
-# Okabe and Ito's colours, told apart with any colour vision; markers tell them apart in grey.
+# Okabe and Ito's colors, told apart with any color vision; markers tell them apart in gray.
 STYLES = {
     "tuned loop": ("#000000", "s--"),
     "ours, sequential": ("#0072B2", "o-"),
@@ -106,7 +106,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     labels = [f"{work}\n{'default' if name == 'ours' else name.removeprefix('ours, ')}" for work, name in kinds]
     right.set_xticks(range(len(kinds)), labels)
     right.set(ylabel="speed, relative to one process")
-    right.set_title("One process (grey) and two (blue)", fontsize=10)
+    right.set_title("One process (gray) and two (blue)", fontsize=10)
     right.margins(y=0.12)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

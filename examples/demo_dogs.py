@@ -11,7 +11,7 @@ from scipy.io import savemat
 
 from lightning_fedhaw import stream
 
-# Breed, coat, second colour, ears, pattern.
+# Breed, coat, second color, ears, pattern.
 BREEDS = (
     ("golden", (214, 168, 92), (240, 214, 160), "hanging", "plain"),
     ("midnight", (44, 42, 48), (150, 92, 48), "pricked", "saddle"),
@@ -68,8 +68,8 @@ def draw_dog(label: int, size: int, generator: torch.Generator) -> Image.Image:
     def between(low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=generator).item()
 
-    def shade(colour: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
-        red, green, blue = (min(255, round(channel * factor)) for channel in colour)
+    def shade(color: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
+        red, green, blue = (min(255, round(channel * factor)) for channel in color)
         return red, green, blue
 
     _, coat, second, ears, pattern = BREEDS[label]
@@ -92,8 +92,8 @@ def draw_dog(label: int, size: int, generator: torch.Generator) -> Image.Image:
     pen.rectangle([(0, horizon), (4 * size, 4 * size)], fill=shade(place, between(0.65, 0.8)))
     thick = round(4 * size * 0.06 * zoom)
     pen.line(xy(0.2, 0.52, 0.1, between(0.25, 0.5)), fill=coat, width=thick)
-    for foot, colour in ((0.3, dark), (0.58, dark), (0.24, coat), (0.64, coat)):
-        pen.rounded_rectangle(xy(foot, 0.6, foot + 0.085, 0.9), radius=thick / 2, fill=colour)
+    for foot, color in ((0.3, dark), (0.58, dark), (0.24, coat), (0.64, coat)):
+        pen.rounded_rectangle(xy(foot, 0.6, foot + 0.085, 0.9), radius=thick / 2, fill=color)
     pen.ellipse(xy(0.17, 0.42, 0.75, 0.74), fill=coat)
     if pattern == "saddle":
         pen.chord(xy(0.2, 0.42, 0.72, 0.72), 180, 360, fill=second)

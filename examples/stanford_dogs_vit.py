@@ -38,7 +38,7 @@ RULES: dict[str, Callable[[], fed.AggregationRule]] = {
     "fedhaw": fed.FedHAWCallback,
     "fedavg": fed.FedAvgCallback,
     "fedadam": fed.FedAdamCallback,
-    "fedhyper": lambda: fed.FedHyperCallback("G", normalise_by="norms", hyper_lr=0.1),
+    "fedhyper": lambda: fed.FedHyperCallback("G", normalize_by="norms", hyper_lr=0.1),
     "fedlws": fed.FedLWSCallback,
 }
 LOGGERS: dict[str, Callable[[Path], Logger | bool]] = {

@@ -1,4 +1,4 @@
-"""What a user of the command line has: a data module in a file, and a module without an optimiser of its own."""
+"""What a user of the command line has: a data module in a file, and a module without an optimizer of its own."""
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader

@@ -35,7 +35,7 @@ def prepared(channel, parameters: int = 8, num_clients: int = 10, **kwargs):
 
 def received(channel, message, rounds: int = 1, client: int = 0, seed: int = 0):
     """What comes of a message in many rounds, ``[rounds, P]``."""
-    return torch.stack([channel.transmit(message, round_=t, client=client, seed=seed) for t in range(rounds)])
+    return torch.stack([channel.transmit(message, round_idx=t, client=client, seed=seed) for t in range(rounds)])
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -29,7 +29,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "AWGNChannel": {"snr_db": 3.0},
     "AWGNChannel.noise_std": {"snr_db": None},
     "BitFlipChannel": {"rate": 0.1},
-    "DeadlineChannel": {"deadline": 2.0, "seconds_per_sample": 0.5},
+    "StragglerChannel": {"deadline": 2.0, "seconds_per_sample": 0.5},
     "ErasureChannel": {"probability": 0.1},
     "ErasureChannel.max_probability": {"probability": None},
     "ErasureChannel.legacy_seed": {"probability": None, "max_probability": 0.5},
@@ -43,8 +43,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "GilbertElliott": {"enter": 0.1, "leave": 0.5},
     "OverTheAirChannel": {"snr_db": 3.0},
     "PacketLossChannel": {"probability": 0.1},
-    "PrivacyChannel": {"clip": 1.0, "noise_multiplier": 0.5},
-    "SparsifiedChannel": {"fraction": 0.5},
+    "DifferentialPrivacyChannel": {"clip": 1.0, "noise_multiplier": 0.5},
+    "SparsificationChannel": {"fraction": 0.5},
     "StanfordDogs": {"root": "nowhere"},
     "TimmClassifier": {"model_name": "test_vit", "num_classes": 3, "model_kwargs": {"img_size": 32}},
     "TimmClassifier.lora_alpha": {"trainable": "head", "lora_rank": 1},
@@ -121,7 +121,7 @@ ANYTHING = {
 
 # What the package makes and users read: no user writes these calls.
 RECORDS = {"Arrivals", "Batch", "ClientData", "ClientUpdate", "ClientVectors", "Cohort", "Filled", "LoaderSettings"}
-RECORDS |= {"ParameterLayout", "Parcel", "Partition", "RuleStep", "Scene", "Server"}
+RECORDS |= {"ParameterLayout", "Parcel", "Partition", "RuleOutput", "Scene", "Server"}
 
 # Reads files when it is made: only what it refuses before that is looked at.
 NEEDS_FILES = {"StanfordDogs"}
@@ -363,9 +363,9 @@ def test_an_unknown_argument_of_a_channel_is_told_with_the_nearest_of_its_own():
     with pytest.raises(TypeError, match="`BitFlipChannel` .* 'lnk'; did you mean `link`?"):
         channel.BitFlipChannel(0.1, lnk="uplink")
     with pytest.raises(
-        TypeError, match="`QuantizedChannel` .* 'zzz'; it takes bits, fallback, link, name, per, scheme"
+        TypeError, match="`QuantizationChannel` .* 'zzz'; it takes bits, fallback, link, name, per, scheme"
     ):
-        channel.QuantizedChannel(zzz=1)
+        channel.QuantizationChannel(zzz=1)
 
 
 # ---------------------------------------------------------------------- the checks

@@ -24,7 +24,7 @@ from lightning_fedhaw import (
     PublishedFedHAWCallback,
     ServerFineTuningCallback,
 )
-from lightning_fedhaw.data import EveryoneSampler
+from lightning_fedhaw.data import FullParticipationSampler
 
 
 @pytest.mark.parametrize(
@@ -42,9 +42,12 @@ from lightning_fedhaw.data import EveryoneSampler
         ({"clients_per_round": 5, "num_clients": 4}, "`clients_per_round` must be at most `num_clients`=4, got 5"),
         ({"clients_per_round": 0}, "`clients_per_round` must be a whole number of at least 1"),
         ({"clients_per_round": 1.5}, r"a share of all clients in \(0, 1\], got 1.5"),
-        ({"clients_per_round": 2, "sampler": EveryoneSampler()}, "Give `clients_per_round` or `sampler`, not both"),
+        (
+            {"clients_per_round": 2, "sampler": FullParticipationSampler()},
+            "Give `clients_per_round` or `sampler`, not both",
+        ),
         ({"sampler": 3}, "`sampler` must be an instance of `lightning_fedhaw.data.CohortSampler`, .* got 3"),
-        ({"sampler": EveryoneSampler}, "`sampler` must be .* got the class EveryoneSampler"),
+        ({"sampler": FullParticipationSampler}, "`sampler` must be .* got the class FullParticipationSampler"),
         ({"local_epochs": 1, "local_steps": 1}, "Give `local_epochs` or `local_steps`, not both"),
         ({"local_epochs": 0}, "`local_epochs` must be a whole number of at least 1"),
         ({"local_steps": -1}, "`local_steps` must be a whole number of at least 1"),
@@ -208,7 +211,7 @@ READY = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
         (lambda: FedHAWCallback(hyper_optimizer=READY), "`hyper_optimizer` must make .* got a ready-made SGD"),
         (
             lambda: FedLAWCallback(scheduler=StepLR(READY, 1)),
-            "`scheduler` must make a schedule from the optimiser.* got a ready-made StepLR",
+            "`scheduler` must make a schedule from the optimizer.* got a ready-made StepLR",
         ),
         (
             lambda: FedOptCallback(LBFGS),

@@ -19,6 +19,7 @@ from lightning_fedhaw import (
     ClientUpdate,
     ClientVectors,
     Cohort,
+    CoordinateMedianCallback,
     FedAdagradCallback,
     FedAdamCallback,
     FedAdpCallback,
@@ -27,6 +28,7 @@ from lightning_fedhaw import (
     FedBECallback,
     FedDFCallback,
     FedDynCallback,
+    FederatedCallback,
     FederatedDataModule,
     FedHAWCallback,
     FedHyperCallback,
@@ -38,11 +40,9 @@ from lightning_fedhaw import (
     GeometricMedianCallback,
     IndexPartitioner,
     KrumCallback,
-    MedianCallback,
     MultiKrumCallback,
     ParameterLayout,
     PublishedFedHAWCallback,
-    RoundObserver,
     ScaffoldCallback,
     ServerFineTuningCallback,
     TrimmedMeanCallback,
@@ -59,7 +59,7 @@ def logits(module, batch):
 
 
 FEW = {"server_epochs": 4, "lr": 0.05}
-by_steps = partial(PublishedFedHAWCallback, lr_gamma=0.01, lr_lambda=0.1, normalise_by="lr*steps")
+by_steps = partial(PublishedFedHAWCallback, lr_gamma=0.01, lr_lambda=0.1, normalize_by="lr*steps")
 RULES = {
     "FedAvg": FedAvgCallback,
     "FedAvg uniform": lambda: FedAvgCallback(weighting="uniform"),
@@ -88,7 +88,7 @@ RULES = {
     "FedOpt on FedAdp": lambda: FedOptCallback(torch.optim.Adagrad, lr=0.1, rule=FedAdpCallback()),
     "FedOpt on FedHAW": lambda: FedOptCallback(rule=FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1), lr=0.9),
     "FedAvgM": FedAvgMCallback,
-    "FedAvgM on median": lambda: FedAvgMCallback(rule=MedianCallback()),
+    "FedAvgM on median": lambda: FedAvgMCallback(rule=CoordinateMedianCallback()),
     "FedAdagrad": lambda: FedAdagradCallback(beta1=0.5),
     "FedAdam": FedAdamCallback,
     "FedYogi": FedYogiCallback,
@@ -98,7 +98,7 @@ RULES = {
     "FedLWS unbounded": lambda: FedLWSCallback(beta=0.1, tau_min=0.0, tau_max=float("inf")),
     "FedNova": FedNovaCallback,
     "FedNova proximal": lambda: FedNovaCallback(momentum=0.5, proximal=0.1, tau_eff="steps"),
-    "median": MedianCallback,
+    "median": CoordinateMedianCallback,
     "trimmed mean": lambda: TrimmedMeanCallback(num_byzantine=1),
     "Krum": lambda: KrumCallback(num_byzantine=0),
     "Multi-Krum": lambda: MultiKrumCallback(num_byzantine=0, keep=2),
@@ -111,9 +111,9 @@ RULES = {
     "FedLAW quadratic": lambda: FedLAWCallback(base="quadratic", weighting="uniform", **FEW),
     "FedHyper": FedHyperCallback,
     "FedHyper uniform": lambda: FedHyperCallback(weighting="uniform", alpha_bounds=(0.2, 5.0)),
-    "FedHyper by cosine": lambda: FedHyperCallback(normalise_by="norms", hyper_lr=0.1),
+    "FedHyper by cosine": lambda: FedHyperCallback(normalize_by="norms", hyper_lr=0.1),
     "FedHyper G+SL": lambda: FedHyperCallback("G+SL"),
-    "FedHyper G+CL": lambda: FedHyperCallback("G+CL", normalise_by="norms", hyper_lr=0.1),
+    "FedHyper G+CL": lambda: FedHyperCallback("G+CL", normalize_by="norms", hyper_lr=0.1),
     "Server fine-tuning": lambda: ServerFineTuningCallback(**FEW),
     "FedDF": lambda: FedDFCallback(logits=logits, **FEW),
     "FedBE": lambda: FedBECallback(logits=logits, samples=2, ensemble="probabilities", **FEW),
@@ -172,12 +172,12 @@ class Server:
         return {}
 
 
-def cohort(round_: int, start: Tensor, clients=(0, 1, 2), order=None, dtype=torch.float32) -> Cohort:
+def cohort(round_idx: int, start: Tensor, clients=(0, 1, 2), order=None, dtype=torch.float32) -> Cohort:
     """Each client's update depends on its number and the round alone."""
     clients = list(clients if order is None else [clients[i] for i in order])
-    rows = [torch.randn(P, generator=torch.Generator().manual_seed(10 * round_ + k)) for k in clients]
+    rows = [torch.randn(P, generator=torch.Generator().manual_seed(10 * round_idx + k)) for k in clients]
     return Cohort(
-        round=round_,
+        round=round_idx,
         clients=torch.tensor(clients),
         num_examples=torch.tensor([10 * (k + 1) for k in clients]),
         num_steps=torch.tensor([k + 2 for k in clients]),
@@ -406,15 +406,15 @@ def test_the_vectorized_engine_gives_what_the_sequential_one_gives(name):
 class Loses(Channel):
     """Loses client 2 in all rounds but the first."""
 
-    def outage(self, round_, clients, seed):
-        return torch.tensor([round_ > 0 and client == 2 for client in clients])
+    def outage(self, round_idx, clients, seed):
+        return torch.tensor([round_idx > 0 and client == 2 for client in clients])
 
 
 class WithoutTwo:
     """Draws everybody in the first round, and all but client 2 afterwards."""
 
-    def sample(self, round_, *, num_clients, sizes, seed):
-        return [client for client in range(num_clients) if round_ == 0 or client != 2]
+    def sample(self, round_idx, *, num_clients, sizes, seed):
+        return [client for client in range(num_clients) if round_idx == 0 or client != 2]
 
 
 @every_name
@@ -441,7 +441,7 @@ def with_a_broken_client():
 
 
 class WithoutOne:
-    def sample(self, round_, *, num_clients, sizes, seed):
+    def sample(self, round_idx, *, num_clients, sizes, seed):
         return [client for client in range(num_clients) if client != 1]
 
 
@@ -463,18 +463,18 @@ def test_a_nan_is_reported_and_never_averaged_in(name):
 class Silence(Channel):
     """Loses everybody in round 1."""
 
-    def outage(self, round_, clients, seed):
-        return torch.full((len(clients),), round_ == 1)
+    def outage(self, round_idx, clients, seed):
+        return torch.full((len(clients),), round_idx == 1)
 
 
 class Spoils(Channel):
     """What arrives in round 1 is NaN."""
 
-    def transmit(self, message, *, round_, client, seed):
-        return message * float("nan") if round_ == 1 else message
+    def transmit(self, message, *, round_idx, client, seed):
+        return message * float("nan") if round_idx == 1 else message
 
 
-class Diary(RoundObserver):
+class Diary(FederatedCallback):
     """Keeps model and rule state after every round."""
 
     def __init__(self, rule):

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from federations import QUIET, Classifier, flat, loader, samples, trainer, val_loader
-from lightning_fedhaw import FedAvgCallback, FederatedDataModule, FederatedTrainer, FedHAWCallback, RoundObserver
+from lightning_fedhaw import FedAvgCallback, FederatedCallback, FederatedDataModule, FederatedTrainer, FedHAWCallback
 
 FEDERATION = {"num_clients": 5, "alpha": 0.5, "clients_per_round": 3, "local_epochs": 2, "seed": 4}
 
@@ -196,7 +196,7 @@ def test_trainer_and_rule_must_agree():
 
 @pytest.mark.parametrize("door", [1, 2])
 def test_callbacks_are_given_the_federation_and_the_options_in_force(door):
-    class Sees(RoundObserver):
+    class Sees(FederatedCallback):
         def __init__(self):
             self.seen = []
 
@@ -205,8 +205,8 @@ def test_callbacks_are_given_the_federation_and_the_options_in_force(door):
             assert federation is trainer.fit_loop.federation
             assert trainer.federation_options.optimizer_state == "kept"
 
-        def on_round_start(self, trainer, pl_module, round_, clients):
-            self.seen.append(round_)
+        def on_round_start(self, trainer, pl_module, round_idx, clients):
+            self.seen.append(round_idx)
 
     sees, rule = Sees(), FedAvgCallback(num_clients=3, optimizer_state="kept")
     if door == 1:

@@ -19,6 +19,7 @@ from lightning_fedhaw import (
     FedAdamCallback,
     FedAdpCallback,
     FedAvgCallback,
+    FederatedCallback,
     FedHAWCallback,
     FedHyperCallback,
     FedNovaCallback,
@@ -26,8 +27,7 @@ from lightning_fedhaw import (
     FedProx,
     IndexPartitioner,
     PublishedFedHAWCallback,
-    RoundObserver,
-    RuleStep,
+    RuleOutput,
     ScaffoldCallback,
 )
 from lightning_fedhaw.data import FixedSequenceSampler
@@ -109,7 +109,7 @@ def test_a_rule_that_returns_nan_is_stopped_before_it_is_installed():
     class Breaks(AggregationRule):
         def step(self, cohort, state, server):
             weights = torch.ones(len(cohort), dtype=torch.float64) / len(cohort)
-            return RuleStep(cohort.start * float("nan"), state, weights)
+            return RuleOutput(cohort.start * float("nan"), state, weights)
 
     module = Classifier()
     with pytest.raises(FloatingPointError, match="non-finite global parameters, which were not installed"):
@@ -141,12 +141,12 @@ class Losing(Channel):
         super().__init__(**kwargs)
         self.losses = losses
 
-    def outage(self, round_, clients, seed):
-        return torch.tensor([client in self.losses.get(round_, ()) for client in clients])
+    def outage(self, round_idx, clients, seed):
+        return torch.tensor([client in self.losses.get(round_idx, ()) for client in clients])
 
 
 class Scaling(Channel):
-    def transmit(self, message, *, round_, client, seed):
+    def transmit(self, message, *, round_idx, client, seed):
         return message * 2
 
 
@@ -190,7 +190,7 @@ def test_what_stands_in_for_an_erased_message(fallback, expected):
 
 
 def test_a_failed_client_does_not_train():
-    class Counting(RoundObserver):
+    class Counting(FederatedCallback):
         trained = 0
 
         def on_client_end(self, trainer, pl_module, update):
@@ -216,7 +216,7 @@ def test_a_downlink_that_reuses_the_last_model():
     """Client 1 trains from the model of round 0 in round 1; its update is measured from what it heard."""
     seen = {}
 
-    class Watch(RoundObserver):
+    class Watch(FederatedCallback):
         def on_client_end(self, trainer, pl_module, update):
             now = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
             seen[trainer.global_step, update.client] = now - update.displacement
@@ -234,11 +234,11 @@ def test_a_client_that_never_heard_a_model_does_not_take_part():
 
 
 def test_a_round_without_anybody_changes_nothing_and_is_logged():
-    rule, module, other = PublishedFedHAWCallback(lr_gamma=0.1, normalise_by="lr*steps"), Classifier(), Classifier()
+    rule, module, other = PublishedFedHAWCallback(lr_gamma=0.1, normalize_by="lr*steps"), Classifier(), Classifier()
     nobody = Losing({2: range(4)})
     with pytest.warns(UserWarning, match="Nobody was heard in round 2"):
         trainer(rounds=3, rule=rule, callbacks=[nobody]).fit(module, loader())
-    reference = PublishedFedHAWCallback(lr_gamma=0.1, normalise_by="lr*steps")
+    reference = PublishedFedHAWCallback(lr_gamma=0.1, normalize_by="lr*steps")
     trainer(rounds=2, rule=reference).fit(other, loader())
     assert torch.equal(flat(module), flat(other))
     assert torch.equal(rule.state["gamma"], reference.state["gamma"])
@@ -246,9 +246,9 @@ def test_a_round_without_anybody_changes_nothing_and_is_logged():
 
 
 def test_a_round_without_anybody_can_follow_the_authors_code():
-    rule, module, other = PublishedFedHAWCallback(lr_gamma=0.1, normalise_by="lr*steps"), Classifier(), Classifier()
+    rule, module, other = PublishedFedHAWCallback(lr_gamma=0.1, normalize_by="lr*steps"), Classifier(), Classifier()
     trainer(rounds=3, rule=rule, callbacks=[Losing({2: range(4)})], empty_round="follow").fit(module, loader())
-    reference = PublishedFedHAWCallback(lr_gamma=0.1, normalise_by="lr*steps")
+    reference = PublishedFedHAWCallback(lr_gamma=0.1, normalize_by="lr*steps")
     trainer(rounds=2, rule=reference).fit(other, loader())
     scale = rule.scale
     assert scale != 1
@@ -349,7 +349,7 @@ def test_client_state_is_kept_for_those_who_came_and_survives_a_checkpoint():
     assert all(value.device.type == "cpu" for s in objective.state_dict()["clients"].values() for value in s.values())
 
 
-def test_objectives_need_automatic_optimisation():
+def test_objectives_need_automatic_optimization():
     class Manual(Classifier):
         def __init__(self):
             super().__init__()
@@ -372,7 +372,7 @@ def buffers(policy, rounds=2, **kwargs):
 def test_buffers_are_averaged_by_weight_and_counters_take_the_maximum():
     seen = []
 
-    class Watch(RoundObserver):
+    class Watch(FederatedCallback):
         def on_client_end(self, trainer, pl_module, update):
             seen.append((update.num_examples, {k: v.clone() for k, v in update.buffers.items()}))
 
@@ -391,7 +391,7 @@ def test_buffers_are_never_scaled():
     class Halves(FedAvgCallback):
         def step(self, cohort, state, server):
             step = super().step(cohort, state, server)
-            return RuleStep(step.parameters / 2, state, step.weights)
+            return RuleOutput(step.parameters / 2, state, step.weights)
 
     halved, plain_norm = buffers("average", rounds=1, rule=Halves())[0], buffers("average", rounds=1)[0]
     assert torch.equal(halved.weight, plain_norm.weight / 2)
@@ -418,7 +418,7 @@ def test_kept_buffers_stay():
 def test_local_buffers_stay_with_their_client():
     starts = {}
 
-    class Watch(RoundObserver):
+    class Watch(FederatedCallback):
         def on_client_end(self, trainer, pl_module, update):
             starts[trainer.global_step, update.client] = update.buffers["net.1.num_batches_tracked"].item()
 
@@ -525,10 +525,10 @@ def test_self_log_is_merged_once_a_round_weighted_by_examples():
 
 
 def test_metrics_are_reset_once_a_round():
-    class Watch(RoundObserver):
+    class Watch(FederatedCallback):
         counts: list = []  # noqa: RUF012
 
-        def on_round_start(self, trainer, pl_module, round_, clients):
+        def on_round_start(self, trainer, pl_module, round_idx, clients):
             self.counts.append(int(pl_module.train_accuracy.tp.sum() + pl_module.train_accuracy.fn.sum()))
 
     watch = Watch()
@@ -570,12 +570,12 @@ def test_epoch_hooks_may_log():
 
 
 def test_observers_see_rounds_and_clients():
-    class Watch(RoundObserver):
+    class Watch(FederatedCallback):
         def __init__(self):
             self.seen = []
 
-        def on_round_start(self, trainer, pl_module, round_, clients):
-            self.seen.append(("start", round_, tuple(clients)))
+        def on_round_start(self, trainer, pl_module, round_idx, clients):
+            self.seen.append(("start", round_idx, tuple(clients)))
 
         def on_client_end(self, trainer, pl_module, update):
             self.seen.append(("client", update.client, update.num_examples))
@@ -624,10 +624,10 @@ RULES = {
     ),
     PublishedFedHAWCallback: (
         "PublishedFedHAWCallback(lr_gamma=0.001, lr_lambda=0.01, jacobian=diagonal, gamma_for_lambda=new,"
-        " pseudo_gradient=weighted, normalise_by=lr, hyper_optimizer=SGD, memory=device",
+        " pseudo_gradient=weighted, normalize_by=lr, hyper_optimizer=SGD, memory=device",
         ["scale", "weight min", "weight max"],
     ),
-    FedHyperCallback: ("alpha_bounds=(0.333333, 3), beta_bounds=(0.1, 10), normalise_by=none, hyper_lr=1", ["alpha"]),
+    FedHyperCallback: ("alpha_bounds=(0.333333, 3), beta_bounds=(0.1, 10), normalize_by=none, hyper_lr=1", ["alpha"]),
     ScaffoldCallback: ("ScaffoldCallback(option=II, server_lr=1)", ["Scaffold, FedProx"]),
     FedNovaCallback: ("FedNovaCallback(momentum=0, proximal=0.5", ["tau eff"]),
     FedAdpCallback: ("smooth_by=participations", ["weight/min", "weight/max"]),

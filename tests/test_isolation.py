@@ -31,7 +31,7 @@ class Order(CohortSampler):
     def __init__(self, clients):
         self.clients = clients
 
-    def sample(self, round_, *, num_clients, sizes, seed):
+    def sample(self, round_idx, *, num_clients, sizes, seed):
         return self.clients
 
 
@@ -144,7 +144,7 @@ def test_lazy_modules_are_refused_by_name():
         ParameterLayout.of(nn.LazyLinear(3))
 
 
-def test_optimisers_over_other_peoples_parameters_are_refused():
+def test_optimizers_over_other_peoples_parameters_are_refused():
     stray = nn.Parameter(torch.zeros(3))
 
     class Stray(Classifier):
@@ -193,7 +193,7 @@ def test_an_error_in_local_training_says_whose_it_is():
         assert caught.value.__notes__ == ["In local training: client 0, round 0, a batch of 8."]
 
 
-def test_an_error_while_an_optimiser_is_toggled_is_not_masked():
+def test_an_error_while_an_optimizer_is_toggled_is_not_masked():
     class Toggles(Classifier):
         def __init__(self):
             super().__init__()
@@ -237,7 +237,7 @@ class Feedback(Channel):
         super().__init__()
         self.held = {}
 
-    def transmit(self, message, *, round_, client, seed):
+    def transmit(self, message, *, round_idx, client, seed):
         whole = message + self.held.get(client, 0)
         self.held = {**self.held, client: whole / 2}
         return whole / 2
@@ -365,7 +365,7 @@ def test_the_closing_evaluation_leaves_nothing_behind():
 
 
 def test_a_closing_evaluation_that_fails_does_not_lose_the_run(capsys):
-    class Penalised(Classifier):
+    class Penalized(Classifier):
         validation_step = None
 
         def training_step(self, batch, batch_idx):
@@ -375,7 +375,7 @@ def test_a_closing_evaluation_that_fails_does_not_lose_the_run(capsys):
 
     runner = trainer()
     with pytest.warns(UserWarning, match="could not be evaluated on their own data"):
-        runner.fit(Penalised(), loader())
+        runner.fit(Penalized(), loader())
     assert runner.federation_summary["rounds"] == 3
     assert "local training" in capsys.readouterr().out
 
@@ -439,11 +439,11 @@ def test_samplers_may_give_numpy_integers():
 
 def test_what_a_channel_returns_is_checked():
     class Short(Channel):
-        def transmit(self, message, *, round_, client, seed):
+        def transmit(self, message, *, round_idx, client, seed):
             return message[:1]
 
     class Listed(Channel):
-        def outage(self, round_, clients, seed):
+        def outage(self, round_idx, clients, seed):
             return [False] * (len(clients) - self.missing)
 
         missing = 0
@@ -511,7 +511,7 @@ def test_the_summary_is_there_from_the_start():
     assert trainer().federation_summary == {}
 
 
-def test_the_hyper_optimiser_follows_the_clients_unless_it_was_given():
+def test_the_hyper_optimizer_follows_the_clients_unless_it_was_given():
     def chosen(rule, optimizer):
         trainer(rounds=1, rule=rule).fit(Classifier(optimizer), loader())
         return rule.hyper_optimizer
@@ -519,7 +519,7 @@ def test_the_hyper_optimiser_follows_the_clients_unless_it_was_given():
     def adam(p):
         return torch.optim.AdamW(p, lr=0.01)
 
-    by_steps = partial(PublishedFedHAWCallback, normalise_by="lr*steps")
+    by_steps = partial(PublishedFedHAWCallback, normalize_by="lr*steps")
     assert chosen(by_steps(), None) is torch.optim.SGD
     assert chosen(by_steps(), adam) is torch.optim.Adam
     assert chosen(by_steps(hyper_optimizer=torch.optim.SGD), adam) is torch.optim.SGD
@@ -541,7 +541,7 @@ def test_what_a_rule_returns_is_checked():
             return super().step(cohort, state, server).parameters
 
     with pytest.raises(
-        TypeError, match=r"`Forgets.step` must return a `RuleStep\(parameters, state, weights\)`, got Tensor"
+        TypeError, match=r"`Forgets.step` must return a `RuleOutput\(parameters, state, weights\)`, got Tensor"
     ):
         trainer(rule=Forgets()).fit(Classifier(), loader())
 
@@ -566,7 +566,7 @@ def test_a_round_without_a_step_is_said():
         def training_step(self, batch, batch_idx):
             return None
 
-    with pytest.warns(UserWarning, match="No client made an optimiser step in round 0"):
+    with pytest.warns(UserWarning, match="No client made an optimizer step in round 0"):
         trainer(rounds=1).fit(Nothing(), loader())
 
 
@@ -595,9 +595,9 @@ def test_rules_see_the_proxy_data():
 
 
 def test_an_observer_that_fails_after_the_aggregation_undoes_the_round():
-    from lightning_fedhaw import RoundObserver
+    from lightning_fedhaw import FederatedCallback
 
-    class Fails(RoundObserver):
+    class Fails(FederatedCallback):
         def on_round_end(self, trainer, pl_module, report):
             if report.round == 1 and not getattr(self, "failed", False):
                 self.failed = True
@@ -612,7 +612,7 @@ def test_an_observer_that_fails_after_the_aggregation_undoes_the_round():
     assert torch.equal(flat(module), flat(straight))
 
 
-def test_a_failed_round_puts_schedules_of_manual_optimisation_back():
+def test_a_failed_round_puts_schedules_of_manual_optimization_back():
     def make(breaks):
         class Steps(Classifier):
             def __init__(self):

@@ -11,12 +11,12 @@ from lightning_fedhaw import (
     ErasureChannel,
     FedAvgCallback,
     FedAvgMCallback,
-    FedDyn,
+    FedDynObjective,
     FedHAWCallback,
     FedHyperCallback,
     PacketLossChannel,
     PublishedFedHAWCallback,
-    QuantizedChannel,
+    QuantizationChannel,
     ScaffoldCallback,
     aggregation,
     channel,
@@ -49,7 +49,7 @@ KEYS = {
     "FedYogiCallback": "FedYogiCallback",
     "GeometricMedianCallback": "GeometricMedianCallback",
     "KrumCallback": "KrumCallback",
-    "MedianCallback": "MedianCallback",
+    "CoordinateMedianCallback": "MedianCallback",
     "MultiKrumCallback": "MultiKrumCallback",
     "PublishedFedHAWCallback": "PublishedFedHAWCallback",
     "ScaffoldCallback": "ScaffoldCallback",
@@ -60,19 +60,19 @@ KEYS = {
     "BitFlipChannel": "BitFlipChannel",
     "BlockChannel": "BlockChannel",
     "Channel": "Channel",
-    "DeadlineChannel": "DeadlineChannel",
+    "StragglerChannel": "DeadlineChannel",
     "ErasureChannel": "ErasureChannel",
     "FadingChannel": "FadingChannel",
     "OverTheAirChannel": "OverTheAirChannel",
     "PacketLossChannel": "PacketLossChannel",
-    "PrivacyChannel": "PrivacyChannel",
-    "QuantizedChannel": "QuantizedChannel",
-    "SparsifiedChannel": "SparsifiedChannel",
-    "SumChannel": "SumChannel",
+    "DifferentialPrivacyChannel": "PrivacyChannel",
+    "QuantizationChannel": "QuantizedChannel",
+    "SparsificationChannel": "SparsifiedChannel",
+    "AggregateChannel": "SumChannel",
     "ClientObjective": "ClientObjective",
-    "FedDyn": "FedDyn",
+    "FedDynObjective": "FedDyn",
     "FedProx": "FedProx",
-    "Scaffold": "Scaffold",
+    "ScaffoldObjective": "Scaffold",
     "History": "History",
 }
 
@@ -134,7 +134,7 @@ def trained(*callbacks, **options):
         (ErasureChannel, {"probability": 0.3}),
         (AWGNChannel, {"snr_db": 10.0, "link": "downlink"}),
         (PacketLossChannel, {"probability": 0.3, "packet_bytes": 32}),
-        (QuantizedChannel, {"bits": 4}),
+        (QuantizationChannel, {"bits": 4}),
     ],
     ids=lambda value: getattr(value, "key", ""),
 )
@@ -168,16 +168,16 @@ def run(rounds, rule, objective, ckpt_path=None):
 )
 def test_a_run_is_resumed_with_a_rule_and_an_objective_that_were_renamed(rules):
     rule, other = rules
-    straight = run(3, rule(), FedDyn())
-    run(2, rule(), FedDyn())
-    assert torch.equal(run(3, other(), renamed(FedDyn)(), ckpt_path="kept/step=2.ckpt"), straight)
+    straight = run(3, rule(), FedDynObjective())
+    run(2, rule(), FedDynObjective())
+    assert torch.equal(run(3, other(), renamed(FedDynObjective)(), ckpt_path="kept/step=2.ckpt"), straight)
 
 
 def test_a_run_is_not_resumed_with_another_rule_that_inherits():
-    run(2, FedHAWCallback(), FedDyn())
+    run(2, FedHAWCallback(), FedDynObjective())
     another = type("Another", (FedHAWCallback,), {})
     with pytest.raises(ValueError, match=r"another federation: the rule was 'FedHAWCallback\(.* and is 'Another\("):
-        run(3, another(), FedDyn(), ckpt_path="kept/step=2.ckpt")
+        run(3, another(), FedDynObjective(), ckpt_path="kept/step=2.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_run_is_not_resumed_with_another_rule_that_inherits():
         data.ShardPartitioner(),
         data.QuantitySkewPartitioner(),
         data.LongTailPartitioner(2.0, data.IIDPartitioner()),
-        data.LabelSwap(data.IIDPartitioner(), 0.5),
+        data.LabelSwapPartitioner(data.IIDPartitioner(), 0.5),
     ],
     ids=lambda scheme: type(scheme).__name__,
 )

@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader, Subset
 from federations import QUIET, Classifier, flat, loader, samples, trainer, val_loader
 from lightning_fedhaw import (
     FedAvgCallback,
+    FederatedCallback,
     FederatedDataModule,
     FederatedTrainer,
     FedHAWCallback,
     FedHyperCallback,
     FedLAWCallback,
     FedOptCallback,
-    RoundObserver,
     ScaffoldCallback,
 )
 from lightning_fedhaw.clients.vectorized.batched import StepInputs
@@ -140,7 +140,7 @@ def no_collection(monkeypatch):
     gc.unfreeze()
 
 
-class Counts(RoundObserver):
+class Counts(FederatedCallback):
     """How much there is while a run goes on."""
 
     def __init__(self):

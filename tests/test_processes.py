@@ -22,7 +22,7 @@ from lightning_fedhaw import (
     AWGNChannel,
     Channel,
     ClientObjective,
-    DeadlineChannel,
+    DifferentialPrivacyChannel,
     ErasureChannel,
     FadingChannel,
     FedAvgCallback,
@@ -39,12 +39,12 @@ from lightning_fedhaw import (
     GilbertElliott,
     OverTheAirChannel,
     PacketLossChannel,
-    PrivacyChannel,
-    QuantizedChannel,
-    Scaffold,
+    QuantizationChannel,
     ScaffoldCallback,
+    ScaffoldObjective,
     ServerFineTuningCallback,
-    SparsifiedChannel,
+    SparsificationChannel,
+    StragglerChannel,
 )
 from lightning_fedhaw.ranks import Ranks, deal
 
@@ -109,7 +109,7 @@ WITH_PROXY = {
     "FedBE": lambda: FedBECallback(2, logits=logits),
     "FedHyper": FedHyperCallback,
     "FedHyper G+SL": lambda: FedHyperCallback("G+SL"),
-    "FedHyper G+CL": lambda: FedHyperCallback("G+CL", normalise_by="norms", hyper_lr=0.1),
+    "FedHyper G+CL": lambda: FedHyperCallback("G+CL", normalize_by="norms", hyper_lr=0.1),
 }
 
 
@@ -148,8 +148,8 @@ def test_through_the_second_door_with_a_stock_strategy():
 class Lossy(Channel):
     """Loses a different client every round."""
 
-    def outage(self, round_, clients, seed):
-        return torch.tensor([client % 3 == round_ % 3 for client in clients])
+    def outage(self, round_idx, clients, seed):
+        return torch.tensor([client % 3 == round_idx % 3 for client in clients])
 
 
 class Memory(ClientObjective):
@@ -178,19 +178,19 @@ STATEFUL = {
         "rule": ScaffoldCallback(),
         "callbacks": [Lossy(link="downlink", fallback="reuse_model")],
     },
-    "SCAFFOLD I with FedHAW": lambda: {"callbacks": [Scaffold("I"), FedProx()]},
+    "SCAFFOLD I with FedHAW": lambda: {"callbacks": [ScaffoldObjective("I"), FedProx()]},
 }
 
 
 UPLINK = [
-    lambda: [SparsifiedChannel(0.3), PacketLossChannel(0.3, 64, lost="last", retries=1), AWGNChannel(20.0)],
+    lambda: [SparsificationChannel(0.3), PacketLossChannel(0.3, 64, lost="last", retries=1), AWGNChannel(20.0)],
     lambda: [
-        *(FadingChannel(20.0, per="layer"), QuantizedChannel(6)),
+        *(FadingChannel(20.0, per="layer"), QuantizationChannel(6)),
         *(ErasureChannel(burst=GilbertElliott(0.2, 0.5), fallback="reuse_update"), AvailabilityChannel(mean=0.9)),
-        *(DeadlineChannel(60.0, 1.0), PacketLossChannel(0.2, 64, link="downlink")),
+        *(StragglerChannel(60.0, 1.0), PacketLossChannel(0.2, 64, link="downlink")),
     ],
 ]
-SUMS = [lambda: [PrivacyChannel(0.5, 0.1, delta=None), OverTheAirChannel(20.0, truncation=0.3)]]
+SUMS = [lambda: [DifferentialPrivacyChannel(0.5, 0.1, delta=None), OverTheAirChannel(20.0, truncation=0.3)]]
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_checkpoint_goes_on_with_any_number_of_processes(processes):
     }
 
     def play(count, rounds, **more):
-        callbacks = [SparsifiedChannel(0.5), Lossy(fallback="reuse_update"), Memory(), Scaffold("I")]
+        callbacks = [SparsificationChannel(0.5), Lossy(fallback="reuse_update"), Memory(), ScaffoldObjective("I")]
         return fit(count, module=Classifier(momentum, norm=True), rounds=rounds, callbacks=callbacks, **options, **more)
 
     straight = play(1, 6)
@@ -366,7 +366,7 @@ def test_processes_with_other_data_are_refused():
         trainer(devices=2, strategy="federated_notebook").fit(Classifier(), Other())
 
 
-def test_manual_optimisation_with_its_own_schedule():
+def test_manual_optimization_with_its_own_schedule():
     class Manual(Classifier):
         automatic_optimization = False
 

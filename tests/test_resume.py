@@ -70,7 +70,7 @@ def test_resuming_after_any_round_is_bit_identical(stop):
     "make_rule",
     [
         FedHAWCallback,
-        partial(PublishedFedHAWCallback, 1e-3, 0.1, normalise_by="lr*steps"),
+        partial(PublishedFedHAWCallback, 1e-3, 0.1, normalize_by="lr*steps"),
         partial(PublishedFedHAWCallback, 1e-3, 0.1, jacobian="exact", hyper_optimizer=torch.optim.Adam, memory="host"),
     ],
     ids=["without units", "published, by steps", "published, exact"],
@@ -213,7 +213,7 @@ def test_a_checkpoint_of_another_federation_is_refused(kwargs, said):
     ("before", "now"),
     [
         (FedHAWCallback, PublishedFedHAWCallback),
-        (PublishedFedHAWCallback, partial(PublishedFedHAWCallback, normalise_by="lr*steps")),
+        (PublishedFedHAWCallback, partial(PublishedFedHAWCallback, normalize_by="lr*steps")),
         (partial(FedHAWCallback, lr_lambda=0.0), FedHAWCallback),
         (partial(FedAdamCallback, lr=0.1), partial(FedAdamCallback, lr=0.01)),
         (partial(FedAvgMCallback, momentum=0.9), partial(FedAvgMCallback, momentum=0.5)),

@@ -7,15 +7,15 @@ import pickle
 import pytest
 from lightning.pytorch import Callback
 
-from lightning_fedhaw import AggregationRule, FedAvgCallback, FedHAWCallback, RuleStep
-from lightning_fedhaw.aggregation.base import normalised
+from lightning_fedhaw import AggregationRule, FedAvgCallback, FedHAWCallback, RuleOutput
+from lightning_fedhaw.aggregation.base import normalized
 from lightning_fedhaw.aggregation.servertraining import ServerTraining
 from lightning_fedhaw.rule import Rule, find_rule
 
 
 def average(self, cohort, state, server):
-    weights = normalised(cohort.num_examples)
-    return RuleStep(cohort.vectors.weighted_sum(weights), state, weights)
+    weights = normalized(cohort.num_examples)
+    return RuleOutput(cohort.vectors.weighted_sum(weights), state, weights)
 
 
 @pytest.mark.parametrize("name", ["stpe", "steps", "_step", "Step"])

@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 from federations import QUIET, Classifier, flat, samples
 from lightning_fedhaw import (
     FedAvgCallback,
+    FederatedCallback,
     FederatedTrainer,
     FedHAWCallback,
     IIDPartitioner,
-    RoundObserver,
     RoundProgressBar,
 )
 
@@ -73,7 +73,7 @@ class Module(Classifier):
         return DataLoader(samples(32, seed=1), batch_size=8)
 
 
-class GlobalModels(RoundObserver):
+class GlobalModels(FederatedCallback):
     """Keeps the global model of every round."""
 
     def __init__(self) -> None:
@@ -179,8 +179,8 @@ def Checkpoint(door: int, _: Any) -> None:
     saves = Saves()
     trainer, _module = play(door, saves)
     assert trainer.checkpoint_callback is saves
-    for round_, model in enumerate(global_models()):
-        assert torch.equal(saved(f"{round_}.ckpt"), model)
+    for round_idx, model in enumerate(global_models()):
+        assert torch.equal(saved(f"{round_idx}.ckpt"), model)
 
 
 @row
@@ -389,7 +389,7 @@ def GradientAccumulationScheduler(door: int, _: Any) -> None:
 
     taken: list[int] = []
     _trainer, module = play(door, stock.GradientAccumulationScheduler({0: 1, 1: 2, 3: 4}), module=Counts())
-    assert [taken.count(round_) for round_ in range(4)] == [12, 6, 6, 3]
+    assert [taken.count(round_idx) for round_idx in range(4)] == [12, 6, 6, 3]
     assert module.steps == 4 * CLIENTS * BATCHES
 
 

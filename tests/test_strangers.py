@@ -174,11 +174,11 @@ def test_a_torchmetrics_heavy_classifier(door):
     assert module.confusion.confmat.sum() == 0
 
 
-# ---------------------------------------------------------------------- manual optimisation
+# ---------------------------------------------------------------------- manual optimization
 
 
 class GAN(pl.LightningModule):
-    """Lightning's GAN example in small: two networks, two optimisers, steps by hand."""
+    """Lightning's GAN example in small: two networks, two optimizers, steps by hand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class GAN(pl.LightningModule):
 
 
 @DOORS
-def test_a_gan_by_manual_optimisation(door):
+def test_a_gan_by_manual_optimization(door):
     torch.manual_seed(0)
     module = GAN()
     far = torch.tensor([3.0, -2.0])

@@ -97,8 +97,8 @@ class Watched(Classifier):
 
     @property
     def steps_by_round(self) -> list[int]:
-        rounds = [round_ for round_, _ in self.steps]
-        return [rounds.count(round_) for round_ in range(max(rounds, default=-1) + 1)]
+        rounds = [round_idx for round_idx, _ in self.steps]
+        return [rounds.count(round_idx) for round_idx in range(max(rounds, default=-1) + 1)]
 
 
 class CountsOptimizerSteps(Watched):
@@ -781,7 +781,7 @@ def test_plateaus_are_seen_in_any_metric(interval, monitor):
 
 
 @pytest.mark.parametrize("door", [1, 2])
-def test_schedules_of_manual_optimisation_go_on_from_the_furthest_client(door):
+def test_schedules_of_manual_optimization_go_on_from_the_furthest_client(door):
     class Manual(Watched):
         def __init__(self):
             super().__init__()

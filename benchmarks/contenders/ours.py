@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 from workloads import Clock, Job, run_contender, train_loss
 
-from lightning_fedhaw import FedAvgCallback, FederatedDataModule, FederatedTrainer, FedHAWCallback, RoundObserver
+from lightning_fedhaw import FedAvgCallback, FederatedCallback, FederatedDataModule, FederatedTrainer, FedHAWCallback
 from lightning_fedhaw.data import FixedSequenceSampler, IndexPartitioner
 
 
@@ -36,7 +36,7 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-class Rounds(RoundObserver):
+class Rounds(FederatedCallback):
     """A tick where a round starts, and one after the last: nothing of a round is left out."""
 
     def __init__(self, clock: Clock) -> None:

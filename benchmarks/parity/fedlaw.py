@@ -38,11 +38,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedhaw import (
     DirichletPartitioner,
+    FederatedCallback,
     FederatedDataModule,
     FederatedTrainer,
     FedLAWCallback,
     IIDPartitioner,
-    RoundObserver,
 )
 
 ROUNDS, CLIENTS, PROXY_SAMPLES, TEST_SAMPLES = 40, 20, 200, 2000
@@ -54,7 +54,7 @@ SPLITS: dict[str, Callable[[], Any]] = {
     "Dirichlet(1)": lambda: DirichletPartitioner(1.0),
     "Dirichlet(0.1)": lambda: DirichletPartitioner(0.1),
 }
-# Okabe and Ito's colours; line styles tell them apart in grey.
+# Okabe and Ito's colors; line styles tell them apart in gray.
 STYLES = {"IID": ("#0072B2", "-"), "Dirichlet(1)": ("#E69F00", "--"), "Dirichlet(0.1)": ("#D55E00", ":")}
 
 
@@ -137,7 +137,7 @@ class Classifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)}
 
 
-class Recorder(RoundObserver):
+class Recorder(FederatedCallback):
     """Collects a :class:`Round` after every validation."""
 
     def __init__(self) -> None:

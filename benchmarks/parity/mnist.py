@@ -41,6 +41,7 @@ from lightning_fedhaw import (
     ErasureChannel,
     FedAdpCallback,
     FedAvgCallback,
+    FederatedCallback,
     FederatedDataModule,
     FederatedTrainer,
     FedHAWCallback,
@@ -50,7 +51,6 @@ from lightning_fedhaw import (
     FedProx,
     IndexPartitioner,
     PublishedFedHAWCallback,
-    RoundObserver,
 )
 
 LEARNING_RATE = 1e-3
@@ -100,7 +100,7 @@ LABELS = {
     "diagonal_weights": "FedHAW, diagonal, weights alone",
     "exact_weights": "FedHAW, exact, weights alone",
 }
-# Okabe and Ito's colours, told apart with any colour vision; line styles tell them apart in grey.
+# Okabe and Ito's colors, told apart with any color vision; line styles tell them apart in gray.
 STYLES = {
     "fedavg": ("#000000", "--"),
     "diagonal": ("#0072B2", "-"),
@@ -166,7 +166,7 @@ class MLP(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-class Recorder(RoundObserver):
+class Recorder(FederatedCallback):
     """Collects a :class:`Round` after every validation."""
 
     def __init__(self, name: str) -> None:

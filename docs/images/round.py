@@ -12,12 +12,10 @@ COMES, LOST = (0, 1, 3, 4), 3
 
 
 def box(
-    axes: Axes, x: float, y: float, width: float, height: float, colour: str, text: str = "", **style: object
+    axes: Axes, x: float, y: float, width: float, height: float, color: str, text: str = "", **style: object
 ) -> None:
     shape = "round,pad=0,rounding_size=0.12"
-    axes.add_patch(
-        FancyBboxPatch((x, y), width, height, boxstyle=shape, facecolor=colour, edgecolor=INK, lw=1, **style)
-    )
+    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, facecolor=color, edgecolor=INK, lw=1, **style))
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=10, color=INK, linespacing=1.4)
 
 
@@ -41,8 +39,8 @@ def draw(path: Path) -> None:
         box(axes, 4.5, y, 1.8, 0.62, CLIENT if comes else AWAY, linestyle="-" if comes else "--")
         axes.text(4.6, y + 0.31, f"client {client}", va="center", fontsize=10, color=INK if comes else "#888888")
         for label, count in enumerate(counts):
-            left, colour = 5.6 + 0.2 * label, ("#0072B2", "#D55E00", "#009E73")[label]
-            axes.bar(left, 0.09 * count, 0.15, y + 0.07, color=colour, alpha=1 if comes else 0.35)
+            left, color = 5.6 + 0.2 * label, ("#0072B2", "#D55E00", "#009E73")[label]
+            axes.bar(left, 0.09 * count, 0.15, y + 0.07, color=color, alpha=1 if comes else 0.35)
         if comes:
             arrow(axes, (2.0, 2.75), (2.75, y + 0.31))
             arrow(axes, (3.7, y + 0.31), (4.5, y + 0.31))

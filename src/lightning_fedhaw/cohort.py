@@ -22,12 +22,12 @@ class ClientUpdate:
     Attributes:
         client: The client's number, 0 to N-1.
         num_examples: Training examples the client holds.
-        num_steps: Optimiser steps that changed parameters.
+        num_steps: Optimizer steps that changed parameters.
         num_skipped: Steps that were tried and skipped (a loss-scale overflow, a ``training_step`` that gave ``None``).
         displacement: ``[P]``, the client's model minus the model it heard.
         buffers: The client's buffers after training, by name.
         logged: What its ``training_step`` logged, merged over its steps.
-        memory: What it would find again next time (kept optimiser state, objectives' state), if the update is heard.
+        memory: What it would find again next time (kept optimizer state, objectives' state), if the update is heard.
         num_batches: Batches in a pass over its training examples.
     """
 
@@ -53,7 +53,7 @@ class Cohort:
         round: The round's number, from 0.
         clients: ``[K]`` int64, client numbers.
         num_examples: ``[K]`` int64, training examples each holds.
-        num_steps: ``[K]`` int64, optimiser steps each made this round.
+        num_steps: ``[K]`` int64, optimizer steps each made this round.
         heard: ``[K]`` bool, whether the message really came from the client.
         start: ``[P]``, the global parameters that were broadcast.
         vectors: The clients' parameter vectors as the server received them.

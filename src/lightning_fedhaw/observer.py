@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 
-class RoundObserver(Callback):
+class FederatedCallback(Callback):
     """A callback with hooks inside a round. Any callback that has methods of these names gets the calls.
 
     Observers see, and change nothing: weights belong to rules, messages to channels, losses to client objectives.
@@ -22,13 +22,13 @@ class RoundObserver(Callback):
             federation: The :class:`~lightning_fedhaw.federation.federation.Federation`, new or resumed.
         """
 
-    def on_round_start(self, trainer: Any, pl_module: Any, round_: int, clients: list[int]) -> None:
+    def on_round_start(self, trainer: Any, pl_module: Any, round_idx: int, clients: list[int]) -> None:
         """A cohort was drawn; nobody has trained yet.
 
         Args:
             trainer: The trainer.
             pl_module: The module, with the global model in it.
-            round_: The round's number, from 0.
+            round_idx: The round's number, from 0.
             clients: The cohort.
         """
 

@@ -67,13 +67,13 @@ class ServerView(Protocol):
 
 
 @dataclass(frozen=True)
-class RuleStep:
+class RuleOutput:
     """What a rule makes of a cohort.
 
     Attributes:
         parameters: ``[P]``, the new global parameters.
         state: The rule's new state.
-        weights: ``[K]`` float64, the normalised weight of each client in the cohort, summing to one. Buffers are
+        weights: ``[K]`` float64, the normalized weight of each client in the cohort, summing to one. Buffers are
             averaged with them.
         metrics: Numbers for the log.
     """
@@ -84,10 +84,10 @@ class RuleStep:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-class LocalPace(ABC):
-    """How far clients go in their local steps: a factor on each change that their optimiser makes.
+class LocalLRScale(ABC):
+    """How far clients go in their local steps: a factor on each change that their optimizer makes.
 
-    With optimisers whose step is proportional to the learning rate (SGD, Adam and their kin) that is a factor on the
+    With optimizers whose step is proportional to the learning rate (SGD, Adam and their kin) that is a factor on the
     rate. Stated on named tensors with free leading axes, so that it serves one client and a stack of clients alike:
     reduce over each parameter's own axes only.
     """
@@ -101,7 +101,7 @@ class LocalPace(ABC):
 
         Args:
             start: The model it starts from, by name of the parameter.
-            num_steps: Optimiser steps it is going to make.
+            num_steps: Optimizer steps it is going to make.
             rates: The learning rate of each parameter tensor, in the layout's order.
         """
 
@@ -110,7 +110,7 @@ class LocalPace(ABC):
         """The factor on the step that is about to be made.
 
         Args:
-            gradients: What the optimiser is given, each ``[..., *shape]``; zero for a parameter that was not used.
+            gradients: What the optimizer is given, each ``[..., *shape]``; zero for a parameter that was not used.
             state: Each ``[...]`` or ``[..., *shape]``. Not changed.
 
         Returns:
@@ -136,7 +136,7 @@ class Rule(ABC):
     """What the class is called in random streams and checkpoints, whatever its name."""
 
     needs_learning_rates: bool = False
-    """Whether the rule reads the clients' learning rates; then each trainable parameter needs exactly one optimiser."""
+    """Whether the rule reads the clients' learning rates; then each trainable parameter needs exactly one optimizer."""
 
     keeps_cohort: bool = False
     """Whether the state holds a cohort's vectors, so that a checkpoint grows with them."""
@@ -170,7 +170,7 @@ class Rule(ABC):
         return {}
 
     @abstractmethod
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """One aggregation.
 
         Args:
@@ -186,7 +186,7 @@ class Rule(ABC):
             ValueError: If so.
         """
 
-    def local_pace(self, state: State, layout: ParameterLayout) -> LocalPace | None:
+    def local_pace(self, state: State, layout: ParameterLayout) -> LocalLRScale | None:
         """What a rule that sets the clients' learning rates gives them for a round; nothing by default."""
         return None
 

@@ -50,11 +50,11 @@ class FederatedTrainer(pl.Trainer):
         clients_per_round: Clients drawn per round, a number or a fraction of N. Default: everyone.
         sampler: Who comes in a round; excludes ``clients_per_round``.
         local_epochs: Passes over its own data that a client makes in a round. Default: 1.
-        local_steps: Optimiser steps that a client makes in a round, whatever its size; excludes ``local_epochs``.
-        optimizer_state: ``"fresh"``: a client starts every round with a new optimiser state. ``"kept"``: each client
+        local_steps: Optimizer steps that a client makes in a round, whatever its size; excludes ``local_epochs``.
+        optimizer_state: ``"fresh"``: a client starts every round with a new optimizer state. ``"kept"``: each client
             finds the momentum and moments it left behind (held in host memory, checkpointed).
         buffers: What happens to buffers such as BatchNorm statistics, but for those of frozen modules in evaluation
-            mode, which stay. ``"average"``: floating-point buffers by the rule's normalised weights, integer ones by
+            mode, which stay. ``"average"``: floating-point buffers by the rule's normalized weights, integer ones by
             their maximum. ``"keep"``: the server's never change. ``"local"``: each client keeps its own; the server's
             are their average. ``"recalibrate"``: recomputed with the new global model on the cohort's training data.
         on_nonfinite: ``"exclude"``: a client that returns NaN or infinity is named in a warning and left out.

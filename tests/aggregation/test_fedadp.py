@@ -18,11 +18,11 @@ MODULE = nn.Linear(1, 1).double()
 SERVER = Server(MODULE, ParameterLayout.of(MODULE))
 
 
-def cohort(round_, displacements, clients=(0, 1, 2), heard=None):
+def cohort(round_idx, displacements, clients=(0, 1, 2), heard=None):
     start = torch.tensor([3.0, -1.0], dtype=torch.float64)
     clients = torch.tensor(clients)
     return Cohort(
-        round=round_,
+        round=round_idx,
         clients=clients,
         num_examples=EXAMPLES[clients],
         num_steps=torch.ones(len(clients), dtype=torch.int64),

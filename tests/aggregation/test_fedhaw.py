@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aggregation.test_fedhaw_published import make_cohort, make_server
-from lightning_fedhaw import FedHAWCallback, PublishedFedHAWCallback, RuleStep
+from lightning_fedhaw import FedHAWCallback, PublishedFedHAWCallback, RuleOutput
 from lightning_fedhaw.aggregation.fedhaw import next_scale, next_server_step, weight_hypergradient
 from lightning_fedhaw.arguments import constructor_names
 
@@ -24,14 +24,16 @@ THEN = [[1.25, 1.75], [2.25, 1.75]]
 few = settings(max_examples=25, deadline=None)
 
 
-def played(rule: FedHAWCallback, *rounds: Any, start: Any = START, sizes: Any = SIZES, **kwargs: Any) -> list[RuleStep]:
+def played(
+    rule: FedHAWCallback, *rounds: Any, start: Any = START, sizes: Any = SIZES, **kwargs: Any
+) -> list[RuleOutput]:
     """Rounds of a rule, each from the model that the one before made; ``rounds`` are the clients' displacements."""
     w = torch.as_tensor(start, dtype=torch.float64)
     state = rule.init(w, torch.as_tensor(sizes))
     steps = []
     for t, moved in enumerate(rounds):
         models = w + torch.as_tensor(moved, dtype=torch.float64)
-        step = rule.step(make_cohort(models, w, sizes=sizes, round_=t, **kwargs), state, make_server(len(w)))
+        step = rule.step(make_cohort(models, w, sizes=sizes, round_idx=t, **kwargs), state, make_server(len(w)))
         w, state = step.parameters, step.state
         steps.append(step)
     return steps
@@ -154,7 +156,7 @@ PUBLISHED = {
     "jacobian": "exact",
     "gamma_for_lambda": "old",
     "pseudo_gradient": "plain",
-    "normalise_by": "lr",
+    "normalize_by": "lr",
     "learning_rate": 0.1,
 }
 

@@ -20,7 +20,7 @@ from lightning_fedhaw import (
     FedAvgCallback,
     ParameterLayout,
     PublishedFedHAWCallback,
-    RuleStep,
+    RuleOutput,
     Server,
 )
 from lightning_fedhaw.aggregation.fedhaw_published import gamma_hypergradient, lambda_hypergradient
@@ -67,14 +67,14 @@ def make_cohort(
     sizes: Any = None,
     steps: Any = None,
     rates: tuple[float, ...] = (MU, MU),
-    round_: int = 1,
+    round_idx: int = 1,
     dtype: torch.dtype = torch.float64,
 ) -> Cohort:
     """The cohort in which client k's model is ``models[k]``."""
     models, start = tensor(models), tensor(start)
     many = len(models)
     return Cohort(
-        round=round_,
+        round=round_idx,
         clients=torch.arange(many) if clients is None else torch.as_tensor(clients),
         num_examples=torch.ones(many, dtype=torch.int64) if sizes is None else torch.as_tensor(sizes),
         num_steps=torch.ones(many, dtype=torch.int64) if steps is None else torch.as_tensor(steps),
@@ -91,14 +91,14 @@ def make_rule(**kwargs: Any) -> PublishedFedHAWCallback:
 
 def first_step(
     rule: PublishedFedHAWCallback, *, gamma: float = 0.0, before: Any = BEFORE, sizes: Any = SIZES
-) -> RuleStep:
+) -> RuleOutput:
     """The round that comes before the first hyper step, with a log-scale of our choice."""
     start = torch.linspace(-1, 2, len(before[0]), dtype=torch.float64)
     state = rule.init(start, torch.as_tensor(sizes)) | {"gamma": tensor(gamma)}
-    return rule.step(make_cohort(before, start, round_=0), state, make_server(len(start)))
+    return rule.step(make_cohort(before, start, round_idx=0), state, make_server(len(start)))
 
 
-def two_steps(rule: PublishedFedHAWCallback, *, gamma: float = 0.0, now: Any = NOW, **kwargs: Any) -> RuleStep:
+def two_steps(rule: PublishedFedHAWCallback, *, gamma: float = 0.0, now: Any = NOW, **kwargs: Any) -> RuleOutput:
     """The first hyper step of the hand-worked cases."""
     first = first_step(rule, gamma=gamma)
     return rule.step(make_cohort(now, first.parameters, **kwargs), first.state, make_server())
@@ -116,7 +116,7 @@ def random_problem(seed: int, many: int = 4, numel: int = 5) -> tuple[Tensor, Te
     return common + 0.3 * draws[:many], common + 0.3 * draws[many:-1], sizes
 
 
-def play(rule: PublishedFedHAWCallback, before: Tensor, now: Tensor, sizes: Tensor) -> RuleStep:
+def play(rule: PublishedFedHAWCallback, before: Tensor, now: Tensor, sizes: Tensor) -> RuleOutput:
     first = first_step(rule, before=before, sizes=sizes, gamma=0.05)
     return rule.step(make_cohort(now, first.parameters), first.state, make_server(before.shape[1]))
 
@@ -206,7 +206,7 @@ def test_partial_participation():
     rule = make_rule(jacobian="exact")
     start, server = torch.zeros(2, dtype=torch.float64), make_server()
     state = rule.init(start, torch.tensor([2, 3, 5])) | {"gamma": tensor(0.05)}
-    first = rule.step(make_cohort(BEFORE, start, clients=[0, 1], round_=0), state, server)
+    first = rule.step(make_cohort(BEFORE, start, clients=[0, 1], round_idx=0), state, server)
     close(first.weights, (0.4, 0.6))
     close(first.parameters, (2.31279641, 0.21025422))
 
@@ -251,14 +251,14 @@ def test_a_learning_rate_per_parameter():
 
 def test_steps_are_divided_out_client_by_client():
     """With 2 and 5 steps, r = 0.25 (0.5, -0.75) / 0.2 + 0.75 (-0.3, 0.35) / 0.5 = (0.175, -0.4125)."""
-    step = two_steps(make_rule(jacobian="exact", normalise_by="lr*steps"), steps=[2, 5])
+    step = two_steps(make_rule(jacobian="exact", normalize_by="lr*steps"), steps=[2, 5])
     close(step.state["gamma"], -0.01 * 0.540625)
     gradient = (tensor([0.25, 0.75]).log() - step.state["lambda_"]) / LR_LAMBDA
     close(gradient, (-0.29765625, 0.29765625))
 
 
 def test_a_client_of_no_steps_counts_as_one():
-    rule = make_rule(normalise_by="lr*steps")
+    rule = make_rule(normalize_by="lr*steps")
     none, one = (two_steps(rule, now=[[2.5, -0.25], [2.8, -0.6]], steps=[n, 5]) for n in (0, 1))
     assert torch.equal(none.parameters, one.parameters)
 
@@ -465,7 +465,7 @@ def test_a_running_sum_is_not_enough():
         ({"jacobian": "full"}, ValueError, "`jacobian` must be one of 'diagonal', 'exact', got 'full'"),
         ({"gamma_for_lambda": "newest"}, ValueError, "`gamma_for_lambda`"),
         ({"pseudo_gradient": "mean"}, ValueError, "`pseudo_gradient`"),
-        ({"normalise_by": "norms"}, ValueError, "`normalise_by` must be one of .*, got 'norms'.*`FedHAWCallback`"),
+        ({"normalize_by": "norms"}, ValueError, "`normalize_by` must be one of .*, got 'norms'.*`FedHAWCallback`"),
         ({"lr_step": 0.3}, TypeError, "`lr_step` is an argument of `FedHAWCallback`, not of `PublishedFedHAWCallback`"),
         ({"step_bounds": (1, 2)}, TypeError, "`step_bounds` is an argument of `FedHAWCallback`"),
         ({"lr_gama": 0.3}, TypeError, "unexpected keyword argument 'lr_gama'; did you mean `lr_gamma`?"),
@@ -495,7 +495,7 @@ def test_defaults_follow_the_jacobian():
 def test_the_defaults_are_the_authors():
     rule = PublishedFedHAWCallback()
     assert (rule.lr_gamma, rule.lr_lambda) == (1e-3, 1e-2)
-    assert (rule.jacobian, rule.pseudo_gradient, rule.normalise_by) == ("diagonal", "weighted", "lr")
+    assert (rule.jacobian, rule.pseudo_gradient, rule.normalize_by) == ("diagonal", "weighted", "lr")
     assert (rule.learning_rate, rule.scale_bounds) == (None, None)
     assert rule.hyper_optimizer is torch.optim.SGD
     assert rule.needs_learning_rates
@@ -579,13 +579,13 @@ def test_momentum_remembers():
 
 
 def test_momentum_moves_no_absent_client():
-    """A client keeps its logit while it is away, even where the hyper-optimiser's momentum would move it."""
+    """A client keeps its logit while it is away, even where the hyper-optimizer's momentum would move it."""
     rule = make_rule(jacobian="exact", hyper_optimizer=partial(torch.optim.SGD, momentum=0.9))
     start, server = tensor([0.3, -0.7]), make_server()
     state = rule.init(start, torch.tensor([2, 3, 5]))
     logits = []
-    for round_, clients in enumerate([[0, 1], [1, 2], [1, 2], [0, 2]]):
-        step = rule.step(make_cohort(NOW, start, clients=clients, round_=round_), state, server)
+    for round_idx, clients in enumerate([[0, 1], [1, 2], [1, 2], [0, 2]]):
+        step = rule.step(make_cohort(NOW, start, clients=clients, round_idx=round_idx), state, server)
         start, state = step.parameters, step.state
         logits.append(state["lambda_"])
     assert logits[1][0] != logits[0][0]
@@ -649,7 +649,7 @@ def test_weights_are_logged_for_the_cohort_and_logits_for_everyone():
 
 
 @pytest.mark.parametrize("many", [20, 21])
-def test_many_clients_are_summarised(many):
+def test_many_clients_are_summarized(many):
     metrics = first_step(make_rule(), before=draw(0, many, 3), sizes=[4] * many).metrics
     names = {name for name in metrics if "/" in name}
     if many == 20:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from federations import Classifier, flat, loader, train, trainer
-from lightning_fedhaw import ClientVectors, Cohort, FedAvgCallback, FederatedDataModule, FedHyperCallback, LocalPace
+from lightning_fedhaw import ClientVectors, Cohort, FedAvgCallback, FederatedDataModule, FedHyperCallback, LocalLRScale
 from lightning_fedhaw.aggregation.fedhyper import ClientRate, SharedRate, next_rate
 from lightning_fedhaw.clients.pace import Paced, PacedOptimizer, begin
 
@@ -21,10 +21,10 @@ def tensor(values) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float64)
 
 
-def make_cohort(round_, start, moves, sizes=(1,), rate=0.01) -> Cohort:
+def make_cohort(round_idx, start, moves, sizes=(1,), rate=0.01) -> Cohort:
     count = len(moves)
     return Cohort(
-        round=round_,
+        round=round_idx,
         clients=torch.arange(count),
         num_examples=torch.tensor(sizes),
         num_steps=torch.ones(count, dtype=torch.int64),
@@ -66,9 +66,9 @@ def test_the_servers_rate(bounds, alphas, ends):
 
 
 def test_cosines_are_shares_of_the_rate():
-    steps = play(FedHyperCallback(normalise_by="norms"), moves=MOVES[:2])
+    steps = play(FedHyperCallback(normalize_by="norms"), moves=MOVES[:2])
     assert steps[1].metrics["alpha"] == pytest.approx(1 + math.sqrt(0.5))
-    scaled = play(FedHyperCallback(normalise_by="norms"), moves=[[1e6, 0.0], [0.5e6, 0.5e6]])
+    scaled = play(FedHyperCallback(normalize_by="norms"), moves=[[1e6, 0.0], [0.5e6, 0.5e6]])
     assert scaled[1].metrics["alpha"] == pytest.approx(1 + math.sqrt(0.5))
 
 
@@ -132,18 +132,18 @@ def test_the_clients_rate_moves_on_small_gradients():
 
 
 def test_the_form_of_the_authors_code():
-    pace = ClientRate({"x": tensor([0.02])}, normalise_by="lr")
+    pace = ClientRate({"x": tensor([0.02])}, normalize_by="lr")
     points, multiples = descend(0.1, 0.05, lambda x: x, pace)
     assert points == pytest.approx([0.095, 0.09025, 0.08573703, 0.08144960], abs=1e-8)
     assert multiples == pytest.approx([1, 1.0001045, 1.0001349657, 1.0001628934], abs=1e-10)
 
 
-@pytest.mark.parametrize("normalise_by", ["none", "norms", "lr"])
-def test_a_stack_of_clients_is_as_many_clients(normalise_by):
+@pytest.mark.parametrize("normalize_by", ["none", "norms", "lr"])
+def test_a_stack_of_clients_is_as_many_clients(normalize_by):
     g = torch.Generator().manual_seed(0)
     shapes = {"a": (2, 3), "b": (), "c": (4,)}
     delta = {n: torch.randn(s, generator=g, dtype=torch.float64) for n, s in shapes.items()}
-    pace = ClientRate(delta, normalise_by=normalise_by, hyper_lr=0.01, cohort_size=2)
+    pace = ClientRate(delta, normalize_by=normalize_by, hyper_lr=0.01, cohort_size=2)
     starts = [{n: torch.zeros(s, dtype=torch.float64) for n, s in shapes.items()} for _ in range(3)]
     together = begin(pace, [(start, 3 + i) for i, start in enumerate(starts)], [0.1])
     alone = [begin(pace, [(start, 3 + i)], [0.1]) for i, start in enumerate(starts)]
@@ -173,7 +173,7 @@ def momentum(p):
 @pytest.mark.parametrize("optimizer", [None, adam, momentum], ids=["SGD", "Adam", "momentum"])
 def test_both_engines_give_the_same(adapt, optimizer):
     def fit(engine):
-        rule = FedHyperCallback(adapt, normalise_by="norms", hyper_lr=0.3)
+        rule = FedHyperCallback(adapt, normalize_by="norms", hyper_lr=0.3)
         return flat(train(Classifier(optimizer), rule=rule, engine=engine, local_epochs=2, gradient_clip_val=1.0)[1])
 
     sequential, vectorized = fit("sequential"), fit("vectorized")
@@ -218,7 +218,7 @@ def test_an_optimizer_is_left_alone_afterwards():
 def test_steps_that_a_client_is_going_to_make():
     seen = []
 
-    class Watching(LocalPace):
+    class Watching(LocalLRScale):
         def begin(self, start, num_steps, rates):
             seen.append(num_steps)
             return {"one": torch.ones(())}
@@ -244,7 +244,7 @@ def test_steps_that_a_client_is_going_to_make():
     assert sorted(seen) == sorted(made)
 
 
-def test_manual_optimisation_is_paced_too():
+def test_manual_optimization_is_paced_too():
     class Manual(Classifier):
         def __init__(self):
             super().__init__()
@@ -256,7 +256,7 @@ def test_manual_optimisation_is_paced_too():
             self.manual_backward(torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
             optimizer.step()
 
-    rule = {"adapt": "CL", "normalise_by": "norms", "hyper_lr": 0.3}
+    rule = {"adapt": "CL", "normalize_by": "norms", "hyper_lr": 0.3}
     manual = train(Manual(), rule=FedHyperCallback(**rule))[1]
     assert torch.allclose(flat(manual), flat(train(rule=FedHyperCallback(**rule))[1]), atol=1e-6)
 
@@ -270,7 +270,7 @@ def test_bounds_of_one_are_fedavg():
 def test_resumed_it_goes_on_with_the_same_bits(tmp_path):
     def fit(rounds, **kwargs):
         module = Classifier()
-        runner = trainer(rounds=rounds, rule=FedHyperCallback("G+CL", normalise_by="norms", hyper_lr=0.3))
+        runner = trainer(rounds=rounds, rule=FedHyperCallback("G+CL", normalize_by="norms", hyper_lr=0.3))
         runner.fit(module, loader(), **kwargs)
         return runner, module
 
@@ -288,7 +288,7 @@ def test_resumed_it_goes_on_with_the_same_bits(tmp_path):
         ({"adapt": "SL+CL"}, "SL and CL both set the clients' rate, so they do not combine. Use 'G[+]SL' or 'G[+]CL'"),
         ({"adapt": "G+SL+CL"}, "do not combine"),
         ({"adapt": "X"}, "`adapt` must be one of 'G', 'SL', 'CL', 'G[+]SL', 'G[+]CL', got 'X'"),
-        ({"normalise_by": "sin"}, "`normalise_by` must be one of"),
+        ({"normalize_by": "sin"}, "`normalize_by` must be one of"),
         ({"weighting": "steps"}, "`weighting` must be one of"),
         ({"alpha_bounds": (2.0, 3.0)}, "`alpha_bounds` must be two positive numbers around 1"),
         ({"beta_bounds": 10.0}, "`beta_bounds` must be two positive numbers around 1"),
@@ -305,7 +305,7 @@ def test_a_local_rate_that_is_not_one_number_is_refused():
         first, *rest = p
         return torch.optim.SGD([{"params": [first], "lr": 0.1}, {"params": rest, "lr": 0.2}])
 
-    with pytest.raises(ValueError, match=r"`adapt`='CL' learns the clients' one rate, and Classifier has 1 optimisers"):
+    with pytest.raises(ValueError, match=r"`adapt`='CL' learns the clients' one rate, and Classifier has 1 optimizers"):
         train(Classifier(two), rule=FedHyperCallback("CL"))
     train(Classifier(two), rule=FedHyperCallback("G"), rounds=1)
 

@@ -221,7 +221,7 @@ def test_bad_arguments(arguments, sentence):
 
 def test_an_optimizer_that_was_already_made_is_refused():
     made = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
-    with pytest.raises(TypeError, match="`optimizer` must make an optimiser .*, got a ready-made Adam"):
+    with pytest.raises(TypeError, match="`optimizer` must make an optimizer .*, got a ready-made Adam"):
         FedLAWCallback(optimizer=made)
 
 

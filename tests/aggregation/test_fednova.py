@@ -1,4 +1,4 @@
-"""FedNova: normalisers, and an optimum that numbers of steps do not shift."""
+"""FedNova: normalizers, and an optimum that numbers of steps do not shift."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from federations import Classifier, flat, train
 from lightning_fedhaw import ClientObjective, ClientVectors, Cohort, FedAvgCallback, FedNovaCallback, ParameterLayout
-from lightning_fedhaw.objectives.reach import normaliser
+from lightning_fedhaw.objectives.reach import normalizer
 from lightning_fedhaw.server import Server
 
 MODULE = nn.Linear(1, 1, bias=False, dtype=torch.float64)
@@ -67,30 +67,30 @@ def test_fixed_points(lr, nova, average):
     assert fixed_point(FedAvgCallback(), lr) == pytest.approx(average, abs=1e-7)
 
 
-def test_normalisers():
-    assert normaliser(5) == 5
-    assert normaliser(5, momentum=0.9) == pytest.approx(13.1441)
-    assert normaliser(5, pull=0.1) == pytest.approx(4.0951)
-    assert normaliser(0, momentum=0.9) == 0
+def test_normalizers():
+    assert normalizer(5) == 5
+    assert normalizer(5, momentum=0.9) == pytest.approx(13.1441)
+    assert normalizer(5, pull=0.1) == pytest.approx(4.0951)
+    assert normalizer(0, momentum=0.9) == 0
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("momentum", [0.5, 0.9])
 @pytest.mark.parametrize("pull", [0.0, 0.2])
-def test_normalisers_are_what_torch_goes(nesterov, momentum, pull):
+def test_normalizers_are_what_torch_goes(nesterov, momentum, pull):
     x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([x], lr=1.0, momentum=momentum, nesterov=nesterov)
     for steps in range(1, 8):
         x.grad = -1 + pull * x.detach()
         optimizer.step()
-        assert normaliser(steps, momentum, nesterov, pull) == pytest.approx(x.item(), rel=1e-12)
+        assert normalizer(steps, momentum, nesterov, pull) == pytest.approx(x.item(), rel=1e-12)
 
 
-def test_a_proximal_term_is_in_the_normaliser():
+def test_a_proximal_term_is_in_the_normalizer():
     lr, mu = 0.1, 1.0
     ends = local_work(0.0, lr, pull=mu)
     assert ends == pytest.approx([0.18, -0.69168])
-    work = [normaliser(steps, pull=lr * mu) for steps in STEPS.tolist()]
+    work = [normalizer(steps, pull=lr * mu) for steps in STEPS.tolist()]
     assert work == pytest.approx([1.9, 4.0951])
     step = one_round(FedNovaCallback(proximal=mu), 0.0, ends)
     mean = (0.18 / 1.9 - 0.69168 / 4.0951) / 2
@@ -118,7 +118,7 @@ def momentum(parameters):
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, nesterov=True)
 
 
-def test_the_momentum_is_read_from_the_clients_optimiser():
+def test_the_momentum_is_read_from_the_clients_optimizer():
     rule = FedNovaCallback()
     runner, module = train(Classifier(momentum), rule=rule, alpha=0.3)
     assert (rule.momentum, rule.nesterov) == (0.9, True)
@@ -127,7 +127,7 @@ def test_the_momentum_is_read_from_the_clients_optimiser():
     assert not torch.allclose(flat(module), flat(plain), atol=1e-4)
 
 
-def test_unknown_normalisers_are_refused():
+def test_unknown_normalizers_are_refused():
     adam = Classifier(lambda p: torch.optim.Adam(p))
     with pytest.raises(
         ValueError, match=r"`configure_optimizers` gave Adam\. Use such an SGD, or say what comes close"
@@ -135,7 +135,7 @@ def test_unknown_normalisers_are_refused():
         train(adam, rule=FedNovaCallback())
     train(adam, rule=FedNovaCallback(momentum=0.0), rounds=1)
     damped = Classifier(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5))
-    with pytest.raises(ValueError, match="gave SGD with dampening, or one that maximises"):
+    with pytest.raises(ValueError, match="gave SGD with dampening, or one that maximizes"):
         train(damped, rule=FedNovaCallback())
     with pytest.raises(ValueError, match='`optimizer_state="kept"` lets it go on'):
         train(Classifier(momentum), rule=FedNovaCallback(), optimizer_state="kept")
@@ -165,5 +165,5 @@ def test_settings_are_checked():
         FedNovaCallback(momentum=1)
     with pytest.raises(ValueError, match=r"`proximal` must be a finite number of at least 0, got -1.* Or \"auto\""):
         FedNovaCallback(proximal=-1)
-    with pytest.raises(ValueError, match="`tau_eff` must be one of 'normaliser', 'steps', got 'mean'"):
+    with pytest.raises(ValueError, match="`tau_eff` must be one of 'normalizer', 'steps', got 'mean'"):
         FedNovaCallback(tau_eff="mean")

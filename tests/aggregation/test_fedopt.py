@@ -1,4 +1,4 @@
-"""FedOpt: the published numbers, optimisers of torch on the server, schedules, and rules that wrap rules."""
+"""FedOpt: the published numbers, optimizers of torch on the server, schedules, and rules that wrap rules."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_adagrad_of_torch_is_fedadagrad():
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD"])
-def test_any_optimiser_of_torch_steps_on_minus_the_displacement(optimizer):
+def test_any_optimizer_of_torch_steps_on_minus_the_displacement(optimizer):
     make = getattr(torch.optim, optimizer)
     expected = START.clone().requires_grad_()
     theirs = make([expected], lr=0.1)

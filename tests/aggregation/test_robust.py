@@ -13,10 +13,10 @@ from lightning_fedhaw import (
     Channel,
     ClientVectors,
     Cohort,
+    CoordinateMedianCallback,
     FedAvgCallback,
     GeometricMedianCallback,
     KrumCallback,
-    MedianCallback,
     MultiKrumCallback,
     ParameterLayout,
     TrimmedMeanCallback,
@@ -47,10 +47,10 @@ def step(rule, models=MODELS, examples=None, clients=None):
 
 
 def test_median_of_odd_and_even_numbers_of_clients():
-    assert step(MedianCallback()).parameters.tolist() == pytest.approx([1.0, 2.0])
-    assert step(MedianCallback(), MODELS[:4]).parameters.tolist() == pytest.approx([1.0, 2.0])
-    assert step(MedianCallback(), MODELS[1:3]).parameters.tolist() == pytest.approx([1.1, 2.2])
-    assert step(MedianCallback()).weights.tolist() == pytest.approx([0.2] * 5)
+    assert step(CoordinateMedianCallback()).parameters.tolist() == pytest.approx([1.0, 2.0])
+    assert step(CoordinateMedianCallback(), MODELS[:4]).parameters.tolist() == pytest.approx([1.0, 2.0])
+    assert step(CoordinateMedianCallback(), MODELS[1:3]).parameters.tolist() == pytest.approx([1.1, 2.2])
+    assert step(CoordinateMedianCallback()).weights.tolist() == pytest.approx([0.2] * 5)
 
 
 def test_trimmed_mean_by_hand():
@@ -92,7 +92,7 @@ def test_trimmed_mean_is_that_of_sorted_columns(k, seed, data):
         assert torch.equal(trimmed_mean(values.clone(), (k - 1) // 2), values.median(0).values)
 
 
-def test_krum_takes_the_client_with_the_nearest_neighbours():
+def test_krum_takes_the_client_with_the_nearest_neighbors():
     # Squared distances to the two nearest of each of the first four: to (1, 2) they are 0.02 and 0.04.
     scores = krum_scores(ClientVectors(MODELS), 1)
     assert scores[:4].tolist() == pytest.approx([0.02 + 0.04, 0.04 + 0.10, 0.16 + 0.20, 0.02 + 0.10])
@@ -141,7 +141,7 @@ def test_geometric_median_weighs_by_examples_and_stops():
 
 
 ROBUST = {
-    "median": MedianCallback,
+    "median": CoordinateMedianCallback,
     "trimmed mean": TrimmedMeanCallback,
     "Krum": KrumCallback,
     "Multi-Krum": MultiKrumCallback,
@@ -152,7 +152,7 @@ ROBUST = {
 class Poisons(Channel):
     """Turns one client's update round and makes it long."""
 
-    def transmit(self, message, *, round_, client, seed):
+    def transmit(self, message, *, round_idx, client, seed):
         return -30 * message if client == 1 else message
 
 

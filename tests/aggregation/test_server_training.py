@@ -170,7 +170,7 @@ def test_in_other_precisions(make, precision):
     assert float(runner.callback_metrics["proxy_loss_after"]) > 0
 
 
-def test_manual_optimisation_has_no_loss_to_train_on():
+def test_manual_optimization_has_no_loss_to_train_on():
     class Manual(Model):
         def __init__(self):
             super().__init__()
@@ -333,7 +333,7 @@ def test_bad_arguments(make):
         make(weighting="steps")
     with pytest.raises(ValueError, match="`lr` must be a finite number above 0, got -1"):
         make(lr=-1)
-    with pytest.raises(TypeError, match="`optimizer` must make an optimiser"):
+    with pytest.raises(TypeError, match="`optimizer` must make an optimizer"):
         make(optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
     if make is not RULES["fine-tuning"]:
         with pytest.raises(ValueError, match="`ensemble` must be one of 'logits', 'probabilities', got 'votes'"):

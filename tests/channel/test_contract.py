@@ -17,22 +17,22 @@ from lightning_fedhaw import (
     AWGNChannel,
     BitFlipChannel,
     Channel,
-    DeadlineChannel,
+    DifferentialPrivacyChannel,
     ErasureChannel,
     FadingChannel,
     FedAdpCallback,
     FedAvgCallback,
+    FederatedCallback,
     FedHAWCallback,
     FedHyperCallback,
     GilbertElliott,
     OverTheAirChannel,
     PacketLossChannel,
-    PrivacyChannel,
-    QuantizedChannel,
-    RoundObserver,
-    SparsifiedChannel,
+    QuantizationChannel,
+    SparsificationChannel,
+    StragglerChannel,
 )
-from lightning_fedhaw.channel import SumChannel
+from lightning_fedhaw.channel import AggregateChannel
 from scenes import prepared
 
 pytestmark = pytest.mark.filterwarnings("ignore:Nobody was heard in round")
@@ -51,20 +51,20 @@ IDLE = {
     "Rayleigh": lambda: FadingChannel(INF),
     "Rician, coded": lambda: FadingChannel(INF, k_factor=3.0, rate=2.0),
     "inversion": lambda: FadingChannel(INF, inversion=True),
-    "quantised": lambda: QuantizedChannel(32),
-    "quantised down": lambda: QuantizedChannel(32, "qsgd", link="downlink"),
-    "top-k": lambda: SparsifiedChannel(1.0),
-    "random-k": lambda: SparsifiedChannel(1.0, "random", error_feedback=False),
+    "quantized": lambda: QuantizationChannel(32),
+    "quantized down": lambda: QuantizationChannel(32, "qsgd", link="downlink"),
+    "top-k": lambda: SparsificationChannel(1.0),
+    "random-k": lambda: SparsificationChannel(1.0, "random", error_feedback=False),
     "bit flips": lambda: BitFlipChannel(0.0),
     "flipped codes": lambda: BitFlipChannel(0.0, bits=8),
     "packets": lambda: PacketLossChannel(0.0, 64),
     "packets, last": lambda: PacketLossChannel(0.0, 64, lost="last", retries=1),
     "packets down": lambda: PacketLossChannel(0.0, 64, link="downlink"),
-    "deadline": lambda: DeadlineChannel(INF, 1.0),
+    "deadline": lambda: StragglerChannel(INF, 1.0),
     "availability": lambda: AvailabilityChannel(mean=1.0, amplitude=0.0),
     "trace": lambda: AvailabilityChannel([[1, 1, 1, 1]]),
     "over the air": lambda: OverTheAirChannel(INF, truncation=0.0),
-    "privacy": lambda: PrivacyChannel(INF, 0.0, delta=None),
+    "privacy": lambda: DifferentialPrivacyChannel(INF, 0.0, delta=None),
 }
 ACTIVE = {
     "erasure": lambda: ErasureChannel(0.3),
@@ -79,23 +79,23 @@ ACTIVE = {
     "Rayleigh": lambda: FadingChannel(10.0, block=2),
     "Rician, coded": lambda: FadingChannel(5.0, k_factor=1.0, rate=2.0, fallback="discard"),
     "inversion": lambda: FadingChannel(10.0, inversion=True, truncation=0.3, per="layer"),
-    "stochastic": lambda: QuantizedChannel(4),
-    "nearest": lambda: QuantizedChannel(4, "nearest", per="layer"),
-    "QSGD": lambda: QuantizedChannel(4, "qsgd"),
-    "quantised down": lambda: QuantizedChannel(6, link="downlink"),
-    "top-k": lambda: SparsifiedChannel(0.1),
-    "random-k": lambda: SparsifiedChannel(0.2, "random", error_feedback=False, per="layer"),
-    "random-k, feedback": lambda: SparsifiedChannel(0.2, "random"),
+    "stochastic": lambda: QuantizationChannel(4),
+    "nearest": lambda: QuantizationChannel(4, "nearest", per="layer"),
+    "QSGD": lambda: QuantizationChannel(4, "qsgd"),
+    "quantized down": lambda: QuantizationChannel(6, link="downlink"),
+    "top-k": lambda: SparsificationChannel(0.1),
+    "random-k": lambda: SparsificationChannel(0.2, "random", error_feedback=False, per="layer"),
+    "random-k, feedback": lambda: SparsificationChannel(0.2, "random"),
     "bit flips": lambda: BitFlipChannel(1e-4),
     "flipped codes": lambda: BitFlipChannel(0.02, bits=8),
     "packets": lambda: PacketLossChannel(0.4, 64),
     "packets, last": lambda: PacketLossChannel(0.6, 64, lost="last", retries=1),
     "packets down": lambda: PacketLossChannel(0.3, 64, link="downlink"),
-    "deadline": lambda: DeadlineChannel(45.0, 1.0, spread=0.5, client_spread=0.2),
+    "deadline": lambda: StragglerChannel(45.0, 1.0, spread=0.5, client_spread=0.2),
     "availability": lambda: AvailabilityChannel(),
     "trace": lambda: AvailabilityChannel([[1, 0, 1, 1], [1, 1, 1, 0]]),
     "over the air": lambda: OverTheAirChannel(20.0, truncation=0.3),
-    "privacy": lambda: PrivacyChannel(0.5, 0.05, delta=None),
+    "privacy": lambda: DifferentialPrivacyChannel(0.5, 0.05, delta=None),
 }
 RULES = {
     "FedAvg": lambda: FedAvgCallback("uniform"),
@@ -129,7 +129,7 @@ def without():
 @pytest.mark.parametrize("make", IDLE.values(), ids=IDLE.keys())
 def test_a_channel_that_does_nothing_is_none_to_the_bit(make, engine, without):
     for name, rule in RULES.items() if engine == "sequential" else list(RULES.items())[::2]:
-        if not isinstance(make(), SumChannel) or rule().raw_weight is not None:
+        if not isinstance(make(), AggregateChannel) or rule().raw_weight is not None:
             assert torch.equal(end(make(), rule=rule, engine=engine), without[name, engine]), name
 
 
@@ -139,8 +139,8 @@ def test_it_does_something_and_the_same_each_time_in_both_engines(make, without)
     assert torch.isfinite(first).all()
     assert not torch.equal(first, without["FedAvg", "sequential"])
     assert torch.equal(first, end(make(), engine="sequential"))
-    # Draws are the same; a rounding that falls to the other side is a step of a quantiser.
-    tolerance = 1e-5 if not isinstance(make(), (QuantizedChannel, BitFlipChannel)) else 0.1
+    # Draws are the same; a rounding that falls to the other side is a step of a quantizer.
+    tolerance = 1e-5 if not isinstance(make(), (QuantizationChannel, BitFlipChannel)) else 0.1
     assert torch.allclose(first, end(make(), engine="vectorized"), atol=tolerance)
     assert not torch.equal(first, end(make(), engine="sequential", seed=1))
 
@@ -151,20 +151,20 @@ def test_messages_are_not_changed_in_place(make):
     runner.fit(Classifier(), loader())
     message = torch.randn(83)
     before = message.clone()
-    channel.transmit(message, round_=3, client=1, seed=0)
+    channel.transmit(message, round_idx=3, client=1, seed=0)
     assert torch.equal(message, before)
 
 
-class Notes(RoundObserver):
+class Notes(FederatedCallback):
     """Who came, what each of them trained on in which order, and where they started from."""
 
     def __init__(self):
         super().__init__()
         self.cohorts, self.batches, self.first = [], {}, None
 
-    def on_round_start(self, trainer, pl_module, round_, clients):
+    def on_round_start(self, trainer, pl_module, round_idx, clients):
         self.cohorts.append(clients)
-        self.first = flat(pl_module) if round_ == 0 else self.first
+        self.first = flat(pl_module) if round_idx == 0 else self.first
         self.open = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -251,10 +251,10 @@ def test_what_was_heard_last_is_kept_in_host_memory_and_shared():
 def test_numpys_numbers_are_numbers():
     for number in (np.float32(0.5), np.float64(0.5)):
         assert ErasureChannel(number).probability == 0.5
-        for channel in (SparsifiedChannel(number), PacketLossChannel(number), BitFlipChannel(number)):
+        for channel in (SparsificationChannel(number), PacketLossChannel(number), BitFlipChannel(number)):
             held = {type(v) for v in vars(channel).values()}
             assert not any(issubclass(kind, np.generic) for kind in held - {float}), "a checkpoint may hold it"
-    assert QuantizedChannel(np.int64(4)).bits == 4
+    assert QuantizationChannel(np.int64(4)).bits == 4
     assert AWGNChannel(np.int64(3)).snr_db == 3.0
 
 
@@ -262,7 +262,7 @@ def test_every_public_channel_is_in_the_tables():
     import lightning_fedhaw.channel as room
 
     public = {kind for name in room.__all__ if isinstance(kind := getattr(room, name), type)}
-    bases = {Channel, SumChannel, room.BlockChannel}
+    bases = {Channel, AggregateChannel, room.BlockChannel}
     for table in (IDLE, ACTIVE):
         assert {type(make()) for make in table.values()} == {k for k in public if issubclass(k, Channel)} - bases
 
@@ -280,7 +280,7 @@ floats = st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=True, 
 
 
 def transmitted(name, message):
-    return prepared(ACTIVE[name](), LENGTH, num_clients=4).transmit(message, round_=1, client=2, seed=3)
+    return prepared(ACTIVE[name](), LENGTH, num_clients=4).transmit(message, round_idx=1, client=2, seed=3)
 
 
 @pytest.mark.parametrize("name", ACTIVE)
@@ -333,16 +333,16 @@ def test_no_finite_message_makes_nan_or_an_error(name, message):
 P = 83
 UP = {
     "nothing": ((), 4 * P),
-    "4 bits": ([QuantizedChannel(4)], (4 * P + 64 + 7) // 8),
-    "4 bits, by layer": ([QuantizedChannel(4, per="layer")], (4 * P + 128 + 7) // 8),
-    "QSGD": ([QuantizedChannel(4, "qsgd")], (4 * P + 32 + 7) // 8),
-    "top tenth": ([SparsifiedChannel(0.1)], (9 * 32 + 63 + 7) // 8),
-    "top half": ([SparsifiedChannel(0.5)], (42 * 32 + P + 7) // 8),
-    "random tenth": ([SparsifiedChannel(0.1, "random")], (9 * 32 + 64 + 7) // 8),
-    "sparse, then 4 bits": ([SparsifiedChannel(0.1), QuantizedChannel(4)], (9 * 4 + 63 + 64 + 7) // 8),
+    "4 bits": ([QuantizationChannel(4)], (4 * P + 64 + 7) // 8),
+    "4 bits, by layer": ([QuantizationChannel(4, per="layer")], (4 * P + 128 + 7) // 8),
+    "QSGD": ([QuantizationChannel(4, "qsgd")], (4 * P + 32 + 7) // 8),
+    "top tenth": ([SparsificationChannel(0.1)], (9 * 32 + 63 + 7) // 8),
+    "top half": ([SparsificationChannel(0.5)], (42 * 32 + P + 7) // 8),
+    "random tenth": ([SparsificationChannel(0.1, "random")], (9 * 32 + 64 + 7) // 8),
+    "sparse, then 4 bits": ([SparsificationChannel(0.1), QuantizationChannel(4)], (9 * 4 + 63 + 64 + 7) // 8),
     "noise": ([AWGNChannel(90.0)], 4 * P + 4),
     "packets": ([PacketLossChannel(0.0, 100)], 4 * P + 4 * 40),
-    "4 bits in packets": ([QuantizedChannel(4), PacketLossChannel(0.0, 20, header_bytes=8)], 50 + 3 * 8),
+    "4 bits in packets": ([QuantizationChannel(4), PacketLossChannel(0.0, 20, header_bytes=8)], 50 + 3 * 8),
     "codes": ([BitFlipChannel(1e-6, bits=8)], P + 8),
 }
 
@@ -356,7 +356,9 @@ def test_bytes_are_those_of_what_is_sent(channels, expected):
 
 
 def test_bytes_of_the_way_down():
-    runner, _ = train(rounds=2, callbacks=[QuantizedChannel(8, link="downlink"), ErasureChannel(0.5, link="downlink")])
+    runner, _ = train(
+        rounds=2, callbacks=[QuantizationChannel(8, link="downlink"), ErasureChannel(0.5, link="downlink")]
+    )
     summary = runner.federation_summary
     assert summary["bytes_down"] == 2 * 4 * (P + 8)
     assert summary["bytes_up"] == 4 * P * (8 - summary["lost_messages"])
@@ -406,14 +408,14 @@ def test_bytes_of_retransmissions():
         (lambda: FadingChannel(3.0, block=0), "`block` must be a whole number of at least 1"),
         (lambda: FadingChannel(3.0, rate=1.0, inversion=True), "Give `rate` or `inversion=True`, not both"),
         (lambda: FadingChannel(3.0, truncation=0.1), "`truncation`=0.1 bounds the power of inversion"),
-        (lambda: QuantizedChannel(0), "`bits` must be a whole number from 1 to 16, or 32 to change nothing, got 0"),
-        (lambda: QuantizedChannel(17), "`bits` must be a whole number from 1 to 16"),
-        (lambda: QuantizedChannel(2.0), "`bits` must be a whole number from 1 to 16"),
-        (lambda: QuantizedChannel(1, "qsgd"), '`bits` must be at least 2 with `scheme="qsgd"`'),
-        (lambda: QuantizedChannel(2, "up"), "`scheme` must be one of 'stochastic', 'nearest', 'qsgd', got 'up'"),
-        (lambda: SparsifiedChannel(0), r"`fraction` must be a number in \(0, 1\], got 0. 0.01 sends"),
-        (lambda: SparsifiedChannel(1.5), r"`fraction` must be a number in \(0, 1\], got 1.5"),
-        (lambda: SparsifiedChannel(0.5, "best"), "`choice` must be one of 'top', 'random', got 'best'"),
+        (lambda: QuantizationChannel(0), "`bits` must be a whole number from 1 to 16, or 32 to change nothing, got 0"),
+        (lambda: QuantizationChannel(17), "`bits` must be a whole number from 1 to 16"),
+        (lambda: QuantizationChannel(2.0), "`bits` must be a whole number from 1 to 16"),
+        (lambda: QuantizationChannel(1, "qsgd"), '`bits` must be at least 2 with `scheme="qsgd"`'),
+        (lambda: QuantizationChannel(2, "up"), "`scheme` must be one of 'stochastic', 'nearest', 'qsgd', got 'up'"),
+        (lambda: SparsificationChannel(0), r"`fraction` must be a number in \(0, 1\], got 0. 0.01 sends"),
+        (lambda: SparsificationChannel(1.5), r"`fraction` must be a number in \(0, 1\], got 1.5"),
+        (lambda: SparsificationChannel(0.5, "best"), "`choice` must be one of 'top', 'random', got 'best'"),
         (lambda: BitFlipChannel(-0.1), r"`rate` must be a number in \[0, 1\], got -0.1"),
         (lambda: BitFlipChannel(0.1, bits=0), "`bits` must be a whole number from 1 to 16"),
         (lambda: PacketLossChannel(2), r"`probability` must be a number in \[0, 1\], got 2"),
@@ -424,9 +426,9 @@ def test_bytes_of_retransmissions():
             "`lost` must be 'last' on the downlink, got 'zero'",
         ),
         (lambda: PacketLossChannel(0.1, retries=-1), "`retries` must be a whole number of at least 0"),
-        (lambda: DeadlineChannel(-1, 1), "`deadline` must be a number of at least 0, got -1"),
-        (lambda: DeadlineChannel(1, 1, spread=-1), r"`spread` must be a number in \[0, 100\], got -1"),
-        (lambda: DeadlineChannel(1, 1, spread=float("inf")), r"`spread` must be a number in \[0, 100\], got inf"),
+        (lambda: StragglerChannel(-1, 1), "`deadline` must be a number of at least 0, got -1"),
+        (lambda: StragglerChannel(1, 1, spread=-1), r"`spread` must be a number in \[0, 100\], got -1"),
+        (lambda: StragglerChannel(1, 1, spread=float("inf")), r"`spread` must be a number in \[0, 100\], got inf"),
         (
             lambda: AvailabilityChannel(phases=[float("nan")]),
             r"`phases` must be numbers in \[0, 1\], one per client, got \[nan\]",
@@ -440,11 +442,14 @@ def test_bytes_of_retransmissions():
             lambda: OverTheAirChannel(3.0, fallback="again"),
             "`fallback` must be one of 'zero_update', .* got 'again'. The channel is on the uplink",
         ),
-        (lambda: PrivacyChannel(0, 1), "`clip` must be a number above 0, got 0"),
-        (lambda: PrivacyChannel(float("inf"), 1.0), "`clip`, which must be finite then, got inf"),
-        (lambda: PrivacyChannel(1, float("inf")), "`noise_multiplier` must be a finite number of at least 0, got inf"),
-        (lambda: PrivacyChannel(1, -1), "`noise_multiplier` must be a finite number of at least 0, got -1"),
-        (lambda: PrivacyChannel(1, 1, delta=2), r"`delta` must be a number in \[0, 1\], got 2"),
+        (lambda: DifferentialPrivacyChannel(0, 1), "`clip` must be a number above 0, got 0"),
+        (lambda: DifferentialPrivacyChannel(float("inf"), 1.0), "`clip`, which must be finite then, got inf"),
+        (
+            lambda: DifferentialPrivacyChannel(1, float("inf")),
+            "`noise_multiplier` must be a finite number of at least 0, got inf",
+        ),
+        (lambda: DifferentialPrivacyChannel(1, -1), "`noise_multiplier` must be a finite number of at least 0, got -1"),
+        (lambda: DifferentialPrivacyChannel(1, 1, delta=2), r"`delta` must be a number in \[0, 1\], got 2"),
         (lambda: Channel(link="sideways"), "`link` must be one of 'uplink', 'downlink', got 'sideways'"),
     ],
 )
@@ -473,7 +478,9 @@ def test_two_of_a_kind_need_names():
     trainer(callbacks=[ErasureChannel(0.1), ErasureChannel(0.2, name="b"), ErasureChannel(0.1, link="downlink")])
 
 
-@pytest.mark.parametrize("make", [lambda: OverTheAirChannel(10.0), lambda: PrivacyChannel(1.0, 1.0, delta=None)])
+@pytest.mark.parametrize(
+    "make", [lambda: OverTheAirChannel(10.0), lambda: DifferentialPrivacyChannel(1.0, 1.0, delta=None)]
+)
 def test_sums_need_a_rule_that_needs_sums(make):
     own = type(make()).__name__
     with pytest.raises(ValueError, match=f"`{own}` gives the server the sum .* and FedHAWCallback needs each client's"):

@@ -12,7 +12,7 @@ from lightning_fedhaw import AWGNChannel, OverTheAirChannel
 from lightning_fedhaw.channel import Arrivals
 from lightning_fedhaw.channel.awgn import add_noise, rms
 from lightning_fedhaw.channel.privacy import clipped
-from lightning_fedhaw.channel.quantised import from_codes, qsgd, through_codes, to_codes
+from lightning_fedhaw.channel.quantized import from_codes, qsgd, through_codes, to_codes
 from lightning_fedhaw.channel.scale import ordinary, rescaled
 from scenes import generator, prepared
 
@@ -81,7 +81,7 @@ def test_double_precision_has_its_power_where_squares_have_none(size):
     vector = torch.tensor([3.0, 4.0], dtype=torch.float64) * size
     assert rms(vector) == pytest.approx(12.5**0.5 * size, rel=1e-3)
     assert float(clipped(vector, 2 * size).norm() / size) == pytest.approx(2, rel=1e-3) or size != 1.0
-    loud = prepared(AWGNChannel(0.0), 2).transmit(vector, round_=0, client=0, seed=0)
+    loud = prepared(AWGNChannel(0.0), 2).transmit(vector, round_idx=0, client=0, seed=0)
     assert not torch.equal(loud, vector)
 
 
@@ -133,6 +133,6 @@ def test_ordinary_messages_have_the_bits_of_the_plain_formulas(size, bits):
     draws = torch.rand(500, generator=generator())
     level = position.floor() + (draws < position - position.floor())
     assert torch.equal(qsgd(vector, levels, generator()), level.mul(norm / levels).copysign(vector))
-    received = prepared(AWGNChannel(10.0), 500).transmit(vector, round_=0, client=0, seed=0)
+    received = prepared(AWGNChannel(10.0), 500).transmit(vector, round_idx=0, client=0, seed=0)
     noise = torch.randn(500, generator=prepared(AWGNChannel(10.0), 500).stream(0, 0, 0, "noise"))
     assert torch.equal(received, vector.add(noise, alpha=norm / 500**0.5 * 10**-0.5))

@@ -10,10 +10,10 @@ from lightning_fedhaw import (
     AWGNChannel,
     FadingChannel,
     FedAvgCallback,
+    FederatedCallback,
     FederatedDataModule,
     IndexPartitioner,
     OverTheAirChannel,
-    RoundObserver,
 )
 from lightning_fedhaw.channel.awgn import add_noise, noise_std, rms
 from lightning_fedhaw.channel.fading import power_gain
@@ -66,7 +66,7 @@ def test_a_message_of_zeros_has_no_power_and_a_noise_floor_does_not_ask():
     assert torch.equal(received(prepared(AWGNChannel(10.0)), zeros)[0], zeros)
     variance_is(received(prepared(AWGNChannel(noise_std=0.3)), zeros, rounds=3000), 0.09)
     assert add_noise(zeros, 0.0, generator()) is zeros
-    assert prepared(AWGNChannel(3.0)).transmit(zeros.double(), round_=0, client=0, seed=0).dtype == torch.float64
+    assert prepared(AWGNChannel(3.0)).transmit(zeros.double(), round_idx=0, client=0, seed=0).dtype == torch.float64
 
 
 def test_the_noise_of_an_average_is_the_sum_of_squared_weights():
@@ -111,7 +111,7 @@ def test_outage_at_a_rate(rate, expected):
     lost = torch.cat([channel.outage(t, CLIENTS, 0) for t in range(8)])
     assert abs(lost.double().mean() - expected) < 4.5 * (expected * (1 - expected) / 4000) ** 0.5
     message = torch.ones(8)
-    assert channel.transmit(message, round_=0, client=0, seed=0) is message, "what is decoded is without a fault"
+    assert channel.transmit(message, round_idx=0, client=0, seed=0) is message, "what is decoded is without a fault"
 
 
 def test_truncation():
@@ -126,7 +126,7 @@ def test_a_coherent_receiver_has_the_noise_of_its_gain_and_inversion_that_of_the
     coherent = prepared(FadingChannel(10.0), 2000)
     for t in range(3):
         gain = coherent.gain(t, 5, 0)
-        noise = coherent.transmit(message, round_=t, client=5, seed=0) - message
+        noise = coherent.transmit(message, round_idx=t, client=5, seed=0) - message
         variance_is(noise, 4 / 10 ** ((10 + 10 * log10(gain)) / 10))
     inverted = prepared(FadingChannel(10.0, inversion=True), 2000)
     variance_is(received(inverted, message, rounds=3) - message, 0.4)
@@ -149,10 +149,10 @@ def test_receiver_noise():
     assert receiver_noise(weights, sizes, gains, 20.0) == pytest.approx(0.6)
 
 
-class Sizes(RoundObserver):
+class Sizes(FederatedCallback):
     """Root mean squares of the updates of a round."""
 
-    def on_round_start(self, trainer, pl_module, round_, clients):
+    def on_round_start(self, trainer, pl_module, round_idx, clients):
         self.rms = {}
 
     def on_client_end(self, trainer, pl_module, update):
@@ -179,7 +179,7 @@ def test_who_is_silent_has_no_weight():
     assert 0 < silent.sum() < 4
 
     class Cohort:
-        def sample(self, round_, *, num_clients, sizes, seed):
+        def sample(self, round_idx, *, num_clients, sizes, seed):
             return [k for k in range(4) if not silent[k]]
 
     options = {"rounds": 1, "client_eval": False}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from federations import flat, train
-from lightning_fedhaw import PacketLossChannel, QuantizedChannel
+from lightning_fedhaw import PacketLossChannel, QuantizationChannel
 from scenes import prepared, received
 
 
@@ -23,7 +23,7 @@ def test_packets_hold_what_fits():
 @pytest.mark.parametrize(("retries", "expected"), [(0, 0.4), (1, 0.16), (2, 0.064)])
 def test_packets_are_lost_as_often_as_they_should(retries, expected):
     channel = prepared(PacketLossChannel(0.4, 8, retries=retries), 100)
-    tries, lost = zip(*(channel.sendings(round_=t, client=0, seed=0) for t in range(100)), strict=True)
+    tries, lost = zip(*(channel.sendings(round_idx=t, client=0, seed=0) for t in range(100)), strict=True)
     lost, tries = torch.cat(lost).double(), torch.cat(tries).double()
     assert abs(lost.mean() - expected) < 4.5 * (expected * (1 - expected) / 5000) ** 0.5
     mean = sum(0.4**i for i in range(retries + 1))
@@ -34,14 +34,14 @@ def test_packets_are_lost_as_often_as_they_should(retries, expected):
 def test_the_last_numbers_that_were_heard_stand_in():
     channel = prepared(PacketLossChannel(0.5, 8, lost="last"), 20)
     first, second = torch.full((20,), 1.0), torch.full((20,), 2.0)
-    got = channel.transmit(first, round_=0, client=4, seed=0)
+    got = channel.transmit(first, round_idx=0, client=4, seed=0)
     assert set(got.tolist()) == {0.0, 1.0}, "nothing was heard before"
     channel.remember(4, torch.zeros(20), got, 3)
-    again = channel.transmit(second, round_=1, client=4, seed=0)
+    again = channel.transmit(second, round_idx=1, client=4, seed=0)
     lost = again != 2
     assert lost.any()
     assert torch.equal(again[lost], got[lost])
-    other = channel.transmit(second, round_=1, client=5, seed=0)
+    other = channel.transmit(second, round_idx=1, client=5, seed=0)
     assert set(other.tolist()) == {0.0, 2.0}, "another client's are its own"
 
 
@@ -53,7 +53,7 @@ def test_a_model_with_gaps_is_the_last_one_that_was_heard():
     assert not torch.equal(flat(module), flat(silent))
 
 
-def test_quantised_updates_need_fewer_packets():
-    _, packed = train(callbacks=[QuantizedChannel(8), channel := PacketLossChannel(0.1, 20)])
+def test_quantized_updates_need_fewer_packets():
+    _, packed = train(callbacks=[QuantizationChannel(8), channel := PacketLossChannel(0.1, 20)])
     assert channel.packets == -(-(83 + 8) // 20)
     assert torch.isfinite(flat(packed)).all()

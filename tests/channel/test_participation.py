@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from federations import flat, train
-from lightning_fedhaw import AvailabilityChannel, DeadlineChannel
+from lightning_fedhaw import AvailabilityChannel, StragglerChannel
 from scenes import prepared
 
 CLIENTS = list(range(10))
@@ -20,7 +20,7 @@ def shares(channel, rounds, **kwargs):
 
 
 def test_times_are_log_normal_and_grow_with_the_samples():
-    channel = prepared(DeadlineChannel(1.0, 0.01, spread=0.5))
+    channel = prepared(StragglerChannel(1.0, 0.01, spread=0.5))
     seconds = torch.stack([channel.seconds(t, CLIENTS, 0) for t in range(400)])
     logs = (seconds / (0.1 * torch.arange(1, 11))).log()
     assert abs(logs.mean()) < 4.5 * 0.5 / 4000**0.5
@@ -29,7 +29,7 @@ def test_times_are_log_normal_and_grow_with_the_samples():
 
 
 def test_clients_have_speeds():
-    channel = prepared(DeadlineChannel(1.0, 0.01, spread=0.0, client_spread=1.0), num_clients=300)
+    channel = prepared(StragglerChannel(1.0, 0.01, spread=0.0, client_spread=1.0), num_clients=300)
     everybody = list(range(300))
     first, later = (channel.seconds(t, everybody, 0) for t in (0, 9))
     assert torch.equal(first, later)
@@ -39,7 +39,7 @@ def test_clients_have_speeds():
 
 
 def test_who_is_late():
-    lost = shares(DeadlineChannel(0.5, 0.01, spread=0.5), 400)
+    lost = shares(StragglerChannel(0.5, 0.01, spread=0.5), 400)
     for k in CLIENTS:
         z = log(0.5 / (0.1 * (k + 1))) / 0.5
         late = 0.5 * (1 - erf(z / 2**0.5))
@@ -82,8 +82,8 @@ def test_a_trace_says_who_is_there_and_begins_anew(kind, tmp_path):
     assert runner.federation_summary["lost_messages"] == 1 + 2 + 0 + 1 + 2
 
     class Cohort:
-        def sample(self, round_, *, num_clients, sizes, seed):
-            return [client for client in range(4) if TRACE[round_ % 3][client]]
+        def sample(self, round_idx, *, num_clients, sizes, seed):
+            return [client for client in range(4) if TRACE[round_idx % 3][client]]
 
     _, drawn = train(rounds=5, sampler=Cohort())
     assert torch.equal(flat(module), flat(drawn)), "not there is as good as not drawn"

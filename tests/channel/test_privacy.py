@@ -9,17 +9,17 @@ import torch
 from federations import Classifier, flat, loader, train, trainer
 from lightning_fedhaw import (
     AWGNChannel,
+    DifferentialPrivacyChannel,
     ErasureChannel,
     FedAvgCallback,
-    FedDyn,
+    FedDynObjective,
+    FederatedCallback,
     FedOptCallback,
     FedProx,
     OverTheAirChannel,
-    PrivacyChannel,
-    RoundObserver,
-    Scaffold,
     ScaffoldCallback,
-    SparsifiedChannel,
+    ScaffoldObjective,
+    SparsificationChannel,
 )
 from lightning_fedhaw.channel.privacy import clipped, epsilon
 
@@ -40,7 +40,7 @@ def test_clipping_bounds_the_norm_and_keeps_the_direction():
     assert torch.equal(clipped(torch.zeros(3), 1.0), torch.zeros(3))
 
 
-class Norms(RoundObserver):
+class Norms(FederatedCallback):
     def __init__(self):
         super().__init__()
         self.all = []
@@ -52,13 +52,13 @@ class Norms(RoundObserver):
 def test_every_update_is_clipped():
     before, after = Norms(), Norms()
     fit(before)
-    fit(PrivacyChannel(0.3, 0.0, delta=None), after)
+    fit(DifferentialPrivacyChannel(0.3, 0.0, delta=None), after)
     assert min(before.all) > 0.3
     assert after.all == pytest.approx([0.3] * 4, rel=1e-6)
 
 
 def test_the_noise_of_the_average_is_the_multiplier_times_the_clip_over_the_number_drawn():
-    clean, noisy = (flat(fit(PrivacyChannel(0.3, z, delta=None))[1]) for z in (0.0, 2.0))
+    clean, noisy = (flat(fit(DifferentialPrivacyChannel(0.3, z, delta=None))[1]) for z in (0.0, 2.0))
     noise, expected = noisy - clean, 2.0 * 0.3 / 4
     assert abs(noise.var() / expected**2 - 1) < 4.5 * (2 / len(noise)) ** 0.5
     assert abs(noise.mean()) < 4.5 * expected / len(noise) ** 0.5
@@ -68,24 +68,24 @@ def test_the_noise_of_the_average_is_the_multiplier_times_the_clip_over_the_numb
 def test_the_sum_is_divided_by_the_number_drawn_whoever_arrives(fallback):
     """Who is lost must not make the others' updates longer."""
     lost = ErasureChannel([0, 0, 0, 1.0], fallback=fallback)
-    ends = [flat(fit(*channels)[1]) for channels in ([lost, PrivacyChannel(0.3, 0.0, delta=None)], [])]
+    ends = [flat(fit(*channels)[1]) for channels in ([lost, DifferentialPrivacyChannel(0.3, 0.0, delta=None)], [])]
     start = flat(Classifier(hidden=300))
 
     class Three:
-        def sample(self, round_, *, num_clients, sizes, seed):
+        def sample(self, round_idx, *, num_clients, sizes, seed):
             return [0, 1, 2]
 
-    three = flat(fit(PrivacyChannel(0.3, 0.0, delta=None), sampler=Three())[1])
+    three = flat(fit(DifferentialPrivacyChannel(0.3, 0.0, delta=None), sampler=Three())[1])
     assert torch.allclose(ends[0] - start, (three - start) * 3 / 4, atol=1e-6)
 
 
 def test_rules_on_top_of_the_average_are_free():
-    end = flat(fit(PrivacyChannel(0.3, 1.0, delta=None), rule=FedOptCallback(rule=uniform()), rounds=3)[1])
+    end = flat(fit(DifferentialPrivacyChannel(0.3, 1.0, delta=None), rule=FedOptCallback(rule=uniform()), rounds=3)[1])
     assert torch.isfinite(end).all()
 
 
 def test_with_over_the_air_sums():
-    end = flat(fit(PrivacyChannel(0.3, 1.0, delta=None), OverTheAirChannel(20.0), rounds=3)[1])
+    end = flat(fit(DifferentialPrivacyChannel(0.3, 1.0, delta=None), OverTheAirChannel(20.0), rounds=3)[1])
     assert torch.isfinite(end).all()
 
 
@@ -117,7 +117,7 @@ def test_epsilon_grows_with_rounds_and_falls_with_noise_and_sampling():
 
 def test_the_closing_table_says_what_was_spent_by_the_sampling_in_use(capsys, tmp_path):
     pytest.importorskip("dp_accounting")
-    make = lambda: PrivacyChannel(0.3, 3.0, delta=1e-3)  # noqa: E731
+    make = lambda: DifferentialPrivacyChannel(0.3, 3.0, delta=1e-3)  # noqa: E731
     runner, _ = fit(make(), rounds=4, num_clients=10, clients_per_round=3)
     expected = epsilon(3.0, 1e-3, 4, num_clients=10, drawn_uniformly=3)
     assert runner.federation_summary["epsilon"] == expected
@@ -127,8 +127,8 @@ def test_the_closing_table_says_what_was_spent_by_the_sampling_in_use(capsys, tm
     class Turns:
         """Client 0 comes in every round, the others in one of two."""
 
-        def sample(self, round_, *, num_clients, sizes, seed):
-            return [0, 1] if round_ % 2 else [0, 2]
+        def sample(self, round_idx, *, num_clients, sizes, seed):
+            return [0, 1] if round_idx % 2 else [0, 2]
 
     runner, _ = fit(make(), rounds=4, sampler=Turns())
     assert runner.federation_summary["epsilon"] == epsilon(3.0, 1e-3, 4, num_clients=4, drawn_uniformly=None)
@@ -145,25 +145,25 @@ def test_the_closing_table_says_what_was_spent_by_the_sampling_in_use(capsys, tm
 def test_without_the_extra_there_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(ModuleNotFoundError, match=r'`pip install "lightning-fedhaw\[privacy\]"`'):
-        fit(PrivacyChannel(1.0, 1.0))
-    fit(PrivacyChannel(1.0, 1.0, delta=None))
+        fit(DifferentialPrivacyChannel(1.0, 1.0))
+    fit(DifferentialPrivacyChannel(1.0, 1.0, delta=None))
 
 
 @pytest.mark.parametrize(
     ("more", "options"),
     [
         ([], {"optimizer_state": "kept"}),
-        ([FedDyn()], {}),
-        ([SparsifiedChannel(0.5)], {}),
+        ([FedDynObjective()], {}),
+        ([SparsificationChannel(0.5)], {}),
         ([ErasureChannel(0.2, link="downlink", fallback="reuse_model")], {}),
-        ([FedProx(), SparsifiedChannel(0.5, error_feedback=False)], None),
+        ([FedProx(), SparsificationChannel(0.5, error_feedback=False)], None),
     ],
-    ids=["optimisers", "FedDyn", "error feedback", "old broadcasts", "nothing"],
+    ids=["optimizers", "FedDyn", "error feedback", "old broadcasts", "nothing"],
 )
 def test_draws_amplify_only_where_clients_remember_nothing(more, options):
     """What a client remembers tells in which rounds it was."""
     pytest.importorskip("dp_accounting")
-    channel = PrivacyChannel(0.3, 3.0, delta=1e-3)
+    channel = DifferentialPrivacyChannel(0.3, 3.0, delta=1e-3)
     runner, _ = fit(*more, channel, rounds=4, num_clients=10, clients_per_round=3, **(options or {}))
     most = max(channel.state_dict()["parts"].values())
     by_draws = epsilon(3.0, 1e-3, 4, num_clients=10, drawn_uniformly=3)
@@ -175,15 +175,15 @@ def test_draws_amplify_only_where_clients_remember_nothing(more, options):
 def test_rounds_that_are_not_alike_are_not_counted_together(tmp_path):
     pytest.importorskip("dp_accounting")
     options = {"rule": uniform(), "rounds": 2, "client_eval": False, "clients_per_round": 2}
-    first = trainer(callbacks=[PrivacyChannel(0.3, 1.0)], **options)
+    first = trainer(callbacks=[DifferentialPrivacyChannel(0.3, 1.0)], **options)
     first.fit(Classifier(), loader())
     first.save_checkpoint(tmp_path / "two.ckpt")
     options["rounds"] = 3
     with pytest.raises(ValueError, match="goes on with other ones: noise_multiplier from 1.0 to 9.0, clients drawn"):
-        trainer(callbacks=[PrivacyChannel(0.3, 9.0)], **options).fit(
+        trainer(callbacks=[DifferentialPrivacyChannel(0.3, 9.0)], **options).fit(
             Classifier(), loader(), ckpt_path=tmp_path / "two.ckpt"
         )
-    trainer(callbacks=[PrivacyChannel(0.1, 1.0)], **options).fit(
+    trainer(callbacks=[DifferentialPrivacyChannel(0.1, 1.0)], **options).fit(
         Classifier(), loader(), ckpt_path=tmp_path / "two.ckpt"
     )
 
@@ -194,20 +194,20 @@ def test_rounds_that_are_not_alike_are_not_counted_together(tmp_path):
 @pytest.mark.parametrize(
     ("rule", "more"),
     [
-        (uniform, [Scaffold()]),
-        (uniform, [Scaffold("I")]),
+        (uniform, [ScaffoldObjective()]),
+        (uniform, [ScaffoldObjective("I")]),
         (ScaffoldCallback, []),
         (lambda: FedOptCallback(rule=ScaffoldCallback()), []),
     ],
 )
 def test_objectives_that_share_what_clients_know(rule, more):
     with pytest.raises(ValueError, match="protects updates, and Scaffold would leave the clients beside them"):
-        fit(PrivacyChannel(1.0, 1.0, delta=None), *more, rule=rule())
+        fit(DifferentialPrivacyChannel(1.0, 1.0, delta=None), *more, rule=rule())
 
 
 def test_weights_that_depend_on_data():
     with pytest.raises(ValueError, match="the same weight for every client, and FedAvgCallback weighs them by what"):
-        fit(PrivacyChannel(1.0, 1.0, delta=None), rule=FedAvgCallback())
+        fit(DifferentialPrivacyChannel(1.0, 1.0, delta=None), rule=FedAvgCallback())
 
 
 def test_weights_that_turn_out_to_depend_on_data():
@@ -216,16 +216,18 @@ def test_weights_that_turn_out_to_depend_on_data():
             return 2.0 if len(update.logged) and update.client == 1 else 1.0
 
     with pytest.raises(ValueError, match="the same weight for every client, and Odd weighs them by what"):
-        fit(PrivacyChannel(1.0, 1.0, delta=None), rule=Odd("uniform"))
+        fit(DifferentialPrivacyChannel(1.0, 1.0, delta=None), rule=Odd("uniform"))
 
 
 def test_buffers_that_travel():
     with pytest.raises(ValueError, match='protects updates, and buffers would leave .* Set `buffers="keep"`'):
-        fit(PrivacyChannel(1.0, 1.0, delta=None), module=Classifier(norm=True))
-    fit(PrivacyChannel(1.0, 1.0, delta=None), module=Classifier(norm=True), buffers="keep")
+        fit(DifferentialPrivacyChannel(1.0, 1.0, delta=None), module=Classifier(norm=True))
+    fit(DifferentialPrivacyChannel(1.0, 1.0, delta=None), module=Classifier(norm=True), buffers="keep")
 
 
 def test_channels_that_change_what_was_clipped():
-    with pytest.raises(ValueError, match="`AWGNChannel` comes after `PrivacyChannel` and could make updates longer"):
-        fit(PrivacyChannel(1.0, 1.0, delta=None), AWGNChannel(3.0))
-    fit(AWGNChannel(3.0), PrivacyChannel(1.0, 1.0, delta=None), ErasureChannel(0.1))
+    with pytest.raises(
+        ValueError, match="`AWGNChannel` comes after `DifferentialPrivacyChannel` and could make updates longer"
+    ):
+        fit(DifferentialPrivacyChannel(1.0, 1.0, delta=None), AWGNChannel(3.0))
+    fit(AWGNChannel(3.0), DifferentialPrivacyChannel(1.0, 1.0, delta=None), ErasureChannel(0.1))

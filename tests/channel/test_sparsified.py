@@ -13,9 +13,9 @@ from lightning_fedhaw import (
     ErasureChannel,
     FadingChannel,
     FedAvgCallback,
-    QuantizedChannel,
-    RoundObserver,
-    SparsifiedChannel,
+    FederatedCallback,
+    QuantizationChannel,
+    SparsificationChannel,
 )
 from lightning_fedhaw.channel import Parcel
 from lightning_fedhaw.channel.sparsified import number_kept, sparsify
@@ -45,7 +45,7 @@ def test_number_kept():
 
 def test_random_numbers_are_right_on_average_without_feedback():
     v = torch.randn(20, generator=generator(2), dtype=torch.float64)
-    channel = prepared(SparsifiedChannel(0.25, "random", error_feedback=False), 20)
+    channel = prepared(SparsificationChannel(0.25, "random", error_feedback=False), 20)
     draws = received(channel, v, rounds=4000)
     assert (draws.count_nonzero(1) == 5).all()
     assert ((draws.mean(0) - v).abs() < 5 * v.abs() * (3 / 4000) ** 0.5).all()
@@ -54,10 +54,10 @@ def test_random_numbers_are_right_on_average_without_feedback():
 
 def test_nothing_is_lost_of_what_is_held_back():
     for choice in ("top", "random"):
-        channel = prepared(SparsifiedChannel(0.3, choice), 10)
+        channel = prepared(SparsificationChannel(0.3, choice), 10)
         messages, sent = torch.randn(30, 10, generator=generator(4), dtype=torch.float64), torch.zeros(10).double()
         for t, message in enumerate(messages):
-            got = channel.transmit(message, round_=t, client=3, seed=0)
+            got = channel.transmit(message, round_idx=t, client=3, seed=0)
             channel.remember(3, torch.zeros(10), got, 1)
             sent += got
         held = channel.state_dict()["held"]
@@ -66,10 +66,10 @@ def test_nothing_is_lost_of_what_is_held_back():
 
 
 def test_each_layer_sends_its_own_share():
-    channel = SparsifiedChannel(0.1, per="layer")
+    channel = SparsificationChannel(0.1, per="layer")
     trainer(rounds=1, callbacks=[channel]).fit(Classifier(), loader())
     message = torch.cat([torch.full((56,), 100.0), torch.full((27,), 0.01)])
-    sent = channel.transmit(message, round_=0, client=9, seed=0)
+    sent = channel.transmit(message, round_idx=0, client=9, seed=0)
     assert [int(sent[block].count_nonzero()) for block in channel.blocks] == [6, 3]
 
 
@@ -79,9 +79,9 @@ def test_each_layer_sends_its_own_share():
     [
         lambda **per: AWGNChannel(10.0, **per),
         lambda **per: FadingChannel(10.0, **per),
-        lambda **per: QuantizedChannel(4, **per),
-        lambda **per: QuantizedChannel(4, "nearest", **per),
-        lambda **per: QuantizedChannel(4, "qsgd", **per),
+        lambda **per: QuantizationChannel(4, **per),
+        lambda **per: QuantizationChannel(4, "nearest", **per),
+        lambda **per: QuantizationChannel(4, "qsgd", **per),
         lambda per: AWGNChannel(noise_std=0.1),
         lambda per: BitFlipChannel(0.05, bits=8),
         lambda per: BitFlipChannel(0.01),
@@ -89,34 +89,34 @@ def test_each_layer_sends_its_own_share():
 )
 def test_channels_behind_change_what_is_sent_and_nothing_else(make, per):
     """Half of the numbers are sent, of which the smallest is far from zero."""
-    first, second = SparsifiedChannel(0.5), make(per=per)
+    first, second = SparsificationChannel(0.5), make(per=per)
     trainer(rounds=1, callbacks=[first, second]).fit(Classifier(), loader())
     message = torch.cat([torch.full((41,), 0.001), torch.linspace(1.0, 2.0, 42)])[torch.randperm(83)]
-    sent = first.transmit(message, round_=0, client=9, seed=0)
-    got = second.transmit(sent, round_=0, client=9, seed=0)
+    sent = first.transmit(message, round_idx=0, client=9, seed=0)
+    got = second.transmit(sent, round_idx=0, client=9, seed=0)
     assert not got[sent == 0].any()
     assert not torch.equal(got, sent)
-    if isinstance(second, QuantizedChannel) and second.scheme != "qsgd":
+    if isinstance(second, QuantizationChannel) and second.scheme != "qsgd":
         assert (got - sent).abs().max() <= 1 / 15 + 1e-6, "the range is that of what is sent"
     nothing = torch.zeros(83)
-    assert torch.equal(second.transmit(nothing, round_=0, client=9, seed=0), nothing)
+    assert torch.equal(second.transmit(nothing, round_idx=0, client=9, seed=0), nothing)
 
 
 def test_noise_behind_has_the_power_of_what_is_sent():
-    sparse, noise = prepared(SparsifiedChannel(0.1), 20_000), AWGNChannel(10.0)
+    sparse, noise = prepared(SparsificationChannel(0.1), 20_000), AWGNChannel(10.0)
     prepared(noise, 20_000, parcel=sparse.encode(Parcel(20_000, 32)))
-    sent = sparse.transmit(torch.randn(20_000, generator=generator()), round_=0, client=0, seed=0)
-    error = noise.transmit(sent, round_=0, client=0, seed=0) - sent
+    sent = sparse.transmit(torch.randn(20_000, generator=generator()), round_idx=0, client=0, seed=0)
+    error = noise.transmit(sent, round_idx=0, client=0, seed=0) - sent
     assert int(error.count_nonzero()) == 2000
     assert float(error.square().sum() / sent.square().sum()) == pytest.approx(0.1, abs=4.5 * 0.1 * (2 / 2000) ** 0.5)
 
 
 def test_what_was_left_out_is_not_counted_again():
-    tenth, half = prepared(SparsifiedChannel(0.1), 1000), prepared(SparsifiedChannel(0.5), 1000)
+    tenth, half = prepared(SparsificationChannel(0.1), 1000), prepared(SparsificationChannel(0.5), 1000)
     assert half.encode(tenth.encode(Parcel(1000, 32))).values == 100
 
 
-class Held(RoundObserver):
+class Held(FederatedCallback):
     """What every client holds back after each round."""
 
     def __init__(self, channel):
@@ -136,8 +136,8 @@ class BreaksOnce(Classifier):
         return loss * float("nan") if self.trainer.current_epoch == 1 and self.client == 1 else loss
 
 
-class Tells(RoundObserver):
-    def on_round_start(self, trainer, pl_module, round_, clients):
+class Tells(FederatedCallback):
+    def on_round_start(self, trainer, pl_module, round_idx, clients):
         pl_module.turn = iter(clients)
         pl_module.client = next(pl_module.turn)
 
@@ -148,13 +148,13 @@ class Tells(RoundObserver):
 class Spoils(AWGNChannel):
     """Makes client 2's message infinite in round 1, after it was made sparse."""
 
-    def transmit(self, message, *, round_, client, seed):
-        return message * float("inf") if (round_, client) == (1, 2) else message
+    def transmit(self, message, *, round_idx, client, seed):
+        return message * float("inf") if (round_idx, client) == (1, 2) else message
 
 
 @pytest.mark.filterwarnings("ignore:Client . returned non-finite parameters")
 def test_a_client_that_fails_keeps_what_it_held_and_who_never_came_holds_nothing():
-    channel = SparsifiedChannel(0.2)
+    channel = SparsificationChannel(0.2)
     held = Held(channel)
     lost = ErasureChannel([0.0, 0.0, 0.0, 1.0])
     train(BreaksOnce(), rounds=3, callbacks=[channel, Spoils(0.0), lost, held, Tells()], engine="sequential")
@@ -170,5 +170,9 @@ def test_feedback_brings_a_sparse_run_near_the_full_one():
         runner, _ = train(rounds=15, rule=FedAvgCallback(), callbacks=channels)
         return float(runner.callback_metrics["train_loss"])
 
-    full, fed, plain = loss(), loss(SparsifiedChannel(0.05)), loss(SparsifiedChannel(0.05, error_feedback=False))
+    full, fed, plain = (
+        loss(),
+        loss(SparsificationChannel(0.05)),
+        loss(SparsificationChannel(0.05, error_feedback=False)),
+    )
     assert full < fed < plain

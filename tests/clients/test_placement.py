@@ -189,7 +189,7 @@ def test_data_that_was_placed_is_let_go_at_the_end_of_a_run():
     assert own.gather(index)[0].equal(data.dataset.tensors[0][index]), "and is there again for whoever asks"
 
 
-# ---------------------------------------------------------------------- states of optimisers
+# ---------------------------------------------------------------------- states of optimizers
 
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}, {"capturable": True}])

@@ -11,14 +11,14 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from federations import QUIET, Classifier, flat, samples, trainer
 from lightning_fedhaw import (
     FedAvgCallback,
+    FederatedCallback,
     FederatedTrainer,
     IIDPartitioner,
     PublishedFedHAWCallback,
-    RoundObserver,
 )
 
 
-class Watch(RoundObserver):
+class Watch(FederatedCallback):
     """Keeps what every client did."""
 
     def __init__(self):
@@ -265,7 +265,7 @@ def test_users_callbacks_see_local_steps_and_rounds():
     assert float(runner.callback_metrics["from_callback"]) == 2.0
 
 
-# ---------------------------------------------------------------------- optimiser state across rounds
+# ---------------------------------------------------------------------- optimizer state across rounds
 
 
 def textbook(rounds, kept):
@@ -345,7 +345,7 @@ def test_reduce_on_plateau_watches_a_round_metric():
     assert runner.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-7)
 
 
-def test_schedules_of_manual_optimisation_start_every_visit_where_the_round_began():
+def test_schedules_of_manual_optimization_start_every_visit_where_the_round_began():
     seen = []
 
     class Scheduled(Manual):
@@ -499,7 +499,7 @@ def test_each_parameter_needs_exactly_one_optimizer():
         def configure_optimizers(self):
             return super().configure_optimizers()[0], torch.optim.SGD([self.net[0].weight], lr=0.1)
 
-    with pytest.raises(ValueError, match=r"`net\.0\.weight` is in 2 optimisers instead of exactly one"):
+    with pytest.raises(ValueError, match=r"`net\.0\.weight` is in 2 optimizers instead of exactly one"):
         trainer(rule=PublishedFedHAWCallback()).fit(Forgets(), DataLoader(samples(40), batch_size=8))
     runner = trainer(rule=PublishedFedHAWCallback(), rounds=2)
     runner.fit(TwoOptimizers(), DataLoader(samples(40), batch_size=8))

@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from federations import Classifier, flat, samples, trainer
 from lightning_fedhaw import (
     ClientObjective,
-    FedDyn,
     FedDynCallback,
+    FedDynObjective,
+    FederatedCallback,
     FedHAWCallback,
     FedProx,
-    RoundObserver,
-    Scaffold,
     ScaffoldCallback,
+    ScaffoldObjective,
 )
 from lightning_fedhaw.clients import choice
 from lightning_fedhaw.clients.vectorized import engine as vectorized
@@ -35,7 +35,7 @@ from lightning_fedhaw.data import FixedSequenceSampler, IIDPartitioner, IndexPar
 optim = torch.optim
 
 
-class Updates(RoundObserver):
+class Updates(FederatedCallback):
     """Keeps every client's update, and the model that the module held then."""
 
     def __init__(self):
@@ -132,7 +132,7 @@ class Groups(Classifier):
 
 
 class HalfTrained(Classifier):
-    """A frozen layer, and a trainable one that no optimiser has."""
+    """A frozen layer, and a trainable one that no optimizer has."""
 
     def __init__(self):
         super().__init__()
@@ -179,7 +179,7 @@ class LogsMuch(Classifier):
         return {"loss": loss, "extra": 1}
 
 
-class Regularised(Classifier):
+class Regularized(Classifier):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) + 0.1 * sum(p.square().sum() for p in self.parameters())
 
@@ -229,14 +229,17 @@ CASES = {
     "looks at the index": (LooksAtIndex, {"local_epochs": 2}),
     "looks at the index, steps": (LooksAtIndex, {"local_steps": 7}),
     "logs much": (LogsMuch, {}),
-    "regularised": (Regularised, {}),
+    "regularized": (Regularized, {}),
     "objective": (None, {"callbacks": [Proximal()], "rounds": 3}),
-    "objectives": (Groups, {"callbacks": [Proximal(), FedProx(0.3), FedDyn(0.1)], "rounds": 3}),
+    "objectives": (Groups, {"callbacks": [Proximal(), FedProx(0.3), FedDynObjective(0.1)], "rounds": 3}),
     "FedDyn": (lambda: Classifier(OPTIMIZERS["Adam"]), {"rule": FedDynCallback(regularization=0.5), "rounds": 3}),
-    "FedDyn norm": (None, {"callbacks": [FedDyn(0.5, penalty="norm")], "rounds": 3}),
+    "FedDyn norm": (None, {"callbacks": [FedDynObjective(0.5, penalty="norm")], "rounds": 3}),
     "SCAFFOLD": (HalfTrained, {"rule": ScaffoldCallback("I"), "rounds": 3, "clients_per_round": 4}),
     "SCAFFOLD II": (lambda: Classifier(OPTIMIZERS["SGD nesterov"]), {"rule": ScaffoldCallback(), "rounds": 3}),
-    "SCAFFOLD with FedProx": (None, {"callbacks": [Scaffold(), FedProx(0.3)], "rounds": 3, "gradient_clip_val": 0.5}),
+    "SCAFFOLD with FedProx": (
+        None,
+        {"callbacks": [ScaffoldObjective(), FedProx(0.3)], "rounds": 3, "gradient_clip_val": 0.5},
+    ),
     "FedHAW": (None, {"rule": FedHAWCallback(), "rounds": 3, "clients_per_round": 4}),
     "bf16-mixed": (None, {"precision": "bf16-mixed", "tolerance": 0.05}),
     "bf16-true": (None, {"precision": "bf16-true", "tolerance": 0.1}),
@@ -244,7 +247,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.filterwarnings("ignore:No client made an optimiser step")
+@pytest.mark.filterwarnings("ignore:No client made an optimizer step")
 def test_both_engines_give_the_same_updates(name):
     module, kwargs = CASES[name]
     assert_equal_engines(module, **kwargs)
@@ -515,7 +518,7 @@ REFUSED = {
     "torchmetrics, logged": (LogsMetric, {}, "logs the torchmetrics object `accuracy`", LogsMetric),
     "random": (Draws, {}, "draws from NumPy's or Python's random numbers", Draws),
     "NumPy": (DrawsNumPy, {}, "draws from NumPy's or Python's random numbers", DrawsNumPy),
-    "manual": (Manual, {}, "optimises manually", Manual),
+    "manual": (Manual, {}, "optimizes manually", Manual),
     "a hook": (Hooked, {}, "is surrounded by the hook `on_after_backward`", Hooked),
     "a transfer hook": (Transfers, {}, "is surrounded by the hook `on_after_batch_transfer`", Transfers),
     "a callback": (Classifier, {"callbacks": [Watching()]}, "callback hook `on_train_batch_end`", Watching),

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Subset,
 
 from federations import QUIET, Classifier, samples
 from lightning_fedhaw import DirichletPartitioner, FedAvgCallback, FederatedDataModule, FederatedTrainer, IIDPartitioner
-from lightning_fedhaw.data import ClientData, LabelSwap, LoaderSettings
+from lightning_fedhaw.data import ClientData, LabelSwapPartitioner, LoaderSettings
 
 
 def fit(data, **kwargs):
@@ -146,7 +146,7 @@ def test_swapped_labels_reach_the_swapped_clients_alone():
         def __getitem__(self, i):
             return self.inner[i][0], int(self.inner[i][1])
 
-    swap = LabelSwap(IIDPartitioner(), fraction=0.5, labels=(0, 2))
+    swap = LabelSwapPartitioner(IIDPartitioner(), fraction=0.5, labels=(0, 2))
     settings = LoaderSettings(batch_size=100, shuffle=False)
     labels = samples(60).tensors[1]
     partition = swap.partition(4, num_samples=60, labels=labels, seed=1)

@@ -15,9 +15,9 @@ from lightning_fedhaw.data import (
     HybridDirichletPartitioner,
     IIDPartitioner,
     IndexPartitioner,
-    KeyPartitioner,
-    LabelSwap,
+    LabelSwapPartitioner,
     LongTailPartitioner,
+    NaturalIdPartitioner,
     Partition,
     Partitioner,
     QuantitySkewPartitioner,
@@ -53,11 +53,11 @@ RANDOM = {
     "quantity, dirichlet": QuantitySkewPartitioner(alpha=1.0),
     "long tail": LongTailPartitioner(10, DirichletPartitioner(0.5, "unbalanced")),
     "long tail of shards": LongTailPartitioner(5.0, ShardPartitioner(2)),
-    "swap": LabelSwap(IIDPartitioner(), 0.5),
-    "swap, per client": LabelSwap(DirichletPartitioner(0.3), 1.0, per_client=True),
+    "swap": LabelSwapPartitioner(IIDPartitioner(), 0.5),
+    "swap, per client": LabelSwapPartitioner(DirichletPartitioner(0.3), 1.0, per_client=True),
 }
 FIXED = {
-    "keys": KeyPartitioner([f"speaker {i % 7 % K}" for i in range(N)]),
+    "keys": NaturalIdPartitioner([f"speaker {i % 7 % K}" for i in range(N)]),
     "indices": IndexPartitioner([range(k, N - 5, K) for k in range(K)]),
 }
 DROPPED = {
@@ -348,21 +348,21 @@ def test_long_tail_cuts_classes_then_splits():
     assert per_class.tolist() == long_tail_counts([150] * 8, 10).tolist()
     kept_twice = split(LongTailPartitioner(1, ShardPartitioner(2, shard_size=90)))
     assert kept_twice.dropped == N - K * 2 * 90
-    assert len(split(LongTailPartitioner(2, LabelSwap(IIDPartitioner(), 0.5))).label_swaps) == 3
+    assert len(split(LongTailPartitioner(2, LabelSwapPartitioner(IIDPartitioner(), 0.5))).label_swaps) == 3
 
 
 def test_label_swap_leaves_the_split_and_swaps_a_share_of_the_clients():
     base = DirichletPartitioner(0.3)
     for fraction, many in ((0.0, 0), (0.25, 2), (0.5, 3), (0.75, 5), (1.0, 6)):  # halves are rounded up
-        swapped = split(LabelSwap(base, fraction))
+        swapped = split(LabelSwapPartitioner(base, fraction))
         assert Partition(swapped.indices).fingerprint() == split(base).fingerprint()
         assert len(swapped.label_swaps) == many
         assert len(set(swapped.label_swaps.values())) == min(many, 1)
-    pairs = split(LabelSwap(base, 1.0, per_client=True)).label_swaps
+    pairs = split(LabelSwapPartitioner(base, 1.0, per_client=True)).label_swaps
     assert list(pairs) == list(range(K))
     assert len(set(pairs.values())) > 1
     assert all(a != b and a in LABELS and b in LABELS for a, b in pairs.values())
-    assert set(split(LabelSwap(base, 1.0, (3, 21))).label_swaps.values()) == {(3, 21)}
+    assert set(split(LabelSwapPartitioner(base, 1.0, (3, 21))).label_swaps.values()) == {(3, 21)}
 
 
 def test_label_swap_is_an_involution():
@@ -386,7 +386,7 @@ def test_histogram_applies_the_swap_to_the_swapped_client_alone():
 
 @pytest.mark.parametrize("as_", [list, np.array, lambda keys: (key for key in keys)])
 def test_keys_in_order_of_first_appearance(as_):
-    scheme = KeyPartitioner(as_(["b", "a", "b", "c", "a"]))
+    scheme = NaturalIdPartitioner(as_(["b", "a", "b", "c", "a"]))
     assert scheme.names == ("b", "a", "c")
     assert scheme.num_clients == 3
     partition = scheme.partition(None, num_samples=5)
@@ -394,7 +394,7 @@ def test_keys_in_order_of_first_appearance(as_):
 
 
 def test_integer_tensor_keys():
-    assert KeyPartitioner(torch.tensor([7, 7, 2])).names == (7, 2)
+    assert NaturalIdPartitioner(torch.tensor([7, 7, 2])).names == (7, 2)
 
 
 def test_indices_are_sorted_and_the_rest_is_dropped():
@@ -404,14 +404,16 @@ def test_indices_are_sorted_and_the_rest_is_dropped():
 
 
 def test_a_swap_takes_the_number_of_clients_from_its_base():
-    scheme = LabelSwap(FIXED["keys"], 0.5)
+    scheme = LabelSwapPartitioner(FIXED["keys"], 0.5)
     assert scheme.num_clients == K
     assert len(split(scheme, num_clients=None).indices) == K
 
 
 def test_partitioners_compare_and_print_by_value():
     assert DirichletPartitioner(0.1) == DirichletPartitioner(0.1) != DirichletPartitioner(0.2)
-    assert repr(LabelSwap(IIDPartitioner(), 0.5)).startswith("LabelSwap(base=IIDPartitioner(), fraction=0.5")
+    assert repr(LabelSwapPartitioner(IIDPartitioner(), 0.5)).startswith(
+        "LabelSwapPartitioner(base=IIDPartitioner(), fraction=0.5"
+    )
 
 
 # Fingerprints
@@ -483,16 +485,28 @@ def test_long_tailed_subset():
         (lambda: QuantitySkewPartitioner().sizes(6, 5), ValueError, "`num_samples`"),
         (lambda: LongTailPartitioner(0.5, IIDPartitioner()), ValueError, "`rho` must be a number of at least 1"),
         (lambda: LongTailPartitioner(2, "iid"), TypeError, "`base` must be a `Partitioner`"),
-        (lambda: LongTailPartitioner(2, FIXED["keys"]), ValueError, "`base` must .* got KeyPartitioner"),
-        (lambda: LabelSwap(None, 0.5), TypeError, "`base` must be a `Partitioner`"),
-        (lambda: LabelSwap(IIDPartitioner(), 1.5), ValueError, r"`fraction` must be a share .* in \[0, 1\], got 1.5"),
-        (lambda: LabelSwap(IIDPartitioner(), 0.5, (1, 1)), ValueError, "`labels` must be two different"),
-        (lambda: LabelSwap(IIDPartitioner(), 0.5, (1, 2, 3)), ValueError, "`labels` must be two different"),
-        (lambda: LabelSwap(IIDPartitioner(), 0.5, (1, 2), True), ValueError, "`labels` must be None with `per_client`"),
-        (lambda: KeyPartitioner([]), ValueError, "`keys` must have one entry per sample, got none"),
-        (lambda: KeyPartitioner(["a", None]), ValueError, "`keys` .* got None for sample 1"),
-        (lambda: KeyPartitioner([1.0, float("nan")]), ValueError, "`keys` .* got nan for sample 1"),
-        (lambda: KeyPartitioner(torch.zeros(3, 2)), TypeError, "`keys` must be one number.* got list for sample 0"),
+        (lambda: LongTailPartitioner(2, FIXED["keys"]), ValueError, "`base` must .* got NaturalIdPartitioner"),
+        (lambda: LabelSwapPartitioner(None, 0.5), TypeError, "`base` must be a `Partitioner`"),
+        (
+            lambda: LabelSwapPartitioner(IIDPartitioner(), 1.5),
+            ValueError,
+            r"`fraction` must be a share .* in \[0, 1\], got 1.5",
+        ),
+        (lambda: LabelSwapPartitioner(IIDPartitioner(), 0.5, (1, 1)), ValueError, "`labels` must be two different"),
+        (lambda: LabelSwapPartitioner(IIDPartitioner(), 0.5, (1, 2, 3)), ValueError, "`labels` must be two different"),
+        (
+            lambda: LabelSwapPartitioner(IIDPartitioner(), 0.5, (1, 2), True),
+            ValueError,
+            "`labels` must be None with `per_client`",
+        ),
+        (lambda: NaturalIdPartitioner([]), ValueError, "`keys` must have one entry per sample, got none"),
+        (lambda: NaturalIdPartitioner(["a", None]), ValueError, "`keys` .* got None for sample 1"),
+        (lambda: NaturalIdPartitioner([1.0, float("nan")]), ValueError, "`keys` .* got nan for sample 1"),
+        (
+            lambda: NaturalIdPartitioner(torch.zeros(3, 2)),
+            TypeError,
+            "`keys` must be one number.* got list for sample 0",
+        ),
         (lambda: IndexPartitioner([]), ValueError, "`indices` must be one list .* got no client"),
         (lambda: IndexPartitioner([[1], [0.5]]), TypeError, "`indices` must be lists of whole .* for client 1"),
         (lambda: largest_remainder([-1, 2], 3), ValueError, "`fractions`"),
@@ -536,10 +550,20 @@ def test_refused_on_construction(make, error, match):
         (ShardPartitioner(2, shard_size=101), {}, ValueError, "`shard_size` .* 12 shards .* got 101"),
         (ShardPartitioner(201), {}, ValueError, "`shards_per_client` .* got 201"),
         (LongTailPartitioner(1000, IIDPartitioner()), {}, ValueError, "`rho` .* got 1000, which leaves class 18 none"),
-        (LabelSwap(IIDPartitioner(), 0.5, (0, 1)), {}, ValueError, r"`labels` must be two that occur .* got \(0, 1\)"),
-        (LabelSwap(IIDPartitioner(), 0.5), {"labels": LABELS * 0}, ValueError, "`labels` must be two that occur"),
-        (LabelSwap(RANDOM["swap"], 0.5), {}, ValueError, "`base` must not swap labels itself"),
-        (FIXED["keys"], {"num_clients": 5}, ValueError, "`num_clients` must be 6, which KeyPartitioner dictates"),
+        (
+            LabelSwapPartitioner(IIDPartitioner(), 0.5, (0, 1)),
+            {},
+            ValueError,
+            r"`labels` must be two that occur .* got \(0, 1\)",
+        ),
+        (
+            LabelSwapPartitioner(IIDPartitioner(), 0.5),
+            {"labels": LABELS * 0},
+            ValueError,
+            "`labels` must be two that occur",
+        ),
+        (LabelSwapPartitioner(RANDOM["swap"], 0.5), {}, ValueError, "`base` must not swap labels itself"),
+        (FIXED["keys"], {"num_clients": 5}, ValueError, "`num_clients` must be 6, which NaturalIdPartitioner dictates"),
         (FIXED["keys"], {"num_samples": 9, "labels": None}, ValueError, r"`keys` must have one entry per sample \(9\)"),
         (IndexPartitioner([[0], [1, 0]]), {"num_clients": 2}, ValueError, "`indices` .* got sample 0 2 times"),
         (IndexPartitioner([[0], [1200]]), {"num_clients": 2}, ValueError, r"`indices` .* 0 \.\. 1199, got 0 to 1200"),

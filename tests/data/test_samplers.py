@@ -5,11 +5,16 @@ from collections import Counter
 import pytest
 import torch
 
-from lightning_fedhaw.data.samplers import EveryoneSampler, FixedSequenceSampler, UniformSampler, WeightedSampler
+from lightning_fedhaw.data.samplers import (
+    FixedSequenceSampler,
+    FullParticipationSampler,
+    UniformSampler,
+    WeightedSampler,
+)
 
 SIZES = torch.tensor([5, 1, 0, 10, 4])
 SAMPLERS = {
-    "everyone": (EveryoneSampler(), 5),
+    "everyone": (FullParticipationSampler(), 5),
     "uniform": (UniformSampler(2), 2),
     "uniform, share": (UniformSampler(0.5), 3),
     "weighted": (WeightedSampler(3), 3),
@@ -18,8 +23,8 @@ SAMPLERS = {
 }
 
 
-def draw(sampler, round_=0, num_clients=5, seed=0):
-    return sampler.sample(round_, num_clients=num_clients, sizes=SIZES[:num_clients], seed=seed)
+def draw(sampler, round_idx=0, num_clients=5, seed=0):
+    return sampler.sample(round_idx, num_clients=num_clients, sizes=SIZES[:num_clients], seed=seed)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -27,33 +32,33 @@ def test_contract(name):
     sampler, many = SAMPLERS[name]
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    for round_ in range(20):
-        cohort = draw(sampler, round_)
+    for round_idx in range(20):
+        cohort = draw(sampler, round_idx)
         assert cohort == sorted(set(cohort))
         assert len(cohort) == many
         assert all(type(client) is int and 0 <= client < 5 for client in cohort)
-        assert draw(sampler, round_) == cohort
+        assert draw(sampler, round_idx) == cohort
     assert torch.get_rng_state().equal(before)
 
 
 @pytest.mark.parametrize("name", ["uniform", "uniform, share", "weighted", "weighted, given"])
 def test_rounds_and_seeds_draw_anew(name):
     sampler, _ = SAMPLERS[name]
-    rounds = [draw(sampler, round_) for round_ in range(20)]
+    rounds = [draw(sampler, round_idx) for round_idx in range(20)]
     assert len(set(map(tuple, rounds))) > 1
-    assert rounds != [draw(sampler, round_, seed=1) for round_ in range(20)]
+    assert rounds != [draw(sampler, round_idx, seed=1) for round_idx in range(20)]
 
 
 def test_uniform_is_uniform():
-    came = Counter(client for round_ in range(2000) for client in draw(UniformSampler(2), round_))
+    came = Counter(client for round_idx in range(2000) for client in draw(UniformSampler(2), round_idx))
     assert all(came[client] == pytest.approx(800, abs=100) for client in range(5))  # sd 22
 
 
 def test_weights_are_client_sizes_and_zero_never_comes():
-    came = Counter(client for round_ in range(2000) for client in draw(WeightedSampler(1), round_))
+    came = Counter(client for round_idx in range(2000) for client in draw(WeightedSampler(1), round_idx))
     expected = [500, 100, 0, 1000, 400]
     assert [came[client] for client in range(5)] == pytest.approx(expected, abs=90)
-    pairs = Counter(tuple(draw(WeightedSampler(2, [2, 1, 1]), round_, 3)) for round_ in range(3000))
+    pairs = Counter(tuple(draw(WeightedSampler(2, [2, 1, 1]), round_idx, 3)) for round_idx in range(3000))
     # First 0 (1/2) then 1 (1/2), or first 1 (1/4) then 0 (2/3): 1/4 + 1/6 = 5/12; the pair (1, 2) gets the rest, 1/6.
     assert pairs[0, 1] == pytest.approx(1250, abs=110)
     assert pairs[1, 2] == pytest.approx(500, abs=90)
@@ -71,7 +76,7 @@ def test_one_as_a_number_and_as_a_share():
 
 def test_fixed_sequence_goes_through_its_cohorts():
     sampler = FixedSequenceSampler([[2, 0], torch.tensor([1])])
-    assert [draw(sampler, round_) for round_ in (0, 1, 0)] == [[0, 2], [1], [0, 2]]
+    assert [draw(sampler, round_idx) for round_idx in (0, 1, 0)] == [[0, 2], [1], [0, 2]]
     with pytest.raises(ValueError, match="`cohorts` must have an entry for every round, got 2 where round 2 "):
         draw(sampler, 2)
     with pytest.raises(ValueError, match=r"`cohorts` must name clients in 0 \.\. 1, got \[0, 2\] for round 0"):

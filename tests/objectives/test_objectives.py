@@ -17,17 +17,17 @@ from lightning_fedhaw import (
     ErasureChannel,
     FedAvgCallback,
     FedAvgMCallback,
-    FedDyn,
     FedDynCallback,
+    FedDynObjective,
+    FederatedCallback,
     FedHAWCallback,
     FedHyperCallback,
     FedNovaCallback,
     FedOptCallback,
     FedProx,
     IndexPartitioner,
-    RoundObserver,
-    Scaffold,
     ScaffoldCallback,
+    ScaffoldObjective,
 )
 from lightning_fedhaw.federation.full_gradient import FullGradient
 
@@ -57,7 +57,7 @@ class Smooth(Quadratic):
         return 0.5 * (batch[0] * (self.w - batch[1]).square()).sum(1).mean()
 
 
-class Path(RoundObserver):
+class Path(FederatedCallback):
     """Where everybody was."""
 
     def __init__(self) -> None:
@@ -143,7 +143,7 @@ def test_fedprox():
 @pytest.mark.parametrize("make", [ScaffoldCallback, lambda: FedAvgCallback("uniform")], ids=["rule", "objective"])
 def test_scaffold(make):
     rule = make()
-    objectives = [] if rule.objectives else [Scaffold()]
+    objectives = [] if rule.objectives else [ScaffoldObjective()]
     (objective,) = (*rule.objectives, *objectives)
 
     def controls():
@@ -171,11 +171,11 @@ def test_scaffold_with_full_gradients():
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_scaffold_finds_the_average_gradient_whatever_the_local_optimiser(nesterov):
+def test_scaffold_finds_the_average_gradient_whatever_the_local_optimizer(nesterov):
     """On a linear loss every gradient is the same: so are the controls, with momentum and proximal pull and without."""
     for sgd in ({}, {"momentum": 0.9, "nesterov": nesterov}):
         for extra in ([], [FedProx(mu=0.5)]):
-            objective = Scaffold()
+            objective = ScaffoldObjective()
             descend(
                 FedAvgCallback("uniform"), [objective, *extra], 3, curvatures=(1e-9, 1e-9), optima=(-2e9, 1e9), sgd=sgd
             )
@@ -190,16 +190,16 @@ class Deaf(Channel):
     def __init__(self):
         super().__init__(link="downlink", fallback="reuse_model")
 
-    def outage(self, round_, clients, seed):
-        return torch.tensor([client == 1 and round_ in (1, 2) for client in clients])
+    def outage(self, round_idx, clients, seed):
+        return torch.tensor([client == 1 and round_idx in (1, 2) for client in clients])
 
 
 def test_scaffolds_control_is_as_old_as_the_model_it_came_with():
     w, c, own, heard, models = 0.0, 0.0, [0.0, 0.0], [(0.0, 0.0)] * 2, []
-    for round_ in range(4):
+    for round_idx in range(4):
         moved, changed = [], []
         for k, (h, optimum, steps) in enumerate([(1.0, 1.0, 2), (3.0, -1.0, 5)]):
-            if not (k == 1 and round_ in (1, 2)):
+            if not (k == 1 and round_idx in (1, 2)):
                 heard[k] = (w, c)
             y, control = heard[k]
             for _ in range(steps):
@@ -266,7 +266,7 @@ def test_scaffold_reads_each_groups_rate_as_scheduled():
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)]
 
     data, partitioner = quadratics([[1.0, 2.0], [3.0, 4.0]], [[0.0, 0.0]] * 2, (2, 2))
-    objective = Scaffold()
+    objective = ScaffoldObjective()
     options = {"num_clients": 2, "alpha": None, "partitioner": partitioner, "precision": "64-true"}
     trainer(rounds=3, callbacks=[objective], client_eval=False, **options).fit(Two(), data)
     kept = objective.state_dict()["clients"]
@@ -295,7 +295,7 @@ def test_feddyn():
 
 def test_feddyn_without_the_square_pulls_with_constant_length():
     w, start = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}, {"a": torch.zeros(1), "b": torch.zeros(1)}
-    objective = FedDyn(regularization=0.5, penalty="norm")
+    objective = FedDynObjective(regularization=0.5, penalty="norm")
     dual = {"a": torch.tensor([1.0]), "b": torch.zeros(1)}
     found = objective.gradient(w, start, dual)
     assert [v.item() for v in found.values()] == close([0.25 * 0.6 - 1, 0.25 * 0.8])
@@ -337,10 +337,10 @@ class SumOfSquares(ClientObjective):
 
 OBJECTIVES = {
     "FedProx": lambda: FedProx(0.1),
-    "FedDyn": lambda: FedDyn(0.1),
-    "FedDyn norm": lambda: FedDyn(0.1, penalty="norm"),
-    "SCAFFOLD": Scaffold,
-    "SCAFFOLD I": lambda: Scaffold("I"),
+    "FedDyn": lambda: FedDynObjective(0.1),
+    "FedDyn norm": lambda: FedDynObjective(0.1, penalty="norm"),
+    "SCAFFOLD": ScaffoldObjective,
+    "SCAFFOLD I": lambda: ScaffoldObjective("I"),
 }
 every_objective = pytest.mark.parametrize("make", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 
@@ -357,7 +357,7 @@ def test_a_closed_gradient_is_that_of_the_term(engine, options):
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorized"])
-@pytest.mark.parametrize("objective", [FedProx(0), FedDyn(0)], ids=["FedProx", "FedDyn"])
+@pytest.mark.parametrize("objective", [FedProx(0), FedDynObjective(0)], ids=["FedProx", "FedDyn"])
 def test_a_factor_of_zero_is_bit_identical_to_no_objective(objective, engine):
     for optimizer in (None, momentum):
         _, without = train(Classifier(optimizer), engine=engine)
@@ -367,7 +367,7 @@ def test_a_factor_of_zero_is_bit_identical_to_no_objective(objective, engine):
 
 def test_scaffold_begins_as_fedavg_to_the_last_bit():
     _, without = train(rounds=1, rule=FedAvgCallback("uniform"))
-    _, objective = train(rounds=1, rule=FedAvgCallback("uniform"), callbacks=[Scaffold()])
+    _, objective = train(rounds=1, rule=FedAvgCallback("uniform"), callbacks=[ScaffoldObjective()])
     _, rule = train(rounds=1, rule=ScaffoldCallback())
     assert torch.equal(flat(without), flat(objective))
     assert torch.equal(flat(without), flat(rule))
@@ -402,14 +402,14 @@ def test_layers_of_half_precision_in_a_plain_step():
             hidden = self.net[:-1](batch[0])
             return nn.functional.cross_entropy(self.net[-1](hidden.bfloat16()).float(), batch[1])
 
-    _, module = train(Halves(), callbacks=[FedProx(0.1), Scaffold()], client_eval=False)
+    _, module = train(Halves(), callbacks=[FedProx(0.1), ScaffoldObjective()], client_eval=False)
     assert torch.isfinite(flat(module)).all()
 
 
 class Silent(Channel):
     """Loses client 1's updates."""
 
-    def outage(self, round_, clients, seed):
+    def outage(self, round_idx, clients, seed):
         return torch.tensor([client == 1 for client in clients])
 
 
@@ -423,7 +423,11 @@ class Fails(Classifier):
 
 
 @pytest.mark.filterwarnings("ignore:Client 2 returned non-finite")
-@pytest.mark.parametrize("make", [FedDyn, Scaffold, lambda: Scaffold("I")], ids=["FedDyn", "SCAFFOLD", "SCAFFOLD I"])
+@pytest.mark.parametrize(
+    "make",
+    [FedDynObjective, ScaffoldObjective, lambda: ScaffoldObjective("I")],
+    ids=["FedDyn", "SCAFFOLD", "SCAFFOLD I"],
+)
 def test_who_is_not_heard_moves_nothing(make):
     own = IndexPartitioner([list(range(10 * k, 10 * k + 10)) for k in range(4)])
     objective = make()
@@ -528,15 +532,15 @@ def test_settings_are_checked():
     with pytest.raises(ValueError, match="`mu` must be a finite number of at least 0, got True"):
         FedProx(mu=True)
     with pytest.raises(ValueError, match="`regularization` must be a finite number of at least 0, got inf"):
-        FedDyn(regularization=float("inf"))
+        FedDynObjective(regularization=float("inf"))
     with pytest.raises(
         ValueError, match="`regularization` must be a finite number above 0, got 0.* The server divides by it"
     ):
         FedDynCallback(regularization=0)
     with pytest.raises(ValueError, match="`penalty` must be one of 'square', 'norm', got 'l2'"):
-        FedDyn(penalty="l2")
+        FedDynObjective(penalty="l2")
     with pytest.raises(ValueError, match="`option` must be one of 'II', 'I', got 'III'"):
-        Scaffold("III")
+        ScaffoldObjective("III")
     with pytest.raises(ValueError, match="`server_lr` must be a finite number of at least 0, got -1"):
         ScaffoldCallback(server_lr=-1)
 
@@ -546,14 +550,14 @@ def test_scaffold_needs_to_know_how_far_a_client_goes():
         train(Classifier(lambda p: torch.optim.Adam(p, lr=0.01)), rule=ScaffoldCallback())
     train(Classifier(lambda p: torch.optim.Adam(p, lr=0.01)), rule=ScaffoldCallback("I"), rounds=1)
     with pytest.raises(ValueError, match='SCAFFOLD counts on momentum .*`optimizer_state="fresh"`'):
-        train(Classifier(momentum), callbacks=[Scaffold()], optimizer_state="kept")
+        train(Classifier(momentum), callbacks=[ScaffoldObjective()], optimizer_state="kept")
     with pytest.raises(ValueError, match="`FedHyperCallback` changes the clients' learning rates within a round"):
-        train(rule=FedHyperCallback("G+SL"), callbacks=[Scaffold()])
+        train(rule=FedHyperCallback("G+SL"), callbacks=[ScaffoldObjective()])
 
 
 def test_the_same_objective_twice():
     with pytest.raises(ValueError, match="has the client objective Scaffold 2 times, those that rules bring along"):
-        trainer(rule=ScaffoldCallback(), callbacks=[Scaffold()])
+        trainer(rule=ScaffoldCallback(), callbacks=[ScaffoldObjective()])
     with pytest.raises(ValueError, match="FedProx 2 times, .* tell them apart by `name=`"):
         trainer(callbacks=[FedProx(0.1), FedProx(0.2)])
     trainer(callbacks=[FedProx(0.1), FedProx(0.2, name="more")])
@@ -561,7 +565,7 @@ def test_the_same_objective_twice():
         train(callbacks=[ClientObjective()])
 
 
-def test_rules_that_bring_objectives_need_automatic_optimisation():
+def test_rules_that_bring_objectives_need_automatic_optimization():
     class Manual(Classifier):
         def __init__(self):
             super().__init__()

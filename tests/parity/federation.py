@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from federations import QUIET
-from lightning_fedhaw import AggregationRule, FederatedDataModule, FederatedTrainer, IndexPartitioner, RoundObserver
+from lightning_fedhaw import AggregationRule, FederatedCallback, FederatedDataModule, FederatedTrainer, IndexPartitioner
 from lightning_fedhaw.data import FixedSequenceSampler
 from parity.authors_formulas import CLASSES, FEATURES, HIDDEN
 
@@ -39,7 +39,7 @@ class Network(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.mu)
 
 
-class Watcher(RoundObserver):
+class Watcher(FederatedCallback):
     """Keeps the global model [P] and what the rule logged, after every round."""
 
     def __init__(self) -> None:

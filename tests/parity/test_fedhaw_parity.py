@@ -53,8 +53,8 @@ def displacement(trace: Trace, start: np.ndarray) -> np.ndarray:
 def from_formulas(start: np.ndarray, cohorts: list[list[int]], formulas: Formulas) -> list[Trace]:
     x, y, own = samples()
 
-    def train(w: np.ndarray, client: int, round_: int) -> np.ndarray:
-        generator = stream(SEED, "client", client, "round", round_, "batches")
+    def train(w: np.ndarray, client: int, round_idx: int) -> np.ndarray:
+        generator = stream(SEED, "client", client, "round", round_idx, "batches")
         orders = [own[client][torch.randperm(len(own[client]), generator=generator).numpy()] for _ in range(EPOCHS)]
         return local_sgd(w, x, y, orders, BATCH_SIZE, formulas.mu, formulas.proximal)
 
@@ -156,8 +156,8 @@ class Quadratic(pl.LightningModule):
 class SilentInRoundOne(Channel):
     """Client 0 is not heard in round 1; its slot holds the model just broadcast."""
 
-    def outage(self, round_: int, clients: list[int], seed: int) -> Tensor:
-        return torch.tensor([round_ == 1 and client == 0 for client in clients])
+    def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
+        return torch.tensor([round_idx == 1 and client == 0 for client in clients])
 
 
 def four_rounds(*callbacks: Any) -> list[Trace]:

@@ -16,7 +16,7 @@ from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.loader_settings import LoaderSettings
 from lightning_fedhaw.data.module import FederatedDataModule
-from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
+from lightning_fedhaw.data.samplers import CohortSampler, FullParticipationSampler, UniformSampler
 from lightning_fedhaw.data.split import split
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.objectives.base import find_objectives
@@ -168,7 +168,7 @@ def _sampler(options: FederationOptions) -> CohortSampler:
     if options.sampler is not None:
         return options.sampler  # type: ignore[no-any-return]
     if options.clients_per_round is None:
-        return EveryoneSampler()
+        return FullParticipationSampler()
     return UniformSampler(options.clients_per_round)
 
 

@@ -138,7 +138,7 @@ class _Recorder(_ResultCollection):
 
     def log(self, fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Record what a step logs; log at once, for all processes, what a hook at the end does."""
-        # Everybody gets the same values from here on: nothing is left to synchronise, and nothing to warn of.
+        # Everybody gets the same values from here on: nothing is left to synchronize, and nothing to warn of.
         kwargs = {**kwargs, "sync_dist": True, "sync_dist_fn": same_value, "sync_dist_group": None}
         # A metric pools its own state when it is computed; with `rank_zero_only` the others may not be here.
         if isinstance(value, Metric) or kwargs.get("rank_zero_only"):
@@ -192,7 +192,7 @@ def _examples(batch: Any) -> int:
 
 
 def same_value(value: Any, *_: Any, **__: Any) -> Any:
-    """In the place of a synchronisation, where every process has the value already."""
+    """In the place of a synchronization, where every process has the value already."""
     return value
 
 

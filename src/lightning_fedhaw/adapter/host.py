@@ -67,7 +67,7 @@ class TrainerHost:
         own = {id(p) for p in self.module.parameters()}
         if any(id(p) not in own for o in self.optimizers for group in o.param_groups for p in group["params"]):
             raise ValueError(
-                "`configure_optimizers` returned an optimiser over parameters that are not the module's own, so they"
+                "`configure_optimizers` returned an optimizer over parameters that are not the module's own, so they"
                 " would be trained by all clients together. Register them in the module."
             )
         self._takes_index = len(step_arguments(self.module.training_step, None, 0)) > 1
@@ -83,7 +83,7 @@ class TrainerHost:
 
     @property
     def accumulate(self) -> int:
-        """Batches behind one optimiser step."""
+        """Batches behind one optimizer step."""
         return int(self.trainer.accumulate_grad_batches)
 
     @property
@@ -98,7 +98,7 @@ class TrainerHost:
 
     @property
     def is_plain_sgd(self) -> bool:
-        """Whether a step needs no optimiser object, precision plugin or hook."""
+        """Whether a step needs no optimizer object, precision plugin or hook."""
         return (
             self._is_plain
             and len(self.optimizers) == 1
@@ -121,7 +121,7 @@ class TrainerHost:
         """What in trainer or module keeps a step from being a function of its tensors; ``None`` if nothing."""
         module = self.module
         if not module.automatic_optimization:
-            return f"optimises manually{_place(module.training_step)}"
+            return f"optimizes manually{_place(module.training_step)}"
         for name in sorted(self._module_hooks):
             return f"is surrounded by the hook `{name}`{_place(getattr(module, name))}"
         for name in (*_BATCH_HOOKS, *_STEP_HOOKS):
@@ -132,10 +132,10 @@ class TrainerHost:
                 if source is not None and is_overridden(name, source):
                     return f"is surrounded by the hook `{name}`{_place(getattr(source, name))}"
         if len(self.optimizers) != 1:
-            return f"has {len(self.optimizers)} optimisers"
+            return f"has {len(self.optimizers)} optimizers"
         optimizer = self.optimizers[0]
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-            return f"has hooks on the optimiser {type(optimizer).__name__}"
+            return f"has hooks on the optimizer {type(optimizer).__name__}"
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters()):
             return "has hooks on its parameters' gradients"
         if any(m._backward_hooks or m._backward_pre_hooks for m in module.modules()):
@@ -182,7 +182,7 @@ class TrainerHost:
         """The learning rate of each parameter tensor in the layout's order, as scheduled for this round.
 
         Raises:
-            ValueError: If a trainable parameter has no optimiser, or more than one.
+            ValueError: If a trainable parameter has no optimizer, or more than one.
         """
         rates: dict[Tensor, list[float]] = {}
         for optimizer in self.optimizers:
@@ -195,14 +195,14 @@ class TrainerHost:
             if len(own) != 1:
                 raise ValueError(
                     f"The rule divides by the local learning rate, and the trainable parameter `{name}` is in"
-                    f" {len(own)} optimisers instead of exactly one. Give it one in `configure_optimizers`, freeze it,"
+                    f" {len(own)} optimizers instead of exactly one. Give it one in `configure_optimizers`, freeze it,"
                     " or give the rate as `learning_rate=`."
                 )
             found.append(own[0])
         return tuple(found)
 
     def forward(self, data: Any, batch_idx: int) -> Any:
-        """Call ``training_step`` in the trainer's precision, without hooks or optimisers."""
+        """Call ``training_step`` in the trainer's precision, without hooks or optimizers."""
         # The module itself and not `strategy.training_step`, which may go through a wrapper around it.
         step, arguments = self.module.training_step, self.arguments(data, batch_idx)
         if self._is_plain:  # whose context does nothing

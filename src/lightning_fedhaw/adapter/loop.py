@@ -137,8 +137,8 @@ class RoundLoop(_FitLoop):
         federation.on_round_end = observers(trainer, "on_round_end")
         first = self.epoch_loop.global_step
         if options.sampler is not None and self.max_epochs is not None:
-            for round_ in range(first, self.max_epochs):
-                federation.cohort(round_)  # a mistake in a late cohort is found before the first
+            for round_idx in range(first, self.max_epochs):
+                federation.cohort(round_idx)  # a mistake in a late cohort is found before the first
         observers(trainer, "on_federation_start")(federation)
         rank_zero_info(start_up_line(federation, trainer.callbacks, self._assigned.assumed, first))
 
@@ -263,7 +263,7 @@ class _RoundEpochLoop(_TrainingEpochLoop):
         with trainer.profiler.profile("run_training_batch"), trainer.profiler.profile(step):
             report = trainer.fit_loop.play_round()
         self.batch_progress.increment_processed()
-        # A round is one optimiser step of the global model.
+        # A round is one optimizer step of the global model.
         self.automatic_optimization.optim_progress.optimizer.step.increment_ready()
         self.automatic_optimization.optim_progress.optimizer.step.increment_completed()
         self.manual_optimization.optim_step_progress.increment_ready()
@@ -304,7 +304,7 @@ class _RoundEpochLoop(_TrainingEpochLoop):
                     value, dtype=torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
                 ),
                 batch_size=1,
-                # Every process has the same value: there is nothing to synchronise.
+                # Every process has the same value: there is nothing to synchronize.
                 sync_dist=True,
                 sync_dist_fn=same_value,
                 **options,

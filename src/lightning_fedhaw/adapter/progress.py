@@ -52,7 +52,7 @@ class RoundProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
         """The bar goes on."""
 
-    def on_round_start(self, trainer: Any, pl_module: Any, round_: int, clients: list[int]) -> None:
+    def on_round_start(self, trainer: Any, pl_module: Any, round_idx: int, clients: list[int]) -> None:
         """A cohort was drawn."""
         self._clients, self._done = len(clients), 0
 
@@ -74,7 +74,7 @@ class RoundProgressBar(TQDMProgressBar):
 
 
 def replace_default_bar(trainer: Any) -> None:
-    """Give a trainer that has a stock progress bar the one that counts rounds; a customised bar is left alone."""
+    """Give a trainer that has a stock progress bar the one that counts rounds; a customized bar is left alone."""
     for i, callback in enumerate(trainer.callbacks):
         if type(callback) in (TQDMProgressBar, RichProgressBar):
             # A rich bar's rate counts refreshes a second, which means nothing to this one.

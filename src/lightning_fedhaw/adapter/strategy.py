@@ -1,4 +1,4 @@
-"""Processes for a federation: Lightning starts them, and nothing is synchronised behind the round's back."""
+"""Processes for a federation: Lightning starts them, and nothing is synchronized behind the round's back."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def share_model(strategy: Any) -> None:
 
 
 def never_wrap(strategy: DDPStrategy) -> None:
-    """Keep a stock strategy from wrapping the model: its gradient synchronisation would mix the clients."""
+    """Keep a stock strategy from wrapping the model: its gradient synchronization would mix the clients."""
     strategy.configure_ddp = partial(share_model, strategy)  # type: ignore[method-assign]
 
 

@@ -93,7 +93,7 @@ def check_trainer(trainer: Any, *, sync_batchnorm: bool = False) -> None:
 
     Args:
         trainer: The trainer.
-        sync_batchnorm: Whether it was told to synchronise batch norm.
+        sync_batchnorm: Whether it was told to synchronize batch norm.
 
     Raises:
         ValueError: Naming the argument, what came, what is allowed, and the remedy.

@@ -20,18 +20,19 @@ from lightning_fedhaw.aggregation.fedopt import (
     FedYogiCallback,
 )
 from lightning_fedhaw.aggregation.robust import (
+    CoordinateMedianCallback,
     GeometricMedianCallback,
     KrumCallback,
-    MedianCallback,
     MultiKrumCallback,
     TrimmedMeanCallback,
 )
 from lightning_fedhaw.aggregation.scaffold import ScaffoldCallback
 from lightning_fedhaw.aggregation.serverft import ServerFineTuningCallback
-from lightning_fedhaw.rule import LocalPace, RuleStep
+from lightning_fedhaw.rule import LocalLRScale, RuleOutput
 
 __all__ = [
     "AggregationRule",
+    "CoordinateMedianCallback",
     "FedAdagradCallback",
     "FedAdamCallback",
     "FedAdpCallback",
@@ -49,11 +50,10 @@ __all__ = [
     "FedYogiCallback",
     "GeometricMedianCallback",
     "KrumCallback",
-    "LocalPace",
-    "MedianCallback",
+    "LocalLRScale",
     "MultiKrumCallback",
     "PublishedFedHAWCallback",
-    "RuleStep",
+    "RuleOutput",
     "ScaffoldCallback",
     "ServerFineTuningCallback",
     "TrimmedMeanCallback",

@@ -54,12 +54,12 @@ class AggregationRule(Rule, KeyedCallback):
             attach(trainer, self.options)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Let the objectives that come along look at the clients' optimisers."""
+        """Let the objectives that come along look at the clients' optimizers."""
         for objective in self.objectives:
             objective.on_fit_start(trainer, pl_module)
 
 
-def normalised(weights: Tensor) -> Tensor:
+def normalized(weights: Tensor) -> Tensor:
     """Weights scaled to sum to one, in float64.
 
     Raises:
@@ -73,7 +73,7 @@ def normalised(weights: Tensor) -> Tensor:
 
 
 def check_made(name: str, make: Any, what: str, example: str, *arguments: Any, given: str = "", **keywords: Any) -> Any:
-    """What a factory makes, be it an optimiser or a schedule: here it is tried before a run depends on it.
+    """What a factory makes, be it an optimizer or a schedule: here it is tried before a run depends on it.
 
     Args:
         name: The argument that is the factory.
@@ -103,13 +103,13 @@ def check_made(name: str, make: Any, what: str, example: str, *arguments: Any, g
 
 
 def check_optimizer(name: str, make: Any, lr: float, given: str = "") -> Any:
-    """An optimiser of one number, by :func:`check_made`."""
-    what = "an optimiser from parameters and `lr`" + ("" if given else ", one that steps on a given gradient")
+    """An optimizer of one number, by :func:`check_made`."""
+    what = "an optimizer from parameters and `lr`" + ("" if given else ", one that steps on a given gradient")
     parameter = torch.zeros(1, 1, requires_grad=True)
     return check_made(name, make, what, "torch.optim.SGD, momentum=0.9", [parameter], given=given, lr=lr)
 
 
 def check_schedule(name: str, make: Any, optimizer: Any) -> None:
-    """Refuse what makes no schedule of that optimiser, by :func:`check_made`."""
+    """Refuse what makes no schedule of that optimizer, by :func:`check_made`."""
     if make is not None:
-        check_made(name, make, "a schedule from the optimiser", "StepLR, step_size=20", optimizer)
+        check_made(name, make, "a schedule from the optimizer", "StepLR, step_size=20", optimizer)

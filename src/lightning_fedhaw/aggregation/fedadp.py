@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, normalized
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.rule import RuleStep, ServerView, State
+from lightning_fedhaw.rule import RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.base import CohortVectors
 from lightning_fedhaw.vectors.kernels import dot
 
@@ -89,21 +89,21 @@ class FedAdpCallback(AggregationRule):
             "counts": torch.zeros(len(num_examples), dtype=torch.int64),
         }
 
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """One mean of angles a client, and the average it leads to."""
         vectors, clients = cohort.vectors, cohort.clients
-        seen = angles(vectors.displacements, normalised(cohort.num_examples))
+        seen = angles(vectors.displacements, normalized(cohort.num_examples))
         counts, smooth = state["counts"][clients], state["angles"][clients]
         told = cohort.heard | self.update_unheard
         rounds = counts + 1 if self.smooth_by == "participations" else torch.full_like(counts, cohort.round + 1)
         # Who was never heard weighs by what stands in for it.
         smooth = torch.where(told, ((rounds - 1) * smooth + seen) / rounds, torch.where(counts > 0, smooth, seen))
         heights = gompertz(smooth, self.gompertz)
-        weights = normalised(cohort.num_examples * (heights - heights.max()).exp())
+        weights = normalized(cohort.num_examples * (heights - heights.max()).exp())
         new_angles, new_counts = state["angles"].clone(), state["counts"].clone()
         new_angles[clients[told]] = smooth[told]
         new_counts[clients[told]] += 1
-        return RuleStep(
+        return RuleOutput(
             parameters=vectors.weighted_sum(weights),
             state={"angles": new_angles, "counts": new_counts},
             weights=weights,

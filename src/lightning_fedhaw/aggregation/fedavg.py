@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, normalized
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
-from lightning_fedhaw.rule import RuleStep, ServerView, State
+from lightning_fedhaw.rule import RuleOutput, ServerView, State
 
 Weighting = Literal["examples", "batches", "uniform"]
 
@@ -37,13 +37,13 @@ class FedAvgCallback(AggregationRule):
         self.weighting = arguments.choice("weighting", weighting, Weighting)
 
     def raw_weight(self, update: ClientUpdate) -> float:
-        """A client's weight before normalisation."""
+        """A client's weight before normalization."""
         return {"examples": float(update.num_examples), "batches": float(update.num_batches)}.get(self.weighting, 1.0)
 
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """One average."""
         counts = {"examples": cohort.num_examples, "batches": cohort.num_batches}.get(
             self.weighting, torch.ones(len(cohort))
         )
-        weights = normalised(counts)
-        return RuleStep(parameters=cohort.vectors.weighted_sum(weights), state=state, weights=weights)
+        weights = normalized(counts)
+        return RuleOutput(parameters=cohort.vectors.weighted_sum(weights), state=state, weights=weights)

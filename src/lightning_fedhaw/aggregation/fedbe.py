@@ -55,9 +55,9 @@ class FedBECallback(Distillation):
         server_epochs: Passes over the proxy data each round; 0 is FedAvg.
         samples: Models that are sampled: one as in the FedLAW authors' code; the original takes about ten.
         batch_size: Proxy samples of a step at most.
-        lr: Rate of the optimiser.
+        lr: Rate of the optimizer.
         optimizer: Makes it from ``([vector], lr=...)``; it begins anew every round. ``Adam(betas=(0.5, 0.999))``.
-        scheduler: Makes a schedule that steps once a pass from the optimiser.
+        scheduler: Makes a schedule that steps once a pass from the optimizer.
         weighting: The average's weights: by ``"examples"``, or ``"uniform"``. Teachers count equally.
         ensemble: Whether the teachers' ``"logits"`` are averaged, as in the FedLAW authors' code, or their
             ``"probabilities"``, as in the original.

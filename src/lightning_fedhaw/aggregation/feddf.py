@@ -3,7 +3,7 @@
 T. Lin, L. Kong, S. U. Stich, M. Jaggi: Ensemble Distillation for Robust Model Fusion in Federated Learning. NeurIPS
 2020. With the clients' logits ``z_k(b)`` of a proxy batch ``b``::
 
-    w <- sum_k p_k w_k, then an optimiser on KL(softmax(mean_k z_k(b)) || softmax(z(w; b)))
+    w <- sum_k p_k w_k, then an optimizer on KL(softmax(mean_k z_k(b)) || softmax(z(w; b)))
 
 Labels are not used.
 """
@@ -30,9 +30,9 @@ class FedDFCallback(Distillation):
     Args:
         server_epochs: Passes over the proxy data each round; 0 is FedAvg.
         batch_size: Proxy samples of a step at most.
-        lr: Rate of the optimiser.
+        lr: Rate of the optimizer.
         optimizer: Makes it from ``([vector], lr=...)``; it begins anew every round. ``Adam(betas=(0.5, 0.999))``.
-        scheduler: Makes a schedule that steps once a pass from the optimiser.
+        scheduler: Makes a schedule that steps once a pass from the optimizer.
         weighting: The average's weights: by ``"examples"``, or ``"uniform"``. Teachers count equally.
         ensemble: Whether the teachers' ``"logits"`` are averaged, as published, or their ``"probabilities"``.
         logits: ``logits(module, batch)`` gives a model's logits ``[batch, ..., classes]``. Default: the module's

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, normalized
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.objectives.feddyn import DynPenalty, FedDyn
-from lightning_fedhaw.rule import RuleStep, ServerView, State
+from lightning_fedhaw.objectives.feddyn import DynPenalty, FedDynObjective
+from lightning_fedhaw.rule import RuleOutput, ServerView, State
 
 
 class FedDynCallback(AggregationRule):
     """Bend the clients' losses, and correct their plain mean by the mean of all bends.
 
-    It is :class:`~lightning_fedhaw.FedDyn` with, over the K clients that arrived of N::
+    It is :class:`~lightning_fedhaw.FedDynObjective` with, over the K clients that arrived of N::
 
         h <- h - alpha (1 / N) sum_k (w_k - w)          w <- (1 / K) sum_k w_k - h / alpha
 
@@ -31,7 +31,7 @@ class FedDynCallback(AggregationRule):
     Args:
         regularization: The factor ``alpha``, above 0. Small values follow the clients quickly; large ones hold them
             back.
-        penalty: As of :class:`~lightning_fedhaw.FedDyn`.
+        penalty: As of :class:`~lightning_fedhaw.FedDynObjective`.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
@@ -49,7 +49,7 @@ class FedDynCallback(AggregationRule):
             "regularization", regularization, above=0, hint="The server divides by it."
         )
         self.penalty = arguments.choice("penalty", penalty, DynPenalty)
-        self.objectives = (FedDyn(self.regularization, self.penalty),)
+        self.objectives = (FedDynObjective(self.regularization, self.penalty),)
 
     @property
     def identity(self) -> str:
@@ -60,10 +60,10 @@ class FedDynCallback(AggregationRule):
         """``h = 0``."""
         return {"h": torch.zeros_like(start), "num_clients": len(num_examples)}
 
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """One mean, corrected."""
-        weights = normalised(torch.ones(len(cohort)))
+        weights = normalized(torch.ones(len(cohort)))
         moved = cohort.vectors.displacements.weighted_sum(cohort.heard.double() / state["num_clients"])
         h = state["h"].to(cohort.start) - self.regularization * moved.to(cohort.start)
         corrected = cohort.vectors.weighted_sum(weights) - h / self.regularization
-        return RuleStep(corrected, {**state, "h": h}, weights)
+        return RuleOutput(corrected, {**state, "h": h}, weights)

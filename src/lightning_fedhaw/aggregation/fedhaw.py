@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import check_optimizer, normalised
+from lightning_fedhaw.aggregation.base import check_optimizer, normalized
 from lightning_fedhaw.aggregation.hypergradient import (
     HypergradientRule,
     MakesOptimizer,
@@ -51,7 +51,7 @@ from lightning_fedhaw.aggregation.hypergradient import (
     scale_and_weight_metrics,
 )
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.rule import RuleStep, ServerView, State
+from lightning_fedhaw.rule import RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.kernels import dot
 
 DAMPING = 0.8
@@ -146,7 +146,7 @@ class FedHAWCallback(HypergradientRule):
     key = "FedHAWCallback"
 
     arguments_elsewhere = dict.fromkeys(
-        ("jacobian", "gamma_for_lambda", "pseudo_gradient", "normalise_by", "learning_rate"), "PublishedFedHAWCallback"
+        ("jacobian", "gamma_for_lambda", "pseudo_gradient", "normalize_by", "learning_rate"), "PublishedFedHAWCallback"
     )
 
     def __init__(
@@ -200,10 +200,10 @@ class FedHAWCallback(HypergradientRule):
         """FedAvg: a step and a scale of 1, and weights by examples."""
         return {**super().init(start, num_examples), "beta": torch.zeros((), dtype=torch.float64)}
 
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Step what is learned where a previous cohort exists, then aggregate."""
         moved = cohort.vectors.displacements
-        examples = normalised(cohort.num_examples)
+        examples = normalized(cohort.num_examples)
         now = moved.weighted_sum(examples)
         state = dict(state)
         metrics: dict[str, float] = {"agreement": 0.0}
@@ -221,7 +221,7 @@ class FedHAWCallback(HypergradientRule):
         server_step = state["beta"].exp().item()
         metrics["server_step"] = server_step
         scale = state["gamma"].exp().item()
-        return RuleStep((cohort.start + server_step * direction).mul_(scale), state, weights, metrics)
+        return RuleOutput((cohort.start + server_step * direction).mul_(scale), state, weights, metrics)
 
     def _hyper_step(self, w: Tensor, now: Tensor, state: State) -> tuple[State, dict[str, float]]:
         """Step the server's step, the scale and the logits; return the new state and numbers for the log."""

@@ -52,7 +52,7 @@ from lightning_fedhaw.aggregation.hypergradient import (
     scale_and_weight_metrics,
 )
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.rule import RuleStep, ServerView, State
+from lightning_fedhaw.rule import RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.kernels import dot
 
 Jacobian = Literal["diagonal", "exact"]
@@ -111,14 +111,14 @@ class PublishedFedHAWCallback(HypergradientRule):
             ``"new"`` with ``"diagonal"`` (the authors' code), ``"old"`` with ``"exact"`` (the derivative).
         pseudo_gradient: ``"weighted"``: ``scale * r``, the gradient of the weighted loss, as in the authors' code.
             ``"plain"``: ``r``. They agree while the scale is 1.
-        normalise_by: ``"lr"``: each client's displacement is divided by its learning rate, as in the paper, whose step
+        normalize_by: ``"lr"``: each client's displacement is divided by its learning rate, as in the paper, whose step
             sizes belong to it. ``"lr*steps"``: also by its number of steps.
         learning_rate: The local learning rate. Default: read every round from the clients' optimizer, per parameter
             group and as scheduled.
         scale_bounds: The smallest and largest scale allowed, such as ``(0.5, 2.0)``. Default: none, as published.
         hyper_optimizer: Makes the optimizer of ``gamma`` and that of ``lambda_`` from ``(parameters, lr=...)``, such
             as ``torch.optim.Adam`` or a ``functools.partial`` of it; one that steps on a given gradient. Default:
-            ``torch.optim.SGD``, as published. Where ``normalise_by="lr*steps"`` and clients do not train with SGD,
+            ``torch.optim.SGD``, as published. Where ``normalize_by="lr*steps"`` and clients do not train with SGD,
             ``torch.optim.Adam``: a client's displacement is then not in the units of a gradient, and a step that does
             not depend on units keeps the step sizes meaningful.
         memory: Where the previous cohort's models are kept.
@@ -150,7 +150,7 @@ class PublishedFedHAWCallback(HypergradientRule):
         jacobian: Jacobian = "diagonal",
         gamma_for_lambda: GammaForLambda | None = None,
         pseudo_gradient: PseudoGradient = "weighted",
-        normalise_by: NormaliseBy = "lr",
+        normalize_by: NormaliseBy = "lr",
         learning_rate: float | None = None,
         scale_bounds: tuple[float, float] | None = None,
         hyper_optimizer: MakesOptimizer | None = None,
@@ -165,15 +165,15 @@ class PublishedFedHAWCallback(HypergradientRule):
             gamma_for_lambda = "new" if self.jacobian == "diagonal" else "old"
         self.gamma_for_lambda: GammaForLambda = arguments.choice("gamma_for_lambda", gamma_for_lambda, GammaForLambda)
         self.pseudo_gradient: PseudoGradient = arguments.choice("pseudo_gradient", pseudo_gradient, PseudoGradient)
-        self.normalise_by: NormaliseBy = arguments.choice(
-            "normalise_by", normalise_by, NormaliseBy, hint="The rule that divides by norms is `FedHAWCallback`."
+        self.normalize_by: NormaliseBy = arguments.choice(
+            "normalize_by", normalize_by, NormaliseBy, hint="The rule that divides by norms is `FedHAWCallback`."
         )
         self.learning_rate = arguments.optional(arguments.number, "learning_rate", learning_rate, above=0)
         self.scale_bounds = arguments.optional(arguments.bounds_around_one, "scale_bounds", scale_bounds)
         self.memory: Memory = arguments.choice("memory", memory, Memory)
         if hyper_optimizer is not None:
             check_optimizer("hyper_optimizer", hyper_optimizer, self.lr_lambda)
-        self._chooses_hyper_optimizer = hyper_optimizer is None and self.normalise_by == "lr*steps"
+        self._chooses_hyper_optimizer = hyper_optimizer is None and self.normalize_by == "lr*steps"
         self.hyper_optimizer = hyper_optimizer or torch.optim.SGD
 
     prog_bar = ("scale",)
@@ -196,7 +196,7 @@ class PublishedFedHAWCallback(HypergradientRule):
         hyper = getattr(self.hyper_optimizer, "__name__", "given")
         if self._chooses_hyper_optimizer:
             hyper = "chosen"
-        return f"{type(self).key}(normalise_by={self.normalise_by}, hyper_optimizer={hyper})"
+        return f"{type(self).key}(normalize_by={self.normalize_by}, hyper_optimizer={hyper})"
 
     def advice(self) -> str:
         """The scale, if it has left the range in which models live."""
@@ -207,7 +207,7 @@ class PublishedFedHAWCallback(HypergradientRule):
             f" `lr_gamma` ({self.lr_gamma}), set `scale_bounds`, or use `hyper_optimizer=torch.optim.Adam`."
         )
 
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """One hypergradient step where a previous cohort exists, then the aggregation."""
         vectors = cohort.vectors
         state = dict(state)
@@ -227,7 +227,7 @@ class PublishedFedHAWCallback(HypergradientRule):
                 " every round. If training suffers, lower `lr_gamma`, set `scale_bounds`, or use"
                 " `hyper_optimizer=torch.optim.Adam`."
             )
-        return RuleStep(vectors.weighted_sum(scale * weights), state, weights, metrics)
+        return RuleOutput(vectors.weighted_sum(scale * weights), state, weights, metrics)
 
     def _hyper_step(self, cohort: Cohort, state: State, server: ServerView) -> tuple[State, dict[str, float]]:
         """Step the log-scale and the previous cohort's logits; return the new state and numbers for the log."""
@@ -267,7 +267,7 @@ class PublishedFedHAWCallback(HypergradientRule):
     def _pseudo_gradient(self, cohort: Cohort, lambda_: Tensor, server: ServerView) -> Tensor:
         """``r`` [P]: the weighted mean of what the clients did, per unit of learning rate (and step)."""
         shares = torch.softmax(lambda_[cohort.clients], 0)
-        if self.normalise_by == "lr*steps":
+        if self.normalize_by == "lr*steps":
             shares = shares / cohort.num_steps.clamp(min=1)
         rates = cohort.learning_rates if self.learning_rate is None else (self.learning_rate,)
         if min(rates) <= 0:

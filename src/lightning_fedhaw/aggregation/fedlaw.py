@@ -1,4 +1,4 @@
-"""FedLAW: learn the scale and the weights of the received models on a few labelled samples of the server's own.
+"""FedLAW: learn the scale and the weights of the received models on a few labeled samples of the server's own.
 
 Z. Li, T. Lin, X. Shang, C. Wu: Revisiting Weighted Aggregation in Federated Learning with Neural Networks. ICML 2023.
 
@@ -27,10 +27,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, check_optimizer, check_schedule, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, check_optimizer, check_schedule, normalized
 from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory, descend, mean_loss
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.rule import RuleStep, ServerView, State
+from lightning_fedhaw.rule import RuleOutput, ServerView, State
 
 Learn = Literal["both", "scale", "weights", "in_stages", "nothing"]
 Base = Literal["exponential", "quadratic"]
@@ -94,9 +94,9 @@ class FedLAWCallback(AggregationRule):
         first_stage: With ``"in_stages"``: the ``"scale"``, as in the paper, or the ``"weights"``, as in the code.
         server_epochs: Passes over the proxy data each round; 0 is FedAvg. The scale needs about 30, the weights 80.
         batch_size: Proxy samples of a step at most.
-        lr: Rate of the optimiser.
+        lr: Rate of the optimizer.
         optimizer: Makes it from ``(variables, lr=...)``; ``Adam(betas=(0.5, 0.999))`` as published.
-        scheduler: Makes a schedule that steps once a pass from the optimiser: half the rate after every 20 passes.
+        scheduler: Makes a schedule that steps once a pass from the optimizer: half the rate after every 20 passes.
             ``None`` keeps the rate.
         swa_lr: With ``"in_stages"``: the rate in which the stage of the weights ends.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
@@ -168,15 +168,15 @@ class FedLAWCallback(AggregationRule):
         if self._learns:
             server.check_proxy(type(self).__name__, server.loss)
 
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Learn scale and weights for this cohort, and mix it with them."""
         counts = cohort.num_examples if self.weighting == "examples" else cohort.num_examples.clamp(1, 1)
-        weights, scale = normalised(counts), torch.tensor(self.scale, dtype=torch.float64)
+        weights, scale = normalized(counts), torch.tensor(self.scale, dtype=torch.float64)
         metrics: dict[str, float] = {}
         if self._learns:
             weights, scale, metrics = self._learned(cohort, weights, scale, server)
         metrics |= {"scale": scale.item(), "weight/min": weights.min().item(), "weight/max": weights.max().item()}
-        return RuleStep(cohort.vectors.weighted_sum(scale * weights), {"scale": scale.clone()}, weights, metrics)
+        return RuleOutput(cohort.vectors.weighted_sum(scale * weights), {"scale": scale.clone()}, weights, metrics)
 
     def _learned(
         self, cohort: Cohort, shares: Tensor, scale: Tensor, server: ServerView
@@ -205,7 +205,7 @@ class FedLAWCallback(AggregationRule):
         return shares, scale, {"proxy_loss_before": before, "proxy_loss_after": before, "server_steps_refused": 1.0}
 
     def _descend(
-        self, loss: Callable[[Tensor, Any], Tensor], x: Tensor, x_c: Tensor, round_: int, server: ServerView
+        self, loss: Callable[[Tensor, Any], Tensor], x: Tensor, x_c: Tensor, round_idx: int, server: ServerView
     ) -> bool:
         def descent(learned: list[Tensor], name: str, epochs: int, average: _Averaging | None = None) -> bool:
             optimizer = self.optimizer(learned, lr=self.lr)
@@ -214,7 +214,7 @@ class FedLAWCallback(AggregationRule):
                 learned,
                 loss,
                 server,
-                *("round", round_, name),
+                *("round", round_idx, name),
                 epochs=epochs,
                 batch_size=self.batch_size,
                 optimizer=optimizer,

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, normalized
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.rule import RuleStep, ServerView, State
+from lightning_fedhaw.rule import RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.base import CohortVectors
 from lightning_fedhaw.vectors.client_vectors import ClientVectors
 
@@ -85,9 +85,9 @@ class FedLWSCallback(AggregationRule):
 
     headlines = ("shrink/min", "shrink/mean")
 
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """One average, shrunk layer by layer."""
-        weights, groups = normalised(cohort.num_examples), server.layout.groups()
+        weights, groups = normalized(cohort.num_examples), server.layout.groups()
         updates = cohort.vectors.displacements
         moved = updates.weighted_sum(weights).to(cohort.start)
         shrink = shrinking(updates, cohort.start, moved, groups, self.beta, self.tau_min, self.tau_max)
@@ -96,4 +96,4 @@ class FedLWSCallback(AggregationRule):
             for part in parts:
                 parameters[part] *= factor
         metrics = {"shrink/min": shrink.min().item(), "shrink/mean": shrink.mean().item()}
-        return RuleStep(parameters, state, weights, metrics)
+        return RuleOutput(parameters, state, weights, metrics)

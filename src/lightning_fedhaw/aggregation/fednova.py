@@ -1,9 +1,9 @@
-"""FedNova: average normalised updates, so that clients with many steps do not pull the model towards their own optimum.
+"""FedNova: average normalized updates, so that clients with many steps do not pull the model towards their own optimum.
 
 J. Wang, Q. Liu, H. Liang, G. Joshi, H. V. Poor: Tackling the Objective Inconsistency Problem in Heterogeneous Federated
 Optimization. NeurIPS 2020.
 
-A linear local optimiser ends at ``w_k = w - lr sum_j a_j g_j`` with gradients ``g_j``. With its normaliser
+A linear local optimizer ends at ``w_k = w - lr sum_j a_j g_j`` with gradients ``g_j``. With its normalizer
 ``A_k = sum_j a_j``, by which a client's update is an average gradient whatever its number of steps::
 
     w <- w + tau_eff sum_k p_k (w_k - w) / A_k          tau_eff = sum_k p_k A_k, p_k = n_k / sum_j n_j
@@ -18,13 +18,13 @@ from typing import Any, Literal
 import torch
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, normalized
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.objectives.base import find_objectives
-from lightning_fedhaw.objectives.reach import normaliser, sgd_groups
-from lightning_fedhaw.rule import RuleStep, ServerView, State
+from lightning_fedhaw.objectives.reach import normalizer, sgd_groups
+from lightning_fedhaw.rule import RuleOutput, ServerView, State
 
-EffectiveSteps = Literal["normaliser", "steps"]
+EffectiveSteps = Literal["normalizer", "steps"]
 
 
 class FedNovaCallback(AggregationRule):
@@ -37,13 +37,13 @@ class FedNovaCallback(AggregationRule):
             Nesterov's kind included.
         proximal: The factor ``mu`` of a proximal term ``mu / 2 |w - start|^2`` that clients add to their loss.
             ``"auto"``: that of the client objectives among the trainer's callbacks, such as ``FedProx(mu)``.
-        tau_eff: ``"normaliser"``: ``sum_k p_k A_k``, as published. ``"steps"``: ``sum_k p_k`` times the number of
+        tau_eff: ``"normalizer"``: ``sum_k p_k A_k``, as published. ``"steps"``: ``sum_k p_k`` times the number of
             steps, as the authors' code does with a proximal term.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Raises:
-        ValueError: If an argument is not one of the allowed values; when ``fit`` begins, if the normaliser of the
-            clients' optimiser is not known.
+        ValueError: If an argument is not one of the allowed values; when ``fit`` begins, if the normalizer of the
+            clients' optimizer is not known.
     """
 
     key = "FedNovaCallback"
@@ -53,7 +53,7 @@ class FedNovaCallback(AggregationRule):
         *,
         momentum: float | Literal["auto"] = "auto",
         proximal: float | Literal["auto"] = "auto",
-        tau_eff: EffectiveSteps = "normaliser",
+        tau_eff: EffectiveSteps = "normalizer",
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
@@ -76,11 +76,11 @@ class FedNovaCallback(AggregationRule):
     def _set_proximal(self, proximal: float) -> None:
         self.proximal = proximal
         self.needs_learning_rates = proximal > 0
-        # A proximal term's normaliser needs the round's learning rate, which comes with the cohort.
+        # A proximal term's normalizer needs the round's learning rate, which comes with the cohort.
         self.raw_weight = None if proximal > 0 else self._examples_per_work
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find out how far the clients' optimiser goes."""
+        """Find out how far the clients' optimizer goes."""
         if self._finds_proximal:
             self._set_proximal(sum((each.pull for each in find_objectives(trainer.callbacks)), 0.0))
         if self._reads_momentum:
@@ -95,25 +95,25 @@ class FedNovaCallback(AggregationRule):
             self.momentum, self.nesterov = found.pop()
 
     def _examples_per_work(self, update: ClientUpdate) -> float:
-        work = normaliser(update.num_steps, self.momentum, self.nesterov)
+        work = normalizer(update.num_steps, self.momentum, self.nesterov)
         return update.num_examples / work if work else 0.0
 
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
-        """One average of normalised updates."""
-        weights, steps = normalised(cohort.num_examples), cohort.num_steps.tolist()
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
+        """One average of normalized updates."""
+        weights, steps = normalized(cohort.num_examples), cohort.num_steps.tolist()
         pull = self.proximal * _one_rate(cohort.learning_rates) if self.proximal else 0.0
         work = torch.tensor(
-            [normaliser(count, self.momentum, self.nesterov, pull) for count in steps], dtype=torch.float64
+            [normalizer(count, self.momentum, self.nesterov, pull) for count in steps], dtype=torch.float64
         )
         worked = work > 0
         if not (weights[worked].sum() > 0):
-            return RuleStep(cohort.start.clone(), state, weights, {"tau_eff": 0.0})
+            return RuleOutput(cohort.start.clone(), state, weights, {"tau_eff": 0.0})
         # The mean over those who worked: who made no step is a zero update, as in FedAvg, and no shorter way for all.
-        reach = work if self.tau_eff == "normaliser" else cohort.num_steps.double()
+        reach = work if self.tau_eff == "normalizer" else cohort.num_steps.double()
         tau_eff = (weights * reach).sum() / weights[worked].sum()
         mix = torch.where(worked, tau_eff * weights / work, 0.0)
         moved = cohort.vectors.displacements.weighted_sum(mix)
-        return RuleStep(cohort.start + moved.to(cohort.start), state, weights, {"tau_eff": tau_eff.item()})
+        return RuleOutput(cohort.start + moved.to(cohort.start), state, weights, {"tau_eff": tau_eff.item()})
 
 
 def _one_rate(rates: tuple[float, ...]) -> float:

@@ -1,4 +1,4 @@
-"""FedOpt: a server optimiser steps along what averaging, or another rule, proposes.
+"""FedOpt: a server optimizer steps along what averaging, or another rule, proposes.
 
 S. Reddi, Z. Charles, M. Zaheer, Z. Garrett, K. Rush, J. Konecny, S. Kumar, H. B. McMahan: Adaptive Federated
 Optimization. ICLR 2021, Algorithms 1 and 2. FedAvgM: T.-M. H. Hsu, H. Qi, M. Brown: Measuring the Effects of
@@ -12,7 +12,7 @@ With ``delta`` [P], the proposed displacement ``sum_k p_k (w_k - w)``, everythin
         FedAdam                      v <- beta2 v + (1 - beta2) delta^2
         FedYogi                      v <- v - (1 - beta2) delta^2 sign(v - delta^2)
 
-``tau`` stands outside the root, and no bias is corrected. :class:`FedOptCallback` takes any optimiser of
+``tau`` stands outside the root, and no bias is corrected. :class:`FedOptCallback` takes any optimizer of
 ``torch.optim`` and gives it ``-delta`` for a gradient.
 """
 
@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, check_optimizer, check_schedule, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, check_optimizer, check_schedule, normalized
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.options import FederationOptions, described, settings_of
-from lightning_fedhaw.rule import LocalPace, Rule, RuleStep, ServerView, State
+from lightning_fedhaw.rule import LocalLRScale, Rule, RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
 Method = Literal["adagrad", "adam", "yogi"]
@@ -86,16 +86,16 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
 
 
 class FedOptCallback(AggregationRule):
-    """Let an optimiser of the server step along what averaging, or another rule, proposes.
+    """Let an optimizer of the server step along what averaging, or another rule, proposes.
 
-    Weights are those of the rule that proposes; buffers follow them and are never touched by the optimiser, which sees
+    Weights are those of the rule that proposes; buffers follow them and are never touched by the optimizer, which sees
     the model's parameters in their own shapes.
 
     Args:
-        optimizer: Makes the server's optimiser from ``(parameters, lr=...)``: a class of ``torch.optim`` or a
+        optimizer: Makes the server's optimizer from ``(parameters, lr=...)``: a class of ``torch.optim`` or a
             ``functools.partial`` of one; one that steps on a given gradient.
         lr: The server's learning rate.
-        lr_scheduler: Makes a schedule from the optimiser, such as ``partial(StepLR, step_size=20)``. It steps once a
+        lr_scheduler: Makes a schedule from the optimizer, such as ``partial(StepLR, step_size=20)``. It steps once a
             round.
         rule: The rule whose proposal is stepped along, such as ``FedAdpCallback()``. Default: plain averaging by the
             number of examples, of which memory does not grow with the cohort.
@@ -105,7 +105,7 @@ class FedOptCallback(AggregationRule):
         state: ``optimizer`` and, with a schedule, ``scheduler``: their own states; ``rule``: the inner rule's.
 
     Raises:
-        TypeError: If optimiser or schedule are given ready-made, cannot be made of what they will be given or want
+        TypeError: If optimizer or schedule are given ready-made, cannot be made of what they will be given or want
             more in their steps (``LBFGS``, ``ReduceLROnPlateau``), or ``rule`` is not a rule.
         ValueError: If ``lr`` is negative or not finite, or ``rule`` brings federation arguments of its own.
 
@@ -147,7 +147,7 @@ class FedOptCallback(AggregationRule):
             self.headlines = ("server_lr", *self.rule.headlines)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Let the inner rule look at the clients' optimisers."""
+        """Let the inner rule look at the clients' optimizers."""
         if self.rule is not None:
             self.rule.on_fit_start(trainer, pl_module)
             self._follow()
@@ -157,7 +157,7 @@ class FedOptCallback(AggregationRule):
         if self.rule is not None:
             self.rule.check(server)
 
-    def local_pace(self, state: State, layout: ParameterLayout) -> LocalPace | None:
+    def local_pace(self, state: State, layout: ParameterLayout) -> LocalLRScale | None:
         """What the inner rule gives the clients for a round."""
         return None if self.rule is None else self.rule.local_pace(state["rule"], layout)
 
@@ -167,13 +167,13 @@ class FedOptCallback(AggregationRule):
 
     @property
     def identity(self) -> str:
-        """Optimiser and schedule with their settings, which their states hold too, and the inner rule's identity."""
+        """Optimizer and schedule with their settings, which their states hold too, and the inner rule's identity."""
         settings = settings_of(self, *self._hidden, rule=None if self.rule is None else self.rule.identity)
         return f"{type(self).key}({settings})"
 
     @property
     def _hidden(self) -> tuple[str, ...]:
-        """A named rule says its optimiser's settings itself."""
+        """A named rule says its optimizer's settings itself."""
         return () if type(self) is FedOptCallback else ("optimizer",)
 
     @property
@@ -201,18 +201,18 @@ class FedOptCallback(AggregationRule):
         return rule
 
     def init(self, start: Tensor, num_examples: Tensor) -> State:
-        """The inner rule's state; optimiser and schedule begin with the first round."""
+        """The inner rule's state; optimizer and schedule begin with the first round."""
         return {} if self.rule is None else {"rule": self.rule.init(start, num_examples)}
 
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
-        """One proposal, and one step of the server's optimiser along it."""
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
+        """One proposal, and one step of the server's optimizer along it."""
         delta, weights, kept, metrics = self._propose(cohort, state, server)
         new = cohort.start.clone()
-        # Named tensors that share the vector's memory: an optimiser that looks at shapes sees those of the model.
+        # Named tensors that share the vector's memory: an optimizer that looks at shapes sees those of the model.
         parameters = [view.detach().requires_grad_() for view in server.layout.views(new).values()]
         optimizer = self.optimizer(parameters, lr=self.lr)
         scheduler = None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
-        # Copies: optimisers change their memory in place, and the old state is not ours to change.
+        # Copies: optimizers change their memory in place, and the old state is not ours to change.
         if "optimizer" in state:
             optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if scheduler is not None and "scheduler" in state:
@@ -225,14 +225,14 @@ class FedOptCallback(AggregationRule):
         if scheduler is not None:
             scheduler.step()
             kept |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        return RuleStep(new, kept, weights, {**metrics, "server_lr": rate})
+        return RuleOutput(new, kept, weights, {**metrics, "server_lr": rate})
 
     def _propose(
         self, cohort: Cohort, state: State, server: ServerView
     ) -> tuple[Tensor, Tensor, State, dict[str, float]]:
         """A displacement ``[P]``, the weights behind it, and what is new in state and metrics."""
         if self.rule is None:
-            weights = normalised(cohort.num_examples)
+            weights = normalized(cohort.num_examples)
             return cohort.vectors.displacements.weighted_sum(weights).to(cohort.start), weights, {}, {}
         inner = self.rule.step(cohort, state["rule"], server)
         return inner.parameters - cohort.start, inner.weights, {"rule": inner.state}, dict(inner.metrics)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import AggregationRule, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, normalized
 from lightning_fedhaw.rule import State
 
 Memory = Literal["device", "host"]
@@ -103,7 +103,7 @@ class HypergradientRule(AggregationRule):
 
     def init(self, start: Tensor, num_examples: Tensor) -> State:
         """``gamma = 0`` and ``lambda_k = log(n_k / sum_j n_j)``: FedAvg."""
-        return {"gamma": torch.zeros((), dtype=torch.float64), "lambda_": normalised(num_examples).log()}
+        return {"gamma": torch.zeros((), dtype=torch.float64), "lambda_": normalized(num_examples).log()}
 
     def summary(self) -> dict[str, float]:
         """The scale, and the range of the weights over all clients."""

@@ -52,7 +52,7 @@ def descend(
     """Descend on the proxy data.
 
     Args:
-        variables: The leaves that the optimiser steps on; changed in place.
+        variables: The leaves that the optimizer steps on; changed in place.
         loss: ``loss(index, batch)``, of the present variables.
         server: Whose data.
         path: The name of the streams that the order of each pass is drawn from.

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, normalized
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.rule import RuleStep, ServerView, State
+from lightning_fedhaw.rule import RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.base import CohortVectors
 
 
@@ -73,7 +73,7 @@ def geometric_median_weights(
     weights, change, iterations = shares, torch.inf, 0
     while change > tolerance and iterations < max_iterations:
         distances = vectors.distances(vectors.weighted_sum(weights))
-        old, weights = weights, normalised(shares / distances.clamp(min=smoothing))
+        old, weights = weights, normalized(shares / distances.clamp(min=smoothing))
         change, iterations = (weights - old).abs().max().item(), iterations + 1
     return weights, iterations
 
@@ -114,13 +114,13 @@ class TrimmedMeanCallback(_RobustRule):
     def __init__(self, num_byzantine: int = 1, **federation: Any) -> None:
         super().__init__(num_byzantine, **federation)
 
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """One trimmed mean."""
         self._check_clients(cohort, 2 * self.num_byzantine + 1)
         return _by_columns(cohort, state, self.num_byzantine)
 
 
-class MedianCallback(AggregationRule):
+class CoordinateMedianCallback(AggregationRule):
     """Per coordinate, the median; of an even number of clients the mean of the two middle values.
 
     Buffers are averaged over all clients alike; ``buffers="keep"`` or ``"recalibrate"`` where they cannot be trusted.
@@ -131,13 +131,13 @@ class MedianCallback(AggregationRule):
 
     key = "MedianCallback"
 
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """One median."""
         return _by_columns(cohort, state, (len(cohort) - 1) // 2)
 
 
 class MultiKrumCallback(_RobustRule):
-    """Average the clients that have the nearest neighbours.
+    """Average the clients that have the nearest neighbors.
 
     Buffers are averaged over the chosen clients. Of clients with equal scores, the one with the lower number is taken.
 
@@ -157,7 +157,7 @@ class MultiKrumCallback(_RobustRule):
         super().__init__(num_byzantine, **federation)
         self.keep = arguments.optional(arguments.integer, "keep", keep, minimum=1)
 
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """One choice, and the average of the chosen."""
         self._check_clients(cohort, 2 * self.num_byzantine + 3)
         if self.keep is not None:
@@ -168,11 +168,11 @@ class MultiKrumCallback(_RobustRule):
         chosen = order[: self.keep or len(cohort) - self.num_byzantine - 2]
         weights = torch.zeros(len(cohort), dtype=torch.float64)
         weights[chosen] = 1 / len(chosen)
-        return RuleStep(vectors.weighted_sum(weights), state, weights, {"clients_chosen": float(len(chosen))})
+        return RuleOutput(vectors.weighted_sum(weights), state, weights, {"clients_chosen": float(len(chosen))})
 
 
 class KrumCallback(MultiKrumCallback):
-    """Take the model of the client that has the nearest neighbours.
+    """Take the model of the client that has the nearest neighbors.
 
     Buffers are that client's too. Of clients with equal scores, the one with the lower number is taken.
 
@@ -219,18 +219,18 @@ class GeometricMedianCallback(AggregationRule):
 
     headlines = ("iterations", "weight/max")
 
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """One geometric median."""
         vectors = cohort.vectors
         weights, iterations = geometric_median_weights(
-            vectors.displacements, normalised(cohort.num_examples), self.smoothing, self.tolerance, self.max_iterations
+            vectors.displacements, normalized(cohort.num_examples), self.smoothing, self.tolerance, self.max_iterations
         )
         metrics = {"iterations": float(iterations), "weight/max": weights.max().item()}
-        return RuleStep(vectors.weighted_sum(weights), state, weights, metrics)
+        return RuleOutput(vectors.weighted_sum(weights), state, weights, metrics)
 
 
-def _by_columns(cohort: Cohort, state: State, cut: int) -> RuleStep:
+def _by_columns(cohort: Cohort, state: State, cut: int) -> RuleOutput:
     vectors = cohort.vectors
     moved = vectors.displacements.map_columns(lambda values: trimmed_mean(values, cut))
     weights = torch.full((len(cohort),), 1 / len(cohort), dtype=torch.float64)
-    return RuleStep(cohort.start + moved.to(cohort.start), state, weights)
+    return RuleOutput(cohort.start + moved.to(cohort.start), state, weights)

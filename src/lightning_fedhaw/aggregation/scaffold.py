@@ -11,16 +11,16 @@ from typing import Any
 import torch
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, normalized
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
-from lightning_fedhaw.objectives.scaffold import ControlOption, Scaffold
-from lightning_fedhaw.rule import RuleStep, ServerView, State
+from lightning_fedhaw.objectives.scaffold import ControlOption, ScaffoldObjective
+from lightning_fedhaw.rule import RuleOutput, ServerView, State
 
 
 class ScaffoldCallback(AggregationRule):
     """Let clients correct their gradients by control variates, and step along the plain mean of their updates.
 
-    It is :class:`~lightning_fedhaw.Scaffold` with ``w <- w + server_lr (1 / K) sum_k (w_k - w)``.
+    It is :class:`~lightning_fedhaw.ScaffoldObjective` with ``w <- w + server_lr (1 / K) sum_k (w_k - w)``.
 
     Args:
         option: How controls are found: ``"II"``, from the way a client went, or ``"I"``, from one more pass over its
@@ -38,14 +38,14 @@ class ScaffoldCallback(AggregationRule):
         super().__init__(**federation)
         self.option = arguments.choice("option", option, ControlOption)
         self.server_lr = arguments.number("server_lr", server_lr, minimum=0)
-        self.objectives = (Scaffold(self.option),)
+        self.objectives = (ScaffoldObjective(self.option),)
 
     def raw_weight(self, update: ClientUpdate) -> float:
         """Everybody's is the same."""
         return 1.0
 
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """One step along the mean."""
-        weights = normalised(torch.ones(len(cohort)))
+        weights = normalized(torch.ones(len(cohort)))
         moved = cohort.vectors.displacements.weighted_sum(self.server_lr * weights)
-        return RuleStep(cohort.start + moved.to(cohort.start), state, weights)
+        return RuleOutput(cohort.start + moved.to(cohort.start), state, weights)

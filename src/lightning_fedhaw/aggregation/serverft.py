@@ -3,7 +3,7 @@
 The baseline of that name in Z. Li et al.: Revisiting Weighted Aggregation in Federated Learning with Neural Networks.
 ICML 2023, Table 3::
 
-    w <- sum_k p_k w_k, then server_epochs passes of an optimiser on L(w; proxy data)
+    w <- sum_k p_k w_k, then server_epochs passes of an optimizer on L(w; proxy data)
 
 ``L`` is the loss that the module's ``training_step`` returns. Long training overfits the few samples.
 """
@@ -28,9 +28,9 @@ class ServerFineTuningCallback(ServerTraining):
     Args:
         server_epochs: Passes over the proxy data each round; 0 is FedAvg.
         batch_size: Proxy samples of a step at most.
-        lr: Rate of the optimiser.
+        lr: Rate of the optimizer.
         optimizer: Makes it from ``([vector], lr=...)``; it begins anew every round. ``Adam(betas=(0.5, 0.999))``.
-        scheduler: Makes a schedule that steps once a pass from the optimiser.
+        scheduler: Makes a schedule that steps once a pass from the optimizer.
         weighting: The average's weights: by ``"examples"``, or ``"uniform"``.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
@@ -55,7 +55,7 @@ class ServerFineTuningCallback(ServerTraining):
         super().__init__(server_epochs, batch_size, lr, optimizer, scheduler, weighting, **federation)
 
     def raw_weight(self, update: ClientUpdate) -> float:
-        """A client's weight before normalisation."""
+        """A client's weight before normalization."""
         return float(update.num_examples) if self.weighting == "examples" else 1.0
 
     def check(self, server: ServerView) -> None:

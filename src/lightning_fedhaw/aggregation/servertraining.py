@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, check_optimizer, check_schedule, normalised
+from lightning_fedhaw.aggregation.base import AggregationRule, check_optimizer, check_schedule, normalized
 from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory, batches, descend, mean_loss
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.rule import RuleStep, ServerView, State
+from lightning_fedhaw.rule import RuleOutput, ServerView, State
 
 Weighting = Literal["examples", "uniform"]
 Ensemble = Literal["logits", "probabilities"]
@@ -55,7 +55,7 @@ def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
 
 
 class ServerTraining(AggregationRule):
-    """Average, then descend on a loss over proxy data. The moments of the optimiser do not outlive the round.
+    """Average, then descend on a loss over proxy data. The moments of the optimizer do not outlive the round.
 
     The server's buffers are the clients' averaged ones; training on the server leaves them alone.
     """
@@ -92,13 +92,13 @@ class ServerTraining(AggregationRule):
             server: The module, and the proxy data.
         """
 
-    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleStep:
+    def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Average, then train."""
         counts = cohort.num_examples if self.weighting == "examples" else cohort.num_examples.clamp(1, 1)
-        weights = normalised(counts)
+        weights = normalized(counts)
         average = cohort.vectors.weighted_sum(weights)
         if not self.server_epochs:
-            return RuleStep(average, state, weights)
+            return RuleOutput(average, state, weights)
         objective = self.objective(cohort, weights, average, server)
         vector = average.clone().requires_grad_()
 
@@ -120,7 +120,7 @@ class ServerTraining(AggregationRule):
         after = mean_loss(loss, server, self.batch_size) if is_finite else math.nan
         if math.isfinite(after):
             metrics = {"proxy_loss_before": before, "proxy_loss_after": after}
-            return RuleStep(vector.detach(), state, weights, metrics)
+            return RuleOutput(vector.detach(), state, weights, metrics)
         cause = "diverged" if math.isfinite(before) else f"has no finite loss to begin with ({before})"
         rank_zero_warn(
             f"{type(self).__name__}'s training on the server {cause} in round {cohort.round} and was refused: the round"
@@ -128,7 +128,7 @@ class ServerTraining(AggregationRule):
             " without a label that counts."
         )
         metrics = {"proxy_loss_before": before, "proxy_loss_after": before, "server_steps_refused": 1.0}
-        return RuleStep(average, state, weights, metrics)
+        return RuleOutput(average, state, weights, metrics)
 
 
 class Distillation(ServerTraining):

@@ -86,9 +86,9 @@ class AWGNChannel(BlockChannel):
         """The power of each block travels with it."""
         return parcel if self.snr_db is None else with_power(parcel, len(self.blocks))
 
-    def transmit(self, message: Tensor, *, round_: int, client: int, seed: int) -> Tensor:
+    def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
         """The message with noise on it; see :meth:`Channel.transmit`."""
-        snr_db, generator = self.snr_db, self.stream(seed, round_, client, "noise")
+        snr_db, generator = self.snr_db, self.stream(seed, round_idx, client, "noise")
         if snr_db is None:
             return self.on_sent(lambda sent: add_noise(sent, self.noise_std, generator), message)
         if snr_db == float("inf"):

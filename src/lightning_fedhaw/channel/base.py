@@ -27,7 +27,7 @@ class Filled:
 
     Attributes:
         displacement: ``[P]``, measured from the model that was broadcast this round.
-        num_steps: Optimiser steps behind it; 0 for a zero update.
+        num_steps: Optimizer steps behind it; 0 for a zero update.
     """
 
     displacement: Tensor
@@ -111,7 +111,7 @@ class Channel(KeyedCallback):
         fallback: What the receiver uses for a message it did not hear. On the uplink: ``"zero_update"``: the model just
             broadcast, in a slot that keeps its weight (the published client error of FedHAW). ``"reuse_update"``: the
             client's last update that was heard, applied to the current model. ``"reuse_model"``: its last model that
-            was heard. ``"discard"``: nothing, and the weights of the others are normalised. The reuse policies are a
+            was heard. ``"discard"``: nothing, and the weights of the others are normalized. The reuse policies are a
             zero update until something was heard. On the downlink: ``"reuse_model"``: the client trains the last
             global model it heard, and does not take part before it heard one. ``"discard"``: it does not take part.
             Default: ``"zero_update"`` on the uplink, ``"discard"`` on the downlink.
@@ -154,22 +154,22 @@ class Channel(KeyedCallback):
         """
         self.scene = scene
 
-    def outage(self, round_: int, clients: list[int], seed: int) -> Tensor:
+    def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
         """Which messages of the round are lost, ``[K]`` bool. None by default.
 
         Args:
-            round_: The round's number.
+            round_idx: The round's number.
             clients: The cohort.
             seed: The federation's seed; draw from :meth:`stream`.
         """
         return torch.zeros(len(clients), dtype=torch.bool)
 
-    def transmit(self, message: Tensor, *, round_: int, client: int, seed: int) -> Tensor:
+    def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
         """What the receiver gets of a message ``[P]`` that is not lost. The message itself by default.
 
         Args:
             message: ``[P]``. Not to be changed: return a new tensor.
-            round_: The round's number.
+            round_idx: The round's number.
             client: The client at the far end.
             seed: The federation's seed; draw from :meth:`stream`.
         """
@@ -178,7 +178,7 @@ class Channel(KeyedCallback):
     def on_sent(self, function: Callable[[Tensor], Tensor], message: Tensor) -> Tensor:
         """``function: [d] -> [d]`` on the numbers of a message that travel, or of a part of it.
 
-        These are all, or those that a :class:`SparsifiedChannel` before this one chose: the others are no part of the
+        These are all, or those that a :class:`SparsificationChannel` before this one chose: the others are no part of the
         message, and stay zero.
         """
         if self.scene.parcel.values >= self.scene.layout.numel:
@@ -190,7 +190,7 @@ class Channel(KeyedCallback):
         """A message's size after this channel has packed it; the same by default."""
         return parcel
 
-    def resent(self, *, round_: int, client: int, seed: int) -> int:
+    def resent(self, *, round_idx: int, client: int, seed: int) -> int:
         """Bytes of one message that were sent more than once."""
         return 0
 
@@ -198,17 +198,17 @@ class Channel(KeyedCallback):
         """What a user wants to know at the end of a run; nothing by default."""
         return {}
 
-    def stream(self, seed: int, round_: int, client: int, purpose: str) -> torch.Generator:
+    def stream(self, seed: int, round_idx: int, client: int, purpose: str) -> torch.Generator:
         """The channel's own randomness for one client and round."""
-        return self._stream(seed, "client", client, "round", round_, purpose)
+        return self._stream(seed, "client", client, "round", round_idx, purpose)
 
     def _stream(self, seed: int, *path: PathPart) -> torch.Generator:
         return stream(seed, "channel", self.state_key, *path)
 
-    def _uniform(self, seed: int, round_: int, clients: Sequence[int], purpose: str) -> Tensor:
+    def _uniform(self, seed: int, round_idx: int, clients: Sequence[int], purpose: str) -> Tensor:
         """One number of [0, 1) for each client, ``[K]`` float64."""
         draws = [
-            torch.rand((), generator=self.stream(seed, round_, client, purpose), dtype=torch.float64)
+            torch.rand((), generator=self.stream(seed, round_idx, client, purpose), dtype=torch.float64)
             for client in clients
         ]
         return torch.stack(draws) if draws else torch.zeros(0, dtype=torch.float64)
@@ -296,7 +296,7 @@ class BlockChannel(Channel):
 
 @dataclass(frozen=True)
 class Arrivals:
-    """Who is in a sum that a :class:`SumChannel` acts on.
+    """Who is in a sum that a :class:`AggregateChannel` acts on.
 
     Attributes:
         round: The round's number.
@@ -315,7 +315,7 @@ class Arrivals:
     rms: Tensor
 
 
-class SumChannel(Channel):
+class AggregateChannel(Channel):
     """An uplink channel that acts on the sum of the whole cohort, so that nobody sees single updates.
 
     It works with rules that need a weighted sum with weights known beforehand, those that declare ``raw_weight``, and

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.channel.base import Channel, Parcel
-from lightning_fedhaw.channel.quantised import check_bits, through_codes
+from lightning_fedhaw.channel.quantized import check_bits, through_codes
 
 
 def flips(count: int, rate: float, generator: torch.Generator) -> Tensor:
@@ -50,7 +50,7 @@ class BitFlipChannel(Channel):
 
     Args:
         rate: Bit error rate.
-        bits: 32: the bits of the floating-point words. 1 to 16: the bits of the codes of a uniform quantisation to the
+        bits: 32: the bits of the floating-point words. 1 to 16: the bits of the codes of a uniform quantization to the
             nearest, whose range arrives without a fault.
         channel: The arguments of :class:`Channel`. On the downlink the message is the model.
 
@@ -70,11 +70,11 @@ class BitFlipChannel(Channel):
         """As many bits a number as the codes have, and their range."""
         return parcel if self.bits == 32 or not self.rate else Parcel(parcel.values, self.bits, parcel.side + 64)
 
-    def transmit(self, message: Tensor, *, round_: int, client: int, seed: int) -> Tensor:
+    def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
         """The message with flipped bits; see :meth:`Channel.transmit`."""
         if not self.rate:
             return message
-        generator = self.stream(seed, round_, client, "flips")
+        generator = self.stream(seed, round_idx, client, "flips")
         return self.on_sent(lambda sent: self._flipped(sent, generator), message)
 
     def _flipped(self, sent: Tensor, generator: torch.Generator) -> Tensor:

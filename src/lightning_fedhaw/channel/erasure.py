@@ -56,7 +56,7 @@ class GilbertElliott:
         return self.share_bad * self.loss_bad + (1 - self.share_bad) * self.loss_good
 
 
-def is_bad(link: GilbertElliott, round_: int, uniform: Callable[[int], float]) -> bool:
+def is_bad(link: GilbertElliott, round_idx: int, uniform: Callable[[int], float]) -> bool:
     """Whether a link is bad in a round, without the rounds before it as far as they do not matter.
 
     Each round has one number, which says where the chain goes from either state. Where it goes to the same state from
@@ -64,11 +64,11 @@ def is_bad(link: GilbertElliott, round_: int, uniform: Callable[[int], float]) -
 
     Args:
         link: The chain.
-        round_: The round, from 0.
+        round_idx: The round, from 0.
         uniform: ``uniform(round)`` in [0, 1): the number of a round.
     """
     after_good_later: list[tuple[bool, bool]] = []
-    for past in range(round_, -1, -1):
+    for past in range(round_idx, -1, -1):
         number = uniform(past)
         if past == 0:
             from_good = from_bad = number < link.share_bad
@@ -83,19 +83,19 @@ def is_bad(link: GilbertElliott, round_: int, uniform: Callable[[int], float]) -
     return state
 
 
-def legacy_draws(seed: int, num_clients: int, max_probability: float, round_: int) -> tuple[Tensor, Tensor]:
+def legacy_draws(seed: int, num_clients: int, max_probability: float, round_idx: int) -> tuple[Tensor, Tensor]:
     """The error rates and one round's failures as the FedHAW authors' code draws them.
 
     Args:
         seed: What the code gives to NumPy's legacy generator.
         num_clients: N.
         max_probability: Upper end of the rates.
-        round_: The round, from 0.
+        round_idx: The round, from 0.
 
     Returns:
         ``[N]`` float64 rates and ``[N]`` bool failures.
     """
-    draws = np.random.RandomState(seed).random_sample((round_ + 2, num_clients))
+    draws = np.random.RandomState(seed).random_sample((round_idx + 2, num_clients))
     rates = draws[0] * max_probability
     return torch.from_numpy(rates), torch.from_numpy(draws[-1] < rates)
 
@@ -176,16 +176,16 @@ class ErasureChannel(Channel):
         draws = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
         return self.max_probability * torch.stack(draws)
 
-    def outage(self, round_: int, clients: list[int], seed: int) -> Tensor:
+    def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
         """The messages that are lost; see :meth:`Channel.outage`."""
         if self.legacy_seed is not None:
             assert self.max_probability is not None
-            return legacy_draws(self.legacy_seed, self.scene.num_clients, self.max_probability, round_)[1][clients]
-        draws = self._uniform(seed, round_, clients, "outage")
+            return legacy_draws(self.legacy_seed, self.scene.num_clients, self.max_probability, round_idx)[1][clients]
+        draws = self._uniform(seed, round_idx, clients, "outage")
         if (burst := self.burst) is None:
             return draws < self.rates(clients, seed)
-        bad = torch.tensor([self._is_bad(burst, round_, client, seed) for client in clients])
+        bad = torch.tensor([self._is_bad(burst, round_idx, client, seed) for client in clients])
         return draws < torch.where(bad, burst.loss_bad, burst.loss_good)
 
-    def _is_bad(self, burst: GilbertElliott, round_: int, client: int, seed: int) -> bool:
-        return is_bad(burst, round_, lambda past: float(self._uniform(seed, past, [client], "burst")))
+    def _is_bad(self, burst: GilbertElliott, round_idx: int, client: int, seed: int) -> bool:
+        return is_bad(burst, round_idx, lambda past: float(self._uniform(seed, past, [client], "burst")))

@@ -81,15 +81,15 @@ class FadingChannel(BlockChannel):
                 f"`truncation`={self.truncation} bounds the power of inversion: set `inversion=True` with it."
             )
 
-    def gain(self, round_: int, client: int, seed: int) -> float:
+    def gain(self, round_idx: int, client: int, seed: int) -> float:
         """``|h|^2`` of a client's link in a round."""
-        return power_gain(self.k_factor, self.stream(seed, round_ // self.block, client, "gain"))
+        return power_gain(self.k_factor, self.stream(seed, round_idx // self.block, client, "gain"))
 
-    def outage(self, round_: int, clients: list[int], seed: int) -> Tensor:
+    def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
         """Where the gain is too small; see :meth:`Channel.outage`."""
         if self.rate is None and not self.truncation:
-            return super().outage(round_, clients, seed)
-        gains = [self.gain(round_, client, seed) for client in clients]
+            return super().outage(round_idx, clients, seed)
+        gains = [self.gain(round_idx, client, seed) for client in clients]
         if self.rate is None:
             return torch.tensor([gain < self.truncation for gain in gains])
         # A power beyond any number is as good as infinite.
@@ -100,12 +100,12 @@ class FadingChannel(BlockChannel):
         """The power of each block travels with it, where numbers are sent as they are."""
         return parcel if self.rate is not None else with_power(parcel, len(self.blocks))
 
-    def transmit(self, message: Tensor, *, round_: int, client: int, seed: int) -> Tensor:
+    def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
         """The message with noise by its gain; see :meth:`Channel.transmit`."""
         if self.rate is not None or self.snr_db == float("inf"):
             return message
         snr_db = self.snr_db
         if not self.inversion:
-            snr_db += 10 * log10(max(self.gain(round_, client, seed), 1e-20))
-        generator = self.stream(seed, round_, client, "noise")
+            snr_db += 10 * log10(max(self.gain(round_idx, client, seed), 1e-20))
+        generator = self.stream(seed, round_idx, client, "noise")
         return self.blockwise(lambda block: add_relative_noise(block, snr_db, generator), message)

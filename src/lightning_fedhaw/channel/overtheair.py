@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.channel.awgn import add_noise, decibels
-from lightning_fedhaw.channel.base import Arrivals, Fallback, SumChannel
+from lightning_fedhaw.channel.base import AggregateChannel, Arrivals, Fallback
 from lightning_fedhaw.channel.fading import power_gain
 
 
@@ -32,7 +32,7 @@ def receiver_noise(weights: Tensor, rms: Tensor, gains: Tensor, snr_db: float) -
     return float((weights * rms / gains.sqrt()).max()) * 10 ** (-snr_db / 20)
 
 
-class OverTheAirChannel(SumChannel):
+class OverTheAirChannel(AggregateChannel):
     """Analog superposition of the whole cohort, with truncated channel inversion and receiver noise.
 
     Clients scale their weighted updates by the inverse of their gains, so that they arrive equally strong; the server
@@ -73,19 +73,19 @@ class OverTheAirChannel(SumChannel):
         self.k_factor = arguments.number("k_factor", k_factor, minimum=0, infinite=True)
         self.block = arguments.integer("block", block, minimum=1)
 
-    def _gains(self, round_: int, clients: Sequence[int], seed: int) -> Tensor:
+    def _gains(self, round_idx: int, clients: Sequence[int], seed: int) -> Tensor:
         """``|h_k|^2``, ``[K]`` float64."""
         draws = [
-            power_gain(self.k_factor, self.stream(seed, round_ // self.block, client, "gain")) for client in clients
+            power_gain(self.k_factor, self.stream(seed, round_idx // self.block, client, "gain")) for client in clients
         ]
         return torch.tensor(draws, dtype=torch.float64)
 
-    def outage(self, round_: int, clients: list[int], seed: int) -> Tensor:
+    def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
         """Who is in a deep fade; see :meth:`Channel.outage`."""
-        return self._gains(round_, clients, seed) < self.truncation
+        return self._gains(round_idx, clients, seed) < self.truncation
 
     def superpose(self, total: Tensor, arrivals: Arrivals) -> Tensor:
-        """The sum with the receiver's noise; see :meth:`SumChannel.superpose`."""
+        """The sum with the receiver's noise; see :meth:`AggregateChannel.superpose`."""
         gains = self._gains(arrivals.round, arrivals.clients, arrivals.seed)
         std = receiver_noise(arrivals.weights, arrivals.rms, gains, self.snr_db)
         return add_noise(total, std, self._stream(arrivals.seed, "round", arrivals.round, "noise"))

@@ -70,23 +70,23 @@ class PacketLossChannel(Channel):
         """A header for each packet."""
         return Parcel(parcel.values, parcel.bits, parcel.side + 8 * self.header_bytes * self.packets)
 
-    def sendings(self, *, round_: int, client: int, seed: int) -> tuple[Tensor, Tensor]:
+    def sendings(self, *, round_idx: int, client: int, seed: int) -> tuple[Tensor, Tensor]:
         """How often each packet is sent ``[packets]`` int64, and whether it is lost all the same, bool."""
-        generator = self.stream(seed, round_, client, "packets")
+        generator = self.stream(seed, round_idx, client, "packets")
         failed = torch.rand(self.packets, 1 + self.retries, generator=generator, dtype=torch.float64) < self.probability
         failures = failed.long().cumprod(1).sum(1)
         return (failures + 1).clamp(max=1 + self.retries), failures > self.retries
 
-    def resent(self, *, round_: int, client: int, seed: int) -> int:
+    def resent(self, *, round_idx: int, client: int, seed: int) -> int:
         """Bytes of packets that were sent again; the last packet counts as full."""
         if not self.retries:
             return 0
-        sent, _ = self.sendings(round_=round_, client=client, seed=seed)
+        sent, _ = self.sendings(round_idx=round_idx, client=client, seed=seed)
         return int((sent - 1).sum()) * (self.packet_bytes + self.header_bytes)
 
-    def transmit(self, message: Tensor, *, round_: int, client: int, seed: int) -> Tensor:
+    def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
         """The message with gaps filled; see :meth:`Channel.transmit`."""
-        _, lost = self.sendings(round_=round_, client=client, seed=seed)
+        _, lost = self.sendings(round_idx=round_idx, client=client, seed=seed)
         if not lost.any():
             return message
         # Numbers share the packets evenly, whatever was done to them before.

@@ -14,7 +14,7 @@ from lightning_fedhaw import arguments
 from lightning_fedhaw.channel.base import Channel, Fallback, Scene
 
 
-class DeadlineChannel(Channel):
+class StragglerChannel(Channel):
     """Stragglers: the server waits until a deadline, and does without who is not back by then.
 
     A client computes for ``n_k seconds_per_sample exp(client_spread u_k + spread z)`` seconds, ``n_k`` being its
@@ -52,10 +52,10 @@ class DeadlineChannel(Channel):
         self.spread = arguments.number("spread", spread, minimum=0, maximum=100)
         self.client_spread = arguments.number("client_spread", client_spread, minimum=0, maximum=100)
 
-    def seconds(self, round_: int, clients: list[int], seed: int) -> Tensor:
+    def seconds(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
         """How long clients compute in a round, ``[K]`` float64."""
         paths = [
-            (self._stream(seed, "client", client, "speed"), self.stream(seed, round_, client, "time"))
+            (self._stream(seed, "client", client, "speed"), self.stream(seed, round_idx, client, "time"))
             for client in clients
         ]
         draws = [[float(torch.randn((), generator=g, dtype=torch.float64)) for g in each] for each in paths]
@@ -64,9 +64,9 @@ class DeadlineChannel(Channel):
         )
         return self.scene.num_examples[clients] * self.seconds_per_sample * exponents.exp()
 
-    def outage(self, round_: int, clients: list[int], seed: int) -> Tensor:
+    def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
         """Who is late; see :meth:`Channel.outage`."""
-        return self.seconds(round_, clients, seed) > self.deadline
+        return self.seconds(round_idx, clients, seed) > self.deadline
 
 
 class AvailabilityChannel(Channel):
@@ -122,20 +122,20 @@ class AvailabilityChannel(Channel):
             raise ValueError(f"`phases` must be one number per client [{count}], got {list(self.phases.shape)}.")
         super().prepare(scene)
 
-    def probability(self, round_: int, clients: list[int], seed: int) -> Tensor:
+    def probability(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
         """Of being there, ``[K]`` float64."""
         if self.trace is not None:
-            return self.trace[round_ % len(self.trace), clients]
+            return self.trace[round_idx % len(self.trace), clients]
         if self.phases is not None:
             phases = self.phases[clients].tolist()
         else:
             phases = [float(torch.rand((), generator=self._stream(seed, "client", k, "phase"))) for k in clients]
-        waves = [self.mean + self.amplitude * cos(2 * pi * (round_ / self.period - phase)) for phase in phases]
+        waves = [self.mean + self.amplitude * cos(2 * pi * (round_idx / self.period - phase)) for phase in phases]
         return torch.tensor(waves, dtype=torch.float64)
 
-    def outage(self, round_: int, clients: list[int], seed: int) -> Tensor:
+    def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
         """Who is not there; see :meth:`Channel.outage`."""
-        return self._uniform(seed, round_, clients, "presence") >= self.probability(round_, clients, seed)
+        return self._uniform(seed, round_idx, clients, "presence") >= self.probability(round_idx, clients, seed)
 
 
 def read_trace(trace: Any) -> Tensor:

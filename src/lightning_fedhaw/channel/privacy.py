@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.channel.awgn import add_noise
-from lightning_fedhaw.channel.base import Arrivals, Channel, Scene, SumChannel
+from lightning_fedhaw.channel.base import AggregateChannel, Arrivals, Channel, Scene
 from lightning_fedhaw.channel.scale import ordinary
 from lightning_fedhaw.cohort import ClientUpdate
 
@@ -30,7 +30,7 @@ def epsilon(
 ) -> float:
     """The epsilon of many releases of a noisy sum, by Renyi accounting; needs the extra ``privacy``.
 
-    Neighbours are two federations that differ in everything one client holds. Replacing a client moves a sum of
+    Neighbors are two federations that differ in everything one client holds. Replacing a client moves a sum of
     vectors of norm C by up to 2 C, so noise of ``noise_multiplier * C`` is ``noise_multiplier / 2`` of the sensitivity.
 
     Args:
@@ -50,7 +50,7 @@ def epsilon(
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "Accounting for privacy needs dp-accounting, which is not installed:"
-            ' `pip install "lightning-fedhaw[privacy]"`. `PrivacyChannel(delta=None)` works without.'
+            ' `pip install "lightning-fedhaw[privacy]"`. `DifferentialPrivacyChannel(delta=None)` works without.'
         ) from error
     if not rounds:
         return 0.0
@@ -63,7 +63,7 @@ def epsilon(
     return float(accountant.compose(event, rounds).get_epsilon(delta))
 
 
-class PrivacyChannel(SumChannel):
+class DifferentialPrivacyChannel(AggregateChannel):
     """Client-level differential privacy of the global models, against whoever sees them all.
 
     Each update is clipped to the norm C, and noise ``N(0, (noise_multiplier C)^2)`` is put on their unweighted sum,
@@ -71,7 +71,7 @@ class PrivacyChannel(SumChannel):
     T rounds the sequence of global models is (epsilon, delta)-differentially private with respect to everything that
     one client holds. The server is trusted: it sees the sum before the noise.
 
-    Uniform draws amplify where clients remember nothing from round to round; with error feedback, kept optimisers,
+    Uniform draws amplify where clients remember nothing from round to round; with error feedback, kept optimizers,
     client objectives with a state or reused broadcasts, the client that came most often counts, as with other samplers.
 
     This holds for rules that name the same weight for every client (``FedAvgCallback(weighting="uniform")``, and
@@ -120,15 +120,15 @@ class PrivacyChannel(SumChannel):
         self._amplified = None if scene.clients_remember else scene.drawn_uniformly
         if scene.beside:
             raise ValueError(
-                f"`PrivacyChannel` protects updates, and {' and '.join(scene.beside)} would leave the clients beside"
+                f"`DifferentialPrivacyChannel` protects updates, and {' and '.join(scene.beside)} would leave the clients beside"
                 ' them without noise. Set `buffers="keep"`, and leave out objectives that share their state.'
             )
         channels = list(scene.channels)
         for later in channels[channels.index(self) + 1 :]:
             if type(later).transmit is not Channel.transmit:
                 raise ValueError(
-                    f"`{type(later).__name__}` comes after `PrivacyChannel` and could make updates longer than `clip`."
-                    " Put `PrivacyChannel` behind it."
+                    f"`{type(later).__name__}` comes after `DifferentialPrivacyChannel` and could make updates longer than `clip`."
+                    " Put `DifferentialPrivacyChannel` behind it."
                 )
         if self.delta is not None:
             self.epsilon()
@@ -136,7 +136,7 @@ class PrivacyChannel(SumChannel):
     def _check_weights(self, weights: Sequence[float]) -> None:
         if len(set(weights)) > 1:
             raise ValueError(
-                f"`PrivacyChannel` needs the same weight for every client, and {self.scene.rule} weighs them by what"
+                f"`DifferentialPrivacyChannel` needs the same weight for every client, and {self.scene.rule} weighs them by what"
                 ' they hold or do. Use `FedAvgCallback(weighting="uniform")`, alone or in `FedOptCallback(rule=...)`.'
             )
 
@@ -146,7 +146,7 @@ class PrivacyChannel(SumChannel):
         if self.delta is not None and self._terms not in ({}, terms):
             told = ", ".join(f"{name} from {self._terms[name]} to {now}" for name, now in terms.items())
             raise ValueError(
-                f"`PrivacyChannel` counts what rounds that are alike have spent, and goes on with other ones: {told}."
+                f"`DifferentialPrivacyChannel` counts what rounds that are alike have spent, and goes on with other ones: {told}."
                 " Go on as before, start a new run, or set `delta=None` for no accounting."
             )
         self._terms = terms
@@ -170,12 +170,12 @@ class PrivacyChannel(SumChannel):
         """Epsilon and delta, for the closing table."""
         return {} if self.delta is None else {"epsilon": self.epsilon(), "delta": self.delta}
 
-    def transmit(self, message: Tensor, *, round_: int, client: int, seed: int) -> Tensor:
+    def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
         """The update, clipped; see :meth:`Channel.transmit`."""
         return clipped(message, self.clip)
 
     def superpose(self, total: Tensor, arrivals: Arrivals) -> Tensor:
-        """The noisy sum over the fixed number of clients; see :meth:`SumChannel.superpose`."""
+        """The noisy sum over the fixed number of clients; see :meth:`AggregateChannel.superpose`."""
         self._check_weights(arrivals.weights.tolist())
         self._check_terms()
         weight, noisy = float(arrivals.weights[0]), total

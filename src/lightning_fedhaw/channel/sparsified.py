@@ -37,7 +37,7 @@ def sparsify(vector: Tensor, count: int, generator: torch.Generator | None = Non
     return torch.zeros_like(vector).index_copy_(0, chosen, vector[chosen])
 
 
-class SparsifiedChannel(BlockChannel):
+class SparsificationChannel(BlockChannel):
     """Sends a part of the update's numbers.
 
     Args:
@@ -87,11 +87,11 @@ class SparsifiedChannel(BlockChannel):
         positions = 64 if self.choice == "random" else min(kept * ceil(log2(max(lengths))), sum(lengths))
         return Parcel(kept, parcel.bits, parcel.side + positions)
 
-    def transmit(self, message: Tensor, *, round_: int, client: int, seed: int) -> Tensor:
+    def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
         """The numbers that are sent; see :meth:`Channel.transmit`."""
         if self.fraction == 1:
             return message
-        generator = self.stream(seed, round_, client, "choice") if self.choice == "random" else None
+        generator = self.stream(seed, round_idx, client, "choice") if self.choice == "random" else None
         held = self._held.get(client)
         whole = message if held is None else message + held.to(message)
         sent = self.blockwise(lambda block: self._chosen(block, generator), whole)

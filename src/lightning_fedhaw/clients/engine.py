@@ -17,7 +17,7 @@ from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named
 from lightning_fedhaw.options import OptimizerState
-from lightning_fedhaw.rule import LocalPace
+from lightning_fedhaw.rule import LocalLRScale
 from lightning_fedhaw.vectors.layout import ParameterLayout
 from lightning_fedhaw.vectors.memory import is_out_of_memory
 
@@ -93,7 +93,7 @@ class Engine(ABC):
         self.objectives = objectives
         self.kept: dict[int, list[dict[int, dict[str, Any]]]] = {}
         self.initial = [states_of(optimizer) for optimizer in host.optimizers]
-        self.pace: LocalPace | None = None
+        self.pace: LocalLRScale | None = None
         self.gradient: Callable[[int, Tensor], Tensor]
 
     @abstractmethod

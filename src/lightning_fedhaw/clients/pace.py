@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.rule import LocalPace
+from lightning_fedhaw.rule import LocalLRScale
 
 
 class Paced:
@@ -20,7 +20,7 @@ class Paced:
         state: The clients' states, ``[...]`` and ``[..., *shape]``.
     """
 
-    def __init__(self, pace: LocalPace, names: Sequence[str], state: dict[str, Tensor]) -> None:
+    def __init__(self, pace: LocalLRScale, names: Sequence[str], state: dict[str, Tensor]) -> None:
         self.pace, self.names, self.state = pace, names, state
 
     @torch.no_grad()
@@ -79,7 +79,7 @@ class PacedOptimizer:
 
 
 def begin(
-    pace: LocalPace, clients: Sequence[tuple[Mapping[str, Tensor], int]], rates: Sequence[float]
+    pace: LocalLRScale, clients: Sequence[tuple[Mapping[str, Tensor], int]], rates: Sequence[float]
 ) -> dict[str, Tensor]:
     """The states of clients, ``[clients, ...]`` each.
 

@@ -193,7 +193,7 @@ class ClientData:
     def orders(
         self,
         client: int,
-        round_: int,
+        round_idx: int,
         *,
         epochs: int | None = None,
         num_batches: int | None = None,
@@ -205,7 +205,7 @@ class ClientData:
 
         Args:
             client: The client's number.
-            round_: The round's number.
+            round_idx: The round's number.
             epochs: Passes over the client's data; or
             num_batches: batches in all, going on into further passes.
             limit: Batches a pass at most: a number, or a share of the pass.
@@ -214,7 +214,7 @@ class ClientData:
             ``[samples of the pass]`` int64, indices into the data set.
         """
         samples = self.train_indices[client]
-        generator = stream(self.seed, "client", client, "round", round_, "batches")
+        generator = stream(self.seed, "client", client, "round", round_idx, "batches")
         per_pass = self.batches_per_pass(len(samples), limit)
         left = num_batches
         for _ in itertools.count() if epochs is None else range(epochs):
@@ -232,7 +232,7 @@ class ClientData:
     def batches(
         self,
         client: int,
-        round_: int,
+        round_idx: int,
         *,
         epochs: int | None = None,
         num_batches: int | None = None,
@@ -240,10 +240,10 @@ class ClientData:
     ) -> Iterator[Batch]:
         """Make a client's batches of one round; the arguments are those of :meth:`orders`."""
         done = 0  # in the whole visit
-        orders = self.orders(client, round_, epochs=epochs, num_batches=num_batches, limit=limit)
+        orders = self.orders(client, round_idx, epochs=epochs, num_batches=num_batches, limit=limit)
         for epoch, order in enumerate(orders):
             count = self._batches_of(order)
-            for index, (data, size) in enumerate(self._pass(client, order, "round", round_, "workers", epoch)):
+            for index, (data, size) in enumerate(self._pass(client, order, "round", round_idx, "workers", epoch)):
                 done += 1
                 if num_batches is None:
                     yield Batch(data, size, index, last=index + 1 == count)

@@ -1,4 +1,4 @@
-"""One data module for both kinds of training: federated in a federation, centralised in a stock trainer."""
+"""One data module for both kinds of training: federated in a federation, centralized in a stock trainer."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ class FederatedDataModule(pl.LightningDataModule):
         return format_histogram(histogram, class_names)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """All training data: what a centralised fit iterates, and what a federation deals to its clients."""
+        """All training data: what a centralized fit iterates, and what a federation deals to its clients."""
         if self.inner is not None:
             own = self.inner.train_dataloader()
             if self.batch_size is None and self._train is own.dataset:

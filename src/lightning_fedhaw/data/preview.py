@@ -24,7 +24,7 @@ def format_histogram(histogram: Tensor, class_names: Sequence[str] | None = None
     """A table for the terminal.
 
     Up to 20 clients have a row each, with a column per class, or with their largest classes if there are more than 12.
-    More clients are summarised by smallest, median and largest values.
+    More clients are summarized by smallest, median and largest values.
 
     Args:
         histogram: Samples of each client in each class, ``[N, C]``, as ``Partition.histogram`` returns it.
@@ -45,7 +45,7 @@ def format_histogram(histogram: Tensor, class_names: Sequence[str] | None = None
 def draw_histogram(
     histogram: Tensor, path: str | PathLike[str] | None = None, class_names: Sequence[str] | None = None
 ) -> Figure:
-    """A picture: one bar per client, as long as it has samples, with a colour for each class.
+    """A picture: one bar per client, as long as it has samples, with a color for each class.
 
     Args:
         histogram: Samples of each client in each class, ``[N, C]``, as ``Partition.histogram`` returns it.
@@ -74,9 +74,9 @@ def draw_histogram(
 
     num_clients, num_classes = counts.shape
     if num_classes <= 20:
-        colours = colormaps["tab10" if num_classes <= 10 else "tab20"](np.arange(num_classes))
+        colors = colormaps["tab10" if num_classes <= 10 else "tab20"](np.arange(num_classes))
     else:
-        colours = colormaps["turbo"](np.linspace(0.02, 0.98, num_classes))
+        colors = colormaps["turbo"](np.linspace(0.02, 0.98, num_classes))
 
     height = max(1.2 + 0.26 * num_clients, 0.9 + 0.22 * min(num_classes, 20))  # room for the bars and the legend
     figure = Figure(figsize=(7.0, min(height, 10.0)), layout="constrained")
@@ -91,10 +91,10 @@ def draw_histogram(
     x = np.stack([starts, ends, ends, starts], axis=1)
     y = client[:, None] + half * np.array([-1, -1, 1, 1])
     longest = max(int(counts.sum(axis=1).max()), 1)
-    # A hair between neighbours, but not around slivers, which it would hide.
+    # A hair between neighbors, but not around slivers, which it would hide.
     lines = np.where((ends - starts > 0.01 * longest) & (num_classes <= 20) & (num_clients <= 60), 0.6, 0.0)
     axes.add_collection(
-        PolyCollection(list(np.stack([x, y], axis=2)), facecolors=colours[label], edgecolors="white", linewidths=lines)
+        PolyCollection(list(np.stack([x, y], axis=2)), facecolors=colors[label], edgecolors="white", linewidths=lines)
     )
 
     axes.set_xlim(0, 1.02 * longest)
@@ -109,9 +109,9 @@ def draw_histogram(
     axes.spines[["top", "right", "left"]].set_visible(False)
 
     shown = np.arange(num_classes)
-    if num_classes > 20:  # a legend of every so many classes; neighbours have nearly the same colour
+    if num_classes > 20:  # a legend of every so many classes; neighbors have nearly the same color
         shown = np.linspace(0, num_classes - 1, 11).round().astype(int)
-    handles = [Patch(facecolor=colours[c], label=names[c]) for c in shown]
+    handles = [Patch(facecolor=colors[c], label=names[c]) for c in shown]
     figure.legend(handles=handles, title="class", loc="outside right upper", frameon=False, handlelength=1.0)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

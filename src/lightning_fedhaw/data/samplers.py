@@ -19,11 +19,11 @@ class CohortSampler(ABC):
     """Names the clients of a round; the answer depends on the arguments alone, so that a resumed run repeats it."""
 
     @abstractmethod
-    def sample(self, round_: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
+    def sample(self, round_idx: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
         """The cohort of one round.
 
         Args:
-            round_: Number of the round, from 0.
+            round_idx: Number of the round, from 0.
             num_clients: N; clients are 0 .. N - 1.
             sizes: Training samples of each client, ``[N]``.
             seed: The federation's seed.
@@ -37,10 +37,10 @@ class CohortSampler(ABC):
 
 
 @dataclass(frozen=True)
-class EveryoneSampler(CohortSampler):
+class FullParticipationSampler(CohortSampler):
     """All clients, every round."""
 
-    def sample(self, round_: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
+    def sample(self, round_idx: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
         """All clients; see :meth:`CohortSampler.sample`."""
         return list(range(num_clients))
 
@@ -63,10 +63,10 @@ class UniformSampler(CohortSampler):
         per_round = arguments.count_or_share("clients_per_round", self.clients_per_round)
         object.__setattr__(self, "clients_per_round", per_round)
 
-    def sample(self, round_: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
+    def sample(self, round_idx: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
         """A uniform draw without replacement; see :meth:`CohortSampler.sample`."""
         many = _cohort_size(self.clients_per_round, num_clients)
-        drawn = torch.randperm(num_clients, generator=stream(seed, "cohort", round_))[:many]
+        drawn = torch.randperm(num_clients, generator=stream(seed, "cohort", round_idx))[:many]
         return sorted(drawn.tolist())
 
 
@@ -93,7 +93,7 @@ class WeightedSampler(CohortSampler):
             weights = arguments.numbers("weights", self.weights, allowed="one finite number of at least 0 per client")
             object.__setattr__(self, "weights", tuple(weights.tolist()))
 
-    def sample(self, round_: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
+    def sample(self, round_idx: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
         """A weighted draw without replacement; see :meth:`CohortSampler.sample`."""
         many = _cohort_size(self.clients_per_round, num_clients)
         weights = torch.as_tensor(sizes if self.weights is None else self.weights, dtype=torch.float64, device="cpu")
@@ -104,7 +104,7 @@ class WeightedSampler(CohortSampler):
                 f"`weights` must be positive for at least the {many} clients of a round, got"
                 f" {int((weights > 0).sum())} positive; draw fewer clients."
             )
-        drawn = torch.multinomial(weights, many, replacement=False, generator=stream(seed, "cohort", round_))
+        drawn = torch.multinomial(weights, many, replacement=False, generator=stream(seed, "cohort", round_idx))
         return sorted(drawn.tolist())
 
 
@@ -123,20 +123,24 @@ class FixedSequenceSampler(CohortSampler):
     cohorts: Iterable[Iterable[int]]
 
     def __post_init__(self) -> None:
-        cohorts = [_checked_cohort(round_, cohort) for round_, cohort in enumerate(_list("cohorts", self.cohorts))]
+        cohorts = [
+            _checked_cohort(round_idx, cohort) for round_idx, cohort in enumerate(_list("cohorts", self.cohorts))
+        ]
         object.__setattr__(self, "cohorts", tuple(cohorts))
 
-    def sample(self, round_: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
+    def sample(self, round_idx: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
         """The cohort written down for the round; see :meth:`CohortSampler.sample`."""
         cohorts = list(self.cohorts)
-        if round_ >= len(cohorts):
+        if round_idx >= len(cohorts):
             raise ValueError(
-                f"`cohorts` must have an entry for every round, got {len(cohorts)} where round {round_} (counted from"
+                f"`cohorts` must have an entry for every round, got {len(cohorts)} where round {round_idx} (counted from"
                 " 0) is asked for; add cohorts or train fewer rounds."
             )
-        cohort = list(cohorts[round_])
+        cohort = list(cohorts[round_idx])
         if cohort[0] < 0 or cohort[-1] >= num_clients:
-            raise ValueError(f"`cohorts` must name clients in 0 .. {num_clients - 1}, got {cohort} for round {round_}.")
+            raise ValueError(
+                f"`cohorts` must name clients in 0 .. {num_clients - 1}, got {cohort} for round {round_idx}."
+            )
         return cohort
 
 
@@ -146,11 +150,11 @@ def _list(name: str, value: object) -> list[Any]:
     return list(value)
 
 
-def _checked_cohort(round_: int, clients: object) -> tuple[int, ...]:
+def _checked_cohort(round_idx: int, clients: object) -> tuple[int, ...]:
     cohort = sorted(arguments.integer("cohorts", client, minimum=0) for client in _list("cohorts", clients))
     if not cohort or len(set(cohort)) < len(cohort):
         raise ValueError(
-            f"`cohorts` must name at least one client a round and none twice, got {cohort} for round {round_}."
+            f"`cohorts` must name at least one client a round and none twice, got {cohort} for round {round_idx}."
         )
     return tuple(cohort)
 

@@ -14,7 +14,7 @@ from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.options import BufferPolicy
-from lightning_fedhaw.rule import RuleStep
+from lightning_fedhaw.rule import RuleOutput
 from lightning_fedhaw.server import Server, averaged_buffers
 from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.memory import HOST
@@ -43,7 +43,7 @@ class Buffers:
     def __init__(self, policy: BufferPolicy, host: Host, server: Server, data: ClientData, seed: int) -> None:
         if policy == "recalibrate" and not host.module.automatic_optimization:
             raise ValueError(
-                '`buffers="recalibrate"` runs `training_step` without stepping optimisers, which'
+                '`buffers="recalibrate"` runs `training_step` without stepping optimizers, which'
                 ' `automatic_optimization=False` does not allow. Use `buffers="average"`.'
             )
         self.policy = policy
@@ -96,7 +96,9 @@ class Buffers:
         for client, buffers in local.items():
             self.local[client] = {name: b for name, b in buffers.items() if name in self.server.layout.buffers}
 
-    def aggregate(self, cohort: Cohort, step: RuleStep, updates: Sequence[ClientUpdate]) -> Mapping[str, Tensor] | None:
+    def aggregate(
+        self, cohort: Cohort, step: RuleOutput, updates: Sequence[ClientUpdate]
+    ) -> Mapping[str, Tensor] | None:
         """Average the received buffers by the rule's weights.
 
         Args:
@@ -117,11 +119,11 @@ class Buffers:
         return averaged_buffers(self.server.buffers, (update.buffers for update in updates), weights / total)
 
     @torch.no_grad()
-    def recalibrate(self, round_: int, clients: Sequence[int]) -> None:
+    def recalibrate(self, round_idx: int, clients: Sequence[int]) -> None:
         """Compute the running statistics of normalization layers anew, on data of the cohort.
 
         Args:
-            round_: The round's number.
+            round_idx: The round's number.
             clients: The clients whose update was received.
         """
         module = self.host.module
@@ -129,8 +131,10 @@ class Buffers:
         limit = max(1, RECALIBRATION_BATCHES // len(clients))
         with _cumulative_statistics(norms), isolated_randomness(self.host.device), LogRecorder(module):
             for client in clients:
-                seed_randomness(seed_of(self.seed, "client", client, "round", round_, "recalibrate"), self.host.device)
-                for batch in self.data.batches(client, round_, epochs=1, limit=limit):
+                seed_randomness(
+                    seed_of(self.seed, "client", client, "round", round_idx, "recalibrate"), self.host.device
+                )
+                for batch in self.data.batches(client, round_idx, epochs=1, limit=limit):
                     self.host.forward(self.host.prepare(batch.data), batch.index)
         recomputed = {id(buffer) for norm in norms for buffer in norm.buffers()}
         statistics = {}

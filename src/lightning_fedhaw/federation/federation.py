@@ -20,7 +20,7 @@ from lightning_fedhaw.clients.sequential import SequentialEngine
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data.client_data import ClientData
-from lightning_fedhaw.data.samplers import CohortSampler, EveryoneSampler, UniformSampler
+from lightning_fedhaw.data.samplers import CohortSampler, FullParticipationSampler, UniformSampler
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
 from lightning_fedhaw.federation.full_gradient import FullGradient
@@ -44,7 +44,7 @@ from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.objectives.base import ClientObjective, find_objectives
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks
-from lightning_fedhaw.rule import LocalPace, Rule, RuleStep
+from lightning_fedhaw.rule import LocalLRScale, Rule, RuleOutput
 from lightning_fedhaw.server import Server
 from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
@@ -196,20 +196,20 @@ class Federation:
         )
         return reason
 
-    def cohort(self, round_: int) -> list[int]:
+    def cohort(self, round_idx: int) -> list[int]:
         """Draw the clients of a round.
 
         Raises:
             ValueError: If the sampler names a client twice, or one that does not exist.
         """
         count = self.data.num_clients
-        drawn = self.sampler.sample(round_, num_clients=count, sizes=self.data.num_examples, seed=self.seed)
+        drawn = self.sampler.sample(round_idx, num_clients=count, sizes=self.data.num_examples, seed=self.seed)
         # In ascending order, so that sums over clients do not depend on the order they were named in.
         clients = sorted(int(client) for client in drawn)
         if len(set(clients)) != len(clients) or any(not 0 <= client < count for client in clients):
             raise ValueError(
                 f"`sampler` ({type(self.sampler).__name__}) must name distinct clients of 0 to {count - 1}, got"
-                f" {clients} for round {round_}."
+                f" {clients} for round {round_idx}."
             )
         return clients[: self.cohort_cap]
 
@@ -230,14 +230,14 @@ class Federation:
     def _uniform_cohort_size(self) -> int | None:
         """Count the clients of a round, where all sets of so many are equally likely; ``None`` elsewhere."""
         # A class derived from these may draw in another way.
-        draws_uniformly = type(self.sampler) in (EveryoneSampler, UniformSampler)
+        draws_uniformly = type(self.sampler) in (FullParticipationSampler, UniformSampler)
         if not draws_uniformly or self.cohort_cap is not None:
             return None
         return len(self.cohort(0))
 
     # ------------------------------------------------------------------ a round
 
-    def play(self, round_: int) -> Report:
+    def play(self, round_idx: int) -> Report:
         """Play one communication round. If it fails, it leaves nothing behind.
 
         Raises:
@@ -247,7 +247,7 @@ class Federation:
         before = self.run_state.snapshot(self.engine)
         self.in_round = True
         try:
-            return self._play(round_)
+            return self._play(round_idx)
         except BaseException as error:
             # An interrupted round (Ctrl+C) is undone like one that failed.
             if is_out_of_memory(error) and hasattr(error, "add_note"):  # Python 3.11
@@ -257,11 +257,11 @@ class Federation:
         finally:
             self.in_round = False
 
-    def _play(self, round_: int) -> Report:
-        clients = self.cohort(round_)
+    def _play(self, round_idx: int) -> Report:
+        clients = self.cohort(round_idx)
         with self.tally.phase("broadcast"):
-            self.on_round_start(round_, clients)
-            plan = self._broadcast(round_, clients)
+            self.on_round_start(round_idx, clients)
+            plan = self._broadcast(round_idx, clients)
             own_clients = self.placement.assign(plan.slots, self.engine.cost)
         self.engine.pace = self._local_pace()
         stores = self._make_stores(plan, capacity=len(own_clients))
@@ -276,16 +276,16 @@ class Federation:
 
     # ------------------------------------------------------------------ the parts of a round, in their order
 
-    def _broadcast(self, round_: int, clients: Sequence[int]) -> RoundPlan:
+    def _broadcast(self, round_idx: int, clients: Sequence[int]) -> RoundPlan:
         """Send the global model down, and draw whose update will be lost."""
         start = self.server.parameters()
-        broadcast = self.transport.broadcast(round_, clients, start)
+        broadcast = self.transport.broadcast(round_idx, clients, start)
         if self.transport.may_be_outdated:
             self.shared_states.record_broadcast(broadcast.up_to_date)
-        lost = self.transport.uplink_outages(round_, list(broadcast.models))
-        return RoundPlan(round_, clients, start, broadcast.models, lost)
+        lost = self.transport.uplink_outages(round_idx, list(broadcast.models))
+        return RoundPlan(round_idx, clients, start, broadcast.models, lost)
 
-    def _local_pace(self) -> LocalPace | None:
+    def _local_pace(self) -> LocalLRScale | None:
         """Ask the rule what it makes of the clients' learning rates in this round.
 
         Raises:
@@ -360,17 +360,17 @@ class Federation:
         with self.tally.phase("local training"):
             return next(updates, None)
 
-    def _send_up(self, round_: int, update: ClientUpdate) -> str | None:
+    def _send_up(self, round_idx: int, update: ClientUpdate) -> str | None:
         """Send an update through the uplink; a sentence if it is not finite, before or after."""
         # A client that failed changes no channel's state.
-        reason = self.screening.nonfinite_reason(round_, update)
+        reason = self.screening.nonfinite_reason(round_idx, update)
         if reason is not None:
             return reason
-        is_changed = self.transport.transmit(round_, update)
+        is_changed = self.transport.transmit(round_idx, update)
         if not is_changed:
             return None
         # A channel may spoil what was good.
-        return self.screening.nonfinite_reason(round_, update, " (they were finite when it sent them)")
+        return self.screening.nonfinite_reason(round_idx, update, " (they were finite when it sent them)")
 
     def _substitute(self, plan: RoundPlan, client: int) -> ClientUpdate | None:
         """Make what stands in for a client's lost update, if its channel fills the slot."""
@@ -436,7 +436,7 @@ class Federation:
         if self.transport.is_summed:
             assert isinstance(vectors, AccumulatedVectors)  # that is what such a store gives
             with self.tally.phase("channel"):
-                self.transport.superpose(vectors, received.records, round_=plan.round, drawn=len(plan.clients))
+                self.transport.superpose(vectors, received.records, round_idx=plan.round, drawn=len(plan.clients))
         updates = [record.update for record in received.records]
         return Cohort(
             round=plan.round,
@@ -520,15 +520,15 @@ def _check_objectives(objectives: Sequence[ClientObjective], host: Host) -> None
         raise ValueError(
             f"Client objectives ({names}) are added to the loss that `training_step` returns, and with"
             " `automatic_optimization=False` it returns none. Add the term in `training_step`, or use automatic"
-            " optimisation."
+            " optimization."
         )
 
 
 def _check_step(step: Any, rule: str, clients: int) -> None:
     """Refuse an answer of a rule that is not one, or not one for this cohort."""
-    if not isinstance(step, RuleStep):
+    if not isinstance(step, RuleOutput):
         raise TypeError(
-            f"`{rule}.step` must return a `RuleStep(parameters, state, weights)`, got {type(step).__name__}."
+            f"`{rule}.step` must return a `RuleOutput(parameters, state, weights)`, got {type(step).__name__}."
         )
     if step.weights.shape != (clients,):
         raise ValueError(

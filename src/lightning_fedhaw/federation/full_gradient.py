@@ -35,13 +35,13 @@ class FullGradient:
             client: The client's number.
             start: ``[P]``, the model that the client received.
         """
-        round_ = self.host.round
+        round_idx = self.host.round
         total = torch.zeros_like(start)
         num_samples = 0
         vector = start.detach().requires_grad_()
         with isolated_randomness(self.host.device), torch.enable_grad():
-            seed_randomness(seed_of(self.seed, "client", client, "round", round_, "gradient"), self.host.device)
-            for batch in self.data.batches(client, round_, epochs=1):
+            seed_randomness(seed_of(self.seed, "client", client, "round", round_idx, "gradient"), self.host.device)
+            for batch in self.data.batches(client, round_idx, epochs=1):
                 loss = self.server.loss(vector, self.host.prepare(batch.data), batch.index)
                 (gradient,) = torch.autograd.grad(loss, vector)
                 total.add_(gradient, alpha=batch.size)

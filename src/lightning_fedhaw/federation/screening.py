@@ -42,11 +42,11 @@ class Screening:
         self.rule = rule
         self.uplink = uplink
 
-    def nonfinite_reason(self, round_: int, update: ClientUpdate, circumstance: str = "") -> str | None:
+    def nonfinite_reason(self, round_idx: int, update: ClientUpdate, circumstance: str = "") -> str | None:
         """Say why an update has to be left out.
 
         Args:
-            round_: The round's number.
+            round_idx: The round's number.
             update: The update.
             circumstance: What to add to the sentence.
 
@@ -59,7 +59,7 @@ class Screening:
         part = self._nonfinite_part(update)
         if part is None:
             return None
-        sentence = f"Client {update.client} returned non-finite {part} in round {round_}{circumstance}"
+        sentence = f"Client {update.client} returned non-finite {part} in round {round_idx}{circumstance}"
         if self.policy == "raise":
             raise FloatingPointError(
                 f'{sentence}, and `on_nonfinite="raise"` ends the run. Lower the local learning rate, clip gradients,'
@@ -88,7 +88,7 @@ class Screening:
                 f" rate, or clip gradients (`gradient_clip_val=1.0`).{self.rule.advice()}{self._channel_advice()}"
             )
         if updates and not any(update.num_steps for update in updates):
-            rank_zero_warn(f"No client made an optimiser step in round {plan.round}; `training_step` may return None.")
+            rank_zero_warn(f"No client made an optimizer step in round {plan.round}; `training_step` may return None.")
 
     def _channel_advice(self) -> str:
         """Name the channels that change what clients send."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw.channel.awgn import rms
-from lightning_fedhaw.channel.base import Arrivals, Channel, Link, Parcel, Scene, SumChannel
+from lightning_fedhaw.channel.base import AggregateChannel, Arrivals, Channel, Link, Parcel, Scene
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.federation.records import UpdateRecord
 from lightning_fedhaw.rule import Rule
@@ -58,7 +58,7 @@ class Transport:
     ) -> None:
         self.uplink = [channel for channel in channels if channel.link == "uplink"]
         self.downlink = [channel for channel in channels if channel.link == "downlink"]
-        self.sum_channels = [channel for channel in self.uplink if isinstance(channel, SumChannel)]
+        self.sum_channels = [channel for channel in self.uplink if isinstance(channel, AggregateChannel)]
         self.layout = layout
         self.payloads = payloads
         self.seed = seed
@@ -107,13 +107,13 @@ class Transport:
         """Count the bytes of one message as the channels of its link pack it, with what travels beside it."""
         return self._parcels[link].bytes + sum(payload.message_bytes for payload in self.payloads)
 
-    def sent_bytes(self, link: Link, round_: int, clients: Sequence[int]) -> int:
+    def sent_bytes(self, link: Link, round_idx: int, clients: Sequence[int]) -> int:
         """Count the bytes of a round's messages on a link, what was sent more than once included."""
         channels = self.uplink if link == "uplink" else self.downlink
         resent = 0
         for channel in channels:
             for client in clients:
-                resent += channel.resent(round_=round_, client=client, seed=self.seed)
+                resent += channel.resent(round_idx=round_idx, client=client, seed=self.seed)
         return len(clients) * self.message_bytes(link) + resent
 
     @property
@@ -128,11 +128,11 @@ class Transport:
         """Whether a client that misses a broadcast trains an older model."""
         return any(channel.fallback == "reuse_model" for channel in self.downlink)
 
-    def broadcast(self, round_: int, clients: Sequence[int], start: Tensor) -> Broadcast:
+    def broadcast(self, round_idx: int, clients: Sequence[int], start: Tensor) -> Broadcast:
         """Send the global model to the clients of a round.
 
         Args:
-            round_: The round's number.
+            round_idx: The round's number.
             clients: The clients that were drawn.
             start: ``[P]``, the global parameters.
         """
@@ -141,9 +141,9 @@ class Transport:
         up_to_date = set(clients)
         for channel in self.downlink:
             present = list(models)
-            for client, is_lost in zip(present, self._outage(channel, round_, present), strict=True):
+            for client, is_lost in zip(present, self._outage(channel, round_idx, present), strict=True):
                 if not is_lost:
-                    models[client] = self._through(channel, models[client], round_, client)
+                    models[client] = self._through(channel, models[client], round_idx, client)
                     channel.remember_broadcast(client, models[client])
                     continue
                 up_to_date.discard(client)
@@ -160,7 +160,7 @@ class Transport:
 
     # ------------------------------------------------------------------ up
 
-    def uplink_outages(self, round_: int, clients: Sequence[int]) -> dict[int, Channel]:
+    def uplink_outages(self, round_idx: int, clients: Sequence[int]) -> dict[int, Channel]:
         """Draw whose update will be lost, before anybody trains.
 
         Returns:
@@ -168,12 +168,12 @@ class Transport:
         """
         lost: dict[int, Channel] = {}
         for channel in self.uplink:
-            for client, is_lost in zip(clients, self._outage(channel, round_, clients), strict=True):
+            for client, is_lost in zip(clients, self._outage(channel, round_idx, clients), strict=True):
                 if is_lost:
                     lost.setdefault(client, channel)
         return lost
 
-    def transmit(self, round_: int, update: ClientUpdate) -> bool:
+    def transmit(self, round_idx: int, update: ClientUpdate) -> bool:
         """Send an update's displacement up; what arrives takes its place.
 
         Returns:
@@ -181,7 +181,7 @@ class Transport:
         """
         is_changed = False
         for channel in self.uplink:
-            received = self._through(channel, update.displacement, round_, update.client)
+            received = self._through(channel, update.displacement, round_idx, update.client)
             if received is not update.displacement:
                 update.displacement.copy_(received)
                 is_changed = True
@@ -204,18 +204,18 @@ class Transport:
         return rms(update.displacement)
 
     def superpose(
-        self, vectors: AccumulatedVectors, records: Sequence[UpdateRecord], *, round_: int, drawn: int
+        self, vectors: AccumulatedVectors, records: Sequence[UpdateRecord], *, round_idx: int, drawn: int
     ) -> None:
         """Send the sum of a cohort through the channels that act on it; what arrives takes its place.
 
         Args:
             vectors: The cohort's sum.
             records: The updates in it.
-            round_: The round's number.
+            round_idx: The round's number.
             drawn: The number of clients that were drawn for the round.
         """
         arrivals = Arrivals(
-            round=round_,
+            round=round_idx,
             seed=self.seed,
             drawn=drawn,
             clients=[record.update.client for record in records],
@@ -227,11 +227,11 @@ class Transport:
 
     # ------------------------------------------------------------------ one channel
 
-    def _outage(self, channel: Channel, round_: int, clients: Sequence[int]) -> list[bool]:
+    def _outage(self, channel: Channel, round_idx: int, clients: Sequence[int]) -> list[bool]:
         """Ask a channel whose message is lost."""
         if not clients:
             return []
-        lost = torch.as_tensor(channel.outage(round_, list(clients), self.seed), dtype=torch.bool)
+        lost = torch.as_tensor(channel.outage(round_idx, list(clients), self.seed), dtype=torch.bool)
         if lost.shape != (len(clients),):
             raise ValueError(
                 f"`{type(channel).__name__}.outage` must say for each of {len(clients)} clients whether its message is"
@@ -239,9 +239,9 @@ class Transport:
             )
         return lost.tolist()
 
-    def _through(self, channel: Channel, message: Tensor, round_: int, client: int) -> Tensor:
+    def _through(self, channel: Channel, message: Tensor, round_idx: int, client: int) -> Tensor:
         """Send one message through one channel."""
-        received = channel.transmit(message, round_=round_, client=client, seed=self.seed)
+        received = channel.transmit(message, round_idx=round_idx, client=client, seed=self.seed)
         if received.shape != message.shape:
             raise ValueError(
                 f"`{type(channel).__name__}.transmit` must return a message of the shape {list(message.shape)}, got"

@@ -1,8 +1,8 @@
 """Client objectives: what clients add to their loss, one file each."""
 
 from lightning_fedhaw.objectives.base import ClientObjective
-from lightning_fedhaw.objectives.feddyn import FedDyn
+from lightning_fedhaw.objectives.feddyn import FedDynObjective
 from lightning_fedhaw.objectives.fedprox import FedProx
-from lightning_fedhaw.objectives.scaffold import Scaffold
+from lightning_fedhaw.objectives.scaffold import ScaffoldObjective
 
-__all__ = ["ClientObjective", "FedDyn", "FedProx", "Scaffold"]
+__all__ = ["ClientObjective", "FedDynObjective", "FedProx", "ScaffoldObjective"]

@@ -37,7 +37,7 @@ class ClientObjective(KeyedCallback):
     key = "ClientObjective"
 
     pull: float = 0.0
-    """The factor of ``|w - start|^2 / 2`` in the term, which shortens the way of a local optimiser."""
+    """The factor of ``|w - start|^2 / 2`` in the term, which shortens the way of a local optimizer."""
 
     shares_state: bool = False
     """Whether the server knows the mean of all clients' states. It is sent down with the model, and the change of a
@@ -110,7 +110,7 @@ class ClientObjective(KeyedCallback):
             state: The state it worked with.
             start: The model it started from.
             end: The model it ended with.
-            num_steps: Its optimiser steps.
+            num_steps: Its optimizer steps.
         """
         return state
 

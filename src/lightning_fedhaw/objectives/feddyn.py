@@ -16,7 +16,7 @@ from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
 DynPenalty = Literal["square", "norm"]
 
 
-class FedDyn(ClientObjective):
+class FedDynObjective(ClientObjective):
     """Add ``-<g_k, w> + alpha / 2 |w - start|^2`` to each client's loss, then ``g_k <- g_k - alpha (end - start)``.
 
     ``g_k`` [P] begins at zero; where clients solve their problem it is the gradient of the client's own loss. This is

@@ -9,8 +9,8 @@ import torch
 
 
 @cache
-def normaliser(steps: int, momentum: float = 0.0, nesterov: bool = False, pull: float = 0.0) -> float:
-    """``A``: how far a local optimiser with a learning rate of 1 goes on gradients of -1.
+def normalizer(steps: int, momentum: float = 0.0, nesterov: bool = False, pull: float = 0.0) -> float:
+    """``A``: how far a local optimizer with a learning rate of 1 goes on gradients of -1.
 
     Args:
         steps: Its steps, from rest.
@@ -19,7 +19,7 @@ def normaliser(steps: int, momentum: float = 0.0, nesterov: bool = False, pull: 
         pull: Learning rate times the factor of a proximal term, ``lr mu``.
 
     Example:
-        >>> normaliser(5), round(normaliser(5, momentum=0.9), 4), round(normaliser(5, pull=0.1), 4)
+        >>> normalizer(5), round(normalizer(5, momentum=0.9), 4), round(normalizer(5, pull=0.1), 4)
         (5.0, 13.1441, 4.0951)
     """
     reached = velocity = 0.0
@@ -31,7 +31,7 @@ def normaliser(steps: int, momentum: float = 0.0, nesterov: bool = False, pull: 
 
 
 def sgd_groups(trainer: Any, who: str, remedy: str) -> list[dict[str, Any]]:
-    """The parameter groups of the clients' optimisers, if it is known how far these go in a number of steps.
+    """The parameter groups of the clients' optimizers, if it is known how far these go in a number of steps.
 
     Args:
         trainer: The trainer, when ``fit`` begins.
@@ -44,10 +44,10 @@ def sgd_groups(trainer: Any, who: str, remedy: str) -> list[dict[str, Any]]:
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     what = [type(optimizer).__name__ for optimizer in trainer.optimizers if type(optimizer) is not torch.optim.SGD]
     if not what and any(group["maximize"] or (group["dampening"] and group["momentum"]) for group in groups):
-        what = ["SGD with dampening, or one that maximises"]
+        what = ["SGD with dampening, or one that maximizes"]
     if what:
         raise ValueError(
-            f"{who} has to know how far a local optimiser goes in a number of steps, and knows it of `torch.optim.SGD`"
+            f"{who} has to know how far a local optimizer goes in a number of steps, and knows it of `torch.optim.SGD`"
             f" without dampening; `configure_optimizers` gave {', '.join(what)}. Use such an SGD, or {remedy}."
         )
     if any(group["momentum"] for group in groups) and trainer.federation_options.optimizer_state == "kept":

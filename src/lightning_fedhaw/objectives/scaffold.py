@@ -12,12 +12,12 @@ import torch
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named, find_objectives
-from lightning_fedhaw.objectives.reach import normaliser, sgd_groups
+from lightning_fedhaw.objectives.reach import normalizer, sgd_groups
 
 ControlOption = Literal["II", "I"]
 
 
-class Scaffold(ClientObjective):
+class ScaffoldObjective(ClientObjective):
     """Add ``<c - c_k, w>`` to each client's loss: its gradients are corrected by how it differs from all clients.
 
     A control ``c_k`` [P] is what the client's gradient was; ``c`` is the mean over all N clients, and lives on the
@@ -34,7 +34,7 @@ class Scaffold(ClientObjective):
     Args:
         option: How controls are found. ``"II"`` costs nothing and needs an SGD without dampening; rates and momentum
             are read from ``configure_optimizers``, for each parameter group and as scheduled. ``"I"`` costs one
-            more pass over the client's data and goes with any optimiser.
+            more pass over the client's data and goes with any optimizer.
         name: Tells two objectives of one class apart in a checkpoint.
 
     Raises:
@@ -54,9 +54,9 @@ class Scaffold(ClientObjective):
         self._pull = 0.0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find out how far the clients' optimiser goes."""
+        """Find out how far the clients' optimizer goes."""
         if self.option == "II":
-            groups = sgd_groups(trainer, "SCAFFOLD", 'say `option="I"`, which asks nothing of the optimiser')
+            groups = sgd_groups(trainer, "SCAFFOLD", 'say `option="I"`, which asks nothing of the optimizer')
             group_of = {parameter: group for group in groups for parameter in group["params"]}
             self._groups = {n: group_of[p] for n, p in pl_module.named_parameters() if p in group_of}
             self._pull = sum(objective.pull for objective in find_objectives(trainer.callbacks))
@@ -64,7 +64,7 @@ class Scaffold(ClientObjective):
     def _reach(self, name: str, steps: int) -> float:
         group = self._groups[name]
         rate = float(group["lr"])
-        return rate * normaliser(steps, group["momentum"], group["nesterov"], rate * self._pull)
+        return rate * normalizer(steps, group["momentum"], group["nesterov"], rate * self._pull)
 
     def client_state(self, client: int, start: Named) -> ClientState:
         """``c - c_k``, which is all that local work needs to know."""

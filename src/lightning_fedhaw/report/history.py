@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.keys import KeyedCallback
-from lightning_fedhaw.observer import RoundObserver
+from lightning_fedhaw.observer import FederatedCallback
 from lightning_fedhaw.rule import Rule
 
 MOST_CLIENTS = 1000
@@ -24,7 +24,7 @@ LOG, CLIENT_TABLE, WEIGHT_TABLE = "metrics.csv", "per_client.csv", "weights.csv"
 _LABEL = "label_"
 
 
-class History(KeyedCallback, RoundObserver):
+class History(KeyedCallback, FederatedCallback):
     """Keeps what a run logged, for its closing table and its pictures.
 
     Every federation has one: where nobody gives it as a callback, it is added. It is part of the checkpoints, so a run
@@ -235,9 +235,9 @@ def _tables(folder: Path) -> History:
     for row in _rows(folder / LOG):
         if row.get("step") is None or any(name.startswith("summary/") for name in row):
             continue
-        round_ = int(row.pop("step") or 0)
-        history.metrics += [{} for _ in range(round_ + 1 - len(history.metrics))]
-        history.metrics[round_] |= {k: v for k, v in row.items() if "/client_" not in k and k != "epoch"}
+        round_idx = int(row.pop("step") or 0)
+        history.metrics += [{} for _ in range(round_idx + 1 - len(history.metrics))]
+        history.metrics[round_idx] |= {k: v for k, v in row.items() if "/client_" not in k and k != "epoch"}
     if table := list(_rows(folder / CLIENT_TABLE)):
         history.sizes = [int(row["samples"]) for row in table]
         counts = [[int(v) for name, v in row.items() if name.startswith(_LABEL)] for row in table]

@@ -75,7 +75,7 @@ def draw_comparison(
 
 
 def draw_curves(runs: Mapping[str, History], path: str | Path | None = None, metric: str = "val_acc") -> Figure:
-    """Many runs' metric over rounds, each labelled at its end, and its mean over the last ten rounds.
+    """Many runs' metric over rounds, each labeled at its end, and its mean over the last ten rounds.
 
     Args:
         runs: What each run logged, by name.
@@ -374,7 +374,7 @@ def _tidy(*panels: Any) -> None:
 
 
 def _look(i: int) -> tuple[str, str]:
-    """Colour and line style of the i-th method."""
+    """Color and line style of the i-th method."""
     return _COLORS[i % len(_COLORS)], _STYLES[i // len(_COLORS) % len(_STYLES)]
 
 

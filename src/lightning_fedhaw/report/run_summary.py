@@ -17,17 +17,17 @@ from lightning_fedhaw.report.run_report import RunRecord, summary_metrics, summa
 from lightning_fedhaw.report.summary import client_statistics
 
 
-def start_up_line(federation: Federation, callbacks: Iterable[Any], assumed: Sequence[str], round_: int) -> str:
+def start_up_line(federation: Federation, callbacks: Iterable[Any], assumed: Sequence[str], round_idx: int) -> str:
     """What will happen, and what was assumed because nobody said it.
 
     Args:
         federation: The federation.
         callbacks: The trainer's, of which channels and objectives are named.
         assumed: What was assumed of the data.
-        round_: The first round to be played.
+        round_idx: The first round to be played.
     """
     options, data, layout = federation.options, federation.data, federation.layout
-    cohort = len(federation.cohort(round_))
+    cohort = len(federation.cohort(round_idx))
     assumptions = list(assumed)
     if options.clients_per_round is None and options.sampler is None:
         assumptions.append("everyone takes part")

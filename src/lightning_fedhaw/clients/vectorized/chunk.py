@@ -74,10 +74,10 @@ class Chunk:
         """Assign the rows: clients with equally many samples are neighbors, so that most groups of rows are slices."""
         plan = self.engine.plan
         data = self.engine.data
-        round_ = self.engine.host.round
+        round_idx = self.engine.host.round
         orders = []
         for visit in visits:
-            passes = data.orders(visit.client, round_, epochs=plan.epochs, num_batches=plan.steps, limit=plan.limit)
+            passes = data.orders(visit.client, round_idx, epochs=plan.epochs, num_batches=plan.steps, limit=plan.limit)
             orders.append(list(passes))
         totals = [sum(order.numel() for order in passes) for passes in orders]
         by_length = sorted(range(len(visits)), key=lambda i: -totals[i])

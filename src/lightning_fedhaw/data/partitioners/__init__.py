@@ -7,9 +7,9 @@ a generator addressed by the seed and the scheme's name.
 
 from lightning_fedhaw.data.partitioners.base import Partitioner
 from lightning_fedhaw.data.partitioners.dirichlet import DirichletPartitioner, HybridDirichletPartitioner
-from lightning_fedhaw.data.partitioners.explicit import IndexPartitioner, KeyPartitioner
+from lightning_fedhaw.data.partitioners.explicit import IndexPartitioner, NaturalIdPartitioner
 from lightning_fedhaw.data.partitioners.iid import IIDPartitioner
-from lightning_fedhaw.data.partitioners.label_swap import LabelSwap
+from lightning_fedhaw.data.partitioners.label_swap import LabelSwapPartitioner
 from lightning_fedhaw.data.partitioners.partition import Partition
 from lightning_fedhaw.data.partitioners.skewed import LongTailPartitioner, QuantitySkewPartitioner, ShardPartitioner
 
@@ -18,9 +18,9 @@ __all__ = [
     "HybridDirichletPartitioner",
     "IIDPartitioner",
     "IndexPartitioner",
-    "KeyPartitioner",
-    "LabelSwap",
+    "LabelSwapPartitioner",
     "LongTailPartitioner",
+    "NaturalIdPartitioner",
     "Partition",
     "Partitioner",
     "QuantitySkewPartitioner",

@@ -14,7 +14,7 @@ from lightning_fedhaw.data.partitioners.base import Partitioner, plain_list
 from lightning_fedhaw.data.partitioners.partition import Integers, Partition
 
 
-class KeyPartitioner(Partitioner):
+class NaturalIdPartitioner(Partitioner):
     """One client for each distinct value of a key, such as the speaker or the hospital that a sample comes from.
 
     Args:

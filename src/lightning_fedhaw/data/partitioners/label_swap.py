@@ -15,7 +15,7 @@ from lightning_fedhaw.options import is_number
 
 
 @dataclass(frozen=True)
-class LabelSwap(Partitioner):
+class LabelSwapPartitioner(Partitioner):
     """Corrupted clients: a share of the clients has two labels mixed up in its training data (FedLAW, Li et al. 2023).
 
     The split itself is the one that ``base`` makes with the same seed.

@@ -1,4 +1,4 @@
-"""Messages of few bits: uniform quantisation, and QSGD.
+"""Messages of few bits: uniform quantization, and QSGD.
 
 D. Alistarh, D. Grubic, J. Li, R. Tomioka, M. Vojnovic: QSGD: Communication-Efficient SGD via Gradient Quantization and
 Encoding. NeurIPS 2017, Section 3.1.
@@ -119,7 +119,7 @@ def check_bits(value: object) -> int:
     raise arguments.invalid("bits", f"a whole number from 1 to {MOST_BITS}, or 32 to change nothing", value)
 
 
-class QuantizedChannel(BlockChannel):
+class QuantizationChannel(BlockChannel):
     """Sends each number in a few bits.
 
     Args:
@@ -150,11 +150,11 @@ class QuantizedChannel(BlockChannel):
         side = (32 if self.scheme == "qsgd" else 64) * len(self.blocks)
         return Parcel(parcel.values, self.bits, parcel.side + side)
 
-    def transmit(self, message: Tensor, *, round_: int, client: int, seed: int) -> Tensor:
+    def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
         """The message, rounded; see :meth:`Channel.transmit`."""
         if self.bits == 32:
             return message
-        generator = None if self.scheme == "nearest" else self.stream(seed, round_, client, "rounding")
+        generator = None if self.scheme == "nearest" else self.stream(seed, round_idx, client, "rounding")
         return self.blockwise(lambda block: self._rounded(block, generator), message)
 
     def _rounded(self, block: Tensor, generator: torch.Generator | None) -> Tensor:

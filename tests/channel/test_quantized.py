@@ -1,4 +1,4 @@
-"""Few bits: the two quantisers, and bits that flip."""
+"""Few bits: the two quantizers, and bits that flip."""
 
 import pytest
 import torch
@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from federations import Classifier, flat, loader, train, trainer
-from lightning_fedhaw import BitFlipChannel, QuantizedChannel
+from lightning_fedhaw import BitFlipChannel, QuantizationChannel
 from lightning_fedhaw.channel.bitflip import flip, flips
-from lightning_fedhaw.channel.quantised import from_codes, qsgd, to_codes
+from lightning_fedhaw.channel.quantized import from_codes, qsgd, to_codes
 from scenes import generator, prepared, received
 
 numbers = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -17,7 +17,7 @@ vectors = arrays("float32", st.integers(1, 40), elements=numbers).map(torch.from
 quickly = settings(max_examples=60, deadline=None)
 
 
-def test_the_check_numbers_of_uniform_quantisation():
+def test_the_check_numbers_of_uniform_quantization():
     codes, low, step = to_codes(torch.tensor([-1.0, 0.2, 0.6]), bits=2)
     assert codes.tolist() == [0, 2, 3]
     assert from_codes(codes, low, step).tolist() == pytest.approx([-1, 0.06666667, 0.6])
@@ -61,8 +61,8 @@ def test_qsgd_keeps_signs_and_is_within_a_level(v, levels):
 def test_equal_numbers_stay_what_they_are(value):
     v = torch.full((5,), value)
     for bits in (1, 8):
-        assert torch.equal(received(prepared(QuantizedChannel(bits, "nearest"), 5), v)[0], v)
-        assert torch.equal(received(prepared(QuantizedChannel(bits), 5), v)[0], v)
+        assert torch.equal(received(prepared(QuantizationChannel(bits, "nearest"), 5), v)[0], v)
+        assert torch.equal(received(prepared(QuantizationChannel(bits), 5), v)[0], v)
     assert torch.equal(qsgd(torch.zeros(5), 4, generator()), torch.zeros(5))
 
 
@@ -70,7 +70,7 @@ def test_equal_numbers_stay_what_they_are(value):
 @pytest.mark.parametrize("bits", [2, 4])
 def test_random_rounding_is_right_on_average_and_varies_as_it_should(scheme, bits):
     v = torch.randn(30, generator=generator(1), dtype=torch.float64)
-    draws = received(prepared(QuantizedChannel(bits, scheme), 30), v, rounds=4000)
+    draws = received(prepared(QuantizationChannel(bits, scheme), 30), v, rounds=4000)
     if scheme == "qsgd":
         step = v.norm() / (2 ** (bits - 1) - 1)
         rest = (v.abs() / step).frac()
@@ -84,10 +84,10 @@ def test_random_rounding_is_right_on_average_and_varies_as_it_should(scheme, bit
 
 
 def test_each_layer_has_its_own_range():
-    channel = QuantizedChannel(2, "nearest", per="layer")
+    channel = QuantizationChannel(2, "nearest", per="layer")
     trainer(rounds=1, callbacks=[channel]).fit(Classifier(), loader())
     message = torch.cat([torch.linspace(-3, 3, 56), torch.linspace(0, 1e-3, 27)])
-    sent = channel.transmit(message, round_=0, client=0, seed=0)
+    sent = channel.transmit(message, round_idx=0, client=0, seed=0)
     first, second = (sent[block].unique() for block in channel.blocks)
     assert first.tolist() == pytest.approx([-3, -1, 1, 3])
     assert second.tolist() == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3])
