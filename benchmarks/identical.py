@@ -89,6 +89,7 @@ from lightning_fedhaw import (
     MultiKrumCallback,
     OverTheAirChannel,
     PacketLossChannel,
+    PublishedFedHAWCallback,
     QuantizationChannel,
     RuleOutput,
     ScaffoldCallback,
@@ -404,7 +405,7 @@ def trace() -> list[list[float]]:
 
 TWO = {"devices": 2, "strategy": "federated_notebook"}
 FREE = FedHAWCallback
-PUBLISHED = partial(FedHAWCallback, 1e-3, 1e-1, normalize_by="lr")
+PUBLISHED = partial(PublishedFedHAWCallback, 1e-3, 1e-1)
 LOSSY = partial(ErasureChannel, 0.4)
 
 # Rules.
@@ -414,9 +415,7 @@ add("rule/fedavg, uniform", partial(FedAvgCallback, "uniform"))
 add("rule/fedhaw", FREE)
 add("rule/fedhaw, no weights", partial(FREE, lr_lambda=0.0))
 add("rule/fedhaw, no scale, host, Adam", partial(FREE, lr_gamma=0.0, memory="host", hyper_optimizer=Adam))
-add(
-    "rule/fedhaw, diagonal, bounds", partial(FREE, jacobian="diagonal", scale_bounds=(0.5, 2.0), step_bounds=(1.0, 2.0))
-)
+add("rule/fedhaw, bounds", partial(FREE, scale_bounds=(0.5, 2.0), step_bounds=(1.0, 2.0)))
 add("rule/published fedhaw", PUBLISHED)
 add("rule/published fedhaw, exact", partial(PUBLISHED, jacobian="exact", scale_bounds=(0.9, 1.1)))
 add("rule/published fedhaw, plain, old", partial(PUBLISHED, pseudo_gradient="plain", gamma_for_lambda="old"))

@@ -42,6 +42,7 @@ from lightning_fedhaw import (
     FederatedTrainer,
     FedHAWCallback,
     IndexPartitioner,
+    PublishedFedHAWCallback,
 )
 from lightning_fedhaw.data import Partitioner
 from lightning_fedhaw.report.history import History
@@ -54,7 +55,7 @@ Data = tuple[TensorDataset, TensorDataset, Partitioner]
 
 
 def published(rate: float) -> AggregationRule:
-    return FedHAWCallback(lr_gamma=rate, lr_lambda=10 * rate, normalize_by="lr")
+    return PublishedFedHAWCallback(lr_gamma=rate, lr_lambda=10 * rate)
 
 
 RULES: dict[str, Callable[[], AggregationRule]] = {

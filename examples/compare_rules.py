@@ -45,7 +45,7 @@ RULES: dict[str, Callable[[], fed.AggregationRule]] = {
     "FedHyper G+SL": lambda: fed.FedHyperCallback("G+SL", normalize_by="norms", hyper_lr=0.1),
     "FedHyper G+CL": lambda: fed.FedHyperCallback("G+CL", normalize_by="norms", hyper_lr=0.1),
     "FedHAW": fed.FedHAWCallback,
-    "FedHAW published": lambda: fed.FedHAWCallback(normalize_by="lr"),
+    "FedHAW published": fed.PublishedFedHAWCallback,
     "SCAFFOLD": fed.ScaffoldCallback,
     "FedDyn": lambda: fed.FedDynCallback(regularization=0.1),
     "FedLAW": lambda: fed.FedLAWCallback(**EPOCHS),

@@ -34,7 +34,7 @@ from lightning_fedhaw.data import StanfordDogs, cache_features
 from lightning_fedhaw.plotting import History, draw_comparison
 
 RULES: dict[str, Callable[[], fed.AggregationRule]] = {
-    "fedhaw-paper": lambda: fed.FedHAWCallback(lr_gamma=1e-7, lr_lambda=1e-5, normalize_by="lr"),
+    "fedhaw-paper": lambda: fed.PublishedFedHAWCallback(lr_gamma=1e-7, lr_lambda=1e-5),
     "fedhaw": fed.FedHAWCallback,
     "fedavg": fed.FedAvgCallback,
     "fedadam": fed.FedAdamCallback,

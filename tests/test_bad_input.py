@@ -21,6 +21,7 @@ from lightning_fedhaw import (
     KrumCallback,
     MultiKrumCallback,
     OverTheAirChannel,
+    PublishedFedHAWCallback,
     ServerFineTuningCallback,
 )
 from lightning_fedhaw.data import FullParticipationSampler
@@ -236,7 +237,7 @@ def test_an_optimizer_or_a_schedule_that_cannot_be_made_or_is_ready_made(make, m
     ("rule", "message", "rounds"),
     [
         (
-            FedHAWCallback(lr_gamma=1e3, normalize_by="lr"),
+            PublishedFedHAWCallback(lr_gamma=1e3),
             r"step of round 1 would make gamma \d+, and the scale .* refused: .* Lower `lr_gamma` \(1000.0\)",
             2,
         ),

@@ -239,6 +239,8 @@ def test_channels_and_objectives_are_one_or_several(parser):
         (["--federation.partitioner=Dirichlet"], "Did you mean `DirichletPartitioner`?"),
         (["--optimizer=SGD", "--lr_scheduler=StepLRR"], "no class `StepLRR`; give a name or an import path.$"),
         (["--rule=FedHAWCallback", "--rule.lr_gamm=1"], "'lr_gamm' is not accepted. Did you mean `lr_gamma`?"),
+        (["--rule=FedHAWCallback", "--rule.jacobian=exact"], "It is an argument of `PublishedFedHAWCallback`"),
+        (["--rule=PublishedFedHAWCallback", "--rule.lr_step=1"], "It is an argument of `FedHAWCallback`"),
         (["--rule=FedHAWCallback", "--rule.num_clients=3"], "It is `--federation.num_clients`"),
         (["--trainer.alpha=0.1"], "It is `--federation.alpha`"),
         (["--federation.num_client=3"], "unrecognized arguments.*Did you mean `num_clients`"),

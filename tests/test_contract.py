@@ -42,6 +42,7 @@ from lightning_fedhaw import (
     KrumCallback,
     MultiKrumCallback,
     ParameterLayout,
+    PublishedFedHAWCallback,
     ScaffoldCallback,
     ServerFineTuningCallback,
     TrimmedMeanCallback,
@@ -58,7 +59,7 @@ def logits(module, batch):
 
 
 FEW = {"server_epochs": 4, "lr": 0.05}
-by_steps = partial(FedHAWCallback, lr_gamma=0.01, lr_lambda=0.1, normalize_by="lr*steps")
+by_steps = partial(PublishedFedHAWCallback, lr_gamma=0.01, lr_lambda=0.1, normalize_by="lr*steps")
 RULES = {
     "FedAvg": FedAvgCallback,
     "FedAvg uniform": lambda: FedAvgCallback(weighting="uniform"),
@@ -68,12 +69,15 @@ RULES = {
     "FedOpt on SCAFFOLD": lambda: FedOptCallback(rule=ScaffoldCallback(), lr=0.9),
     "FedHAW": FedHAWCallback,
     "FedHAW all learned": lambda: FedHAWCallback(lr_gamma=2.0, lr_lambda=1.0),
-    "FedHAW by steps": by_steps,
-    "FedHAW exact": lambda: FedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-3, jacobian="exact", normalize_by="lr"),
-    "FedHAW by lr": lambda: FedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-3, normalize_by="lr"),
-    "FedHAW plain": lambda: by_steps(pseudo_gradient="plain"),
-    "FedHAW Adam": lambda: by_steps(hyper_optimizer=torch.optim.Adam),
-    "FedHAW bounded": lambda: by_steps(scale_bounds=(0.99, 1.01)),
+    "FedHAW published by steps": by_steps,
+    "FedHAW published exact": lambda: PublishedFedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-3, jacobian="exact"),
+    "FedHAW published": lambda: PublishedFedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-3),
+    "FedHAW published plain": lambda: by_steps(pseudo_gradient="plain"),
+    "FedHAW published Adam": lambda: by_steps(hyper_optimizer=torch.optim.Adam),
+    "FedHAW published bounded": lambda: by_steps(scale_bounds=(0.99, 1.01)),
+    "FedHAW published on host": lambda: by_steps(memory="host"),
+    "FedHAW bounded": lambda: FedHAWCallback(scale_bounds=(0.99, 1.01), step_bounds=(1.0, 2.0)),
+    "FedHAW Adam": lambda: FedHAWCallback(hyper_optimizer=torch.optim.Adam),
     "FedHAW on host": lambda: FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1, memory="host"),
     "FedOpt": FedOptCallback,
     "FedOpt AdamW": lambda: FedOptCallback(partial(torch.optim.AdamW, weight_decay=0.01), lr=0.05),
@@ -123,12 +127,12 @@ NEEDS_CLIENTS = {"trimmed mean": 3, "Krum": 3, "Multi-Krum": 3}
 NEUTRAL = {
     "FedAvg": (FedAvgCallback, FedAvgCallback),
     "FedHAW without steps": (lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, lr_step=0.0), FedAvgCallback),
-    "FedHAW by lr without steps": (
-        lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, normalize_by="lr"),
+    "FedHAW published without steps": (
+        lambda: PublishedFedHAWCallback(lr_gamma=0.0, lr_lambda=0.0),
         FedAvgCallback,
     ),
-    "FedHAW exact without steps": (
-        lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, jacobian="exact", normalize_by="lr"),
+    "FedHAW published exact without steps": (
+        lambda: PublishedFedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, jacobian="exact"),
         FedAvgCallback,
     ),
     "FedOpt": (FedOptCallback, FedAvgCallback),

@@ -26,6 +26,7 @@ from lightning_fedhaw import (
     FedOptCallback,
     FedProx,
     IndexPartitioner,
+    PublishedFedHAWCallback,
     RuleOutput,
     ScaffoldCallback,
 )
@@ -233,11 +234,11 @@ def test_a_client_that_never_heard_a_model_does_not_take_part():
 
 
 def test_a_round_without_anybody_changes_nothing_and_is_logged():
-    rule, module, other = FedHAWCallback(lr_gamma=0.1, normalize_by="lr*steps"), Classifier(), Classifier()
+    rule, module, other = PublishedFedHAWCallback(lr_gamma=0.1, normalize_by="lr*steps"), Classifier(), Classifier()
     nobody = Losing({2: range(4)})
     with pytest.warns(UserWarning, match="Nobody was heard in round 2"):
         trainer(rounds=3, rule=rule, callbacks=[nobody]).fit(module, loader())
-    reference = FedHAWCallback(lr_gamma=0.1, normalize_by="lr*steps")
+    reference = PublishedFedHAWCallback(lr_gamma=0.1, normalize_by="lr*steps")
     trainer(rounds=2, rule=reference).fit(other, loader())
     assert torch.equal(flat(module), flat(other))
     assert torch.equal(rule.state["gamma"], reference.state["gamma"])
@@ -245,9 +246,9 @@ def test_a_round_without_anybody_changes_nothing_and_is_logged():
 
 
 def test_a_round_without_anybody_can_follow_the_authors_code():
-    rule, module, other = FedHAWCallback(lr_gamma=0.1, normalize_by="lr*steps"), Classifier(), Classifier()
+    rule, module, other = PublishedFedHAWCallback(lr_gamma=0.1, normalize_by="lr*steps"), Classifier(), Classifier()
     trainer(rounds=3, rule=rule, callbacks=[Losing({2: range(4)})], empty_round="follow").fit(module, loader())
-    reference = FedHAWCallback(lr_gamma=0.1, normalize_by="lr*steps")
+    reference = PublishedFedHAWCallback(lr_gamma=0.1, normalize_by="lr*steps")
     trainer(rounds=2, rule=reference).fit(other, loader())
     scale = rule.scale
     assert scale != 1
@@ -617,11 +618,15 @@ def test_the_closing_table(capsys):
 STEPS = partial(StepLR, step_size=2)
 RULES = {
     FedHAWCallback: (
-        "lr_gamma=0.5, lr_lambda=0.3, lr_step=0.3, jacobian=exact, normalize_by=norms, scale_bounds=(0.9, 1.1),"
+        "lr_gamma=0.5, lr_lambda=0.3, lr_step=0.3, scale_bounds=(0.9, 1.1),"
         " step_bounds=(1, 8), hyper_optimizer=SGD, memory=device",
         ["scale", "server step", "weight min", "weight max"],
     ),
-    partial(FedHAWCallback, normalize_by="lr"): ("gamma_for_lambda=new, pseudo_gradient=weighted", ["scale"]),
+    PublishedFedHAWCallback: (
+        "PublishedFedHAWCallback(lr_gamma=0.001, lr_lambda=0.01, jacobian=diagonal, gamma_for_lambda=new,"
+        " pseudo_gradient=weighted, normalize_by=lr, hyper_optimizer=SGD, memory=device",
+        ["scale", "weight min", "weight max"],
+    ),
     FedHyperCallback: ("alpha_bounds=(0.333333, 3), beta_bounds=(0.1, 10), normalize_by=none, hyper_lr=1", ["alpha"]),
     ScaffoldCallback: ("ScaffoldCallback(option=II, server_lr=1)", ["Scaffold, FedProx"]),
     FedNovaCallback: ("FedNovaCallback(momentum=0, proximal=0.5", ["tau eff"]),

@@ -20,6 +20,7 @@ from lightning_fedhaw import (
     FedHAWCallback,
     IIDPartitioner,
     ParameterLayout,
+    PublishedFedHAWCallback,
     ScaffoldCallback,
 )
 from lightning_fedhaw.data import CohortSampler, FixedSequenceSampler, find_labels
@@ -462,7 +463,7 @@ def test_an_update_that_does_not_fit_into_the_storage_is_named():
 
 
 def test_a_hyper_step_that_would_extinguish_the_model_is_refused():
-    rule = FedHAWCallback(lr_gamma=1e9, normalize_by="lr")
+    rule = PublishedFedHAWCallback(lr_gamma=1e9)
     with pytest.warns(UserWarning, match="step of round 1 would make .* refused"):
         trainer(rule=rule, rounds=2).fit(Classifier(), loader())
     assert rule.scale == 1.0
@@ -518,11 +519,11 @@ def test_the_hyper_optimizer_follows_the_clients_unless_it_was_given():
     def adam(p):
         return torch.optim.AdamW(p, lr=0.01)
 
-    by_steps = partial(FedHAWCallback, normalize_by="lr*steps")
+    by_steps = partial(PublishedFedHAWCallback, normalize_by="lr*steps")
     assert chosen(by_steps(), None) is torch.optim.SGD
     assert chosen(by_steps(), adam) is torch.optim.Adam
     assert chosen(by_steps(hyper_optimizer=torch.optim.SGD), adam) is torch.optim.SGD
-    assert chosen(FedHAWCallback(normalize_by="lr"), adam) is torch.optim.SGD
+    assert chosen(PublishedFedHAWCallback(), adam) is torch.optim.SGD
     assert chosen(FedHAWCallback(), adam) is torch.optim.SGD
 
 

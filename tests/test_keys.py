@@ -15,6 +15,7 @@ from lightning_fedhaw import (
     FedHAWCallback,
     FedHyperCallback,
     PacketLossChannel,
+    PublishedFedHAWCallback,
     QuantizationChannel,
     ScaffoldCallback,
     aggregation,
@@ -50,6 +51,7 @@ KEYS = {
     "KrumCallback": "KrumCallback",
     "CoordinateMedianCallback": "MedianCallback",
     "MultiKrumCallback": "MultiKrumCallback",
+    "PublishedFedHAWCallback": "PublishedFedHAWCallback",
     "ScaffoldCallback": "ScaffoldCallback",
     "ServerFineTuningCallback": "ServerFineTuningCallback",
     "TrimmedMeanCallback": "TrimmedMeanCallback",
@@ -154,6 +156,7 @@ def run(rounds, rule, objective, ckpt_path=None):
     "rules",
     [
         (FedHAWCallback, renamed(FedHAWCallback)),
+        (PublishedFedHAWCallback, renamed(PublishedFedHAWCallback)),
         (ScaffoldCallback, renamed(ScaffoldCallback)),
         (FedHyperCallback, renamed(FedHyperCallback)),
         (
@@ -161,7 +164,7 @@ def run(rounds, rule, objective, ckpt_path=None):
             lambda: renamed(FedAvgMCallback)(rule=renamed(FedAvgCallback)()),
         ),
     ],
-    ids=["FedHAW", "SCAFFOLD", "FedHyper", "FedAvgM on FedAvg"],
+    ids=["FedHAW", "published FedHAW", "SCAFFOLD", "FedHyper", "FedAvgM on FedAvg"],
 )
 def test_a_run_is_resumed_with_a_rule_and_an_objective_that_were_renamed(rules):
     rule, other = rules

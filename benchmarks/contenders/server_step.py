@@ -1,8 +1,8 @@
 """FedHAW's server step alone: K client vectors of P parameters come in, the next global model goes out.
 
-``{"how": "ours"}``: ``FedHAWCallback.step``. ``{"how": "authors"}``: the same formulas as the authors' code writes
-them, Python sums over clients for each named tensor. ``{"how": "read"}``: every vector of the cohort read once by a dot
-product, which is what memory allows.
+``{"how": "ours"}``: ``PublishedFedHAWCallback.step``. ``{"how": "authors"}``: the same formulas as the authors' code
+writes them, Python sums over clients for each named tensor. ``{"how": "read"}``: every vector of the cohort read once
+by a dot product, which is what memory allows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from workloads import Clock, Job, run_contender
 
-from lightning_fedhaw import FedHAWCallback
+from lightning_fedhaw import PublishedFedHAWCallback
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.vectors.client_vectors import ClientVectors
 from lightning_fedhaw.vectors.layout import ParameterLayout
@@ -35,7 +35,7 @@ class Server:
 
 def ours(start: Tensor, stacks: list[Tensor], rounds: int, clock: Clock) -> Tensor:
     clients, parameters = stacks[0].shape
-    rule, server = FedHAWCallback(LR_GAMMA, LR_LAMBDA, normalize_by="lr"), Server(parameters)
+    rule, server = PublishedFedHAWCallback(LR_GAMMA, LR_LAMBDA), Server(parameters)
     ones, everyone = torch.ones(clients, dtype=torch.int64), torch.arange(clients)
     state = rule.init(start, ones)
     for t in range(rounds):

@@ -50,6 +50,7 @@ from lightning_fedhaw import (
     FedLWSCallback,
     FedProx,
     IndexPartitioner,
+    PublishedFedHAWCallback,
 )
 
 LEARNING_RATE = 1e-3
@@ -68,16 +69,16 @@ VARIANTS: dict[str, Callable[[], AggregationRule]] = {
     "fedlaw": lambda: FedLAWCallback(
         server_epochs=100, batch_size=BATCH_SIZE, lr=0.01, optimizer=torch.optim.SGD, scheduler=None
     ),
-    "diagonal": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalize_by="lr"),
-    "exact": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, normalize_by="lr", jacobian="exact"),
+    "diagonal": lambda: PublishedFedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2),
+    "exact": lambda: PublishedFedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2, jacobian="exact"),
     "default": FedHAWCallback,
-    "slow": lambda: FedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-2, normalize_by="lr"),
+    "slow": lambda: PublishedFedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-2),
     "fedprox": lambda: FedAvgCallback(weighting="batches"),
-    "fedprox_haw": lambda: FedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-2, normalize_by="lr"),
+    "fedprox_haw": lambda: PublishedFedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-2),
     "fedprox_default": FedHAWCallback,
-    "scale_only": lambda: FedHAWCallback(lr_gamma=1e-3, lr_lambda=0.0, normalize_by="lr"),
-    "diagonal_weights": lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=1e-2, normalize_by="lr"),
-    "exact_weights": lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=1e-2, normalize_by="lr", jacobian="exact"),
+    "scale_only": lambda: PublishedFedHAWCallback(lr_gamma=1e-3, lr_lambda=0.0),
+    "diagonal_weights": lambda: PublishedFedHAWCallback(lr_gamma=0.0, lr_lambda=1e-2),
+    "exact_weights": lambda: PublishedFedHAWCallback(lr_gamma=0.0, lr_lambda=1e-2, jacobian="exact"),
 }
 PROXIMAL = {"fedprox", "fedprox_haw", "fedprox_default"}
 MAIN_VARIANTS = ["fedavg", "fedadp", "fedlws", "fedhyper", "fedlaw", "diagonal", "exact", "default"]

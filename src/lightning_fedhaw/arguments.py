@@ -11,7 +11,7 @@ The calls read as ``arguments.number("lr", lr, minimum=0)``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from math import inf, isfinite
 from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
@@ -391,16 +391,26 @@ def constructor_names(kind: type) -> list[str]:
     return list(names)
 
 
-def check_names(taker: str, given: Iterable[str], known: Iterable[str]) -> None:
+def check_names(
+    taker: str, given: Iterable[str], known: Iterable[str], elsewhere: Mapping[str, str] | None = None
+) -> None:
     """Refuse keyword arguments that nobody knows.
 
+    Args:
+        taker: Who is given them.
+        given: Their names.
+        known: The names that are taken.
+        elsewhere: Names that are not, each with the class that takes it.
+
     Raises:
-        TypeError: Naming who got it, the argument, and the nearest that exists.
+        TypeError: Naming who got it, the argument, and the class that takes it or the nearest that exists.
     """
     names = sorted(set(known))
     for name in given:
         if name in names:
             continue
+        if elsewhere and name in elsewhere:
+            raise TypeError(f"`{name}` is an argument of `{elsewhere[name]}`, not of `{taker}`. Use that class.")
         nearest = get_close_matches(name, names, 1)
         remedy = f"did you mean `{nearest[0]}`?" if nearest else f"it takes {', '.join(names)}."
         raise TypeError(f"`{taker}` got an unexpected keyword argument '{name}'; {remedy}")

@@ -80,6 +80,9 @@ def sentence(message: str) -> str:
     if unknown_argument:
         owner = _public_classes().get(unknown_argument[1])
         known = inspect.signature(owner).parameters if owner else ()
+        elsewhere = getattr(owner, "arguments_elsewhere", {})
+        if unknown_argument[2] in elsewhere:
+            return f"{text}. It is an argument of `{elsewhere[unknown_argument[2]]}`."
         return f"{text}. {_argument_hint(unknown_argument[2], known)}".strip()
     unknown_setting = _UNKNOWN_SETTING.search(text)
     if unknown_setting:

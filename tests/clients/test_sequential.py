@@ -9,7 +9,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from federations import QUIET, Classifier, flat, samples, trainer
-from lightning_fedhaw import FedAvgCallback, FederatedCallback, FederatedTrainer, FedHAWCallback, IIDPartitioner
+from lightning_fedhaw import (
+    FedAvgCallback,
+    FederatedCallback,
+    FederatedTrainer,
+    IIDPartitioner,
+    PublishedFedHAWCallback,
+)
 
 
 class Watch(FederatedCallback):
@@ -494,7 +500,7 @@ def test_each_parameter_needs_exactly_one_optimizer():
             return super().configure_optimizers()[0], torch.optim.SGD([self.net[0].weight], lr=0.1)
 
     with pytest.raises(ValueError, match=r"`net\.0\.weight` is in 2 optimizers instead of exactly one"):
-        trainer(rule=FedHAWCallback(normalize_by="lr")).fit(Forgets(), DataLoader(samples(40), batch_size=8))
-    runner = trainer(rule=FedHAWCallback(normalize_by="lr"), rounds=2)
+        trainer(rule=PublishedFedHAWCallback()).fit(Forgets(), DataLoader(samples(40), batch_size=8))
+    runner = trainer(rule=PublishedFedHAWCallback(), rounds=2)
     runner.fit(TwoOptimizers(), DataLoader(samples(40), batch_size=8))
     assert "gamma" in runner.callback_metrics

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from federations import QUIET
-from lightning_fedhaw import Channel, FedAvgCallback, FederatedTrainer, FedHAWCallback, FedProx, IndexPartitioner
+from lightning_fedhaw import (
+    Channel,
+    FedAvgCallback,
+    FederatedTrainer,
+    FedHAWCallback,
+    FedProx,
+    IndexPartitioner,
+    PublishedFedHAWCallback,
+)
 from lightning_fedhaw.streams import stream
 from parity.authors_formulas import Formulas, Trace, local_sgd, play
 from parity.federation import EVERYONE, ROUNDS, SEED, SIZES, SOME, Watcher, from_trainer, samples
@@ -55,13 +63,12 @@ def from_formulas(start: np.ndarray, cohorts: list[list[int]], formulas: Formula
 
 def from_package(cohorts: list[list[int]], formulas: Formulas, **kwargs: Any) -> tuple[np.ndarray, list[Trace]]:
     """The initial model, and what the trainer makes of it."""
-    rule = FedHAWCallback(
+    rule = PublishedFedHAWCallback(
         lr_gamma=formulas.lr_gamma,
         lr_lambda=formulas.lr_lambda,
         jacobian="exact" if formulas.exact else "diagonal",
         gamma_for_lambda="new" if formulas.new_gamma else "old",
         pseudo_gradient="plain" if formulas.plain else "weighted",
-        normalize_by="lr",
     )
     kwargs["beside"] = [FedProx(formulas.proximal)] if formulas.proximal else []
     start, watcher = from_trainer(rule, cohorts, mu=formulas.mu, epochs=EPOCHS, batch_size=BATCH_SIZE, **kwargs)
@@ -177,7 +184,7 @@ def check(trace: Trace, gamma: float | None, lam: tuple[float, float] | None, w:
 
 
 def rule(**kwargs: Any) -> FedHAWCallback:
-    return FedHAWCallback(lr_gamma=0.01, lr_lambda=0.05, normalize_by="lr", **kwargs)
+    return PublishedFedHAWCallback(lr_gamma=0.01, lr_lambda=0.05, **kwargs)
 
 
 def test_four_rounds_of_the_authors_rule():
@@ -193,7 +200,7 @@ def test_four_rounds_of_the_exact_rule():
     check(rounds[3], -0.00238542, (-1.39029430, -0.28368214), (0.73735897, 1.16609811))
 
 
-@pytest.mark.parametrize("fedavg", [FedAvgCallback(), FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, normalize_by="lr")])
+@pytest.mark.parametrize("fedavg", [FedAvgCallback(), PublishedFedHAWCallback(lr_gamma=0.0, lr_lambda=0.0)])
 def test_four_rounds_of_fedavg(fedavg):
     check(four_rounds(fedavg)[3], None, None, (0.742075, 1.17195))
 

@@ -7,6 +7,7 @@ from lightning_fedhaw.aggregation.fedbe import FedBECallback
 from lightning_fedhaw.aggregation.feddf import FedDFCallback
 from lightning_fedhaw.aggregation.feddyn import FedDynCallback
 from lightning_fedhaw.aggregation.fedhaw import FedHAWCallback
+from lightning_fedhaw.aggregation.fedhaw_published import PublishedFedHAWCallback
 from lightning_fedhaw.aggregation.fedhyper import FedHyperCallback
 from lightning_fedhaw.aggregation.fedlaw import FedLAWCallback
 from lightning_fedhaw.aggregation.fedlws import FedLWSCallback
@@ -51,6 +52,7 @@ __all__ = [
     "KrumCallback",
     "LocalLRScale",
     "MultiKrumCallback",
+    "PublishedFedHAWCallback",
     "RuleOutput",
     "ScaffoldCallback",
     "ServerFineTuningCallback",

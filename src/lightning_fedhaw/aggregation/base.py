@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,10 +39,13 @@ class AggregationRule(Rule, KeyedCallback):
 
     key = "AggregationRule"
 
+    arguments_elsewhere: ClassVar[Mapping[str, str]] = {}
+    """Arguments that a user may look for here, and the class that takes them instead."""
+
     def __init__(self, **federation: Any) -> None:
         super().__init__()
         known = [*arguments.constructor_names(type(self)), *arguments.constructor_names(FederationOptions)]
-        arguments.check_names(type(self).__name__, federation, known)
+        arguments.check_names(type(self).__name__, federation, known, self.arguments_elsewhere)
         self.options = FederationOptions(**federation)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
