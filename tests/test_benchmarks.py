@@ -219,7 +219,7 @@ def test_a_check_that_is_wrong_or_raises_is_a_failure(harness, monkeypatch, caps
 def test_every_rule_is_checked(harness, tmp_path):
     checks = harness("gpu_checks")
     titles = [title for title, _ in checks.rules(checks.Lab("cpu", tmp_path))]
-    rules = [name for name in checks.fed.__all__ if name.endswith("Callback")]
+    rules = [name for name in checks.fed.__all__ if name.endswith("Callback") and name != "FederatedCallback"]
     assert titles == [f"{name}: resumed from straight" for name in sorted(rules)]
 
 
