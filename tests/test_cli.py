@@ -232,7 +232,7 @@ def test_channels_and_objectives_are_one_or_several(parser):
     ("args", "said"),
     [
         (["--rule=FedHAV"], "`--rule`: there is no class `FedHAV`.*Did you mean `FedHAWCallback`?"),
-        (["--rule=Best"], "There are FedAdagradCallback, .*TrimmedMeanCallback"),
+        (["--rule=Best"], "There are CoordinateMedianCallback, .*TrimmedMeanCallback"),
         (["--channel+=ErasureChannl"], "Did you mean `ErasureChannel`?"),
         (["--channel=AWGN"], "there is no class `AWGN`.*Did you mean `AWGNChannel`?"),
         (["--objective=FedProxx"], "there is no class `FedProxx`.*Did you mean `FedProx`?"),

@@ -628,7 +628,7 @@ RULES = {
         ["scale", "weight min", "weight max"],
     ),
     FedHyperCallback: ("alpha_bounds=(0.333333, 3), beta_bounds=(0.1, 10), normalize_by=none, hyper_lr=1", ["alpha"]),
-    ScaffoldCallback: ("ScaffoldCallback(option=II, server_lr=1)", ["Scaffold, FedProx"]),
+    ScaffoldCallback: ("ScaffoldCallback(option=II, server_lr=1)", ["ScaffoldObjective, FedProx"]),
     FedNovaCallback: ("FedNovaCallback(momentum=0, proximal=0.5", ["tau eff"]),
     FedAdpCallback: ("smooth_by=participations", ["weight/min", "weight/max"]),
     FedAdamCallback: ("FedAdamCallback(lr=0.1, beta1=0.9, beta2=0.99, tau=0.001", ["server lr"]),

@@ -165,10 +165,11 @@ def find_objectives(callbacks: Iterable[Any]) -> list[ClientObjective]:
     brought = ((callback, *getattr(callback, "objectives", ())) for callback in callbacks)
     found = [each for together in brought for each in together if isinstance(each, ClientObjective)]
     keys = [objective.state_key for objective in found]
-    for key in keys:
+    for key, objective in zip(keys, found, strict=True):
         if keys.count(key) > 1:
+            name = type(objective).__name__
             raise ValueError(
-                f"`callbacks` has the client objective {key} {keys.count(key)} times, those that rules bring along"
+                f"`callbacks` has the client objective {name} {keys.count(key)} times, those that rules bring along"
                 " included. Remove all but one, or tell them apart by `name=`."
             )
     return found
