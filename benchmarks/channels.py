@@ -1,4 +1,4 @@
-"""What each channel does to an update, and to who is heard: draws docs/images/channels.png."""
+"""What each channel does to an update, and to whose update is received: draws docs/images/channels.png."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import lightning_fedhaw as fed
-from lightning_fedhaw.channel import AggregateChannel, Arrivals, Channel, Parcel, Scene
+from lightning_fedhaw.channel import AggregateChannel, Arrivals, Channel, ChannelContext, MessageSize
 from lightning_fedhaw.channel.awgn import rms
 
 NUMBERS, CLIENTS, ROUNDS = 120, 10, 60
@@ -40,14 +40,14 @@ LOSSES: dict[str, Channel] = {
 def prepare(channel: Channel) -> None:
     layout = fed.ParameterLayout.of(nn.Linear(NUMBERS - 1, 1))
     channel.prepare(
-        Scene(
+        ChannelContext(
             layout=layout,
             num_examples=torch.linspace(20, 150, CLIENTS),
-            parcel=Parcel(NUMBERS, 32),
+            size=MessageSize(NUMBERS, 32),
             channels=[channel],
             rule="FedAvgCallback",
-            raw_weight=lambda update: 1.0,
-            beside=[],
+            unnormalized_weight=lambda update: 1.0,
+            side_payloads=[],
             drawn_uniformly=CLIENTS,
         )
     )
@@ -66,16 +66,16 @@ def crossed(channel: Channel) -> tuple[Tensor, Tensor]:
     if not isinstance(channel, AggregateChannel):
         return rows[0], channel.transmit(rows[0], round_idx=1, client=0, seed=0)
     there = ~channel.outage(0, list(range(CLIENTS)), 0)
-    heard = [channel.transmit(rows[k], round_idx=0, client=k, seed=0) for k in range(CLIENTS) if there[k]]
+    received = [channel.transmit(rows[k], round_idx=0, client=k, seed=0) for k in range(CLIENTS) if there[k]]
     arrivals = Arrivals(
         round=0,
         seed=0,
         drawn=CLIENTS,
         clients=there.nonzero().flatten().tolist(),
-        weights=torch.ones(len(heard), dtype=torch.float64),
-        rms=torch.tensor([rms(each) for each in heard], dtype=torch.float64),
+        weights=torch.ones(len(received), dtype=torch.float64),
+        rms=torch.tensor([rms(each) for each in received], dtype=torch.float64),
     )
-    return rows.mean(0), channel.superpose(torch.stack(heard).sum(0), arrivals) / len(heard)
+    return rows.mean(0), channel.superpose(torch.stack(received).sum(0), arrivals) / len(received)
 
 
 def main() -> None:

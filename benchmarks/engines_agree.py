@@ -50,7 +50,7 @@ WAYS: list[tuple[dict[str, Any], str, float]] = [
 
 def trained(job: Job) -> torch.Tensor:
     """The displacement after all rounds, ``[P]``."""
-    with redirect_stdout(StringIO()):  # the closing table
+    with redirect_stdout(StringIO()):  # the run summary
         _, module = fit(job, Clock())
     end = torch.nn.utils.parameters_to_vector(module.net.cpu().parameters()).detach()
     return end - torch.from_numpy(job.arrays["start"])

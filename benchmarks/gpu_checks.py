@@ -208,7 +208,7 @@ class Lab:
         }
         trainer = fed.FederatedTrainer(callbacks=[rule or fed.FedAvgCallback(), *callbacks], **given)
         data = fed.FederatedDataModule(self.samples(samples), batch_size=batch_size, proxy=proxy, seed=0)
-        with redirect_stdout(StringIO()):  # the closing table
+        with redirect_stdout(StringIO()):  # the run summary
             trainer.fit(module, data, ckpt_path=ckpt_path)
         end = nn.utils.parameters_to_vector(module.net.parameters()).detach().cpu()
         return Run(end.float() - start, trainer, module)

@@ -166,7 +166,7 @@ def played(way: str, job: Job, left: float) -> sheet.Record:
     else:
         job = replace(job, options=WAYS[way], skip=CONTENDERS.get(way, CONTENDERS[OURS]).skip)
         clock = Clock(job.device, skip=job.skip, seconds=job.seconds)
-        with redirect_stdout(StringIO()):  # the closing table
+        with redirect_stdout(StringIO()):  # the run summary
             trainer, _ = importlib.import_module("ours").fit(job, clock)
         engine = type(trainer.fit_loop.federation.engine).__name__.removesuffix("Engine").lower()
     record = {"seconds": clock.seconds[job.skip :], "ready": sum(clock.seconds[: job.skip]), "engine": engine}

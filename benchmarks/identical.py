@@ -329,7 +329,7 @@ class Sparse(ClientObjective):
 class SquareRoots(AggregationRule):
     """A rule of a user's own."""
 
-    def raw_weight(self, update: Any) -> float:
+    def unnormalized_weight(self, update: Any) -> float:
         return float(update.num_examples) ** 0.5
 
     def step(self, cohort: Any, state: Any, server: Any) -> RuleOutput:
@@ -431,7 +431,7 @@ add("rule/fedhyper CL", partial(FedHyperCallback, "CL", normalize_by="norms", hy
 add("rule/fedhyper G+SL", partial(FedHyperCallback, "G+SL", normalize_by="lr", alpha_bounds=(0.2, 5.0)))
 add("rule/fedhyper G+CL", partial(FedHyperCallback, "G+CL", normalize_by="norms", hyper_lr=0.1))
 add("rule/fedadp", FedAdpCallback)
-add("rule/fedadp, rounds", partial(FedAdpCallback, 2.0, smooth_by="rounds", update_unheard=True), LOSSY)
+add("rule/fedadp, rounds", partial(FedAdpCallback, 2.0, smooth_by="rounds", smooth_substitutes=True), LOSSY)
 add("rule/fedlws", FedLWSCallback)
 add("rule/fednova", FedNovaCallback, model=partial(Classifier, momentum))
 add("rule/fednova, fedprox", partial(FedNovaCallback, tau_eff="steps"), partial(FedProx, 0.1), local_epochs=2)
@@ -796,7 +796,7 @@ def cohorts() -> Record:
     }
 
 
-def identities() -> Record:
+def resume_keys() -> Record:
     """The names from which draws and checkpoints are addressed, and the first draw of each channel."""
     record = {"stream": text_of(torch.rand(3, generator=stream(7, "client", 2, "round", 1, "batches")))}
     for name, scenario in SCENARIOS.items():
@@ -804,7 +804,7 @@ def identities() -> Record:
             path = f"{name}/{index}"
             record[f"{path}/state_key"] = repr(callback.state_key)
             if hasattr(callback, "identity"):
-                record[f"{path}/identity"] = repr(callback.identity)
+                record[f"{path}/identity"] = repr(callback.resume_key)
             if isinstance(callback, Channel):
                 record[f"{path}/draw"] = text_of(torch.rand(2, generator=callback.stream(7, 1, 2, "any")))
     return record
@@ -813,7 +813,7 @@ def identities() -> Record:
 TABLES: dict[str, Callable[[], Record]] = {
     "partitions": partitions,
     "samplers": cohorts,
-    "identities": identities,
+    "identities": resume_keys,
 }
 
 

@@ -101,7 +101,7 @@ def play(rule: str | None, samples: TensorDataset, args: argparse.Namespace) -> 
             rounds=args.rounds + 1, callbacks=[RULES[rule](), clock], client_eval=False, **settings
         )
         data = fed.FederatedDataModule(samples, args.clients, IIDPartitioner(), batch_size=args.batch_size, seed=0)
-        with redirect_stdout(StringIO()):  # the closing table
+        with redirect_stdout(StringIO()):  # the run summary
             federated.fit(module, data)
     assert len(clock.seconds) == args.rounds
     return clock.seconds

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[float, History]]:
     parser.add_argument("--legacy-seed", type=int, help="draw as the authors' code does from this seed")
     args = parser.parse_args(argv)
     quietly()
-    warnings.filterwarnings("ignore", message="Nobody was heard in round")
+    warnings.filterwarnings("ignore", message="No client update was received in round")
 
     split, errors = load(args.data, args.folder), sorted(args.errors)
     runs: dict[str, dict[float, History]] = {name: {} for name in args.methods}

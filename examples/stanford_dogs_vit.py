@@ -8,7 +8,7 @@
 As in the paper the ViT is frozen and an MLP 768-256-256-120 is trained on its features, which are computed once and
 kept in `--output`. `--finetune` trains on images instead: `head` the MLP alone, a number the last so many blocks too,
 `all` everything. Validation, after every round, is on the official test list. Prints who owns what, a bar that counts
-rounds, the closing table and the breeds that are taken for each other most often; draws the clients, the confusion
+rounds, the run summary and the breeds that are taken for each other most often; draws the clients, the confusion
 matrix, and accuracy, scale and weights over rounds.
 """
 
@@ -77,7 +77,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="vit_base_patch16_224", help="any model of timm")
     parser.add_argument("--image-size", type=int, help="where it is not the model's own")
     parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="timm's weights; the default")
-    parser.add_argument("--checkpoint-path", type=Path, help="a file of weights in the place of timm's")
+    parser.add_argument("--checkpoint-path", type=Path, help="a file of weights instead of timm's")
     parser.add_argument("--finetune", default="none", help="none (train on cached features), head, blocks, or all")
     parser.add_argument("--head-widths", type=int, nargs="*", default=[256, 256])
     parser.add_argument("--rule", choices=RULES, default="fedhaw-paper")

@@ -95,9 +95,13 @@ def test_accumulated_vectors_know_one_mix_only():
     assert torch.allclose(summed.weighted_sum(weights), dense.weighted_sum(weights), atol=1e-12)
     assert torch.allclose(summed.weighted_sum(0.9 * weights), dense.weighted_sum(0.9 * weights), atol=1e-12)
     assert torch.allclose(summed.weights, weights)
-    with pytest.raises(RuntimeError, match=r"`SomeRule` declares `raw_weight`.*weighted sum with weights other"):
+    with pytest.raises(
+        RuntimeError, match=r"`SomeRule` declares `unnormalized_weight`.*weighted sum with weights other"
+    ):
         summed.weighted_sum(torch.tensor([0.5, 0.25, 0.25]))
-    with pytest.raises(RuntimeError, match=r"`SomeRule` declares `raw_weight`.* the derivative of a weighted sum"):
+    with pytest.raises(
+        RuntimeError, match=r"`SomeRule` declares `unnormalized_weight`.* the derivative of a weighted sum"
+    ):
         summed.weighted_sum(weights.clone().requires_grad_())
     verbs = {
         "to": lambda v: v.to(torch.device("cpu")),
@@ -112,7 +116,9 @@ def test_accumulated_vectors_know_one_mix_only():
     assert set(verbs) >= CohortVectors.__abstractmethods__ - {"__len__", "displacements", "weighted_sum"}
     for verb, use in verbs.items():
         use(dense)
-        with pytest.raises(RuntimeError, match=f"`SomeRule` declares `raw_weight`.* asked for `{verb}`.* set `storage"):
+        with pytest.raises(
+            RuntimeError, match=f"`SomeRule` declares `unnormalized_weight`.* asked for `{verb}`.* set `storage"
+        ):
             use(summed)
 
 

@@ -93,7 +93,7 @@ RULES = {
     "FedAdam": FedAdamCallback,
     "FedYogi": FedYogiCallback,
     "FedAdp": FedAdpCallback,
-    "FedAdp of the code": lambda: FedAdpCallback(smooth_by="rounds", update_unheard=True),
+    "FedAdp of the code": lambda: FedAdpCallback(smooth_by="rounds", smooth_substitutes=True),
     "FedLWS": FedLWSCallback,
     "FedLWS unbounded": lambda: FedLWSCallback(beta=0.1, tau_min=0.0, tau_max=float("inf")),
     "FedNova": FedNovaCallback,
@@ -181,7 +181,7 @@ def cohort(round_idx: int, start: Tensor, clients=(0, 1, 2), order=None, dtype=t
         clients=torch.tensor(clients),
         num_examples=torch.tensor([10 * (k + 1) for k in clients]),
         num_steps=torch.tensor([k + 2 for k in clients]),
-        heard=torch.ones(len(clients), dtype=torch.bool),
+        received=torch.ones(len(clients), dtype=torch.bool),
         start=start,
         vectors=ClientVectors(0.1 * torch.stack(rows).to(dtype), start),
         learning_rates=(0.1, 0.1),
@@ -306,7 +306,7 @@ def test_the_first_round_is_an_average_where_the_rule_says_so(name):
 @every_rule
 def test_a_declared_raw_weight_gives_the_same_as_the_vectors(make):
     rule = make()
-    if rule.raw_weight is None:
+    if rule.unnormalized_weight is None:
         with pytest.raises(RuntimeError, match="not kept, but it then asked for"):
             accumulated(rule)
         return
@@ -316,7 +316,7 @@ def test_a_declared_raw_weight_gives_the_same_as_the_vectors(make):
 def accumulated(rule):
     start = torch.linspace(-1, 1, P)
     given = cohort(0, start)
-    weigh = rule.raw_weight or (lambda update: float(update.num_examples))
+    weigh = rule.unnormalized_weight or (lambda update: float(update.num_examples))
     rows = zip(given.clients, given.num_examples, given.num_steps, given.vectors.matrix, strict=True)
     updates = [ClientUpdate(int(k), int(n), int(s), 0, row, num_batches=int(k) + 1) for k, n, s, row in rows]
     raw = torch.tensor([weigh(update) for update in updates], dtype=torch.float64)
@@ -489,7 +489,9 @@ def test_a_round_in_which_all_clients_are_lost_loses_nothing(name):
     module, rule = Classifier(), RULES[name]()
     diary = Diary(rule)
     runner = trainer(rounds=3, rule=rule, callbacks=[Silence(), diary])
-    with pytest.warns(UserWarning, match="Nobody was heard in round 1: the global model and the rule's state stay"):
+    with pytest.warns(
+        UserWarning, match="No client update was received in round 1: the global model and the rule's state stay"
+    ):
         runner.fit(module, data_for(rule))
     (first, before), (second, after), (third, _) = diary.pages
     assert torch.equal(first, second)

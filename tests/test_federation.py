@@ -166,7 +166,7 @@ class Quadratic(Classifier):
 
 
 def erasure(fallback):
-    """Round 0: 2.0 and -1.0, both heard; round 1: client 0 returns 1.5 and client 1 is erased."""
+    """Round 0: 2.0 and -1.0, both received; round 1: client 0 returns 1.5 and client 1 is erased."""
     data = torch.utils.data.TensorDataset(torch.tensor([[2.0], [1.5], [-1.0], [7.0]]))
     module = Quadratic()
     runner = trainer(
@@ -213,7 +213,7 @@ def test_channels_compose_in_list_order_and_do_not_touch_other_draws():
 
 
 def test_a_downlink_that_reuses_the_last_model():
-    """Client 1 trains from the model of round 0 in round 1; its update is measured from what it heard."""
+    """Client 1 trains from the model of round 0 in round 1; its update is measured from what it received."""
     seen = {}
 
     class Watch(FederatedCallback):
@@ -236,7 +236,7 @@ def test_a_client_that_never_heard_a_model_does_not_take_part():
 def test_a_round_without_anybody_changes_nothing_and_is_logged():
     rule, module, other = PublishedFedHAWCallback(lr_gamma=0.1, normalize_by="lr*steps"), Classifier(), Classifier()
     nobody = Losing({2: range(4)})
-    with pytest.warns(UserWarning, match="Nobody was heard in round 2"):
+    with pytest.warns(UserWarning, match="No client update was received in round 2"):
         trainer(rounds=3, rule=rule, callbacks=[nobody]).fit(module, loader())
     reference = PublishedFedHAWCallback(lr_gamma=0.1, normalize_by="lr*steps")
     trainer(rounds=2, rule=reference).fit(other, loader())
@@ -461,7 +461,7 @@ def test_rules_that_know_their_weights_keep_no_vectors():
             cohort.vectors.inner(cohort.start)
             return super().step(cohort, state, server)
 
-    with pytest.raises(RuntimeError, match="`Asks` declares `raw_weight`.*asked for `inner`"):
+    with pytest.raises(RuntimeError, match="`Asks` declares `unnormalized_weight`.*asked for `inner`"):
         trainer(rule=Asks()).fit(Classifier(), loader())
     trainer(rule=Asks(), storage="device").fit(Classifier(), loader())
 

@@ -530,9 +530,9 @@ def test_the_hyper_optimizer_follows_the_clients_unless_it_was_given():
 def test_a_diverged_run_names_the_scale():
     rule = FedHAWCallback(lr_gamma=1e-3)
     rule.state = {"gamma": torch.tensor(30.0), "lambda_": torch.zeros(4)}
-    assert "scale stands at 1.07e+13" in rule.advice()
+    assert "scale stands at 1.07e+13" in rule.divergence_hint()
     rule.state["gamma"] = torch.tensor(0.1)
-    assert rule.advice() == ""
+    assert rule.divergence_hint() == ""
 
 
 def test_what_a_rule_returns_is_checked():

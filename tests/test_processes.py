@@ -47,7 +47,7 @@ from lightning_fedhaw import (
     SparsificationChannel,
     StragglerChannel,
 )
-from lightning_fedhaw.ranks import Ranks, deal
+from lightning_fedhaw.ranks import Ranks, assign
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning", "ignore:.*num_workers.*bottleneck"
@@ -511,8 +511,8 @@ def test_threads_per_worker_is_checked():
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.integers(1, 8))
 def test_dealing_is_even(costs, size):
-    dealt = deal(costs, size)
-    loads = [sum(c for c, rank in zip(costs, dealt, strict=True) if rank == r) for r in range(size)]
+    assigned = assign(costs, size)
+    loads = [sum(c for c, rank in zip(costs, assigned, strict=True) if rank == r) for r in range(size)]
     best = max(max(costs), sum(costs) / size)
     assert sum(loads) == sum(costs)
     assert max(loads) <= 2 * best
@@ -522,7 +522,7 @@ def test_dealing_is_even(costs, size):
 
 @given(st.lists(st.integers(1, 100), min_size=3, max_size=20), st.integers(2, 4))
 def test_whoever_has_a_home_stays(costs, size):
-    assert deal(costs, size, {1: size - 1})[1] == size - 1
+    assert assign(costs, size, {1: size - 1})[1] == size - 1
 
 
 def test_one_process_talks_to_nobody():

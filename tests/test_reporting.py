@@ -64,8 +64,8 @@ def test_in_a_part_of_the_clients_a_weight_is_compared_with_the_share_of_those_w
     _, history = play(lambda: FedAvgCallback(weighting="uniform"), clients_per_round=2)
     changes, sizes = history.weight_changes(), torch.tensor(history.sizes, dtype=torch.float64)
     for row in changes:
-        heard = ~row.isnan()
-        torch.testing.assert_close(row[heard] + 1, 0.5 * sizes[heard].sum() / sizes[heard])
+        received = ~row.isnan()
+        torch.testing.assert_close(row[received] + 1, 0.5 * sizes[received].sum() / sizes[received])
 
 
 @pytest.mark.parametrize("door", [1, 2])

@@ -32,7 +32,7 @@ from lightning_fedhaw import (
 CLIENTS, BATCHES = 3, 4  # Every client has 32 samples in batches of 8.
 FEDERATION: dict[str, Any] = {"num_clients": CLIENTS, "partitioner": IIDPartitioner(), "client_eval": False, "seed": 5}
 DOCS = Path(__file__).parents[1] / "docs" / "trainer_arguments.md"
-DOORS = pytest.mark.parametrize("door", [1, 2])
+ENTRY_POINTS = pytest.mark.parametrize("door", [1, 2])
 
 
 def table() -> dict[str, str]:
@@ -84,7 +84,7 @@ class GlobalModels(FederatedCallback):
 
 
 def build(door: int, *callbacks: Any, rounds: int = 4, rule: Any = FedAvgCallback, **arguments: Any) -> pl.Trainer:
-    """A trainer with a federation behind one of the two doors."""
+    """A trainer with a federation behind one of the two entry points."""
     arguments = {**QUIET, "num_sanity_val_steps": 0, **arguments}
     if any(isinstance(c, stock.Checkpoint) for c in callbacks):
         arguments["enable_checkpointing"] = True
@@ -538,7 +538,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: stock.StochasticWeightAveraging(swa_lrs=1e-2),
         "StochasticWeightAveraging .*`EMAWeightAveraging`",
     ),
-    "ThroughputMonitor": (lambda: stock.ThroughputMonitor(batch_size_fn=len), "ThroughputMonitor .*closing table"),
+    "ThroughputMonitor": (lambda: stock.ThroughputMonitor(batch_size_fn=len), "ThroughputMonitor .*run summary"),
 }
 
 
@@ -553,7 +553,7 @@ class Brings(Module):
         return [self.callback]
 
 
-@DOORS
+@ENTRY_POINTS
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refused_callback_stops_the_run_before_anything_is_trained(name, door):
     make, match = REFUSED[name]
@@ -575,7 +575,7 @@ def test_a_refused_callback_stops_the_run_before_anything_is_trained(name, door)
 # ---------------------------------------------------------------------- the table
 
 
-@DOORS
+@ENTRY_POINTS
 @pytest.mark.parametrize("name", [name for name, verdict in ROWS.items() if verdict != "refused"])
 def test_callback(name, door, capsys):
     CHECKS[name](door, capsys)

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from federations import QUIET, Classifier, flat, loader, samples, val_loader
 from lightning_fedhaw import FedAvgCallback, FederatedTrainer, FedHAWCallback
 
-DOORS = pytest.mark.parametrize("door", [1, 2])
+ENTRY_POINTS = pytest.mark.parametrize("door", [1, 2])
 
 
 def play(door: int, module: Any, *data: Any, rounds: int = 3, rule: Any = FedAvgCallback, **federation: Any) -> Any:
-    """The stranger's own `fit`, behind one of the two doors."""
+    """The stranger's own `fit`, behind one of the two entry points."""
     federation = {"num_clients": 4, "seed": 1, **federation}
     quiet = {**QUIET, "num_sanity_val_steps": 0}
     if door == 1:
@@ -37,7 +37,7 @@ def play(door: int, module: Any, *data: Any, rounds: int = 3, rule: Any = FedAvg
 # ---------------------------------------------------------------------- Lightning's own demos
 
 
-@DOORS
+@ENTRY_POINTS
 @pytest.mark.parametrize("source", ["module", "datamodule", "loader"])
 def test_boring_model(door, source):
     pl.seed_everything(1, verbose=False)
@@ -72,7 +72,7 @@ def text(tmp_path):
     return LocalText(tmp_path)
 
 
-@DOORS
+@ENTRY_POINTS
 def test_lightning_transformer_on_a_local_text(door, text):
     class Local(LightningTransformer):
         """Its data, and nothing else, is another."""
@@ -144,7 +144,7 @@ class Measured(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
-@DOORS
+@ENTRY_POINTS
 def test_a_torchmetrics_heavy_classifier(door):
     torch.manual_seed(0)
     module = Measured()
@@ -217,7 +217,7 @@ class GAN(pl.LightningModule):
         return [torch.optim.Adam(net.parameters(), **rates) for net in (self.generator, self.discriminator)], []
 
 
-@DOORS
+@ENTRY_POINTS
 def test_a_gan_by_manual_optimization(door):
     torch.manual_seed(0)
     module = GAN()
@@ -236,7 +236,7 @@ def test_a_gan_by_manual_optimization(door):
 # ---------------------------------------------------------------------- what Lightning users bring along
 
 
-@DOORS
+@ENTRY_POINTS
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch, of its own tracing
 @pytest.mark.parametrize("part", ["whole", "net"])
 def test_compiled_modules(door, part):
@@ -254,7 +254,7 @@ def test_compiled_modules(door, part):
     trainer.validate(fitted, val_loader(), verbose=False)
 
 
-@DOORS
+@ENTRY_POINTS
 def test_a_submodule_that_was_wrapped_by_compile_keeps_its_names(door):
     class Wrapped(Classifier):
         def __init__(self):
@@ -290,7 +290,7 @@ def test_the_tuner_searches_centrally_and_is_refused_in_a_federation():
     assert (flat(module) - before).abs().max() > 0.1 * module.lr, "it trained with the rate that was found"
 
 
-@DOORS
+@ENTRY_POINTS
 def test_a_hugging_face_model_in_a_module(door):
     transformers = pytest.importorskip("transformers")
 

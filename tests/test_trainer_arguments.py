@@ -728,8 +728,8 @@ def test_a_resumed_run_that_steps_limit_counts_its_rounds_on(door):
 @pytest.mark.parametrize("door", [1, 2])
 def test_callback_metrics_come_from_clients_rule_and_validation(door):
     trainer, _ = play(door, rule=FedHAWCallback, val=True)
-    assert {"train_loss", "scale", "clients_heard", "val_loss", "val_acc"} <= set(trainer.callback_metrics)
-    assert trainer.callback_metrics["clients_heard"] == CLIENTS
+    assert {"train_loss", "scale", "clients_received", "val_loss", "val_acc"} <= set(trainer.callback_metrics)
+    assert trainer.callback_metrics["clients_received"] == CLIENTS
 
 
 # ---------------------------------------------------------------------- learning-rate schedules
@@ -769,7 +769,7 @@ def test_schedules_advance_by_rounds(door, interval, optimizer):
 
 
 @pytest.mark.parametrize("interval", ["epoch", "step"])
-@pytest.mark.parametrize("monitor", ["train_loss", "val_loss", "clients_heard"])
+@pytest.mark.parametrize("monitor", ["train_loss", "val_loss", "clients_received"])
 def test_plateaus_are_seen_in_any_metric(interval, monitor):
     def make(optimizer):
         # Nothing counts as an improvement, so the rate halves every round.

@@ -178,7 +178,7 @@ def run(task: Task, local_epochs: int, split: str, seed: int) -> list[Round]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with redirect_stdout(StringIO()):  # the closing table
+    with redirect_stdout(StringIO()):  # the run summary
         trainer.fit(Classifier(task.network()), datamodule=data)
     return recorder.rounds
 

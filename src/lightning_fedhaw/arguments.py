@@ -361,7 +361,7 @@ def provider(name: str, value: Value, attribute: str, *, kind: str, example: str
 
 
 def _call_hint(value: object) -> str:
-    """Say what is missing where a class was given in the place of an object."""
+    """Say what is missing where a class was given instead of an object."""
     return f"Write `{value.__name__}(...)`." if isinstance(value, type) else ""
 
 

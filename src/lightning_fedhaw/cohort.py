@@ -24,10 +24,10 @@ class ClientUpdate:
         num_examples: Training examples the client holds.
         num_steps: Optimizer steps that changed parameters.
         num_skipped: Steps that were tried and skipped (a loss-scale overflow, a ``training_step`` that gave ``None``).
-        displacement: ``[P]``, the client's model minus the model it heard.
+        displacement: ``[P]``, the client's model minus the model it received.
         buffers: The client's buffers after training, by name.
         logged: What its ``training_step`` logged, merged over its steps.
-        memory: What it would find again next time (kept optimizer state, objectives' state), if the update is heard.
+        memory: What it would find again next time (kept optimizer state, objectives' state), if the update is received.
         num_batches: Batches in a pass over its training examples.
     """
 
@@ -47,14 +47,14 @@ class Cohort:
     """What reached the server in one round.
 
     Clients that did not arrive are not in here, so a rule needs no mask. A slot that a channel filled in for a client
-    nobody heard is here with ``heard`` false.
+    whose update was not received is here with ``received`` false.
 
     Attributes:
         round: The round's number, from 0.
         clients: ``[K]`` int64, client numbers.
         num_examples: ``[K]`` int64, training examples each holds.
         num_steps: ``[K]`` int64, optimizer steps each made this round.
-        heard: ``[K]`` bool, whether the message really came from the client.
+        received: ``[K]`` bool, whether the message really came from the client.
         start: ``[P]``, the global parameters that were broadcast.
         vectors: The clients' parameter vectors as the server received them.
         learning_rates: The round's local learning rate of each parameter tensor, in the layout's order.
@@ -66,7 +66,7 @@ class Cohort:
     clients: Tensor
     num_examples: Tensor
     num_steps: Tensor
-    heard: Tensor
+    received: Tensor
     start: Tensor
     vectors: CohortVectors
     learning_rates: tuple[float, ...] = ()

@@ -51,9 +51,9 @@ class FederationOptions:
             are their average. ``"recalibrate"``: recomputed with the new global model on the cohort's training data.
         on_nonfinite: ``"exclude"``: a client that returns NaN or infinity is named in a warning and left out.
             ``"raise"``: it ends the run.
-        empty_round: A round in which nobody is heard. ``"skip"``: nothing changes. ``"follow"``: the rule runs on
-            what the channel filled in, as the FedHAW authors' code does.
-        client_val_fraction: Share of each client's data held out of training for the closing table's per-client
+        empty_round: A round in which no client update is received. ``"skip"``: nothing changes. ``"follow"``: the
+            rule runs on what the channel filled in, as the FedHAW authors' code does.
+        client_val_fraction: Share of each client's data held out of training for the run summary's per-client
             metrics. 0 evaluates on the training data, at most 1,000 samples a client.
         client_eval: Whether the final global model is evaluated on each client at the end.
         storage: Where the cohort's vectors are kept. ``"auto"``: nowhere if the rule only needs their weighted sum,
@@ -209,7 +209,7 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def described(thing: Any, *hidden: str, **instead: str | None) -> str:
+def repr_settings(thing: Any, *hidden: str, **instead: str | None) -> str:
     """An object with its settings, for a line of the log; the arguments are those of :func:`settings_of`."""
     return f"{type(thing).__name__}({settings_of(thing, *hidden, **instead)})"
 

@@ -200,31 +200,31 @@ class Ranks:
             yield parts[self.rank], by_slot
 
 
-def deal(costs: Sequence[float], size: int, homes: Mapping[int, int] | None = None) -> list[int]:
+def assign(costs: Sequence[float], size: int, fixed: Mapping[int, int] | None = None) -> list[int]:
     """Which process does which piece of work: the longest first, always to the one with the least to do.
 
     Args:
         costs: What each piece is estimated to cost, in any unit.
         size: The number of processes.
-        homes: Pieces that have to be done by a certain process.
+        fixed: Pieces that have to be done by a certain process.
 
     Returns:
         A process for each piece.
 
     Example:
-        >>> deal([5, 1, 4, 2], 2)
+        >>> assign([5, 1, 4, 2], 2)
         [0, 0, 1, 1]
     """
-    homes = homes or {}
-    dealt = [homes.get(piece, 0) for piece in range(len(costs))]
+    fixed = fixed or {}
+    assigned = [fixed.get(piece, 0) for piece in range(len(costs))]
     loads = [0.0] * size
-    for piece, rank in homes.items():
+    for piece, rank in fixed.items():
         loads[rank] += costs[piece]
     heap = [(load, rank) for rank, load in enumerate(loads)]
     heapq.heapify(heap)
     for piece in sorted(range(len(costs)), key=lambda piece: (-costs[piece], piece)):
-        if piece not in homes:
+        if piece not in fixed:
             load, rank = heapq.heappop(heap)
-            dealt[piece] = rank
+            assigned[piece] = rank
             heapq.heappush(heap, (load + costs[piece], rank))
-    return dealt
+    return assigned

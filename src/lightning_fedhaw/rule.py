@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.objectives.base import ClientObjective
-from lightning_fedhaw.options import described
+from lightning_fedhaw.options import repr_settings
 from lightning_fedhaw.vectors.client_vectors import ClientVectors
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
@@ -141,9 +141,9 @@ class Rule(ABC):
     keeps_cohort: bool = False
     """Whether the state holds a cohort's vectors, so that a checkpoint grows with them."""
 
-    raw_weight: Any = None
-    """``raw_weight(client_update) -> float``, where a rule's weights are known before the cohort is complete. Then
-    vectors are summed as they come and memory does not grow with the cohort."""
+    unnormalized_weight: Any = None
+    """``unnormalized_weight(client_update) -> float``, where a rule's weights are known before the cohort is complete.
+    Then vectors are summed as they come and memory does not grow with the cohort."""
 
     objectives: tuple[ClientObjective, ...] = ()
     """Client objectives that the rule brings along; their state is checkpointed with the rule's."""
@@ -186,35 +186,35 @@ class Rule(ABC):
             ValueError: If so.
         """
 
-    def local_pace(self, state: State, layout: ParameterLayout) -> LocalLRScale | None:
+    def local_lr_scale(self, state: State, layout: ParameterLayout) -> LocalLRScale | None:
         """What a rule that sets the clients' learning rates gives them for a round; nothing by default."""
         return None
 
     prog_bar: Sequence[str] = ()
     """Names among the rule's metrics that belong into the progress bar."""
 
-    headlines: Sequence[str] = ()
-    """Names among the rule's metrics whose last values belong into the table that closes a run."""
+    summary_metrics: Sequence[str] = ()
+    """Names among the rule's metrics whose last values belong into the run summary."""
 
     def describe(self) -> str:
-        """The rule and its settings, for the line that opens a run."""
-        return described(self)
+        """The rule and its settings, for the start-up line."""
+        return repr_settings(self)
 
     @property
-    def innermost(self) -> Rule:
+    def base_rule(self) -> Rule:
         """The rule that reads the cohort, where one rule works on another's proposal; this one by default."""
         return self
 
     @property
-    def identity(self) -> str:
+    def resume_key(self) -> str:
         """What a run must share with the checkpoint that it goes on from, because the state depends on it."""
         return type(self).key
 
     def summary(self) -> dict[str, float]:
-        """What the rule's state has learned, for the table that closes a run; nothing by default."""
+        """What the rule's state has learned, for the run summary; nothing by default."""
         return {}
 
-    def advice(self) -> str:
+    def divergence_hint(self) -> str:
         """What a user should know of the rule's state when training has diverged; nothing by default."""
         return ""
 

@@ -53,7 +53,7 @@ class Server:
         self._collate_fn, self._prepare, self._context = collate_fn, prepare, context
         self._proxy_tensors = tensors_of(proxy_dataset) if collate_fn is default_collate else None
         self._vector = layout.read(layout.tensors(module))
-        self.buffers = {name: buffer.detach().clone() for name, buffer in layout.moving_buffers(module).items()}
+        self.buffers = {name: buffer.detach().clone() for name, buffer in layout.tracked_buffers(module).items()}
 
     def parameters(self) -> Tensor:
         """The global parameters ``[P]``. Read only: a rule returns new ones instead of changing these."""

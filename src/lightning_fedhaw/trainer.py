@@ -39,7 +39,7 @@ class FederatedTrainer(pl.Trainer):
     :class:`~lightning_fedhaw.FederationOptions`.
 
     Args:
-        rounds: Communication rounds, in the place of ``max_epochs``; -1 goes on until something stops it.
+        rounds: Communication rounds, instead of ``max_epochs``; -1 goes on until something stops it.
         num_clients: N, the number of clients the training data is split over. Default: what the data module says,
             else 10.
         alpha: Concentration of a label-skewed Dirichlet split; small is unequal. Short for
@@ -59,9 +59,9 @@ class FederatedTrainer(pl.Trainer):
             are their average. ``"recalibrate"``: recomputed with the new global model on the cohort's training data.
         on_nonfinite: ``"exclude"``: a client that returns NaN or infinity is named in a warning and left out.
             ``"raise"``: it ends the run.
-        empty_round: A round in which nobody is heard. ``"skip"``: nothing changes. ``"follow"``: the rule runs on
-            what the channel filled in, as the FedHAW authors' code does.
-        client_val_fraction: Share of each client's data held out of training for the closing table's per-client
+        empty_round: A round in which no client update is received. ``"skip"``: nothing changes. ``"follow"``: the
+            rule runs on what the channel filled in, as the FedHAW authors' code does.
+        client_val_fraction: Share of each client's data held out of training for the run summary's per-client
             metrics. 0 evaluates on the training data, at most 1,000 samples a client.
         client_eval: Whether the final global model is evaluated on each client at the end.
         storage: Where the cohort's vectors are kept. ``"auto"``: nowhere if the rule only needs their weighted sum,
@@ -87,11 +87,11 @@ class FederatedTrainer(pl.Trainer):
         kwargs: The arguments of ``lightning.pytorch.Trainer``.
 
     Attributes:
-        federation_summary: After ``fit``, what the closing table says, as a plain dict; empty before.
+        federation_summary: After ``fit``, what the run summary says, as a plain dict; empty before.
         federation_options: The federation's arguments; from the beginning of ``fit``, those of the rule too.
 
     Raises:
-        ValueError: If an argument has no meaning in a federation.
+        ValueError: If an argument is not supported in federated training.
 
     Example:
         >>> from lightning_fedhaw import FederatedTrainer, FedHAWCallback

@@ -18,7 +18,7 @@ MODULE = nn.Linear(1, 1).double()
 SERVER = Server(MODULE, ParameterLayout.of(MODULE))
 
 
-def cohort(round_idx, displacements, clients=(0, 1, 2), heard=None):
+def cohort(round_idx, displacements, clients=(0, 1, 2), received=None):
     start = torch.tensor([3.0, -1.0], dtype=torch.float64)
     clients = torch.tensor(clients)
     return Cohort(
@@ -26,7 +26,7 @@ def cohort(round_idx, displacements, clients=(0, 1, 2), heard=None):
         clients=clients,
         num_examples=EXAMPLES[clients],
         num_steps=torch.ones(len(clients), dtype=torch.int64),
-        heard=torch.ones(len(clients), dtype=torch.bool) if heard is None else torch.tensor(heard),
+        received=torch.ones(len(clients), dtype=torch.bool) if received is None else torch.tensor(received),
         start=start,
         vectors=ClientVectors(displacements, start),
     )
@@ -80,12 +80,12 @@ def test_each_client_has_its_own_count():
 def test_a_client_that_was_not_heard_keeps_its_angle():
     silent = FIRST.clone()
     silent[1] = 0
-    for update_unheard, counts in ((False, [1, 0, 1]), (True, [1, 1, 1])):
-        rule = FedAdpCallback(update_unheard=update_unheard)
+    for smooth_substitutes, counts in ((False, [1, 0, 1]), (True, [1, 1, 1])):
+        rule = FedAdpCallback(smooth_substitutes=smooth_substitutes)
         state = rule.init(torch.zeros(2), EXAMPLES)
-        step = rule.step(cohort(0, silent, heard=[True, False, True]), state, SERVER)
+        step = rule.step(cohort(0, silent, received=[True, False, True]), state, SERVER)
         assert step.state["counts"].tolist() == counts
-        assert step.state["angles"][1].item() == pytest.approx(math.pi / 2 if update_unheard else 0.0)
+        assert step.state["angles"][1].item() == pytest.approx(math.pi / 2 if smooth_substitutes else 0.0)
         assert 0 < step.weights[1] < 0.25
 
 

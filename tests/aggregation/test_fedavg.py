@@ -26,7 +26,7 @@ def make_cohort(displacements=DISPLACEMENTS, examples=EXAMPLES, vectors=None) ->
         clients=torch.arange(many),
         num_examples=examples,
         num_steps=torch.ones(many, dtype=torch.int64),
-        heard=torch.ones(many, dtype=torch.bool),
+        received=torch.ones(many, dtype=torch.bool),
         start=START,
         vectors=vectors or ClientVectors(displacements, START),
     )
@@ -52,7 +52,7 @@ def test_a_running_sum_gives_the_same(weighting):
     rule = FedAvgCallback(weighting=weighting)
     raw = torch.tensor(
         [
-            rule.raw_weight(ClientUpdate(k, n, num_steps=1, num_skipped=0, displacement=DISPLACEMENTS[k]))
+            rule.unnormalized_weight(ClientUpdate(k, n, num_steps=1, num_skipped=0, displacement=DISPLACEMENTS[k]))
             for k, n in enumerate(EXAMPLES.tolist())
         ],
         dtype=torch.float64,

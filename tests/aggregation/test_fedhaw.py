@@ -206,9 +206,9 @@ def test_the_hypergradient_of_the_weights_is_the_derivative_of_minus_the_product
 def test_the_scale_is_advised_against_where_its_bounds_are_wide():
     rule = FedHAWCallback(scale_bounds=(0.1, 10.0))
     rule.state = {"gamma": tensor(math.log(3.0))[0]}
-    assert rule.advice() == (
+    assert rule.divergence_hint() == (
         " FedHAW's scale stands at 3, and it multiplies the model every round: lower `lr_gamma` (0.5), or narrow"
         " `scale_bounds` (0.1, 10.0)."
     )
     rule.state = {"gamma": tensor(0.1)[0]}
-    assert rule.advice() == ""
+    assert rule.divergence_hint() == ""

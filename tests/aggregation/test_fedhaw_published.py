@@ -78,7 +78,7 @@ def make_cohort(
         clients=torch.arange(many) if clients is None else torch.as_tensor(clients),
         num_examples=torch.ones(many, dtype=torch.int64) if sizes is None else torch.as_tensor(sizes),
         num_steps=torch.ones(many, dtype=torch.int64) if steps is None else torch.as_tensor(steps),
-        heard=torch.ones(many, dtype=torch.bool),
+        received=torch.ones(many, dtype=torch.bool),
         start=start.to(dtype),
         vectors=ClientVectors((models - start).to(dtype), start.to(dtype)),
         learning_rates=rates,
@@ -449,7 +449,7 @@ def test_a_running_sum_is_not_enough():
         }
     )
     rule = make_rule()
-    with pytest.raises(RuntimeError, match="`PublishedFedHAWCallback` declares `raw_weight`.* asked for `to`"):
+    with pytest.raises(RuntimeError, match="`PublishedFedHAWCallback` declares `unnormalized_weight`.* asked for `to`"):
         rule.step(summed, rule.init(cohort.start, torch.tensor(SIZES)), make_server())
 
 

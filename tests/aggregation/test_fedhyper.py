@@ -12,7 +12,7 @@ from torch import Tensor
 from federations import Classifier, flat, loader, train, trainer
 from lightning_fedhaw import ClientVectors, Cohort, FedAvgCallback, FederatedDataModule, FedHyperCallback, LocalLRScale
 from lightning_fedhaw.aggregation.fedhyper import ClientRate, SharedRate, next_rate
-from lightning_fedhaw.clients.pace import Paced, PacedOptimizer, begin
+from lightning_fedhaw.clients.lr_scale import ScaledOptimizer, ScaledSteps, begin
 
 MOVES = [[1.0, 0.0], [0.5, 0.5], [-4.0, 0.1], [-2.0, 0.0]]
 
@@ -28,7 +28,7 @@ def make_cohort(round_idx, start, moves, sizes=(1,), rate=0.01) -> Cohort:
         clients=torch.arange(count),
         num_examples=torch.tensor(sizes),
         num_steps=torch.ones(count, dtype=torch.int64),
-        heard=torch.ones(count, dtype=torch.bool),
+        received=torch.ones(count, dtype=torch.bool),
         start=start,
         vectors=ClientVectors(tensor(moves), start),
         learning_rates=(rate,),
@@ -94,28 +94,28 @@ def test_the_clients_rate_by_the_server():
     steps = play(FedHyperCallback("SL"), moves=moves)
     assert [step.metrics["beta"] for step in steps] == pytest.approx([0.01, 0.015, 0.001, 0.1])
     assert all(step.metrics["alpha"] == 1.0 for step in steps)
-    pace = FedHyperCallback("SL").local_pace(steps[1].state, None)
-    assert isinstance(pace, SharedRate)
-    assert pace.multiple == pytest.approx(1.5)
+    lr_scale = FedHyperCallback("SL").local_lr_scale(steps[1].state, None)
+    assert isinstance(lr_scale, SharedRate)
+    assert lr_scale.multiple == pytest.approx(1.5)
 
 
 # ---------------------------------------------------------------------- the clients' rate
 
 
-def descend(x, rate, gradient, pace, steps=4):
+def descend(x, rate, gradient, lr_scale, steps=4):
     """Plain SGD in one dimension, paced; the point and the pace's multiple after each step."""
     parameter = torch.nn.Parameter(tensor([x]))
     optimizer = torch.optim.SGD([parameter], lr=rate)
-    paced = PacedOptimizer(optimizer, [parameter])
-    state = begin(pace, [({"x": parameter.detach().clone()}, steps)], [rate])
-    paced.paced = Paced(pace, ["x"], {name: value[0] for name, value in state.items()})
+    scaled_steps = ScaledOptimizer(optimizer, [parameter])
+    state = begin(lr_scale, [({"x": parameter.detach().clone()}, steps)], [rate])
+    scaled_steps.scaled_steps = ScaledSteps(lr_scale, ["x"], {name: value[0] for name, value in state.items()})
     points, multiples = [], []
     for _ in range(steps):
         parameter.grad = gradient(parameter.detach().clone())
         optimizer.step()
         points.append(parameter.item())
-        multiples.append(paced.paced.state["multiple"].item())
-    paced.close()
+        multiples.append(scaled_steps.scaled_steps.state["multiple"].item())
+    scaled_steps.close()
     return points, multiples
 
 
@@ -132,8 +132,8 @@ def test_the_clients_rate_moves_on_small_gradients():
 
 
 def test_the_form_of_the_authors_code():
-    pace = ClientRate({"x": tensor([0.02])}, normalize_by="lr")
-    points, multiples = descend(0.1, 0.05, lambda x: x, pace)
+    lr_scale = ClientRate({"x": tensor([0.02])}, normalize_by="lr")
+    points, multiples = descend(0.1, 0.05, lambda x: x, lr_scale)
     assert points == pytest.approx([0.095, 0.09025, 0.08573703, 0.08144960], abs=1e-8)
     assert multiples == pytest.approx([1, 1.0001045, 1.0001349657, 1.0001628934], abs=1e-10)
 
@@ -143,16 +143,16 @@ def test_a_stack_of_clients_is_as_many_clients(normalize_by):
     g = torch.Generator().manual_seed(0)
     shapes = {"a": (2, 3), "b": (), "c": (4,)}
     delta = {n: torch.randn(s, generator=g, dtype=torch.float64) for n, s in shapes.items()}
-    pace = ClientRate(delta, normalize_by=normalize_by, hyper_lr=0.01, cohort_size=2)
+    lr_scale = ClientRate(delta, normalize_by=normalize_by, hyper_lr=0.01, cohort_size=2)
     starts = [{n: torch.zeros(s, dtype=torch.float64) for n, s in shapes.items()} for _ in range(3)]
-    together = begin(pace, [(start, 3 + i) for i, start in enumerate(starts)], [0.1])
-    alone = [begin(pace, [(start, 3 + i)], [0.1]) for i, start in enumerate(starts)]
+    together = begin(lr_scale, [(start, 3 + i) for i, start in enumerate(starts)], [0.1])
+    alone = [begin(lr_scale, [(start, 3 + i)], [0.1]) for i, start in enumerate(starts)]
     for _ in range(3):
         gradients = {n: torch.randn(3, *s, generator=g, dtype=torch.float64) for n, s in shapes.items()}
-        factor, together = pace.factor(gradients, together)
+        factor, together = lr_scale.factor(gradients, together)
         for i in range(3):
             own = {n: v[0] for n, v in alone[i].items()}
-            one, after = pace.factor({n: v[i] for n, v in gradients.items()}, own)
+            one, after = lr_scale.factor({n: v[i] for n, v in gradients.items()}, own)
             alone[i] = {n: v[None] for n, v in after.items()}
             assert torch.allclose(one, factor[i], atol=1e-12)
             assert after.keys() == together.keys()
@@ -185,7 +185,7 @@ def test_both_engines_give_the_same(adapt, optimizer):
 class Twice(FedAvgCallback):
     """All clients at twice their rate."""
 
-    def local_pace(self, state, layout):
+    def local_lr_scale(self, state, layout):
         return SharedRate(2.0)
 
 
@@ -199,7 +199,7 @@ def test_a_factor_is_a_learning_rate(make, engine):
 
 def test_a_factor_of_one_changes_no_bit():
     class Once(FedAvgCallback):
-        def local_pace(self, state, layout):
+        def local_lr_scale(self, state, layout):
             return SharedRate(1.0)
 
     kept = {"optimizer_state": "kept"}
@@ -227,7 +227,7 @@ def test_steps_that_a_client_is_going_to_make():
             return state["one"], dict(state)
 
     class Rule(FedAvgCallback):
-        def local_pace(self, state, layout):
+        def local_lr_scale(self, state, layout):
             return Watching()
 
     made = []

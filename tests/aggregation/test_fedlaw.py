@@ -45,7 +45,7 @@ def make_cohort(models=MODELS, sizes=SIZES) -> Cohort:
         clients=torch.arange(count),
         num_examples=torch.tensor(sizes),
         num_steps=torch.ones(count, dtype=torch.int64),
-        heard=torch.ones(count, dtype=torch.bool),
+        received=torch.ones(count, dtype=torch.bool),
         start=start,
         vectors=ClientVectors(tensor(models) - start, start),
     )

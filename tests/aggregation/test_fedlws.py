@@ -34,7 +34,7 @@ def step(rule, start=START, models=MODELS, server=SERVER):
         clients=torch.arange(many),
         num_examples=torch.tensor([10, 30][:many]),
         num_steps=torch.ones(many, dtype=torch.int64),
-        heard=torch.ones(many, dtype=torch.bool),
+        received=torch.ones(many, dtype=torch.bool),
         start=start,
         vectors=ClientVectors(models - start, start),
     )

@@ -8,7 +8,7 @@ from torch import nn
 
 from federations import Classifier, flat, train
 from lightning_fedhaw import ClientObjective, ClientVectors, Cohort, FedAvgCallback, FedNovaCallback, ParameterLayout
-from lightning_fedhaw.objectives.reach import normalizer
+from lightning_fedhaw.objectives.local_normalizer import normalizer
 from lightning_fedhaw.server import Server
 
 MODULE = nn.Linear(1, 1, bias=False, dtype=torch.float64)
@@ -16,13 +16,13 @@ SERVER = Server(MODULE, ParameterLayout.of(MODULE))
 CURVATURES, OPTIMA, STEPS = torch.tensor([1.0, 3.0]), torch.tensor([1.0, -1.0]), torch.tensor([2, 5])
 
 
-def local_work(start: float, lr: float, pull: float = 0.0) -> list[float]:
-    """Where plain steps on ``h (x - c)^2 / 2 + pull (x - start)^2 / 2`` lead each client."""
+def local_work(start: float, lr: float, proximal: float = 0.0) -> list[float]:
+    """Where plain steps on ``h (x - c)^2 / 2 + proximal (x - start)^2 / 2`` lead each client."""
     ends = []
     for h, c, steps in zip(CURVATURES.tolist(), OPTIMA.tolist(), STEPS.tolist(), strict=True):
         x = start
         for _ in range(steps):
-            x -= lr * (h * (x - c) + pull * (x - start))
+            x -= lr * (h * (x - c) + proximal * (x - start))
         ends.append(x)
     return ends
 
@@ -34,7 +34,7 @@ def one_round(rule, start, ends, lr=0.1, steps=STEPS, examples=(1, 1)):
         clients=torch.arange(len(ends)),
         num_examples=torch.tensor(examples),
         num_steps=torch.as_tensor(steps),
-        heard=torch.ones(len(ends), dtype=torch.bool),
+        received=torch.ones(len(ends), dtype=torch.bool),
         start=x,
         vectors=ClientVectors(torch.tensor(ends, dtype=torch.float64)[:, None] - x, x),
         learning_rates=(lr,),
@@ -70,27 +70,27 @@ def test_fixed_points(lr, nova, average):
 def test_normalizers():
     assert normalizer(5) == 5
     assert normalizer(5, momentum=0.9) == pytest.approx(13.1441)
-    assert normalizer(5, pull=0.1) == pytest.approx(4.0951)
+    assert normalizer(5, proximal=0.1) == pytest.approx(4.0951)
     assert normalizer(0, momentum=0.9) == 0
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("momentum", [0.5, 0.9])
 @pytest.mark.parametrize("pull", [0.0, 0.2])
-def test_normalizers_are_what_torch_goes(nesterov, momentum, pull):
+def test_normalizers_are_what_torch_goes(nesterov, momentum, proximal):
     x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([x], lr=1.0, momentum=momentum, nesterov=nesterov)
     for steps in range(1, 8):
-        x.grad = -1 + pull * x.detach()
+        x.grad = -1 + proximal * x.detach()
         optimizer.step()
-        assert normalizer(steps, momentum, nesterov, pull) == pytest.approx(x.item(), rel=1e-12)
+        assert normalizer(steps, momentum, nesterov, proximal) == pytest.approx(x.item(), rel=1e-12)
 
 
 def test_a_proximal_term_is_in_the_normalizer():
     lr, mu = 0.1, 1.0
-    ends = local_work(0.0, lr, pull=mu)
+    ends = local_work(0.0, lr, proximal=mu)
     assert ends == pytest.approx([0.18, -0.69168])
-    work = [normalizer(steps, pull=lr * mu) for steps in STEPS.tolist()]
+    work = [normalizer(steps, proximal=lr * mu) for steps in STEPS.tolist()]
     assert work == pytest.approx([1.9, 4.0951])
     step = one_round(FedNovaCallback(proximal=mu), 0.0, ends)
     mean = (0.18 / 1.9 - 0.69168 / 4.0951) / 2
@@ -149,7 +149,7 @@ class Proximal(ClientObjective):
 def test_a_proximal_federation_reads_the_learning_rate():
     rule = FedNovaCallback(proximal=1.0)
     assert rule.needs_learning_rates
-    assert rule.raw_weight is None
+    assert rule.unnormalized_weight is None
     runner, _ = train(rule=rule, callbacks=[Proximal()], rounds=2)
     assert 0 < float(runner.callback_metrics["tau_eff"]) < 4  # of about 4 steps, each shortened by the pull
 

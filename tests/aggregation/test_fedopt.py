@@ -41,7 +41,7 @@ def play(rule, rounds=2):
             clients=torch.arange(2),
             num_examples=torch.tensor([1, 3]),
             num_steps=torch.tensor([1, 1]),
-            heard=torch.ones(2, dtype=torch.bool),
+            received=torch.ones(2, dtype=torch.bool),
             start=start,
             vectors=ClientVectors(DISPLACEMENTS, start),
             learning_rates=(0.1, 0.1),
@@ -145,7 +145,7 @@ def test_a_rule_on_a_rule_steps_along_its_proposal_and_takes_its_weights():
         clients=torch.arange(2),
         num_examples=torch.tensor([1, 3]),
         num_steps=torch.ones(2, dtype=torch.int64),
-        heard=torch.ones(2, dtype=torch.bool),
+        received=torch.ones(2, dtype=torch.bool),
         start=START,
         vectors=ClientVectors(DISPLACEMENTS, START),
     )
@@ -196,8 +196,8 @@ def test_a_run_goes_on_bit_by_bit(make, tmp_path):
 
 def test_memory_does_not_grow_with_the_cohort_where_the_proposal_needs_no_vectors():
     for rule in (FedOptCallback(), FedAdamCallback(), FedAvgMCallback(rule=FedAvgCallback("uniform"))):
-        assert rule.raw_weight is not None
-    assert FedAvgMCallback(rule=FedAdpCallback()).raw_weight is None
+        assert rule.unnormalized_weight is not None
+    assert FedAvgMCallback(rule=FedAdpCallback()).unnormalized_weight is None
 
 
 def test_ready_made_things_are_refused():

@@ -39,7 +39,7 @@ def step(rule, models=MODELS, examples=None, clients=None):
         clients=torch.arange(many) if clients is None else torch.tensor(clients),
         num_examples=torch.ones(many, dtype=torch.int64) if examples is None else torch.tensor(examples),
         num_steps=torch.ones(many, dtype=torch.int64),
-        heard=torch.ones(many, dtype=torch.bool),
+        received=torch.ones(many, dtype=torch.bool),
         start=START,
         vectors=ClientVectors(models - START, START),
     )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from channel_contexts import prepared
 from federations import Classifier, flat, loader, train, trainer
 from lightning_fedhaw import (
     AvailabilityChannel,
@@ -33,9 +34,8 @@ from lightning_fedhaw import (
     StragglerChannel,
 )
 from lightning_fedhaw.channel import AggregateChannel
-from scenes import prepared
 
-pytestmark = pytest.mark.filterwarnings("ignore:Nobody was heard in round")
+pytestmark = pytest.mark.filterwarnings("ignore:No client update was received in round")
 
 INF = float("inf")
 IDLE = {
@@ -129,7 +129,7 @@ def without():
 @pytest.mark.parametrize("make", IDLE.values(), ids=IDLE.keys())
 def test_a_channel_that_does_nothing_is_none_to_the_bit(make, engine, without):
     for name, rule in RULES.items() if engine == "sequential" else list(RULES.items())[::2]:
-        if not isinstance(make(), AggregateChannel) or rule().raw_weight is not None:
+        if not isinstance(make(), AggregateChannel) or rule().unnormalized_weight is not None:
             assert torch.equal(end(make(), rule=rule, engine=engine), without[name, engine]), name
 
 
@@ -243,7 +243,7 @@ def test_what_was_heard_last_is_kept_in_host_memory_and_shared():
     down = ErasureChannel(0.0, link="downlink", fallback="reuse_model")
     up = ErasureChannel(0.0, fallback="reuse_update")
     end(down, up, rounds=1)
-    models, updates = ([kept["vector"] for kept in each.state_dict()["heard"].values()] for each in (down, up))
+    models, updates = ([kept["vector"] for kept in each.state_dict()["received"].values()] for each in (down, up))
     assert len({model.data_ptr() for model in models}) == 1, "one broadcast is kept once"
     assert len({update.data_ptr() for update in updates}) == 4
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from channel_contexts import generator, prepared
 from federations import Classifier, flat, loader, train, trainer
 from lightning_fedhaw import AvailabilityChannel, ErasureChannel, FedHAWCallback, GilbertElliott, IndexPartitioner
 from lightning_fedhaw.channel.erasure import is_bad, legacy_draws
-from scenes import generator, prepared
 
 CLIENTS = list(range(10))
 ROUNDS = 200
@@ -169,7 +169,7 @@ def test_a_federation_that_is_hardly_there_finishes(capsys):
     silent = [t for t in range(200) if lost[t, 1:].all()]
     assert set(range(100, 110)) < set(silent)
     assert summary["skipped_rounds"] == len(silent)
-    assert [t for t in range(200) if any(f"Nobody was heard in round {t}:" in m for m in told)] == silent
+    assert [t for t in range(200) if any(f"No client update was received in round {t}:" in m for m in told)] == silent
     assert sum("Client 0 returned non-finite parameters in round" in m for m in told) == summary["nonfinite_updates"]
     table = capsys.readouterr().out
     assert f"{lost.sum()} lost messages" in table

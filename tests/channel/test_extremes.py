@@ -8,13 +8,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from channel_contexts import generator, prepared
 from lightning_fedhaw import AWGNChannel, OverTheAirChannel
 from lightning_fedhaw.channel import Arrivals
 from lightning_fedhaw.channel.awgn import add_noise, rms
 from lightning_fedhaw.channel.privacy import clipped
 from lightning_fedhaw.channel.quantized import from_codes, qsgd, through_codes, to_codes
 from lightning_fedhaw.channel.scale import ordinary, rescaled
-from scenes import generator, prepared
 
 SMALLEST = 2.0**-149
 """The smallest number above zero of float32: subnormal, with one bit."""

@@ -5,6 +5,7 @@ from math import exp, log10
 import pytest
 import torch
 
+from channel_contexts import generator, prepared, received
 from federations import Classifier, flat, loader, samples, train, trainer
 from lightning_fedhaw import (
     AWGNChannel,
@@ -18,7 +19,6 @@ from lightning_fedhaw import (
 from lightning_fedhaw.channel.awgn import add_noise, noise_std, rms
 from lightning_fedhaw.channel.fading import power_gain
 from lightning_fedhaw.channel.overtheair import receiver_noise
-from scenes import generator, prepared, received
 
 CLIENTS = list(range(500))
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from channel_contexts import prepared, received
 from federations import flat, train
 from lightning_fedhaw import PacketLossChannel, QuantizationChannel
-from scenes import prepared, received
 
 
 def test_packets_hold_what_fits():
@@ -35,7 +35,7 @@ def test_the_last_numbers_that_were_heard_stand_in():
     channel = prepared(PacketLossChannel(0.5, 8, lost="last"), 20)
     first, second = torch.full((20,), 1.0), torch.full((20,), 2.0)
     got = channel.transmit(first, round_idx=0, client=4, seed=0)
-    assert set(got.tolist()) == {0.0, 1.0}, "nothing was heard before"
+    assert set(got.tolist()) == {0.0, 1.0}, "nothing was received before"
     channel.remember(4, torch.zeros(20), got, 3)
     again = channel.transmit(second, round_idx=1, client=4, seed=0)
     lost = again != 2

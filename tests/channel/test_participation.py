@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from channel_contexts import prepared
 from federations import flat, train
 from lightning_fedhaw import AvailabilityChannel, StragglerChannel
-from scenes import prepared
 
 CLIENTS = list(range(10))
 

@@ -212,7 +212,7 @@ def test_weights_that_depend_on_data():
 
 def test_weights_that_turn_out_to_depend_on_data():
     class Odd(FedAvgCallback):
-        def raw_weight(self, update):
+        def unnormalized_weight(self, update):
             return 2.0 if len(update.logged) and update.client == 1 else 1.0
 
     with pytest.raises(ValueError, match="the same weight for every client, and Odd weighs them by what"):

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from channel_contexts import generator, prepared, received
 from federations import Classifier, flat, loader, train, trainer
 from lightning_fedhaw import BitFlipChannel, QuantizationChannel
 from lightning_fedhaw.channel.bitflip import flip, flips
 from lightning_fedhaw.channel.quantized import from_codes, qsgd, to_codes
-from scenes import generator, prepared, received
 
 numbers = st.floats(-(2.0**100), 2.0**100, width=32)
 vectors = arrays("float32", st.integers(1, 40), elements=numbers).map(torch.from_numpy)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from channel_contexts import generator, prepared, received
 from federations import Classifier, loader, train, trainer
 from lightning_fedhaw import (
     AWGNChannel,
@@ -17,9 +18,8 @@ from lightning_fedhaw import (
     QuantizationChannel,
     SparsificationChannel,
 )
-from lightning_fedhaw.channel import Parcel
+from lightning_fedhaw.channel import MessageSize
 from lightning_fedhaw.channel.sparsified import number_kept, sparsify
-from scenes import generator, prepared, received
 
 numbers = st.floats(-(2.0**100), 2.0**100, width=32)
 vectors = arrays("float32", st.integers(1, 40), elements=numbers).map(torch.from_numpy)
@@ -104,7 +104,7 @@ def test_channels_behind_change_what_is_sent_and_nothing_else(make, per):
 
 def test_noise_behind_has_the_power_of_what_is_sent():
     sparse, noise = prepared(SparsificationChannel(0.1), 20_000), AWGNChannel(10.0)
-    prepared(noise, 20_000, parcel=sparse.encode(Parcel(20_000, 32)))
+    prepared(noise, 20_000, size=sparse.encode(MessageSize(20_000, 32)))
     sent = sparse.transmit(torch.randn(20_000, generator=generator()), round_idx=0, client=0, seed=0)
     error = noise.transmit(sent, round_idx=0, client=0, seed=0) - sent
     assert int(error.count_nonzero()) == 2000
@@ -113,7 +113,7 @@ def test_noise_behind_has_the_power_of_what_is_sent():
 
 def test_what_was_left_out_is_not_counted_again():
     tenth, half = prepared(SparsificationChannel(0.1), 1000), prepared(SparsificationChannel(0.5), 1000)
-    assert half.encode(tenth.encode(Parcel(1000, 32))).values == 100
+    assert half.encode(tenth.encode(MessageSize(1000, 32))).values == 100
 
 
 class Held(FederatedCallback):

@@ -249,13 +249,13 @@ def test_stacked_steps_read_no_numbers():
     kept = [
         {
             index: {
-                "step": torch.tensor(float(visits)),
+                "step": torch.tensor(float(tasks)),
                 "exp_avg": torch.ones_like(p),
                 "exp_avg_sq": torch.ones_like(p),
             }
             for index, p in enumerate(module.parameters())
         }
-        for visits in (1, 1, 2)
+        for tasks in (1, 1, 2)
     ]
     stacks = [torch.zeros(3, *p.shape) for p in module.parameters()]
     with Reads() as reads:

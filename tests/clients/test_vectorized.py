@@ -296,8 +296,8 @@ def test_memory_that_is_not_there_halves_the_chunk(monkeypatch):
     make, tried = Chunk._make, []
 
     def fails(self, call):
-        tried.append(len(self.visits))
-        if len(self.visits) > 2 and len(tried) > 3:
+        tried.append(len(self.tasks))
+        if len(self.tasks) > 2 and len(tried) > 3:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         return make(self, call)
 

@@ -17,8 +17,8 @@ def update(client, displacement=(0.0, 0.0)):
     return ClientUpdate(client, 10, 5, 0, torch.tensor(displacement))
 
 
-def record(client, raw_weight=1.0, heard=True):
-    return UpdateRecord(update(client), heard, raw_weight, rank=0, rms=0.0)
+def record(client, unnormalized_weight=1.0, received=True):
+    return UpdateRecord(update(client), received, unnormalized_weight, rank=0, rms=0.0)
 
 
 def test_long_work_is_distributed_first():
@@ -55,7 +55,7 @@ def test_slots_are_those_that_train_and_those_that_may_be_filled():
     plan = RoundPlan(0, [1, 2, 3, 4], torch.zeros(2), models, {1: channel})
     assert plan.trainees == [4, 3]
     assert plan.slots == [4, 3, 1]
-    received = Received([record(4), record(1, heard=False)], [])
+    received = Received([record(4), record(1, received=False)], [])
     assert [each.client for each in received.updates] == [4]
 
 
@@ -75,7 +75,7 @@ def test_rows_and_a_running_sum_hold_the_same():
     rule = FedAvgCallback()
     stores = [make_store(rule, FederationOptions(storage=s), start, 2, ranks, summed=False) for s in ("device", "auto")]
     assert [type(store) for store in stores] == [RowStore, RunningSum]
-    records = [record(0, raw_weight=1.0), record(1, raw_weight=3.0)]
+    records = [record(0, unnormalized_weight=1.0), record(1, unnormalized_weight=3.0)]
     for store in stores:
         store.commit(update(0, (4.0, 0.0)), 1.0)
         store.slot().copy_(torch.tensor([0.0, 8.0]))
@@ -111,7 +111,7 @@ def test_a_round_that_fails_is_undone_with_every_owner_of_a_state():
     before = federation.run_state.snapshot(federation.engine)
     mean = {name: value.clone() for name, value in objective.mean.items()}
     clients = set(before.optimizer_states)
-    assert clients == set(federation.buffers.local) == set(channel.state_dict()["heard"])
+    assert clients == set(federation.buffers.local) == set(channel.state_dict()["received"])
 
     federation.engine.kept = {}
     federation.buffers.local[0] = {}
@@ -121,7 +121,7 @@ def test_a_round_that_fails_is_undone_with_every_owner_of_a_state():
     federation.server.install(federation.server.parameters() + 1)
     federation.run_state.restore(federation.engine, before)
 
-    assert set(federation.engine.kept) == set(channel.state_dict()["heard"]) == clients
+    assert set(federation.engine.kept) == set(channel.state_dict()["received"]) == clients
     assert federation.buffers.local[0]
     assert objective.mean.keys() == mean.keys()
     assert all(torch.equal(objective.mean[name], value) for name, value in mean.items())

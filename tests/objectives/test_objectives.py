@@ -185,7 +185,7 @@ def test_scaffold_finds_the_average_gradient_whatever_the_local_optimizer(nester
 
 
 class Deaf(Channel):
-    """Client 1 hears nothing in rounds 1 and 2, and trains what it heard last."""
+    """Client 1 hears nothing in rounds 1 and 2, and trains what it received last."""
 
     def __init__(self):
         super().__init__(link="downlink", fallback="reuse_model")
@@ -195,17 +195,17 @@ class Deaf(Channel):
 
 
 def test_scaffolds_control_is_as_old_as_the_model_it_came_with():
-    w, c, own, heard, models = 0.0, 0.0, [0.0, 0.0], [(0.0, 0.0)] * 2, []
+    w, c, own, received, models = 0.0, 0.0, [0.0, 0.0], [(0.0, 0.0)] * 2, []
     for round_idx in range(4):
         moved, changed = [], []
         for k, (h, optimum, steps) in enumerate([(1.0, 1.0, 2), (3.0, -1.0, 5)]):
             if not (k == 1 and round_idx in (1, 2)):
-                heard[k] = (w, c)
-            y, control = heard[k]
+                received[k] = (w, c)
+            y, control = received[k]
             for _ in range(steps):
                 y -= 0.1 * (h * (y - optimum) - own[k] + control)
-            new = own[k] - control + (heard[k][0] - y) / (0.1 * steps)
-            moved.append(y - heard[k][0])
+            new = own[k] - control + (received[k][0] - y) / (0.1 * steps)
+            moved.append(y - received[k][0])
             changed.append(new - own[k])
             own[k] = new
         w, c = w + sum(moved) / 2, c + sum(changed) / 2
@@ -301,7 +301,7 @@ def test_feddyn_without_the_square_pulls_with_constant_length():
     assert [v.item() for v in found.values()] == close([0.25 * 0.6 - 1, 0.25 * 0.8])
     assert [v.item() for v in objective.gradient(start, start, dual).values()] == [-1.0, 0.0]
     assert objective.end_client(dual, start, w, 1)["a"].item() == close(1 - 0.5 * 3)
-    assert objective.pull == 0
+    assert objective.proximal == 0
 
 
 DRIFT = torch.Generator().manual_seed(4)

@@ -154,7 +154,7 @@ class Quadratic(pl.LightningModule):
 
 
 class SilentInRoundOne(Channel):
-    """Client 0 is not heard in round 1; its slot holds the model just broadcast."""
+    """Client 0 is not received in round 1; its slot holds the model just broadcast."""
 
     def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
         return torch.tensor([round_idx == 1 and client == 0 for client in clients])

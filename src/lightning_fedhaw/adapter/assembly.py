@@ -92,7 +92,7 @@ def assign_data(trainer: Any, loader: DataLoader[Any], options: FederationOption
         samples = len(loader.dataset)  # type: ignore[arg-type]
         rank_zero_info(f"The split leaves out {partition.dropped} of {samples} samples, as it is defined.")
     if isinstance(trainer.datamodule, FederatedDataModule):
-        trainer.datamodule.dealt = partition
+        trainer.datamodule.partition_in_use = partition
     return AssignedData(clients, assumed)
 
 

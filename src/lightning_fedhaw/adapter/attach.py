@@ -19,7 +19,7 @@ from lightning_fedhaw.rule import find_rule
 
 
 def attach(trainer: Any, options: FederationOptions) -> None:
-    """Put the round loop in the place of a trainer's fit loop, or merge a rule's options into the one that is there.
+    """Put the round loop instead of a trainer's fit loop, or merge a rule's options into the one that is there.
 
     Args:
         trainer: A ``lightning.pytorch.Trainer``.
@@ -28,7 +28,7 @@ def attach(trainer: Any, options: FederationOptions) -> None:
     Raises:
         TypeError: If it is not such a trainer.
         ValueError: If there is not exactly one rule, if trainer and rule disagree, or if the trainer was given
-            something that has no meaning in a federation.
+            something that is not supported in federated training.
     """
     if not isinstance(trainer, pl.Trainer):
         raise TypeError(

@@ -61,8 +61,8 @@ class TrainerHost:
         self._moves_nothing = is_there and not converts and not self._transfers
         if is_param_in_hook_signature(self.module.training_step, "dataloader_iter", explicit=True):
             raise ValueError(
-                "`training_step(self, dataloader_iter)` has no meaning in a federation: clients are given batches."
-                " Write `training_step(self, batch, batch_idx)`."
+                "`training_step(self, dataloader_iter)` is not supported in federated training: clients are"
+                " given batches. Write `training_step(self, batch, batch_idx)`."
             )
         own = {id(p) for p in self.module.parameters()}
         if any(id(p) not in own for o in self.optimizers for group in o.param_groups for p in group["params"]):
@@ -231,7 +231,7 @@ class TrainerHost:
 
     @contextmanager
     def logging_to(self, logger: Any) -> Iterator[None]:
-        """Let another logger stand in the place of the trainer's for a while."""
+        """Let another logger stand instead of the trainer's for a while."""
         own = self.trainer.loggers
         self.trainer.loggers = [logger for _ in own]
         try:

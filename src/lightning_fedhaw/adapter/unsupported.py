@@ -1,4 +1,4 @@
-"""What a stock trainer can be told that has no meaning in a federation, and the sentence for each."""
+"""What a stock trainer can be told that is not supported in federated training, and the sentence for each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CALLBACKS: dict[str, str] = {
     "BaseFinetuning": "it changes which parameters are trainable during `fit`, and clients and server must agree on"
     " what travels. Freeze before `fit`, or call `fit` once per stage",
     "ModelPruning": "it changes the set of parameters during `fit`. Prune before or after",
-    "ThroughputMonitor": "it measures batches of a central loader. The closing table has the seconds per phase",
+    "ThroughputMonitor": "it measures batches of a central loader. The run summary has the seconds per phase",
     "SpikeDetection": "it watches the loss of single batches and restarts the run without them. Use"
     ' `on_nonfinite="exclude"` for clients that diverge',
 }
@@ -36,7 +36,9 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
         kind = getattr(stock, name, None)
         for callback in callbacks:
             if kind is not None and isinstance(callback, kind):
-                raise ValueError(f"`callbacks`: {type(callback).__name__} has no meaning in a federation: {why}.")
+                raise ValueError(
+                    f"`callbacks`: {type(callback).__name__} is not supported in federated training: {why}."
+                )
 
 
 def check_strategy(strategy: Any) -> None:
@@ -47,7 +49,7 @@ def check_strategy(strategy: Any) -> None:
     """
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     if re.match(r"fsdp|deepspeed|model_?parallel|xla_fsdp", name, re.IGNORECASE):
-        raise ValueError(f"`Trainer(strategy={name})` has no meaning in a federation: {_SPREADS_ONE_MODEL}.")
+        raise ValueError(f"`Trainer(strategy={name})` is not supported in federated training: {_SPREADS_ONE_MODEL}.")
 
 
 def check_accelerator(accelerator: Any) -> None:
@@ -100,7 +102,7 @@ def check_trainer(trainer: Any, *, sync_batchnorm: bool = False) -> None:
     """
 
     def refuse(argument: str, why: str) -> None:
-        raise ValueError(f"`Trainer({argument})` has no meaning in a federation: {why}.")
+        raise ValueError(f"`Trainer({argument})` is not supported in federated training: {why}.")
 
     check_accelerator(trainer.accelerator)
     strategy = type(trainer.strategy)

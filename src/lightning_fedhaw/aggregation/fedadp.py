@@ -52,10 +52,11 @@ class FedAdpCallback(AggregationRule):
     Args:
         gompertz: The factor ``alpha`` of the Gompertz function, how sharply weights fall with the angle: an aligned
             client weighs up to ``exp(gompertz)`` times as much as an opposed one. 0 is FedAvg.
-        smooth_by: ``"participations"``: a client's angles are averaged over the rounds it was heard in, as published.
-            ``"rounds"``: the number of the round stands in the mean, whoever took part, as in FedHAW's authors' code.
-        update_unheard: Whether what stands in for a client that was not heard counts as an angle of its own, as in
-            that code: a zero update is a right angle.
+        smooth_by: ``"participations"``: a client's angles are averaged over the rounds in which its update was
+            received, as published.
+            ``"rounds"``: over the number of the round, whoever took part, as in FedHAW's authors' code.
+        smooth_substitutes: Whether the substitute for an update that was not received counts as an angle of its own,
+            as in that code: a zero update is a right angle.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
@@ -72,15 +73,15 @@ class FedAdpCallback(AggregationRule):
         gompertz: float = 5.0,
         *,
         smooth_by: Smoothing = "participations",
-        update_unheard: bool = False,
+        smooth_substitutes: bool = False,
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
         self.gompertz = arguments.number("gompertz", gompertz, minimum=0)
         self.smooth_by = arguments.choice("smooth_by", smooth_by, Smoothing)
-        self.update_unheard = arguments.flag("update_unheard", update_unheard)
+        self.smooth_substitutes = arguments.flag("smooth_substitutes", smooth_substitutes)
 
-    headlines = ("weight/min", "weight/max")
+    summary_metrics = ("weight/min", "weight/max")
 
     def init(self, start: Tensor, num_examples: Tensor) -> State:
         """No angles yet."""
@@ -94,15 +95,15 @@ class FedAdpCallback(AggregationRule):
         vectors, clients = cohort.vectors, cohort.clients
         seen = angles(vectors.displacements, normalized(cohort.num_examples))
         counts, smooth = state["counts"][clients], state["angles"][clients]
-        told = cohort.heard | self.update_unheard
+        counted = cohort.received | self.smooth_substitutes
         rounds = counts + 1 if self.smooth_by == "participations" else torch.full_like(counts, cohort.round + 1)
-        # Who was never heard weighs by what stands in for it.
-        smooth = torch.where(told, ((rounds - 1) * smooth + seen) / rounds, torch.where(counts > 0, smooth, seen))
+        # A client whose update was never received is weighted by its substitute's angle.
+        smooth = torch.where(counted, ((rounds - 1) * smooth + seen) / rounds, torch.where(counts > 0, smooth, seen))
         heights = gompertz(smooth, self.gompertz)
         weights = normalized(cohort.num_examples * (heights - heights.max()).exp())
         new_angles, new_counts = state["angles"].clone(), state["counts"].clone()
-        new_angles[clients[told]] = smooth[told]
-        new_counts[clients[told]] += 1
+        new_angles[clients[counted]] = smooth[counted]
+        new_counts[clients[counted]] += 1
         return RuleOutput(
             parameters=vectors.weighted_sum(weights),
             state={"angles": new_angles, "counts": new_counts},

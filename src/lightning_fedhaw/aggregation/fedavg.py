@@ -36,7 +36,7 @@ class FedAvgCallback(AggregationRule):
         super().__init__(**federation)
         self.weighting = arguments.choice("weighting", weighting, Weighting)
 
-    def raw_weight(self, update: ClientUpdate) -> float:
+    def unnormalized_weight(self, update: ClientUpdate) -> float:
         """A client's weight before normalization."""
         return {"examples": float(update.num_examples), "batches": float(update.num_batches)}.get(self.weighting, 1.0)
 

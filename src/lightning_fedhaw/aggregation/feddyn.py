@@ -25,7 +25,7 @@ class FedDynCallback(AggregationRule):
 
         h <- h - alpha (1 / N) sum_k (w_k - w)          w <- (1 / K) sum_k w_k - h / alpha
 
-    What stands in for a client that was not heard is in the mean and not in ``h``, which stays the mean of all
+    The substitute for an update that was not received is in the mean and not in ``h``, which stays the mean of all
     clients' ``g_k``.
 
     Args:
@@ -52,7 +52,7 @@ class FedDynCallback(AggregationRule):
         self.objectives = (FedDynObjective(self.regularization, self.penalty),)
 
     @property
-    def identity(self) -> str:
+    def resume_key(self) -> str:
         """The factor in whose units ``h`` and the clients' duals are."""
         return f"{type(self).key}(regularization={self.regularization})"
 
@@ -63,7 +63,7 @@ class FedDynCallback(AggregationRule):
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """One mean, corrected."""
         weights = normalized(torch.ones(len(cohort)))
-        moved = cohort.vectors.displacements.weighted_sum(cohort.heard.double() / state["num_clients"])
+        moved = cohort.vectors.displacements.weighted_sum(cohort.received.double() / state["num_clients"])
         h = state["h"].to(cohort.start) - self.regularization * moved.to(cohort.start)
         corrected = cohort.vectors.weighted_sum(weights) - h / self.regularization
         return RuleOutput(corrected, {**state, "h": h}, weights)

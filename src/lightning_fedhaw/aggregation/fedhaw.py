@@ -175,7 +175,7 @@ class FedHAWCallback(HypergradientRule):
     prog_bar = ("scale", "server_step")
 
     @property
-    def identity(self) -> str:
+    def resume_key(self) -> str:
         """What the kept vectors and the hyper-optimizer's memory are made for; step sizes may change."""
         hyper = getattr(self.hyper_optimizer, "__name__", "given")
         learns = "lr_lambda>0" if self.lr_lambda else "lr_lambda=0"
@@ -187,7 +187,7 @@ class FedHAWCallback(HypergradientRule):
         scale = learned.pop("scale")
         return {"scale": scale, "server_step": self.state["beta"].exp().item(), **learned}
 
-    def advice(self) -> str:
+    def divergence_hint(self) -> str:
         """The scale, if its bounds allowed it to leave the range in which models live."""
         if self.has_usual_scale:
             return ""

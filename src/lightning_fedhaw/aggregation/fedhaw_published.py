@@ -191,14 +191,14 @@ class PublishedFedHAWCallback(HypergradientRule):
             self.hyper_optimizer = torch.optim.SGD if is_plain else torch.optim.Adam
 
     @property
-    def identity(self) -> str:
+    def resume_key(self) -> str:
         """What the hyper-optimizer's memory is made for; step sizes may change."""
         hyper = getattr(self.hyper_optimizer, "__name__", "given")
         if self._chooses_hyper_optimizer:
             hyper = "chosen"
         return f"{type(self).key}(normalize_by={self.normalize_by}, hyper_optimizer={hyper})"
 
-    def advice(self) -> str:
+    def divergence_hint(self) -> str:
         """The scale, if it has left the range in which models live."""
         if self.has_usual_scale:
             return ""

@@ -121,7 +121,7 @@ class FedHyperCallback(AggregationRule):
             )
 
     @property
-    def identity(self) -> str:
+    def resume_key(self) -> str:
         """Which rates are learned."""
         return f"{type(self).key}(adapt={self.adapt})"
 
@@ -129,7 +129,7 @@ class FedHyperCallback(AggregationRule):
         """The rates of the server, and of the clients as a multiple of their optimizer's."""
         return {name: float(self.state[name]) for name in ("alpha", "beta") if name in self.state}
 
-    def advice(self) -> str:
+    def divergence_hint(self) -> str:
         """The rates that were learned, and how to hold them."""
         learned = ", ".join(f"{name} {value:.3g}" for name, value in self.summary().items())
         return (
@@ -137,7 +137,7 @@ class FedHyperCallback(AggregationRule):
             f" `hyper_lr` ({self.hyper_lr:g}), or use `normalize_by='norms'`."
         )
 
-    def raw_weight(self, update: ClientUpdate) -> float:
+    def unnormalized_weight(self, update: ClientUpdate) -> float:
         """A client's weight before normalization."""
         return float(update.num_examples) if self.weighting == "examples" else 1.0
 
@@ -176,7 +176,7 @@ class FedHyperCallback(AggregationRule):
         parameters = cohort.start + alpha.item() * moved
         return RuleOutput(parameters, new, weights, metrics)
 
-    def local_pace(self, state: State, layout: ParameterLayout) -> LocalLRScale | None:
+    def local_lr_scale(self, state: State, layout: ParameterLayout) -> LocalLRScale | None:
         """The clients' scheduler: SL's one factor for all, or CL's in each client."""
         if "SL" in self.adapt:
             return SharedRate(float(state["beta"]))

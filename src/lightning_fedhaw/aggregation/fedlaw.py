@@ -102,7 +102,7 @@ class FedLAWCallback(AggregationRule):
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
-        state: ``scale``, the last one, for the closing table: every round learns anew.
+        state: ``scale``, the last one, for the run summary: every round learns anew.
 
     Raises:
         ValueError: If an argument is not one of the allowed values.
@@ -153,7 +153,7 @@ class FedLAWCallback(AggregationRule):
             )
 
     prog_bar = ("scale",)
-    headlines = ("weight/min", "weight/max", "proxy_loss_before", "proxy_loss_after")
+    summary_metrics = ("weight/min", "weight/max", "proxy_loss_before", "proxy_loss_after")
 
     @property
     def _learns(self) -> bool:

@@ -83,7 +83,7 @@ class FedLWSCallback(AggregationRule):
             "tau_max", tau_max, minimum=self.tau_min, infinite=True, hint="It may not be less than `tau_min`."
         )
 
-    headlines = ("shrink/min", "shrink/mean")
+    summary_metrics = ("shrink/min", "shrink/mean")
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """One average, shrunk layer by layer."""

@@ -21,7 +21,7 @@ from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule, normalized
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.objectives.base import find_objectives
-from lightning_fedhaw.objectives.reach import normalizer, sgd_groups
+from lightning_fedhaw.objectives.local_normalizer import normalizer, sgd_groups
 from lightning_fedhaw.rule import RuleOutput, ServerView, State
 
 EffectiveSteps = Literal["normalizer", "steps"]
@@ -71,18 +71,18 @@ class FedNovaCallback(AggregationRule):
             factor = arguments.number("proximal", proximal, minimum=0, hint=hint)
         self._set_proximal(factor)
 
-    headlines = ("tau_eff",)
+    summary_metrics = ("tau_eff",)
 
     def _set_proximal(self, proximal: float) -> None:
         self.proximal = proximal
         self.needs_learning_rates = proximal > 0
         # A proximal term's normalizer needs the round's learning rate, which comes with the cohort.
-        self.raw_weight = None if proximal > 0 else self._examples_per_work
+        self.unnormalized_weight = None if proximal > 0 else self._examples_per_work
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out how far the clients' optimizer goes."""
         if self._finds_proximal:
-            self._set_proximal(sum((each.pull for each in find_objectives(trainer.callbacks)), 0.0))
+            self._set_proximal(sum((each.proximal for each in find_objectives(trainer.callbacks)), 0.0))
         if self._reads_momentum:
             remedy = "say what comes closest: `FedNovaCallback(momentum=0.0)` counts steps"
             groups = sgd_groups(trainer, "FedNova", remedy)
@@ -101,9 +101,9 @@ class FedNovaCallback(AggregationRule):
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """One average of normalized updates."""
         weights, steps = normalized(cohort.num_examples), cohort.num_steps.tolist()
-        pull = self.proximal * _one_rate(cohort.learning_rates) if self.proximal else 0.0
+        proximal = self.proximal * _one_rate(cohort.learning_rates) if self.proximal else 0.0
         work = torch.tensor(
-            [normalizer(count, self.momentum, self.nesterov, pull) for count in steps], dtype=torch.float64
+            [normalizer(count, self.momentum, self.nesterov, proximal) for count in steps], dtype=torch.float64
         )
         worked = work > 0
         if not (weights[worked].sum() > 0):

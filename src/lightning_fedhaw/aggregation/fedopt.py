@@ -29,7 +29,7 @@ from torch import Tensor
 from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule, check_optimizer, check_schedule, normalized
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
-from lightning_fedhaw.options import FederationOptions, described, settings_of
+from lightning_fedhaw.options import FederationOptions, repr_settings, settings_of
 from lightning_fedhaw.rule import LocalLRScale, Rule, RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
@@ -133,18 +133,18 @@ class FedOptCallback(AggregationRule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.rule = rule
-        self.raw_weight = _examples
+        self.unnormalized_weight = _examples
         self._follow()
 
-    headlines: Sequence[str] = ("server_lr",)
+    summary_metrics: Sequence[str] = ("server_lr",)
 
     def _follow(self) -> None:
         """What the inner rule asks for."""
         if self.rule is not None:
-            self.raw_weight, self.prog_bar = self.rule.raw_weight, self.rule.prog_bar
+            self.unnormalized_weight, self.prog_bar = self.rule.unnormalized_weight, self.rule.prog_bar
             self.needs_learning_rates = self.rule.needs_learning_rates
             self.keeps_cohort, self.objectives = self.rule.keeps_cohort, self.rule.objectives
-            self.headlines = ("server_lr", *self.rule.headlines)
+            self.summary_metrics = ("server_lr", *self.rule.summary_metrics)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Let the inner rule look at the clients' optimizers."""
@@ -157,18 +157,18 @@ class FedOptCallback(AggregationRule):
         if self.rule is not None:
             self.rule.check(server)
 
-    def local_pace(self, state: State, layout: ParameterLayout) -> LocalLRScale | None:
+    def local_lr_scale(self, state: State, layout: ParameterLayout) -> LocalLRScale | None:
         """What the inner rule gives the clients for a round."""
-        return None if self.rule is None else self.rule.local_pace(state["rule"], layout)
+        return None if self.rule is None else self.rule.local_lr_scale(state["rule"], layout)
 
     def describe(self) -> str:
-        """The rule and its settings, for the line that opens a run."""
-        return described(self, *self._hidden, rule=None if self.rule is None else self.rule.describe())
+        """The rule and its settings, for the start-up line."""
+        return repr_settings(self, *self._hidden, rule=None if self.rule is None else self.rule.describe())
 
     @property
-    def identity(self) -> str:
+    def resume_key(self) -> str:
         """Optimizer and schedule with their settings, which their states hold too, and the inner rule's identity."""
-        settings = settings_of(self, *self._hidden, rule=None if self.rule is None else self.rule.identity)
+        settings = settings_of(self, *self._hidden, rule=None if self.rule is None else self.rule.resume_key)
         return f"{type(self).key}({settings})"
 
     @property
@@ -177,17 +177,17 @@ class FedOptCallback(AggregationRule):
         return () if type(self) is FedOptCallback else ("optimizer",)
 
     @property
-    def innermost(self) -> Rule:
+    def base_rule(self) -> Rule:
         """The rule that proposes."""
-        return self if self.rule is None else self.rule.innermost
+        return self if self.rule is None else self.rule.base_rule
 
     def summary(self) -> dict[str, float]:
         """What the inner rule has learned."""
         return {} if self.rule is None else self._informed(self.rule).summary()
 
-    def advice(self) -> str:
+    def divergence_hint(self) -> str:
         """What the inner rule has to say, and the server's rate."""
-        inner = "" if self.rule is None else self._informed(self.rule).advice()
+        inner = "" if self.rule is None else self._informed(self.rule).divergence_hint()
         return f"{inner} The server's learning rate is {self.lr}: a lower `lr` makes smaller steps."
 
     def move_state(self, device: torch.device) -> None:

@@ -217,7 +217,7 @@ class GeometricMedianCallback(AggregationRule):
         self.tolerance = arguments.number("tolerance", tolerance, above=0)
         self.max_iterations = arguments.integer("max_iterations", max_iterations, minimum=1)
 
-    headlines = ("iterations", "weight/max")
+    summary_metrics = ("iterations", "weight/max")
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """One geometric median."""

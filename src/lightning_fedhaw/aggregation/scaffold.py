@@ -40,7 +40,7 @@ class ScaffoldCallback(AggregationRule):
         self.server_lr = arguments.number("server_lr", server_lr, minimum=0)
         self.objectives = (ScaffoldObjective(self.option),)
 
-    def raw_weight(self, update: ClientUpdate) -> float:
+    def unnormalized_weight(self, update: ClientUpdate) -> float:
         """Everybody's is the same."""
         return 1.0
 

@@ -54,7 +54,7 @@ class ServerFineTuningCallback(ServerTraining):
     ) -> None:
         super().__init__(server_epochs, batch_size, lr, optimizer, scheduler, weighting, **federation)
 
-    def raw_weight(self, update: ClientUpdate) -> float:
+    def unnormalized_weight(self, update: ClientUpdate) -> float:
         """A client's weight before normalization."""
         return float(update.num_examples) if self.weighting == "examples" else 1.0
 

@@ -79,7 +79,7 @@ class ServerTraining(AggregationRule):
         self.scheduler = scheduler
         self.weighting = arguments.choice("weighting", weighting, Weighting)
 
-    headlines = ("proxy_loss_before", "proxy_loss_after")
+    summary_metrics = ("proxy_loss_before", "proxy_loss_after")
 
     @abstractmethod
     def objective(self, cohort: Cohort, weights: Tensor, average: Tensor, server: ServerView) -> ServerLoss:

@@ -1,7 +1,15 @@
 """Channels: what happens to a message between server and client. One family each, a pure function and a small class."""
 
 from lightning_fedhaw.channel.awgn import AWGNChannel
-from lightning_fedhaw.channel.base import AggregateChannel, Arrivals, BlockChannel, Channel, Filled, Parcel, Scene
+from lightning_fedhaw.channel.base import (
+    AggregateChannel,
+    Arrivals,
+    BlockChannel,
+    Channel,
+    ChannelContext,
+    MessageSize,
+    Substitute,
+)
 from lightning_fedhaw.channel.bitflip import BitFlipChannel
 from lightning_fedhaw.channel.erasure import ErasureChannel, GilbertElliott
 from lightning_fedhaw.channel.fading import FadingChannel
@@ -20,16 +28,16 @@ __all__ = [
     "BitFlipChannel",
     "BlockChannel",
     "Channel",
+    "ChannelContext",
     "DifferentialPrivacyChannel",
     "ErasureChannel",
     "FadingChannel",
-    "Filled",
     "GilbertElliott",
+    "MessageSize",
     "OverTheAirChannel",
     "PacketLossChannel",
-    "Parcel",
     "QuantizationChannel",
-    "Scene",
     "SparsificationChannel",
     "StragglerChannel",
+    "Substitute",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per
+from lightning_fedhaw.channel.base import BlockChannel, MessageSize, Per
 from lightning_fedhaw.channel.scale import ordinary, rescaled
 
 
@@ -82,9 +82,9 @@ class AWGNChannel(BlockChannel):
         self.snr_db = arguments.optional(decibels, "snr_db", snr_db)
         self.noise_std = arguments.number("noise_std", 0.0 if noise_std is None else noise_std, minimum=0)
 
-    def encode(self, parcel: Parcel) -> Parcel:
+    def encode(self, size: MessageSize) -> MessageSize:
         """The power of each block travels with it."""
-        return parcel if self.snr_db is None else with_power(parcel, len(self.blocks))
+        return size if self.snr_db is None else with_power(size, len(self.blocks))
 
     def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
         """The message with noise on it; see :meth:`Channel.transmit`."""
@@ -105,6 +105,6 @@ def decibels(name: str, value: object) -> float:
     return arguments.number(name, value, minimum=-200, infinite=True)
 
 
-def with_power(parcel: Parcel, blocks: int) -> Parcel:
+def with_power(size: MessageSize, blocks: int) -> MessageSize:
     """A message that carries the power of its blocks as float32."""
-    return Parcel(parcel.values, parcel.bits, parcel.side + 32 * blocks)
+    return MessageSize(size.values, size.bits, size.side + 32 * blocks)

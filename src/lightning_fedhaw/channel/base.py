@@ -22,8 +22,8 @@ Per = Literal["update", "layer"]
 
 
 @dataclass(frozen=True)
-class Filled:
-    """What stands in for a message that was not heard.
+class Substitute:
+    """What stands in for a message that was not received.
 
     Attributes:
         displacement: ``[P]``, measured from the model that was broadcast this round.
@@ -35,7 +35,7 @@ class Filled:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class MessageSize:
     """What a message is on the link, for counting bytes.
 
     Attributes:
@@ -59,17 +59,17 @@ class Parcel:
 
 
 @dataclass(frozen=True)
-class Scene:
+class ChannelContext:
     """What a channel may know of the federation around it.
 
     Attributes:
         layout: Where each trainable parameter lives in a message.
         num_examples: ``[N]`` int64, training examples of every client.
-        parcel: A message as the channels before this one leave it.
+        size: A message as the channels before this one leave it.
         channels: All channels of the link, in list order.
         rule: The rule's name.
-        raw_weight: The rule's ``raw_weight``, if it names clients' weights beforehand.
-        beside: What leaves the clients beside the message, in words.
+        unnormalized_weight: The rule's ``unnormalized_weight``, if it names clients' weights beforehand.
+        side_payloads: What leaves the clients beside the message, in words.
         drawn_uniformly: The number of clients a round, where all sets of so many are equally likely; ``None`` where
             they come by another sampler.
         clients_remember: Whether what a client sends depends on the rounds it was in before.
@@ -77,11 +77,11 @@ class Scene:
 
     layout: ParameterLayout
     num_examples: Tensor
-    parcel: Parcel
+    size: MessageSize
     channels: Sequence[Channel]
     rule: str
-    raw_weight: Callable[[Any], float] | None
-    beside: Sequence[str]
+    unnormalized_weight: Callable[[Any], float] | None
+    side_payloads: Sequence[str]
     drawn_uniformly: int | None
     clients_remember: bool = False
 
@@ -98,7 +98,7 @@ class Channel(KeyedCallback):
     rest), or both. Losses are drawn before local training, so a client whose uplink fails does not train; messages are
     changed one client at a time.
 
-    On the uplink the message is the client's displacement from the model it heard, on the downlink it is the global
+    On the uplink the message is the client's displacement from the model it received, on the downlink it is the global
     model. Buffers are not changed.
 
     What a channel makes of the size of a message it says in :meth:`encode`, and what it cannot work with in
@@ -108,13 +108,13 @@ class Channel(KeyedCallback):
 
     Args:
         link: ``"uplink"``: from the clients to the server. ``"downlink"``: from the server to the clients.
-        fallback: What the receiver uses for a message it did not hear. On the uplink: ``"zero_update"``: the model just
-            broadcast, in a slot that keeps its weight (the published client error of FedHAW). ``"reuse_update"``: the
-            client's last update that was heard, applied to the current model. ``"reuse_model"``: its last model that
-            was heard. ``"discard"``: nothing, and the weights of the others are normalized. The reuse policies are a
-            zero update until something was heard. On the downlink: ``"reuse_model"``: the client trains the last
-            global model it heard, and does not take part before it heard one. ``"discard"``: it does not take part.
-            Default: ``"zero_update"`` on the uplink, ``"discard"`` on the downlink.
+        fallback: What the receiver uses for a message it did not receive. On the uplink: ``"zero_update"``: the model
+            just broadcast, in a slot that keeps its weight (the published client error of FedHAW).
+            ``"reuse_update"``: the client's last update that was received, applied to the current model. ``"reuse_model"``: its last model that
+            was received. ``"discard"``: nothing, and the weights of the others are normalized. The reuse policies are a
+            zero update until something was received. On the downlink: ``"reuse_model"``: the client trains the last
+            global model it received, and does not take part before it received one. ``"discard"``: it does not take
+            part. Default: ``"zero_update"`` on the uplink, ``"discard"`` on the downlink.
         name: Tells two channels of one class on one link apart in a checkpoint.
 
     Raises:
@@ -136,23 +136,23 @@ class Channel(KeyedCallback):
             hint=f"The channel is on the {self.link}.",
         )
         self.name = arguments.optional(arguments.text, "name", name)
-        self._heard: dict[int, dict[str, Any]] = {}
+        self._received: dict[int, dict[str, Any]] = {}
 
     @property
     def state_key(self) -> str:
         """Key, link and name: Lightning keeps one state per key, and draws are addressed by it."""
         return "/".join(filter(None, (type(self).key, self.link, self.name)))
 
-    scene: Scene
+    context: ChannelContext
     """The federation around the channel, from :meth:`prepare` on."""
 
-    def prepare(self, scene: Scene) -> None:
+    def prepare(self, context: ChannelContext) -> None:
         """Called at the start of a fit: a channel refuses here what it cannot work with, and calls ``super()``.
 
         Raises:
             ValueError: If so.
         """
-        self.scene = scene
+        self.context = context
 
     def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
         """Which messages of the round are lost, ``[K]`` bool. None by default.
@@ -181,16 +181,16 @@ class Channel(KeyedCallback):
         These are all, or those that a :class:`SparsificationChannel` before this one chose: the others are no part of
         the message, and stay zero.
         """
-        if self.scene.parcel.values >= self.scene.layout.numel:
+        if self.context.size.values >= self.context.layout.numel:
             return function(message)
         sent = message.nonzero().squeeze(1)
         return message.index_copy(0, sent, function(message[sent])) if len(sent) else message
 
-    def encode(self, parcel: Parcel) -> Parcel:
+    def encode(self, size: MessageSize) -> MessageSize:
         """A message's size after this channel has packed it; the same by default."""
-        return parcel
+        return size
 
-    def resent(self, *, round_idx: int, client: int, seed: int) -> int:
+    def retransmitted_bytes(self, *, round_idx: int, client: int, seed: int) -> int:
         """Bytes of one message that were sent more than once."""
         return 0
 
@@ -213,32 +213,32 @@ class Channel(KeyedCallback):
         ]
         return torch.stack(draws) if draws else torch.zeros(0, dtype=torch.float64)
 
-    def fill(self, client: int, start: Tensor) -> Filled | None:
+    def substitute(self, client: int, start: Tensor) -> Substitute | None:
         """What the server uses for an uplink message it did not hear; ``None`` if the client is left out.
 
         Args:
-            client: The client that was not heard.
+            client: The client whose update was not received.
             start: ``[P]``, the model that was broadcast this round.
         """
         if self.fallback == "discard":
             return None
-        last = self._heard.get(client)
+        last = self._received.get(client)
         if last is None or self.fallback == "zero_update":
-            return Filled(torch.zeros_like(start), 0)
+            return Substitute(torch.zeros_like(start), 0)
         kept = last["vector"].to(start)
-        return Filled(kept if self.fallback == "reuse_update" else kept - start, last["num_steps"])
+        return Substitute(kept if self.fallback == "reuse_update" else kept - start, last["num_steps"])
 
     def remember(self, client: int, start: Tensor, displacement: Tensor, num_steps: int) -> None:
-        """Keep what was heard from a client, in host memory, if the fallback will want it."""
+        """Keep what was received from a client, in host memory, if the fallback will want it."""
         if self.fallback.startswith("reuse"):
             vector = displacement if self.fallback == "reuse_update" else start + displacement
-            self._heard[client] = {"vector": vector.to("cpu", copy=True), "num_steps": num_steps}
+            self._received[client] = {"vector": vector.to("cpu", copy=True), "num_steps": num_steps}
 
     def remember_broadcast(self, client: int, model: Tensor) -> None:
-        """Keep the model ``[P]`` that a client heard, in host memory, if the fallback will want it."""
+        """Keep the model ``[P]`` that a client received, in host memory, if the fallback will want it."""
         if self.fallback == "reuse_model":
-            # Nobody changes a model in place, so clients that heard the same share it.
-            self._heard[client] = {"vector": model.cpu(), "num_steps": 0}
+            # Nobody changes a model in place, so clients that received the same one share it.
+            self._received[client] = {"vector": model.cpu(), "num_steps": 0}
 
     @property
     def remembers(self) -> bool:
@@ -246,21 +246,21 @@ class Channel(KeyedCallback):
         return self.fallback.startswith("reuse") or type(self).state_dict is not Channel.state_dict
 
     def last_broadcast(self, client: int) -> Tensor | None:
-        """The last global model ``[P]`` a client heard, on a downlink that reuses it."""
-        kept = self._heard.get(client)
+        """The last global model ``[P]`` a client received, on a downlink that reuses it."""
+        kept = self._received.get(client)
         return None if kept is None else kept["vector"]
 
     def reset(self) -> None:
         """Forget what another run left behind."""
-        self._heard = {}
+        self._received = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What was heard last, for a checkpoint."""
-        return {"heard": dict(self._heard)} if self._heard else {}
+        """What was received last, for a checkpoint."""
+        return {"received": dict(self._received)} if self._received else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what was heard last from a checkpoint."""
-        self._heard = dict(state_dict.get("heard", {}))
+        """Take what was received last from a checkpoint."""
+        self._received = dict(state_dict.get("received", {}))
 
 
 class BlockChannel(Channel):
@@ -285,9 +285,9 @@ class BlockChannel(Channel):
     def blocks(self) -> list[slice]:
         """The parts of a message that are treated by themselves."""
         if self.per == "update":
-            return [slice(0, self.scene.layout.numel)]
+            return [slice(0, self.context.layout.numel)]
         # A module's own parameters follow each other.
-        return [slice(parts[0].start, parts[-1].stop) for parts in self.scene.layout.groups().values()]
+        return [slice(parts[0].start, parts[-1].stop) for parts in self.context.layout.groups().values()]
 
     def blockwise(self, function: Callable[[Tensor], Tensor], message: Tensor) -> Tensor:
         """``function: [d] -> [d]`` on what travels of every part of a message ``[P]``."""
@@ -304,7 +304,7 @@ class Arrivals:
         drawn: How many clients were drawn for the round.
         clients: The K clients in the sum.
         weights: ``[K]`` float64, their raw weights.
-        rms: ``[K]`` float64, root mean square of each displacement; 0 of those that were not heard.
+        rms: ``[K]`` float64, root mean square of each displacement; 0 of those that were not received.
     """
 
     round: int
@@ -318,8 +318,9 @@ class Arrivals:
 class AggregateChannel(Channel):
     """An uplink channel that acts on the sum of the whole cohort, so that nobody sees single updates.
 
-    It works with rules that need a weighted sum with weights known beforehand, those that declare ``raw_weight``, and
-    with fallbacks that need no client's last update. A new one overrides :meth:`superpose`.
+    It works with rules that need a weighted sum with weights known beforehand, those that declare
+    ``unnormalized_weight``, and with fallbacks that need no client's last update. A new one overrides
+    :meth:`superpose`.
     """
 
     key = "SumChannel"
@@ -327,21 +328,21 @@ class AggregateChannel(Channel):
     def __init__(self, fallback: Fallback | None = "discard", name: str | None = None) -> None:
         super().__init__("uplink", fallback, name)
 
-    def prepare(self, scene: Scene) -> None:
+    def prepare(self, context: ChannelContext) -> None:
         """Refuse rules and fallbacks that need single updates."""
         own = type(self).__name__
-        if scene.raw_weight is None:
+        if context.unnormalized_weight is None:
             raise ValueError(
-                f"`{own}` gives the server the sum of the updates alone, and {scene.rule} needs each client's. Use a"
+                f"`{own}` gives the server the sum of the updates alone, and {context.rule} needs each client's. Use a"
                 " rule that needs sums (FedAvg, FedOpt, FedHyper, FedNova), or leave the channel out."
             )
-        for channel in scene.channels:
+        for channel in context.channels:
             if channel.fallback.startswith("reuse"):
                 raise ValueError(
                     f"`{own}` gives the server the sum of the updates alone, and `{type(channel).__name__}` with"
                     f' fallback="{channel.fallback}" reuses single ones. Use "zero_update" or "discard".'
                 )
-        super().prepare(scene)
+        super().prepare(context)
 
     def superpose(self, total: Tensor, arrivals: Arrivals) -> Tensor:
         """What the server gets of the sum ``[P]`` of raw weight times displacement.

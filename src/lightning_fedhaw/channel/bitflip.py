@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.channel.base import Channel, Parcel
+from lightning_fedhaw.channel.base import Channel, MessageSize
 from lightning_fedhaw.channel.quantized import check_bits, through_codes
 
 
@@ -66,9 +66,9 @@ class BitFlipChannel(Channel):
         self.rate = arguments.probability("rate", rate)
         self.bits = check_bits(bits)
 
-    def encode(self, parcel: Parcel) -> Parcel:
+    def encode(self, size: MessageSize) -> MessageSize:
         """As many bits a number as the codes have, and their range."""
-        return parcel if self.bits == 32 or not self.rate else Parcel(parcel.values, self.bits, parcel.side + 64)
+        return size if self.bits == 32 or not self.rate else MessageSize(size.values, self.bits, size.side + 64)
 
     def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
         """The message with flipped bits; see :meth:`Channel.transmit`."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.channel.base import Channel, Scene
+from lightning_fedhaw.channel.base import Channel, ChannelContext
 
 
 @dataclass(frozen=True)
@@ -154,24 +154,24 @@ class ErasureChannel(Channel):
             or_one=True,
         )
 
-    def prepare(self, scene: Scene) -> None:
+    def prepare(self, context: ChannelContext) -> None:
         """Refuse rates of another federation."""
-        if self.probability is not None and self.probability.ndim and self.probability.shape != (scene.num_clients,):
+        if self.probability is not None and self.probability.ndim and self.probability.shape != (context.num_clients,):
             raise ValueError(
-                f"`probability` of `ErasureChannel` must be a number or one per client [{scene.num_clients}], got the"
+                f"`probability` of `ErasureChannel` must be a number or one per client [{context.num_clients}], got the"
                 f" shape {list(self.probability.shape)}."
             )
-        super().prepare(scene)
+        super().prepare(context)
 
     def rates(self, clients: list[int], seed: int) -> Tensor:
         """Clients' loss rates, ``[K]`` float64; those of a burst model in the long run."""
         if (burst := self.burst) is not None:
             return torch.full((len(clients),), burst.rate, dtype=torch.float64)
         if self.probability is not None:
-            return self.probability.expand(self.scene.num_clients)[clients]
+            return self.probability.expand(self.context.num_clients)[clients]
         assert self.max_probability is not None
         if self.legacy_seed is not None:
-            return legacy_draws(self.legacy_seed, self.scene.num_clients, self.max_probability, 0)[0][clients]
+            return legacy_draws(self.legacy_seed, self.context.num_clients, self.max_probability, 0)[0][clients]
         generators = [self._stream(seed, "client", client, "rate") for client in clients]
         draws = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
         return self.max_probability * torch.stack(draws)
@@ -180,7 +180,7 @@ class ErasureChannel(Channel):
         """The messages that are lost; see :meth:`Channel.outage`."""
         if self.legacy_seed is not None:
             assert self.max_probability is not None
-            return legacy_draws(self.legacy_seed, self.scene.num_clients, self.max_probability, round_idx)[1][clients]
+            return legacy_draws(self.legacy_seed, self.context.num_clients, self.max_probability, round_idx)[1][clients]
         draws = self._uniform(seed, round_idx, clients, "outage")
         if (burst := self.burst) is None:
             return draws < self.rates(clients, seed)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.channel.awgn import add_relative_noise, decibels, with_power
-from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per
+from lightning_fedhaw.channel.base import BlockChannel, MessageSize, Per
 
 
 def power_gain(k_factor: float, generator: torch.Generator) -> float:
@@ -96,9 +96,9 @@ class FadingChannel(BlockChannel):
         snr = 10 ** min(self.snr_db / 10, 300.0)
         return torch.tensor([log2(1 + gain * snr) < self.rate for gain in gains])
 
-    def encode(self, parcel: Parcel) -> Parcel:
+    def encode(self, size: MessageSize) -> MessageSize:
         """The power of each block travels with it, where numbers are sent as they are."""
-        return parcel if self.rate is not None else with_power(parcel, len(self.blocks))
+        return size if self.rate is not None else with_power(size, len(self.blocks))
 
     def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
         """The message with noise by its gain; see :meth:`Channel.transmit`."""

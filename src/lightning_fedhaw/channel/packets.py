@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.channel.base import Channel, Fallback, Link, Parcel
+from lightning_fedhaw.channel.base import Channel, Fallback, Link, MessageSize
 
 Lost = Literal["zero", "last"]
 
@@ -23,8 +23,8 @@ class PacketLossChannel(Channel):
         header_bytes: Bytes of a packet beside its payload, for the byte counts; 40 is IPv4 with TCP.
         retries: How often a lost packet is sent again; it is lost for good with ``probability^(1 + retries)``.
         lost: What stands in a lost packet's place. ``"zero"``: no change (on the uplink alone: a model of zeros helps
-            nobody). ``"last"``: the client's last update that was heard, or on the downlink the last model it heard;
-            zeros where there was none yet. Default: ``"zero"`` on the uplink, ``"last"`` on the downlink.
+            nobody). ``"last"``: the client's last update that was received, or on the downlink the last model it
+            received; zeros where there was none yet. Default: ``"zero"`` on the uplink, ``"last"`` on the downlink.
         link: As in :class:`Channel`.
         name: As in :class:`Channel`.
 
@@ -53,7 +53,7 @@ class PacketLossChannel(Channel):
             raise arguments.invalid("lost", "'last' on the downlink", lost, "A model of zeros helps nobody.")
         fallback: Fallback | None = None
         if self.lost == "last":
-            # What was heard last is kept as for messages that are lost whole.
+            # What was received last is kept as for messages that are lost whole.
             fallback = "reuse_update" if on_uplink else "reuse_model"
         super().__init__(link, fallback, name)
         self.probability = arguments.probability("probability", probability)
@@ -64,11 +64,11 @@ class PacketLossChannel(Channel):
     @property
     def packets(self) -> int:
         """Packets of a message."""
-        return ceil(self.scene.parcel.bytes / self.packet_bytes)
+        return ceil(self.context.size.bytes / self.packet_bytes)
 
-    def encode(self, parcel: Parcel) -> Parcel:
+    def encode(self, size: MessageSize) -> MessageSize:
         """A header for each packet."""
-        return Parcel(parcel.values, parcel.bits, parcel.side + 8 * self.header_bytes * self.packets)
+        return MessageSize(size.values, size.bits, size.side + 8 * self.header_bytes * self.packets)
 
     def sendings(self, *, round_idx: int, client: int, seed: int) -> tuple[Tensor, Tensor]:
         """How often each packet is sent ``[packets]`` int64, and whether it is lost all the same, bool."""
@@ -77,7 +77,7 @@ class PacketLossChannel(Channel):
         failures = failed.long().cumprod(1).sum(1)
         return (failures + 1).clamp(max=1 + self.retries), failures > self.retries
 
-    def resent(self, *, round_idx: int, client: int, seed: int) -> int:
+    def retransmitted_bytes(self, *, round_idx: int, client: int, seed: int) -> int:
         """Bytes of packets that were sent again; the last packet counts as full."""
         if not self.retries:
             return 0
@@ -91,6 +91,6 @@ class PacketLossChannel(Channel):
             return message
         # Numbers share the packets evenly, whatever was done to them before.
         packet = torch.arange(len(message), device=message.device) * self.packets // len(message)
-        last = self._heard.get(client)
+        last = self._received.get(client)
         instead = torch.zeros_like(message) if last is None else last["vector"].to(message)
         return torch.where(lost.to(message.device)[packet], instead, message)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.channel.base import Channel, Fallback, Scene
+from lightning_fedhaw.channel.base import Channel, ChannelContext, Fallback
 
 
 class StragglerChannel(Channel):
@@ -62,7 +62,7 @@ class StragglerChannel(Channel):
         exponents = torch.tensor(draws, dtype=torch.float64).view(-1, 2) @ torch.tensor(
             [self.client_spread, self.spread], dtype=torch.float64
         )
-        return self.scene.num_examples[clients] * self.seconds_per_sample * exponents.exp()
+        return self.context.num_examples[clients] * self.seconds_per_sample * exponents.exp()
 
     def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
         """Who is late; see :meth:`Channel.outage`."""
@@ -73,7 +73,7 @@ class AvailabilityChannel(Channel):
     """Clients that can be reached in some rounds only: in a daily rhythm, or by a trace.
 
     The sampler draws the cohort as it would without; who was drawn and cannot be reached does not train and is not
-    heard. So availability is an outage, and adding it changes nobody else's numbers.
+    received. So availability is an outage, and adding it changes nobody else's numbers.
 
     Args:
         trace: ``[rounds, clients]`` booleans or probabilities of being there, or a file with such numbers (``.npy``, or
@@ -113,14 +113,14 @@ class AvailabilityChannel(Channel):
             arguments.numbers, "phases", phases, allowed="numbers in [0, 1], one per client", maximum=1
         )
 
-    def prepare(self, scene: Scene) -> None:
+    def prepare(self, context: ChannelContext) -> None:
         """Refuse a trace or phases of another federation."""
-        count = scene.num_clients
+        count = context.num_clients
         if self.trace is not None and self.trace.shape[1] != count:
             raise ValueError(f"`trace` must have a column for each of {count} clients, got {self.trace.shape[1]}.")
         if self.phases is not None and self.phases.shape != (count,):
             raise ValueError(f"`phases` must be one number per client [{count}], got {list(self.phases.shape)}.")
-        super().prepare(scene)
+        super().prepare(context)
 
     def probability(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
         """Of being there, ``[K]`` float64."""

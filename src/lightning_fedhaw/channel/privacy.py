@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.channel.awgn import add_noise
-from lightning_fedhaw.channel.base import AggregateChannel, Arrivals, Channel, Scene
+from lightning_fedhaw.channel.base import AggregateChannel, Arrivals, Channel, ChannelContext
 from lightning_fedhaw.channel.scale import ordinary
 from lightning_fedhaw.cohort import ClientUpdate
 
@@ -77,14 +77,14 @@ class DifferentialPrivacyChannel(AggregateChannel):
     This holds for rules that name the same weight for every client (``FedAvgCallback(weighting="uniform")``, and
     rules on top of it, for which the noisy average is all they see), for samplers that draw uniformly or do not look
     at data, and for messages that are lost for reasons other than data. It does not cover what else leaves a run:
-    logged training losses, numbers of clients heard, the table of client metrics, buffers (refused unless
+    logged training losses, numbers of clients received, the table of client metrics, buffers (refused unless
     ``buffers="keep"``), what an objective sends beside the update. Noise comes from the run's seeded generator, for
     study: whoever knows the seed can take it off again.
 
     Args:
         clip: C.
         noise_multiplier: Standard deviation of the noise on the sum, in units of C.
-        delta: For the epsilon in the closing table; well below 1 / N. ``None``: without accounting, which is what the
+        delta: For the epsilon in the run summary; well below 1 / N. ``None``: without accounting, which is what the
             extra ``privacy`` is for.
         name: As in :class:`Channel`. The channel is for the uplink.
 
@@ -110,21 +110,21 @@ class DifferentialPrivacyChannel(AggregateChannel):
         self.delta = arguments.optional(arguments.probability, "delta", delta)
         self.reset()
 
-    def prepare(self, scene: Scene) -> None:
+    def prepare(self, context: ChannelContext) -> None:
         """Refuse what the guarantee does not hold for."""
-        super().prepare(scene)
-        assert scene.raw_weight is not None
+        super().prepare(context)
+        assert context.unnormalized_weight is not None
         probes = [ClientUpdate(client, 1 + client, 1 + 2 * client, 0, torch.zeros(1)) for client in range(2)]
-        self._check_weights([float(scene.raw_weight(probe)) for probe in probes])
+        self._check_weights([float(context.unnormalized_weight(probe)) for probe in probes])
         # What a client remembers says in which rounds it was, and these are secret where sampling amplifies.
-        self._amplified = None if scene.clients_remember else scene.drawn_uniformly
-        if scene.beside:
+        self._amplified = None if context.clients_remember else context.drawn_uniformly
+        if context.side_payloads:
             raise ValueError(
-                f"`DifferentialPrivacyChannel` protects updates, and {' and '.join(scene.beside)} would leave the"
-                ' clients beside them without noise. Set `buffers="keep"`, and leave out objectives that share their'
-                " state."
+                f"`DifferentialPrivacyChannel` protects updates, and {' and '.join(context.side_payloads)} would leave"
+                ' the clients beside them without noise. Set `buffers="keep"`, and leave out objectives that share'
+                " their state."
             )
-        channels = list(scene.channels)
+        channels = list(context.channels)
         for later in channels[channels.index(self) + 1 :]:
             if type(later).transmit is not Channel.transmit:
                 raise ValueError(
@@ -137,7 +137,7 @@ class DifferentialPrivacyChannel(AggregateChannel):
     def _check_weights(self, weights: Sequence[float]) -> None:
         if len(set(weights)) > 1:
             raise ValueError(
-                f"`DifferentialPrivacyChannel` needs the same weight for every client, and {self.scene.rule} weighs"
+                f"`DifferentialPrivacyChannel` needs the same weight for every client, and {self.context.rule} weighs"
                 ' them by what they hold or do. Use `FedAvgCallback(weighting="uniform")`, alone or in'
                 " `FedOptCallback(rule=...)`."
             )
@@ -160,7 +160,7 @@ class DifferentialPrivacyChannel(AggregateChannel):
         # Without amplification, it counts who came most often.
         rounds = self._releases if drawn is not None else max(self._parts.values(), default=0)
         return epsilon(
-            self.noise_multiplier, self.delta, rounds, num_clients=self.scene.num_clients, drawn_uniformly=drawn
+            self.noise_multiplier, self.delta, rounds, num_clients=self.context.num_clients, drawn_uniformly=drawn
         )
 
     @property
@@ -169,7 +169,7 @@ class DifferentialPrivacyChannel(AggregateChannel):
         return False
 
     def summary(self) -> dict[str, float]:
-        """Epsilon and delta, for the closing table."""
+        """Epsilon and delta, for the run summary."""
         return {} if self.delta is None else {"epsilon": self.epsilon(), "delta": self.delta}
 
     def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:

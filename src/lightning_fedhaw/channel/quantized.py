@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per
+from lightning_fedhaw.channel.base import BlockChannel, MessageSize, Per
 from lightning_fedhaw.channel.scale import rescaled
 
 Scheme = Literal["stochastic", "nearest", "qsgd"]
@@ -143,12 +143,12 @@ class QuantizationChannel(BlockChannel):
         if self.scheme == "qsgd" and self.bits == 1:
             raise ValueError('`bits` must be at least 2 with `scheme="qsgd"`, one of which is the sign, got 1.')
 
-    def encode(self, parcel: Parcel) -> Parcel:
+    def encode(self, size: MessageSize) -> MessageSize:
         """``bits`` a number, and a range (64 bits) or a norm (32) for each block."""
         if self.bits == 32:
-            return parcel
+            return size
         side = (32 if self.scheme == "qsgd" else 64) * len(self.blocks)
-        return Parcel(parcel.values, self.bits, parcel.side + side)
+        return MessageSize(size.values, self.bits, size.side + side)
 
     def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
         """The message, rounded; see :meth:`Channel.transmit`."""

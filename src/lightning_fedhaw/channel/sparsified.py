@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.channel.base import BlockChannel, Parcel, Per
+from lightning_fedhaw.channel.base import BlockChannel, MessageSize, Per
 
 Choice = Literal["top", "random"]
 
@@ -44,7 +44,7 @@ class SparsificationChannel(BlockChannel):
         fraction: The part, in (0, 1]; 1 sends everything.
         choice: ``"top"``: the largest in size. ``"random"``: any.
         error_feedback: Whether a client keeps what it did not send, and adds it to its next update. Kept in host
-            memory, of clients whose update was heard; a client that failed keeps what it had. Without it, random
+            memory, of clients whose update was received; a client that failed keeps what it had. Without it, random
             choices are divided by the fraction, so that the mean is right.
         per: Whether the numbers are chosen from the whole update or from each layer.
         name: As in :class:`Channel`. The channel is for the uplink.
@@ -78,14 +78,14 @@ class SparsificationChannel(BlockChannel):
         """Whether there is error feedback."""
         return self.error_feedback and self.fraction < 1
 
-    def encode(self, parcel: Parcel) -> Parcel:
+    def encode(self, size: MessageSize) -> MessageSize:
         """What is sent, and where it belongs: positions, a bit for each number if that is less, or a random seed."""
         if self.fraction == 1:
-            return parcel
+            return size
         lengths = [block.stop - block.start for block in self.blocks]
-        kept = min(sum(number_kept(self.fraction, length) for length in lengths), parcel.values)
+        kept = min(sum(number_kept(self.fraction, length) for length in lengths), size.values)
         positions = 64 if self.choice == "random" else min(kept * ceil(log2(max(lengths))), sum(lengths))
-        return Parcel(kept, parcel.bits, parcel.side + positions)
+        return MessageSize(kept, size.bits, size.side + positions)
 
     def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
         """The numbers that are sent; see :meth:`Channel.transmit`."""
@@ -105,7 +105,7 @@ class SparsificationChannel(BlockChannel):
         return chosen if self.error_feedback or generator is None else chosen.mul_(len(block) / count)
 
     def remember(self, client: int, start: Tensor, displacement: Tensor, num_steps: int) -> None:
-        """The update was heard: what was left out of it waits for the next."""
+        """The update was received: what was left out of it waits for the next."""
         super().remember(client, start, displacement, num_steps)
         if self._next is not None:
             self._held = {**self._held, client: self._next.cpu()}

@@ -1,6 +1,6 @@
 """How a cohort trains: the local plan and the engines."""
 
-from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit
+from lightning_fedhaw.clients.engine import ClientTask, Engine, LocalPlan
 from lightning_fedhaw.clients.sequential import SequentialEngine
 
-__all__ = ["Engine", "LocalPlan", "SequentialEngine", "Visit"]
+__all__ = ["ClientTask", "Engine", "LocalPlan", "SequentialEngine"]

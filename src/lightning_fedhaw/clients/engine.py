@@ -1,4 +1,4 @@
-"""What every engine is given, and what it gives back: the local plan, a visit, and the memory of clients."""
+"""What every engine is given, and what it gives back: the local plan, a client task, and the memory of clients."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class LocalPlan:
 
 
 @dataclass(frozen=True)
-class Visit:
-    """One client's call: what it heard, and where its displacement goes.
+class ClientTask:
+    """One client's call: what it received, and where its displacement goes.
 
     Attributes:
         client: The client's number.
@@ -75,7 +75,7 @@ class Engine(ABC):
     Attributes:
         kept: With ``optimizer_state="kept"``, each client's optimizer states, by position of the parameter.
         initial: The optimizer states that a client without memory starts from: those of their constructors.
-        pace: What the rule makes of the clients' learning rates in this round.
+        lr_scale: What the rule makes of the clients' learning rates in this round.
         gradient: Gives the gradient ``[P]`` of a client's mean loss at parameters ``[P]``, for objectives that ask.
     """
 
@@ -94,7 +94,7 @@ class Engine(ABC):
         self.objectives = objectives
         self.kept: dict[int, list[dict[int, dict[str, Any]]]] = {}
         self.initial = [states_of(optimizer) for optimizer in host.optimizers]
-        self.pace: LocalLRScale | None = None
+        self.lr_scale: LocalLRScale | None = None
         self.gradient: Callable[[int, Tensor], Tensor]
 
     @property
@@ -103,17 +103,17 @@ class Engine(ABC):
         return 1
 
     @abstractmethod
-    def run(self, visits: Iterable[Visit]) -> Generator[ClientUpdate, None, None]:
+    def run(self, tasks: Iterable[ClientTask]) -> Generator[ClientUpdate, None, None]:
         """Train the cohort.
 
         The module may hold a client's model meanwhile; whoever runs the engine puts the server's back.
 
         Yields:
-            Each client's update, in the order of the visits.
+            Each client's update, in the order of the tasks.
         """
 
     def cost(self, client: int) -> float:
-        """What a client's visit is estimated to cost: the samples it will see."""
+        """What a client's task is estimated to cost: the samples it will see."""
         if self.plan.steps is not None:
             return float(self.plan.steps * self.data.settings.batch_size)
         return float(len(self.data.train_indices[client]) * (self.plan.epochs or 1))
@@ -128,40 +128,40 @@ class Engine(ABC):
         """Batches in a pass over a client's data."""
         return self.data.batches_per_pass(len(self.data.train_indices[client]), self.plan.limit)
 
-    def aftermath(self) -> Any:
+    def end_state(self) -> Any:
         """What the last run left in schedules and loss scale, for the other processes; ``None`` if nothing."""
         return None
 
-    def settle(self, aftermaths: Sequence[Any]) -> None:  # noqa: B027 (most engines leave nothing)
+    def restore_end_state(self, end_states: Sequence[Any]) -> None:  # noqa: B027 (most engines leave nothing)
         """Go on from where all processes' runs ended."""
 
     def close(self) -> None:
         """Let go of what only a round needs."""
-        self.pace = None
+        self.lr_scale = None
 
-    def begin_objectives(self, visit: Visit) -> list[ClientState]:
+    def begin_objectives(self, task: ClientTask) -> list[ClientState]:
         """What a client works with in a round, for each objective."""
-        start = self.layout.views(visit.start) if self.objectives else {}
+        start = self.layout.views(task.start) if self.objectives else {}
         return [
-            {name: value.to(self.host.device) for name, value in objective.client_state(visit.client, start).items()}
+            {name: value.to(self.host.device) for name, value in objective.client_state(task.client, start).items()}
             for objective in self.objectives
         ]
 
     def end_objectives(
-        self, visit: Visit, states: Sequence[ClientState], end: Named, num_steps: int
+        self, task: ClientTask, states: Sequence[ClientState], end: Named, num_steps: int
     ) -> list[ClientState]:
         """Each objective's state of a client after its work."""
-        start = self.layout.views(visit.start) if self.objectives else {}
+        start = self.layout.views(task.start) if self.objectives else {}
         found = []
         for objective, state in zip(self.objectives, states, strict=True):
             if objective.needs_gradient:
-                slopes = self.layout.views(self.gradient(visit.client, visit.start))
+                slopes = self.layout.views(self.gradient(task.client, task.start))
                 state = {**state, **{GRADIENT + name: slope for name, slope in slopes.items()}}
             found.append(objective.end_client(state, start, end, num_steps))
         return found
 
     def commit(self, update: ClientUpdate) -> None:
-        """Let a client whose update was heard find its state again next time."""
+        """Let a client whose update was received find its state again next time."""
         if self.plan.optimizer_state == "kept":
             self.kept[update.client] = update.memory["optimizers"]
         for objective, state in zip(self.objectives, update.memory["objectives"], strict=True):

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fedhaw.clients.engine import (
+    ClientTask,
     Engine,
     Settings,
-    Visit,
     give_settings,
     give_states,
     locate,
     settings_of,
     states_of,
 )
-from lightning_fedhaw.clients.pace import Paced, PacedOptimizer, begin
+from lightning_fedhaw.clients.lr_scale import ScaledOptimizer, ScaledSteps, begin
 from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.steps import AutomaticStep, ManualStep, PlainSGDStep, StepCounts, Terms
 from lightning_fedhaw.cohort import ClientUpdate
@@ -31,7 +31,7 @@ from lightning_fedhaw.vectors.layout import ParameterLayout
 class SequentialEngine(Engine):
     """Trains clients one by one in the user's module."""
 
-    def run(self, visits: Iterable[Visit]) -> Generator[ClientUpdate, None, None]:
+    def run(self, tasks: Iterable[ClientTask]) -> Generator[ClientUpdate, None, None]:
         """Train the cohort, one client at a time.
 
         The module holds a client's model while it trains; whoever runs the engine puts the server's back.
@@ -47,7 +47,7 @@ class SequentialEngine(Engine):
         scales: list[dict[str, Any]] = []
         complete = False
         # Before the step is chosen, which is another one where an optimizer has hooks.
-        self._paced = None if self.pace is None else PacedOptimizer(host.optimizers[0], parameters)
+        self._scaled_optimizers = None if self.lr_scale is None else ScaledOptimizer(host.optimizers[0], parameters)
         step, modes = self._make_step(), _Modes(host.module, self.layout)
         try:
             with (
@@ -55,14 +55,14 @@ class SequentialEngine(Engine):
                 LogRecorder(host.module, host.callbacks) as recorder,
                 _channels_last(host.module.parameters() if self.plan.channels_last else ()),
             ):
-                for visit in visits:
+                for task in tasks:
                     give_settings(host.optimizers, settings)
                     host.load_schedules(schedules)
                     modes.restore()
                     if scale is not None:
                         host.scaler.load_state_dict(dict(scale))
-                    update = self._visit(visit, parameters, step, recorder)
-                    modes.check(visit.client)
+                    update = self._task(task, parameters, step, recorder)
+                    modes.check(task.client)
                     yield update
                     if _progress(host.schedules()) > _progress(furthest[1]):
                         furthest = settings_of(host.optimizers), host.schedules()
@@ -77,26 +77,26 @@ class SequentialEngine(Engine):
                 give_states(optimizer, states)
             close: Callable[[], None] = getattr(step, "close", lambda: None)
             close()
-            if self._paced is not None:
-                self._paced.close()
-            self._aftermath = (*furthest, scales)
-            self.settle([self._aftermath])
+            if self._scaled_optimizers is not None:
+                self._scaled_optimizers.close()
+            self._end_state = (*furthest, scales)
+            self.restore_end_state([self._end_state])
 
     def close(self) -> None:
         """Let go of what only a round needs."""
         super().close()
-        self._paced = None
+        self._scaled_optimizers = None
 
-    def aftermath(self) -> tuple[Settings, list[dict[str, Any]], list[dict[str, Any]]]:
+    def end_state(self) -> tuple[Settings, list[dict[str, Any]], list[dict[str, Any]]]:
         """Settings of the optimizers, states of the schedules, and the clients' loss scales."""
-        return self._aftermath
+        return self._end_state
 
-    def settle(self, aftermaths: Sequence[Any]) -> None:
+    def restore_end_state(self, end_states: Sequence[Any]) -> None:
         """Take the furthest schedule, and the smallest loss scale."""
-        settings, schedules, _ = max(aftermaths, key=lambda aftermath: _progress(aftermath[1]))
+        settings, schedules, _ = max(end_states, key=lambda end_state: _progress(end_state[1]))
         give_settings(self.host.optimizers, settings)
         self.host.load_schedules(schedules)
-        scales = [scale for *_, scales in aftermaths for scale in scales]
+        scales = [scale for *_, scales in end_states for scale in scales]
         if scales:
             self.host.scaler.load_state_dict(min(scales, key=lambda state: state["scale"]))
 
@@ -105,40 +105,42 @@ class SequentialEngine(Engine):
             return ManualStep(self.host)
         return PlainSGDStep(self.host) if self.host.is_plain_sgd else AutomaticStep(self.host)
 
-    def _visit(self, visit: Visit, parameters: Sequence[Tensor], step: Any, recorder: LogRecorder) -> ClientUpdate:
-        host, client = self.host, visit.client
-        self.layout.write(visit.start, parameters)
-        if visit.buffers:
+    def _task(self, task: ClientTask, parameters: Sequence[Tensor], step: Any, recorder: LogRecorder) -> ClientUpdate:
+        host, client = self.host, task.client
+        self.layout.write(task.start, parameters)
+        if task.buffers:
             own_buffers = dict(host.module.named_buffers())
-            for name, value in visit.buffers.items():
+            for name, value in task.buffers.items():
                 own_buffers[name].copy_(value)
         for optimizer, memory in zip(host.optimizers, self.kept.get(client, self.initial), strict=True):
             give_states(optimizer, memory)
         seed_randomness(seed_of(self.plan.seed, "client", client, "round", host.round, "model"), host.device)
 
-        if self.pace is not None and self._paced is not None:
-            steps = [(self.layout.views(visit.start), self.num_steps(client))]
-            state = begin(self.pace, steps, host.learning_rates(self.layout))
-            self._paced.paced = Paced(self.pace, self.layout.names, {name: value[0] for name, value in state.items()})
-        states = self.begin_objectives(visit)
+        if self.lr_scale is not None and self._scaled_optimizers is not None:
+            steps = [(self.layout.views(task.start), self.num_steps(client))]
+            state = begin(self.lr_scale, steps, host.learning_rates(self.layout))
+            self._scaled_optimizers.scaled_steps = ScaledSteps(
+                self.lr_scale, self.layout.names, {name: value[0] for name, value in state.items()}
+            )
+        states = self.begin_objectives(task)
         named = dict(zip(self.layout.names, parameters, strict=True))
-        terms = Terms(self.objectives, named, self.layout.views(visit.start), states) if self.objectives else None
+        terms = Terms(self.objectives, named, self.layout.views(task.start), states) if self.objectives else None
         counts = self._train(client, step, recorder, terms)
         end = {name: parameter.detach() for name, parameter in named.items()}
         memories = {
             "optimizers": [states_of(o) for o in host.optimizers] if self.plan.optimizer_state == "kept" else [],
-            "objectives": self.end_objectives(visit, states, end, counts.made),
+            "objectives": self.end_objectives(task, states, end, counts.made),
         }
         # Read anew: a step may have put another tensor in a buffer's place.
-        ended = dict(host.module.named_buffers()) if visit.buffers else {}
-        displacement = self.layout.read(parameters, out=visit.slot()).sub_(visit.start)
+        ended = dict(host.module.named_buffers()) if task.buffers else {}
+        displacement = self.layout.read(parameters, out=task.slot()).sub_(task.start)
         return ClientUpdate(
             client=client,
             num_examples=len(self.data.train_indices[client]),
             num_steps=counts.made,
             num_skipped=counts.skipped,
             displacement=displacement,
-            buffers={name: _same_shape(name, ended.get(name), value) for name, value in visit.buffers.items()},
+            buffers={name: _same_shape(name, ended.get(name), value) for name, value in task.buffers.items()},
             logged=recorder.collect(),
             memory=memories,
             num_batches=self.num_batches(client),
@@ -192,7 +194,7 @@ class _Modes:
     def __init__(self, module: Any, layout: ParameterLayout) -> None:
         self.training = [(submodule, submodule.training) for submodule in module.modules()]
         self.trainable = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-        self.frozen = {n: (t, t._version) for n, t in layout.still_tensors(module).items()}
+        self.frozen = {n: (t, t._version) for n, t in layout.frozen_tensors(module).items()}
 
     def restore(self) -> None:
         for submodule, training in self.training:

@@ -85,7 +85,7 @@ class Host(Protocol):
         """Compute in another precision for a while."""
 
     def logging_to(self, logger: Any) -> AbstractContextManager[None]:
-        """Let another logger stand in the place of the trainer's for a while."""
+        """Let another logger stand instead of the trainer's for a while."""
 
     def evaluate(self, data: Any, batch_idx: int) -> Any:
         """Call ``validation_step``; ``training_step`` where there is none."""
@@ -98,7 +98,7 @@ class Host(Protocol):
 
 
 class StepCounts:
-    """Optimizer steps of one visit: made, and tried but skipped."""
+    """Optimizer steps of one task: made, and tried but skipped."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -147,7 +147,7 @@ class Terms:
         return sum((each.penalty(self.parameters, self.start, state) for each, state in terms), loss)
 
     @torch.no_grad()
-    def steepened(
+    def add_closed_gradients(
         self,
         gradients: Sequence[Tensor | None],
         parameters: Sequence[Tensor],
@@ -185,7 +185,7 @@ class PlainSGDStep:
         trained = [p for own in owned for p in own]
         grads: Sequence[Tensor | None] = torch.autograd.grad(objective, trained, allow_unused=True)
         if terms is not None:
-            grads = terms.steepened(grads, trained)
+            grads = terms.add_closed_gradients(grads, trained)
         begin = 0
         with torch.no_grad():
             for group, own in zip(groups, owned, strict=True):

@@ -33,7 +33,7 @@ class Batch:
     Attributes:
         data: What ``training_step`` gets.
         size: Samples in it.
-        index: Its number from 0: within the local epoch, or within the visit where a visit is counted in steps.
+        index: Its number from 0: within the local epoch, or within the task where a task is counted in steps.
         last: Whether it is the last of those.
     """
 
@@ -239,7 +239,7 @@ class ClientData:
         limit: int | float | None = None,
     ) -> Iterator[Batch]:
         """Make a client's batches of one round; the arguments are those of :meth:`orders`."""
-        done = 0  # in the whole visit
+        done = 0  # in the whole task
         orders = self.orders(client, round_idx, epochs=epochs, num_batches=num_batches, limit=limit)
         for epoch, order in enumerate(orders):
             count = self._batches_of(order)

@@ -138,7 +138,7 @@ def _unpack(archive: Path, contents: tuple[str, ...], md5: str) -> None:
     """Beside its place, and renamed: an interrupted run, or two at a time, leave no half of a folder."""
     if (got := _md5(archive)) != md5:
         raise RuntimeError(
-            f"{archive} is corrupt or truncated ({archive.stat().st_size:,} bytes with md5 {got} in the place of"
+            f"{archive} is corrupt or truncated ({archive.stat().st_size:,} bytes with md5 {got} instead of"
             f" {md5}). Delete it and run again with `download=True`."
         )
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpacking-") as folder:

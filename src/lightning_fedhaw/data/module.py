@@ -95,7 +95,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         }
         self._drop_last = arguments.flag("drop_last", drop_last)
         self.seed = options.resolved_seed
-        self.dealt: Partition | None = None
+        self.partition_in_use: Partition | None = None
         self._train: Dataset[Any] | None = None
         self._proxy_set: Dataset[Any] | None = None
         if self.inner is None:
@@ -207,8 +207,8 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         Args:
             seed: The federation's seed; asks for its split even after a ``fit``.
         """
-        if self.dealt is not None and seed is None:
-            return self.dealt
+        if self.partition_in_use is not None and seed is None:
+            return self.partition_in_use
         partition, _, _ = split(
             self.train_dataset,
             num_clients=self.num_clients,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.data.partitioners.base import integer_labels
-from lightning_fedhaw.data.partitioners.counts import count_classes, deal, generator
+from lightning_fedhaw.data.partitioners.counts import assign_samples, count_classes, generator
 
 
 def balanced_subset(labels: Tensor, total: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -66,5 +66,5 @@ def subset_by_class(labels: Tensor, counts: ArrayLike, seed: int = 0) -> tuple[T
         )
     # Two clients are a way to cut: who gets what was asked for, and who gets the rest.
     both = np.stack([wanted, available - wanted])  # [2, C]
-    chosen, rest = deal(generator(seed, "subset"), values, both).indices
+    chosen, rest = assign_samples(generator(seed, "subset"), values, both).indices
     return chosen, rest

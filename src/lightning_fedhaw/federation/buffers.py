@@ -148,7 +148,7 @@ class Buffers:
     def _norms(self) -> list[nn.modules.batchnorm._NormBase]:
         """List the layers whose running statistics belong to the federation; those of frozen layers do not."""
         module = self.host.module
-        buffers = {id(buffer) for buffer in self.server.layout.moving_buffers(module).values()}
+        buffers = {id(buffer) for buffer in self.server.layout.tracked_buffers(module).values()}
         norms = []
         for submodule in module.modules():
             if id(getattr(submodule, "running_mean", None)) in buffers and hasattr(submodule, "momentum"):

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_fedhaw.channel.base import Channel, Link
 from lightning_fedhaw.clients.choice import choose
-from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit
+from lightning_fedhaw.clients.engine import ClientTask, Engine, LocalPlan
 from lightning_fedhaw.clients.records import merge
 from lightning_fedhaw.clients.sequential import SequentialEngine
 from lightning_fedhaw.clients.steps import Host
@@ -243,7 +243,7 @@ class Federation:
 
         Raises:
             FloatingPointError: If a client returns NaN or infinity and ``on_nonfinite="raise"``, or if every client
-                that was heard does.
+                that was received does.
         """
         before = self.run_state.snapshot(self.engine)
         self.in_round = True
@@ -264,7 +264,7 @@ class Federation:
             self.on_round_start(round_idx, clients)
             plan = self._broadcast(round_idx, clients)
             own_clients = self.placement.assign(plan.slots, self.engine.cost)
-        self.engine.pace = self._local_pace()
+        self.engine.lr_scale = self._local_lr_scale()
         stores = self._make_stores(plan, capacity=len(own_clients))
         received = self._train(plan, own_clients, stores)
         self.screening.check_round(plan, received)
@@ -286,19 +286,19 @@ class Federation:
         lost = self.transport.uplink_outages(round_idx, list(broadcast.models))
         return RoundPlan(round_idx, clients, start, broadcast.models, lost)
 
-    def _local_pace(self) -> LocalLRScale | None:
+    def _local_lr_scale(self) -> LocalLRScale | None:
         """Ask the rule what it makes of the clients' learning rates in this round.
 
         Raises:
             ValueError: If it changes them and a client objective divides by them.
         """
-        pace = self.rule.local_pace(self.rule.state, self.layout)
-        if pace is not None and any(objective.needs_learning_rates for objective in self.engine.objectives):
+        lr_scale = self.rule.local_lr_scale(self.rule.state, self.layout)
+        if lr_scale is not None and any(objective.needs_learning_rates for objective in self.engine.objectives):
             raise ValueError(
                 f"`{type(self.rule).__name__}` changes the clients' learning rates within a round, and a client"
                 ' objective divides by them. Use a rule that leaves them alone, or for SCAFFOLD `option="I"`.'
             )
-        return pace
+        return lr_scale
 
     def _make_stores(self, plan: RoundPlan, capacity: int) -> RoundStores:
         """Make the places for what this process's clients send."""
@@ -311,7 +311,7 @@ class Federation:
     def _train(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores) -> Received:
         """Train the cohort on all processes, and gather what each of them knows of it."""
         shares = self.ranks.exchange(lambda: self._train_share(plan, own_clients, stores))
-        self.engine.settle([share.aftermath for share in shares])
+        self.engine.restore_end_state([share.end_state for share in shares])
         records = [record for share in shares for record in share.records]
         excluded = [sentence for share in shares for sentence in share.excluded]
         # The same order for any number of processes.
@@ -324,7 +324,7 @@ class Federation:
         """Do this process's part of a round: local training, the uplink, and substitutes for lost messages."""
         records: list[UpdateRecord] = []
         excluded: list[str] = []
-        with closing(self.engine.run(self._visits(plan, own_clients, stores.displacements))) as updates:
+        with closing(self.engine.run(self._tasks(plan, own_clients, stores.displacements))) as updates:
             while True:
                 update = self._next_update(updates)
                 if update is None:
@@ -339,22 +339,22 @@ class Federation:
                 self.engine.commit(update)
                 self.transport.remember(update, plan.start)
                 self.buffers.remember(update)
-                records.append(self._record(update, stores.displacements, heard=True))
+                records.append(self._record(update, stores.displacements, received=True))
         for client in own_clients:
             substitute = self._substitute(plan, client)
             if substitute is not None:
-                records.append(self._record(substitute, stores.displacements, heard=False))
-        aftermath = self.engine.aftermath()
+                records.append(self._record(substitute, stores.displacements, received=False))
+        end_state = self.engine.end_state()
         if self.ranks.size > 1:
             # Nobody wants tensors on another process's device.
-            aftermath = move_data_to_device(aftermath, HOST)
-        return LocalResults(records, excluded, aftermath)
+            end_state = move_data_to_device(end_state, HOST)
+        return LocalResults(records, excluded, end_state)
 
-    def _visits(self, plan: RoundPlan, own_clients: Sequence[int], store: VectorStore) -> Iterator[Visit]:
+    def _tasks(self, plan: RoundPlan, own_clients: Sequence[int], store: VectorStore) -> Iterator[ClientTask]:
         """Give the engine one client after another, each when its turn comes."""
         for client in own_clients:
             if client not in plan.lost:
-                yield Visit(client, plan.models[client], self.buffers.start(client), store.slot)
+                yield ClientTask(client, plan.models[client], self.buffers.start(client), store.slot)
 
     def _next_update(self, updates: Generator[ClientUpdate, None, None]) -> ClientUpdate | None:
         """Let the engine train until the next update is there; ``None`` when all are."""
@@ -377,25 +377,25 @@ class Federation:
         """Make what stands in for a client's lost update, if its channel fills the slot."""
         if client not in plan.lost:
             return None
-        filled = plan.lost[client].fill(client, plan.start)
-        if filled is None:
+        substitute = plan.lost[client].substitute(client, plan.start)
+        if substitute is None:
             return None
         return ClientUpdate(
             client=client,
             num_examples=len(self.data.train_indices[client]),
-            num_steps=filled.num_steps,
+            num_steps=substitute.num_steps,
             num_skipped=0,
-            displacement=filled.displacement,
+            displacement=substitute.displacement,
             num_batches=self.engine.num_batches(client),
         )
 
-    def _record(self, update: ClientUpdate, store: VectorStore, *, heard: bool) -> UpdateRecord:
+    def _record(self, update: ClientUpdate, store: VectorStore, *, received: bool) -> UpdateRecord:
         """Keep an update's vector on this process, and note the rest for all of them."""
-        raw_weight = 0.0
-        if self.rule.raw_weight is not None:
-            raw_weight = float(self.rule.raw_weight(update))
-        store.commit(update, raw_weight)
-        rms = self.transport.rms(update) if heard else 0.0
+        unnormalized_weight = 0.0
+        if self.rule.unnormalized_weight is not None:
+            unnormalized_weight = float(self.rule.unnormalized_weight(update))
+        store.commit(update, unnormalized_weight)
+        rms = self.transport.rms(update) if received else 0.0
         buffers = update.buffers
         logged = update.logged
         if self.ranks.size > 1:
@@ -403,13 +403,14 @@ class Federation:
             buffers = self.buffers.changed(update)
             logged = {name: entry.located(self.host.module) for name, entry in logged.items()}
         abridged = replace(update, displacement=_NO_VECTOR, buffers=buffers, logged=logged, memory={})
-        return UpdateRecord(abridged, heard, raw_weight, self.ranks.rank, rms)
+        return UpdateRecord(abridged, received, unnormalized_weight, self.ranks.rank, rms)
 
     def _aggregate(self, plan: RoundPlan, received: Received, store: VectorStore) -> Aggregation:
         """Let the rule make a new global model of the cohort, and install it."""
         if not received.records or (not received.from_clients and self.options.empty_round == "skip"):
             rank_zero_warn(
-                f"Nobody was heard in round {plan.round}: the global model and the rule's state stay as they were."
+                f"No client update was received in round {plan.round}: the global model and the rule's state stay as"
+                " they were."
             )
             self.tally.skipped_rounds += 1
             # The module may hold a client's model.
@@ -444,7 +445,7 @@ class Federation:
             clients=torch.tensor([update.client for update in updates]),
             num_examples=torch.tensor([update.num_examples for update in updates]),
             num_steps=torch.tensor([update.num_steps for update in updates]),
-            heard=torch.tensor([record.heard for record in received.records]),
+            received=torch.tensor([record.received for record in received.records]),
             start=plan.start,
             vectors=vectors,
             learning_rates=learning_rates,
@@ -455,19 +456,21 @@ class Federation:
     def _report(self, plan: RoundPlan, received: Received, aggregation: Aggregation) -> Report:
         """Count what the round has cost, and write its report."""
         updates = received.updates
-        pace_bytes = 0
-        if self.engine.pace is not None:
-            pace_bytes = self.engine.pace.numbers_sent * self.layout.dtype.itemsize
-        bytes_down = self.transport.sent_bytes("downlink", plan.round, plan.clients) + len(plan.clients) * pace_bytes
+        lr_scale_bytes = 0
+        if self.engine.lr_scale is not None:
+            lr_scale_bytes = self.engine.lr_scale.numbers_sent * self.layout.dtype.itemsize
+        bytes_down = (
+            self.transport.sent_bytes("downlink", plan.round, plan.clients) + len(plan.clients) * lr_scale_bytes
+        )
         bytes_up = self.transport.sent_bytes("uplink", plan.round, [update.client for update in updates])
         self.tally.bytes_down += bytes_down
         self.tally.bytes_up += bytes_up
-        self.tally.heard += len(updates)
+        self.tally.received += len(updates)
         self.tally.lost_messages += len(plan.clients) - len(plan.trainees)
         self.tally.skipped_steps += sum(update.num_skipped for update in updates)
         metrics = {
             **aggregation.metrics,
-            "clients_heard": float(len(updates)),
+            "clients_received": float(len(updates)),
             "bytes_down": float(bytes_down),
             "bytes_up": float(bytes_up),
         }

@@ -26,10 +26,10 @@ def memory_advice(
     if device != HOST:
         if data.device == device:
             advice.append('keep the training data in host memory by `data_device="cpu"`')
-        is_summable = rule.raw_weight is not None and options.storage != "device"
+        is_summable = rule.unnormalized_weight is not None and options.storage != "device"
         if not is_summable and not is_summed and options.storage != "host":
             advice.append('keep the clients\' vectors in host memory by `storage="host"`')
-        if getattr(rule.innermost, "memory", None) == "device":
-            name = type(rule.innermost).__name__
+        if getattr(rule.base_rule, "memory", None) == "device":
+            name = type(rule.base_rule).__name__
             advice.append(f'keep those of the last round there by `{name}(memory="host")`')
     return f"Memory has run out. To need less: {'; '.join(advice)}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning_fedhaw.ranks import Ranks, deal
+from lightning_fedhaw.ranks import Ranks, assign
 
 
 class Placement:
@@ -42,7 +42,7 @@ class Placement:
         for position, client in enumerate(clients):
             if client in known:
                 fixed[position] = known[client]
-        processes = deal([cost(client) for client in clients], self.ranks.size, fixed)
+        processes = assign([cost(client) for client in clients], self.ranks.size, fixed)
         self.process_of = {**known, **dict(zip(clients, processes, strict=True))}
         return [client for client in clients if self.process_of[client] == self.ranks.rank]
 

@@ -26,7 +26,7 @@ class Tally:
         seconds: Time spent in each of ``PHASES``.
         bytes_down: Bytes sent to clients.
         bytes_up: Bytes received from clients.
-        heard: Updates received, over all rounds.
+        received: Updates received, over all rounds.
         lost_messages: Messages that a channel lost, on either link.
         nonfinite_updates: Updates that were excluded because they held NaN or infinity.
         skipped_rounds: Rounds without any update to aggregate.
@@ -36,7 +36,7 @@ class Tally:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     bytes_down: int = 0
     bytes_up: int = 0
-    heard: int = 0
+    received: int = 0
     lost_messages: int = 0
     nonfinite_updates: int = 0
     skipped_rounds: int = 0
@@ -96,15 +96,15 @@ class UpdateRecord:
 
     Attributes:
         update: The update, without its vector and what only its client needs.
-        heard: Whether the message really came from the client.
-        raw_weight: Its weight before normalization, where the rule names it beforehand.
+        received: Whether the message really came from the client.
+        unnormalized_weight: Its weight before normalization, where the rule names it beforehand.
         rank: The process that holds its vector.
         rms: Root mean square of what was received, where a channel acts on the sum.
     """
 
     update: ClientUpdate
-    heard: bool
-    raw_weight: float
+    received: bool
+    unnormalized_weight: float
     rank: int
     rms: float
 
@@ -116,12 +116,12 @@ class LocalResults:
     Attributes:
         records: One record per update, in the order of the process's rows.
         excluded: A sentence for each client whose update was left out.
-        aftermath: The state of schedules and loss scale after its clients.
+        end_state: The state of schedules and loss scale after its clients.
     """
 
     records: list[UpdateRecord]
     excluded: list[str]
-    aftermath: Any
+    end_state: Any
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Received:
     @property
     def from_clients(self) -> list[UpdateRecord]:
         """The records of messages that really came from their client."""
-        return [record for record in self.records if record.heard]
+        return [record for record in self.records if record.received]
 
     @property
     def updates(self) -> list[ClientUpdate]:

@@ -192,7 +192,7 @@ class RunState:
     def fingerprint(self) -> dict[str, Any]:
         """What two runs must share for one to go on from the other's checkpoint."""
         return {
-            "rule": self.rule.identity,
+            "rule": self.rule.resume_key,
             "num_clients": self.data.num_clients,
             "split": self.data.partition.fingerprint(),
             "parameters": self.server.layout.numel,
@@ -213,8 +213,8 @@ class RunState:
         """
         if self.ranks.size == 1:
             return
-        identities = self.ranks.gather((self.fingerprint, self.data.sample_hash()))
-        different = [rank for rank, identity in enumerate(identities) if identity != identities[0]]
+        resume_keys = self.ranks.gather((self.fingerprint, self.data.sample_hash()))
+        different = [rank for rank, resume_key in enumerate(resume_keys) if resume_key != resume_keys[0]]
         if different:
             raise ValueError(
                 f"Processes {different} of {self.ranks.size} were given other training data, another split or another"

@@ -85,7 +85,8 @@ class Screening:
             raise FloatingPointError(
                 f"Every client of round {plan.round} returned non-finite values, so training has diverged"
                 f" ({received.excluded[0]}). The global model is the one before this round. Lower the local learning"
-                f" rate, or clip gradients (`gradient_clip_val=1.0`).{self.rule.advice()}{self._channel_advice()}"
+                f" rate, or clip gradients (`gradient_clip_val=1.0`).{self.rule.divergence_hint()}"
+                f"{self._channel_advice()}"
             )
         if updates and not any(update.num_steps for update in updates):
             rank_zero_warn(f"No client made an optimizer step in round {plan.round}; `training_step` may return None.")

@@ -62,7 +62,7 @@ class SharedStates:
     def record_broadcast(self, clients: Set[int]) -> None:
         """Let clients keep the means that came with the model they received."""
         for objective in self.sharing:
-            objective.tell(clients)
+            objective.record_broadcast(clients)
 
     def make_stores(self, start: Tensor, capacity: int) -> list[VectorStore]:
         """Make a store for the changes of each shared state in a round.
@@ -94,9 +94,9 @@ class SharedStates:
         """
         if not records:
             return
-        unweighted = [replace(record, raw_weight=1.0) for record in records]
+        unweighted = [replace(record, unnormalized_weight=1.0) for record in records]
         # The states of clients that sent nothing are as they were, so a change counts as one of N.
         weights = torch.full((len(records),), 1 / self.num_clients, dtype=torch.float64)
         for objective, store in zip(self.sharing, stores, strict=True):
             change = store.vectors(start, unweighted).displacements.weighted_sum(weights)
-            objective.share(self.layout.views(change.to(start)))
+            objective.aggregate_states(self.layout.views(change.to(start)))

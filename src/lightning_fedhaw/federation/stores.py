@@ -135,7 +135,7 @@ class RunningSum(VectorStore):
     def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> AccumulatedVectors:
         """Return the sum over all processes; see :meth:`VectorStore.vectors`."""
         total = self.ranks.sum(self.total)
-        return AccumulatedVectors(total, raw_weights(records), start, type(self.rule).__name__)
+        return AccumulatedVectors(total, unnormalized_weights(records), start, type(self.rule).__name__)
 
 
 class OrderedSum(RowStore):
@@ -155,7 +155,7 @@ class OrderedSum(RowStore):
 
     def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> AccumulatedVectors:
         """Return the sum over all processes, in the cohort's order; see :meth:`VectorStore.vectors`."""
-        weights = raw_weights(records)
+        weights = unnormalized_weights(records)
         total = self.rows(start, records).displacements.weighted_sum(weights)
         return AccumulatedVectors(total, weights, start, type(self.rule).__name__)
 
@@ -173,9 +173,9 @@ class RoundStores:
     shared: Sequence[VectorStore]
 
 
-def raw_weights(records: Sequence[UpdateRecord]) -> Tensor:
+def unnormalized_weights(records: Sequence[UpdateRecord]) -> Tensor:
     """Return the raw weight of each update, ``[K]`` float64."""
-    return torch.tensor([record.raw_weight for record in records], dtype=torch.float64)
+    return torch.tensor([record.unnormalized_weight for record in records], dtype=torch.float64)
 
 
 def make_store(
@@ -191,7 +191,7 @@ def make_store(
         ranks: The processes.
         summed: Whether a channel acts on the sum, so that nobody may see single updates, whatever ``storage=`` says.
     """
-    is_summable = rule.raw_weight is not None
+    is_summable = rule.unnormalized_weight is not None
     if is_summable and (summed or options.storage == "auto"):
         return make_sum(rule, options, start, capacity, ranks)
     return RowStore(start, capacity, options, ranks)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw.channel.awgn import rms
-from lightning_fedhaw.channel.base import AggregateChannel, Arrivals, Channel, Link, Parcel, Scene
+from lightning_fedhaw.channel.base import AggregateChannel, Arrivals, Channel, ChannelContext, Link, MessageSize
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.federation.records import UpdateRecord
 from lightning_fedhaw.rule import Rule
@@ -62,7 +62,7 @@ class Transport:
         self.layout = layout
         self.payloads = payloads
         self.seed = seed
-        self._parcels: dict[Link, Parcel] = {}
+        self._sizes: dict[Link, MessageSize] = {}
 
     def prepare(
         self,
@@ -77,44 +77,44 @@ class Transport:
         Args:
             num_examples: ``[N]`` int64, training examples of every client.
             rule: The aggregation rule.
-            drawn_uniformly: See :class:`~lightning_fedhaw.channel.base.Scene`.
+            drawn_uniformly: See :class:`~lightning_fedhaw.channel.base.ChannelContext`.
             clients_remember: Whether what clients send depends on earlier rounds, apart from the downlink's channels.
         """
         remember = clients_remember or any(channel.remembers for channel in self.downlink)
         contents = [content for payload in self.payloads for content in payload.contents]
         links: dict[Link, Sequence[Channel]] = {"uplink": self.uplink, "downlink": self.downlink}
         for link, channels in links.items():
-            parcel = Parcel(self.layout.numel, 8 * self.layout.message_bytes / self.layout.numel)
+            size = MessageSize(self.layout.numel, 8 * self.layout.message_bytes / self.layout.numel)
             for channel in channels:
-                scene = Scene(
+                context = ChannelContext(
                     layout=self.layout,
                     num_examples=num_examples,
-                    parcel=parcel,
+                    size=size,
                     channels=channels,
-                    rule=type(rule.innermost).__name__,
-                    raw_weight=rule.raw_weight,
-                    beside=contents,
+                    rule=type(rule.base_rule).__name__,
+                    unnormalized_weight=rule.unnormalized_weight,
+                    side_payloads=contents,
                     drawn_uniformly=drawn_uniformly,
                     clients_remember=remember,
                 )
-                channel.prepare(scene)
-                parcel = channel.encode(parcel)
-            self._parcels[link] = parcel
+                channel.prepare(context)
+                size = channel.encode(size)
+            self._sizes[link] = size
 
     # ------------------------------------------------------------------ bytes
 
     def message_bytes(self, link: Link) -> int:
         """Count the bytes of one message as the channels of its link pack it, with what travels beside it."""
-        return self._parcels[link].bytes + sum(payload.message_bytes for payload in self.payloads)
+        return self._sizes[link].bytes + sum(payload.message_bytes for payload in self.payloads)
 
     def sent_bytes(self, link: Link, round_idx: int, clients: Sequence[int]) -> int:
         """Count the bytes of a round's messages on a link, what was sent more than once included."""
         channels = self.uplink if link == "uplink" else self.downlink
-        resent = 0
+        retransmitted_bytes = 0
         for channel in channels:
             for client in clients:
-                resent += channel.resent(round_idx=round_idx, client=client, seed=self.seed)
-        return len(clients) * self.message_bytes(link) + resent
+                retransmitted_bytes += channel.retransmitted_bytes(round_idx=round_idx, client=client, seed=self.seed)
+        return len(clients) * self.message_bytes(link) + retransmitted_bytes
 
     @property
     def is_summed(self) -> bool:
@@ -219,7 +219,7 @@ class Transport:
             seed=self.seed,
             drawn=drawn,
             clients=[record.update.client for record in records],
-            weights=vectors.raw_weights,
+            weights=vectors.unnormalized_weights,
             rms=torch.tensor([record.rms for record in records], dtype=torch.float64),
         )
         for channel in self.sum_channels:

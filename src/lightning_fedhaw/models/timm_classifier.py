@@ -28,7 +28,7 @@ class TimmClassifier(pl.LightningModule):
 
     What does not train is frozen: it has no gradient, does not travel, and stays in evaluation mode, so that BatchNorm
     statistics stand still and dropout is off in it. The head always trains. With a backbone that is frozen altogether
-    (``trainable="head"``, no adapters) a batch may hold features ``[batch, num_features]`` in the place of images: they
+    (``trainable="head"``, no adapters) a batch may hold features ``[batch, num_features]`` instead of images: they
     go straight to the head, and training on features that were computed once is the same training.
 
     A checkpoint of Lightning's holds all weights, frozen ones too, so :meth:`load_from_checkpoint` needs neither the

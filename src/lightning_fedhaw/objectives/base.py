@@ -24,19 +24,19 @@ class ClientObjective(KeyedCallback):
     A new objective implements :meth:`penalty`, or :meth:`gradient` where its closed form is known, which costs a
     fraction of what differentiating the term does. One that remembers something per client also implements
     :meth:`init_client` and :meth:`end_client`. All are pure, and all are given the tensors of one client, whichever
-    engine trains it. State exists only for clients that took part and were heard, in host memory, and is checkpointed.
+    engine trains it. State exists only for clients whose update was received, in host memory, and is checkpointed.
 
     Args:
         name: Tells two objectives of one class apart in a checkpoint.
 
     Attributes:
-        mean: With ``shares_state``, the mean of all N clients' states, on the server; empty until somebody was heard.
-            What of it a client knows is :meth:`told`.
+        mean: With ``shares_state``, the mean of all N clients' states, on the server; empty until an update was
+            received. What of it a client knows is :meth:`broadcast_mean`.
     """
 
     key = "ClientObjective"
 
-    pull: float = 0.0
+    proximal: float = 0.0
     """The factor of ``|w - start|^2 / 2`` in the term, which shortens the way of a local optimizer."""
 
     shares_state: bool = False
@@ -56,7 +56,7 @@ class ClientObjective(KeyedCallback):
         self.name = arguments.optional(arguments.text, "name", name)
         self._states: dict[int, ClientState] = {}
         self.mean: ClientState = {}
-        self._told: dict[int, ClientState] = {}
+        self._broadcast_means: dict[int, ClientState] = {}
 
     @property
     def state_key(self) -> str:
@@ -128,32 +128,36 @@ class ClientObjective(KeyedCallback):
         kept = self._states.get(client, {})
         return {name: value - kept[name].to(value) if name in kept else value for name, value in state.items()}
 
-    def share(self, change: Named) -> None:
+    def aggregate_states(self, change: Named) -> None:
         """Add to the mean of all clients' states."""
         self.mean = {name: value + self.mean[name].to(value) if self.mean else value for name, value in change.items()}
 
-    def tell(self, clients: Iterable[int]) -> None:
+    def record_broadcast(self, clients: Iterable[int]) -> None:
         """Let clients keep the mean as it is now, which came with the model they may train again, in host memory."""
         mean = {name: value.cpu() for name, value in self.mean.items()}
-        self._told = {**self._told, **dict.fromkeys(clients, mean)}
+        self._broadcast_means = {**self._broadcast_means, **dict.fromkeys(clients, mean)}
 
-    def told(self, client: int) -> ClientState:
+    def broadcast_mean(self, client: int) -> ClientState:
         """The mean that came with the model a client trains: the server's, or an older one."""
-        return self._told.get(client, self.mean)
+        return self._broadcast_means.get(client, self.mean)
 
     def reset(self) -> None:
         """Forget what another run left behind."""
-        self._states, self.mean, self._told = {}, {}, {}
+        self._states, self.mean, self._broadcast_means = {}, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """The clients' states, their mean and what clients were told of it, for a checkpoint."""
-        parts: dict[str, Mapping[Any, Any]] = {"clients": self._states, "mean": self.mean, "told": self._told}
+        parts: dict[str, Mapping[Any, Any]] = {
+            "clients": self._states,
+            "mean": self.mean,
+            "broadcast_means": self._broadcast_means,
+        }
         return {name: dict(own) for name, own in parts.items() if own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the clients' states, their mean and what clients were told of it from a checkpoint."""
-        parts = (dict(state_dict.get(name, {})) for name in ("clients", "mean", "told"))
-        self._states, self.mean, self._told = parts
+        parts = (dict(state_dict.get(name, {})) for name in ("clients", "mean", "broadcast_means"))
+        self._states, self.mean, self._broadcast_means = parts
 
 
 def find_objectives(callbacks: Iterable[Any]) -> list[ClientObjective]:

@@ -38,7 +38,7 @@ class FedDynObjective(ClientObjective):
         super().__init__(name)
         self.regularization = arguments.number("regularization", regularization, minimum=0)
         self.is_square = arguments.choice("penalty", penalty, DynPenalty) == "square"
-        self.pull = self.regularization if self.is_square else 0.0
+        self.proximal = self.regularization if self.is_square else 0.0
 
     def gradient(self, parameters: Named, start: Named, state: ClientState) -> Named:
         """``alpha (w - start) - g_k``."""

@@ -32,7 +32,7 @@ class FedProx(ClientObjective):
     def __init__(self, mu: float = 1e-3, name: str | None = None) -> None:
         super().__init__(name)
         self.mu = arguments.number("mu", mu, minimum=0)
-        self.pull = self.mu
+        self.proximal = self.mu
 
     def gradient(self, parameters: Named, start: Named, state: ClientState) -> Named:
         """``mu (w - start)``."""

@@ -12,7 +12,7 @@ import torch
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named, find_objectives
-from lightning_fedhaw.objectives.reach import normalizer, sgd_groups
+from lightning_fedhaw.objectives.local_normalizer import normalizer, sgd_groups
 
 ControlOption = Literal["II", "I"]
 
@@ -26,8 +26,8 @@ class ScaffoldObjective(ClientObjective):
         "II"   c_k <- c_k - c + (start - end) / (lr A_k)
         "I"    c_k <- the gradient of the client's mean loss at start
 
-    with ``A_k`` the number of steps, or how far momentum and proximal terms let them reach. A client that is not heard
-    changes neither ``c_k`` nor ``c``. Twice the bytes of the model travel each way.
+    with ``A_k`` the number of steps, or how far momentum and proximal terms let them reach. A client whose update is
+    not received changes neither ``c_k`` nor ``c``. Twice the bytes of the model travel each way.
 
     This is the clients' part, for any rule; the published method is :class:`~lightning_fedhaw.ScaffoldCallback`.
 
@@ -51,7 +51,7 @@ class ScaffoldObjective(ClientObjective):
         self.needs_gradient = self.option == "I"
         self.needs_learning_rates = self.option == "II"
         self._groups: dict[str, dict[str, Any]] = {}
-        self._pull = 0.0
+        self._proximal = 0.0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out how far the clients' optimizer goes."""
@@ -59,20 +59,22 @@ class ScaffoldObjective(ClientObjective):
             groups = sgd_groups(trainer, "SCAFFOLD", 'say `option="I"`, which asks nothing of the optimizer')
             group_of = {parameter: group for group in groups for parameter in group["params"]}
             self._groups = {n: group_of[p] for n, p in pl_module.named_parameters() if p in group_of}
-            self._pull = sum(objective.pull for objective in find_objectives(trainer.callbacks))
+            self._proximal = sum(objective.proximal for objective in find_objectives(trainer.callbacks))
 
     def _reach(self, name: str, steps: int) -> float:
         group = self._groups[name]
         rate = float(group["lr"])
-        return rate * normalizer(steps, group["momentum"], group["nesterov"], rate * self._pull)
+        return rate * normalizer(steps, group["momentum"], group["nesterov"], rate * self._proximal)
 
     def client_state(self, client: int, start: Named) -> ClientState:
         """``c - c_k``, which is all that local work needs to know."""
-        own, told = super().client_state(client, start), self.told(client)
+        own, broadcast_mean = super().client_state(client, start), self.broadcast_mean(client)
         # A parameter whose rate is zero goes nowhere, so nothing is lost by leaving c out; and its control stays.
         rests = {name for name, group in self._groups.items() if not float(group["lr"])}
         return {
-            name: told[name] - value.to(told[name]) if name in told and name not in rests else -value
+            name: broadcast_mean[name] - value.to(broadcast_mean[name])
+            if name in broadcast_mean and name not in rests
+            else -value
             for name, value in own.items()
         }
 

@@ -25,7 +25,7 @@ _LABEL = "label_"
 
 
 class History(KeyedCallback, FederatedCallback):
-    """Keeps what a run logged, for its closing table and its pictures.
+    """Keeps what a run logged, for its run summary and its pictures.
 
     Every federation has one: where nobody gives it as a callback, it is added. It is part of the checkpoints, so a run
     that goes on has all of it.
@@ -95,16 +95,17 @@ class History(KeyedCallback, FederatedCallback):
 
     @property
     def weights(self) -> Tensor:
-        """``[rounds, N]``: the aggregation weights; NaN where a client was not heard.
+        """``[rounds, N]``: the aggregation weights; NaN where a client's update was not received.
 
         Empty with more than 1,000 clients.
         """
         return torch.stack(self._weights) if self._weights else torch.empty(0, len(self.sizes))
 
     def weight_changes(self) -> Tensor | None:
-        """``[rounds, N]``: each weight by the client's share of the samples that were heard, less one.
+        """``[rounds, N]``: each weight by the client's share of the samples received that round, less one.
 
-        NaN where a client was not heard; None if every weight is that share, as in FedAvg, or none was kept.
+        NaN where a client's update was not received; None if every weight is that share, as in FedAvg, or none was
+        kept.
         """
         weights = self.weights.double()
         sizes = torch.where(weights.isnan(), 0, torch.tensor(self.sizes, dtype=torch.float64))
@@ -123,8 +124,8 @@ class History(KeyedCallback, FederatedCallback):
         """
         columns: dict[str, Sequence[float]] = {"client": range(len(self.sizes)), "samples": self.sizes}
         if self._weights:
-            heard = ~self.weights.isnan()
-            last = (heard * torch.arange(1, len(heard) + 1)[:, None]).argmax(0)
+            received = ~self.weights.isnan()
+            last = (received * torch.arange(1, len(received) + 1)[:, None]).argmax(0)
             columns["weight"] = self.weights.gather(0, last[None])[0].tolist()
         columns |= self.clients
         if labels and self.labels is not None:

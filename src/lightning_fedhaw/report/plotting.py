@@ -179,7 +179,7 @@ def draw_bands(
 
 
 def draw_weights(history: History, path: str | Path | None = None, title: str = "aggregation weights") -> Figure:
-    """Weights over rounds, against each client's share of the samples that were heard; largest client on top.
+    """Weights over rounds, against each client's share of the samples received that round; largest client on top.
 
     Args:
         history: The run.

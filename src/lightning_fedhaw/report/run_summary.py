@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.objectives.base import ClientObjective
-from lightning_fedhaw.options import described
+from lightning_fedhaw.options import repr_settings
 from lightning_fedhaw.report.history import History
 from lightning_fedhaw.report.run_report import RunRecord, summary_metrics, summary_of
 from lightning_fedhaw.report.summary import client_statistics
@@ -36,7 +36,7 @@ def start_up_line(federation: Federation, callbacks: Iterable[Any], assumed: Seq
     down, up = (cohort * federation.message_bytes(link) / 1e6 for link in ("downlink", "uplink"))
     traffic = f"{down:.3g} MB each way" if down == up else f"{down:.3g} MB down and {up:.3g} MB up"
     named = [federation.rule.describe()]
-    named += [described(callback) for callback in callbacks if isinstance(callback, (Channel, ClientObjective))]
+    named += [repr_settings(callback) for callback in callbacks if isinstance(callback, (Channel, ClientObjective))]
     line = (
         f"Federation: {', '.join(named)}, {data.num_clients} clients with {_range(data.num_examples)} samples,"
         f" {cohort} a round, batch size {data.settings.batch_size}, {layout.numel:,} parameters, {traffic} a round"
@@ -69,7 +69,7 @@ def evaluate_clients(federation: Federation, history: History) -> dict[str, dict
         # The run is over and its model is good; a table without client metrics is better than none.
         rank_zero_warn(
             f"The clients could not be evaluated on their own data ({type(error).__name__}: {error}), so the"
-            " closing table has no client metrics. `client_eval=False` skips this."
+            " run summary has no client metrics. `client_eval=False` skips this."
         )
         return {}
     return statistics
@@ -97,14 +97,14 @@ def run_summary(
     channel_numbers: dict[str, Any] = {}
     for channel in channels:
         channel_numbers.update(channel.summary())
-    learned = {name: float(metrics[name]) for name in rule.headlines if name in metrics}
+    learned = {name: float(metrics[name]) for name in rule.summary_metrics if name in metrics}
     record = RunRecord(
         rule=type(rule).__name__,
         channels=[f"{type(channel).__name__} ({channel.link})" for channel in channels],
         objectives=[type(objective).__name__ for objective in federation.engine.objectives],
         rounds=rounds,
         num_clients=federation.data.num_clients,
-        num_received=tally.heard,
+        num_received=tally.received,
         num_parameters=federation.layout.numel,
         metrics=summary_metrics(metrics, rule_metrics),
         learned={**learned, **rule.summary()},

@@ -18,29 +18,29 @@ class AccumulatedVectors(CohortVectors):
 
     Args:
         total: ``[P]``, the sum of raw weight times displacement.
-        raw_weights: ``[K]``, the raw weight of each client that was added.
+        unnormalized_weights: ``[K]``, the raw weight of each client that was added.
         start: ``[P]``, what the displacements are measured from. ``None`` stands for zero.
         rule: Name of the rule, for error messages.
     """
 
-    def __init__(self, total: Tensor, raw_weights: Tensor, start: Tensor | None, rule: str) -> None:
+    def __init__(self, total: Tensor, unnormalized_weights: Tensor, start: Tensor | None, rule: str) -> None:
         self.total = total
-        self.raw_weights = raw_weights
+        self.unnormalized_weights = unnormalized_weights
         self.start = start
         self.rule = rule
 
     def __len__(self) -> int:
-        return len(self.raw_weights)
+        return len(self.unnormalized_weights)
 
     @property
     def weights(self) -> Tensor:
         """``[K]`` float64: the raw weights, normalized to sum to one."""
-        return self.raw_weights / self.raw_weights.sum()
+        return self.unnormalized_weights / self.unnormalized_weights.sum()
 
     @property
     def displacements(self) -> AccumulatedVectors:
         """The same sum measured from the start."""
-        return AccumulatedVectors(self.total, self.raw_weights, None, self.rule)
+        return AccumulatedVectors(self.total, self.unnormalized_weights, None, self.rule)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Mix the clients by the one set of weights that was accumulated (up to a common factor), ``[P]``.
@@ -53,9 +53,9 @@ class AccumulatedVectors(CohortVectors):
             # The derivative is `inner`. Without this, the mix would come out detached, and nothing be learned from it.
             raise self._not_kept("the derivative of a weighted sum")
         asked = weights.detach().double()
-        scale = asked.sum() / self.raw_weights.sum()
-        if not torch.allclose(asked, self.raw_weights * scale, rtol=1e-9, atol=0.0):
-            raise self._not_kept("a weighted sum with weights other than its `raw_weight`")
+        scale = asked.sum() / self.unnormalized_weights.sum()
+        if not torch.allclose(asked, self.unnormalized_weights * scale, rtol=1e-9, atol=0.0):
+            raise self._not_kept("a weighted sum with weights other than its `unnormalized_weight`")
         mixed = self.total * scale.item()
         if self.start is None:
             return mixed
@@ -96,6 +96,6 @@ class AccumulatedVectors(CohortVectors):
 
     def _not_kept(self, what: str) -> RuntimeError:
         return RuntimeError(
-            f"`{self.rule}` declares `raw_weight`, so the clients' vectors were summed as they came and not kept, but"
-            f' it then asked for {what}. Remove `raw_weight` from the rule, or set `storage="device"`.'
+            f"`{self.rule}` declares `unnormalized_weight`, so the clients' vectors were summed as they came and not"
+            f' kept, but it then asked for {what}. Remove `unnormalized_weight` from the rule, or set `storage="device"`.'
         )

@@ -74,7 +74,7 @@ class ParameterLayout:
             shapes=tuple(p.shape for p in named.values()),
             dtypes=tuple(p.dtype for p in named.values()),
             dtype=dtype,
-            buffers=tuple(_moving_buffers(module)),
+            buffers=tuple(_tracked_buffers(module)),
         )
 
     @property
@@ -122,12 +122,12 @@ class ParameterLayout:
             )
         return list(named.values())
 
-    def moving_buffers(self, module: nn.Module) -> dict[str, Tensor]:
+    def tracked_buffers(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's buffers that training may change, in the layout's order."""
         named = dict(module.named_buffers())
         return {name: named[name] for name in self.buffers}
 
-    def still_tensors(self, module: nn.Module) -> dict[str, Tensor]:
+    def frozen_tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's parameters and buffers that have no place here: what is frozen."""
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         travels = {*self.names, *self.buffers}
@@ -192,7 +192,7 @@ def trainable(module: nn.Module) -> Mapping[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def _moving_buffers(module: nn.Module) -> Mapping[str, Tensor]:
+def _tracked_buffers(module: nn.Module) -> Mapping[str, Tensor]:
     """All buffers but those of modules that are in evaluation mode and hold nothing trainable."""
     still = {
         id(buffer)

@@ -106,7 +106,7 @@ class BatchedStep:
         self.buffer_names = layout.buffers
         module = host.module
         self._parameters = _places(module, "_parameters", layout.tensors(module))
-        self._buffers = _places(module, "_buffers", list(layout.moving_buffers(module).values()))
+        self._buffers = _places(module, "_buffers", list(layout.tracked_buffers(module).values()))
         # A closed objective brings its gradient itself; an open one is part of the loss.
         self._open = [i for i, objective in enumerate(objectives) if not objective.is_closed]
         self._batched = torch.func.vmap(self._one, randomness="same" if same_draws else "different")
@@ -155,7 +155,7 @@ class BatchedStep:
         if inputs.starts is not None:
             named = dict(zip(self.layout.names, inputs.parameters, strict=True))
             terms = Terms(self.objectives, named, inputs.starts, inputs.states)
-            gradients = terms.steepened(gradients, parameters, torch.func.vmap)
+            gradients = terms.add_closed_gradients(gradients, parameters, torch.func.vmap)
         return Gradients(losses.detach(), gradients, replaced, [value.detach() for value in logged])
 
     def _one(self, *flat: Tensor) -> tuple[Tensor, ...]:

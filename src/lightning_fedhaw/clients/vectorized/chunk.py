@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_fedhaw.clients.engine import Engine, Visit
-from lightning_fedhaw.clients.pace import Paced, begin
+from lightning_fedhaw.clients.engine import ClientTask, Engine
+from lightning_fedhaw.clients.lr_scale import ScaledSteps, begin
 from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep, StepInputs
 from lightning_fedhaw.clients.vectorized.compiled import CompiledStep
@@ -42,7 +42,7 @@ class Chunk:
 
     Args:
         engine: The engine, with the plan, the data, and what its clients keep from round to round.
-        visits: What each client starts from.
+        tasks: What each client starts from.
         step: The batched step.
         facts: What the probe found out about the step.
         compiled: The compiled step, to be called instead.
@@ -51,7 +51,7 @@ class Chunk:
     def __init__(
         self,
         engine: Engine,
-        visits: Sequence[Visit],
+        tasks: Sequence[ClientTask],
         step: BatchedStep,
         facts: Facts,
         compiled: CompiledStep | None = None,
@@ -60,32 +60,32 @@ class Chunk:
         self.step = step
         self.facts = facts
         self.compiled = compiled
-        self._sort(visits)
-        self.made = [0] * len(visits)
-        self.skipped = [0] * len(visits)
+        self._sort(tasks)
+        self.made = [0] * len(tasks)
+        self.skipped = [0] * len(tasks)
         self._load_model()
         self._load_objectives()
-        self._load_pace()
-        self._load_streams(visits[0].client)
+        self._load_lr_scale()
+        self._load_streams(tasks[0].client)
 
     # ------------------------------------------------------------------ what the clients start from
 
-    def _sort(self, visits: Sequence[Visit]) -> None:
+    def _sort(self, tasks: Sequence[ClientTask]) -> None:
         """Assign the rows: clients with equally many samples are neighbors, so that most groups of rows are slices."""
         plan = self.engine.plan
         data = self.engine.data
         round_idx = self.engine.host.round
         orders = []
-        for visit in visits:
-            passes = data.orders(visit.client, round_idx, epochs=plan.epochs, num_batches=plan.steps, limit=plan.limit)
+        for task in tasks:
+            passes = data.orders(task.client, round_idx, epochs=plan.epochs, num_batches=plan.steps, limit=plan.limit)
             orders.append(list(passes))
         totals = [sum(order.numel() for order in passes) for passes in orders]
-        by_length = sorted(range(len(visits)), key=lambda i: -totals[i])
-        self.row_of = sorted(range(len(visits)), key=by_length.__getitem__)
-        self.visits = [visits[i] for i in by_length]
+        by_length = sorted(range(len(tasks)), key=lambda i: -totals[i])
+        self.row_of = sorted(range(len(tasks)), key=by_length.__getitem__)
+        self.tasks = [tasks[i] for i in by_length]
         # By row and pass: the samples in the order in which the client sees them.
         self.orders = [orders[i] for i in by_length]
-        self.clients = [visit.client for visit in self.visits]
+        self.clients = [task.client for task in self.tasks]
         self.swaps = {}
         for row, client in enumerate(self.clients):
             if client in data.partition.label_swaps:
@@ -96,18 +96,18 @@ class Chunk:
         engine = self.engine
         host = engine.host
         layout = engine.layout
-        first = self.visits[0].start
-        if all(visit.start is first for visit in self.visits):
-            self.start = first.expand(len(self.visits), -1)
+        first = self.tasks[0].start
+        if all(task.start is first for task in self.tasks):
+            self.start = first.expand(len(self.tasks), -1)
         else:
-            self.start = torch.stack([visit.start for visit in self.visits])
+            self.start = torch.stack([task.start for task in self.tasks])
         self.stacks = [
             view.to(dtype=dtype, memory_format=torch.contiguous_format, copy=True)
             for view, dtype in zip(layout.views(self.start).values(), layout.dtypes, strict=True)
         ]
         self.buffers = []
         for name in self.step.buffer_names:
-            self.buffers.append(torch.stack([visit.buffers[name].to(host.device) for visit in self.visits]))
+            self.buffers.append(torch.stack([task.buffers[name].to(host.device) for task in self.tasks]))
         optimizer = host.optimizers[0]
         number_of = {id(parameter): i for i, parameter in enumerate(layout.tensors(host.module))}
         # Where each of the optimizer's parameters is among the stacks; `None` for one that is frozen.
@@ -122,20 +122,20 @@ class Chunk:
     def _load_objectives(self) -> None:
         """Stack what the clients' objectives work with."""
         self.starts = self.engine.layout.views(self.start) if self.engine.objectives else None
-        states_of_clients = [self.engine.begin_objectives(visit) for visit in self.visits]
+        states_of_clients = [self.engine.begin_objectives(task) for task in self.tasks]
         self.states: list[ClientState] = []
         for states in zip(*states_of_clients, strict=True):
             self.states.append({name: torch.stack([state[name] for state in states]) for name in states[0]})
 
-    def _load_pace(self) -> None:
+    def _load_lr_scale(self) -> None:
         """Take the clients' states of the learning-rate scale, where the rule has one."""
         engine = self.engine
         layout = engine.layout
-        self.paced: Paced | None = None
-        if engine.pace is not None:
-            steps = [(layout.views(visit.start), engine.num_steps(visit.client)) for visit in self.visits]
-            state = begin(engine.pace, steps, engine.host.learning_rates(layout))
-            self.paced = Paced(engine.pace, layout.names, state)
+        self.scaled_steps: ScaledSteps | None = None
+        if engine.lr_scale is not None:
+            steps = [(layout.views(task.start), engine.num_steps(task.client)) for task in self.tasks]
+            state = begin(engine.lr_scale, steps, engine.host.learning_rates(layout))
+            self.scaled_steps = ScaledSteps(engine.lr_scale, layout.names, state)
 
     def _load_streams(self, first: int) -> None:
         """Let random numbers other than dropout's follow the client that the chunk begins with."""
@@ -210,7 +210,7 @@ class Chunk:
         count = len(rows)
         at = _at(rows)
         # A compiled step has graphs for few numbers of rows: the last row is repeated, and the copies are dropped.
-        extra = 0 if self.compiled is None else self.compiled.padding(count, len(self.visits))
+        extra = 0 if self.compiled is None else self.compiled.padding(count, len(self.tasks))
         taken = at
         if extra:
             taken = _at(rows + rows[-1:] * extra)
@@ -265,30 +265,30 @@ class Chunk:
 
     def _step(self, rows: list[int], at: Any, gradients: Sequence[Tensor | None]) -> None:
         """Step the optimizer of each client of a call, and scale the step where the rule scales learning rates."""
-        if self.paced is None:
+        if self.scaled_steps is None:
             self.optimizer.step(rows, at, gradients)
             return
         before = [stack[at].clone() for stack in self.stacks]
         self.optimizer.step(rows, at, gradients)
         after = [stack[at] for stack in self.stacks]
         gradient_of = dict(zip(self.trained, gradients, strict=True))
-        self.paced.scale(after, before, [gradient_of.get(i) for i in range(len(self.stacks))], at)
+        self.scaled_steps.scale(after, before, [gradient_of.get(i) for i in range(len(self.stacks))], at)
         for stack, value in zip(self.stacks, after, strict=True):
             stack[at] = value
 
     # ------------------------------------------------------------------ what comes out
 
     def updates(self) -> Iterator[ClientUpdate]:
-        """Return the updates, in the order of the visits.
+        """Return the updates, in the order of the tasks.
 
         Yields:
             Each update, while the client's model is in the module, for callbacks that look at it.
         """
         module = self.engine.host.module
         layout = self.engine.layout
-        tensors = [*layout.tensors(module), *layout.moving_buffers(module).values()]
+        tensors = [*layout.tensors(module), *layout.tracked_buffers(module).values()]
         stacks = [*self.stacks, *self.buffers]
-        logged = self.step.recorder.collect_rows(len(self.visits))
+        logged = self.step.recorder.collect_rows(len(self.tasks))
         for row in self.row_of:
             with torch.no_grad():
                 torch._foreach_copy_(tensors, [stack[row] for stack in stacks])
@@ -296,27 +296,27 @@ class Chunk:
 
     def _update(self, row: int, displacement: Tensor, logged: dict[str, Logged]) -> ClientUpdate:
         engine = self.engine
-        visit = self.visits[row]
+        task = self.tasks[row]
         memory: dict[str, Any] = {"optimizers": [], "objectives": []}
         if engine.plan.optimizer_state == "kept":
             memory["optimizers"] = [self.optimizer.states(row)]
         if engine.objectives:
             end = {name: stack[row] for name, stack in zip(engine.layout.names, self.stacks, strict=True)}
             states = [{name: stack[row] for name, stack in state.items()} for state in self.states]
-            memory["objectives"] = engine.end_objectives(visit, states, end, self.made[row])
+            memory["objectives"] = engine.end_objectives(task, states, end, self.made[row])
         buffers = {}
         for name, buffer in zip(self.step.buffer_names, self.buffers, strict=True):
             buffers[name] = buffer[row].clone()
         return ClientUpdate(
-            client=visit.client,
-            num_examples=len(engine.data.train_indices[visit.client]),
+            client=task.client,
+            num_examples=len(engine.data.train_indices[task.client]),
             num_steps=self.made[row],
             num_skipped=self.skipped[row],
             displacement=displacement,
             buffers=buffers,
             logged=logged,
             memory=memory,
-            num_batches=engine.num_batches(visit.client),
+            num_batches=engine.num_batches(task.client),
         )
 
 

@@ -8,7 +8,7 @@ from itertools import chain, islice
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_fedhaw.clients.engine import Engine, LocalPlan, Visit, give_settings, locate, settings_of
+from lightning_fedhaw.clients.engine import ClientTask, Engine, LocalPlan, give_settings, locate, settings_of
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep
 from lightning_fedhaw.clients.vectorized.chunk import Chunk
@@ -75,16 +75,16 @@ class VectorizedEngine(Engine):
         """The clients of a chunk, as long as the step proves vectorizable."""
         return 1 if self.gave_up else self.chunk
 
-    def run(self, visits: Iterable[Visit]) -> Generator[ClientUpdate, None, None]:
+    def run(self, tasks: Iterable[ClientTask]) -> Generator[ClientUpdate, None, None]:
         """Train the cohort, chunk by chunk. The module keeps its own tensors throughout.
 
         Yields:
-            Each client's update, in the order of the visits.
+            Each client's update, in the order of the tasks.
         """
         host = self.host
-        pending = iter(visits)
+        pending = iter(tasks)
         # Parts of a chunk that failed, to be trained again before the next chunk.
-        again: deque[list[Visit]] = deque()
+        again: deque[list[ClientTask]] = deque()
         with isolated_randomness(host.device), StackRecorder(host.module, host.callbacks) as recorder:
             step = BatchedStep(host, self.layout, self.objectives, recorder, StepGuard())
             if self.compile_clients and self.rounds and self.compiled is None:
@@ -110,10 +110,10 @@ class VectorizedEngine(Engine):
         host.optimizers[0]._opt_called = True  # type: ignore[attr-defined]
         if self.gave_up and self.fallback is not None:
             self.fallback.kept = self.kept
-            self.fallback.pace = self.pace
+            self.fallback.lr_scale = self.lr_scale
             yield from self.fallback.run(chain(*again, pending))
 
-    def _try(self, step: BatchedStep, visits: Sequence[Visit]) -> Chunk | None:
+    def _try(self, step: BatchedStep, tasks: Sequence[ClientTask]) -> Chunk | None:
         """Train some clients; ``None`` if it failed in a way that can be mended, which is done.
 
         Raises:
@@ -122,7 +122,7 @@ class VectorizedEngine(Engine):
         optimizers = self.host.optimizers
         settings = settings_of(optimizers)
         try:
-            chunk = Chunk(self, visits, step, self.facts, self.compiled)
+            chunk = Chunk(self, tasks, step, self.facts, self.compiled)
             with quiet_collector(runs=True):
                 self._train(chunk)
             if repr(settings_of(optimizers)) != repr(settings):
@@ -132,7 +132,7 @@ class VectorizedEngine(Engine):
             # The user's code may raise anything; the sequential engine, or less memory, may do without.
             give_settings(optimizers, settings)
             # Raised here: an error that its own frames know keeps all that they hold, until a garbage collection.
-            if not self._recovers(error, step, visits):
+            if not self._recovers(error, step, tasks):
                 raise
         step.recorder.forget()
         return None
@@ -153,12 +153,12 @@ class VectorizedEngine(Engine):
             attributes.restore()
             raise
 
-    def _recovers(self, error: Exception, step: BatchedStep, visits: Sequence[Visit]) -> bool:
+    def _recovers(self, error: Exception, step: BatchedStep, tasks: Sequence[ClientTask]) -> bool:
         """After a failure choose fewer clients at a time, or one after another; false if neither helps."""
-        if is_out_of_memory(error) and len(visits) > 1:
-            self.chunk = (len(visits) + 1) // 2
+        if is_out_of_memory(error) and len(tasks) > 1:
+            self.chunk = (len(tasks) + 1) // 2
             rank_zero_warn(
-                f"{len(visits)} clients at once do not fit into memory; they are trained again, {self.chunk} at a time."
+                f"{len(tasks)} clients at once do not fit into memory; they are trained again, {self.chunk} at a time."
                 " `chunk_memory=` bounds what is tried."
             )
             return True
@@ -169,12 +169,12 @@ class VectorizedEngine(Engine):
                 f" {self.host.round} `training_step` {explained(error)}."
             )
             return True
-        clients = ", ".join(str(visit.client) for visit in visits[:10])
-        if len(visits) > 10:
+        clients = ", ".join(str(task.client) for task in tasks[:10])
+        if len(tasks) > 10:
             clients += " ..."
         locate(
             error,
-            f"{len(visits)} clients at once ({clients}), round {self.host.round}",
+            f"{len(tasks)} clients at once ({clients}), round {self.host.round}",
             step.recorder.batch_size,
             ' `engine="sequential"` trains one after another, and takes any step.',
         )

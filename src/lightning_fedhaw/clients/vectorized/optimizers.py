@@ -120,7 +120,7 @@ class StackedOptimizer:
             )
             if template[index]:
                 state[parameter] = dict(before[index])
-        twin(self.optimizer, given, state).step()
+        rebind_optimizer(self.optimizer, given, state).step()
         after = [dict(state[p]) if p in state else {} for p in given]
         for index, own in enumerate(after):
             for name, value in own.items():
@@ -215,7 +215,7 @@ def row_states(optimizer: torch.optim.Optimizer, initial: OptimizerStates) -> fr
                 given.append(parameter)
                 for n, v in next(iter(initial.values())).items() if initial else ():
                     state[parameter][n] = _spread(v, parameter, device_of_state(n, device, group))
-        copy = twin(optimizer, given, state, each=len(shapes))
+        copy = rebind_optimizer(optimizer, given, state, each=len(shapes))
         before = repr(_options(copy))
         for step in gradients:
             for parameter, gradient in zip(given, step * len(optimizer.param_groups), strict=True):
@@ -244,7 +244,7 @@ def row_states(optimizer: torch.optim.Optimizer, initial: OptimizerStates) -> fr
     return frozenset(found)
 
 
-def twin(
+def rebind_optimizer(
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[Tensor],
     state: defaultdict[Any, dict[str, Any]],

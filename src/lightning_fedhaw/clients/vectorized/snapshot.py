@@ -101,7 +101,7 @@ class Snapshot:
         self.optimizers = optimizers
         self.settings = settings_of(optimizers)
         self.tensors = [_TensorState(tensor) for tensor in (*module.parameters(), *module.buffers())]
-        self.frozen = list(layout.still_tensors(module).items())
+        self.frozen = list(layout.frozen_tensors(module).items())
         self.trainable = [(name, p, p.requires_grad) for name, p in module.named_parameters()]
         self.dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for submodule in module.modules():

@@ -227,7 +227,7 @@ class _Trial:
         values: Values = {LOSS: loss.detach().reshape(())}
         for name, gradient in zip(self.layout.names, gradients, strict=True):
             values[f"{GRADIENT} `{name}`"] = gradient
-        for name, buffer in self.layout.moving_buffers(host.module).items():
+        for name, buffer in self.layout.tracked_buffers(host.module).items():
             values[f"buffer `{name}`"] = buffer.detach().clone()
         for name, numbers in logged.items():
             values[f"logged `{name}`"] = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
@@ -271,7 +271,7 @@ class _Trial:
         stacks = []
         for view, parameter in zip(layout.views(torch.stack(self.vectors)).values(), self.parameters, strict=True):
             stacks.append(view.to(parameter.dtype).requires_grad_())
-        buffers = [torch.stack([buffer, buffer]) for buffer in layout.moving_buffers(host.module).values()]
+        buffers = [torch.stack([buffer, buffer]) for buffer in layout.tracked_buffers(host.module).values()]
         generators = self._generators()
         guard.generators = lambda: generators
         with StackRecorder(host.module, host.callbacks) as recorder:
@@ -438,7 +438,7 @@ class _Trial:
         # A client's parameters, their copy where rows are picked, gradients, states of the optimizer.
         copies = (3 + max(num_states, 1)) * layout.message_bytes
         vectors = 2 * layout.numel * layout.dtype.itemsize
-        buffers = 2 * sum(_nbytes(buffer) for buffer in layout.moving_buffers(self.host.module).values())
+        buffers = 2 * sum(_nbytes(buffer) for buffer in layout.tracked_buffers(self.host.module).values())
         batch = 2 * sum(_nbytes(tensor[0]) for tensor in self.batch)
         terms = sum(_nbytes(value[0]) for state in self.states for value in state.values())
         # Backward holds about as much again as forward saved.

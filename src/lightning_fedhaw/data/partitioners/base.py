@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.data.partitioners.partition import Integers, Partition
-from lightning_fedhaw.options import described
+from lightning_fedhaw.options import repr_settings
 
 
 class Partitioner(arguments.NamedArguments, ABC):
@@ -83,7 +83,7 @@ class Partitioner(arguments.NamedArguments, ABC):
     def description(self) -> str:
         """The scheme and its settings in one line."""
         inner = {name: value.description for name, value in vars(self).items() if isinstance(value, Partitioner)}
-        return described(self, **inner)
+        return repr_settings(self, **inner)
 
     def _resolved_clients(self, num_clients: int | None) -> int:
         """Find K from what the caller asks for and what the scheme dictates."""

@@ -188,7 +188,7 @@ def _top_up(counts: Integers, least: int) -> Integers:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def deal(rng: np.random.Generator, labels: Integers, counts: Integers) -> Partition:
+def assign_samples(rng: np.random.Generator, labels: Integers, counts: Integers) -> Partition:
     """Give client k ``counts[k, c]`` random samples of class c; what is left over belongs to nobody.
 
     Args:

@@ -16,9 +16,9 @@ from lightning_fedhaw import arguments
 from lightning_fedhaw.data.partitioners.base import Partitioner
 from lightning_fedhaw.data.partitioners.counts import (
     OnInfeasible,
+    assign_samples,
     concentration,
     count_classes,
-    deal,
     dirichlet,
     equal_sizes,
     generator,
@@ -98,7 +98,7 @@ class DirichletPartitioner(Partitioner):
         per_class = count_classes(labels)
         if self.kind == "client":
             sizes = self._client_sizes(num_clients, len(labels))
-            return deal(rng, labels, clientwise_counts(rng, per_class, sizes, self.alpha))
+            return assign_samples(rng, labels, clientwise_counts(rng, per_class, sizes, self.alpha))
 
         def draw() -> Integers:
             if self.kind == "balanced":
@@ -121,7 +121,7 @@ class DirichletPartitioner(Partitioner):
                 f'moved samples (`partitioner={call}, on_infeasible="move")`)',
             ],
         )
-        return deal(rng, labels, counts)
+        return assign_samples(rng, labels, counts)
 
     def _client_sizes(self, num_clients: int, num_samples: int) -> Integers:
         """Samples of each client, ``[K]``, where clients have a size given beforehand."""
@@ -270,7 +270,7 @@ class HybridDirichletPartitioner(Partitioner):
             scheme=f"A hybrid Dirichlet split with `alpha_skewed`={self.alpha_skewed:g}",
             remedies=["a larger `alpha_skewed`", *smaller_limit(least, f"HybridDirichletPartitioner({settings}")],
         )
-        return deal(rng, labels, counts)
+        return assign_samples(rng, labels, counts)
 
 
 def hybrid_counts(

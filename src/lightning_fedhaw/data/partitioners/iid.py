@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_fedhaw.data.partitioners.base import Partitioner
-from lightning_fedhaw.data.partitioners.counts import deal, equal_sizes, generator
+from lightning_fedhaw.data.partitioners.counts import assign_samples, equal_sizes, generator
 from lightning_fedhaw.data.partitioners.partition import Integers, Partition
 
 
@@ -16,4 +16,4 @@ class IIDPartitioner(Partitioner):
     def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
         """Deal equal parts of the shuffled samples."""
         counts = equal_sizes(num_clients, len(labels))[:, None]  # [K, 1]: all samples count as one class
-        return deal(generator(seed, "iid"), labels, counts)
+        return assign_samples(generator(seed, "iid"), labels, counts)

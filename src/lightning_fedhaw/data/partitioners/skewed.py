@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from lightning_fedhaw import arguments
 from lightning_fedhaw.data.partitioners.base import Partitioner, checked_base
 from lightning_fedhaw.data.partitioners.counts import (
+    assign_samples,
     concentration,
     count_classes,
-    deal,
     dirichlet,
     generator,
     largest_remainder,
@@ -116,7 +116,7 @@ class QuantitySkewPartitioner(Partitioner):
     def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
         """Draw the sizes, and deal by them."""
         counts = np.array(self.sizes(num_clients, len(labels), seed))[:, None]  # [K, 1]
-        return deal(generator(seed, "quantity-skew"), labels, counts)
+        return assign_samples(generator(seed, "quantity-skew"), labels, counts)
 
     def sizes(self, num_clients: int, num_samples: int, seed: int = 0) -> list[int]:
         """Draw the samples of each client, ``[K]`` of sum ``num_samples``."""
@@ -195,7 +195,7 @@ class LongTailPartitioner(Partitioner):
                 f" {np.unique(labels)[counts.argmin()]} none; use a smaller `rho`."
             )
         # One client who takes the tail is a way to draw it.
-        kept = deal(generator(seed, "long-tail"), labels, counts[None]).indices[0]
+        kept = assign_samples(generator(seed, "long-tail"), labels, counts[None]).indices[0]
         inner = self.base.partition(
             num_clients, num_samples=len(kept), labels=torch.from_numpy(labels)[kept], seed=seed
         )

@@ -1,4 +1,4 @@
-"""Two doors, one federation."""
+"""Two entry points, one federation."""
 
 import logging
 

@@ -11,17 +11,17 @@ from torch import Tensor
 from lightning_fedhaw.rule import LocalLRScale
 
 
-class Paced:
+class ScaledSteps:
     """Scales each change that an optimizer makes to parameters, of one client or of a stack.
 
     Args:
-        pace: The rule's part.
+        lr_scale: The rule's part.
         names: The parameters' names.
         state: The clients' states, ``[...]`` and ``[..., *shape]``.
     """
 
-    def __init__(self, pace: LocalLRScale, names: Sequence[str], state: dict[str, Tensor]) -> None:
-        self.pace, self.names, self.state = pace, names, state
+    def __init__(self, lr_scale: LocalLRScale, names: Sequence[str], state: dict[str, Tensor]) -> None:
+        self.lr_scale, self.names, self.state = lr_scale, names, state
 
     @torch.no_grad()
     def scale(
@@ -39,7 +39,7 @@ class Paced:
             name: torch.zeros_like(old) if gradient is None else gradient
             for name, old, gradient in zip(self.names, before, gradients, strict=True)
         }
-        factor, after = self.pace.factor(given, {name: value[at] for name, value in self.state.items()})
+        factor, after = self.lr_scale.factor(given, {name: value[at] for name, value in self.state.items()})
         for parameter, old in zip(parameters, before, strict=True):
             weight = factor.reshape(factor.shape + (1,) * (old.ndim - factor.ndim)).to(old)
             parameter.copy_(torch.lerp(old, parameter, weight))
@@ -48,7 +48,7 @@ class Paced:
             self.state[name][at] = value
 
 
-class PacedOptimizer:
+class ScaledOptimizer:
     """Does so for one client at a time, whoever calls the optimizer's ``step``.
 
     Args:
@@ -58,7 +58,7 @@ class PacedOptimizer:
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
         self.parameters = parameters
-        self.paced: Paced | None = None
+        self.scaled_steps: ScaledSteps | None = None
         # Gradients are final (accumulated, unscaled, clipped) when the step is over, and not before.
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(self._before),
@@ -74,19 +74,19 @@ class PacedOptimizer:
         self._old = [parameter.detach().clone() for parameter in self.parameters]
 
     def _after(self, *_: Any) -> None:
-        assert self.paced is not None
-        self.paced.scale(self.parameters, self._old, [parameter.grad for parameter in self.parameters])
+        assert self.scaled_steps is not None
+        self.scaled_steps.scale(self.parameters, self._old, [parameter.grad for parameter in self.parameters])
 
 
 def begin(
-    pace: LocalLRScale, clients: Sequence[tuple[Mapping[str, Tensor], int]], rates: Sequence[float]
+    lr_scale: LocalLRScale, clients: Sequence[tuple[Mapping[str, Tensor], int]], rates: Sequence[float]
 ) -> dict[str, Tensor]:
     """The states of clients, ``[clients, ...]`` each.
 
     Args:
-        pace: The rule's part.
+        lr_scale: The rule's part.
         clients: The model that each starts from, and the steps it is going to make.
         rates: The learning rate of each parameter tensor, in the layout's order.
     """
-    states = [pace.begin(start, num_steps, rates) for start, num_steps in clients]
+    states = [lr_scale.begin(start, num_steps, rates) for start, num_steps in clients]
     return {name: torch.stack([state[name] for state in states]) for name in states[0]}

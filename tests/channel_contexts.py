@@ -6,20 +6,20 @@ import torch
 from torch import nn
 
 from lightning_fedhaw import ParameterLayout
-from lightning_fedhaw.channel import Parcel, Scene
+from lightning_fedhaw.channel import ChannelContext, MessageSize
 
 
-def scene(parameters: int = 8, num_clients: int = 10, **kwargs) -> Scene:
+def context(parameters: int = 8, num_clients: int = 10, **kwargs) -> ChannelContext:
     """N clients with 10, 20, ... samples and a model of one layer."""
     layout = ParameterLayout.of(nn.Linear(parameters - 1, 1))
-    return Scene(
+    return ChannelContext(
         **{
             "layout": layout,
             "num_examples": 10 * torch.arange(1, num_clients + 1),
-            "parcel": Parcel(parameters, 32),
+            "parcel": MessageSize(parameters, 32),
             "channels": (),
             "rule": "FedAvgCallback",
-            "raw_weight": lambda update: 1.0,
+            "unnormalized_weight": lambda update: 1.0,
             "beside": (),
             "drawn_uniformly": num_clients,
             **kwargs,
@@ -29,7 +29,7 @@ def scene(parameters: int = 8, num_clients: int = 10, **kwargs) -> Scene:
 
 def prepared(channel, parameters: int = 8, num_clients: int = 10, **kwargs):
     """The channel, with such a federation around it."""
-    channel.prepare(scene(parameters, num_clients, channels=(channel,), **kwargs))
+    channel.prepare(context(parameters, num_clients, channels=(channel,), **kwargs))
     return channel
 
 

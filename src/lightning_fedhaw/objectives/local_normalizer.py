@@ -9,14 +9,14 @@ import torch
 
 
 @cache
-def normalizer(steps: int, momentum: float = 0.0, nesterov: bool = False, pull: float = 0.0) -> float:
+def normalizer(steps: int, momentum: float = 0.0, nesterov: bool = False, proximal: float = 0.0) -> float:
     """``A``: how far a local optimizer with a learning rate of 1 goes on gradients of -1.
 
     Args:
         steps: Its steps, from rest.
         momentum: Its momentum.
         nesterov: Whether it looks ahead.
-        pull: Learning rate times the factor of a proximal term, ``lr mu``.
+        proximal: Learning rate times the factor of a proximal term, ``lr mu``.
 
     Example:
         >>> normalizer(5), round(normalizer(5, momentum=0.9), 4), round(normalizer(5, pull=0.1), 4)
@@ -24,7 +24,7 @@ def normalizer(steps: int, momentum: float = 0.0, nesterov: bool = False, pull: 
     """
     reached = velocity = 0.0
     for _ in range(steps):
-        push = 1 - pull * reached
+        push = 1 - proximal * reached
         velocity = momentum * velocity + push
         reached += push + momentum * velocity if nesterov else velocity
     return reached
