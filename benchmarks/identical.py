@@ -54,12 +54,9 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_fedhaw import (
-    AggregationRule,
     AvailabilityChannel,
     AWGNChannel,
     BitFlipChannel,
-    Channel,
-    ClientObjective,
     CoordinateMedianCallback,
     DifferentialPrivacyChannel,
     ErasureChannel,
@@ -72,7 +69,6 @@ from lightning_fedhaw import (
     FedBECallback,
     FedDFCallback,
     FedDynCallback,
-    FedDynObjective,
     FederatedDataModule,
     FederatedTrainer,
     FedHAWCallback,
@@ -91,14 +87,11 @@ from lightning_fedhaw import (
     PacketLossChannel,
     PublishedFedHAWCallback,
     QuantizationChannel,
-    RuleOutput,
     ScaffoldCallback,
-    ScaffoldObjective,
     ServerFineTuningCallback,
     SparsificationChannel,
     StragglerChannel,
     TrimmedMeanCallback,
-    stream,
 )
 from lightning_fedhaw.data import (
     DirichletPartitioner,
@@ -116,6 +109,8 @@ from lightning_fedhaw.data import (
     WeightedSampler,
     balanced_subset,
 )
+from lightning_fedhaw.extending import AggregationRule, Channel, ClientObjective, RuleOutput, stream
+from lightning_fedhaw.objectives import FedDynObjective, ScaffoldObjective
 
 ROUNDS = 3
 CLIENTS = 6

@@ -36,7 +36,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedhaw import (
-    AggregationRule,
     DirichletPartitioner,
     FedAvgCallback,
     FederatedTrainer,
@@ -45,7 +44,8 @@ from lightning_fedhaw import (
     PublishedFedHAWCallback,
 )
 from lightning_fedhaw.data import Partitioner
-from lightning_fedhaw.report.history import History
+from lightning_fedhaw.extending import AggregationRule
+from lightning_fedhaw.report.history import RunHistory
 
 ROUNDS, LAST = 40, 10
 RATES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -216,7 +216,7 @@ def run(cell: Cell, rule: str, seed: int, path: Path) -> dict[str, Any]:
     from_file = cell.data in (mnist, pictures)
     train, test, partitioner = cell.data(path) if from_file else cell.data()
     torch.manual_seed(seed)
-    history = History()
+    history = RunHistory()
     trainer = FederatedTrainer(
         rounds=ROUNDS,
         local_epochs=cell.epochs,

@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 from compare_rules import RULES, load, options, play, print_table, quietly
 
 import lightning_fedhaw as fed
-from lightning_fedhaw.plotting import History, draw_curves, draw_lines
+from lightning_fedhaw.plotting import RunHistory, draw_curves, draw_lines
 
 Method = Callable[[], tuple[fed.AggregationRule, list[pl.Callback]]]
 
@@ -36,13 +36,13 @@ METHODS: dict[str, Method] = {
 }
 
 
-def final(history: History) -> float:
+def final(history: RunHistory) -> float:
     """Mean accuracy of the last ten rounds."""
     last = history.curve("val_acc")[-10:]
     return sum(last) / len(last)
 
 
-def draw(errors: Sequence[float], runs: Mapping[str, Mapping[float, History]], folder: Path) -> list[Path]:
+def draw(errors: Sequence[float], runs: Mapping[str, Mapping[float, RunHistory]], folder: Path) -> list[Path]:
     """Accuracy over error rates, and over rounds at the highest."""
     paths = [folder / "communication_errors.png", folder / "communication_errors_rounds.png"]
     means = {name: [final(of[error]) for error in errors] for name, of in runs.items()}
@@ -51,7 +51,7 @@ def draw(errors: Sequence[float], runs: Mapping[str, Mapping[float, History]], f
     return paths
 
 
-def main(argv: list[str] | None = None) -> dict[str, dict[float, History]]:
+def main(argv: list[str] | None = None) -> dict[str, dict[float, RunHistory]]:
     parser = options(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--errors", nargs="+", type=float, default=[0.0, 0.2, 0.5, 0.8], help="largest error rates")
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[float, History]]:
     warnings.filterwarnings("ignore", message="No client update was received in round")
 
     split, errors = load(args.data, args.folder), sorted(args.errors)
-    runs: dict[str, dict[float, History]] = {name: {} for name in args.methods}
+    runs: dict[str, dict[float, RunHistory]] = {name: {} for name in args.methods}
     for name in args.methods:
         for error in errors:
             print(f"\n{name}, errors up to {error:g}")

@@ -28,7 +28,7 @@ from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_fedhaw as fed
-from lightning_fedhaw.plotting import History, draw_curves
+from lightning_fedhaw.plotting import RunHistory, draw_curves
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 EPOCHS = {"server_epochs": 20}
@@ -130,10 +130,10 @@ def _images(x: Tensor) -> Tensor:
 
 def play(
     rule: fed.AggregationRule, split: Split, args: argparse.Namespace, *callbacks: pl.Callback
-) -> tuple[History, dict[str, Any], int]:
+) -> tuple[RunHistory, dict[str, Any], int]:
     """One run: its history, its summary, and the bytes that the rule keeps."""
     x, y, test_x, test_y = split
-    history = History()
+    history = RunHistory()
     torch.manual_seed(args.seed)
     trainer = fed.FederatedTrainer(
         rounds=args.rounds,
@@ -170,7 +170,7 @@ def held(state: Any) -> int:
     return state.nbytes if isinstance(state, Tensor) else 0
 
 
-def row(name: str, history: History, summary: Mapping[str, Any], kept: int, args: argparse.Namespace) -> list[str]:
+def row(name: str, history: RunHistory, summary: Mapping[str, Any], kept: int, args: argparse.Namespace) -> list[str]:
     """A line of the table."""
     accuracy = history.curve("val_acc")
     last = accuracy[-10:]
@@ -218,14 +218,14 @@ def print_table(table: Sequence[Sequence[str]]) -> None:
         )
 
 
-def main(argv: list[str] | None = None) -> dict[str, History]:
+def main(argv: list[str] | None = None) -> dict[str, RunHistory]:
     parser = options(__doc__)
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), metavar="RULE")
     parser.add_argument("--target", type=float, default=0.9, help="accuracy whose round is named")
     args = parser.parse_args(argv)
     quietly()
     split = load(args.data, args.folder)
-    histories: dict[str, History] = {}
+    histories: dict[str, RunHistory] = {}
     head = ["rule", "final", "last 10", "best", f"to {args.target:.0%}", "server ms", "extra MB", "kept MB"]
     table = [head]
     for name in args.rules:

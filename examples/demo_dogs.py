@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from scipy.io import savemat
 
-from lightning_fedhaw import stream
+from lightning_fedhaw.extending import stream
 
 # Breed, coat, second color, ears, pattern.
 BREEDS = (

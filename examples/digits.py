@@ -23,14 +23,14 @@ from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_fedhaw import (
-    AggregationRule,
     DirichletPartitioner,
     FedAvgCallback,
     FederatedDataModule,
     FederatedTrainer,
     FedHAWCallback,
 )
-from lightning_fedhaw.plotting import History, draw_comparison
+from lightning_fedhaw.extending import AggregationRule
+from lightning_fedhaw.plotting import RunHistory, draw_comparison
 
 
 class DigitClassifier(pl.LightningModule):
@@ -74,9 +74,9 @@ def digits(clients: int, alpha: float, seed: int) -> FederatedDataModule:
     )
 
 
-def run(rule: AggregationRule, args: argparse.Namespace) -> History:
+def run(rule: AggregationRule, args: argparse.Namespace) -> RunHistory:
     """One federation: the same clients, cohorts, batches and initial model for every rule."""
-    history = History()
+    history = RunHistory()
     torch.manual_seed(args.seed)
     trainer = FederatedTrainer(
         rounds=args.rounds,
@@ -92,7 +92,7 @@ def run(rule: AggregationRule, args: argparse.Namespace) -> History:
     return history
 
 
-def main(argv: list[str] | None = None) -> dict[str, History]:
+def main(argv: list[str] | None = None) -> dict[str, RunHistory]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--clients", type=int, default=10)
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> dict[str, History]:
     data = digits(args.clients, args.alpha, args.seed)
     print(data.preview(args.output / "digits_clients.png"))
 
-    histories: dict[str, History] = {}
+    histories: dict[str, RunHistory] = {}
     rows = []
     for name, rule in {"FedAvg": FedAvgCallback(), "FedHAW": FedHAWCallback()}.items():
         print(f"\n{name}")

@@ -31,7 +31,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 import lightning_fedhaw as fed
 from lightning_fedhaw.adapter.checkpoint import RoundCheckpoint
 from lightning_fedhaw.data import StanfordDogs, cache_features
-from lightning_fedhaw.plotting import History, draw_comparison
+from lightning_fedhaw.plotting import RunHistory, draw_comparison
 
 RULES: dict[str, Callable[[], fed.AggregationRule]] = {
     "fedhaw-paper": lambda: fed.PublishedFedHAWCallback(lr_gamma=1e-7, lr_lambda=1e-5),
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> fed.FederatedTrainer:
             f"{error}\n(--data-root names the folder of the data, --download fetches them, --demo needs none.)"
         ) from error
 
-    history = History()
+    history = RunHistory()
     trainer = fed.FederatedTrainer(
         rounds=args.rounds,
         clients_per_round=args.clients_per_round,
@@ -264,7 +264,7 @@ def report(
     model: fed.TimmClassifier,
     data: fed.FederatedDataModule,
     classes: Sequence[str],
-    history: History,
+    history: RunHistory,
     args: argparse.Namespace,
 ) -> None:
     """Accuracy, confusions and pictures of a run that is over."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_fedhaw import ParameterLayout
 from lightning_fedhaw.channel import ChannelContext, MessageSize
+from lightning_fedhaw.extending import ParameterLayout
 
 
 def context(parameters: int = 8, num_clients: int = 10, **kwargs) -> ChannelContext:
@@ -16,11 +16,11 @@ def context(parameters: int = 8, num_clients: int = 10, **kwargs) -> ChannelCont
         **{
             "layout": layout,
             "num_examples": 10 * torch.arange(1, num_clients + 1),
-            "parcel": MessageSize(parameters, 32),
+            "size": MessageSize(parameters, 32),
             "channels": (),
             "rule": "FedAvgCallback",
             "unnormalized_weight": lambda update: 1.0,
-            "beside": (),
+            "side_payloads": (),
             "drawn_uniformly": num_clients,
             **kwargs,
         }

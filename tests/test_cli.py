@@ -16,7 +16,6 @@ import lightning_fedhaw
 from cli_task import Network, Samples
 from federations import QUIET, flat
 from lightning_fedhaw import (
-    AggregationRule,
     AWGNChannel,
     DirichletPartitioner,
     ErasureChannel,
@@ -28,6 +27,7 @@ from lightning_fedhaw import (
 )
 from lightning_fedhaw.__main__ import main
 from lightning_fedhaw.cli import FederatedCLI
+from lightning_fedhaw.extending import AggregationRule
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Be aware that when using `ckpt_path`")
 TASK = ["--model=cli_task.Network", "--data=cli_task.Samples"]
@@ -43,9 +43,7 @@ QUIETLY = ["--trainer.logger=false", "--trainer.enable_checkpointing=false"]
 RULES = [
     name
     for name in lightning_fedhaw.__all__
-    if inspect.isclass(kind := getattr(lightning_fedhaw, name))
-    and issubclass(kind, AggregationRule)
-    and kind is not AggregationRule
+    if inspect.isclass(kind := getattr(lightning_fedhaw, name)) and issubclass(kind, AggregationRule)
 ]
 SAVED = "lightning_logs/version_0"
 

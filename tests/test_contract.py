@@ -15,10 +15,6 @@ from torch.utils.data import TensorDataset
 
 from federations import Classifier, flat, loader, samples, trainer
 from lightning_fedhaw import (
-    Channel,
-    ClientUpdate,
-    ClientVectors,
-    Cohort,
     CoordinateMedianCallback,
     FedAdagradCallback,
     FedAdamCallback,
@@ -41,12 +37,12 @@ from lightning_fedhaw import (
     IndexPartitioner,
     KrumCallback,
     MultiKrumCallback,
-    ParameterLayout,
     PublishedFedHAWCallback,
     ScaffoldCallback,
     ServerFineTuningCallback,
     TrimmedMeanCallback,
 )
+from lightning_fedhaw.extending import Channel, ClientUpdate, ClientVectors, Cohort, ParameterLayout
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
 from lightning_fedhaw.vectors.distributed import SpreadVectors

@@ -18,12 +18,12 @@ from lightning_fedhaw import (
     FedAdpCallback,
     FedAvgCallback,
     FedDynCallback,
-    FedDynObjective,
     FederatedTrainer,
     FederationOptions,
     FedHAWCallback,
 )
 from lightning_fedhaw.keys import KeyedCallback
+from lightning_fedhaw.objectives import FedDynObjective
 
 
 class Digits(pl.LightningModule):

@@ -1,6 +1,7 @@
 """The documentation builds without a warning, and its reference is complete."""
 
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import lightning_fedhaw
+from lightning_fedhaw import channel, data, extending, objectives, plotting
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,5 +35,11 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 def test_the_reference_names_everything_public_once():
     pages = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
-    shown = re.findall(r"^::: lightning_fedhaw\.(\w+)$", pages, flags=re.MULTILINE)
-    assert sorted(shown) == sorted(lightning_fedhaw.__all__)
+    paths = re.findall(r"^::: ([\w.]+)$", pages, flags=re.MULTILINE)
+    shown = [pkgutil.resolve_name(path) for path in paths]
+    modules = (lightning_fedhaw, channel, data, extending, objectives, plotting)
+    public = {name: getattr(module, name) for module in modules for name in module.__all__}
+    assert {path.rpartition(".")[2] for path in paths} == set(public)
+    assert len(set(map(id, shown))) == len(shown)
+    for name in lightning_fedhaw.__all__:
+        assert f"lightning_fedhaw.{name}" in paths, "a page names what users write as they import it"

@@ -12,9 +12,6 @@ from torch.utils.data import DataLoader
 
 from federations import Classifier, flat, loader, samples, train, trainer, val_loader
 from lightning_fedhaw import (
-    AggregationRule,
-    Channel,
-    ClientObjective,
     ErasureChannel,
     FedAdamCallback,
     FedAdpCallback,
@@ -27,10 +24,10 @@ from lightning_fedhaw import (
     FedProx,
     IndexPartitioner,
     PublishedFedHAWCallback,
-    RuleOutput,
     ScaffoldCallback,
 )
 from lightning_fedhaw.data import FixedSequenceSampler
+from lightning_fedhaw.extending import AggregationRule, Channel, ClientObjective, RuleOutput
 
 HALVES = {"num_clients": 2, "alpha": None, "partitioner": IndexPartitioner([range(0, 20), range(20, 40)])}
 

@@ -15,7 +15,7 @@ def distribution(name):
 importlib.metadata.distribution = distribution
 import lightning.pytorch as pl, torch
 from torch import nn
-from lightning_fedhaw import FederatedTrainer, FedHAWCallback
+from lightning_fedhaw import FedHAWCallback, FederatedTrainer
 class Module(pl.LightningModule):
     def __init__(self):
         super().__init__()
@@ -29,9 +29,9 @@ trainer = FederatedTrainer(rounds=2, num_clients=4, callbacks=[FedHAWCallback()]
                            enable_checkpointing=False, enable_progress_bar=False)
 trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=8, shuffle=True))
 assert not any(sys.modules[name] for name in missing)
-from lightning_fedhaw.plotting import History, draw_comparison
+from lightning_fedhaw.plotting import RunHistory, draw_comparison
 try:
-    draw_comparison({"a": History()}, "a", [1])
+    draw_comparison({"a": RunHistory()}, "a", [1])
 except ModuleNotFoundError as error:
     print(error)
 """

@@ -13,17 +13,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from federations import Classifier, flat, loader, samples, trainer, val_loader
 from lightning_fedhaw import (
-    Channel,
-    ClientObjective,
     FedAvgCallback,
     FedDynCallback,
     FedHAWCallback,
     IIDPartitioner,
-    ParameterLayout,
     PublishedFedHAWCallback,
     ScaffoldCallback,
 )
 from lightning_fedhaw.data import CohortSampler, FixedSequenceSampler, find_labels
+from lightning_fedhaw.extending import Channel, ClientObjective, ParameterLayout
 from lightning_fedhaw.server import averaged_buffers
 
 

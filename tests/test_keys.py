@@ -11,7 +11,6 @@ from lightning_fedhaw import (
     ErasureChannel,
     FedAvgCallback,
     FedAvgMCallback,
-    FedDynObjective,
     FedHAWCallback,
     FedHyperCallback,
     PacketLossChannel,
@@ -25,6 +24,7 @@ from lightning_fedhaw import (
 )
 from lightning_fedhaw.adapter.checkpoint import RoundCheckpoint
 from lightning_fedhaw.keys import KeyedCallback
+from lightning_fedhaw.objectives import FedDynObjective
 from lightning_fedhaw.report import history
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -73,7 +73,7 @@ KEYS = {
     "FedDynObjective": "FedDyn",
     "FedProx": "FedProx",
     "ScaffoldObjective": "Scaffold",
-    "History": "History",
+    "RunHistory": "History",
 }
 
 

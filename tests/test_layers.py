@@ -25,7 +25,7 @@ ROWS = {
     6: {"report"},
     7: {"adapter"},
     8: {"trainer", "aggregation"},
-    10: {"__init__", "plotting"},
+    10: {"__init__", "plotting", "extending"},
     11: {"cli_messages"},
     12: {"cli"},
     13: {"__main__"},

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fedhaw import ParameterLayout
+from lightning_fedhaw.extending import ParameterLayout
 
 
 def test_read_write_views_round_trip():

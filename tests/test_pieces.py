@@ -7,9 +7,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_fedhaw import ClientVectors
 from lightning_fedhaw.aggregation.fedadp import angles
 from lightning_fedhaw.aggregation.robust import geometric_median_weights, krum_scores
+from lightning_fedhaw.extending import ClientVectors
 from lightning_fedhaw.vectors import client_vectors, kernels
 from lightning_fedhaw.vectors.kernels import ACCELERATOR, CPU, RUN, dot, pieces_for
 

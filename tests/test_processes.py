@@ -20,8 +20,6 @@ from federations import QUIET, Classifier, flat, loader, momentum, samples, trai
 from lightning_fedhaw import (
     AvailabilityChannel,
     AWGNChannel,
-    Channel,
-    ClientObjective,
     DifferentialPrivacyChannel,
     ErasureChannel,
     FadingChannel,
@@ -42,11 +40,12 @@ from lightning_fedhaw import (
     PublishedFedHAWCallback,
     QuantizationChannel,
     ScaffoldCallback,
-    ScaffoldObjective,
     ServerFineTuningCallback,
     SparsificationChannel,
     StragglerChannel,
 )
+from lightning_fedhaw.extending import Channel, ClientObjective
+from lightning_fedhaw.objectives import ScaffoldObjective
 from lightning_fedhaw.ranks import Ranks, assign
 
 pytestmark = pytest.mark.filterwarnings(
@@ -400,7 +399,7 @@ import os, signal, sys
 import torch
 sys.path.insert(0, {tests!r})
 from federations import Classifier, QUIET, flat, loader, val_loader
-from lightning_fedhaw import FederatedTrainer, FedHAWCallback
+from lightning_fedhaw import FedHAWCallback, FederatedTrainer
 
 class Mortal(Classifier):
     def training_step(self, batch, batch_idx):

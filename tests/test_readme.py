@@ -67,7 +67,8 @@ def test_code_blocks(page, monkeypatch, tmp_path):
 
 def check_extension(kind):
     """What the guide defines takes part in a real federation."""
-    from lightning_fedhaw import AggregationRule, FedAvgCallback, FederatedTrainer
+    from lightning_fedhaw import FedAvgCallback, FederatedTrainer
+    from lightning_fedhaw.extending import AggregationRule
 
     extra = [kind()] if issubclass(kind, AggregationRule) else [FedAvgCallback(), kind()]
     module = Classifier()

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 
 from federations import QUIET, Classifier, flat, loader, samples, trainer, val_loader
 from lightning_fedhaw import FedAvgCallback, FedHAWCallback, IIDPartitioner
-from lightning_fedhaw.report.history import History, history_of, read_run, read_runs
+from lightning_fedhaw.report.history import RunHistory, history_of, read_run, read_runs
 from lightning_fedhaw.report.plotting import draw_bands, draw_clients, draw_weights, main
 from lightning_fedhaw.report.run_report import RunRecord, summary_metrics, summary_of
 from lightning_fedhaw.report.summary import flat_numbers, format_summary
@@ -26,7 +26,7 @@ from lightning_fedhaw.report.summary import flat_numbers, format_summary
 LOST = "The closing numbers, the table of the clients and the picture"
 
 
-def play(rule: Any = FedHAWCallback, rounds: int = 3, **arguments: Any) -> tuple[Any, History]:
+def play(rule: Any = FedHAWCallback, rounds: int = 3, **arguments: Any) -> tuple[Any, RunHistory]:
     runner = trainer(rounds=rounds, rule=rule(), alpha=arguments.pop("alpha", 1.0), seed=1, **arguments)
     runner.fit(Classifier(), loader(), val_loader())
     return runner, history_of(runner)
@@ -76,14 +76,14 @@ def test_there_is_one_history_before_the_checkpoints_and_a_given_one_is_taken(do
         quiet = {**QUIET, "enable_checkpointing": True}
         return pl.Trainer(max_epochs=3, callbacks=[FedAvgCallback(num_clients=4), *callbacks], **quiet)
 
-    own = History()
+    own = RunHistory()
     for callbacks in ([], [own], [ModelCheckpoint()]):
         runner = build(*callbacks)
         for _ in range(2):
             runner.fit(Classifier(), loader())
         kinds = [type(each) for each in runner.callbacks]
-        assert kinds.count(History) == 1
-        assert kinds.index(History) < kinds.index(ModelCheckpoint)
+        assert kinds.count(RunHistory) == 1
+        assert kinds.index(RunHistory) < kinds.index(ModelCheckpoint)
         assert (history_of(runner) is own) == (own in callbacks)
         assert len(history_of(runner).metrics) == 3
 
@@ -176,8 +176,8 @@ def test_a_spoilt_checkpoint_is_named():
 
 
 def test_a_history_without_a_federation_says_so():
-    with pytest.raises(ValueError, match=r"`History` keeps what a federation logs. Add a rule"):
-        pl.Trainer(max_epochs=1, callbacks=[History()], **QUIET).fit(Classifier(), loader())
+    with pytest.raises(ValueError, match=r"`RunHistory` keeps what a federation logs. Add a rule"):
+        pl.Trainer(max_epochs=1, callbacks=[RunHistory()], **QUIET).fit(Classifier(), loader())
 
 
 # ---------------------------------------------------------------------- loggers
@@ -363,7 +363,7 @@ def test_the_heat_map_shows_changes_of_the_largest_client_on_top(logs):
     assert shown[0].tolist() == pytest.approx((100 * run.weight_changes()[:, largest]).tolist())
     assert axes.get_yticklabels()[0].get_text() == f"client {largest}  ({max(run.sizes):,})"
     with pytest.raises(ValueError, match="kept no weights"):
-        draw_weights(History())
+        draw_weights(RunHistory())
 
 
 def test_clients_are_drawn_by_name_and_by_rank(logs):

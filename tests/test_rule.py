@@ -7,9 +7,10 @@ import pickle
 import pytest
 from lightning.pytorch import Callback
 
-from lightning_fedhaw import AggregationRule, FedAvgCallback, FedHAWCallback, RuleOutput
+from lightning_fedhaw import FedAvgCallback, FedHAWCallback
 from lightning_fedhaw.aggregation.base import normalized
 from lightning_fedhaw.aggregation.servertraining import ServerTraining
+from lightning_fedhaw.extending import AggregationRule, RuleOutput
 from lightning_fedhaw.rule import Rule, find_rule
 
 

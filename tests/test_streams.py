@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_fedhaw import stream
+from lightning_fedhaw.extending import stream
 from lightning_fedhaw.streams import seed_of
 
 parts = st.lists(st.one_of(st.text(max_size=5), st.integers(-5, 5)), max_size=4)

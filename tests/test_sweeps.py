@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 import lightning_fedhaw
-from lightning_fedhaw import AggregationRule, ClientObjective
+from lightning_fedhaw import objectives
 from lightning_fedhaw.cli import FederatedCLI
+from lightning_fedhaw.extending import AggregationRule, ClientObjective
 
 SWEEPS = Path(__file__).parents[1] / "examples" / "sweeps"
 FILES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(SWEEPS.glob("*.yaml")) if path.stem != "base"}
@@ -72,10 +73,11 @@ def test_every_rule_and_objective_has_a_file():
     }
     exported = {
         name
-        for name in lightning_fedhaw.__all__
-        if inspect.isclass(kind := getattr(lightning_fedhaw, name))
+        for module in (lightning_fedhaw, objectives)
+        for name in module.__all__
+        if inspect.isclass(kind := getattr(module, name))
         and issubclass(kind, AggregationRule | ClientObjective)
-        and kind not in (AggregationRule, ClientObjective)
+        and kind is not ClientObjective
     }
     assert swept == exported - {"ScaffoldObjective"}, "ScaffoldCallback brings its objective along"
     assert {config["method"] for config in FILES.values()} == {"grid", "random", "bayes"}

@@ -37,7 +37,6 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler, Subset, TensorDataset
 
 from lightning_fedhaw import (
-    AggregationRule,
     ErasureChannel,
     FedAdpCallback,
     FedAvgCallback,
@@ -52,6 +51,7 @@ from lightning_fedhaw import (
     IndexPartitioner,
     PublishedFedHAWCallback,
 )
+from lightning_fedhaw.extending import AggregationRule
 
 LEARNING_RATE = 1e-3
 BATCH_SIZE = 64

@@ -3,7 +3,6 @@
 from lightning_fedhaw.adapter.progress import RoundProgressBar
 from lightning_fedhaw.adapter.strategy import FederatedStrategy
 from lightning_fedhaw.aggregation import (
-    AggregationRule,
     CoordinateMedianCallback,
     FedAdagradCallback,
     FedAdamCallback,
@@ -22,10 +21,8 @@ from lightning_fedhaw.aggregation import (
     FedYogiCallback,
     GeometricMedianCallback,
     KrumCallback,
-    LocalLRScale,
     MultiKrumCallback,
     PublishedFedHAWCallback,
-    RuleOutput,
     ScaffoldCallback,
     ServerFineTuningCallback,
     TrimmedMeanCallback,
@@ -34,7 +31,6 @@ from lightning_fedhaw.channel import (
     AvailabilityChannel,
     AWGNChannel,
     BitFlipChannel,
-    Channel,
     DifferentialPrivacyChannel,
     ErasureChannel,
     FadingChannel,
@@ -45,36 +41,35 @@ from lightning_fedhaw.channel import (
     SparsificationChannel,
     StragglerChannel,
 )
-from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data import (
     DirichletPartitioner,
     FederatedDataModule,
+    FixedSequenceSampler,
+    FullParticipationSampler,
+    HybridDirichletPartitioner,
     IIDPartitioner,
     IndexPartitioner,
+    LabelSwapPartitioner,
+    LongTailPartitioner,
     NaturalIdPartitioner,
+    QuantitySkewPartitioner,
+    ShardPartitioner,
+    UniformSampler,
+    WeightedSampler,
 )
 from lightning_fedhaw.models.timm_classifier import TimmClassifier
-from lightning_fedhaw.objectives import ClientObjective, FedDynObjective, FedProx, ScaffoldObjective
+from lightning_fedhaw.objectives import FedProx
 from lightning_fedhaw.observer import FederatedCallback
 from lightning_fedhaw.options import FederationOptions
-from lightning_fedhaw.server import Server
-from lightning_fedhaw.streams import stream
+from lightning_fedhaw.report.history import RunHistory
 from lightning_fedhaw.trainer import FederatedTrainer
-from lightning_fedhaw.vectors.client_vectors import ClientVectors
-from lightning_fedhaw.vectors.layout import ParameterLayout
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AWGNChannel",
-    "AggregationRule",
     "AvailabilityChannel",
     "BitFlipChannel",
-    "Channel",
-    "ClientObjective",
-    "ClientUpdate",
-    "ClientVectors",
-    "Cohort",
     "CoordinateMedianCallback",
     "DifferentialPrivacyChannel",
     "DirichletPartitioner",
@@ -88,7 +83,6 @@ __all__ = [
     "FedBECallback",
     "FedDFCallback",
     "FedDynCallback",
-    "FedDynObjective",
     "FedHAWCallback",
     "FedHyperCallback",
     "FedLAWCallback",
@@ -102,28 +96,32 @@ __all__ = [
     "FederatedStrategy",
     "FederatedTrainer",
     "FederationOptions",
+    "FixedSequenceSampler",
+    "FullParticipationSampler",
     "GeometricMedianCallback",
     "GilbertElliott",
+    "HybridDirichletPartitioner",
     "IIDPartitioner",
     "IndexPartitioner",
     "KrumCallback",
-    "LocalLRScale",
+    "LabelSwapPartitioner",
+    "LongTailPartitioner",
     "MultiKrumCallback",
     "NaturalIdPartitioner",
     "OverTheAirChannel",
     "PacketLossChannel",
-    "ParameterLayout",
     "PublishedFedHAWCallback",
+    "QuantitySkewPartitioner",
     "QuantizationChannel",
     "RoundProgressBar",
-    "RuleOutput",
+    "RunHistory",
     "ScaffoldCallback",
-    "ScaffoldObjective",
-    "Server",
     "ServerFineTuningCallback",
+    "ShardPartitioner",
     "SparsificationChannel",
     "StragglerChannel",
     "TimmClassifier",
     "TrimmedMeanCallback",
-    "stream",
+    "UniformSampler",
+    "WeightedSampler",
 ]

@@ -112,7 +112,7 @@ class FederatedCLI(LightningCLI):
     Beside Lightning's groups there are
 
     - ``federation``: who the clients are and what they do (:class:`~lightning_fedhaw.FederationOptions`);
-    - ``rule``: an :class:`~lightning_fedhaw.AggregationRule`, by name or class path, with its arguments;
+    - ``rule``: an :class:`~lightning_fedhaw.extending.AggregationRule`, by name or class path, with its arguments;
     - ``channel``, ``objective``: one, or a list (``--channel+=ErasureChannel --channel.probability=0.1``).
 
     Rounds are ``trainer.rounds``. ``seed_everything`` (0 by default) is the federation's seed too, unless

@@ -38,7 +38,8 @@ class FederatedCallback(Callback):
         Args:
             trainer: The trainer.
             pl_module: The module, with the client's model in it.
-            update: The :class:`~lightning_fedhaw.ClientUpdate`. Its displacement is only valid during the call.
+            update: The :class:`~lightning_fedhaw.extending.ClientUpdate`. Its displacement is only valid
+                during the call.
         """
 
     def on_round_end(self, trainer: Any, pl_module: Any, report: Any) -> None:

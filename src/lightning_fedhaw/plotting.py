@@ -1,6 +1,6 @@
 """Figures of finished runs, under the name that projects import."""
 
-from lightning_fedhaw.report.history import History, read_run, read_runs
+from lightning_fedhaw.report.history import RunHistory, read_run, read_runs
 from lightning_fedhaw.report.plotting import (
     draw_bands,
     draw_clients,
@@ -13,7 +13,7 @@ from lightning_fedhaw.report.plotting import (
 )
 
 __all__ = [
-    "History",
+    "RunHistory",
     "draw_bands",
     "draw_clients",
     "draw_comparison",

@@ -1,7 +1,7 @@
 """The contract between a rule and the round: what a rule is asked, what it answers, and what it may ask of the server.
 
 It lies below the round, which knows rules by this file only. The base of the rules that users write is
-:class:`~lightning_fedhaw.AggregationRule`, which adds what makes a rule a callback of a trainer.
+:class:`~lightning_fedhaw.extending.AggregationRule`, which adds what makes a rule a callback of a trainer.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class Rule(ABC):
     """How the server turns a cohort into the next global model.
 
     :meth:`init` and :meth:`step` are pure: state goes in, state comes out. State holds tensors, plain Python values,
-    whole :class:`~lightning_fedhaw.ClientVectors`, and dictionaries of these; a checkpoint holds vectors as tensors, so
-    that it can be read back safely.
+    whole :class:`~lightning_fedhaw.extending.ClientVectors`, and dictionaries of these; a checkpoint holds vectors as
+    tensors, so that it can be read back safely.
 
     Attributes:
         state: The state after the last round; empty before the first.

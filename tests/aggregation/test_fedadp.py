@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fedhaw import ClientVectors, Cohort, FedAdpCallback, ParameterLayout, Server
+from lightning_fedhaw import FedAdpCallback
 from lightning_fedhaw.aggregation.fedadp import angles, gompertz
+from lightning_fedhaw.extending import ClientVectors, Cohort, ParameterLayout
+from lightning_fedhaw.server import Server
 
 EXAMPLES = torch.tensor([10, 10, 20])
 FIRST = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.2]], dtype=torch.float64)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fedhaw import ClientUpdate, ClientVectors, Cohort, FedAvgCallback, ParameterLayout, Server
+from lightning_fedhaw import FedAvgCallback
+from lightning_fedhaw.extending import ClientUpdate, ClientVectors, Cohort, ParameterLayout
+from lightning_fedhaw.server import Server
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
 
 START = torch.tensor([1.0, -2.0], dtype=torch.float64)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aggregation.test_fedhaw_published import make_cohort, make_server
-from lightning_fedhaw import FedHAWCallback, PublishedFedHAWCallback, RuleOutput
+from lightning_fedhaw import FedHAWCallback, PublishedFedHAWCallback
 from lightning_fedhaw.aggregation.fedhaw import next_scale, next_server_step, weight_hypergradient
 from lightning_fedhaw.arguments import constructor_names
+from lightning_fedhaw.extending import RuleOutput
 
 SIZES = [1, 3]
 START = [1.0, 0.0]

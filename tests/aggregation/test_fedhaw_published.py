@@ -14,17 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_fedhaw import (
-    ClientVectors,
-    Cohort,
-    FedAvgCallback,
-    ParameterLayout,
-    PublishedFedHAWCallback,
-    RuleOutput,
-    Server,
-)
+from lightning_fedhaw import FedAvgCallback, PublishedFedHAWCallback
 from lightning_fedhaw.aggregation.fedhaw_published import gamma_hypergradient, lambda_hypergradient
 from lightning_fedhaw.aggregation.hypergradient import LOGIT_FLOOR
+from lightning_fedhaw.extending import ClientVectors, Cohort, ParameterLayout, RuleOutput
+from lightning_fedhaw.server import Server
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
 
 MU, LR_GAMMA, LR_LAMBDA = 0.1, 0.01, 0.05

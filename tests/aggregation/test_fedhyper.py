@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from federations import Classifier, flat, loader, train, trainer
-from lightning_fedhaw import ClientVectors, Cohort, FedAvgCallback, FederatedDataModule, FedHyperCallback, LocalLRScale
+from lightning_fedhaw import FedAvgCallback, FederatedDataModule, FedHyperCallback
 from lightning_fedhaw.aggregation.fedhyper import ClientRate, SharedRate, next_rate
 from lightning_fedhaw.clients.lr_scale import ScaledOptimizer, ScaledSteps, begin
+from lightning_fedhaw.extending import ClientVectors, Cohort, LocalLRScale
 
 MOVES = [[1.0, 0.0], [0.5, 0.5], [-4.0, 0.1], [-2.0, 0.0]]
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from federations import Classifier, flat, samples, trainer
-from lightning_fedhaw import ClientVectors, Cohort, FedAvgCallback, FederatedDataModule, FedLAWCallback, ParameterLayout
+from lightning_fedhaw import FedAvgCallback, FederatedDataModule, FedLAWCallback
 from lightning_fedhaw.aggregation.fedlaw import mix, swa_rate, variables
+from lightning_fedhaw.extending import ClientVectors, Cohort, ParameterLayout
 
 MODELS, TARGET, SIZES = [[1.0, 2.0], [3.0, -1.0]], [2.0, 0.0], [1, 3]
 FULL = {"rtol": 0, "atol": 1e-8}

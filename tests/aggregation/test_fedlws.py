@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from federations import Classifier, flat, train
-from lightning_fedhaw import ClientVectors, Cohort, FedAvgCallback, FedLWSCallback, ParameterLayout, Server
+from lightning_fedhaw import FedAvgCallback, FedLWSCallback
+from lightning_fedhaw.extending import ClientVectors, Cohort, ParameterLayout
+from lightning_fedhaw.server import Server
 
 
 class Two(nn.Module):

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from federations import Classifier, flat, train
-from lightning_fedhaw import ClientObjective, ClientVectors, Cohort, FedAvgCallback, FedNovaCallback, ParameterLayout
+from lightning_fedhaw import FedAvgCallback, FedNovaCallback
+from lightning_fedhaw.extending import ClientObjective, ClientVectors, Cohort, ParameterLayout
 from lightning_fedhaw.objectives.local_normalizer import normalizer
 from lightning_fedhaw.server import Server
 
@@ -76,7 +77,7 @@ def test_normalizers():
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("momentum", [0.5, 0.9])
-@pytest.mark.parametrize("pull", [0.0, 0.2])
+@pytest.mark.parametrize("proximal", [0.0, 0.2])
 def test_normalizers_are_what_torch_goes(nesterov, momentum, proximal):
     x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([x], lr=1.0, momentum=momentum, nesterov=nesterov)

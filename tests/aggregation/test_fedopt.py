@@ -11,8 +11,6 @@ from torch.optim.lr_scheduler import LinearLR, MultiStepLR, OneCycleLR
 
 from federations import Classifier, flat, loader, train, trainer
 from lightning_fedhaw import (
-    ClientVectors,
-    Cohort,
     FedAdagradCallback,
     FedAdamCallback,
     FedAdpCallback,
@@ -22,9 +20,9 @@ from lightning_fedhaw import (
     FedNovaCallback,
     FedOptCallback,
     FedYogiCallback,
-    ParameterLayout,
-    Server,
 )
+from lightning_fedhaw.extending import ClientVectors, Cohort, ParameterLayout
+from lightning_fedhaw.server import Server
 
 START = torch.tensor([1.0, -2.0], dtype=torch.float64)
 DISPLACEMENTS = torch.tensor([[0.2, -0.4], [-0.1, 0.5]], dtype=torch.float64)

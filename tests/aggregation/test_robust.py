@@ -10,18 +10,15 @@ from torch import nn
 
 from federations import Classifier, flat, loader, train, trainer, val_loader
 from lightning_fedhaw import (
-    Channel,
-    ClientVectors,
-    Cohort,
     CoordinateMedianCallback,
     FedAvgCallback,
     GeometricMedianCallback,
     KrumCallback,
     MultiKrumCallback,
-    ParameterLayout,
     TrimmedMeanCallback,
 )
 from lightning_fedhaw.aggregation.robust import geometric_median_weights, krum_scores, trimmed_mean
+from lightning_fedhaw.extending import Channel, ClientVectors, Cohort, ParameterLayout
 from lightning_fedhaw.server import Server
 from lightning_fedhaw.vectors.kernels import CPU
 

@@ -16,13 +16,13 @@ from lightning_fedhaw import (
     FedDFCallback,
     FederatedDataModule,
     FedLAWCallback,
-    ParameterLayout,
-    Server,
     ServerFineTuningCallback,
 )
 from lightning_fedhaw.aggregation.fedbe import swag
 from lightning_fedhaw.aggregation.proxy import batches
 from lightning_fedhaw.aggregation.servertraining import divergence, ensemble
+from lightning_fedhaw.extending import ParameterLayout
+from lightning_fedhaw.server import Server
 
 
 class Model(Classifier):

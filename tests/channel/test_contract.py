@@ -17,7 +17,6 @@ from lightning_fedhaw import (
     AvailabilityChannel,
     AWGNChannel,
     BitFlipChannel,
-    Channel,
     DifferentialPrivacyChannel,
     ErasureChannel,
     FadingChannel,
@@ -34,6 +33,7 @@ from lightning_fedhaw import (
     StragglerChannel,
 )
 from lightning_fedhaw.channel import AggregateChannel
+from lightning_fedhaw.extending import Channel
 
 pytestmark = pytest.mark.filterwarnings("ignore:No client update was received in round")
 

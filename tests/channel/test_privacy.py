@@ -12,16 +12,15 @@ from lightning_fedhaw import (
     DifferentialPrivacyChannel,
     ErasureChannel,
     FedAvgCallback,
-    FedDynObjective,
     FederatedCallback,
     FedOptCallback,
     FedProx,
     OverTheAirChannel,
     ScaffoldCallback,
-    ScaffoldObjective,
     SparsificationChannel,
 )
 from lightning_fedhaw.channel.privacy import clipped, epsilon
+from lightning_fedhaw.objectives import FedDynObjective, ScaffoldObjective
 
 
 def uniform():

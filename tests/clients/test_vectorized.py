@@ -16,21 +16,14 @@ from torch.nn.functional import cross_entropy, dropout
 from torch.utils.data import DataLoader, TensorDataset
 
 from federations import Classifier, flat, samples, trainer
-from lightning_fedhaw import (
-    ClientObjective,
-    FedDynCallback,
-    FedDynObjective,
-    FederatedCallback,
-    FedHAWCallback,
-    FedProx,
-    ScaffoldCallback,
-    ScaffoldObjective,
-)
+from lightning_fedhaw import FedDynCallback, FederatedCallback, FedHAWCallback, FedProx, ScaffoldCallback
 from lightning_fedhaw.clients import choice
 from lightning_fedhaw.clients.vectorized import engine as vectorized
 from lightning_fedhaw.clients.vectorized.chunk import Chunk
 from lightning_fedhaw.clients.vectorized.tracing import reads_index
 from lightning_fedhaw.data import FixedSequenceSampler, IIDPartitioner, IndexPartitioner
+from lightning_fedhaw.extending import ClientObjective
+from lightning_fedhaw.objectives import FedDynObjective, ScaffoldObjective
 
 optim = torch.optim
 

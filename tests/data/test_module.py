@@ -8,8 +8,16 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Subset, WeightedRandomSampler
 
 from federations import QUIET, Classifier, samples
-from lightning_fedhaw import DirichletPartitioner, FedAvgCallback, FederatedDataModule, FederatedTrainer, IIDPartitioner
-from lightning_fedhaw.data import ClientData, LabelSwapPartitioner, LoaderSettings
+from lightning_fedhaw import (
+    DirichletPartitioner,
+    FedAvgCallback,
+    FederatedDataModule,
+    FederatedTrainer,
+    IIDPartitioner,
+)
+from lightning_fedhaw.data import LabelSwapPartitioner
+from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.data.loader_settings import LoaderSettings
 
 
 def fit(data, **kwargs):

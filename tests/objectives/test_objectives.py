@@ -12,13 +12,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from federations import Classifier, flat, loader, momentum, samples, train, trainer
 from lightning_fedhaw import (
-    Channel,
-    ClientObjective,
     ErasureChannel,
     FedAvgCallback,
     FedAvgMCallback,
     FedDynCallback,
-    FedDynObjective,
     FederatedCallback,
     FedHAWCallback,
     FedHyperCallback,
@@ -27,9 +24,10 @@ from lightning_fedhaw import (
     FedProx,
     IndexPartitioner,
     ScaffoldCallback,
-    ScaffoldObjective,
 )
+from lightning_fedhaw.extending import Channel, ClientObjective
 from lightning_fedhaw.federation.full_gradient import FullGradient
+from lightning_fedhaw.objectives import FedDynObjective, ScaffoldObjective
 
 # ---------------------------------------------------------------------- quadratics
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from federations import QUIET
-from lightning_fedhaw import AggregationRule, FederatedCallback, FederatedDataModule, FederatedTrainer, IndexPartitioner
+from lightning_fedhaw import FederatedCallback, FederatedDataModule, FederatedTrainer, IndexPartitioner
 from lightning_fedhaw.data import FixedSequenceSampler
+from lightning_fedhaw.extending import AggregationRule
 from parity.authors_formulas import CLASSES, FEATURES, HIDDEN
 
 SIZES = (9, 41, 23, 14, 33)

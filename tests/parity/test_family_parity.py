@@ -14,14 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_fedhaw import (
-    AggregationRule,
-    FedAdpCallback,
-    FedAvgCallback,
-    FedHyperCallback,
-    FedLAWCallback,
-    FedLWSCallback,
-)
+from lightning_fedhaw import FedAdpCallback, FedAvgCallback, FedHyperCallback, FedLAWCallback, FedLWSCallback
+from lightning_fedhaw.extending import AggregationRule
 from parity.authors_formulas import local_sgd
 from parity.family_formulas import Server, fedadp, fedavg, fedhyper, fedlaw, fedlws
 from parity.federation import EVERYONE, ROUNDS, SIZES, SOME, Network, flat, from_trainer, proxy_samples, samples

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from federations import QUIET
 from lightning_fedhaw import (
-    Channel,
     FedAvgCallback,
     FederatedTrainer,
     FedHAWCallback,
@@ -25,6 +24,7 @@ from lightning_fedhaw import (
     IndexPartitioner,
     PublishedFedHAWCallback,
 )
+from lightning_fedhaw.extending import Channel
 from lightning_fedhaw.streams import stream
 from parity.authors_formulas import Formulas, Trace, local_sgd, play
 from parity.federation import EVERYONE, ROUNDS, SEED, SIZES, SOME, Watcher, from_trainer, samples

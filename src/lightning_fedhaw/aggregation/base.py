@@ -24,8 +24,9 @@ class AggregationRule(Rule, KeyedCallback):
     given.
 
     A new rule implements :meth:`step`, and :meth:`init` if it keeps state between rounds. Both are pure: state goes
-    in, state comes out. State holds tensors, plain Python values, whole :class:`~lightning_fedhaw.ClientVectors`, and
-    dictionaries of these; a checkpoint holds vectors as tensors, so that it can be read back safely.
+    in, state comes out. State holds tensors, plain Python values, whole
+    :class:`~lightning_fedhaw.extending.ClientVectors`, and dictionaries of these; a checkpoint holds vectors as
+    tensors, so that it can be read back safely.
 
     Args:
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`, for a rule in a stock trainer.

@@ -21,7 +21,7 @@ from lightning_fedhaw.rule import RuleOutput, ServerView, State
 class FedDynCallback(AggregationRule):
     """Bend the clients' losses, and correct their plain mean by the mean of all bends.
 
-    It is :class:`~lightning_fedhaw.FedDynObjective` with, over the K clients that arrived of N::
+    It is :class:`~lightning_fedhaw.objectives.FedDynObjective` with, over the K clients that arrived of N::
 
         h <- h - alpha (1 / N) sum_k (w_k - w)          w <- (1 / K) sum_k w_k - h / alpha
 
@@ -31,7 +31,7 @@ class FedDynCallback(AggregationRule):
     Args:
         regularization: The factor ``alpha``, above 0. Small values follow the clients quickly; large ones hold them
             back.
-        penalty: As of :class:`~lightning_fedhaw.FedDynObjective`.
+        penalty: As of :class:`~lightning_fedhaw.objectives.FedDynObjective`.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:

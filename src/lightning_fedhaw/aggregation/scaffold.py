@@ -20,7 +20,7 @@ from lightning_fedhaw.rule import RuleOutput, ServerView, State
 class ScaffoldCallback(AggregationRule):
     """Let clients correct their gradients by control variates, and step along the plain mean of their updates.
 
-    It is :class:`~lightning_fedhaw.ScaffoldObjective` with ``w <- w + server_lr (1 / K) sum_k (w_k - w)``.
+    It is :class:`~lightning_fedhaw.objectives.ScaffoldObjective` with ``w <- w + server_lr (1 / K) sum_k (w_k - w)``.
 
     Args:
         option: How controls are found: ``"II"``, from the way a client went, or ``"I"``, from one more pass over its

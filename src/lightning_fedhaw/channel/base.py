@@ -109,12 +109,12 @@ class Channel(KeyedCallback):
     Args:
         link: ``"uplink"``: from the clients to the server. ``"downlink"``: from the server to the clients.
         fallback: What the receiver uses for a message it did not receive. On the uplink: ``"zero_update"``: the model
-            just broadcast, in a slot that keeps its weight (the published client error of FedHAW).
-            ``"reuse_update"``: the client's last update that was received, applied to the current model. ``"reuse_model"``: its last model that
-            was received. ``"discard"``: nothing, and the weights of the others are normalized. The reuse policies are a
-            zero update until something was received. On the downlink: ``"reuse_model"``: the client trains the last
-            global model it received, and does not take part before it received one. ``"discard"``: it does not take
-            part. Default: ``"zero_update"`` on the uplink, ``"discard"`` on the downlink.
+            just broadcast, in a slot that keeps its weight (the published client error of FedHAW). ``"reuse_update"``:
+            the client's last update that was received, applied to the current model. ``"reuse_model"``: its last model
+            that was received. ``"discard"``: nothing, and the weights of the others are normalized. The reuse policies
+            are a zero update until something was received. On the downlink: ``"reuse_model"``: the client trains the
+            last global model it received, and does not take part before it received one. ``"discard"``: it does not
+            take part. Default: ``"zero_update"`` on the uplink, ``"discard"`` on the downlink.
         name: Tells two channels of one class on one link apart in a checkpoint.
 
     Raises:

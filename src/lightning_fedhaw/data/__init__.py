@@ -1,10 +1,8 @@
 """The clients' data: partitioners, cohort samplers, and the data module."""
 
-from lightning_fedhaw.data.client_data import Batch, ClientData
 from lightning_fedhaw.data.dogs import StanfordDogs
 from lightning_fedhaw.data.features import cache_features
 from lightning_fedhaw.data.labels import find_labels
-from lightning_fedhaw.data.loader_settings import LoaderSettings
 from lightning_fedhaw.data.module import FederatedDataModule
 from lightning_fedhaw.data.partitioners import (
     DirichletPartitioner,
@@ -31,8 +29,6 @@ from lightning_fedhaw.data.split import split
 from lightning_fedhaw.data.subsets import balanced_subset, subset_by_class
 
 __all__ = [
-    "Batch",
-    "ClientData",
     "CohortSampler",
     "DirichletPartitioner",
     "FederatedDataModule",
@@ -42,7 +38,6 @@ __all__ = [
     "IIDPartitioner",
     "IndexPartitioner",
     "LabelSwapPartitioner",
-    "LoaderSettings",
     "LongTailPartitioner",
     "NaturalIdPartitioner",
     "Partition",

@@ -24,7 +24,7 @@ LOG, CLIENT_TABLE, WEIGHT_TABLE = "metrics.csv", "per_client.csv", "weights.csv"
 _LABEL = "label_"
 
 
-class History(KeyedCallback, FederatedCallback):
+class RunHistory(KeyedCallback, FederatedCallback):
     """Keeps what a run logged, for its run summary and its pictures.
 
     Every federation has one: where nobody gives it as a callback, it is added. It is part of the checkpoints, so a run
@@ -54,7 +54,7 @@ class History(KeyedCallback, FederatedCallback):
         """Refuse a trainer that plays no federation."""
         if not any(isinstance(callback, Rule) for callback in trainer.callbacks):
             raise ValueError(
-                "`History` keeps what a federation logs. Add a rule such as `FedHAWCallback()`, or remove it."
+                "`RunHistory` keeps what a federation logs. Add a rule such as `FedHAWCallback()`, or remove it."
             )
 
     def on_federation_start(self, trainer: Any, pl_module: Any, federation: Federation) -> None:
@@ -147,17 +147,17 @@ class History(KeyedCallback, FederatedCallback):
 def keep_history(trainer: Any) -> None:
     """Give a trainer a history, before the callbacks that write checkpoints, if it has none."""
     callbacks = trainer.callbacks
-    if not any(isinstance(callback, History) for callback in callbacks):
+    if not any(isinstance(callback, RunHistory) for callback in callbacks):
         end = next((i for i, each in enumerate(callbacks) if isinstance(each, Checkpoint)), len(callbacks))
-        callbacks.insert(end, History())
+        callbacks.insert(end, RunHistory())
 
 
-def history_of(trainer: Any) -> History:
+def history_of(trainer: Any) -> RunHistory:
     """A trainer's history."""
-    return next(callback for callback in trainer.callbacks if isinstance(callback, History))
+    return next(callback for callback in trainer.callbacks if isinstance(callback, RunHistory))
 
 
-def read_run(path: str | Path) -> History:
+def read_run(path: str | Path) -> RunHistory:
     """A run from what it left behind.
 
     Args:
@@ -174,7 +174,7 @@ def read_run(path: str | Path) -> History:
     return found[0]
 
 
-def read_runs(path: str | Path) -> list[History]:
+def read_runs(path: str | Path) -> list[RunHistory]:
     """All runs at or below a path: every log, or, where there is none, the newest checkpoint of each folder.
 
     Raises:
@@ -198,7 +198,7 @@ def read_runs(path: str | Path) -> list[History]:
     return [_from_checkpoint(newest[folder]) for folder in sorted(newest)]
 
 
-def _from_checkpoint(path: Path) -> History:
+def _from_checkpoint(path: Path) -> RunHistory:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True) if is_zipfile(path) else None
     except pickle.UnpicklingError as error:
@@ -211,14 +211,14 @@ def _from_checkpoint(path: Path) -> History:
     if checkpoint is None:
         raise ValueError(f"{str(path)!r} is no checkpoint. Give a `.ckpt` file, or the folder of the run's `{LOG}`.")
     states = checkpoint.get("callbacks", {}) if isinstance(checkpoint, Mapping) else {}
-    if History.key not in states:
+    if RunHistory.key not in states:
         raise ValueError(f"{str(path)!r} was not written by a federation: it holds no history.")
-    history = History()
-    history.load_state_dict(states[History.key])
+    history = RunHistory()
+    history.load_state_dict(states[RunHistory.key])
     return history
 
 
-def _from_log(folder: Path) -> History:
+def _from_log(folder: Path) -> RunHistory:
     try:
         history = _tables(folder)
     except (ValueError, LookupError, OverflowError) as error:
@@ -231,8 +231,8 @@ def _from_log(folder: Path) -> History:
     return history
 
 
-def _tables(folder: Path) -> History:
-    history = History()
+def _tables(folder: Path) -> RunHistory:
+    history = RunHistory()
     for row in _rows(folder / LOG):
         if row.get("step") is None or any(name.startswith("summary/") for name in row):
             continue

@@ -14,14 +14,14 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_fedhaw.report.history import CLIENT_TABLE, WEIGHT_TABLE, History
+from lightning_fedhaw.report.history import CLIENT_TABLE, WEIGHT_TABLE, RunHistory
 from lightning_fedhaw.report.plotting import draw_weights
 
 _TABLE = "federation/per_client"
 _PICTURE = "federation/weights"
 
 
-def report(loggers: Sequence[Any], history: History, numbers: dict[str, float], step: int) -> None:
+def report(loggers: Sequence[Any], history: RunHistory, numbers: dict[str, float], step: int) -> None:
     """Give every logger the numbers of the run, and those that can take them the table of clients and a heat map.
 
     A ``CSVLogger`` gets both as files beside its ``metrics.csv``. Where matplotlib is missing, or the weights are the
@@ -46,7 +46,7 @@ def report(loggers: Sequence[Any], history: History, numbers: dict[str, float], 
             )
 
 
-def _report(logger: Any, history: History, step: int) -> None:
+def _report(logger: Any, history: RunHistory, step: int) -> None:
     """Give a logger the table and the picture, in the way that its kind takes them."""
     if isinstance(logger, CSVLogger):
         _to_csv(logger, history)
@@ -58,7 +58,7 @@ def _report(logger: Any, history: History, step: int) -> None:
         _to_mlflow(logger, history)
 
 
-def _to_csv(logger: CSVLogger, history: History) -> None:
+def _to_csv(logger: CSVLogger, history: RunHistory) -> None:
     columns, rows = history.client_table(labels=True)
     _write(logger.log_dir, CLIENT_TABLE, columns, rows)
     if len(history.weights):
@@ -66,7 +66,7 @@ def _to_csv(logger: CSVLogger, history: History) -> None:
         _write(logger.log_dir, WEIGHT_TABLE, clients, history.weights.tolist())
 
 
-def _to_tensorboard(logger: TensorBoardLogger, history: History, step: int) -> None:
+def _to_tensorboard(logger: TensorBoardLogger, history: RunHistory, step: int) -> None:
     columns, rows = history.client_table()
     logger.experiment.add_text(_TABLE, _markdown(columns, rows), step)
     picture = _picture(history)
@@ -74,7 +74,7 @@ def _to_tensorboard(logger: TensorBoardLogger, history: History, step: int) -> N
         logger.experiment.add_image(_PICTURE, picture, step, dataformats="HWC")
 
 
-def _to_wandb(logger: WandbLogger, history: History, step: int) -> None:
+def _to_wandb(logger: WandbLogger, history: RunHistory, step: int) -> None:
     columns, rows = history.client_table()
     logger.log_table(_TABLE, columns=columns, data=rows, step=step)
     picture = _picture(history)
@@ -82,7 +82,7 @@ def _to_wandb(logger: WandbLogger, history: History, step: int) -> None:
         logger.log_image(_PICTURE, [picture], step=step)
 
 
-def _to_mlflow(logger: MLFlowLogger, history: History) -> None:
+def _to_mlflow(logger: MLFlowLogger, history: RunHistory) -> None:
     columns, rows = history.client_table()
     logger.experiment.log_text(logger.run_id, _csv(columns, rows), f"{_TABLE}.csv")
     picture = _picture(history)
@@ -90,7 +90,7 @@ def _to_mlflow(logger: MLFlowLogger, history: History) -> None:
         logger.experiment.log_image(logger.run_id, picture, f"{_PICTURE}.png")
 
 
-def _picture(history: History) -> Any | None:
+def _picture(history: RunHistory) -> Any | None:
     """Draw the heat map, ``[height, width, 3]``; ``None`` where there is nothing to draw, or nothing to draw with."""
     if history.weight_changes() is None:
         return None

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw.data.preview import draw_histogram
-from lightning_fedhaw.report.history import History, read_run, read_runs
+from lightning_fedhaw.report.history import RunHistory, read_run, read_runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "History",
+    "RunHistory",
     "draw_bands",
     "draw_clients",
     "draw_comparison",
@@ -37,7 +37,7 @@ _MOST_LABELS = 40
 
 
 def draw_comparison(
-    runs: Mapping[str, History],
+    runs: Mapping[str, RunHistory],
     learned: str,
     sizes: Sequence[int],
     path: str | Path | None = None,
@@ -74,7 +74,7 @@ def draw_comparison(
     return _saved(figure, path)
 
 
-def draw_curves(runs: Mapping[str, History], path: str | Path | None = None, metric: str = "val_acc") -> Figure:
+def draw_curves(runs: Mapping[str, RunHistory], path: str | Path | None = None, metric: str = "val_acc") -> Figure:
     """Many runs' metric over rounds, each labeled at its end, and its mean over the last ten rounds.
 
     Args:
@@ -134,7 +134,7 @@ def draw_lines(
 
 
 def draw_bands(
-    groups: Mapping[str, Sequence[History]],
+    groups: Mapping[str, Sequence[RunHistory]],
     metrics: Sequence[str],
     path: str | Path | None = None,
     *,
@@ -178,7 +178,7 @@ def draw_bands(
     return _saved(figure, path)
 
 
-def draw_weights(history: History, path: str | Path | None = None, title: str = "aggregation weights") -> Figure:
+def draw_weights(history: RunHistory, path: str | Path | None = None, title: str = "aggregation weights") -> Figure:
     """Weights over rounds, against each client's share of the samples received that round; largest client on top.
 
     Args:
@@ -199,7 +199,7 @@ def draw_weights(history: History, path: str | Path | None = None, title: str = 
     return _saved(figure, path)
 
 
-def draw_clients(groups: Mapping[str, Sequence[History]], metric: str, path: str | Path | None = None) -> Figure:
+def draw_clients(groups: Mapping[str, Sequence[RunHistory]], metric: str, path: str | Path | None = None) -> Figure:
     """A metric of the final model on each client's own data: client by client, and from the worst client to the best.
 
     Args:
@@ -239,7 +239,7 @@ def draw_clients(groups: Mapping[str, Sequence[History]], metric: str, path: str
     return _saved(figure, path)
 
 
-def draw_labels(history: History, path: str | Path | None = None) -> Figure:
+def draw_labels(history: RunHistory, path: str | Path | None = None) -> Figure:
     """Who owned what: one bar per client with a color for each class, or its size where the labels are not known.
 
     Args:
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     return pictures
 
 
-def read_groups(runs: Sequence[str]) -> dict[str, list[History]]:
+def read_groups(runs: Sequence[str]) -> dict[str, list[RunHistory]]:
     """Runs by name.
 
     Args:
@@ -298,7 +298,7 @@ def read_groups(runs: Sequence[str]) -> dict[str, list[History]]:
         FileNotFoundError: If there is no such path.
         ValueError: If there is no run below it.
     """
-    groups: dict[str, list[History]] = {}
+    groups: dict[str, list[RunHistory]] = {}
     for each in runs:
         name, is_named, path = each.partition("=")
         if not is_named or "/" in name or Path(each).exists():
@@ -318,7 +318,7 @@ def _name(path: Path) -> str:
     )
 
 
-def _draw_all(groups: Mapping[str, Sequence[History]], metric: str | None, folder: Path) -> list[Path]:
+def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, folder: Path) -> list[Path]:
     """Everything that some run has the numbers for."""
     logged = sorted({name for runs in groups.values() for run in runs for name in run.names})
     if metric is None:
@@ -378,7 +378,7 @@ def _look(i: int) -> tuple[str, str]:
     return _COLORS[i % len(_COLORS)], _STYLES[i // len(_COLORS) % len(_STYLES)]
 
 
-def _heat(axes: Any, history: History, sizes: Sequence[int]) -> None:
+def _heat(axes: Any, history: RunHistory, sizes: Sequence[int]) -> None:
     """The change of weights against shares of samples, and its color bar."""
     changes = history.weight_changes()
     if changes is None:

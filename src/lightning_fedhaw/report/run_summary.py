@@ -12,7 +12,7 @@ from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.options import repr_settings
-from lightning_fedhaw.report.history import History
+from lightning_fedhaw.report.history import RunHistory
 from lightning_fedhaw.report.run_report import RunRecord, summary_metrics, summary_of
 from lightning_fedhaw.report.summary import client_statistics
 
@@ -51,7 +51,7 @@ def start_up_line(federation: Federation, callbacks: Iterable[Any], assumed: Seq
     return f"{line}."
 
 
-def evaluate_clients(federation: Federation, history: History) -> dict[str, dict[str, float]]:
+def evaluate_clients(federation: Federation, history: RunHistory) -> dict[str, dict[str, float]]:
     """Evaluate the final global model on each client's own data.
 
     Args:

@@ -97,5 +97,6 @@ class AccumulatedVectors(CohortVectors):
     def _not_kept(self, what: str) -> RuntimeError:
         return RuntimeError(
             f"`{self.rule}` declares `unnormalized_weight`, so the clients' vectors were summed as they came and not"
-            f' kept, but it then asked for {what}. Remove `unnormalized_weight` from the rule, or set `storage="device"`.'
+            f" kept, but it then asked for {what}. Remove `unnormalized_weight` from the rule, or set"
+            ' `storage="device"`.'
         )

@@ -16,8 +16,9 @@ class CohortVectors(ABC):
     """The K parameter vectors of a cohort, used through a few linear verbs.
 
     A rule that uses the verbs alone does not know whether the vectors stand in one matrix, on the device or in host
-    memory (:class:`~lightning_fedhaw.ClientVectors`), are spread over processes, or were summed as they came and never
-    kept. Of a sum, only :meth:`weighted_sum` is left; the other verbs raise an error that says how to keep the vectors.
+    memory (:class:`~lightning_fedhaw.extending.ClientVectors`), are spread over processes, or were summed as they came
+    and never kept. Of a sum, only :meth:`weighted_sum` is left; the other verbs raise an error that says how to keep
+    the vectors.
 
     Attributes:
         start: ``[P]``, what the vectors are displaced from. ``None`` stands for zero.

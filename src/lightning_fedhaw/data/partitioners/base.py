@@ -38,8 +38,8 @@ class Partitioner(arguments.NamedArguments, ABC):
     def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
         """Decide who owns which sample; called by :meth:`partition` with arguments that were checked.
 
-        Draw from :func:`~lightning_fedhaw.stream` or another generator made of ``seed``, so that the same seed gives
-        the same partition.
+        Draw from :func:`~lightning_fedhaw.extending.stream` or another generator made of ``seed``, so that the same
+        seed gives the same partition.
 
         Args:
             num_clients: K, at least 1 and at most the number of samples.

@@ -1,0 +1,50 @@
+"""What authors of new rules, channels, objectives, partitioners and samplers build on.
+
+Users who train with what is there need none of these names: what they write is exported by ``lightning_fedhaw``.
+"""
+
+from lightning_fedhaw.aggregation.base import AggregationRule
+from lightning_fedhaw.channel.base import (
+    AggregateChannel,
+    Arrivals,
+    BlockChannel,
+    Channel,
+    ChannelContext,
+    MessageSize,
+    Substitute,
+)
+from lightning_fedhaw.cohort import ClientUpdate, Cohort
+from lightning_fedhaw.data.partitioners.base import Partitioner
+from lightning_fedhaw.data.partitioners.partition import Partition
+from lightning_fedhaw.data.samplers import CohortSampler
+from lightning_fedhaw.objectives.base import ClientObjective
+from lightning_fedhaw.rule import LocalLRScale, Rule, RuleOutput, ServerView
+from lightning_fedhaw.streams import stream
+from lightning_fedhaw.vectors.base import CohortVectors
+from lightning_fedhaw.vectors.client_vectors import ClientVectors
+from lightning_fedhaw.vectors.layout import ParameterLayout
+
+__all__ = [
+    "AggregateChannel",
+    "AggregationRule",
+    "Arrivals",
+    "BlockChannel",
+    "Channel",
+    "ChannelContext",
+    "ClientObjective",
+    "ClientUpdate",
+    "ClientVectors",
+    "Cohort",
+    "CohortSampler",
+    "CohortVectors",
+    "LocalLRScale",
+    "MessageSize",
+    "ParameterLayout",
+    "Partition",
+    "Partitioner",
+    "Rule",
+    "RuleOutput",
+    "ServerView",
+    "Substitute",
+    "stream",
+]
