@@ -20,9 +20,10 @@ import lightning.pytorch as pl
 from compare_rules import RULES, load, options, play, print_table, quietly
 
 import lightning_fedhaw as fed
+from lightning_fedhaw.extending import AggregationRule
 from lightning_fedhaw.plotting import RunHistory, draw_curves, draw_lines
 
-Method = Callable[[], tuple[fed.AggregationRule, list[pl.Callback]]]
+Method = Callable[[], tuple[AggregationRule, list[pl.Callback]]]
 
 
 def plain(name: str) -> Method:

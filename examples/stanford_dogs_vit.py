@@ -31,9 +31,10 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 import lightning_fedhaw as fed
 from lightning_fedhaw.adapter.checkpoint import RoundCheckpoint
 from lightning_fedhaw.data import StanfordDogs, cache_features
+from lightning_fedhaw.extending import AggregationRule
 from lightning_fedhaw.plotting import RunHistory, draw_comparison
 
-RULES: dict[str, Callable[[], fed.AggregationRule]] = {
+RULES: dict[str, Callable[[], AggregationRule]] = {
     "fedhaw-paper": lambda: fed.PublishedFedHAWCallback(lr_gamma=1e-7, lr_lambda=1e-5),
     "fedhaw": fed.FedHAWCallback,
     "fedavg": fed.FedAvgCallback,
