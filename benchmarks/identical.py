@@ -800,8 +800,8 @@ def resume_keys() -> Record:
         for index, callback in enumerate(scenario.callbacks()):
             path = f"{name}/{index}"
             record[f"{path}/state_key"] = repr(callback.state_key)
-            if hasattr(callback, "identity"):
-                record[f"{path}/identity"] = repr(callback.resume_key)
+            if hasattr(callback, "resume_key"):
+                record[f"{path}/resume_key"] = repr(callback.resume_key)
             if isinstance(callback, Channel):
                 record[f"{path}/draw"] = text_of(torch.rand(2, generator=callback.stream(7, 1, 2, "any")))
     return record

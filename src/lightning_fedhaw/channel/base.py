@@ -44,7 +44,7 @@ class MessageSize:
         side: Bits beside them: scales, ranges, positions, headers.
 
     Example:
-        >>> Parcel(values=10, bits=3, side=64).bytes
+        >>> MessageSize(values=10, bits=3, side=64).bytes
         12
     """
 
