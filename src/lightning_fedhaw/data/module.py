@@ -97,13 +97,18 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         self._drop_last = arguments.flag("drop_last", drop_last)
         self.seed = options.resolved_seed
         self.partition_in_use: Partition | None = None
-        self._train: Dataset[Any] | None = None
+        self._train: Dataset[Any] | None = self._checked_train(train)
         self._proxy_set: Dataset[Any] | None = None
-        if isinstance(train, (list, tuple)):
-            self._train = self._concatenate(train)
-        elif self.inner is None:
-            self._train = _map_style(train)
         self._hide_missing_loaders()
+
+    def _checked_train(self, train: Any) -> Dataset[Any] | None:
+        """Return the training data; None for an existing data module, whose data exist only after its ``setup``."""
+        if isinstance(train, pl.LightningDataModule):
+            return None
+        if isinstance(train, (list, tuple)):
+            return self._concatenate(train)
+        dataset: Dataset[Any] = _map_style(train)
+        return dataset
 
     def _concatenate(self, datasets: Sequence[Dataset[Any]]) -> Dataset[Any]:
         """Concatenate one data set per client, and set the partitioner that takes them apart again."""
