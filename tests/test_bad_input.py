@@ -181,7 +181,7 @@ def test_proxy_data(make, proxy, error, message):
 
 
 def test_the_rule_within_a_rule_is_named_where_it_needs_single_updates():
-    with pytest.raises(ValueError, match="gives the server the sum of the updates alone, and KrumCallback needs each"):
+    with pytest.raises(ValueError, match="gives the server only the sum of the updates, and KrumCallback needs each"):
         runner = trainer(
             rule=FedOptCallback(rule=FedOptCallback(rule=KrumCallback())), callbacks=[OverTheAirChannel(9.0)]
         )

@@ -1,4 +1,4 @@
-"""The federation's arguments as one frozen record."""
+"""The arguments of a federation as one frozen record."""
 
 from __future__ import annotations
 
@@ -105,9 +105,15 @@ class FederationOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for check in (self._checked_split, self._checked_round, self._checked_engine):
-            for name, value in check().items():
-                object.__setattr__(self, name, value)
+        # One after another, because later checks use values that earlier ones have converted.
+        self._assign(self._checked_split())
+        self._assign(self._checked_round())
+        self._assign(self._checked_engine())
+
+    def _assign(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            # The record is frozen, and its own `__setattr__` would refuse.
+            object.__setattr__(self, name, value)
 
     def _checked_split(self) -> dict[str, Any]:
         if self.alpha is not None and self.partitioner is not None:
@@ -142,7 +148,9 @@ class FederationOptions:
         if isinstance(per_round, int) and self.num_clients is not None and per_round > self.num_clients:
             raise ValueError(f"`clients_per_round` must be at most `num_clients`={self.num_clients}, got {per_round}.")
         if per_round is not None and self.sampler is not None:
-            raise ValueError("Give `clients_per_round` or `sampler`, not both: a sampler knows how many come.")
+            raise ValueError(
+                "Give `clients_per_round` or `sampler`, not both: a sampler determines the number of clients."
+            )
         if self.local_epochs is not None and self.local_steps is not None:
             raise ValueError(
                 f"Give `local_epochs` or `local_steps`, not both, got {self.local_epochs!r} and {self.local_steps!r}."
@@ -179,69 +187,86 @@ class FederationOptions:
         }
 
     def merged(
-        self, other: FederationOptions, mine_of: str = "the trainer", theirs_of: str = "the rule callback"
+        self, other: FederationOptions, owner: str = "the trainer", other_owner: str = "the rule callback"
     ) -> FederationOptions:
-        """These options with another's where only the other says something.
+        """Return these options, with those of another record where only the other one sets them.
+
+        Args:
+            other: The other record.
+            owner: Where these options were given, for the message.
+            other_owner: Where the other options were given, for the message.
 
         Raises:
-            ValueError: If both say something and it differs.
+            ValueError: If both records set an option to different values.
         """
         values: dict[str, Any] = {}
-        for f in fields(self):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if not _same(mine, f.default) and not _same(theirs, f.default) and not _same(mine, theirs):
+        for option in fields(self):
+            value = getattr(self, option.name)
+            other_value = getattr(other, option.name)
+            is_set = not _is_same(value, option.default)
+            is_set_by_other = not _is_same(other_value, option.default)
+            if is_set and is_set_by_other and not _is_same(value, other_value):
                 raise ValueError(
-                    f"`{f.name}` is given to both {mine_of} ({mine!r}) and {theirs_of} ({theirs!r}) and they differ."
-                    " Give it once."
+                    f"`{option.name}` is given to both {owner} ({value!r}) and {other_owner} ({other_value!r}) and they"
+                    " differ. Give it once."
                 )
-            values[f.name] = theirs if _same(mine, f.default) else mine
+            values[option.name] = value if is_set else other_value
         return FederationOptions(**values)
 
     @property
     def resolved_seed(self) -> int:
-        """The seed in force: the one given, else the one of ``seed_everything``, else 0."""
+        """The seed in use: the one given, else the one of ``seed_everything``, else 0."""
         if self.seed is not None:
             return self.seed
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
-def _same(a: Any, b: Any) -> bool:
-    if a is b:
+def _is_same(first: object, second: object) -> bool:
+    """Return whether two values are the same object, or equal and of the same type; arrays are never equal."""
+    if first is second:
         return True
-    if type(a) is not type(b) or isinstance(a, (torch.Tensor,)) or hasattr(a, "__array__"):
+    # Comparing arrays gives an array, and 1 == 1.0 == True although `clients_per_round` tells them apart.
+    if type(first) is not type(second) or hasattr(first, "__array__"):
         return False
-    return bool(a == b)
+    return bool(first == second)
 
 
-def repr_settings(thing: Any, *hidden: str, **instead: str | None) -> str:
-    """An object with its settings, for a line of the log; the arguments are those of :func:`settings_of`."""
-    return f"{type(thing).__name__}({settings_of(thing, *hidden, **instead)})"
+def repr_settings(owner: object, /, *hidden: str, **replacements: str | None) -> str:
+    """Return the class name and the settings of an object in one line; see :func:`settings_of`."""
+    return f"{type(owner).__name__}({settings_of(owner, *hidden, **replacements)})"
 
 
-def settings_of(thing: Any, *hidden: str, **instead: str | None) -> str:
-    """The settings of an object in one line.
+def settings_of(owner: object, /, *hidden: str, **replacements: str | None) -> str:
+    """Return the settings of an object in one line.
 
-    Settings are the arguments of its constructors that it keeps under their own names and that are not ``None``.
+    Its settings are the arguments of its constructors that it keeps under their own names and that are not ``None``.
 
     Args:
-        thing: A rule, channel or objective.
-        hidden: Names to leave out.
-        instead: What to say in place of a value, by its name.
+        owner: A rule, channel, objective or partitioner.
+        hidden: Names of settings to leave out.
+        replacements: Texts to use instead of a setting's value, by name.
     """
-    told = {name: vars(thing).get(name) for name in arguments.constructor_names(type(thing)) if name not in hidden}
-    settings = [f"{name}={instead.get(name) or _shown(value)}" for name, value in told.items() if value is not None]
+    settings = []
+    for name in arguments.constructor_names(type(owner)):
+        value = vars(owner).get(name)
+        if name in hidden or value is None:
+            continue
+        settings.append(f"{name}={replacements.get(name) or _short_repr(value)}")
     return ", ".join(settings)
 
 
-def _shown(value: Any) -> str:
-    """A setting in few characters; what makes things by name and keywords, anything large by its type."""
+def _short_repr(value: Any) -> str:
+    """Return a setting in few characters: functions and classes by name, large values by their type."""
     if isinstance(value, partial):
-        passed = [*map(_shown, value.args), *(f"{name}={_shown(each)}" for name, each in value.keywords.items())]
-        return f"{_shown(value.func)}({', '.join(passed)})"
+        call_arguments = [_short_repr(argument) for argument in value.args]
+        call_arguments += [f"{name}={_short_repr(argument)}" for name, argument in value.keywords.items()]
+        return f"{_short_repr(value.func)}({', '.join(call_arguments)})"
     if isinstance(value, torch.Tensor) and value.numel() <= 4:
-        return _shown(value.tolist())
+        return _short_repr(value.tolist())
     if isinstance(value, (tuple, list)) and len(value) <= 4:
-        return f"({', '.join(map(_shown, value))})"
+        return f"({', '.join(map(_short_repr, value))})"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return str(value) if isinstance(value, (int, str)) else str(getattr(value, "__name__", type(value).__name__))
+    if isinstance(value, (int, str)):
+        return str(value)
+    return str(getattr(value, "__name__", type(value).__name__))
