@@ -26,7 +26,7 @@ from lightning_fedhaw.vectors.client_vectors import ClientVectors
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
 Batch = Any
-"""What a data loader gives and ``training_step`` takes; its form belongs to the user."""
+"""A batch, as a data loader gives it and ``training_step`` takes it; its form is the user's choice."""
 
 PredictionFunction = Callable[[Any, Any], Tensor]
 """``function(module, batch)`` returns predictions ``[batch, ...]``."""
@@ -224,7 +224,7 @@ class Rule(ABC):
         return {}
 
     def divergence_hint(self) -> str:
-        """Return what a user should know of the rule's state when training has diverged; by default nothing."""
+        """Return advice for a user whose training has diverged, from the rule's state; by default none."""
         return ""
 
     def move_state(self, device: torch.device) -> None:

@@ -109,7 +109,7 @@ class Server:
     @torch.no_grad()
     def write(self, parameters: Tensor, buffers: Mapping[str, Tensor]) -> None:
         """Write parameters ``[P]`` and buffers into the module without making them the server's."""
-        # By name, and not what is trainable at the moment: this also runs when a fit is interrupted.
+        # By name, because this also runs when a fit is interrupted, with other parameters trainable at the moment.
         module_parameters = dict(self.module.named_parameters())
         self.layout.write(parameters, [module_parameters[name] for name in self.layout.names])
         module_buffers = dict(self.module.named_buffers())
@@ -138,8 +138,8 @@ class Server:
 
         Args:
             rule: The rule's name, for the message.
-            attempt: What the rule will do with parameters ``[P]`` and a batch. It is tried once, on the CPU, on the
-                samples with the smallest and the largest label.
+            attempt: The rule's use of parameters ``[P]`` and a batch. It is tried once, on the CPU, on the samples with
+                the smallest and the largest label.
 
         Raises:
             ValueError: If there is no proxy data, if it is empty, or if the attempt fails.
@@ -179,7 +179,7 @@ class Server:
 
         Args:
             vector: ``[P]``.
-            batch: What the module's ``training_step`` takes.
+            batch: A batch as the module's ``training_step`` takes it.
             batch_idx: Its second argument, where it has one.
 
         Returns:
@@ -209,7 +209,7 @@ class Server:
 
         Args:
             vector: ``[P]``.
-            batch: What the module's ``training_step`` takes.
+            batch: A batch as the module's ``training_step`` takes it.
             function: ``function(module, batch)`` returns the predictions. Default: the module's ``forward`` of the
                 batch, of its first element where it is a tuple or a list.
             buffers: Buffers to use instead of the module's, by name.
@@ -312,7 +312,7 @@ class _MetricSnapshot:
         return cls(metric, dict(vars(metric)), states)
 
     def restore(self) -> None:
-        """Make the metric what it was, if it was updated in the meantime."""
+        """Restore the metric, if it was updated in the meantime."""
         if self.metric._update_count == self.attributes["_update_count"]:
             return
         vars(self.metric).clear()
@@ -321,7 +321,7 @@ class _MetricSnapshot:
 
 @contextmanager
 def _without_side_effects(module: nn.Module) -> Iterator[None]:
-    """Discard what a module logs, and restore its metrics afterwards."""
+    """Ignore a module's calls of ``log``, and restore its metrics afterwards."""
     replaced_log = vars(module).get("log")
     snapshots = [_MetricSnapshot.of(metric) for metric in module.modules() if isinstance(metric, Metric)]
     # In the instance's own dictionary, where it hides the method of the class and can be removed again.
