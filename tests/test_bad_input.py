@@ -221,7 +221,7 @@ READY = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
         (lambda: FedOptCallback(lr_scheduler=StepLR), r"`lr_scheduler` .*`partial\(StepLR, .* got StepLR .*step_size"),
         (
             lambda: FedOptCallback(lr_scheduler=ReduceLROnPlateau),
-            "`lr_scheduler` must .*ReduceLROnPlateau.step wants `metrics`",
+            "`lr_scheduler` must .*ReduceLROnPlateau.step needs `metrics`",
         ),
         (lambda: FedLAWCallback(scheduler=StepLR), "`scheduler` must make a schedule .* got StepLR .*step_size"),
         (lambda: FedOptCallback(partial(torch.optim.SGD, momentun=0.9)), "`optimizer` must make .* 'momentun'"),
