@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +153,7 @@ class Buffers:
         norms = []
         for submodule in module.modules():
             if id(getattr(submodule, "running_mean", None)) in buffers and hasattr(submodule, "momentum"):
-                norms.append(submodule)
+                norms.append(cast("nn.modules.batchnorm._NormBase", submodule))
         return norms
 
 

@@ -160,7 +160,7 @@ class RunState:
             state = {name: copy.copy(value) for name, value in callback.state_dict().items()}
             callbacks.append(CallbackState(callback, state))
         return RoundSnapshot(
-            optimizer_states=dict(engine.kept),
+            optimizer_states=dict(engine.optimizer_states),
             local_buffers=dict(self.buffers.local),
             callbacks=callbacks,
             rule=self.rule.state,
@@ -175,7 +175,7 @@ class RunState:
             engine: The engine of the round.
             snapshot: The state from before the round.
         """
-        engine.kept = snapshot.optimizer_states
+        engine.optimizer_states = snapshot.optimizer_states
         self.buffers.local = snapshot.local_buffers
         for saved in snapshot.callbacks:
             saved.callback.load_state_dict(saved.state)
@@ -233,7 +233,7 @@ class RunState:
             "fingerprint": self.fingerprint,
             "scheme": self.data.partition.scheme,
             "round_options": self.round_options,
-            "optimizers": dict(engine.kept),
+            "optimizers": dict(engine.optimizer_states),
             "buffers": dict(self.buffers.local),
             "tally": self.tally.state_dict(),
         }
@@ -253,7 +253,7 @@ class RunState:
         """
         self._check_fingerprint(state["fingerprint"], state["scheme"])
         self._warn_of_changes(state["round_options"])
-        engine.kept = dict(state["optimizers"])
+        engine.optimizer_states = dict(state["optimizers"])
         self.buffers.load(state["buffers"])
         self.tally = Tally.from_state(state["tally"])
         if "parameters" in state:
@@ -299,11 +299,11 @@ class RunState:
         if self.ranks.size == 1 or not self.placement.is_sticky:
             return
         states = [move_data_to_device(callback.state_dict(), HOST) for callback in self.spread_callbacks]
-        memories = self.ranks.gather_to_first(ProcessMemory(engine.kept, self.buffers.local, states))
+        memories = self.ranks.gather_to_first(ProcessMemory(engine.optimizer_states, self.buffers.local, states))
         if not memories:
             return
         merged = self.placement.merged
-        engine.kept = merged([memory.optimizer_states for memory in memories])
+        engine.optimizer_states = merged([memory.optimizer_states for memory in memories])
         self.buffers.local = merged([memory.local_buffers for memory in memories])
         for position, callback in enumerate(self.spread_callbacks):
             states = [memory.callbacks[position] for memory in memories]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_fedhaw.clients.engine import ClientTask, Engine
-from lightning_fedhaw.clients.lr_scale import ScaledSteps, begin
+from lightning_fedhaw.clients.lr_scale import ScaledSteps, initial_scale_states
 from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep, StepInputs
 from lightning_fedhaw.clients.vectorized.compiled import CompiledStep
@@ -116,7 +116,7 @@ class Chunk:
             optimizer,
             [None if i is None else self.stacks[i] for i in self.trained],
             self.facts.row_states,
-            [engine.kept.get(client, engine.initial)[0] for client in self.clients],
+            [engine.optimizer_states.get(client, engine.initial_states)[0] for client in self.clients],
         )
 
     def _load_objectives(self) -> None:
@@ -134,7 +134,7 @@ class Chunk:
         self.scaled_steps: ScaledSteps | None = None
         if engine.lr_scale is not None:
             steps = [(layout.views(task.start), engine.num_steps(task.client)) for task in self.tasks]
-            state = begin(engine.lr_scale, steps, engine.host.learning_rates(layout))
+            state = initial_scale_states(engine.lr_scale, steps, engine.host.learning_rates(layout))
             self.scaled_steps = ScaledSteps(engine.lr_scale, layout.names, state)
 
     def _load_streams(self, first: int) -> None:

@@ -8,7 +8,7 @@ from itertools import chain, islice
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_fedhaw.clients.engine import ClientTask, Engine, LocalPlan, give_settings, locate, settings_of
+from lightning_fedhaw.clients.engine import ClientTask, Engine, LocalPlan, locate, restore_settings, settings_of
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep
 from lightning_fedhaw.clients.vectorized.chunk import Chunk
@@ -109,7 +109,7 @@ class VectorizedEngine(Engine):
         # What `optimizer.step` would leave behind; a schedule that steps next looks for it.
         host.optimizers[0]._opt_called = True  # type: ignore[attr-defined]
         if self.gave_up and self.fallback is not None:
-            self.fallback.kept = self.kept
+            self.fallback.optimizer_states = self.optimizer_states
             self.fallback.lr_scale = self.lr_scale
             yield from self.fallback.run(chain(*again, pending))
 
@@ -130,7 +130,7 @@ class VectorizedEngine(Engine):
             return chunk
         except Exception as error:
             # The user's code may raise anything; the sequential engine, or less memory, may do without.
-            give_settings(optimizers, settings)
+            restore_settings(optimizers, settings)
             # Raised here: an error that its own frames know keeps all that they hold, until a garbage collection.
             if not self._recovers(error, step, tasks):
                 raise

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_fedhaw.clients.engine import give_settings, settings_of
+from lightning_fedhaw.clients.engine import restore_settings, settings_of
 from lightning_fedhaw.clients.vectorized.fingerprint import Fingerprints, Undo
 from lightning_fedhaw.clients.vectorized.tracing import is_users, is_users_class
 from lightning_fedhaw.vectors.layout import ParameterLayout
@@ -155,7 +155,7 @@ class Snapshot:
         for _, parameter, is_trainable in self.trainable:
             parameter.requires_grad_(is_trainable)
         self.attributes.restore()
-        give_settings(self.optimizers, self.settings)
+        restore_settings(self.optimizers, self.settings)
         self.mark()
 
     @contextmanager
