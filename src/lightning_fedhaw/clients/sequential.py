@@ -201,7 +201,7 @@ class SequentialEngine(Engine):
                 outputs = step(data, batch, counts, terms)
                 host.on_batch_end(outputs, data, batch.index)
             except Exception as error:
-                # The user's code may raise anything; the note says where, and the error goes on as it is.
+                # The user's code may raise anything; the error is raised again, with a note that says where.
                 locate(error, f"client {client}, round {host.round}", batch.size)
                 raise
         return counts

@@ -16,10 +16,10 @@ NEGLIGIBLE = 1e-3
 """A gradient below this share of the tolerance of the largest gradient is zero except for rounding."""
 
 NOISE_MARGIN = 8.0
-"""The difference that is allowed besides, as a multiple of the rounding noise that was measured."""
+"""The difference that is allowed in addition, as a multiple of the rounding noise that was measured."""
 
 MAX_NOISE = 5e-3
-"""The rounding noise, as a share of the largest value, up to which a wrong value can be told from a right one."""
+"""The rounding noise, as a share of the largest value, up to which wrong and right values can be distinguished."""
 
 LOSS = "the loss"
 """The name of the loss."""
