@@ -384,7 +384,8 @@ def memory(lab: Lab) -> Iterator[tuple[str, Check]]:
         momentum = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
         run = lab.fit(partial(cnn, norm=True), optimizer=momentum, buffers="local", optimizer_state="kept")
         federation = run.trainer.fit_loop.federation
-        devices = {value.device.type for value in tensors((federation.buffers.local, federation.engine.kept))}
+        client_states = (federation.buffers.local, federation.engine.optimizer_states)
+        devices = {value.device.type for value in tensors(client_states)}
         return Finding(", ".join(sorted(devices)), "cpu", devices == {"cpu"})
 
     def placement() -> Finding:

@@ -56,7 +56,7 @@ def same(a, b):
     for name in ("matrix", "start"):
         assert torch.equal(*(getattr(run[2].state["previous"], name) for run in (a, b))), name
     assert a[0].fit_loop.federation.cohort(ROUNDS) == b[0].fit_loop.federation.cohort(ROUNDS)
-    kept = [r[0].fit_loop.federation.engine.kept for r in (a, b)]
+    kept = [r[0].fit_loop.federation.engine.optimizer_states for r in (a, b)]
     assert kept[0].keys() == kept[1].keys()
     for client in kept[0]:
         for index, state in kept[0][client][0].items():

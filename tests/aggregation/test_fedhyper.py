@@ -12,7 +12,7 @@ from torch import Tensor
 from federations import Classifier, flat, loader, train, trainer
 from lightning_fedhaw import FedAvgCallback, FederatedDataModule, FedHyperCallback
 from lightning_fedhaw.aggregation.fedhyper import ClientRate, SharedRate, next_rate
-from lightning_fedhaw.clients.lr_scale import ScaledOptimizer, ScaledSteps, begin
+from lightning_fedhaw.clients.lr_scale import ScaledOptimizer, ScaledSteps, initial_scale_states
 from lightning_fedhaw.extending import ClientVectors, Cohort, LocalLRScale
 
 MOVES = [[1.0, 0.0], [0.5, 0.5], [-4.0, 0.1], [-2.0, 0.0]]
@@ -108,7 +108,7 @@ def descend(x, rate, gradient, lr_scale, steps=4):
     parameter = torch.nn.Parameter(tensor([x]))
     optimizer = torch.optim.SGD([parameter], lr=rate)
     scaled_steps = ScaledOptimizer(optimizer, [parameter])
-    state = begin(lr_scale, [({"x": parameter.detach().clone()}, steps)], [rate])
+    state = initial_scale_states(lr_scale, [({"x": parameter.detach().clone()}, steps)], [rate])
     scaled_steps.scaled_steps = ScaledSteps(lr_scale, ["x"], {name: value[0] for name, value in state.items()})
     points, multiples = [], []
     for _ in range(steps):
@@ -146,8 +146,8 @@ def test_a_stack_of_clients_is_as_many_clients(normalize_by):
     delta = {n: torch.randn(s, generator=g, dtype=torch.float64) for n, s in shapes.items()}
     lr_scale = ClientRate(delta, normalize_by=normalize_by, hyper_lr=0.01, cohort_size=2)
     starts = [{n: torch.zeros(s, dtype=torch.float64) for n, s in shapes.items()} for _ in range(3)]
-    together = begin(lr_scale, [(start, 3 + i) for i, start in enumerate(starts)], [0.1])
-    alone = [begin(lr_scale, [(start, 3 + i)], [0.1]) for i, start in enumerate(starts)]
+    together = initial_scale_states(lr_scale, [(start, 3 + i) for i, start in enumerate(starts)], [0.1])
+    alone = [initial_scale_states(lr_scale, [(start, 3 + i)], [0.1]) for i, start in enumerate(starts)]
     for _ in range(3):
         gradients = {n: torch.randn(3, *s, generator=g, dtype=torch.float64) for n, s in shapes.items()}
         factor, together = lr_scale.factor(gradients, together)

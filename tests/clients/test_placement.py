@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 import lightning_fedhaw
 from federations import Classifier, flat, loader, train, trainer
 from lightning_fedhaw import IndexPartitioner
-from lightning_fedhaw.clients.engine import give_settings, give_states, settings_of, states_of
+from lightning_fedhaw.clients.engine import restore_settings, restore_states, settings_of, states_of
 from lightning_fedhaw.clients.vectorized import optimizers
 from lightning_fedhaw.clients.vectorized.engine import VectorizedEngine
 from lightning_fedhaw.clients.vectorized.optimizers import StackedOptimizer
@@ -200,7 +200,7 @@ def test_states_are_given_where_an_optimizer_would_load_them(options):
     states = {0: {"step": torch.tensor(4.0), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
     expected = {name: value.device.type for name, value in optimizer.state[parameter].items()}
-    give_states(optimizer, states)
+    restore_states(optimizer, states)
     assert {name: value.device.type for name, value in optimizer.state[parameter].items()} == expected
     assert expected["step"] == ("meta" if {"fused", "capturable"} & options.keys() else "cpu")
 
@@ -218,7 +218,7 @@ def test_kept_states_on_a_gpu_need_no_number_from_it(options, monkeypatch):
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         optimizer = torch.optim.AdamW(parameters, lr=0.1, **options)
-        give_states(optimizer, kept)
+        restore_states(optimizer, kept)
         optimizer.step()
         assert optimizer.state[parameters[0]]["step"].device.type == "cuda"
 
@@ -276,7 +276,7 @@ def test_a_fused_optimizer_keeps_its_states_like_any_other(engine):
         options = {"optimizer_state": "kept", "clients_per_round": 2, "rounds": 4, "seed": 2, "engine": engine}
         runner, _ = train(module, **options)
         assert isinstance(runner.fit_loop.federation.engine, VectorizedEngine) is (engine == "vectorized")
-        kept = runner.fit_loop.federation.engine.kept
+        kept = runner.fit_loop.federation.engine.optimizer_states
         results.append((flat(module) - start, {client: kept[client][0][0]["step"].item() for client in kept}))
     (one, steps), (other, same_steps) = results
     assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
@@ -289,7 +289,7 @@ def test_a_rate_that_another_process_sent_goes_where_the_rate_is():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=torch.tensor(0.1))
     settings = settings_of([optimizer])
     optimizer.param_groups[0]["lr"] = torch.tensor(0.5, device="meta")
-    give_settings([optimizer], settings)
+    restore_settings([optimizer], settings)
     assert optimizer.param_groups[0]["lr"].device.type == "meta"
 
 

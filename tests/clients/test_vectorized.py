@@ -658,14 +658,17 @@ def test_auto_says_its_choice_and_why():
         given = {"chunk_memory": None, "compile_clients": False, **given}
         return choice.choose(engine, asked, cohort=cohort, **given)[1]
 
-    assert said(2) == "Engine: sequential, because it would train 2 clients at a time, and 10 are worth it."
+    assert (
+        said(2)
+        == "Engine: sequential, because it would train 2 clients at a time, and a batched step is faster from 10 on."
+    )
     assert said(100) == "Engine: vectorized, 100 of 100 clients at a time."
-    assert said(2, "vectorized") == "Engine: vectorized, 2 of 2 clients at a time, as asked."
-    assert said(100, "sequential") == "Engine: sequential, as asked."
-    assert "1 client at a time on each of 3 processes, and 10" in said(1, processes=3)
+    assert said(2, "vectorized") == "Engine: vectorized, 2 of 2 clients at a time, as requested."
+    assert said(100, "sequential") == "Engine: sequential, as requested."
+    assert "1 client at a time on each of 3 processes, and a batched step is faster" in said(1, processes=3)
     assert said(100, processes=3) == "Engine: vectorized, 100 of 100 clients at a time on each of 3 processes."
-    assert said(2, compile_clients=True).endswith("worth it; `compile_clients=True` has no effect on it.")
-    assert "sequential, because 0 clients at a time fit into `chunk_memory`=1, and 10 are" in said(100, chunk_memory=1)
+    assert said(2, compile_clients=True).endswith("from 10 on; `compile_clients=True` has no effect on it.")
+    assert "sequential, because 0 clients at a time fit into `chunk_memory`=1, and a" in said(100, chunk_memory=1)
     assert "more than `chunk_memory`=1." in said(100, "vectorized", chunk_memory=1)
 
 

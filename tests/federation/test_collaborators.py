@@ -113,7 +113,7 @@ def test_a_round_that_fails_is_undone_with_every_owner_of_a_state():
     clients = set(before.optimizer_states)
     assert clients == set(federation.buffers.local) == set(channel.state_dict()["received"])
 
-    federation.engine.kept = {}
+    federation.engine.optimizer_states = {}
     federation.buffers.local[0] = {}
     channel.reset()
     objective.reset()
@@ -121,7 +121,7 @@ def test_a_round_that_fails_is_undone_with_every_owner_of_a_state():
     federation.server.install(federation.server.parameters() + 1)
     federation.run_state.restore(federation.engine, before)
 
-    assert set(federation.engine.kept) == set(channel.state_dict()["received"]) == clients
+    assert set(federation.engine.optimizer_states) == set(channel.state_dict()["received"]) == clients
     assert federation.buffers.local[0]
     assert objective.mean.keys() == mean.keys()
     assert all(torch.equal(objective.mean[name], value) for name, value in mean.items())

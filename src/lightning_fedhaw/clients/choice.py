@@ -1,7 +1,7 @@
-"""Which engine trains a federation: the one asked for, or the one that was measured to be faster.
+"""The choice of the engine of a run: the one that was requested, or the one that was measured to be faster.
 
-``choose`` is the rule, in the order in which it asks; ``docs/speed.md`` has the evidence for its numbers. The sentences
-in which a run says what was chosen, and why, stand at the end of the file.
+``choose`` asks its questions in the order of their costs; ``docs/speed.md`` has the evidence for the numbers below. The
+sentences in which a run says what was chosen, and why, stand at the end of the file.
 """
 
 from __future__ import annotations
@@ -19,24 +19,27 @@ from lightning_fedhaw.options import EngineName
 from lightning_fedhaw.vectors.layout import trainable
 
 MIN_CLIENTS = 10
-"""Clients a round from which a batched step is faster."""
+"""The number of clients at a time from which a batched step is faster."""
 
 MAX_PARAMETERS = 50_000
-"""Parameters of a client up to which a batched step is faster on the CPU."""
+"""The number of parameters up to which a batched step is faster on the CPU."""
 
 MAX_CONVOLVED = 200_000
-"""Parameters times batch size up to which that is so for convolutions, which are slow when they are batched."""
+"""The product of parameters and batch size up to which that holds for convolutions, which are slow when batched."""
 
 MAX_PARAMETERS_GPU = 1_000_000
-"""The bound on other devices, which is a guess: nothing was measured there."""
+"""The number of parameters on other devices. It is a guess: nothing was measured there."""
 
 MAX_FROZEN = 1_000_000
-"""Frozen parameters that a step computes with, up to which the same holds: beyond them their work is what counts."""
+"""The number of frozen parameters in a step up to which the same holds: with more, their work dominates."""
+
+UNKNOWN_FREE_MEMORY = 2**31
+"""The bytes that are assumed to be free where the system does not say: 2 GiB."""
 
 
 def choose(
     sequential: Engine,
-    asked: EngineName,
+    requested: EngineName,
     *,
     cohort: int,
     chunk_memory: int | None,
@@ -47,21 +50,21 @@ def choose(
 
     Args:
         sequential: The sequential engine.
-        asked: The argument ``engine``.
-        cohort: Clients that one process trains in a round.
-        chunk_memory: Bytes in use at a time; a quarter of what is free by default.
+        requested: The argument ``engine``.
+        cohort: The number of clients that one process trains in a round.
+        chunk_memory: Bytes in use at a time; a quarter of the free memory by default.
         compile_clients: Whether the batched step is compiled.
-        processes: How many train.
+        processes: The number of processes that train.
 
     Returns:
         The engine, and one line that says which it is and why.
 
     Raises:
-        ValueError: If the vectorized engine was asked for and cannot be had.
+        ValueError: If the vectorized engine was requested and the module does not allow it.
     """
-    if asked == "sequential":
+    if requested == "sequential":
         return sequential, _sequential_line(None, compile_clients)
-    if asked == "auto":
+    if requested == "auto":
         reason = slower(sequential, cohort, processes)
         if reason is not None:
             return sequential, _sequential_line(reason, compile_clients)
@@ -69,19 +72,38 @@ def choose(
     try:
         facts = probe(host, sequential.layout, sequential.data, sequential.plan, sequential.objectives)
     except NotVectorizableError as error:
-        if asked == "vectorized":
+        if requested == "vectorized":
             raise ValueError(_refusal(error)) from error
         return sequential, _sequential_line(str(error), compile_clients)
-    memory = chunk_memory or free_memory(host.device) // 4
-    if asked == "auto":
-        # Only where the bound is given: what happens to be free must not decide which numbers a seed gives.
-        bound = None if chunk_memory is None else memory
-        reason = _not_worth_it(facts, bound)
+    if requested == "auto":
+        # Only the argument counts: the memory that happens to be free must not decide which numbers a seed gives.
+        reason = _trial_reason(facts, chunk_memory)
         if reason is not None:
             return sequential, _sequential_line(reason, compile_clients)
+    memory = chunk_memory or free_memory(host.device) // 4
+    engine = _vectorized(sequential, requested, facts, memory, compile_clients)
+    return engine, _vectorized_line(engine, requested, cohort, processes, memory, compile_clients)
+
+
+def _vectorized(
+    sequential: Engine, requested: EngineName, facts: Facts, memory: int, compile_clients: bool
+) -> VectorizedEngine:
+    """Make a vectorized engine that takes over from the sequential one.
+
+    Args:
+        sequential: The sequential engine.
+        requested: The argument ``engine``.
+        facts: What the trial found out.
+        memory: Bytes in use at a time.
+        compile_clients: Whether the batched step is compiled, if it can be.
+    """
+    # A graph would repeat the index and the random numbers that it was traced with.
     can_be_compiled = not (facts.uses_index or facts.draws_dropout or facts.draws_other)
+    fallback = None
+    if requested == "auto":
+        fallback = sequential
     engine = VectorizedEngine(
-        host,
+        sequential.host,
         sequential.layout,
         sequential.data,
         sequential.plan,
@@ -89,28 +111,32 @@ def choose(
         facts=facts,
         chunk_memory=memory,
         compile_clients=compile_clients and can_be_compiled,
-        fallback=sequential if asked == "auto" else None,
+        fallback=fallback,
     )
-    engine.kept = sequential.kept
+    # States that a checkpoint was loaded into.
+    engine.optimizer_states = sequential.optimizer_states
     engine.gradient = sequential.gradient
-    return engine, _vectorized_line(engine, asked, cohort, processes, memory, compile_clients)
+    return engine
 
 
 def slower(engine: Engine, cohort: int, processes: int = 1) -> str | None:
-    """Say why one client after another is faster, by what can be seen without a trial; ``None`` if it is not.
+    """Say why the sequential engine is faster, from what is known without a trial.
 
     Args:
         engine: The sequential engine.
-        cohort: Clients that one process trains in a round.
-        processes: How many train.
+        cohort: The number of clients that one process trains in a round.
+        processes: The number of processes that train.
+
+    Returns:
+        The reason; ``None`` if there is none.
     """
     if cohort < MIN_CLIENTS:
         return _too_few(cohort, processes)
     parameters = engine.layout.numel
     is_cpu = engine.host.device.type == "cpu"
-    most = MAX_PARAMETERS if is_cpu else MAX_PARAMETERS_GPU
-    if parameters > most:
-        return f"{parameters:,} parameters are more than {most:,}"
+    limit = MAX_PARAMETERS if is_cpu else MAX_PARAMETERS_GPU
+    if parameters > limit:
+        return f"{parameters:,} parameters are more than {limit:,}"
     convolved = parameters * engine.data.settings.batch_size
     if is_cpu and convolved > MAX_CONVOLVED and _trains_convolutions(engine.host.module):
         return f"it has convolutions, and parameters times batch size are {convolved:,}: over {MAX_CONVOLVED:,}"
@@ -118,15 +144,23 @@ def slower(engine: Engine, cohort: int, processes: int = 1) -> str | None:
 
 
 def _trains_convolutions(module: nn.Module) -> bool:
-    """Whether a convolution is trained: a frozen one has one weight for all clients, and gets a larger batch."""
+    """Return whether a convolution is trained. A frozen one has one weight for all clients, and gets a larger batch."""
     for submodule in module.modules():
         if isinstance(submodule, nn.modules.conv._ConvNd) and trainable(submodule):
             return True
     return False
 
 
-def _not_worth_it(facts: Facts, memory: int | None) -> str | None:
-    """Say why to train one client after another, by what the trial found out; ``None`` if there is no reason."""
+def _trial_reason(facts: Facts, chunk_memory: int | None) -> str | None:
+    """Say why the sequential engine is better, from what the trial found out.
+
+    Args:
+        facts: What the trial found out.
+        chunk_memory: The argument ``chunk_memory``.
+
+    Returns:
+        The reason; ``None`` if there is none.
+    """
     if not facts.is_compared:
         return (
             "its batched step cannot be compared with one client alone: draws depend on the model, or a value is not"
@@ -134,45 +168,50 @@ def _not_worth_it(facts: Facts, memory: int | None) -> str | None:
         )
     if facts.frozen > MAX_FROZEN:
         return f"a step computes with {facts.frozen:,} frozen parameters, and that is more than {MAX_FROZEN:,}"
-    if memory is None:
+    if chunk_memory is None:
         return None
-    fit = memory // facts.bytes_per_client
-    if fit < MIN_CLIENTS:
-        return f"{_clients(fit)} at a time fit into `chunk_memory`={memory}, and {MIN_CLIENTS} are worth it"
+    clients = chunk_memory // facts.bytes_per_client
+    if clients < MIN_CLIENTS:
+        return (
+            f"{_clients(clients)} at a time fit into `chunk_memory`={chunk_memory}, and a batched step is faster from"
+            f" {MIN_CLIENTS} on"
+        )
     return None
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device; 2 GiB where the system does not say."""
+    """Return the bytes that are free on a device, or ``UNKNOWN_FREE_MEMORY``."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
-        return 2**31
+        # Systems without `sysconf`, or without these names.
+        return UNKNOWN_FREE_MEMORY
 
 
-# ---------------------------------------------------------------------- what a run says
+# ---------------------------------------------------------------------- the sentences
 
 
 def _sequential_line(reason: str | None, compile_clients: bool) -> str:
-    """Say that the sequential engine trains, and why; without a reason it was asked for."""
-    line = "Engine: sequential, as asked" if reason is None else f"Engine: sequential, because {reason}"
+    """Say that the sequential engine trains, and why; without a reason it was requested."""
+    line = "Engine: sequential, as requested"
+    if reason is not None:
+        line = f"Engine: sequential, because {reason}"
     if compile_clients:
         line += "; `compile_clients=True` has no effect on it"
     return f"{line}."
 
 
 def _vectorized_line(
-    engine: VectorizedEngine, asked: EngineName, cohort: int, processes: int, memory: int, compile_clients: bool
+    engine: VectorizedEngine, requested: EngineName, cohort: int, processes: int, memory: int, compile_clients: bool
 ) -> str:
     """Say that the vectorized engine trains, and what is special about it."""
     facts = engine.facts
     line = f"Engine: vectorized, {min(engine.chunk, cohort)} of {_clients(cohort)} at a time"
-    if processes > 1:
-        line += f" on each of {processes} processes"
-    if asked == "vectorized":
-        line += ", as asked"
+    line += _on_each(processes)
+    if requested == "vectorized":
+        line += ", as requested"
     if facts.bytes_per_client > memory:
         line += f"; one takes about {facts.bytes_per_client:,} bytes, more than `chunk_memory`={memory:,}"
     if compile_clients and not engine.compile_clients:
@@ -192,9 +231,17 @@ def _refusal(error: NotVectorizableError) -> str:
 
 
 def _too_few(cohort: int, processes: int) -> str:
-    where = "" if processes == 1 else f" on each of {processes} processes"
-    return f"it would train {_clients(cohort)} at a time{where}, and {MIN_CLIENTS} are worth it"
+    return (
+        f"it would train {_clients(cohort)} at a time{_on_each(processes)}, and a batched step is faster from"
+        f" {MIN_CLIENTS} on"
+    )
+
+
+def _on_each(processes: int) -> str:
+    if processes == 1:
+        return ""
+    return f" on each of {processes} processes"
 
 
 def _clients(count: int) -> str:
-    return f"{count} client" if count == 1 else f"{count} clients"
+    return "1 client" if count == 1 else f"{count} clients"

@@ -1,4 +1,4 @@
-"""What every engine is given, and what it gives back: the local plan, a client task, and the memory of clients."""
+"""What every engine is given, and what it returns: the local plan, a client task, and the state that clients keep."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_fedhaw.clients.steps import Host
+from lightning_fedhaw.clients.steps import Host, ScheduleStates, parameters_of
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.notes import add_note
@@ -22,18 +23,27 @@ from lightning_fedhaw.rule import LocalLRScale
 from lightning_fedhaw.vectors.layout import ParameterLayout
 from lightning_fedhaw.vectors.memory import is_out_of_memory
 
+ParameterState = dict[str, Any]
+"""The state that an optimizer keeps for one parameter, by name; values of any type, as in ``torch.optim``."""
+
+OptimizerStates = dict[int, ParameterState]
+"""The states of one optimizer, by position of the parameter in the optimizer's groups."""
+
+Settings = list[list[dict[str, Any]]]
+"""For each optimizer, and each of its parameter groups, the options by name."""
+
 
 @dataclass(frozen=True)
 class LocalPlan:
-    """What a client does in a round.
+    """The local work of a client in a round: a number of epochs, or a number of optimizer steps.
 
     Attributes:
-        epochs: Passes over its data; or
-        steps: optimizer steps.
+        epochs: Passes over the client's data; ``None`` where steps are counted.
+        steps: Optimizer steps; ``None`` where epochs are counted.
         limit: Batches a pass at most: a number, or a share of the pass.
-        optimizer_state: Whether clients find the optimizer state they left behind.
+        optimizer_state: Whether clients keep their optimizer state from round to round.
         seed: The federation's seed.
-        channels_last: Whether 4-D parameters are laid out channels-last meanwhile.
+        channels_last: Whether 4-D parameters are laid out channels-last during local training.
     """
 
     epochs: int | None
@@ -46,14 +56,14 @@ class LocalPlan:
 
 @dataclass(frozen=True)
 class ClientTask:
-    """One client's call: what it received, and where its displacement goes.
+    """One client's task in a round: the model it received, and where its displacement is written.
 
     Attributes:
         client: The client's number.
         start: ``[P]``, the parameters it starts from.
         buffers: The buffers it starts from.
-        slot: Gives the place ``[P]``, on the model's device, where the next update is kept: an engine that trains one
-            client at a time writes the displacement there, and saves a copy.
+        slot: Returns the memory ``[P]``, on the model's device, of the next update. An engine that trains one client
+            at a time writes the displacement there, which saves a copy.
     """
 
     client: int
@@ -62,21 +72,36 @@ class ClientTask:
     slot: Callable[[], Tensor]
 
 
+class EndState(NamedTuple):
+    """The state of settings, schedules and loss scale after a cohort was trained.
+
+    Attributes:
+        settings: The options of the optimizers' parameter groups.
+        schedules: The states of the learning-rate schedules that the module steps itself.
+        scales: The state of the loss scaler after each client.
+    """
+
+    settings: Settings
+    schedules: ScheduleStates
+    scales: list[dict[str, Any]]
+
+
 class Engine(ABC):
-    """How a cohort trains.
+    """A way to train a cohort.
 
     Args:
         host: The trainer around it.
         layout: Where each trainable parameter lives in the flat vector.
         data: The clients' data.
-        plan: What a client does in a round.
-        objectives: What clients add to their loss.
+        plan: The local work of a client in a round.
+        objectives: The terms that clients add to their loss.
 
     Attributes:
-        kept: With ``optimizer_state="kept"``, each client's optimizer states, by position of the parameter.
-        initial: The optimizer states that a client without memory starts from: those of their constructors.
-        lr_scale: What the rule makes of the clients' learning rates in this round.
-        gradient: Gives the gradient ``[P]`` of a client's mean loss at parameters ``[P]``, for objectives that ask.
+        optimizer_states: With ``optimizer_state="kept"``, the states of each client's optimizers.
+        initial_states: The optimizers' states that a client without its own starts from: those of the constructors.
+        lr_scale: The rule's scale of the clients' learning rates in this round; ``None`` without one.
+        gradient: Computes the gradient ``[P]`` of a client's mean loss at parameters ``[P]``, for objectives that need
+            it.
     """
 
     def __init__(
@@ -92,94 +117,116 @@ class Engine(ABC):
         self.data = data
         self.plan = plan
         self.objectives = objectives
-        self.kept: dict[int, list[dict[int, dict[str, Any]]]] = {}
-        self.initial = [states_of(optimizer) for optimizer in host.optimizers]
+        self.optimizer_states: dict[int, list[OptimizerStates]] = {}
+        self.initial_states = [states_of(optimizer) for optimizer in host.optimizers]
         self.lr_scale: LocalLRScale | None = None
         self.gradient: Callable[[int, Tensor], Tensor]
 
     @property
     def clients_at_once(self) -> int:
-        """How many clients train at the same time."""
+        """The number of clients that train at the same time."""
         return 1
 
     @abstractmethod
     def run(self, tasks: Iterable[ClientTask]) -> Generator[ClientUpdate, None, None]:
         """Train the cohort.
 
-        The module may hold a client's model meanwhile; whoever runs the engine puts the server's back.
+        Meanwhile the module may hold a client's model; the caller puts the server's model back.
 
         Yields:
             Each client's update, in the order of the tasks.
         """
 
     def cost(self, client: int) -> float:
-        """What a client's task is estimated to cost: the samples it will see."""
+        """Estimate the cost of a client's task: the number of samples in its local work."""
         if self.plan.steps is not None:
             return float(self.plan.steps * self.data.settings.batch_size)
         return float(len(self.data.train_indices[client]) * (self.plan.epochs or 1))
 
     def num_steps(self, client: int) -> int:
-        """Optimizer steps that a client is going to make in a round."""
+        """Return the number of optimizer steps that the plan gives a client in a round."""
         if self.plan.steps is not None:
             return self.plan.steps
-        return -(-self.num_batches(client) // self.host.accumulate) * (self.plan.epochs or 1)
+        # Rounded up: the last batches of a pass make a step even if the accumulation window is not full.
+        steps_per_pass = -(-self.num_batches(client) // self.host.accumulate)
+        return steps_per_pass * (self.plan.epochs or 1)
 
     def num_batches(self, client: int) -> int:
-        """Batches in a pass over a client's data."""
+        """Return the number of batches in a pass over a client's data."""
         return self.data.batches_per_pass(len(self.data.train_indices[client]), self.plan.limit)
 
-    def end_state(self) -> Any:
-        """What the last run left in schedules and loss scale, for the other processes; ``None`` if nothing."""
-        return None
+    def end_state(self) -> EndState:
+        """Return the state of schedules and loss scale after the last run, for the other processes."""
+        return EndState([], [], [])
 
-    def restore_end_state(self, end_states: Sequence[Any]) -> None:  # noqa: B027 (most engines leave nothing)
-        """Go on from where all processes' runs ended."""
+    def restore_end_state(self, end_states: Sequence[EndState]) -> None:  # noqa: B027 (most engines have none)
+        """Merge the end states of all processes, and continue from the result in the next round."""
 
     def close(self) -> None:
-        """Let go of what only a round needs."""
+        """Release what is needed during a round only."""
         self.lr_scale = None
 
     def begin_objectives(self, task: ClientTask) -> list[ClientState]:
-        """What a client works with in a round, for each objective."""
-        start = self.layout.views(task.start) if self.objectives else {}
-        return [
-            {name: value.to(self.host.device) for name, value in objective.client_state(task.client, start).items()}
-            for objective in self.objectives
-        ]
+        """Return the client's state of each objective for this round, on the model's device."""
+        if not self.objectives:
+            return []
+        start = self.layout.views(task.start)
+        states = []
+        for objective in self.objectives:
+            state = objective.client_state(task.client, start)
+            states.append({name: value.to(self.host.device) for name, value in state.items()})
+        return states
 
     def end_objectives(
         self, task: ClientTask, states: Sequence[ClientState], end: Named, num_steps: int
     ) -> list[ClientState]:
-        """Each objective's state of a client after its work."""
-        start = self.layout.views(task.start) if self.objectives else {}
-        found = []
+        """Return the client's new state of each objective after its local work.
+
+        Args:
+            task: The client's task.
+            states: The states that :meth:`begin_objectives` returned.
+            end: The client's model after training, by name of the parameter.
+            num_steps: Its optimizer steps.
+        """
+        if not self.objectives:
+            return []
+        start = self.layout.views(task.start)
+        end_states = []
         for objective, state in zip(self.objectives, states, strict=True):
             if objective.needs_gradient:
-                slopes = self.layout.views(self.gradient(task.client, task.start))
-                state = {**state, **{GRADIENT + name: slope for name, slope in slopes.items()}}
-            found.append(objective.end_client(state, start, end, num_steps))
-        return found
+                state = dict(state)
+                for name, slope in self.layout.views(self.gradient(task.client, task.start)).items():
+                    state[GRADIENT + name] = slope
+            end_states.append(objective.end_client(state, start, end, num_steps))
+        return end_states
 
     def commit(self, update: ClientUpdate) -> None:
-        """Let a client whose update was received find its state again next time."""
+        """Keep the state of a client whose update was received, for its next round."""
         if self.plan.optimizer_state == "kept":
-            self.kept[update.client] = update.memory["optimizers"]
+            self.optimizer_states[update.client] = update.memory["optimizers"]
         for objective, state in zip(self.objectives, update.memory["objectives"], strict=True):
             objective.keep_client_state(update.client, state)
 
 
-def states_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
-    """An optimizer's states by position of the parameter, in host memory."""
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    return {
-        index: {n: v.cpu() if isinstance(v, Tensor) else v for n, v in optimizer.state[parameter].items()}
-        for index, parameter in enumerate(order)
-        if parameter in optimizer.state
-    }
+def states_of(optimizer: Optimizer) -> OptimizerStates:
+    """Return an optimizer's states in host memory.
+
+    States that are there already are not copied. That is safe because :func:`restore_states` replaces them before the
+    next client trains.
+    """
+    states: OptimizerStates = {}
+    for index, parameter in enumerate(parameters_of(optimizer)):
+        if parameter not in optimizer.state:
+            continue
+        state = {}
+        for name, value in optimizer.state[parameter].items():
+            state[name] = value.cpu() if isinstance(value, Tensor) else value
+        states[index] = state
+    return states
 
 
 def device_of_state(name: str, device: torch.device, group: Mapping[str, Any]) -> torch.device:
-    """Where an optimizer wants a state, as ``torch.optim.Optimizer.load_state_dict`` places it.
+    """Return the device where an optimizer reads a state, as ``torch.optim.Optimizer.load_state_dict`` places it.
 
     Args:
         name: The state's name.
@@ -192,8 +239,8 @@ def device_of_state(name: str, device: torch.device, group: Mapping[str, Any]) -
     return device
 
 
-def give_states(optimizer: torch.optim.Optimizer, states: Mapping[int, Mapping[str, Any]]) -> None:
-    """Put copies of such states in place of an optimizer's own."""
+def restore_states(optimizer: Optimizer, states: Mapping[int, Mapping[str, Any]]) -> None:
+    """Replace an optimizer's states by copies of those that :func:`states_of` returned."""
     optimizer.state = defaultdict(dict)
     if not states:
         return
@@ -201,47 +248,63 @@ def give_states(optimizer: torch.optim.Optimizer, states: Mapping[int, Mapping[s
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if index in states:
-                optimizer.state[parameter] = {
-                    name: value.to(device_of_state(name, parameter.device, group), copy=True)
-                    if isinstance(value, Tensor)
-                    else copy.deepcopy(value)
-                    for name, value in states[index].items()
-                }
+                optimizer.state[parameter] = _placed_copy(states[index], parameter.device, group)
             index += 1
 
 
-Settings = list[list[dict[str, Any]]]
+def _placed_copy(state: Mapping[str, Any], device: torch.device, group: Mapping[str, Any]) -> ParameterState:
+    """Copy a parameter's state to the devices where the optimizer reads it."""
+    copied = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            copied[name] = value.to(device_of_state(name, device, group), copy=True)
+        else:
+            copied[name] = copy.deepcopy(value)
+    return copied
 
 
-def settings_of(optimizers: Sequence[torch.optim.Optimizer]) -> Settings:
-    """The numbers of every parameter group, which a module may change while a client trains."""
-    return [
-        [
-            {n: v.clone() if isinstance(v, Tensor) else v for n, v in group.items() if n != "params"}
-            for group in optimizer.param_groups
-        ]
-        for optimizer in optimizers
-    ]
+def settings_of(optimizers: Sequence[Optimizer]) -> Settings:
+    """Copy the options of every parameter group, which a module may change while a client trains."""
+    settings = []
+    for optimizer in optimizers:
+        settings.append([_options_of(group) for group in optimizer.param_groups])
+    return settings
 
 
-def give_settings(optimizers: Sequence[torch.optim.Optimizer], settings: Settings) -> None:
-    """Put such numbers back."""
+def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    options = {}
+    for name, value in group.items():
+        if name != "params":
+            # A rate that is a tensor is changed in place by schedules.
+            options[name] = value.clone() if isinstance(value, Tensor) else value
+    return options
+
+
+def restore_settings(optimizers: Sequence[Optimizer], settings: Settings) -> None:
+    """Restore the options that :func:`settings_of` returned."""
     for optimizer, groups in zip(optimizers, settings, strict=True):
-        for group, values in zip(optimizer.param_groups, groups, strict=True):
-            for name, value in values.items():
-                now = group.get(name)
-                if isinstance(value, Tensor):
-                    # A copy, so that a rate changed in place does not change what it is restored to; and where the
-                    # rate is, because what another process sent is in host memory.
-                    device = now.device if isinstance(now, Tensor) else value.device
-                    group[name] = value.to(device, copy=True)
-                else:
+        for group, options in zip(optimizer.param_groups, groups, strict=True):
+            for name, value in options.items():
+                if not isinstance(value, Tensor):
                     group[name] = value
+                    continue
+                # A copy, so that a rate changed in place does not change what it is restored to; and on the device of
+                # the present rate, because what another process sent is in host memory.
+                present = group.get(name)
+                device = present.device if isinstance(present, Tensor) else value.device
+                group[name] = value.to(device, copy=True)
 
 
-def locate(error: BaseException, where: str, batch_size: int, remedy: str = "") -> None:
-    """Say in an error where in local training it was raised, and what may help."""
+def locate(error: BaseException, circumstances: str, batch_size: int, remedy: str = "") -> None:
+    """Add a note to an error that says when in local training it was raised, and what may help.
+
+    Args:
+        error: The error.
+        circumstances: The clients and the round.
+        batch_size: The number of samples in the batch.
+        remedy: What may help, as a sentence that begins with a space.
+    """
     if batch_size == 1 and not is_out_of_memory(error):
-        # BatchNorm is the usual reason.
+        # Usually BatchNorm, which cannot normalize a single sample.
         remedy = " Leave such batches out by the loader's `drop_last=True`, or choose another `batch_size`."
-    add_note(error, f"In local training: {where}, a batch of {batch_size}.{remedy}")
+    add_note(error, f"In local training: {circumstances}, a batch of {batch_size}.{remedy}")

@@ -1,4 +1,4 @@
-"""What a module logs while its clients train: collected per client, merged once a round."""
+"""Values that a module logs while its clients train: collected per client, merged once a round."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from operator import add
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 Reduction = Literal["mean", "sum", "min", "max"]
 
-_REDUCTIONS: dict[Any, Reduction] = {
+Number = Tensor | float
+"""A logged number; a scalar tensor as long as reading it would wait for a device."""
+
+_REDUCTIONS: dict[object, Reduction] = {
     "mean": "mean", "avg": "mean", torch.mean: "mean",
     "sum": "sum", torch.sum: "sum", sum: "sum",
     "min": "min", torch.min: "min", min: "min",
@@ -27,12 +31,12 @@ class Logged:
     """One logged name, merged over the steps of a client or over the clients of a round.
 
     Attributes:
-        total: The weighted sum (``mean``), sum, smallest or largest value.
-        weight: The examples behind it.
+        total: The weighted sum (for ``mean``), the sum, the smallest or the largest value.
+        weight: The number of examples that it was computed from.
         reduction: How values are merged.
         options: Further arguments of ``self.log``: ``prog_bar``, ``logger``, ``on_step``, ``on_epoch``,
             ``metric_attribute``.
-        metric: A ``torchmetrics`` object, merged by its own reduction instead; or its place in the module.
+        metric: A ``torchmetrics`` object, merged by its own reduction instead; or its name in the module.
     """
 
     total: float
@@ -44,18 +48,20 @@ class Logged:
     @property
     def value(self) -> float:
         """The merged value."""
-        return self.total / self.weight if self.reduction == "mean" else self.total
+        if self.reduction == "mean":
+            return self.total / self.weight
+        return self.total
 
     def located(self, module: nn.Module) -> Logged:
-        """Replace a metric by its place in the module, so that the record can be sent to another process.
+        """Replace a metric by its name in the module, so that the record can be sent to another process.
 
         Raises:
-            ValueError: If the metric has no place there.
+            ValueError: If the metric is not an attribute of the module.
         """
         if not isinstance(self.metric, Metric):
             return self
-        for name, each in module.named_modules():
-            if each is self.metric:
+        for name, submodule in module.named_modules():
+            if submodule is self.metric:
                 return replace(self, metric=name)
         raise ValueError(
             f"A {type(self.metric).__name__} that is logged on several processes must be an attribute of the module,"
@@ -74,30 +80,34 @@ def merge(records: Iterable[Mapping[str, Logged]]) -> dict[str, Logged]:
     merged: dict[str, Logged] = {}
     for record in records:
         for name, logged in record.items():
-            merged[name] = merged[name].merged(logged) if name in merged else logged
+            if name in merged:
+                logged = merged[name].merged(logged)
+            merged[name] = logged
     return merged
 
 
 class LogSettings(NamedTuple):
-    """The arguments of ``self.log`` beside name, value and weight, which every call with one name must repeat."""
+    """The further arguments of ``self.log``, in which all calls with one name must agree."""
 
     prog_bar: bool
     logger: bool | None
     on_step: bool | None
     on_epoch: bool | None
-    reduce_fx: str | Callable[..., Any]
+    reduce_fx: str | Callable[..., object]
     metric_attribute: str | None
 
     def reduction(self, name: str) -> Reduction:
-        """Return how values are merged.
+        """Return the reduction by which values are merged.
 
         Args:
-            name: The logged name, for the error.
+            name: The logged name, for the error message.
 
         Raises:
             ValueError: If values cannot be merged that way.
         """
-        key = self.reduce_fx.lower() if isinstance(self.reduce_fx, str) else self.reduce_fx
+        key = self.reduce_fx
+        if isinstance(key, str):
+            key = key.lower()
         if key not in _REDUCTIONS:
             raise ValueError(
                 f"`self.log({name!r}, reduce_fx=...)` takes 'mean', 'sum', 'min' or 'max', got {self.reduce_fx!r}. For"
@@ -106,22 +116,26 @@ class LogSettings(NamedTuple):
         return _REDUCTIONS[key]
 
     def options(self) -> dict[str, Any]:
-        """Return what the round needs to log the merged value."""
+        """Return the arguments with which the round logs the merged value."""
+        # The defaults of `training_step`: on the step, not on the epoch. Here the two coincide: a step is a round.
         return {
             "prog_bar": self.prog_bar,
-            "logger": True if self.logger is None else self.logger,
-            # The defaults of `training_step`: on the step, not on the epoch. Here the two coincide: a step is a round.
-            "on_step": True if self.on_step is None else self.on_step,
-            "on_epoch": False if self.on_epoch is None else self.on_epoch,
+            "logger": _or_default(self.logger, True),
+            "on_step": _or_default(self.on_step, True),
+            "on_epoch": _or_default(self.on_epoch, False),
             "metric_attribute": self.metric_attribute,
         }
 
 
+def _or_default(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
+
+
 class LoggedValues(NamedTuple):
-    """What was logged under one name: the settings, the values, and the examples behind each."""
+    """The values that were logged under one name, and the number of examples that each was computed from."""
 
     settings: LogSettings
-    values: list[Any]
+    values: list[Number]
     weights: list[float]
 
 
@@ -129,7 +143,7 @@ Recorder = TypeVar("Recorder", bound="LogRecorder")
 
 
 class LogRecorder:
-    """Replace ``LightningModule.log`` while clients train.
+    """A replacement of ``LightningModule.log`` while clients train.
 
     A call costs a copy and an append; nothing is reduced, synchronized or sent to a logger before the client is done.
 
@@ -138,46 +152,51 @@ class LogRecorder:
         callbacks: Callbacks whose own ``log`` is to be recorded too.
 
     Attributes:
-        batch_size: Samples in the current batch: the weight of what is logged, unless ``self.log`` is given another.
+        batch_size: Samples in the current batch: the weight of a logged value, unless ``self.log`` is given another.
     """
 
-    def __init__(self, module: Any, callbacks: Iterable[Any] = ()) -> None:
-        self._redirected = [module, *callbacks]
-        self._own: list[Any] = []
+    def __init__(self, module: nn.Module, callbacks: Iterable[pl.Callback] = ()) -> None:
+        self._redirected: list[Any] = [module, *callbacks]
+        self._replaced_logs: list[Callable[..., object] | None] = []
         self.batch_size = 1
         self._entries: dict[str, LoggedValues] = {}
         self._metrics: dict[str, tuple[LogSettings, Metric]] = {}
 
     def __enter__(self: Recorder) -> Recorder:
-        self._own = [each.__dict__.get("log") for each in self._redirected]
-        for each in self._redirected:
-            each.log = self.log
+        # A `log` in the object's own dict is the user's replacement; the method of the class needs no copy.
+        self._replaced_logs = [owner.__dict__.get("log") for owner in self._redirected]
+        for owner in self._redirected:
+            owner.log = self.log
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each, own in zip(self._redirected, self._own, strict=True):
-            del each.log
-            if own is not None:
-                each.log = own
+        for owner, replaced in zip(self._redirected, self._replaced_logs, strict=True):
+            del owner.log
+            if replaced is not None:
+                owner.log = replaced
 
     def log(
         self,
         name: str,
-        value: Any,
+        value: object,
         prog_bar: bool = False,
         logger: bool | None = None,
         on_step: bool | None = None,
         on_epoch: bool | None = None,
-        reduce_fx: str | Callable[..., Any] = "mean",
+        reduce_fx: str | Callable[..., object] = "mean",
         enable_graph: bool = False,
         sync_dist: bool = False,
-        sync_dist_group: Any = None,
+        sync_dist_group: object = None,
         add_dataloader_idx: bool = True,
         batch_size: int | None = None,
         metric_attribute: str | None = None,
         rank_zero_only: bool = False,
     ) -> None:
-        """Record a value; the arguments are those of ``LightningModule.log``."""
+        """Record a value; the arguments are those of ``LightningModule.log``.
+
+        Raises:
+            ValueError: If the value is not a single number, or the arguments cannot be followed.
+        """
         settings = LogSettings(prog_bar, logger, on_step, on_epoch, reduce_fx, metric_attribute)
         # Tensors first: asking whether something is a Metric, an abstract class, is slow.
         if not isinstance(value, Tensor) and isinstance(value, Metric):
@@ -191,37 +210,50 @@ class LogRecorder:
             raise ValueError(
                 f"`self.log({name!r}, ...)` was called twice with different arguments, which cannot be merged."
             )
+        if batch_size is None:
+            batch_size = self.batch_size
+        entry.values.append(self._number(name, value))
+        entry.weights.append(float(batch_size))
+
+    def _number(self, name: str, value: object) -> Number:
+        """Return a logged value as a number that no later change reaches.
+
+        Raises:
+            ValueError: If it is not a single number.
+        """
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(
                     f"`self.log({name!r}, ...)` takes a single number, got a tensor of the shape {list(value.shape)}."
                     f" Log `{name}.mean()`."
                 )
-            value = self._snapshot(value)
-        elif not isinstance(value, numbers.Number):
+            return self._snapshot(value)
+        if not isinstance(value, numbers.Number):
             raise ValueError(
                 f"`self.log({name!r}, ...)` takes a number, a tensor or a torchmetrics Metric, got"
                 f" {type(value).__name__}. Log each entry under its own name."
             )
-        entry.values.append(value)
-        entry.weights.append(float(self.batch_size if batch_size is None else batch_size))
+        return cast(float, value)
 
     @staticmethod
-    def _snapshot(value: Tensor) -> Any:
-        """Copy a tensor, since it may be changed in place after it was logged; a number where reading it is free."""
-        return value.item() if value.is_cpu else value.detach().clone().reshape(())
+    def _snapshot(value: Tensor) -> Number:
+        """Copy a tensor, since it may be changed in place after it was logged."""
+        if value.is_cpu:
+            return value.item()
+        # Reading it would make the host wait for the device in every step.
+        return value.detach().clone().reshape(())
 
-    def recorded(self) -> dict[str, list[Any]]:
+    def recorded(self) -> dict[str, list[Number]]:
         """Return the numbers that were recorded since the last :meth:`collect`, by name."""
         return {name: entry.values for name, entry in self._entries.items()}
 
     def collect(self) -> dict[str, Logged]:
-        """Merge what was recorded since the last call over the steps; the device is waited for once."""
+        """Merge the values recorded since the last call over the steps, and wait for the device once."""
         totals: dict[str, Tensor] = {}
         for name, (settings, values, weights) in self._entries.items():
             total_of = _TOTALS[settings.reduction(name)]
             totals[name] = total_of(_stack(values), weights)
-        # Only now, when all totals have been launched, are they read.
+        # Read after all of them were launched: the first read waits for the device, the others find it done.
         collected: dict[str, Logged] = {}
         for name, (settings, _, weights) in self._entries.items():
             total = float(totals[name])
@@ -241,17 +273,20 @@ _TOTALS: dict[Reduction, Callable[[Tensor, list[float]], Tensor]] = {
 }
 
 
-def _stack(values: list[Any]) -> Tensor:
+def _stack(values: list[Number]) -> Tensor:
     """Stack numbers and scalar tensors as one float64 vector, on the device of the tensors."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors:
         return torch.tensor(values, dtype=torch.float64)
-    if len(tensors) == len(values) and len({(t.dtype, t.device) for t in tensors}) == 1:
+    first = tensors[0]
+    are_alike = all(tensor.dtype == first.dtype and tensor.device == first.device for tensor in tensors)
+    if are_alike and len(tensors) == len(values):
         return torch.stack(tensors).double()
-    return torch.stack([torch.as_tensor(value, device=tensors[0].device).double() for value in values])
+    return torch.stack([torch.as_tensor(value, device=first.device).double() for value in values])
 
 
 def _check(name: str, on_step: bool | None, on_epoch: bool | None, enable_graph: bool) -> None:
+    """Refuse arguments of ``self.log`` that make no sense, or none while clients train."""
     if on_step is False and not on_epoch:
         raise ValueError(f"`self.log({name!r}, on_step=False, on_epoch=False)` logs nothing; set one of them.")
     if enable_graph:

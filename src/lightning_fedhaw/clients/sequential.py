@@ -2,233 +2,343 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from lightning_fedhaw.clients.engine import (
     ClientTask,
+    EndState,
     Engine,
-    Settings,
-    give_settings,
-    give_states,
     locate,
+    restore_settings,
+    restore_states,
     settings_of,
     states_of,
 )
-from lightning_fedhaw.clients.lr_scale import ScaledOptimizer, ScaledSteps, begin
+from lightning_fedhaw.clients.lr_scale import ScaledOptimizer, ScaledSteps, initial_scale_states
 from lightning_fedhaw.clients.records import LogRecorder
-from lightning_fedhaw.clients.steps import AutomaticStep, ManualStep, PlainSGDStep, StepCounts, Terms
+from lightning_fedhaw.clients.steps import (
+    AutomaticStep,
+    LocalStep,
+    ManualStep,
+    PlainSGDStep,
+    ScheduleStates,
+    StepCounts,
+    Terms,
+)
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
+from lightning_fedhaw.objectives.base import ClientState
 from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
 
 class SequentialEngine(Engine):
-    """Trains clients one by one in the user's module."""
+    """The engine that trains clients one by one in the user's module."""
 
     def run(self, tasks: Iterable[ClientTask]) -> Generator[ClientUpdate, None, None]:
         """Train the cohort, one client at a time.
 
-        The module holds a client's model while it trains; whoever runs the engine puts the server's back.
+        The module holds a client's model while it trains; the caller puts the server's model back.
 
         Yields:
             Each client's update, before the next client starts.
         """
         host = self.host
         parameters = self.layout.tensors(host.module)
-        settings, schedules = settings_of(host.optimizers), host.schedules()
-        furthest = settings, schedules
-        scale = host.scaler.state_dict() if host.scaler is not None else None
-        scales: list[dict[str, Any]] = []
-        complete = False
-        # Before the step is chosen, which is another one where an optimizer has hooks.
-        self._scaled_optimizers = None if self.lr_scale is None else ScaledOptimizer(host.optimizers[0], parameters)
-        step, modes = self._make_step(), _Modes(host.module, self.layout)
+        begin = self._current_state()
+        # A round that fails, or is not run to its end, is run again from where it began.
+        end = begin
+        self._scaled_optimizer: ScaledOptimizer | None = None
+        if self.lr_scale is not None:
+            # Before the step is chosen, because hooks on the optimizer rule out plain SGD.
+            self._scaled_optimizer = ScaledOptimizer(host.optimizers[0], parameters)
+        step = self._make_step()
+        module_state = _ModuleState(host.module, self.layout)
         try:
             with (
                 isolated_randomness(host.device),
                 LogRecorder(host.module, host.callbacks) as recorder,
-                _channels_last(host.module.parameters() if self.plan.channels_last else ()),
+                self._memory_format(),
             ):
+                furthest = begin
+                scales = []
                 for task in tasks:
-                    give_settings(host.optimizers, settings)
-                    host.load_schedules(schedules)
-                    modes.restore()
-                    if scale is not None:
-                        host.scaler.load_state_dict(dict(scale))
-                    update = self._task(task, parameters, step, recorder)
-                    modes.check(task.client)
+                    self._load(begin)
+                    module_state.restore()
+                    update = self._train(task, parameters, step, recorder)
+                    module_state.check(task.client)
                     yield update
-                    if _progress(host.schedules()) > _progress(furthest[1]):
-                        furthest = settings_of(host.optimizers), host.schedules()
-                    if scale is not None:
+                    if _progress(host.schedules()) > _progress(furthest.schedules):
+                        furthest = self._current_state()
+                    if host.scaler is not None:
                         scales.append(host.scaler.state_dict())
-            complete = True
+            end = furthest._replace(scales=scales)
         finally:
-            if not complete:  # the round failed, and will be played again from where it began
-                furthest, scales = (settings, schedules), [] if scale is None else [scale]
-            modes.restore()
-            for optimizer, states in zip(host.optimizers, self.initial, strict=True):
-                give_states(optimizer, states)
-            close: Callable[[], None] = getattr(step, "close", lambda: None)
-            close()
-            if self._scaled_optimizers is not None:
-                self._scaled_optimizers.close()
-            self._end_state = (*furthest, scales)
-            self.restore_end_state([self._end_state])
+            module_state.restore()
+            for optimizer, states in zip(host.optimizers, self.initial_states, strict=True):
+                restore_states(optimizer, states)
+            step.close()
+            if self._scaled_optimizer is not None:
+                self._scaled_optimizer.close()
+            self._end_state = end
+            self.restore_end_state([end])
 
     def close(self) -> None:
-        """Let go of what only a round needs."""
+        """Release what is needed during a round only."""
         super().close()
-        self._scaled_optimizers = None
+        self._scaled_optimizer = None
 
-    def end_state(self) -> tuple[Settings, list[dict[str, Any]], list[dict[str, Any]]]:
-        """Settings of the optimizers, states of the schedules, and the clients' loss scales."""
+    def end_state(self) -> EndState:
+        """Return settings and schedules of the furthest client, and all clients' loss scales."""
         return self._end_state
 
-    def restore_end_state(self, end_states: Sequence[Any]) -> None:
-        """Take the furthest schedule, and the smallest loss scale."""
-        settings, schedules, _ = max(end_states, key=lambda end_state: _progress(end_state[1]))
-        give_settings(self.host.optimizers, settings)
-        self.host.load_schedules(schedules)
-        scales = [scale for *_, scales in end_states for scale in scales]
-        if scales:
-            self.host.scaler.load_state_dict(min(scales, key=lambda state: state["scale"]))
+    def restore_end_state(self, end_states: Sequence[EndState]) -> None:
+        """Load the furthest schedule and the smallest loss scale of all processes."""
+        furthest = max(end_states, key=lambda state: _progress(state.schedules))
+        restore_settings(self.host.optimizers, furthest.settings)
+        self.host.load_schedules(furthest.schedules)
+        scales = list(chain.from_iterable(state.scales for state in end_states))
+        if scales and self.host.scaler is not None:
+            # The smallest one is safe for all clients; the others overflowed, or may soon.
+            smallest = min(scales, key=lambda state: state["scale"])
+            self.host.scaler.load_state_dict(smallest)
 
-    def _make_step(self) -> PlainSGDStep | AutomaticStep | ManualStep:
+    # ------------------------------------------------------------------ the state of settings, schedules, loss scale
+
+    def _current_state(self) -> EndState:
+        scales = []
+        if self.host.scaler is not None:
+            scales.append(self.host.scaler.state_dict())
+        return EndState(settings_of(self.host.optimizers), self.host.schedules(), scales)
+
+    def _load(self, state: EndState) -> None:
+        """Let a client start with the settings, schedules and loss scale of the round."""
+        restore_settings(self.host.optimizers, state.settings)
+        self.host.load_schedules(state.schedules)
+        if self.host.scaler is not None:
+            self.host.scaler.load_state_dict(dict(state.scales[0]))
+
+    # ------------------------------------------------------------------ one client
+
+    def _make_step(self) -> LocalStep:
         if not self.host.module.automatic_optimization:
             return ManualStep(self.host)
-        return PlainSGDStep(self.host) if self.host.is_plain_sgd else AutomaticStep(self.host)
+        if self.host.is_plain_sgd:
+            return PlainSGDStep(self.host)
+        return AutomaticStep(self.host)
 
-    def _task(self, task: ClientTask, parameters: Sequence[Tensor], step: Any, recorder: LogRecorder) -> ClientUpdate:
-        host, client = self.host, task.client
-        self.layout.write(task.start, parameters)
-        if task.buffers:
-            own_buffers = dict(host.module.named_buffers())
-            for name, value in task.buffers.items():
-                own_buffers[name].copy_(value)
-        for optimizer, memory in zip(host.optimizers, self.kept.get(client, self.initial), strict=True):
-            give_states(optimizer, memory)
-        seed_randomness(seed_of(self.plan.seed, "client", client, "round", host.round, "model"), host.device)
+    def _memory_format(self) -> AbstractContextManager[None]:
+        parameters: Iterable[nn.Parameter] = ()
+        if self.plan.channels_last:
+            parameters = self.host.module.parameters()
+        return _channels_last(parameters)
 
-        if self.lr_scale is not None and self._scaled_optimizers is not None:
-            steps = [(self.layout.views(task.start), self.num_steps(client))]
-            state = begin(self.lr_scale, steps, host.learning_rates(self.layout))
-            self._scaled_optimizers.scaled_steps = ScaledSteps(
-                self.lr_scale, self.layout.names, {name: value[0] for name, value in state.items()}
-            )
+    def _train(
+        self, task: ClientTask, parameters: Sequence[nn.Parameter], step: LocalStep, recorder: LogRecorder
+    ) -> ClientUpdate:
+        """Train one client, and return its update."""
+        self._load_model(task, parameters)
+        # Only now, so that a client's draws do not depend on the clients before it.
+        seed = seed_of(self.plan.seed, "client", task.client, "round", self.host.round, "model")
+        seed_randomness(seed, self.host.device)
+        self._begin_lr_scale(task)
         states = self.begin_objectives(task)
         named = dict(zip(self.layout.names, parameters, strict=True))
-        terms = Terms(self.objectives, named, self.layout.views(task.start), states) if self.objectives else None
-        counts = self._train(client, step, recorder, terms)
+        terms = None
+        if self.objectives:
+            terms = Terms(self.objectives, named, self.layout.views(task.start), states)
+        counts = self._train_batches(task.client, step, recorder, terms)
+        return self._update(task, named, states, counts, recorder)
+
+    def _load_model(self, task: ClientTask, parameters: Sequence[nn.Parameter]) -> None:
+        """Load what a client starts from: parameters, buffers, optimizer states."""
+        self.layout.write(task.start, parameters)
+        if task.buffers:
+            module_buffers = dict(self.host.module.named_buffers())
+            for name, value in task.buffers.items():
+                module_buffers[name].copy_(value)
+        optimizer_states = self.optimizer_states.get(task.client, self.initial_states)
+        for optimizer, states in zip(self.host.optimizers, optimizer_states, strict=True):
+            restore_states(optimizer, states)
+
+    def _begin_lr_scale(self, task: ClientTask) -> None:
+        """Give the client's steps their scale, where the rule has one."""
+        if self.lr_scale is None or self._scaled_optimizer is None:
+            return
+        client = (self.layout.views(task.start), self.num_steps(task.client))
+        stacks = initial_scale_states(self.lr_scale, [client], self.host.learning_rates(self.layout))
+        state = {name: stack[0] for name, stack in stacks.items()}
+        self._scaled_optimizer.scaled_steps = ScaledSteps(self.lr_scale, self.layout.names, state)
+
+    def _train_batches(self, client: int, step: LocalStep, recorder: LogRecorder, terms: Terms | None) -> StepCounts:
+        """Train the module on a client's batches, and count the optimizer steps."""
+        host = self.host
+        plan = self.plan
+        counts = StepCounts()
+        num_batches = None
+        if plan.steps is not None:
+            num_batches = plan.steps * host.accumulate
+        skips_pass = False
+        for batch in self.data.batches(
+            client, host.round, epochs=plan.epochs, num_batches=num_batches, limit=plan.limit
+        ):
+            if batch.index == 0:
+                skips_pass = False
+            if skips_pass:
+                continue
+            data = host.prepare(batch.data)
+            recorder.batch_size = batch.size
+            # As in Lightning, a hook that returns -1 ends the epoch, which here is the pass over the client's data.
+            if host.on_batch_start(data, batch.index):
+                skips_pass = True
+                continue
+            try:
+                outputs = step(data, batch, counts, terms)
+                host.on_batch_end(outputs, data, batch.index)
+            except Exception as error:
+                # The user's code may raise anything; the error is raised again, with a note that says where.
+                locate(error, f"client {client}, round {host.round}", batch.size)
+                raise
+        return counts
+
+    def _update(
+        self,
+        task: ClientTask,
+        named: Mapping[str, Tensor],
+        states: Sequence[ClientState],
+        counts: StepCounts,
+        recorder: LogRecorder,
+    ) -> ClientUpdate:
+        """Read a client's update from the module.
+
+        Args:
+            task: The client's task.
+            named: The module's trainable parameters by name.
+            states: The client's state of each objective when it began.
+            counts: Its optimizer steps.
+            recorder: Holds what was logged.
+        """
+        client = task.client
+        optimizer_states = []
+        if self.plan.optimizer_state == "kept":
+            optimizer_states = [states_of(optimizer) for optimizer in self.host.optimizers]
         end = {name: parameter.detach() for name, parameter in named.items()}
-        memories = {
-            "optimizers": [states_of(o) for o in host.optimizers] if self.plan.optimizer_state == "kept" else [],
+        memory = {
+            "optimizers": optimizer_states,
             "objectives": self.end_objectives(task, states, end, counts.made),
         }
-        # Read anew: a step may have put another tensor in a buffer's place.
-        ended = dict(host.module.named_buffers()) if task.buffers else {}
-        displacement = self.layout.read(parameters, out=task.slot()).sub_(task.start)
+        displacement = self.layout.read(list(named.values()), out=task.slot()).sub_(task.start)
         return ClientUpdate(
             client=client,
             num_examples=len(self.data.train_indices[client]),
             num_steps=counts.made,
             num_skipped=counts.skipped,
             displacement=displacement,
-            buffers={name: _same_shape(name, ended.get(name), value) for name, value in task.buffers.items()},
+            buffers=self._end_buffers(task),
             logged=recorder.collect(),
-            memory=memories,
+            memory=memory,
             num_batches=self.num_batches(client),
         )
 
-    def _train(self, client: int, step: Any, recorder: LogRecorder, terms: Terms | None) -> StepCounts:
-        host, plan, counts = self.host, self.plan, StepCounts()
-        batches = self.data.batches(
-            client,
-            host.round,
-            epochs=plan.epochs,
-            num_batches=None if plan.steps is None else plan.steps * host.accumulate,
-            limit=plan.limit,
-        )
-        skipping = False
-        for batch in batches:
-            if batch.index == 0:
-                skipping = False
-            if skipping:
-                continue
-            data = host.prepare(batch.data)
-            recorder.batch_size = batch.size
-            if host.on_batch_start(data, batch.index):
-                skipping = True
-                continue
-            try:
-                outputs = step(data, batch, counts, terms)
-                host.on_batch_end(outputs, data, batch.index)
-            except Exception as error:
-                locate(error, f"client {client}, round {host.round}", batch.size)
-                raise
-        return counts
+    def _end_buffers(self, task: ClientTask) -> dict[str, Tensor]:
+        """Copy the buffers that the client started from, as training left them."""
+        if not task.buffers:
+            return {}
+        # Looked up again, because a step may have assigned another tensor to a buffer.
+        module_buffers = dict(self.host.module.named_buffers())
+        buffers = {}
+        for name, start in task.buffers.items():
+            buffers[name] = _same_shape(name, module_buffers.get(name), start)
+        return buffers
 
 
 @contextmanager
 def _channels_last(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Lay out 4-D parameters channels-last; at the end, as they were."""
-    moved = [p for p in parameters if p.ndim == 4 and not p.is_contiguous(memory_format=torch.channels_last)]
+    """Lay out 4-D parameters channels-last inside the context."""
+    converted = []
+    for parameter in parameters:
+        if parameter.ndim == 4 and not parameter.is_contiguous(memory_format=torch.channels_last):
+            converted.append(parameter)
     try:
-        for parameter in moved:
+        for parameter in converted:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         yield
     finally:
-        for parameter in moved:
+        for parameter in converted:
             parameter.data = parameter.data.contiguous()
 
 
-class _Modes:
-    """What no client may leave behind: training flags, trainability, gradients, other values of what is frozen."""
+class _ModuleState:
+    """The state of the module that no client may change for the next one.
 
-    def __init__(self, module: Any, layout: ParameterLayout) -> None:
-        self.training = [(submodule, submodule.training) for submodule in module.modules()]
-        self.trainable = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-        self.frozen = {n: (t, t._version) for n, t in layout.frozen_tensors(module).items()}
+    These are training flags, trainability, gradients, and the values of what is frozen.
+
+    Args:
+        module: The user's module.
+        layout: Its trainable parameters.
+    """
+
+    def __init__(self, module: nn.Module, layout: ParameterLayout) -> None:
+        self.modes = [(submodule, submodule.training) for submodule in module.modules()]
+        self.trainability = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+        # Versions rise with every change in place, so no values have to be copied and compared.
+        self.frozen: dict[str, tuple[Tensor, int]] = {}
+        for name, tensor in layout.frozen_tensors(module).items():
+            self.frozen[name] = (tensor, tensor._version)
 
     def restore(self) -> None:
-        for submodule, training in self.training:
+        """Restore flags and trainability, and clear gradients."""
+        for submodule, training in self.modes:
             if submodule.training != training:
                 submodule.training = training
-        for parameter, trainable in self.trainable:
+        for parameter, is_trainable in self.trainability:
             parameter.grad = None
-            if parameter.requires_grad != trainable:
-                parameter.requires_grad_(trainable)
+            if parameter.requires_grad != is_trainable:
+                parameter.requires_grad_(is_trainable)
 
     def check(self, client: int) -> None:
+        """Refuse to continue when a client has changed what is frozen.
+
+        Raises:
+            RuntimeError: Naming the tensor, and a remedy.
+        """
         for name, (tensor, version) in self.frozen.items():
             if tensor._version == version:
                 continue
-            kind, remedy = "buffer", "Call `train()` on its module before `fit`, and `buffers=` takes care of it."
             if isinstance(tensor, nn.Parameter):
                 kind = "parameter"
                 remedy = "Make it a buffer (`register_buffer`), which `buffers=` takes care of, or trainable."
+            else:
+                kind = "buffer"
+                remedy = "Call `train()` on its module before `fit`, and `buffers=` takes care of it."
             raise RuntimeError(
-                f"Client {client} changed the frozen {kind} `{name}` in local training, and what is frozen does not"
-                f" travel: the change would pass to whoever trains next. {remedy}"
+                f"Client {client} changed the frozen {kind} `{name}` in local training. Frozen tensors are not sent to"
+                f" the server, so the change would pass to the next client that trains. {remedy}"
             )
 
 
-def _same_shape(name: str, ended: Tensor | None, started: Tensor) -> Tensor:
-    if ended is None or ended.shape != started.shape:
-        shape = "gone" if ended is None else f"of the shape {list(ended.shape)}"
-        raise ValueError(
-            f"Buffer `{name}` of the shape {list(started.shape)} is {shape} after local training, and buffers that"
-            " change their shape cannot be sent. Keep its shape, or hold it in an attribute that is not a buffer."
-        )
-    return ended.detach().clone()
+def _same_shape(name: str, end: Tensor | None, start: Tensor) -> Tensor:
+    """Copy a buffer after local training.
+
+    Raises:
+        ValueError: If it is gone or has another shape than before.
+    """
+    if end is not None and end.shape == start.shape:
+        return end.detach().clone()
+    shape = "gone"
+    if end is not None:
+        shape = f"of the shape {list(end.shape)}"
+    raise ValueError(
+        f"Buffer `{name}` of the shape {list(start.shape)} is {shape} after local training, and buffers that change"
+        " their shape cannot be sent. Keep its shape, or hold it in an attribute that is not a buffer."
+    )
 
 
-def _progress(schedules: list[dict[str, Any]]) -> int:
-    """How far the schedules have come, in all."""
+def _progress(schedules: ScheduleStates) -> int:
+    """Add up the steps that the schedules have made."""
     return sum(state.get("last_epoch", 0) for state in schedules)

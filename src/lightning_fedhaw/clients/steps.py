@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any, Protocol, cast
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_fedhaw.data.client_data import Batch
 from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
+BatchData = Any
+"""What ``training_step`` is given as its batch; any collection of tensors, as in Lightning."""
+
+StepOutput = Any
+"""What ``training_step`` returns: a loss, a mapping with the key ``loss``, or ``None``, as in Lightning."""
+
+ScheduleStates = list[dict[str, Any]]
+"""The state of each learning-rate schedule."""
+
+Term = tuple[ClientObjective, ClientState]
+"""A client objective, with the state in which one client uses it."""
+
 
 class Host(Protocol):
     """What an engine needs of the trainer around it; the round loop provides it."""
 
-    module: Any
-    scaler: Any
+    module: pl.LightningModule
+    scaler: torch.amp.GradScaler | None
     device: torch.device
 
     @property
-    def callbacks(self) -> Sequence[Any]:
+    def callbacks(self) -> Sequence[pl.Callback]:
         """The callbacks whose hooks are called while clients train."""
 
     @property
-    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+    def optimizers(self) -> Sequence[Optimizer]:
         """The module's optimizers."""
 
     @property
     def accumulate(self) -> int:
-        """Batches behind one optimizer step."""
+        """The number of batches for each optimizer step."""
 
     @property
     def round(self) -> int:
-        """The round that is being played."""
+        """The number of the current round, from 0."""
 
     @property
     def is_plain_sgd(self) -> bool:
@@ -44,79 +59,79 @@ class Host(Protocol):
 
     @property
     def clipping(self) -> tuple[float, str] | None:
-        """The bound of gradient clipping, and ``"norm"`` or ``"value"``; ``None`` without."""
+        """The bound of gradient clipping, and ``"norm"`` or ``"value"``; ``None`` without clipping."""
 
     @property
     def obstacle(self) -> str | None:
-        """What in trainer or module keeps many clients' steps from being one batched call; ``None`` if nothing."""
+        """The reason why many clients' steps cannot be one batched call, if trainer or module give one."""
 
     @property
     def can_evaluate(self) -> bool:
         """Whether a client's data can be run through the module without training on it."""
 
-    def prepare(self, data: Any) -> Any:
+    def prepare(self, data: BatchData) -> BatchData:
         """Convert a batch to the precision and move it to the device."""
 
-    def arguments(self, data: Any, batch_idx: int) -> tuple[Any, ...]:
-        """The arguments of ``training_step``."""
+    def arguments(self, data: BatchData, batch_idx: int) -> tuple[object, ...]:
+        """Return the arguments of ``training_step``, whose ``batch_idx`` is optional."""
 
-    def on_batch_start(self, data: Any, batch_idx: int) -> bool:
-        """Call the hooks before a local step; true if the module asks to skip the rest of the pass."""
+    def on_batch_start(self, data: BatchData, batch_idx: int) -> bool:
+        """Call the hooks before a local step; true if the module asks to skip the remaining batches of the pass."""
 
-    def on_batch_end(self, outputs: Any, data: Any, batch_idx: int) -> None:
+    def on_batch_end(self, outputs: StepOutput, data: BatchData, batch_idx: int) -> None:
         """Call the hooks after a local step."""
 
-    def before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+    def before_zero_grad(self, optimizer: Optimizer) -> None:
         """Call the hooks before gradients are cleared."""
 
     def learning_rates(self, layout: ParameterLayout) -> tuple[float, ...]:
-        """The learning rate of each parameter tensor in the layout's order, as scheduled for this round."""
+        """Return the learning rate of each parameter tensor in the layout's order, as scheduled for this round."""
 
-    def forward(self, data: Any, batch_idx: int) -> Any:
+    def forward(self, data: BatchData, batch_idx: int) -> StepOutput:
         """Call ``training_step`` in the trainer's precision, without hooks or optimizers."""
 
     def backward(self, loss: Tensor) -> None:
-        """Form the gradients of a loss, through the precision plugin and the hooks around it."""
+        """Compute the gradients of a loss, through the precision plugin and the hooks around it."""
 
-    def step_context(self) -> AbstractContextManager[Any]:
-        """The context of a training step in the precision that is computed in at the moment."""
+    def step_context(self) -> AbstractContextManager[object]:
+        """Return the context of a training step in the current precision."""
 
     def computing_in(self, precision: Precision) -> AbstractContextManager[None]:
-        """Compute in another precision for a while."""
+        """Compute in another precision inside the context."""
 
-    def logging_to(self, logger: Any) -> AbstractContextManager[None]:
-        """Let another logger stand instead of the trainer's for a while."""
+    def logging_to(self, logger: object) -> AbstractContextManager[None]:
+        """Replace the trainer's loggers by another one inside the context."""
 
-    def evaluate(self, data: Any, batch_idx: int) -> Any:
+    def evaluate(self, data: BatchData, batch_idx: int) -> StepOutput:
         """Call ``validation_step``; ``training_step`` where there is none."""
 
-    def schedules(self) -> list[dict[str, Any]]:
-        """The states of learning-rate schedules that the module steps itself."""
+    def schedules(self) -> ScheduleStates:
+        """Return the states of learning-rate schedules that the module steps itself."""
 
-    def load_schedules(self, states: list[dict[str, Any]]) -> None:
-        """Put such states back."""
+    def load_schedules(self, states: ScheduleStates) -> None:
+        """Restore the states that :meth:`schedules` returned."""
 
 
 class StepCounts:
-    """Optimizer steps of one task: made, and tried but skipped."""
+    """The number of optimizer steps of one task: made, and tried but skipped."""
 
     def __init__(self) -> None:
         self.made = 0
         self.skipped = 0
 
 
-def loss_of(output: Any) -> tuple[Tensor | None, dict[str, Any]]:
-    """The loss in what ``training_step`` returned, and what else is in it.
+def loss_of(output: StepOutput) -> tuple[Tensor | None, dict[str, object]]:
+    """Return the loss in the output of ``training_step``, and the other entries of the output.
 
     Raises:
-        TypeError: If it is neither a tensor, nor a mapping with the key ``loss``, nor ``None``.
+        TypeError: If the output is neither a tensor, nor a mapping with the key ``loss``, nor ``None``.
     """
     if output is None:
         return None, {}
     if isinstance(output, Tensor):
         return output, {}
     if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-        return output["loss"], {k: v for k, v in output.items() if k != "loss"}
+        return output["loss"], {name: value for name, value in output.items() if name != "loss"}
     raise TypeError(
         "`training_step` must return a loss tensor, a dict with the key 'loss', or None to skip the step, got"
         f" {type(output).__name__}."
@@ -124,178 +139,252 @@ def loss_of(output: Any) -> tuple[Tensor | None, dict[str, Any]]:
 
 
 class Terms:
-    """What objectives add to the loss, or to its gradient.
+    """The terms that objectives add to the loss, or to its gradient.
 
     Args:
         objectives: The objectives.
         parameters: The trainable parameters, by name.
-        start: The model the client started from.
-        states: What the client works with, for each objective.
+        start: The model the client started from, by name of the parameter.
+        states: The client's state, for each objective.
+
+    Attributes:
+        all: Every objective with its state.
+        closed: Those whose gradient is known in closed form.
+        open: Those that have to be differentiated.
     """
 
     def __init__(
         self, objectives: Sequence[ClientObjective], parameters: Named, start: Named, states: Sequence[ClientState]
     ) -> None:
-        self.parameters, self.start = parameters, start
-        self.all = list(zip(objectives, states, strict=True))
-        self.closed = [(objective, state) for objective, state in self.all if objective.is_closed]
+        self.parameters = parameters
+        self.start = start
+        self.all: list[Term] = list(zip(objectives, states, strict=True))
+        self.closed: list[Term] = []
+        self.open: list[Term] = []
+        for objective, state in self.all:
+            terms = self.closed if objective.is_closed else self.open
+            terms.append((objective, state))
         self.name_of = {parameter: name for name, parameter in parameters.items()}
-        self.open = [(objective, state) for objective, state in self.all if not objective.is_closed]
 
-    def added_to(self, loss: Tensor, terms: Sequence[tuple[ClientObjective, ClientState]]) -> Tensor:
-        """A loss and some of the terms."""
-        return sum((each.penalty(self.parameters, self.start, state) for each, state in terms), loss)
+    def added_to(self, loss: Tensor, terms: Sequence[Term]) -> Tensor:
+        """Add some of the terms to a loss."""
+        for objective, state in terms:
+            loss = loss + objective.penalty(self.parameters, self.start, state)
+        return loss
 
     @torch.no_grad()
     def add_closed_gradients(
         self,
         gradients: Sequence[Tensor | None],
         parameters: Sequence[Tensor],
-        through: Callable[[Callable[..., Named]], Callable[..., Named]] = lambda gradient: gradient,
+        transform: Callable[[Callable[..., Named]], Callable[..., Named]] = lambda gradient: gradient,
     ) -> Sequence[Tensor | None]:
-        """Gradients, and those of the terms that have one in closed form.
+        """Add the gradients of the terms that have one in closed form.
 
         Args:
-            gradients: ``None`` for a parameter that was not used.
-            parameters: Whose gradients they are.
-            through: Makes the terms' gradients serve a stack of clients.
+            gradients: The gradient of each parameter; ``None`` for a parameter that was not used.
+            parameters: The parameters.
+            transform: Makes an objective's ``gradient`` serve a stack of clients, such as ``torch.func.vmap``.
+
+        Returns:
+            The sums, in the order of the parameters.
         """
         for objective, state in self.closed:
-            slopes = through(objective.gradient)(self.parameters, self.start, state)
-            own = [slopes[self.name_of[parameter]].to(parameter.dtype) for parameter in parameters]
-            gradients = [s if g is None else g + s for g, s in zip(gradients, own, strict=True)]
+            slopes = transform(objective.gradient)(self.parameters, self.start, state)
+            sums: list[Tensor | None] = []
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                slope = slopes[self.name_of[parameter]].to(parameter.dtype)
+                # A term acts on a parameter even where the loss does not use it.
+                sums.append(slope if gradient is None else gradient + slope)
+            gradients = sums
         return gradients
 
 
+class LocalStep(Protocol):
+    """A way to train on one batch."""
+
+    def __call__(self, data: BatchData, batch: Batch, counts: StepCounts, terms: Terms | None) -> StepOutput:
+        """Train on one batch.
+
+        Args:
+            data: The batch, on the model's device.
+            batch: Its number, and whether it is the last of the pass.
+            counts: Counts the optimizer step.
+            terms: The terms of client objectives; ``None`` without objectives.
+
+        Returns:
+            The output of ``training_step`` without its graph, for hooks.
+        """
+
+    def close(self) -> None:
+        """Remove what was attached to the optimizers."""
+
+
 class PlainSGDStep:
-    """SGD without momentum or decay: one ``autograd.grad`` and one in-place add, equal to ``SGD.step`` bit by bit."""
+    """SGD without momentum or decay: one ``autograd.grad`` and one in-place add, bit-identical to ``SGD.step``."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
 
-    def __call__(self, data: Any, batch: Batch, counts: StepCounts, terms: Terms | None) -> None:
-        """Train on one batch. It gives nothing back: where a hook would look at it, this step is not taken."""
+    def close(self) -> None:
+        """Do nothing: this step attaches nothing."""
+
+    def __call__(self, data: BatchData, batch: Batch, counts: StepCounts, terms: Terms | None) -> None:
+        """Train on one batch. Return nothing: where a hook would read the output, this step is not used."""
         loss, _ = loss_of(self.host.forward(data, batch.index))
         if loss is None:
             counts.skipped += 1
             return
-        objective = loss if terms is None else terms.added_to(loss, terms.open)
-        groups = self.host.optimizers[0].param_groups
-        owned = [[p for p in group["params"] if p.requires_grad] for group in groups]
-        trained = [p for own in owned for p in own]
-        grads: Sequence[Tensor | None] = torch.autograd.grad(objective, trained, allow_unused=True)
         if terms is not None:
-            grads = terms.add_closed_gradients(grads, trained)
-        begin = 0
+            loss = terms.added_to(loss, terms.open)
+        optimizer = self.host.optimizers[0]
+        # Read for every batch: the module may freeze parameters or change rates while a client trains.
+        trainable_of_groups: list[list[Tensor]] = []
+        for group in optimizer.param_groups:
+            trainable_of_groups.append([parameter for parameter in group["params"] if parameter.requires_grad])
+        parameters = list(chain.from_iterable(trainable_of_groups))
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True)
+        if terms is not None:
+            gradients = terms.add_closed_gradients(gradients, parameters)
+        remaining = iter(gradients)
         with torch.no_grad():
-            for group, own in zip(groups, owned, strict=True):
-                given = grads[begin : begin + len(own)]
-                begin += len(own)
-                own = [p for p, change in zip(own, given, strict=True) if change is not None]
-                changes = [change for change in given if change is not None]
-                if own:
-                    torch._foreach_add_(own, changes, alpha=-group["lr"])
+            for group, trainable in zip(optimizer.param_groups, trainable_of_groups, strict=True):
+                used: list[Tensor] = []
+                changes: list[Tensor] = []
+                for parameter in trainable:
+                    gradient = next(remaining)
+                    if gradient is not None:
+                        used.append(parameter)
+                        changes.append(gradient)
+                if used:
+                    torch._foreach_add_(used, changes, alpha=-group["lr"])
         counts.made += 1
-        # What `optimizer.step` would leave behind; a schedule that steps next looks for it.
-        self.host.optimizers[0]._opt_called = True  # type: ignore[attr-defined]
+        # `optimizer.step` would set this; a schedule that steps next warns without it.
+        optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 class AutomaticStep:
-    """Any optimizer and precision, with every hook of Lightning's own automatic optimization."""
+    """Any optimizer and precision, with every hook of Lightning's own automatic optimization.
+
+    Attributes:
+        executed: How often the optimizer's ``step`` was executed; with loss scaling it may be skipped.
+    """
 
     def __init__(self, host: Host) -> None:
         self.host = host
         self.executed = 0
         self._window_has_loss = False
-        (self._wrapped,) = _as_list(host.module.optimizers())
+        optimizers = host.module.optimizers()
+        if isinstance(optimizers, list):
+            (optimizer,) = optimizers
+        else:
+            optimizer = optimizers
+        # Lightning's wrapper of the optimizer, which the module's hooks are given in automatic optimization, too.
+        self._wrapped = cast(Optimizer, optimizer)
         self._handle = host.optimizers[0].register_step_post_hook(self._count)
 
     def close(self) -> None:
         """Stop counting steps."""
         self._handle.remove()
 
-    def __call__(self, data: Any, batch: Batch, counts: StepCounts, terms: Terms | None) -> Any:
-        """Train on one batch; what ``training_step`` returned, without its graph."""
-        host, result = self.host, {}
+    def __call__(self, data: BatchData, batch: Batch, counts: StepCounts, terms: Terms | None) -> dict[str, object]:
+        """Train on one batch, and return the output of ``training_step`` without its graph."""
+        host = self.host
+        outputs: dict[str, object] = {}
 
         def closure() -> Tensor | None:
-            loss, extra = loss_of(host.forward(data, batch.index))
+            loss, other_outputs = loss_of(host.forward(data, batch.index))
             if batch.index % host.accumulate == 0:
                 host.before_zero_grad(self._wrapped)
                 host.module.optimizer_zero_grad(host.round, batch.index, self._wrapped)
             if loss is None:
                 return None
-            result.update({"loss": loss.detach().clone(), **extra})
+            detached = loss.detach().clone()
+            outputs.update({"loss": detached, **other_outputs})
             self._window_has_loss = True
-            objective = (loss if terms is None else terms.added_to(loss, terms.all)) / host.accumulate
-            host.backward(objective)
-            accumulated: Tensor = result["loss"] / host.accumulate
-            return accumulated
+            if terms is not None:
+                loss = terms.added_to(loss, terms.all)
+            host.backward(loss / host.accumulate)
+            return detached / host.accumulate
 
-        if (batch.index + 1) % host.accumulate and not batch.last:
+        completes_window = (batch.index + 1) % host.accumulate == 0 or batch.last
+        if not completes_window:
             closure()
-            return result
-        before = self.executed
+            return outputs
+        num_executed = self.executed
         with torch.enable_grad():
             host.module.optimizer_step(host.round, batch.index, self._wrapped, closure)
-        if self.executed > before and self._window_has_loss:
+        # With loss scaling an overflow skips the step; without any loss in the window there is nothing to step on.
+        if self.executed > num_executed and self._window_has_loss:
             counts.made += 1
         else:
             counts.skipped += 1
         self._window_has_loss = False
-        return result
+        return outputs
 
-    def _count(self, *_: Any) -> None:
+    def _count(self, *_: object) -> None:
         self.executed += 1
 
 
 class ManualStep:
-    """Manual optimization: ``training_step`` steps its optimizers itself; the busiest one is counted."""
+    """Manual optimization: ``training_step`` steps its optimizers itself; the one with most steps is counted.
+
+    Attributes:
+        executed: How often each optimizer's ``step`` was executed.
+    """
 
     def __init__(self, host: Host) -> None:
         self.host = host
         self.executed = [0] * len(host.optimizers)
-        self._handles = [o.register_step_post_hook(self._counter(i)) for i, o in enumerate(host.optimizers)]
+        self._handles = []
+        for number, optimizer in enumerate(host.optimizers):
+            self._handles.append(optimizer.register_step_post_hook(self._counter(number)))
 
     def close(self) -> None:
         """Stop counting steps."""
         for handle in self._handles:
             handle.remove()
 
-    def __call__(self, data: Any, batch: Batch, counts: StepCounts, terms: Terms | None) -> Any:
-        """Train on one batch; what ``training_step`` returned, without its graph."""
-        before = list(self.executed)
-        scale = self.host.scaler.get_scale() if self.host.scaler is not None else 0.0
+    def __call__(self, data: BatchData, batch: Batch, counts: StepCounts, terms: Terms | None) -> StepOutput:
+        """Train on one batch, and return the output of ``training_step``."""
+        scaler = self.host.scaler
+        executed_before = list(self.executed)
+        scale_before = 0.0
+        if scaler is not None:
+            scale_before = scaler.get_scale()
         output = self.host.forward(data, batch.index)
-        counts.made += max(now - then for now, then in zip(self.executed, before, strict=True))
-        if self.host.scaler is not None and self.host.scaler.get_scale() < scale:
+        steps = [count - earlier for count, earlier in zip(self.executed, executed_before, strict=True)]
+        counts.made += max(steps)
+        # The loss scale falls when a step overflowed, and that step was skipped.
+        if scaler is not None and scaler.get_scale() < scale_before:
             counts.skipped += 1
         return output
 
-    def _counter(self, index: int) -> Callable[..., None]:
-        def count(*_: Any) -> None:
-            self.executed[index] += 1
+    def _counter(self, number: int) -> Callable[..., None]:
+        def count(*_: object) -> None:
+            self.executed[number] += 1
 
         return count
 
 
-def is_plain_sgd(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> bool:
-    """Whether an optimizer does nothing but subtract the gradient times the learning rate from these parameters."""
-    if (
-        type(optimizer) is not torch.optim.SGD
-        or optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-    ):
-        return False
-    own = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    if own != set(parameters) or any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
-        return False
-    return not any(
-        group[option]
-        for group in optimizer.param_groups
-        for option in ("momentum", "dampening", "weight_decay", "nesterov", "maximize", "differentiable")
-    )
+def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    """Return the parameters of an optimizer's groups, in their order."""
+    return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def is_plain_sgd(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bool:
+    """Return whether an optimizer only subtracts gradient times learning rate, from exactly these parameters."""
+    if type(optimizer) is not torch.optim.SGD:
+        return False
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return False
+    trainable = {parameter for parameter in parameters_of(optimizer) if parameter.requires_grad}
+    if trainable != set(parameters):
+        return False
+    if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in parameters):
+        return False
+    for group in optimizer.param_groups:
+        for option in ("momentum", "dampening", "weight_decay", "nesterov", "maximize", "differentiable"):
+            if group[option]:
+                return False
+    return True

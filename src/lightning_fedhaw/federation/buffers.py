@@ -1,9 +1,10 @@
-"""The buffers of the model (BatchNorm statistics, counters): what clients start from, and what the server keeps."""
+"""The buffers of the model (BatchNorm statistics, counters): those that clients start from, and the server's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.memory import HOST
 
 RECALIBRATION_BATCHES = 50
-"""Batches that buffers are recomputed on, over the whole cohort."""
+"""The number of batches that buffers are recomputed on, over the whole cohort."""
 
 
 class Buffers:
@@ -55,14 +56,14 @@ class Buffers:
 
     @property
     def message_bytes(self) -> int:
-        """Bytes of buffers beside a model, on either link."""
+        """Bytes of buffers that are sent in addition to a model, on either link."""
         if self.policy in ("keep", "local"):
             return 0
         return sum(buffer.numel() * buffer.element_size() for buffer in self.server.buffers.values())
 
     @property
     def contents(self) -> list[str]:
-        """What leaves the clients, in words."""
+        """The kinds of data that clients send, in words."""
         if self.policy == "keep" or not self.server.buffers:
             return []
         return ["buffers"]
@@ -72,13 +73,13 @@ class Buffers:
         return self.local.get(client, self.server.buffers)
 
     def sent(self, update: ClientUpdate) -> Mapping[str, Tensor]:
-        """Return the buffers of an update that count."""
+        """Return the buffers of an update that clients send."""
         if self.policy == "keep":
             return {}
         return update.buffers
 
     def changed(self, update: ClientUpdate) -> dict[str, Tensor]:
-        """Return the buffers of an update that training changed, in host memory."""
+        """Return the buffers of an update that training has changed, in host memory."""
         changed = {}
         for name, buffer in update.buffers.items():
             if not torch.equal(buffer, self.server.buffers[name]):
@@ -86,12 +87,12 @@ class Buffers:
         return changed
 
     def remember(self, update: ClientUpdate) -> None:
-        """Let a client whose update was received find its buffers again next time, with ``"local"``."""
+        """Keep the buffers of a client whose update was received for its next round, with ``"local"``."""
         if self.policy == "local":
             self.local[update.client] = {name: buffer.to(HOST) for name, buffer in update.buffers.items()}
 
     def load(self, local: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Take clients' own buffers from a checkpoint, without those that no longer travel."""
+        """Load clients' own buffers from a checkpoint, except those that are frozen by now."""
         self.local = {}
         for client, buffers in local.items():
             self.local[client] = {name: b for name, b in buffers.items() if name in self.server.layout.buffers}
@@ -103,11 +104,11 @@ class Buffers:
 
         Args:
             cohort: The cohort that was aggregated.
-            step: The rule's answer.
-            updates: The updates that really came from their clients; a slot that a channel filled has no buffers.
+            step: The rule's output.
+            updates: The updates that were received from their clients; a channel's substitutes have no buffers.
 
         Returns:
-            The server's new buffers; ``None`` leaves those it has.
+            The server's new buffers; ``None`` if they do not change.
         """
         if self.policy == "keep" or not self.server.buffers or not updates:
             return None
@@ -120,7 +121,7 @@ class Buffers:
 
     @torch.no_grad()
     def recalibrate(self, round_idx: int, clients: Sequence[int]) -> None:
-        """Compute the running statistics of normalization layers anew, on data of the cohort.
+        """Recompute the running statistics of normalization layers on data of the cohort.
 
         Args:
             round_idx: The round's number.
@@ -142,7 +143,7 @@ class Buffers:
             if id(buffer) in recomputed:
                 statistics[name] = buffer.detach().clone()
         self.server.buffers = {**self.server.buffers, **statistics}
-        # Whatever else the passes changed is not theirs to change.
+        # The passes may have changed other buffers, which are restored.
         self.server.write(self.server.parameters(), self.server.buffers)
 
     def _norms(self) -> list[nn.modules.batchnorm._NormBase]:
@@ -152,17 +153,18 @@ class Buffers:
         norms = []
         for submodule in module.modules():
             if id(getattr(submodule, "running_mean", None)) in buffers and hasattr(submodule, "momentum"):
-                norms.append(submodule)
+                norms.append(cast("nn.modules.batchnorm._NormBase", submodule))
         return norms
 
 
 @contextmanager
 def _cumulative_statistics(norms: Sequence[nn.modules.batchnorm._NormBase]) -> Iterator[None]:
-    """Let normalization layers average all batches from now on; at the end, give them their momentum and mode back."""
+    """Let normalization layers average all batches inside the context; restore momentum and mode at its end."""
     settings = [(norm, norm.momentum, norm.training) for norm in norms]
     try:
         for norm in norms:
             norm.reset_running_stats()
+            # Without a momentum, PyTorch averages all batches with equal weights.
             norm.momentum = None
             norm.train()
         yield

@@ -1,4 +1,4 @@
-"""The global model on every client's own data, when a run has ended."""
+"""The evaluation of the global model on every client's own data at the end of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.streams import seed_of
 
 EVALUATION_CAP = 1000
-"""Samples a client is evaluated on at most."""
+"""The number of samples that a client is evaluated on at most."""
 
 
 class ClientMetrics(NamedTuple):
@@ -48,7 +48,7 @@ class EvaluationShare:
 
 
 class ClientEvaluation:
-    """Evaluates clients one by one, and leaves the module as it was.
+    """The evaluation of clients one by one, which leaves the module unchanged.
 
     Args:
         host: The trainer around the federation.
@@ -116,7 +116,7 @@ class ClientEvaluation:
 
 
 class ModuleSnapshot:
-    """What an evaluation leaves in a module: modes, buffers, metrics, and containers to which outputs are appended.
+    """The state of a module that an evaluation changes: modes, buffers, metrics, and containers of outputs.
 
     Args:
         module: The user's module.
@@ -160,7 +160,7 @@ class MetricSnapshot:
         self.states: dict[str, Any] = {}
         for name, value in vars(metric).items():
             if name in metric._defaults:
-                # Metrics add to their tensors in place.
+                # Copies, because metrics change their tensors in place.
                 self.states[name] = value.clone() if isinstance(value, Tensor) else copy.copy(value)
 
     def restore(self) -> None:
@@ -173,7 +173,7 @@ class MetricSnapshot:
 
 
 def _client_value(logged: Logged) -> float:
-    """Return what one client logged under a name; a metric begins anew for the next client."""
+    """Return the value that one client logged under a name, and reset a metric for the next client."""
     if not isinstance(logged.metric, Metric):
         return logged.value
     value = float(logged.metric.compute())

@@ -1,4 +1,4 @@
-"""A federation: the order of a round. It knows no particular rule, channel or objective."""
+"""A federation: the order of a round, which is the same for any rule, channel and objective."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ _NO_VECTOR = torch.empty(0)
 
 
 class Federation:
-    """Plays the rounds of a run.
+    """The federation of a run, which runs its rounds.
 
-    The order of a round is here, in :meth:`_play`. What its parts need to remember is kept by collaborators.
+    The order of a round is here, in :meth:`_play`. The state of its steps is kept by collaborators.
 
     Args:
         host: The trainer around it.
@@ -66,16 +66,16 @@ class Federation:
         data: The clients' data.
         sampler: How the clients of a round are sampled.
         rule: How the server aggregates.
-        callbacks: The trainer's callbacks, of which channels and client objectives are picked in list order.
+        callbacks: The trainer's callbacks, from which channels and client objectives are selected in list order.
         options: The federation's arguments.
         limit: Batches a local pass at most.
         cohort_cap: Clients a round at most, for a development run.
         ranks: The processes that share the work; this one alone by default.
 
     Attributes:
-        engine: What trains clients; see :meth:`choose_engine`.
-        in_round: Whether a round is being played, so that the module may hold a client's model.
-        on_round_start: Called with the round's number and the clients that were drawn.
+        engine: The engine that trains clients; see :meth:`choose_engine`.
+        in_round: Whether a round is running, so that the module may hold a client's model.
+        on_round_start: Called with the round's number and the clients that were sampled.
         on_client_end: Called with each update of this process.
         on_round_end: Called with the round's report.
     """
@@ -111,25 +111,41 @@ class Federation:
         self.engine.gradient = FullGradient(host, server, data, self.seed).compute
         self.shared_states = SharedStates(objectives, self.layout, data.num_clients, rule, options, self.ranks)
         self.transport = Transport(channels, self.layout, [self.buffers, self.shared_states], self.seed)
-        clients_remember = (
-            options.optimizer_state == "kept"
-            or options.buffers == "local"
+        clients_remember = self._clients_remember(objectives)
+        self.placement = Placement(self.ranks, is_sticky=clients_remember)
+        self._prepare_transport(clients_remember)
+        self.screening = Screening(options.on_nonfinite, server, self.buffers, rule, self.transport.uplink)
+        self.run_state = self._make_run_state(objectives)
+        self.in_round = False
+        self.on_round_start: Callable[[int, list[int]], None] = _ignore
+        self.on_client_end: Callable[[ClientUpdate], None] = _ignore
+        self.on_round_end: Callable[[Report], None] = _ignore
+
+    def _clients_remember(self, objectives: Sequence[ClientObjective]) -> bool:
+        """Return whether clients keep any state from round to round."""
+        return (
+            self.options.optimizer_state == "kept"
+            or self.options.buffers == "local"
             or any(channel.remembers for channel in self.transport.uplink)
             or any(objective.remembers for objective in objectives)
         )
-        self.placement = Placement(self.ranks, is_sticky=clients_remember)
+
+    def _prepare_transport(self, clients_remember: bool) -> None:
+        """Describe the federation to the channels."""
+        drawn_uniformly = None
+        if self.uplink or self.downlink:
+            # Only for channels, because it asks the sampler for a cohort.
+            drawn_uniformly = self._uniform_cohort_size()
         self.transport.prepare(
-            data.num_examples,
-            rule,
-            drawn_uniformly=self._uniform_cohort_size() if channels else None,
-            clients_remember=clients_remember,
+            self.data.num_examples, self.rule, drawn_uniformly=drawn_uniformly, clients_remember=clients_remember
         )
-        self.screening = Screening(options.on_nonfinite, server, self.buffers, rule, self.transport.uplink)
-        self.run_state = RunState(
-            server,
-            rule,
-            data,
-            options,
+
+    def _make_run_state(self, objectives: Sequence[ClientObjective]) -> RunState:
+        return RunState(
+            self.server,
+            self.rule,
+            self.data,
+            self.options,
             buffers=self.buffers,
             transport=self.transport,
             objectives=objectives,
@@ -137,10 +153,6 @@ class Federation:
             ranks=self.ranks,
             seed=self.seed,
         )
-        self.in_round = False
-        self.on_round_start: Callable[[int, list[int]], None] = _ignore
-        self.on_client_end: Callable[[ClientUpdate], None] = _ignore
-        self.on_round_end: Callable[[Report], None] = _ignore
 
     # ------------------------------------------------------------------ before a run
 
@@ -165,11 +177,11 @@ class Federation:
         return self.transport.downlink
 
     def message_bytes(self, link: Link) -> int:
-        """Count the bytes of one message on a link, with what travels beside it."""
+        """Count the bytes of one message on a link, side payloads included."""
         return self.transport.message_bytes(link)
 
     def check_agreement(self) -> None:
-        """Refuse to go on where processes were given different data or another split.
+        """Refuse to continue where processes have different data or another split.
 
         Raises:
             ValueError: Naming the processes that differ.
@@ -177,15 +189,15 @@ class Federation:
         self.run_state.check_agreement()
 
     def choose_engine(self) -> str:
-        """Take the engine that was asked for, or that the rule of ``engine="auto"`` names.
+        """Use the engine that was requested, or that ``engine="auto"`` chooses.
 
         Called when a run has begun, because the vectorized engine tries the module's step.
 
         Returns:
-            One line that says which, and why.
+            One line that names the engine and the reason.
 
         Raises:
-            ValueError: If ``engine="vectorized"`` and the module's step is not a function.
+            ValueError: If ``engine="vectorized"`` and the module's step has side effects.
         """
         self.engine, reason = choose(
             self.engine,
@@ -204,9 +216,9 @@ class Federation:
             ValueError: If the sampler names a client twice, or one that does not exist.
         """
         count = self.data.num_clients
-        drawn = self.sampler.sample(round_idx, num_clients=count, sizes=self.data.num_examples, seed=self.seed)
-        # In ascending order, so that sums over clients do not depend on the order they were named in.
-        clients = sorted(int(client) for client in drawn)
+        sampled = self.sampler.sample(round_idx, num_clients=count, sizes=self.data.num_examples, seed=self.seed)
+        # In ascending order, so that sums over clients do not depend on the sampler's order.
+        clients = sorted(int(client) for client in sampled)
         if len(set(clients)) != len(clients) or any(not 0 <= client < count for client in clients):
             raise ValueError(
                 f"`sampler` ({type(self.sampler).__name__}) must name distinct clients of 0 to {count - 1}, got"
@@ -215,7 +227,7 @@ class Federation:
         return clients[: self.cohort_cap]
 
     def _local_plan(self, limit: int | float | None) -> LocalPlan:
-        """Say what a client does in a round."""
+        """Return the local work of a client in a round."""
         epochs = None
         if self.options.local_steps is None:
             epochs = self.options.local_epochs or 1
@@ -229,8 +241,8 @@ class Federation:
         )
 
     def _uniform_cohort_size(self) -> int | None:
-        """Count the clients of a round, where all sets of so many are equally likely; ``None`` elsewhere."""
-        # A class derived from these may draw in another way.
+        """Return the size of a cohort, if all sets of that size are equally likely; else ``None``."""
+        # A class derived from these may sample in another way.
         draws_uniformly = type(self.sampler) in (FullParticipationSampler, UniformSampler)
         if not draws_uniformly or self.cohort_cap is not None:
             return None
@@ -239,13 +251,13 @@ class Federation:
     # ------------------------------------------------------------------ a round
 
     def play(self, round_idx: int) -> Report:
-        """Play one communication round. If it fails, it leaves nothing behind.
+        """Run one communication round. If it fails, it is undone.
 
         Raises:
             FloatingPointError: If a client returns NaN or infinity and ``on_nonfinite="raise"``, or if every client
                 that was received does.
         """
-        before = self.run_state.snapshot(self.engine)
+        snapshot = self.run_state.snapshot(self.engine)
         self.in_round = True
         try:
             return self._play(round_idx)
@@ -253,7 +265,7 @@ class Federation:
             # An interrupted round (Ctrl+C) is undone like one that failed.
             if is_out_of_memory(error):
                 add_note(error, self._memory_advice())
-            self.run_state.restore(self.engine, before)
+            self.run_state.restore(self.engine, snapshot)
             raise
         finally:
             self.in_round = False
@@ -275,10 +287,10 @@ class Federation:
         self.on_round_end(report)
         return report
 
-    # ------------------------------------------------------------------ the parts of a round, in their order
+    # ------------------------------------------------------------------ the steps of a round, in their order
 
     def _broadcast(self, round_idx: int, clients: Sequence[int]) -> RoundPlan:
-        """Send the global model down, and draw whose update will be lost."""
+        """Send the global model to the clients, and draw which updates will be lost."""
         start = self.server.parameters()
         broadcast = self.transport.broadcast(round_idx, clients, start)
         if self.transport.may_be_outdated:
@@ -287,7 +299,7 @@ class Federation:
         return RoundPlan(round_idx, clients, start, broadcast.models, lost)
 
     def _local_lr_scale(self) -> LocalLRScale | None:
-        """Ask the rule what it makes of the clients' learning rates in this round.
+        """Return the rule's scale of the clients' learning rates in this round; ``None`` without one.
 
         Raises:
             ValueError: If it changes them and a client objective divides by them.
@@ -301,7 +313,7 @@ class Federation:
         return lr_scale
 
     def _make_stores(self, plan: RoundPlan, capacity: int) -> RoundStores:
-        """Make the places for what this process's clients send."""
+        """Make the stores of the vectors that this process's clients send."""
         shared = self.shared_states.make_stores(plan.start, capacity)
         displacements = make_store(
             self.rule, self.options, plan.start, capacity, self.ranks, summed=self.transport.is_summed
@@ -309,7 +321,7 @@ class Federation:
         return RoundStores(displacements, shared)
 
     def _train(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores) -> Received:
-        """Train the cohort on all processes, and gather what each of them knows of it."""
+        """Train the cohort on all processes, and gather their results."""
         shares = self.ranks.exchange(lambda: self._train_share(plan, own_clients, stores))
         self.engine.restore_end_state([share.end_state for share in shares])
         records = [record for share in shares for record in share.records]
@@ -346,23 +358,27 @@ class Federation:
                 records.append(self._record(substitute, stores.displacements, received=False))
         end_state = self.engine.end_state()
         if self.ranks.size > 1:
-            # Nobody wants tensors on another process's device.
+            # Tensors on this process's device cannot be read by the others.
             end_state = move_data_to_device(end_state, HOST)
         return LocalResults(records, excluded, end_state)
 
     def _tasks(self, plan: RoundPlan, own_clients: Sequence[int], store: VectorStore) -> Iterator[ClientTask]:
-        """Give the engine one client after another, each when its turn comes."""
+        """Yield one task after another, each when the engine asks for it."""
         for client in own_clients:
             if client not in plan.lost:
                 yield ClientTask(client, plan.models[client], self.buffers.start(client), store.slot)
 
     def _next_update(self, updates: Generator[ClientUpdate, None, None]) -> ClientUpdate | None:
-        """Let the engine train until the next update is there; ``None`` when all are."""
+        """Let the engine train until the next update; ``None`` after the last one."""
         with self.tally.phase("local training"):
             return next(updates, None)
 
     def _send_up(self, round_idx: int, update: ClientUpdate) -> str | None:
-        """Send an update through the uplink; a sentence if it is not finite, before or after."""
+        """Send an update through the uplink.
+
+        Returns:
+            A sentence, if the update is not finite before or after; else ``None``.
+        """
         # A client that failed changes no channel's state.
         reason = self.screening.nonfinite_reason(round_idx, update)
         if reason is not None:
@@ -370,11 +386,11 @@ class Federation:
         is_changed = self.transport.transmit(round_idx, update)
         if not is_changed:
             return None
-        # A channel may spoil what was good.
+        # A channel may have made a finite update non-finite.
         return self.screening.nonfinite_reason(round_idx, update, " (they were finite when it sent them)")
 
     def _substitute(self, plan: RoundPlan, client: int) -> ClientUpdate | None:
-        """Make what stands in for a client's lost update, if its channel fills the slot."""
+        """Make the substitute for a client's lost update, if its channel provides one."""
         if client not in plan.lost:
             return None
         substitute = plan.lost[client].substitute(client, plan.start)
@@ -390,7 +406,7 @@ class Federation:
         )
 
     def _record(self, update: ClientUpdate, store: VectorStore, *, received: bool) -> UpdateRecord:
-        """Keep an update's vector on this process, and note the rest for all of them."""
+        """Store an update's vector on this process, and make its record for all processes."""
         unnormalized_weight = 0.0
         if self.rule.unnormalized_weight is not None:
             unnormalized_weight = float(self.rule.unnormalized_weight(update))
@@ -399,14 +415,15 @@ class Federation:
         buffers = update.buffers
         logged = update.logged
         if self.ranks.size > 1:
-            # The record is sent to the other processes: without what they have, and without what cannot be sent.
+            # The record is sent to the other processes: without unchanged buffers, which they have, and without
+            # metrics, which cannot be sent.
             buffers = self.buffers.changed(update)
             logged = {name: entry.located(self.host.module) for name, entry in logged.items()}
         abridged = replace(update, displacement=_NO_VECTOR, buffers=buffers, logged=logged, memory={})
         return UpdateRecord(abridged, received, unnormalized_weight, self.ranks.rank, rms)
 
     def _aggregate(self, plan: RoundPlan, received: Received, store: VectorStore) -> Aggregation:
-        """Let the rule make a new global model of the cohort, and install it."""
+        """Let the rule compute a new global model from the cohort, and install it."""
         if not received.records or (not received.from_clients and self.options.empty_round == "skip"):
             rank_zero_warn(
                 f"No client update was received in round {plan.round}: the global model and the rule's state stay as"
@@ -418,7 +435,7 @@ class Federation:
             return Aggregation({"round_skipped": 1.0}, {})
         cohort = self._receive(plan, received, store)
         with isolated_randomness(self.host.device):
-            # For layers that draw (dropout, augmentation), where a rule trains on the server's data.
+            # Rules that train on the server's data may use layers that draw (dropout, augmentation).
             seed_randomness(seed_of(self.seed, "round", plan.round, "aggregation"), self.host.device)
             step = self.rule.step(cohort, self.rule.state, self.server)
         _check_step(step, type(self.rule).__name__, len(cohort))
@@ -430,13 +447,14 @@ class Federation:
         return Aggregation(step.metrics, weights)
 
     def _receive(self, plan: RoundPlan, received: Received, store: VectorStore) -> Cohort:
-        """Bring what the server has received into the form in which rules read it."""
+        """Make the cohort that the rule reads from the updates that the server has received."""
         learning_rates: tuple[float, ...] = ()
         if self.rule.needs_learning_rates:
             learning_rates = self.host.learning_rates(self.layout)
         vectors = store.vectors(plan.start, received.records)
         if self.transport.is_summed:
-            assert isinstance(vectors, AccumulatedVectors)  # that is what such a store gives
+            # The store of a cohort that is summed returns these.
+            assert isinstance(vectors, AccumulatedVectors)
             with self.tally.phase("channel"):
                 self.transport.superpose(vectors, received.records, round_idx=plan.round, drawn=len(plan.clients))
         updates = [record.update for record in received.records]
@@ -454,7 +472,7 @@ class Federation:
         )
 
     def _report(self, plan: RoundPlan, received: Received, aggregation: Aggregation) -> Report:
-        """Count what the round has cost, and write its report."""
+        """Count the costs of the round, and make its report."""
         updates = received.updates
         lr_scale_bytes = 0
         if self.engine.lr_scale is not None:
@@ -478,7 +496,7 @@ class Federation:
         return Report(plan.round, plan.clients, metrics, logged, aggregation.weights)
 
     def _memory_advice(self) -> str:
-        """Say what a user can do where memory has run out."""
+        """Return advice for the user when memory has run out."""
         is_summed = self.transport.is_summed
         return memory_advice(self.host.device, self.data, self.rule, self.options, is_summed=is_summed)
 
@@ -489,9 +507,9 @@ class Federation:
         return ClientEvaluation(self.host, self.data, self.ranks, self.seed).evaluate()
 
     def close(self) -> None:
-        """End a run: leave nothing on the model's device.
+        """End a run, and release the memory of the model's device.
 
-        What was learned, and what a further ``fit`` or a checkpoint asks for, goes to host memory as it is.
+        The state that a further ``fit`` or a checkpoint needs is moved to host memory in its own dtypes.
         """
         self.data.release()
         self.engine.close()
@@ -505,7 +523,7 @@ class Federation:
         return self.run_state.state_dict(self.engine)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Resume from a checkpoint.
 
         Raises:
             ValueError: If it is of another federation.
@@ -529,7 +547,7 @@ def _check_objectives(objectives: Sequence[ClientObjective], host: Host) -> None
 
 
 def _check_step(step: Any, rule: str, clients: int) -> None:
-    """Refuse an answer of a rule that is not one, or not one for this cohort."""
+    """Refuse an output of a rule that is of another type, or not for this cohort."""
     if not isinstance(step, RuleOutput):
         raise TypeError(
             f"`{rule}.step` must return a `RuleOutput(parameters, state, weights)`, got {type(step).__name__}."

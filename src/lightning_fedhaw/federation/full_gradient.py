@@ -13,11 +13,11 @@ from lightning_fedhaw.streams import seed_of
 
 
 class FullGradient:
-    """Computes gradients on all training data of a client, and leaves the module alone.
+    """The gradients on all training data of a client, computed without changing the module.
 
     Args:
         host: The trainer around the federation.
-        server: The global model, which gives the loss at any parameters.
+        server: The global model, which computes the loss at any parameters.
         data: The clients' data.
         seed: The federation's seed, for models that draw.
     """

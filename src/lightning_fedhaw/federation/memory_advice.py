@@ -1,4 +1,4 @@
-"""What a user can do where memory has run out."""
+"""Advice for runs that have run out of memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_fedhaw.vectors.memory import HOST
 def memory_advice(
     device: torch.device, data: ClientData, rule: Rule, options: FederationOptions, *, is_summed: bool
 ) -> str:
-    """Say what would need less memory, as far as it is not done yet.
+    """Name the settings that need less memory and are not in use yet.
 
     Args:
         device: The device of the model.

@@ -9,14 +9,14 @@ from lightning_fedhaw.ranks import Ranks, assign
 
 
 class Placement:
-    """Says which process trains which client.
+    """The assignment of clients to processes.
 
     Args:
         ranks: The processes.
-        is_sticky: Whether clients leave something behind on their process, so that they have to come back to it.
+        is_sticky: Whether clients keep state on their process, so that they have to return to it.
 
     Attributes:
-        process_of: The process of each client: of the round's, and with ``is_sticky`` of all that ever took part.
+        process_of: The process of each client: of those of the round, and with ``is_sticky`` of all earlier ones.
     """
 
     def __init__(self, ranks: Ranks, *, is_sticky: bool) -> None:
@@ -25,11 +25,11 @@ class Placement:
         self.process_of: dict[int, int] = {}
 
     def assign(self, clients: Sequence[int], cost: Callable[[int], float]) -> list[int]:
-        """Distribute the clients of a round: those with most to do first, each to the process with the least to do.
+        """Assign the clients of a round: the most expensive first, each to the process with the least work.
 
         Args:
             clients: The clients.
-            cost: What a client's training is estimated to cost, in any unit.
+            cost: Estimates the cost of a client's training, in any unit.
 
         Returns:
             The clients of this process, in their order.
@@ -47,18 +47,18 @@ class Placement:
         return [client for client in clients if self.process_of[client] == self.ranks.rank]
 
     def merged(self, memories: Sequence[Any]) -> Any:
-        """Merge what the processes remember: each client's entry is that of the process which trained it last.
+        """Merge the state that processes keep for clients: each client's entry is that of its process.
 
         Args:
-            memories: One memory per process: a dictionary by client or ``None``; of anything else, which all processes
-                have alike, the first is taken.
+            memories: One memory per process: a dictionary by client or ``None``. Of anything else, which is equal on
+                all processes, the first is returned.
         """
         if not all(isinstance(memory, (dict, type(None))) for memory in memories):
             return memories[0]
         clients = {client for memory in memories for client in memory or {}}
         merged = {}
         for client in sorted(clients):
-            # A client that has not been back since a checkpoint was loaded is the same everywhere.
+            # A client that has not trained since a checkpoint was loaded is the same on all processes.
             memory = memories[self.process_of.get(client, 0)] or {}
             if memory.get(client) is not None:
                 merged[client] = memory[client]

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from lightning_fedhaw.channel.base import Channel
+from lightning_fedhaw.clients.engine import EndState
 from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.cohort import ClientUpdate
 
 PHASES = ("broadcast", "local training", "channel", "aggregation", "validation")
-"""The parts of a round whose time is measured."""
+"""The phases of a round whose time is measured."""
 
 
 @dataclass
@@ -57,17 +58,17 @@ class Tally:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Tally:
-        """Make a tally of what :meth:`state_dict` gave."""
+        """Make a tally from what :meth:`state_dict` returned."""
         return cls(**{**state, "seconds": dict(state["seconds"])})
 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What is decided before any client trains.
+    """The decisions of a round before any client trains.
 
     Attributes:
         round: The round's number, from 0.
-        clients: The clients that were drawn.
+        clients: The clients that were sampled.
         start: ``[P]``, the global parameters that are broadcast.
         models: The model ``[P]`` that each client starts from; a client that received nothing and has none is absent.
         lost: The clients whose update will be lost, with the channel that loses it; they do not train.
@@ -86,20 +87,20 @@ class RoundPlan:
 
     @property
     def slots(self) -> list[int]:
-        """The clients that may have a slot in the cohort, in its order; a channel may fill that of a lost update."""
+        """The clients that may be in the cohort, in its order; a channel may substitute a lost update."""
         return [*self.trainees, *self.lost]
 
 
 @dataclass(frozen=True)
 class UpdateRecord:
-    """What every process knows of an update.
+    """The record of an update that all processes share.
 
     Attributes:
-        update: The update, without its vector and what only its client needs.
-        received: Whether the message really came from the client.
-        unnormalized_weight: Its weight before normalization, where the rule names it beforehand.
+        update: The update, without its vector and without the state that its client keeps.
+        received: Whether the update was received from the client; false for a channel's substitute.
+        unnormalized_weight: Its weight before normalization, where the rule declares it.
         rank: The process that holds its vector.
-        rms: Root mean square of what was received, where a channel acts on the sum.
+        rms: The root mean square of the received vector, where a channel acts on the sum.
     """
 
     update: ClientUpdate
@@ -111,26 +112,26 @@ class UpdateRecord:
 
 @dataclass(frozen=True)
 class LocalResults:
-    """What one process contributes to a round.
+    """The results of one process in a round.
 
     Attributes:
         records: One record per update, in the order of the process's rows.
-        excluded: A sentence for each client whose update was left out.
+        excluded: A sentence for each client whose update was excluded.
         end_state: The state of schedules and loss scale after its clients.
     """
 
     records: list[UpdateRecord]
     excluded: list[str]
-    end_state: Any
+    end_state: EndState
 
 
 @dataclass(frozen=True)
 class Received:
-    """What the server has received in a round, from all processes.
+    """The updates that the server has received in a round, from all processes.
 
     Attributes:
-        records: One record per update, in the cohort's order; slots that a channel filled are among them.
-        excluded: A sentence for each client whose update was left out.
+        records: One record per update, in the cohort's order, with the substitutes of channels.
+        excluded: A sentence for each client whose update was excluded.
     """
 
     records: Sequence[UpdateRecord]
@@ -138,18 +139,18 @@ class Received:
 
     @property
     def from_clients(self) -> list[UpdateRecord]:
-        """The records of messages that really came from their client."""
+        """The records of updates that were received from their clients, without substitutes."""
         return [record for record in self.records if record.received]
 
     @property
     def updates(self) -> list[ClientUpdate]:
-        """The updates that really came from their client."""
+        """The updates that were received from their clients, without substitutes."""
         return [record.update for record in self.from_clients]
 
 
 @dataclass(frozen=True)
 class Aggregation:
-    """What came of a round's aggregation.
+    """The result of a round's aggregation.
 
     Attributes:
         metrics: The rule's numbers for the log.
@@ -162,13 +163,13 @@ class Aggregation:
 
 @dataclass(frozen=True)
 class Report:
-    """What a round leaves behind for the log.
+    """The report of a round, for the log.
 
     Attributes:
         round: The round's number, from 0.
-        clients: The clients that were drawn.
+        clients: The clients that were sampled.
         metrics: The rule's and the round's own numbers.
-        logged: What the clients' ``training_step`` logged, merged.
+        logged: The values that the clients' ``training_step`` logged, merged.
         weights: The normalized weight of each client whose vector reached the aggregation.
     """
 

@@ -29,7 +29,7 @@ OptimizerStates = list[dict[int, dict[str, Any]]]
 """The states of a client's optimizers, each by position of the parameter."""
 
 ROUND_OPTIONS = ("clients_per_round", "local_epochs", "local_steps", "optimizer_state", "buffers")
-"""Options that may change between two parts of a run, but seldom should."""
+"""Options that may differ between a run and its checkpoint, although they seldom should."""
 
 FINGERPRINT_WORDS = {
     "rule": "the rule",
@@ -37,7 +37,7 @@ FINGERPRINT_WORDS = {
     "seed": "`seed` (or that of `seed_everything`)",
     "parameters": "the number of trainable parameters",
 }
-"""What two parts of a run must share beside the split, in words."""
+"""The entries of a fingerprint, apart from the split, in words."""
 
 
 class Stateful(Protocol):
@@ -56,7 +56,7 @@ class CallbackState:
 
     Attributes:
         callback: The channel or client objective.
-        state: What its ``state_dict`` gave, with a shallow copy of every value.
+        state: What its ``state_dict`` returned, with a shallow copy of every value.
     """
 
     callback: Stateful
@@ -65,11 +65,11 @@ class CallbackState:
 
 @dataclass(frozen=True)
 class RoundSnapshot:
-    """Everything that a round may change, as it was before.
+    """Everything that a round may change, in the state before the round.
 
     Attributes:
-        optimizer_states: The optimizer states that clients find again.
-        local_buffers: The buffers that clients find again.
+        optimizer_states: The optimizer states that clients keep.
+        local_buffers: The buffers that clients keep.
         callbacks: The states of channels and client objectives.
         rule: The state of the aggregation rule.
         parameters: ``[P]``, the global parameters.
@@ -86,11 +86,11 @@ class RoundSnapshot:
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """What clients left behind on one process.
+    """The state that clients keep on one process.
 
     Attributes:
-        optimizer_states: The optimizer states that clients find again.
-        local_buffers: The buffers that clients find again.
+        optimizer_states: The optimizer states that clients keep.
+        local_buffers: The buffers that clients keep.
         callbacks: The states of uplink channels and client objectives.
     """
 
@@ -100,14 +100,14 @@ class ProcessMemory:
 
 
 class RunState:
-    """The state of a run between rounds. What has an owner of its own stays there; this knows all of them.
+    """The state of a run between rounds, most of which is stored by its owners: this class knows all of them.
 
     Args:
         server: The global model.
         rule: The aggregation rule.
         data: The clients' data.
         options: The federation's arguments.
-        buffers: The policy for buffers, which holds those that clients find again.
+        buffers: The policy for buffers, which holds those that clients keep.
         transport: The channels.
         objectives: The client objectives.
         placement: The process of each client.
@@ -141,7 +141,8 @@ class RunState:
         self.ranks = ranks
         self.seed = seed
         self.tally = Tally()
-        # These change where their client trains; every process sends the broadcast to all clients.
+        # Their state changes on the process that trains the client. The state of downlink channels is equal on all
+        # processes, each of which computes the broadcast to all clients.
         self.spread_callbacks: list[Stateful] = [*transport.uplink, *objectives]
         self.callbacks: list[Stateful] = [*transport.uplink, *transport.downlink, *objectives]
 
@@ -160,7 +161,7 @@ class RunState:
             state = {name: copy.copy(value) for name, value in callback.state_dict().items()}
             callbacks.append(CallbackState(callback, state))
         return RoundSnapshot(
-            optimizer_states=dict(engine.kept),
+            optimizer_states=dict(engine.optimizer_states),
             local_buffers=dict(self.buffers.local),
             callbacks=callbacks,
             rule=self.rule.state,
@@ -175,7 +176,7 @@ class RunState:
             engine: The engine of the round.
             snapshot: The state from before the round.
         """
-        engine.kept = snapshot.optimizer_states
+        engine.optimizer_states = snapshot.optimizer_states
         self.buffers.local = snapshot.local_buffers
         for saved in snapshot.callbacks:
             saved.callback.load_state_dict(saved.state)
@@ -190,7 +191,7 @@ class RunState:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What two runs must share for one to go on from the other's checkpoint."""
+        """The properties in which a run must agree with the checkpoint that it resumes from."""
         return {
             "rule": self.rule.resume_key,
             "num_clients": self.data.num_clients,
@@ -206,7 +207,7 @@ class RunState:
         return {**options, "batch_size": self.data.settings.batch_size}
 
     def check_agreement(self) -> None:
-        """Refuse to go on where processes were given different data or another split.
+        """Refuse to continue where processes have different data or another split.
 
         Raises:
             ValueError: Naming the processes that differ.
@@ -218,8 +219,8 @@ class RunState:
         if different:
             raise ValueError(
                 f"Processes {different} of {self.ranks.size} were given other training data, another split or another"
-                " seed than process 0, and every process must know the whole federation. Seed whatever makes the data"
-                " (`seed_everything`) before it is made."
+                " seed than process 0, and every process must know the whole federation. Call `seed_everything` before"
+                " the data is made."
             )
 
     def state_dict(self, engine: Engine) -> dict[str, Any]:
@@ -233,7 +234,7 @@ class RunState:
             "fingerprint": self.fingerprint,
             "scheme": self.data.partition.scheme,
             "round_options": self.round_options,
-            "optimizers": dict(engine.kept),
+            "optimizers": dict(engine.optimizer_states),
             "buffers": dict(self.buffers.local),
             "tally": self.tally.state_dict(),
         }
@@ -242,10 +243,10 @@ class RunState:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], engine: Engine) -> None:
-        """Go on from a checkpoint.
+        """Resume from a checkpoint.
 
         Args:
-            state: What :meth:`state_dict` gave.
+            state: What :meth:`state_dict` returned.
             engine: The engine, which holds the clients' optimizer states.
 
         Raises:
@@ -253,14 +254,14 @@ class RunState:
         """
         self._check_fingerprint(state["fingerprint"], state["scheme"])
         self._warn_of_changes(state["round_options"])
-        engine.kept = dict(state["optimizers"])
+        engine.optimizer_states = dict(state["optimizers"])
         self.buffers.load(state["buffers"])
         self.tally = Tally.from_state(state["tally"])
         if "parameters" in state:
             self.server.install(state["parameters"].to(self.server.parameters()))
 
     def _check_fingerprint(self, saved: Mapping[str, Any], scheme: str) -> None:
-        """Refuse to go on from a checkpoint of another federation.
+        """Refuse to resume from a checkpoint of another federation.
 
         Args:
             saved: Its fingerprint.
@@ -281,34 +282,39 @@ class RunState:
                 )
         if changes:
             raise ValueError(
-                f"The checkpoint (or earlier `fit`) to go on from is of another federation: {'; '.join(changes)}."
-                " Resume with the arguments of that run, or start anew from its weights with `load_from_checkpoint`."
+                f"The checkpoint (or earlier `fit`) to resume from is of another federation: {'; '.join(changes)}."
+                " Resume with the arguments of that run, or start a new run from its weights with"
+                " `load_from_checkpoint`."
             )
 
     def _warn_of_changes(self, saved: Mapping[str, Any]) -> None:
+        """Warn of options that differ from those of the checkpoint."""
         current = self.round_options
         changes = []
         for name, value in saved.items():
             if value != current[name]:
                 changes.append(f"`{name}` from {value} to {current[name]}")
         if changes:
-            rank_zero_warn(f"Going on with another way to play a round than before: {', '.join(changes)}.")
+            rank_zero_warn(f"The run is resumed with other settings of a round: {', '.join(changes)}.")
 
     def _collect(self, engine: Engine) -> None:
-        """Bring what clients left behind on other processes to process 0, which writes checkpoints."""
+        """Gather the state that clients keep on other processes on process 0, which writes checkpoints."""
         if self.ranks.size == 1 or not self.placement.is_sticky:
             return
         states = [move_data_to_device(callback.state_dict(), HOST) for callback in self.spread_callbacks]
-        memories = self.ranks.gather_to_first(ProcessMemory(engine.kept, self.buffers.local, states))
+        memories = self.ranks.gather_to_first(ProcessMemory(engine.optimizer_states, self.buffers.local, states))
         if not memories:
             return
         merged = self.placement.merged
-        engine.kept = merged([memory.optimizer_states for memory in memories])
+        engine.optimizer_states = merged([memory.optimizer_states for memory in memories])
         self.buffers.local = merged([memory.local_buffers for memory in memories])
         for position, callback in enumerate(self.spread_callbacks):
             states = [memory.callbacks[position] for memory in memories]
-            names = {name for state in states for name in state}
-            callback.load_state_dict({name: merged([state.get(name) for state in states]) for name in sorted(names)})
+            names = sorted(set().union(*states))
+            merged_state = {}
+            for name in names:
+                merged_state[name] = merged([state.get(name) for state in states])
+            callback.load_state_dict(merged_state)
 
 
 def metrics_of(module: nn.Module) -> list[Metric]:

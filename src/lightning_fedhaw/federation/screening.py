@@ -1,4 +1,4 @@
-"""Updates that hold NaN or infinity: found before they reach the aggregation, and left out or refused."""
+"""The screening of updates for NaN and infinity, which are excluded from the aggregation or end the run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lightning_fedhaw.server import Server, all_finite
 
 
 class Screening:
-    """Looks at every update, and at what a round has received in all.
+    """The screening of every update, and of all that a round has received.
 
     Args:
         policy: The argument ``on_nonfinite``.
         server: The global model.
-        buffers: The policy for buffers, which says whether those of an update count.
-        rule: The aggregation rule, which may know why training diverges.
-        uplink: The channels between clients and server, which may have spoiled what was sent.
+        buffers: The policy for buffers, which says whether those of an update are sent.
+        rule: The aggregation rule, which may have a hint when training diverges.
+        uplink: The channels from clients to server, which may have made an update non-finite.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Screening:
         self.uplink = uplink
 
     def nonfinite_reason(self, round_idx: int, update: ClientUpdate, circumstance: str = "") -> str | None:
-        """Say why an update has to be left out.
+        """Say why an update has to be excluded.
 
         Args:
             round_idx: The round's number.
             update: The update.
-            circumstance: What to add to the sentence.
+            circumstance: An addition to the sentence.
 
         Returns:
             A sentence; ``None`` if the update is finite.
@@ -56,10 +56,10 @@ class Screening:
         Raises:
             FloatingPointError: If the update is not finite and ``on_nonfinite="raise"``.
         """
-        part = self._nonfinite_part(update)
-        if part is None:
+        content = self._nonfinite_content(update)
+        if content is None:
             return None
-        sentence = f"Client {update.client} returned non-finite {part} in round {round_idx}{circumstance}"
+        sentence = f"Client {update.client} returned non-finite {content} in round {round_idx}{circumstance}"
         if self.policy == "raise":
             raise FloatingPointError(
                 f'{sentence}, and `on_nonfinite="raise"` ends the run. Lower the local learning rate, clip gradients,'
@@ -68,19 +68,19 @@ class Screening:
         return sentence
 
     def check_round(self, plan: RoundPlan, received: Received) -> None:
-        """Warn of excluded updates, and refuse to go on where training has diverged.
+        """Warn of excluded updates, and end the run where training has diverged.
 
         Args:
-            plan: Who was to train.
-            received: What came of it.
+            plan: The clients of the round.
+            received: The updates that were received.
 
         Raises:
-            FloatingPointError: If nothing was received because every update was left out.
+            FloatingPointError: If nothing was received because every update was excluded.
         """
         for sentence in received.excluded:
             rank_zero_warn(f"{sentence} and was left out of the aggregation.")
         updates = received.updates
-        # Where most of the cohort is lost, the few that are left may be the few that always fail.
+        # If channels lost most of the cohort, the few clients that trained may be the few that always fail.
         if not updates and len(plan.trainees) > len(plan.clients) / 2:
             raise FloatingPointError(
                 f"Every client of round {plan.round} returned non-finite values, so training has diverged"
@@ -98,11 +98,11 @@ class Screening:
             return ""
         return f" Or {' and '.join(names)} spoiled what they sent; then make it gentler."
 
-    def _nonfinite_part(self, update: ClientUpdate) -> str | None:
-        """Name the part of an update that is not finite."""
+    def _nonfinite_content(self, update: ClientUpdate) -> str | None:
+        """Name the content of an update that is not finite; ``None`` if all is finite."""
         buffers = self.buffers.sent(update)
         states = [value for state in update.memory["objectives"] for value in state.values()]
-        # The usual answer, with one wait for the device.
+        # Almost always all is finite, which this finds out with one wait for the device.
         if _sums_are_finite([update.displacement, *buffers.values(), *states]):
             return None
         spoiled = [name for name, buffer in buffers.items() if self._is_spoiled(name, buffer)]
@@ -115,19 +115,19 @@ class Screening:
         return None
 
     def _is_spoiled(self, name: str, buffer: Tensor) -> bool:
-        """Whether training put NaN or infinity into a buffer; an attention mask has always had them."""
+        """Return whether training put NaN or infinity into a buffer; an attention mask has them from the start."""
         if not (buffer.is_floating_point() or buffer.is_complex()) or all_finite(buffer):
             return False
         return bool((~torch.isfinite(buffer) & (buffer != self.server.buffers[name])).any())
 
 
 def changes_messages(channel: Channel) -> bool:
-    """Whether a channel may change the messages that it delivers."""
+    """Return whether a channel may change the messages that it delivers."""
     return type(channel).transmit is not Channel.transmit
 
 
 def _sums_are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether every tensor adds up to a finite number, which proves it finite; complex ones are not added up."""
+    """Return whether every tensor adds up to a finite number, which proves it finite; false for complex tensors."""
     if any(tensor.is_complex() for tensor in tensors):
         return False
     sums = [tensor.sum().to(tensors[0]) for tensor in tensors]

@@ -19,12 +19,12 @@ from lightning_fedhaw.vectors.layout import ParameterLayout
 
 
 class SharedStates:
-    """Sends the means of clients' states down beside the model, and gathers their changes beside the updates.
+    """The exchange of states: their means are sent with the model, and their changes are received with the updates.
 
-    The means themselves are the objectives' own state.
+    The means themselves are stored by the objectives.
 
     Args:
-        objectives: All client objectives of the run, of which those that share a state are picked.
+        objectives: All client objectives of the run, from which those that share a state are selected.
         layout: Where each trainable parameter lives in the flat vector.
         num_clients: N.
         rule: The aggregation rule, for error messages.
@@ -51,16 +51,16 @@ class SharedStates:
 
     @property
     def message_bytes(self) -> int:
-        """Bytes of shared states beside a model, on either link: each is as large as the model."""
+        """Bytes of shared states in addition to a model, on either link: each is as large as the model."""
         return len(self.sharing) * self.layout.message_bytes
 
     @property
     def contents(self) -> list[str]:
-        """What leaves the clients, in words."""
+        """The kinds of data that clients send, in words."""
         return [type(objective).__name__ for objective in self.sharing]
 
     def record_broadcast(self, clients: Set[int]) -> None:
-        """Let clients keep the means that came with the model they received."""
+        """Let clients keep the means that they received with the model."""
         for objective in self.sharing:
             objective.record_broadcast(clients)
 
@@ -74,10 +74,10 @@ class SharedStates:
         return [make_sum(self.rule, self.options, start, capacity, self.ranks) for _ in self.sharing]
 
     def collect(self, update: ClientUpdate, stores: Sequence[VectorStore]) -> None:
-        """Store what a client sends beside its update: by how much its states have changed."""
+        """Store the changes of a client's states, which it sends with its update."""
         states = dict(zip(self.objectives, update.memory["objectives"], strict=True))
         for objective, store in zip(self.sharing, stores, strict=True):
-            # Parameters that the objective leaves out have not changed.
+            # States of parameters that the objective leaves out have not changed.
             vector = torch.zeros_like(update.displacement)
             views = self.layout.views(vector)
             for name, value in objective.change(update.client, states[objective]).items():
@@ -85,17 +85,17 @@ class SharedStates:
             store.commit(replace(update, displacement=vector), 1.0)
 
     def aggregate(self, start: Tensor, stores: Sequence[VectorStore], records: Sequence[UpdateRecord]) -> None:
-        """Move the means of all N clients' states by the changes that were received.
+        """Add the changes that were received to the means of all N clients' states.
 
         Args:
             start: ``[P]``, the model that was broadcast.
             stores: The stores of the changes.
-            records: The updates that really came from their clients.
+            records: The updates that were received from their clients.
         """
         if not records:
             return
         unweighted = [replace(record, unnormalized_weight=1.0) for record in records]
-        # The states of clients that sent nothing are as they were, so a change counts as one of N.
+        # The states of clients that sent nothing are unchanged, so each change has the weight 1/N.
         weights = torch.full((len(records),), 1 / self.num_clients, dtype=torch.float64)
         for objective, store in zip(self.sharing, stores, strict=True):
             change = store.vectors(start, unweighted).displacements.weighted_sum(weights)

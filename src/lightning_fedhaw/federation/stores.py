@@ -1,4 +1,4 @@
-"""The places where a cohort's vectors are kept until they are aggregated: as rows, or as a running sum."""
+"""The stores of a cohort's vectors until they are aggregated: as rows, or as a running sum."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from lightning_fedhaw.vectors.memory import HOST, empty
 
 
 class VectorStore(ABC):
-    """Collects the displacements of a round, as far as this process trained their clients.
+    """A store of the displacements of a round, of the clients that this process trains.
 
     Args:
         start: ``[P]``, the model that was broadcast.
-        scratch_size: Numbers of the place that :meth:`slot` gives; 0 where a store has places of its own.
+        scratch_size: The size of the memory that :meth:`slot` returns; 0 for a store that returns its own rows.
     """
 
     def __init__(self, start: Tensor, scratch_size: int) -> None:
         self.scratch = empty(scratch_size, dtype=start.dtype, device=start.device)
 
     def slot(self) -> Tensor:
-        """Return the place ``[P]``, on the model's device, where the next displacement may be written."""
+        """Return memory ``[P]`` on the model's device, to which the next displacement may be written."""
         return self.scratch
 
     @abstractmethod
     def commit(self, update: ClientUpdate, weight: float) -> None:
-        """Keep an update, whether its displacement stands in the slot or elsewhere.
+        """Store an update, whose displacement is in the slot or elsewhere.
 
         Args:
             update: The update.
-            weight: Its raw weight, for stores that sum.
+            weight: Its unnormalized weight, for stores that sum.
         """
 
     @abstractmethod
     def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> ClientVectors | AccumulatedVectors:
-        """Return the vectors of the whole cohort. Every process has to ask.
+        """Return the vectors of the whole cohort. Every process has to call it.
 
         Args:
             start: ``[P]``, the model that was broadcast.
@@ -56,19 +56,19 @@ class VectorStore(ABC):
 
 
 class RowStore(VectorStore):
-    """Keeps one row per client, on the model's device or in host memory.
+    """A store with one row per client, on the model's device or in host memory.
 
     Args:
         start: ``[P]``, the model that was broadcast.
         capacity: Updates of this process at most.
-        options: The federation's arguments: where rows are kept, in which dtype, and how processes add them up.
+        options: The federation's arguments: the device and dtype of the rows, and how processes add them up.
         ranks: The processes.
     """
 
     def __init__(self, start: Tensor, capacity: int, options: FederationOptions, ranks: Ranks) -> None:
         device = HOST if options.storage == "host" else start.device
         dtype = options.storage_dtype or start.dtype
-        # An engine may write straight into the matrix if a row is what it would write.
+        # An engine may write directly into the matrix if its rows have the engine's device and dtype.
         self.in_place = device == start.device and dtype == start.dtype
         self.matrix = empty(capacity, start.numel(), dtype=dtype, device=device)
         self.ranks = ranks
@@ -77,13 +77,13 @@ class RowStore(VectorStore):
         super().__init__(start, scratch_size=0 if self.in_place else start.numel())
 
     def slot(self) -> Tensor:
-        """Return the next row, or a place from which it is copied there."""
+        """Return the next row, or memory from which it is copied there."""
         if self.in_place:
             return self.matrix[self.count]
         return self.scratch
 
     def commit(self, update: ClientUpdate, weight: float) -> None:
-        """Keep an update's displacement as the next row.
+        """Store an update's displacement as the next row.
 
         Raises:
             FloatingPointError: If it does not fit into ``storage_dtype``.
@@ -100,8 +100,8 @@ class RowStore(VectorStore):
 
     def rows(self, start: Tensor, records: Sequence[UpdateRecord]) -> ClientVectors:
         """Return the rows of all processes as one set of vectors."""
-        # A rule may keep these, together with the unused rows of clients that were lost: a copy without them would be
-        # one more matrix for a while.
+        # A view, although a rule that keeps it also keeps the unused rows of lost clients: a copy without them would
+        # need the memory of a second matrix.
         own_rows = self.matrix[: self.count]
         if self.ranks.size == 1:
             return ClientVectors(own_rows, start)
@@ -114,7 +114,7 @@ class RowStore(VectorStore):
 
 
 class RunningSum(VectorStore):
-    """Adds displacements up as they come, for rules that know a client's weight beforehand.
+    """A running sum of displacements, for rules that know a client's weight before the cohort is complete.
 
     Args:
         start: ``[P]``, the model that was broadcast.
@@ -139,7 +139,7 @@ class RunningSum(VectorStore):
 
 
 class OrderedSum(RowStore):
-    """Forms the same sum with the bits of one process, at the price of keeping the rows until all are there.
+    """The same sum, bit-identical to that of one process; for this, all rows are stored until the last is there.
 
     Args:
         start: ``[P]``, the model that was broadcast.
@@ -165,8 +165,8 @@ class RoundStores:
     """The stores of a round on one process.
 
     Attributes:
-        displacements: What clients' updates are kept in.
-        shared: What the changes of shared states are kept in, one store per state.
+        displacements: The store of the clients' updates.
+        shared: The stores of the changes of shared states, one per state.
     """
 
     displacements: VectorStore
@@ -174,7 +174,7 @@ class RoundStores:
 
 
 def unnormalized_weights(records: Sequence[UpdateRecord]) -> Tensor:
-    """Return the raw weight of each update, ``[K]`` float64."""
+    """Return the unnormalized weight of each update, ``[K]`` float64."""
     return torch.tensor([record.unnormalized_weight for record in records], dtype=torch.float64)
 
 
@@ -189,7 +189,7 @@ def make_store(
         start: ``[P]``, the model that is broadcast.
         capacity: Updates of this process at most.
         ranks: The processes.
-        summed: Whether a channel acts on the sum, so that nobody may see single updates, whatever ``storage=`` says.
+        summed: Whether a channel acts on the sum, so that single updates must not be stored, whatever ``storage=`` is.
     """
     is_summable = rule.unnormalized_weight is not None
     if is_summable and (summed or options.storage == "auto"):

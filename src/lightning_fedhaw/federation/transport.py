@@ -1,4 +1,4 @@
-"""The messages between server and clients: sent through the channels of both links, and counted."""
+"""The messages between server and clients: sent through the channels of both links, with their bytes counted."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from lightning_fedhaw.vectors.layout import ParameterLayout
 
 
 class SidePayload(Protocol):
-    """What travels beside the models: buffers, and the states that client objectives share."""
+    """Data that is sent in addition to the models: buffers, and the states that client objectives share."""
 
     @property
     def message_bytes(self) -> int:
-        """Bytes beside one model, on either link."""
+        """Bytes in addition to one model, on either link."""
 
     @property
     def contents(self) -> list[str]:
-        """What leaves the clients, in words; empty if nothing does."""
+        """The kinds of data that clients send, in words; empty if there is none."""
 
 
 @dataclass(frozen=True)
 class Broadcast:
-    """What a round's broadcast brought to the clients.
+    """The result of a round's broadcast.
 
     Attributes:
         models: The model ``[P]`` that each client starts from; a client that received nothing and has none is absent.
@@ -44,12 +44,12 @@ class Broadcast:
 
 
 class Transport:
-    """Sends messages through the channels of their link, in list order.
+    """The transport of messages through the channels of their link, in list order.
 
     Args:
         channels: The channels of both links.
         layout: Where each trainable parameter lives in a message.
-        payloads: What travels beside the models.
+        payloads: The data that is sent in addition to the models.
         seed: The federation's seed, from which channels draw.
     """
 
@@ -72,13 +72,13 @@ class Transport:
         drawn_uniformly: int | None,
         clients_remember: bool,
     ) -> None:
-        """Tell the channels of the federation around them, and find out what they make of a message's size.
+        """Describe the federation to the channels, and compute the size of a message that each link encodes.
 
         Args:
             num_examples: ``[N]`` int64, training examples of every client.
             rule: The aggregation rule.
             drawn_uniformly: See :class:`~lightning_fedhaw.channel.base.ChannelContext`.
-            clients_remember: Whether what clients send depends on earlier rounds, apart from the downlink's channels.
+            clients_remember: Whether messages of clients depend on earlier rounds, apart from the downlink's channels.
         """
         remember = clients_remember or any(channel.remembers for channel in self.downlink)
         contents = [content for payload in self.payloads for content in payload.contents]
@@ -104,11 +104,11 @@ class Transport:
     # ------------------------------------------------------------------ bytes
 
     def message_bytes(self, link: Link) -> int:
-        """Count the bytes of one message as the channels of its link pack it, with what travels beside it."""
+        """Count the bytes of one message as the channels of its link encode it, side payloads included."""
         return self._sizes[link].bytes + sum(payload.message_bytes for payload in self.payloads)
 
     def sent_bytes(self, link: Link, round_idx: int, clients: Sequence[int]) -> int:
-        """Count the bytes of a round's messages on a link, what was sent more than once included."""
+        """Count the bytes of a round's messages on a link, retransmissions included."""
         channels = self.uplink if link == "uplink" else self.downlink
         retransmitted_bytes = 0
         for channel in channels:
@@ -133,7 +133,7 @@ class Transport:
 
         Args:
             round_idx: The round's number.
-            clients: The clients that were drawn.
+            clients: The clients that were sampled.
             start: ``[P]``, the global parameters.
         """
         sent = self.layout.rounded(start)
@@ -154,14 +154,14 @@ class Transport:
                     models[client] = last_model.to(start)
         received = {}
         for client, model in models.items():
-            # What most clients share is rounded already.
+            # The model that most clients share is rounded already.
             received[client] = model if model is sent else self.layout.rounded(model)
         return Broadcast(received, up_to_date)
 
     # ------------------------------------------------------------------ up
 
     def uplink_outages(self, round_idx: int, clients: Sequence[int]) -> dict[int, Channel]:
-        """Draw whose update will be lost, before anybody trains.
+        """Draw which updates will be lost, before any client trains.
 
         Returns:
             The clients, with the first channel that loses their update.
@@ -174,7 +174,7 @@ class Transport:
         return lost
 
     def transmit(self, round_idx: int, update: ClientUpdate) -> bool:
-        """Send an update's displacement up; what arrives takes its place.
+        """Send an update's displacement up, and replace it by the received one.
 
         Returns:
             Whether a channel has changed it.
@@ -188,7 +188,7 @@ class Transport:
         return is_changed
 
     def remember(self, update: ClientUpdate, start: Tensor) -> None:
-        """Let the channels keep an update that was received, if they will want it again.
+        """Let the channels keep an update that was received, for later rounds.
 
         Args:
             update: The update.
@@ -198,7 +198,7 @@ class Transport:
             channel.remember(update.client, start, update.displacement, update.num_steps)
 
     def rms(self, update: ClientUpdate) -> float:
-        """Measure the root mean square of an update, if a channel that acts on the sum will ask for it."""
+        """Compute the root mean square of an update, if a channel acts on the sum and may need it."""
         if not self.sum_channels:
             return 0.0
         return rms(update.displacement)
@@ -206,13 +206,13 @@ class Transport:
     def superpose(
         self, vectors: AccumulatedVectors, records: Sequence[UpdateRecord], *, round_idx: int, drawn: int
     ) -> None:
-        """Send the sum of a cohort through the channels that act on it; what arrives takes its place.
+        """Send the sum of a cohort through the channels that act on it, and replace it by the received one.
 
         Args:
             vectors: The cohort's sum.
             records: The updates in it.
             round_idx: The round's number.
-            drawn: The number of clients that were drawn for the round.
+            drawn: The number of clients that were sampled for the round.
         """
         arrivals = Arrivals(
             round=round_idx,
@@ -228,7 +228,7 @@ class Transport:
     # ------------------------------------------------------------------ one channel
 
     def _outage(self, channel: Channel, round_idx: int, clients: Sequence[int]) -> list[bool]:
-        """Ask a channel whose message is lost."""
+        """Draw for each client whether a channel loses its message."""
         if not clients:
             return []
         lost = torch.as_tensor(channel.outage(round_idx, list(clients), self.seed), dtype=torch.bool)

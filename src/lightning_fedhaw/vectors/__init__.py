@@ -1,4 +1,4 @@
-"""Parameter vectors: the flat view of a model, and where the vectors of a cohort are kept."""
+"""Parameter vectors: the flat view of a model, and the stores of a cohort's vectors."""
 
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
 from lightning_fedhaw.vectors.base import CohortVectors

@@ -1,4 +1,4 @@
-"""A cohort's vectors that were summed as they came, and not kept."""
+"""A cohort's vectors that were added to a running sum when they were received, and not kept."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning_fedhaw.vectors.base import CohortVectors, check_length
 class AccumulatedVectors(CohortVectors):
     """The weighted sum of vectors that were never kept, for rules that name each client's weight beforehand.
 
-    Memory is one vector, whatever the number of clients. Only the mix for the accumulated weights exists; any other
-    verb needs the vectors, and raises a ``RuntimeError`` that says so.
+    The memory is that of one vector for any number of clients. Only the weighted sum with the accumulated weights
+    exists; every other operation needs the vectors, and raises a ``RuntimeError`` that says so.
 
     Args:
-        total: ``[P]``, the sum of raw weight times displacement.
-        unnormalized_weights: ``[K]``, the raw weight of each client that was added.
-        start: ``[P]``, what the displacements are measured from. ``None`` stands for zero.
+        total: ``[P]``, the sum of unnormalized weight times displacement.
+        unnormalized_weights: ``[K]``, the unnormalized weight of each client that was added.
+        start: ``[P]``, the model that the displacements are measured from. ``None`` stands for zero.
         rule: Name of the rule, for error messages.
     """
 
@@ -34,7 +34,7 @@ class AccumulatedVectors(CohortVectors):
 
     @property
     def weights(self) -> Tensor:
-        """``[K]`` float64: the raw weights, normalized to sum to one."""
+        """The weights, normalized to sum to one, ``[K]`` float64."""
         return self.unnormalized_weights / self.unnormalized_weights.sum()
 
     @property
@@ -43,18 +43,18 @@ class AccumulatedVectors(CohortVectors):
         return AccumulatedVectors(self.total, self.unnormalized_weights, None, self.rule)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Mix the clients by the one set of weights that was accumulated (up to a common factor), ``[P]``.
+        """Compute the weighted sum with the weights that were accumulated (up to a common factor), ``[P]``.
 
         Raises:
-            RuntimeError: If other weights are asked for, or weights that gradients should flow back to.
+            RuntimeError: If the weights are others, or require gradients.
         """
         check_length("weights", weights, len(self))
         if weights.requires_grad and torch.is_grad_enabled():
-            # The derivative is `inner`. Without this, the mix would come out detached, and nothing be learned from it.
+            # The derivative is `inner`, which needs the vectors. A detached sum would silently teach the rule nothing.
             raise self._not_kept("the derivative of a weighted sum")
-        asked = weights.detach().double()
-        scale = asked.sum() / self.unnormalized_weights.sum()
-        if not torch.allclose(asked, self.unnormalized_weights * scale, rtol=1e-9, atol=0.0):
+        requested = weights.detach().double()
+        scale = requested.sum() / self.unnormalized_weights.sum()
+        if not torch.allclose(requested, self.unnormalized_weights * scale, rtol=1e-9, atol=0.0):
             raise self._not_kept("a weighted sum with weights other than its `unnormalized_weight`")
         mixed = self.total * scale.item()
         if self.start is None:
@@ -62,41 +62,41 @@ class AccumulatedVectors(CohortVectors):
         return mixed.add_(self.start, alpha=weights.sum().item())
 
     def to(self, device: torch.device) -> AccumulatedVectors:
-        """Raise: there are no vectors to keep."""
+        """Raise an error: there are no vectors to keep."""
         raise self._not_kept("`to`")
 
     def inner(self, vector: Tensor) -> Tensor:
-        """Raise: it takes the vectors."""
+        """Raise an error: this needs the vectors."""
         raise self._not_kept("`inner`")
 
     def gram(self) -> Tensor:
-        """Raise: it takes the vectors."""
+        """Raise an error: this needs the vectors."""
         raise self._not_kept("`gram`")
 
     def norms(self, groups: Mapping[str, Sequence[slice]] | None = None) -> Tensor:
-        """Raise: it takes the vectors."""
+        """Raise an error: this needs the vectors."""
         raise self._not_kept("`norms`")
 
     def distances(self, center: Tensor | None, groups: Mapping[str, Sequence[slice]] | None = None) -> Tensor:
-        """Raise: it takes the vectors."""
+        """Raise an error: this needs the vectors."""
         raise self._not_kept("`distances`")
 
     def gather(self) -> Tensor:
-        """Raise: it takes the vectors."""
+        """Raise an error: this needs the vectors."""
         raise self._not_kept("`gather`")
 
     def map_columns(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Raise: it takes the vectors."""
+        """Raise an error: this needs the vectors."""
         raise self._not_kept("`map_columns`")
 
     @property
     def matrix(self) -> Tensor:
-        """Raise: it is no verb, but a rule that was tried with vectors that are kept may read their rows."""
+        """Raise an error. This is no operation of a cohort, but rules tried with kept vectors may read their rows."""
         raise self._not_kept("`matrix`")
 
-    def _not_kept(self, what: str) -> RuntimeError:
+    def _not_kept(self, operation: str) -> RuntimeError:
         return RuntimeError(
             f"`{self.rule}` declares `unnormalized_weight`, so the clients' vectors were summed as they came and not"
-            f" kept, but it then asked for {what}. Remove `unnormalized_weight` from the rule, or set"
+            f" kept, but it then asked for {operation}. Remove `unnormalized_weight` from the rule, or set"
             ' `storage="device"`.'
         )

@@ -1,4 +1,4 @@
-"""What a rule may ask of a cohort's vectors, however they are kept.
+"""The operations of a rule on a cohort's vectors, wherever they are stored.
 
 Shapes: K clients are in the cohort, P trainable parameters.
 """
@@ -13,15 +13,15 @@ from torch import Tensor
 
 
 class CohortVectors(ABC):
-    """The K parameter vectors of a cohort, used through a few linear verbs.
+    """The K parameter vectors of a cohort, used through a few linear operations.
 
-    A rule that uses the verbs alone does not know whether the vectors stand in one matrix, on the device or in host
-    memory (:class:`~lightning_fedhaw.extending.ClientVectors`), are spread over processes, or were summed as they came
-    and never kept. Of a sum, only :meth:`weighted_sum` is left; the other verbs raise an error that says how to keep
-    the vectors.
+    A rule that uses these operations only works the same for vectors in one matrix, on the device or in host memory
+    (:class:`~lightning_fedhaw.extending.ClientVectors`), for vectors that are spread over processes, and for vectors
+    that were added to a running sum and not kept. Of a sum, only :meth:`weighted_sum` can be computed; the other
+    operations raise an error that says how to keep the vectors.
 
     Attributes:
-        start: ``[P]``, what the vectors are displaced from. ``None`` stands for zero.
+        start: ``[P]``, the model that displacements are measured from. ``None`` stands for zero.
     """
 
     start: Tensor | None
@@ -41,7 +41,7 @@ class CohortVectors(ABC):
 
     @abstractmethod
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Mix the clients: ``sum_k weights[k] * vector_k``.
+        """Compute ``sum_k weights[k] * vector_k``.
 
         Args:
             weights: ``[K]``.
@@ -52,7 +52,7 @@ class CohortVectors(ABC):
 
     @abstractmethod
     def inner(self, vector: Tensor) -> Tensor:
-        """Pull a server vector back onto the clients: ``<vector, vector_k>`` for every client.
+        """Compute ``<vector, vector_k>`` for every client: the transpose of :meth:`weighted_sum`.
 
         Args:
             vector: ``[P]``.
@@ -70,7 +70,7 @@ class CohortVectors(ABC):
         """Compute the Euclidean norms of the vectors, ``[K]`` float64 on the CPU.
 
         Args:
-            groups: Slices of the flat vector by name, as ``ParameterLayout.groups`` gives them: a norm of each.
+            groups: Slices of the flat vector by name, as ``ParameterLayout.groups`` returns them, for the norm of each.
 
         Returns:
             ``[K]``; with groups, ``[groups, K]``.
@@ -94,7 +94,7 @@ class CohortVectors(ABC):
 
     @abstractmethod
     def map_columns(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Make one number of every parameter from all clients' values of it.
+        """Compute one number for every parameter from all clients' values of it, such as their median.
 
         Args:
             function: ``[K, columns] -> [columns]``, for any number of columns at a time. Its argument may be changed.
@@ -108,7 +108,7 @@ def check_length(name: str, tensor: Tensor, length: int) -> None:
     """Refuse a tensor that is not a vector of this length.
 
     Raises:
-        ValueError: Naming the argument, the shape that is allowed, and the one that came.
+        ValueError: Naming the argument, the allowed shape, and the actual one.
     """
     if tensor.shape != (length,):
         raise ValueError(f"`{name}` must have the shape [{length}], got {list(tensor.shape)}.")

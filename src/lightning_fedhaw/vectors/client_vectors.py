@@ -1,4 +1,4 @@
-"""The parameter vectors of a cohort, kept as a matrix.
+"""The parameter vectors of a cohort, stored as a matrix.
 
 Shapes: K clients are in the cohort, P trainable parameters.
 """
@@ -25,17 +25,17 @@ from lightning_fedhaw.vectors.kernels import (
 from lightning_fedhaw.vectors.memory import empty
 
 STATE_TYPE = "ClientVectors"
-"""By what a checkpoint's reader tells vectors from other dictionaries."""
+"""The entry by which vectors are recognized among the dictionaries of a checkpoint."""
 
 
 class ClientVectors(CohortVectors):
-    """K parameter vectors, used through a few linear verbs.
+    """K parameter vectors, used through a few linear operations.
 
-    The vectors are kept as displacements from a common start, because client models are nearly equal and the
-    information is in the difference. As a matrix, row k is ``start + matrix[k]``.
+    The vectors are stored as displacements from a common start, because client models are nearly equal and the
+    information is in the difference. Vector k is ``start + matrix[k]``.
 
-    Work is done where the matrix is, in the pieces of that device (:func:`pieces_for`). A verb whose answer is on the
-    CPU moves it there once, at the end.
+    Operations are computed on the device of the matrix, in pieces that suit it (:func:`pieces_for`). Results on the
+    CPU are moved there once, at the end.
 
     ``weighted_sum`` and ``inner`` are differentiable, and each is the other's transpose. On the CPU and with an equal
     number of threads, an element of ``weighted_sum`` depends to the last bit on its own column alone, and a number of
@@ -43,7 +43,7 @@ class ClientVectors(CohortVectors):
 
     Args:
         matrix: ``[K, P]`` displacements; on any device, in any floating dtype.
-        start: ``[P]``, what the rows are displaced from. ``None`` stands for zero.
+        start: ``[P]``, the model that displacements are measured from. ``None`` stands for zero.
 
     Example:
         >>> vectors = ClientVectors(torch.tensor([[0.0, 1.0], [2.0, 0.0]]), start=torch.tensor([1.0, 1.0]))
@@ -64,7 +64,7 @@ class ClientVectors(CohortVectors):
 
     @property
     def displacements(self) -> ClientVectors:
-        """The same rows measured from the start: ``matrix`` alone."""
+        """The same vectors measured from the start: the matrix without the start."""
         if self.start is None:
             return self
         return self._like(self.matrix, None)
@@ -73,33 +73,35 @@ class ClientVectors(CohortVectors):
         return ClientVectors(matrix, start)
 
     def to(self, device: torch.device) -> ClientVectors:
-        """Move the vectors to a device; they stay themselves if they are there already."""
+        """Move the vectors to a device; return this object if they are there already."""
         matrix = self.matrix.to(device)
-        start = None if self.start is None else self.start.to(device)
+        start = self.start
+        if start is not None:
+            start = start.to(device)
         if matrix is self.matrix and start is self.start:
             return self
         return self._like(matrix, start)
 
     def state_dict(self) -> dict[str, Any]:
-        """Take the vectors apart into plain tensors, for a checkpoint; :meth:`from_state` puts them together again."""
+        """Return the vectors as plain tensors, for a checkpoint; :meth:`from_state` reads them."""
         matrix = self.matrix
-        # A file holds a view's whole storage, rows of nobody included.
+        # A file would hold a view's whole storage, with the unused rows of lost clients.
         if matrix.untyped_storage().nbytes() > matrix.numel() * matrix.element_size():
             matrix = matrix.clone()
         return {"type": STATE_TYPE, "matrix": matrix, "start": self.start}
 
     @staticmethod
     def is_state(value: Any) -> bool:
-        """Say whether a value of a checkpoint is what :meth:`state_dict` gave."""
+        """Return whether a value of a checkpoint was returned by :meth:`state_dict`."""
         return isinstance(value, Mapping) and value.get("type") == STATE_TYPE
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> ClientVectors:
-        """Put the vectors of a checkpoint together."""
+        """Make vectors from what :meth:`state_dict` returned."""
         return cls(state["matrix"], state["start"])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Mix the clients: ``sum_k weights[k] * vector_k``.
+        """Compute ``sum_k weights[k] * vector_k``.
 
         Args:
             weights: ``[K]``; gradients flow back to it.
@@ -112,7 +114,7 @@ class ClientVectors(CohortVectors):
         return mixed
 
     def inner(self, vector: Tensor) -> Tensor:
-        """Pull a server vector back onto the clients: ``<vector, vector_k>`` for every client.
+        """Compute ``<vector, vector_k>`` for every client: the transpose of :meth:`weighted_sum`.
 
         Args:
             vector: ``[P]``; gradients flow back to it.
@@ -129,16 +131,20 @@ class ClientVectors(CohortVectors):
         return self._gram().cpu()
 
     def _gram(self) -> Tensor:
-        """Compute the same, and leave it where the matrix is."""
+        """Compute the inner products of all pairs of vectors, on the device of the matrix."""
         near = self.to(self.matrix.device)
         dtype = pieces_for(self.matrix.device).dtype or self._working_dtype
         total = near._products(dtype)
         if dtype == torch.float64:
             return total
-        lost = ~torch.isfinite(total) | (total.abs().amax() < LEAST_SUM)
-        return torch.where(lost, near._products(torch.float64), total) if lost.any() else total
+        # Products that overflowed, or are so small that float32 has rounded them away, are computed again in float64.
+        is_lost = ~torch.isfinite(total) | (total.abs().amax() < LEAST_SUM)
+        if not is_lost.any():
+            return total
+        return torch.where(is_lost, near._products(torch.float64), total)
 
     def _products(self, dtype: torch.dtype) -> Tensor:
+        """Compute the inner products of all pairs of vectors, formed in ``dtype`` and added in float64."""
         count, length = self.matrix.shape
         total = torch.zeros(count, count, dtype=torch.float64, device=self.matrix.device)
         for columns, rows in column_pieces(count, 0, length, self.matrix, dtype):
@@ -155,37 +161,46 @@ class ClientVectors(CohortVectors):
 
         Args:
             center: The point.
-            groups: Slices of the flat vector by name: a distance within each.
+            groups: Slices of the flat vector by name, for the distance within each.
 
         Returns:
             ``[K]``; with parameter groups, ``[groups, K]``. Float64 on the CPU.
         """
         near = self.to(self.matrix.device)
-        middle = None if center is None else center.to(self.matrix.device)
+        if center is not None:
+            center = center.to(self.matrix.device)
 
-        def squares(rows: slice, columns: slice, out: Tensor) -> None:
+        def write_squares(rows: slice, columns: slice, out: Tensor) -> None:
             near._rows(rows, columns, out)
-            if middle is not None:
-                out -= middle[columns].to(out)
+            if center is not None:
+                out -= center[columns].to(out)
             out.square_()
 
-        def squared(part: slice) -> Tensor:
-            begin, end, _ = part.indices(self.matrix.shape[1])
-            return row_sums(squares, len(self), begin, end, self.matrix, self._working_dtype)
+        def squared_distances(columns: slice) -> Tensor:
+            begin, end, _ = columns.indices(self.matrix.shape[1])
+            return row_sums(write_squares, len(self), begin, end, self.matrix, self._working_dtype)
 
         if groups is None:
-            return squared(slice(None)).sqrt().cpu()
-        sums = [torch.stack([squared(part) for part in parts]).sum(0) for parts in groups.values()]
-        return torch.stack(sums).sqrt().cpu()
+            return squared_distances(slice(None)).sqrt().cpu()
+        totals = []
+        for slices in groups.values():
+            squares = torch.stack([squared_distances(columns) for columns in slices])
+            totals.append(squares.sum(0))
+        # Moved to the CPU once, for all groups.
+        return torch.stack(totals).sqrt().cpu()
 
     def gather(self) -> Tensor:
         """Copy all vectors into one new matrix ``[K, P]``, for rules that need every value at once."""
-        like = self.matrix if self.start is None else self.start
-        whole = torch.empty_like(self.matrix, dtype=self._working_dtype, device=like.device)
-        return self._rows(slice(None), slice(None), whole)
+        device = self.matrix.device
+        if self.start is not None:
+            device = self.start.device
+        vectors = torch.empty_like(self.matrix, dtype=self._working_dtype, device=device)
+        return self._rows(slice(None), slice(None), vectors)
 
     def map_columns(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Make one number of every parameter from all clients' values of it: order statistics without a second matrix.
+        """Compute one number for every parameter from all clients' values of it, such as their median.
+
+        No second matrix is made: the function is called for a piece of the columns at a time.
 
         Args:
             function: ``[K, columns] -> [columns]``, for any number of columns at a time. Its argument may be changed.
@@ -195,15 +210,15 @@ class ClientVectors(CohortVectors):
         """
         count, length = self.matrix.shape
         near = self.to(self.matrix.device)
-        found = torch.empty(length, dtype=self._working_dtype, device=self.matrix.device)
+        result = torch.empty(length, dtype=self._working_dtype, device=self.matrix.device)
         for columns, rows in column_pieces(count, 0, length, self.matrix, self._working_dtype):
-            found[columns] = function(near._rows(slice(None), columns, rows))
+            result[columns] = function(near._rows(slice(None), columns, rows))
         if self.start is None:
-            return found
-        return found.to(self.start.device)
+            return result
+        return result.to(self.start.device)
 
     def _rows(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
-        """Write a piece of the vectors themselves into ``[rows, columns]`` of the working dtype."""
+        """Write a piece of the vectors, start included, into ``[rows, columns]`` of the working dtype."""
         out.copy_(self.matrix[rows, columns])
         if self.start is not None:
             out += self.start[columns].to(out.device)
@@ -211,10 +226,11 @@ class ClientVectors(CohortVectors):
 
     @property
     def _working_dtype(self) -> torch.dtype:
-        own = torch.promote_types(self.matrix.dtype, torch.float32)
+        """The dtype of computations: at least float32, also where displacements are stored in half precision."""
+        dtype = torch.promote_types(self.matrix.dtype, torch.float32)
         if self.start is None:
-            return own
-        return torch.promote_types(own, self.start.dtype)
+            return dtype
+        return torch.promote_types(dtype, self.start.dtype)
 
     def _weighted_sum(self, weights: Tensor) -> Tensor:
         matrix = self.matrix
@@ -234,19 +250,19 @@ class ClientVectors(CohortVectors):
 
     def _inner(self, vector: Tensor) -> Tensor:
         matrix = self.matrix
-        moved = vector.to(matrix.device, torch.promote_types(matrix.dtype, torch.float32))
+        near = vector.to(matrix.device, torch.promote_types(matrix.dtype, torch.float32))
 
-        def products(rows: slice, columns: slice, out: Tensor) -> None:
-            torch.mul(matrix[rows, columns], moved[columns].to(out), out=out)
+        def write_products(rows: slice, columns: slice, out: Tensor) -> None:
+            torch.mul(matrix[rows, columns], near[columns].to(out), out=out)
 
-        found = row_sums(products, len(self), 0, len(moved), moved, moved.dtype)
+        products = row_sums(write_products, len(self), 0, len(near), near, near.dtype)
         if self.start is not None:
-            found = found + dot_on_device(vector, self.start).to(found.device)
-        return found.cpu()
+            products = products + dot_on_device(vector, self.start).to(products.device)
+        return products.cpu()
 
 
 class _WeightedSum(torch.autograd.Function):
-    """``weights [K] -> [P]``; its derivative with respect to the weights is ``inner``."""
+    """The function ``weights [K] -> [P]``, whose derivative with respect to the weights is ``inner``."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, vectors: ClientVectors) -> Tensor:
@@ -260,7 +276,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 class _Inner(torch.autograd.Function):
-    """``vector [P] -> [K]``; its derivative with respect to the vector is ``weighted_sum``."""
+    """The function ``vector [P] -> [K]``, whose derivative with respect to the vector is ``weighted_sum``."""
 
     @staticmethod
     def forward(ctx: Any, vector: Tensor, vectors: ClientVectors) -> Tensor:

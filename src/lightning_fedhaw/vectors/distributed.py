@@ -16,14 +16,14 @@ from lightning_fedhaw.vectors.kernels import from_start
 class SpreadVectors(ClientVectors):
     """K parameter vectors, each on the process that trained the client; a rule uses them like any others.
 
-    Every process calls the same verbs in the same order, and gets the same answer.
+    Every process calls the same operations in the same order, and gets the same results.
 
     Args:
         matrix: ``[own rows, P]``, the displacements on this process, in the cohort's order.
-        start: ``[P]``, what they are displaced from. ``None`` stands for zero.
+        start: ``[P]``, the model that displacements are measured from. ``None`` stands for zero.
         owners: ``[K]``, the process of each row.
         ranks: The processes.
-        ordered: Whether a weighted sum is formed in the order of the rows, which gives the bits of one process;
+        ordered: Whether a weighted sum is computed in the order of the rows, which is bit-identical to one process;
             otherwise each process sums its own rows first.
     """
 
@@ -34,8 +34,8 @@ class SpreadVectors(ClientVectors):
         self.owners = list(owners)
         self.ranks = ranks
         self.ordered = ordered
-        # [own rows]: the places in the cohort of the rows that this process holds.
-        self._own = (torch.tensor(self.owners, dtype=torch.int64) == ranks.rank).nonzero().flatten()
+        # [own rows]: the positions in the cohort of the rows that this process holds.
+        self._positions = (torch.tensor(self.owners, dtype=torch.int64) == ranks.rank).nonzero().flatten()
 
     def __len__(self) -> int:
         return len(self.owners)
@@ -44,19 +44,19 @@ class SpreadVectors(ClientVectors):
         return SpreadVectors(matrix, start, self.owners, self.ranks, ordered=self.ordered)
 
     @property
-    def _here(self) -> ClientVectors:
-        """The rows of this process alone."""
+    def _local(self) -> ClientVectors:
+        """The rows of this process only."""
         return ClientVectors(self.matrix, self.start)
 
-    def _everywhere(self, values: Tensor) -> Tensor:
-        """Bring ``[..., own rows]`` of every process together as ``[..., K]``."""
+    def _gathered(self, values: Tensor) -> Tensor:
+        """Gather ``[..., own rows]`` of every process as ``[..., K]``."""
         # Each number has one owner and is zero elsewhere, so that adding moves it and rounds nothing.
-        whole = torch.zeros(*values.shape[:-1], len(self), dtype=values.dtype)
-        whole[..., self._own] = values
-        return self.ranks.sum(whole)
+        gathered = torch.zeros(*values.shape[:-1], len(self), dtype=values.dtype)
+        gathered[..., self._positions] = values
+        return self.ranks.sum(gathered)
 
     def _columns(self, columns: slice, rows: Tensor) -> ClientVectors:
-        """Some columns of all vectors, whose displacements ``[K, columns]`` this process was sent."""
+        """Return some columns of all vectors, whose displacements ``[K, columns]`` this process has received."""
         if self.start is None:
             return ClientVectors(rows)
         return ClientVectors(rows, self.start[columns].to(rows.device))
@@ -70,31 +70,31 @@ class SpreadVectors(ClientVectors):
 
     def norms(self, groups: Mapping[str, Sequence[slice]] | None = None) -> Tensor:
         """Compute the Euclidean norms, ``[K]``; with parameter groups, ``[groups, K]``. Float64 on the CPU."""
-        return self._everywhere(self._here.norms(groups))
+        return self._gathered(self._local.norms(groups))
 
     def distances(self, center: Tensor | None, groups: Mapping[str, Sequence[slice]] | None = None) -> Tensor:
         """Compute the Euclidean distances from a point ``[P]``, ``[K]`` or ``[groups, K]``, float64 on the CPU."""
-        return self._everywhere(self._here.distances(center, groups))
+        return self._gathered(self._local.distances(center, groups))
 
     def gather(self) -> Tensor:
         """Copy all vectors into one new matrix ``[K, P]``, on every process."""
-        own = self._here.gather()
-        whole = torch.zeros(len(self), own.shape[1], dtype=own.dtype, device=own.device)
-        whole[self._own.to(own.device)] = own
-        return self.ranks.sum(whole)
+        local = self._local.gather()
+        gathered = torch.zeros(len(self), local.shape[1], dtype=local.dtype, device=local.device)
+        gathered[self._positions.to(local.device)] = local
+        return self.ranks.sum(gathered)
 
     def map_columns(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Make one number of every parameter from all clients' values, ``[P]``; each process works on its share."""
-        found = torch.zeros(self.matrix.shape[1], dtype=self._working_dtype, device=self.matrix.device)
+        """Compute one number for every parameter from all clients' values, ``[P]``; each process takes its share."""
+        result = torch.zeros(self.matrix.shape[1], dtype=self._working_dtype, device=self.matrix.device)
         for columns, rows in self.ranks.columns(self.matrix, self.owners):
-            found[columns] = self._columns(columns, rows).map_columns(function).to(found)
-        found = self.ranks.sum(found)
+            result[columns] = self._columns(columns, rows).map_columns(function).to(result)
+        result = self.ranks.sum(result)
         if self.start is None:
-            return found
-        return found.to(self.start.device)
+            return result
+        return result.to(self.start.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Take the vectors apart for a checkpoint, whole on process 0; every process has to ask."""
+        """Return all vectors as plain tensors on process 0, for a checkpoint; every process has to call it."""
         matrix = self.ranks.rows_to_first(self.matrix, self.owners)
         return ClientVectors(matrix, self.start).state_dict()
 
@@ -102,13 +102,13 @@ class SpreadVectors(ClientVectors):
         if self.ordered:
             mixed = self._ordered_sum(weights)
         else:
-            mixed = self.ranks.sum(ClientVectors(self.matrix)._weighted_sum(weights[self._own]))
+            mixed = self.ranks.sum(ClientVectors(self.matrix)._weighted_sum(weights[self._positions]))
         if self.start is None:
             return mixed
         return from_start(self.start, weights, mixed)
 
     def _ordered_sum(self, weights: Tensor) -> Tensor:
-        """Mix the displacements in the order of the rows, ``[P]``: each process mixes its share of the columns."""
+        """Sum the displacements in the order of the rows, ``[P]``; each process computes its share of the columns."""
         mixed = torch.zeros(self.matrix.shape[1], dtype=self._working_dtype, device=self.matrix.device)
         for columns, rows in self.ranks.columns(self.matrix, self.owners):
             if rows.numel():
@@ -116,4 +116,4 @@ class SpreadVectors(ClientVectors):
         return self.ranks.sum(mixed)
 
     def _inner(self, vector: Tensor) -> Tensor:
-        return self._everywhere(self._here._inner(vector))
+        return self._gathered(self._local._inner(vector))

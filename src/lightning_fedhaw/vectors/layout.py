@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """Where each trainable parameter lives in the flat vector ``[P]``, and which buffers go beside it.
+    """The position of each trainable parameter in the flat vector ``[P]``, and the buffers that are sent with it.
 
-    Only trainable parameters travel between server and clients, in ``named_parameters()`` order; a frozen backbone
-    has no place here, and if it is in evaluation mode its buffers have none either. The flat vector is kept in at least
-    float32, so a model in ``bf16-true`` has a float32 vector on the server and small updates are not lost.
+    Only trainable parameters are exchanged between server and clients, in ``named_parameters()`` order. A frozen
+    backbone is left out, and if it is in evaluation mode, so are its buffers. The flat vector is in at least float32,
+    so a model in ``bf16-true`` has a float32 vector on the server and small updates are not lost.
 
     Attributes:
         names: Parameter names.
@@ -44,7 +44,7 @@ class ParameterLayout:
 
     @classmethod
     def of(cls, module: nn.Module) -> ParameterLayout:
-        """The layout of a module's trainable parameters.
+        """Make the layout of a module's trainable parameters.
 
         Raises:
             ValueError: If the module has no trainable parameter, or one that is not a floating-point tensor.
@@ -53,12 +53,12 @@ class ParameterLayout:
         if not named:
             raise ValueError(
                 f"`model` ({type(module).__name__}) has no trainable parameter, so there is nothing a federation could"
-                " learn. Set `requires_grad=True` on the parameters that should travel."
+                " learn. Set `requires_grad=True` on the parameters that should be trained."
             )
         for name, parameter in named.items():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(
-                    f"Parameter `{name}` of a lazy module has no shape yet, so nobody can say what travels. Run one"
+                    f"Parameter `{name}` of a lazy module has no shape yet, so the size of messages is unknown. Run one"
                     " batch through the model before `fit`, for example in `configure_model`."
                 )
             if not parameter.is_floating_point():
@@ -84,54 +84,60 @@ class ParameterLayout:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the model stores its parameters in the flat vector's own dtype, so that the model is the vector."""
+        """Whether all parameters have the dtype of the flat vector, so that the model holds the vector exactly."""
         return all(dtype == self.dtype for dtype in self.dtypes)
 
     @property
     def message_bytes(self) -> int:
-        """Bytes of one model on the link, in the model's own dtypes."""
+        """The size of one model in a message, in bytes, in the model's own dtypes."""
         return sum(size * dtype.itemsize for size, dtype in zip(self.sizes, self.dtypes, strict=True))
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
-        """Named tensors that share memory (and the autograd graph) with a flat vector.
+        """Return named tensors that share memory (and the autograd graph) with a flat vector.
 
         Args:
             vector: ``[..., P]``; leading axes are kept, so a stack of clients gives a stack of each parameter.
         """
-        lead = vector.shape[:-1]
-        parts = torch.split(vector, list(self.sizes), dim=-1)
-        return {
-            name: part.reshape((*lead, *shape))
-            for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
-        }
+        leading = vector.shape[:-1]
+        views = {}
+        pieces = torch.split(vector, list(self.sizes), dim=-1)
+        for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True):
+            views[name] = piece.reshape((*leading, *shape))
+        return views
 
     def tensors(self, module: nn.Module) -> list[nn.Parameter]:
-        """The module's trainable parameters in the layout's order.
+        """Return the module's trainable parameters in the layout's order.
 
         Raises:
             RuntimeError: If the set of trainable parameters is no longer the one this layout was made from.
         """
         named = trainable(module)
         if tuple(named) != self.names:
-            gone = sorted(set(self.names) - set(named))
-            new = sorted(set(named) - set(self.names))
+            removed = sorted(set(self.names) - set(named))
+            added = sorted(set(named) - set(self.names))
             raise RuntimeError(
                 "The set of trainable parameters changed during `fit`"
-                f" (no longer trainable: {gone[:5] or 'none'}; newly trainable: {new[:5] or 'none'}), but clients and"
-                " server must agree on what travels. Freeze and unfreeze before `fit`, or call `fit` again afterwards."
+                f" (no longer trainable: {removed[:5] or 'none'}; newly trainable: {added[:5] or 'none'}), but clients"
+                " and server must exchange the same parameters. Freeze and unfreeze before `fit`, or call `fit` again"
+                " afterwards."
             )
         return list(named.values())
 
     def tracked_buffers(self, module: nn.Module) -> dict[str, Tensor]:
-        """The module's buffers that training may change, in the layout's order."""
+        """Return the module's buffers that training may change, in the layout's order."""
         named = dict(module.named_buffers())
         return {name: named[name] for name in self.buffers}
 
     def frozen_tensors(self, module: nn.Module) -> dict[str, Tensor]:
-        """The module's parameters and buffers that have no place here: what is frozen."""
+        """Return the module's frozen tensors: the parameters and buffers that are not part of the layout."""
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        travels = {*self.names, *self.buffers}
-        return {n: t for n, t in named.items() if n not in travels and not t.is_inference()}
+        exchanged = {*self.names, *self.buffers}
+        frozen = {}
+        for name, tensor in named.items():
+            # Inference tensors cannot be changed in training.
+            if name not in exchanged and not tensor.is_inference():
+                frozen[name] = tensor
+        return frozen
 
     @torch.no_grad()
     def read(
@@ -140,9 +146,9 @@ class ParameterLayout:
         """Copy parameters into a flat vector ``[P]``.
 
         Args:
-            parameters: The tensors to copy, in the layout's order, as :meth:`tensors` gives them.
-            out: A vector to write into; a new one without it.
-            device: Where a new vector is made; the parameters' own device by default.
+            parameters: The tensors to copy, in the layout's order, as :meth:`tensors` returns them.
+            out: A vector to write into; a new one by default.
+            device: The device of a new vector; that of the parameters by default.
         """
         if out is None:
             out = torch.empty(self.numel, dtype=self.dtype, device=device or parameters[0].device)
@@ -155,7 +161,7 @@ class ParameterLayout:
         torch._foreach_copy_(list(parameters), list(self.views(vector.detach()).values()))
 
     def rounded(self, vector: Tensor) -> Tensor:
-        """What a model that stores this vector really holds: the vector after a trip through the model's dtypes."""
+        """Round a vector to the model's dtypes, as a model does that stores it."""
         if self.is_exact:
             return vector
         rounded = torch.empty_like(vector)
@@ -166,7 +172,7 @@ class ParameterLayout:
         return rounded
 
     def expand(self, values: Iterable[float], device: torch.device | None = None) -> Tensor:
-        """One number per parameter tensor, spread over its elements.
+        """Repeat one number per parameter tensor for each of its elements.
 
         Returns:
             A scalar ``[]`` when all numbers are equal, else a vector ``[P]``.
@@ -178,26 +184,24 @@ class ParameterLayout:
         return per_tensor.repeat_interleave(torch.tensor(self.sizes, device=device))
 
     def groups(self) -> dict[str, list[slice]]:
-        """Slices of the flat vector by the module that owns the parameter (weight and bias of a layer together)."""
-        found: dict[str, list[slice]] = {}
+        """Return slices of the flat vector by the module that owns the parameters (a layer's weight and bias)."""
+        slices: dict[str, list[slice]] = {}
         begin = 0
         for name, size in zip(self.names, self.sizes, strict=True):
-            found.setdefault(name.rpartition(".")[0], []).append(slice(begin, begin + size))
+            slices.setdefault(name.rpartition(".")[0], []).append(slice(begin, begin + size))
             begin += size
-        return found
+        return slices
 
 
 def trainable(module: nn.Module) -> Mapping[str, nn.Parameter]:
-    """The module's trainable parameters by name; tied parameters once."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """Return the module's trainable parameters by name; tied parameters once."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def _tracked_buffers(module: nn.Module) -> Mapping[str, Tensor]:
-    """All buffers but those of modules that are in evaluation mode and hold nothing trainable."""
-    still = {
-        id(buffer)
-        for each in module.modules()
-        if not each.training and not trainable(each)
-        for buffer in each.buffers(recurse=False)
-    }
-    return {name: buffer for name, buffer in module.named_buffers() if id(buffer) not in still}
+    """Return all buffers except those of modules that are in evaluation mode and hold nothing trainable."""
+    frozen = set()
+    for submodule in module.modules():
+        if not submodule.training and not trainable(submodule):
+            frozen |= set(map(id, submodule.buffers(recurse=False)))
+    return {name: buffer for name, buffer in module.named_buffers() if id(buffer) not in frozen}

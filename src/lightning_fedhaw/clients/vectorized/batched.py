@@ -1,4 +1,4 @@
-"""``training_step`` of many clients as one batched call."""
+"""The ``training_step`` of many clients as one batched call."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lightning_fedhaw.vectors.layout import ParameterLayout
 
 
 class StepInputs(NamedTuple):
-    """What one batched call is given.
+    """The inputs of one batched call.
 
     Attributes:
         parameters: ``[rows, *shape]`` each, in the layout's order.
-        buffers: ``[rows, *shape]`` each; changed in place where the step does so.
+        buffers: ``[rows, *shape]`` each; changed in place where the step changes its buffers in place.
         batch: ``[rows, batch, ...]`` each.
         batch_index: The second argument of ``training_step``.
-        starts: With client objectives: the models they started from, ``[rows, *shape]`` by name.
-        states: With client objectives: the state of each, ``[rows, *shape]`` by name.
+        starts: With client objectives: the models that the clients started from, ``[rows, *shape]`` by name.
+        states: With client objectives: the clients' states of each objective, ``[rows, *shape]`` by name.
     """
 
     parameters: Sequence[Tensor]
@@ -38,7 +38,7 @@ class StepInputs(NamedTuple):
 
 
 class StepOutputs(NamedTuple):
-    """What one batched call gives.
+    """The outputs of one batched call.
 
     Attributes:
         losses: ``[rows]``, or ``None`` if the step gave no loss.
@@ -52,7 +52,7 @@ class StepOutputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What one batched call gives, with the gradients of its losses.
+    """The outputs of one batched call, with the gradients of its losses.
 
     Attributes:
         losses: ``[rows]``, or ``None`` if the step gave no loss.
@@ -66,27 +66,31 @@ class Gradients(NamedTuple):
     replaced: Mapping[int, Tensor]
     logged: Sequence[Tensor]
 
-    def buffers(self, before: Sequence[Tensor]) -> list[Tensor]:
-        """Return the buffers after the call, of those that it was given."""
-        after = list(before)
+    def buffers(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the buffers after the call.
+
+        Args:
+            inputs: The buffers that the call was given, some of which it changed in place.
+        """
+        buffers = list(inputs)
         for i, value in self.replaced.items():
-            after[i] = value
-        return after
+            buffers[i] = value
+        return buffers
 
 
 class BatchedStep:
-    """Call the user's ``training_step`` once for many clients, through one ``vmap``.
+    """One call of the user's ``training_step`` for many clients, through one ``vmap``.
 
-    Within the call the module's parameters and buffers are the clients': batched tensors, put into the dicts that hold
-    them. Tied parameters stay tied.
+    During the call the module's own parameters and buffers are replaced by the clients', which are batched tensors, in
+    the dicts that hold them. Tied parameters stay tied.
 
     Args:
         host: The trainer around it.
         layout: The trainable parameters.
-        objectives: What clients add to their loss.
-        recorder: Receives what is logged.
+        objectives: The terms that clients add to their loss.
+        recorder: Receives the logged values.
         guard: Surrounds each client's step; its generators draw the clients' dropout masks.
-        same_draws: Whether all clients are given the same other random numbers, instead of each its own.
+        same_draws: Whether all clients are given the same random numbers other than dropout's, instead of each its own.
     """
 
     def __init__(
@@ -105,12 +109,12 @@ class BatchedStep:
         self.guard = guard
         self.buffer_names = layout.buffers
         module = host.module
-        self._parameters = _places(module, "_parameters", layout.tensors(module))
-        self._buffers = _places(module, "_buffers", list(layout.tracked_buffers(module).values()))
+        self._parameter_slots = _slots_of(module, "_parameters", layout.tensors(module))
+        self._buffer_slots = _slots_of(module, "_buffers", list(layout.tracked_buffers(module).values()))
         # A closed objective brings its gradient itself; an open one is part of the loss.
         self._open = [i for i, objective in enumerate(objectives) if not objective.is_closed]
         self._batched = torch.func.vmap(self._one, randomness="same" if same_draws else "different")
-        # `vmap` takes and gives tensors alone. What else the step of one client needs and tells stands here meanwhile.
+        # `vmap` passes tensors only. Other inputs and outputs of one client's step are attributes during a call.
         self._batch_index = 0
         self._counts = (0, 0, 0)
         self._state_names: list[list[str]] = []
@@ -137,14 +141,14 @@ class BatchedStep:
         return StepOutputs(losses, dict(zip(self._replaced, outputs[:count], strict=True)), outputs[count:])
 
     def gradients(self, trained: Sequence[int], inputs: StepInputs) -> Gradients:
-        """Compute the losses, and each client's own gradient of its own loss.
+        """Compute the losses, and the gradient of each client's loss.
 
-        No row of the parameters is in another client's loss, so the gradient of the sum of all losses has each
-        client's own gradient in its row.
+        No row of the parameters is in another client's loss, so each row of the gradient of the sum of all losses is
+        the gradient of one client's loss.
 
         Args:
-            trained: Which parameters, by their number.
-            inputs: What the call is given.
+            trained: The numbers of the parameters to differentiate with respect to.
+            inputs: The inputs of the call.
         """
         losses, replaced, logged = self(inputs)
         if losses is None:
@@ -159,7 +163,7 @@ class BatchedStep:
         return Gradients(losses.detach(), gradients, replaced, [value.detach() for value in logged])
 
     def _one(self, *flat: Tensor) -> tuple[Tensor, ...]:
-        """Compute one client's step; every tensor lacks the leading axis that it has outside."""
+        """Compute one client's step; inside of ``vmap`` tensors lack the axis of the clients."""
         remaining = iter(flat)
         num_parameters, num_buffers, num_data = self._counts
         parameters = list(islice(remaining, num_parameters))
@@ -169,16 +173,21 @@ class BatchedStep:
         self.guard.ticket = next(remaining)
         self.guard.trainable = frozenset(map(id, parameters))
         with (
-            _in_place_of(self._parameters, parameters),
-            _in_place_of(self._buffers, buffers) as read_back,
+            _substituted(self._parameter_slots, parameters),
+            _substituted(self._buffer_slots, buffers) as read_back,
             self.guard,
         ):
             output = module.training_step(*self.host.arguments(batch, self._batch_index))
-            after = read_back()
+            end_buffers = read_back()
         loss, _ = loss_of(output)
         self._has_loss = loss is not None
-        self._replaced = [i for i, (new, old) in enumerate(zip(after, buffers, strict=True)) if new is not old]
-        replaced = [_same_shape(self.buffer_names[i], after[i], buffers[i]) for i in self._replaced]
+        self._replaced = []
+        replaced = []
+        for i, (end, start) in enumerate(zip(end_buffers, buffers, strict=True)):
+            # One that was changed in place is a part of the stack, and needs no way out of the call.
+            if end is not start:
+                self._replaced.append(i)
+                replaced.append(_same_shape(self.buffer_names[i], end, start))
         logged = self.recorder.take(parameters[0])
         if loss is None:
             return (*replaced, *logged)
@@ -192,13 +201,13 @@ class BatchedStep:
         return (loss.reshape(()), *replaced, *logged)
 
 
-class _Place(NamedTuple):
-    """Where a module holds a tensor.
+class _Slot(NamedTuple):
+    """An entry of a module's dicts that holds a tensor.
 
     Attributes:
         holder: One of the module's dicts.
-        name: The key there.
-        number: The tensor's number among those that were asked for.
+        name: The key in it.
+        number: The tensor's number among those that were looked for.
     """
 
     holder: dict[str, Any]
@@ -206,45 +215,56 @@ class _Place(NamedTuple):
     number: int
 
 
-def _places(module: nn.Module, kind: str, tensors: Sequence[Tensor]) -> list[_Place]:
-    """Find every place of these tensors in a module's dicts of the kind ``"_parameters"`` or ``"_buffers"``."""
-    number_of = {id(tensor): i for i, tensor in enumerate(tensors)}
-    places = []
+def _slots_of(module: nn.Module, kind: str, tensors: Sequence[Tensor]) -> list[_Slot]:
+    """Find every entry that holds one of these tensors in a module's dicts.
+
+    Args:
+        module: The module.
+        kind: The attribute that is the dict, ``"_parameters"`` or ``"_buffers"``.
+        tensors: The tensors; tied ones have several entries.
+    """
+    number_of = {id(tensor): number for number, tensor in enumerate(tensors)}
+    slots = []
     for submodule in module.modules():
         holder = getattr(submodule, kind)
         for name, tensor in holder.items():
             if tensor is not None and id(tensor) in number_of:
-                places.append(_Place(holder, name, number_of[id(tensor)]))
-    return places
+                slots.append(_Slot(holder, name, number_of[id(tensor)]))
+    return slots
 
 
 @contextmanager
-def _in_place_of(places: Sequence[_Place], tensors: Sequence[Tensor]) -> Iterator[Callable[[], list[Any]]]:
-    """Put tensors in the module's places for a while.
+def _substituted(slots: Sequence[_Slot], tensors: Sequence[Tensor]) -> Iterator[Callable[[], list[Tensor | None]]]:
+    """Substitute tensors for the module's own inside the context.
 
     Yields:
-        A function that reads the tensors back. Where a tied tensor was replaced in several of its places, the last
-        one counts.
+        A function that reads the tensors back; ``None`` for one that was removed. Where a tied tensor was replaced in
+        several of its slots, the last one counts.
     """
-    before = [holder[name] for holder, name, _ in places]
-    for holder, name, i in places:
-        holder[name] = tensors[i]
+    originals = [holder[name] for holder, name, _ in slots]
+    for holder, name, number in slots:
+        holder[name] = tensors[number]
 
-    def read_back() -> list[Any]:
-        after: list[Any] = list(tensors)
-        for holder, name, i in places:
-            if holder.get(name) is not tensors[i]:
-                after[i] = holder.get(name)
-        return after
+    def read_back() -> list[Tensor | None]:
+        present: list[Tensor | None] = list(tensors)
+        for holder, name, number in slots:
+            if holder.get(name) is not tensors[number]:
+                present[number] = holder.get(name)
+        return present
 
     try:
         yield read_back
     finally:
-        for (holder, name, _), tensor in zip(places, before, strict=True):
+        for (holder, name, _), tensor in zip(slots, originals, strict=True):
             holder[name] = tensor
 
 
-def _same_shape(name: str, ended: Any, started: Tensor) -> Tensor:
-    if ended is None or ended.shape != started.shape:
-        raise ValueError(f"buffer `{name}` of the shape {list(started.shape)} changes its shape")
-    return ended.detach().to(started.dtype)  # type: ignore[no-any-return]
+def _same_shape(name: str, end: Tensor | None, start: Tensor) -> Tensor:
+    """Return a buffer after the step, in the dtype that it had before.
+
+    Raises:
+        ValueError: If it is gone or has another shape than before.
+    """
+    if end is None or end.shape != start.shape:
+        raise ValueError(f"buffer `{name}` of the shape {list(start.shape)} changes its shape")
+    return end.detach().to(start.dtype)

@@ -1,25 +1,26 @@
-"""The clients that train at once: one row each in stacks of parameters, buffers and optimizer states."""
+"""A chunk of clients that train at once: one row each in stacks of parameters, buffers and optimizer states."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_fedhaw.clients.engine import ClientTask, Engine
-from lightning_fedhaw.clients.lr_scale import ScaledSteps, begin
+from lightning_fedhaw.clients.lr_scale import ScaledSteps, initial_scale_states
 from lightning_fedhaw.clients.records import Logged
+from lightning_fedhaw.clients.steps import parameters_of
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep, StepInputs
 from lightning_fedhaw.clients.vectorized.compiled import CompiledStep
-from lightning_fedhaw.clients.vectorized.optimizers import StackedOptimizer
+from lightning_fedhaw.clients.vectorized.optimizers import RowIndex, StackedOptimizer
 from lightning_fedhaw.clients.vectorized.trial import Facts
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.data.partitioners.partition import swap_labels
 from lightning_fedhaw.isolation import seed_randomness
-from lightning_fedhaw.objectives.base import ClientState
+from lightning_fedhaw.objectives.base import ClientState, Named
 from lightning_fedhaw.streams import seed_of
 
 
@@ -28,8 +29,8 @@ class _Call(NamedTuple):
 
     Attributes:
         rows: The rows that take part, in ascending order.
-        samples: ``[rows, batch]``, their samples.
-        batch_index: The batch's number, which ``training_step`` is given.
+        samples: ``[rows, batch]`` int64, the indices of their samples.
+        batch_index: The batch's number, the second argument of ``training_step``.
     """
 
     rows: list[int]
@@ -38,14 +39,18 @@ class _Call(NamedTuple):
 
 
 class Chunk:
-    """Train some clients at once, one row each: those with more batches first.
+    """Some clients that train at once, one row each: those with more samples first.
 
     Args:
-        engine: The engine, with the plan, the data, and what its clients keep from round to round.
-        tasks: What each client starts from.
+        engine: The engine, with the plan, the data, and the state that its clients keep from round to round.
+        tasks: The clients' tasks.
         step: The batched step.
-        facts: What the probe found out about the step.
-        compiled: The compiled step, to be called instead.
+        facts: What the trial found out about the step.
+        compiled: The compiled step, to be called instead of the batched one.
+
+    Attributes:
+        made: The optimizer steps that each row has made.
+        skipped: The steps of each row that were tried and skipped.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class Chunk:
         self.step = step
         self.facts = facts
         self.compiled = compiled
+        self.batch_size = engine.data.settings.batch_size
         self._sort(tasks)
         self.made = [0] * len(tasks)
         self.skipped = [0] * len(tasks)
@@ -68,7 +74,7 @@ class Chunk:
         self._load_lr_scale()
         self._load_streams(tasks[0].client)
 
-    # ------------------------------------------------------------------ what the clients start from
+    # ------------------------------------------------------------------ the start
 
     def _sort(self, tasks: Sequence[ClientTask]) -> None:
         """Assign the rows: clients with equally many samples are neighbors, so that most groups of rows are slices."""
@@ -79,12 +85,14 @@ class Chunk:
         for task in tasks:
             passes = data.orders(task.client, round_idx, epochs=plan.epochs, num_batches=plan.steps, limit=plan.limit)
             orders.append(list(passes))
-        totals = [sum(order.numel() for order in passes) for passes in orders]
-        by_length = sorted(range(len(tasks)), key=lambda i: -totals[i])
+        totals = [_num_samples(passes) for passes in orders]
+        # `sorted` is stable, so that clients with equally many samples stay in the order of the tasks.
+        by_length = sorted(range(len(tasks)), key=lambda number: -totals[number])
+        # The inverse permutation: the row of each task.
         self.row_of = sorted(range(len(tasks)), key=by_length.__getitem__)
-        self.tasks = [tasks[i] for i in by_length]
+        self.tasks = [tasks[number] for number in by_length]
         # By row and pass: the samples in the order in which the client sees them.
-        self.orders = [orders[i] for i in by_length]
+        self.orders = [orders[number] for number in by_length]
         self.clients = [task.client for task in self.tasks]
         self.swaps = {}
         for row, client in enumerate(self.clients):
@@ -92,75 +100,82 @@ class Chunk:
                 self.swaps[row] = data.partition.label_swaps[client]
 
     def _load_model(self) -> None:
-        """Stack what the clients start from: parameters, buffers, states of the optimizer."""
+        """Stack the parameters, buffers and optimizer states that the clients start from."""
         engine = self.engine
         host = engine.host
         layout = engine.layout
         first = self.tasks[0].start
         if all(task.start is first for task in self.tasks):
+            # The usual case; a view costs no memory.
             self.start = first.expand(len(self.tasks), -1)
         else:
             self.start = torch.stack([task.start for task in self.tasks])
-        self.stacks = [
-            view.to(dtype=dtype, memory_format=torch.contiguous_format, copy=True)
-            for view, dtype in zip(layout.views(self.start).values(), layout.dtypes, strict=True)
-        ]
+        self.stacks = []
+        for view, dtype in zip(layout.views(self.start).values(), layout.dtypes, strict=True):
+            # A copy in any case: the stacks are trained in place, and the start is needed afterwards.
+            self.stacks.append(view.to(dtype=dtype, memory_format=torch.contiguous_format, copy=True))
         self.buffers = []
         for name in self.step.buffer_names:
             self.buffers.append(torch.stack([task.buffers[name].to(host.device) for task in self.tasks]))
         optimizer = host.optimizers[0]
-        number_of = {id(parameter): i for i, parameter in enumerate(layout.tensors(host.module))}
-        # Where each of the optimizer's parameters is among the stacks; `None` for one that is frozen.
-        self.trained = [number_of.get(id(p)) for group in optimizer.param_groups for p in group["params"]]
-        self.optimizer = StackedOptimizer(
-            optimizer,
-            [None if i is None else self.stacks[i] for i in self.trained],
-            self.facts.row_states,
-            [engine.kept.get(client, engine.initial)[0] for client in self.clients],
-        )
+        number_of = {id(parameter): number for number, parameter in enumerate(layout.tensors(host.module))}
+        # By position in the optimizer's groups: the parameter's number among the stacks; `None` for a frozen one.
+        self.stack_numbers = [number_of.get(id(parameter)) for parameter in parameters_of(optimizer)]
+        stacks: list[Tensor | None] = []
+        for number in self.stack_numbers:
+            stacks.append(None if number is None else self.stacks[number])
+        # Only modules with one optimizer are vectorized, so that a client has one entry.
+        states = [engine.optimizer_states.get(client, engine.initial_states)[0] for client in self.clients]
+        self.optimizer = StackedOptimizer(optimizer, stacks, self.facts.row_states, states)
 
     def _load_objectives(self) -> None:
-        """Stack what the clients' objectives work with."""
-        self.starts = self.engine.layout.views(self.start) if self.engine.objectives else None
+        """Stack the clients' states of the objectives."""
+        self.starts: Named | None = None
+        if self.engine.objectives:
+            self.starts = self.engine.layout.views(self.start)
         states_of_clients = [self.engine.begin_objectives(task) for task in self.tasks]
+        # By objective and name: `[rows, *shape]`.
         self.states: list[ClientState] = []
         for states in zip(*states_of_clients, strict=True):
-            self.states.append({name: torch.stack([state[name] for state in states]) for name in states[0]})
+            stacks = {}
+            for name in states[0]:
+                stacks[name] = torch.stack([state[name] for state in states])
+            self.states.append(stacks)
 
     def _load_lr_scale(self) -> None:
-        """Take the clients' states of the learning-rate scale, where the rule has one."""
+        """Stack the clients' states of the learning-rate scale, where the rule has one."""
         engine = self.engine
         layout = engine.layout
         self.scaled_steps: ScaledSteps | None = None
         if engine.lr_scale is not None:
-            steps = [(layout.views(task.start), engine.num_steps(task.client)) for task in self.tasks]
-            state = begin(engine.lr_scale, steps, engine.host.learning_rates(layout))
+            clients = [(layout.views(task.start), engine.num_steps(task.client)) for task in self.tasks]
+            state = initial_scale_states(engine.lr_scale, clients, engine.host.learning_rates(layout))
             self.scaled_steps = ScaledSteps(engine.lr_scale, layout.names, state)
 
     def _load_streams(self, first: int) -> None:
-        """Let random numbers other than dropout's follow the client that the chunk begins with."""
+        """Seed random numbers other than dropout's, which all rows share, by the client that the chunk begins with."""
         host = self.engine.host
         seed = self.engine.plan.seed
         self._generators: dict[int, torch.Generator] = {}
         seed_randomness(seed_of(seed, "round", host.round, "clients from", first), host.device)
 
     def _generator(self, row: int) -> torch.Generator:
-        """Return the generator of a client's dropout masks, which is made when it is first asked for."""
+        """Return the generator of a client's dropout masks; it is made for the first one."""
         if row not in self._generators:
             host = self.engine.host
             seed = seed_of(self.engine.plan.seed, "client", self.clients[row], "round", host.round, "model")
             self._generators[row] = torch.Generator(host.device).manual_seed(seed)
         return self._generators[row]
 
-    # ------------------------------------------------------------------ the work
+    # ------------------------------------------------------------------ local training
 
     def train(self) -> None:
-        """Train to the end."""
+        """Train all clients to the end of their local work."""
         try:
             for call in self._calls():
                 self._make(call)
         finally:
-            # Otherwise chunk and step know each other, and what they hold waits for a garbage collection.
+            # Otherwise chunk and step refer to each other, and their memory waits for a garbage collection.
             self.step.guard.generators = tuple
         layout = self.engine.layout
         self.displacements = torch.empty_like(self.start, memory_format=torch.contiguous_format)
@@ -168,35 +183,45 @@ class Chunk:
         self.displacements.sub_(self.start)
 
     def _calls(self) -> Iterator[_Call]:
-        """Plan the calls, pass by pass.
-
-        In each pass the full batches come first, of ever fewer rows, then the shorter last ones by their length.
-        """
-        size = self.engine.data.settings.batch_size
-        counts_steps = self.engine.plan.steps is not None
+        """Plan the calls, pass by pass."""
         # With `local_steps` the batches are numbered through all passes; otherwise each pass begins with 0.
+        counts_steps = self.engine.plan.steps is not None
         batches_before = [0] * len(self.orders)
-        for pass_ in range(max(map(len, self.orders))):
-            orders = [passes[pass_] if pass_ < len(passes) else passes[0][:0] for passes in self.orders]
-            full = [order.numel() // size for order in orders]
-            rest = [order.numel() % size for order in orders]
-            samples = pad_sequence(orders, batch_first=True)
-            for j in range(max(full)):
-                rows = [row for row, count in enumerate(full) if count > j]
-                for index, group in self._by_index(rows, [batches_before[row] + j for row in rows]):
-                    yield _Call(group, samples[_at(group), j * size : (j + 1) * size], index)
-            for length in sorted(set(rest) - {0}):
-                rows = [row for row, count in enumerate(rest) if count == length]
-                for index, group in self._by_index(rows, [batches_before[row] + full[row] for row in rows]):
-                    begins = torch.tensor([full[row] * size for row in group])
-                    columns = begins[:, None] + torch.arange(length)
-                    yield _Call(group, samples[_at(group)].gather(1, columns), index)
+        for pass_idx in range(max(map(len, self.orders))):
+            orders = []
+            for passes in self.orders:
+                # A client without this pass takes part with no samples.
+                orders.append(passes[pass_idx] if pass_idx < len(passes) else passes[0][:0])
+            yield from self._calls_of_pass(orders, batches_before)
             if counts_steps:
-                for row in range(len(orders)):
-                    batches_before[row] += full[row] + bool(rest[row])
+                for row, order in enumerate(orders):
+                    batches_before[row] += _num_batches(order, self.batch_size)
+
+    def _calls_of_pass(self, orders: list[Tensor], batches_before: Sequence[int]) -> Iterator[_Call]:
+        """Plan the calls of one pass: full batches, of fewer and fewer rows, then the shorter last ones by length.
+
+        Args:
+            orders: By row, the samples of the pass in their order.
+            batches_before: By row, the batches of earlier passes.
+        """
+        size = self.batch_size
+        num_full = [order.numel() // size for order in orders]
+        last_sizes = [order.numel() % size for order in orders]
+        samples = pad_sequence(orders, batch_first=True)
+        for batch in range(max(num_full)):
+            rows = [row for row, count in enumerate(num_full) if count > batch]
+            for index, group in self._by_index(rows, [batches_before[row] + batch for row in rows]):
+                yield _Call(group, samples[_row_index(group), batch * size : (batch + 1) * size], index)
+        for length in sorted(set(last_sizes) - {0}):
+            rows = [row for row, count in enumerate(last_sizes) if count == length]
+            for index, group in self._by_index(rows, [batches_before[row] + num_full[row] for row in rows]):
+                # The last batches of a length begin at other columns in each row.
+                begins = torch.tensor([num_full[row] * size for row in group])
+                columns = begins[:, None] + torch.arange(length)
+                yield _Call(group, samples[_row_index(group)].gather(1, columns), index)
 
     def _by_index(self, rows: list[int], indices: list[int]) -> Iterable[tuple[int, list[int]]]:
-        """Group rows by the number that their step is given; all of them in one group, where the step ignores it."""
+        """Group rows by the batch index that their step is given; in one group where the step ignores it."""
         if not self.facts.uses_index:
             return [(indices[0], rows)]
         groups: dict[int, list[int]] = {}
@@ -206,77 +231,101 @@ class Chunk:
 
     def _make(self, call: _Call) -> None:
         """Make a call, and one step of each of its clients."""
-        rows, samples, batch_index = call
-        count = len(rows)
-        at = _at(rows)
+        rows = call.rows
+        samples = call.samples
+        row_index = _row_index(rows)
         # A compiled step has graphs for few numbers of rows: the last row is repeated, and the copies are dropped.
-        extra = 0 if self.compiled is None else self.compiled.padding(count, len(self.tasks))
-        taken = at
-        if extra:
-            taken = _at(rows + rows[-1:] * extra)
-            samples = torch.cat([samples, samples[-1:].expand(extra, -1)])
-        inputs = self._inputs(rows, taken, samples, batch_index)
+        padding = 0
+        if self.compiled is not None:
+            padding = self.compiled.padding(len(rows), len(self.tasks))
+        padded_index = row_index
+        if padding:
+            padded_index = _row_index(rows + rows[-1:] * padding)
+            samples = torch.cat([samples, samples[-1:].expand(padding, -1)])
+        inputs = self._inputs(rows, padded_index, samples, call.batch_index)
         self.step.recorder.batch_size = samples.shape[1]
-        trained = [i for i in self.trained if i is not None]
+        trained = [number for number in self.stack_numbers if number is not None]
         outputs = (self.compiled or self.step).gradients(trained, inputs)
         with torch.no_grad():
             if outputs.logged:
-                self.step.recorder.put(torch.tensor(rows), [value[:count] for value in outputs.logged])
-            for i, value in enumerate(outputs.buffers(inputs.buffers)):
-                # One that was changed in place is a part of the stack.
-                if extra or not isinstance(at, slice) or value.data_ptr() != self.buffers[i][at].data_ptr():
-                    self.buffers[i][at] = value[:count]
+                self.step.recorder.put(torch.tensor(rows), [value[: len(rows)] for value in outputs.logged])
+            self._put_buffers(rows, row_index, outputs.buffers(inputs.buffers))
             if outputs.losses is not None:
-                remaining = iter(outputs.gradients)
-                gradients = [None if i is None else next(remaining) for i in self.trained]
-                if extra:
-                    gradients = [None if gradient is None else gradient[:count] for gradient in gradients]
-                self._step(rows, at, clipped(gradients, self.engine.host.clipping))
-        steps = self.skipped if outputs.losses is None else self.made
+                gradients = self._in_optimizer_order(outputs.gradients, len(rows))
+                self._step(rows, row_index, clipped(gradients, self.engine.host.clipping))
+        counts = self.skipped if outputs.losses is None else self.made
         for row in rows:
-            steps[row] += 1
+            counts[row] += 1
 
-    def _inputs(self, rows: list[int], taken: Any, samples: Tensor, batch_index: int) -> StepInputs:
-        """Collect what a call is given.
+    def _put_buffers(self, rows: list[int], row_index: RowIndex, buffers: Sequence[Tensor]) -> None:
+        """Write the buffers after a call into their stacks.
+
+        Args:
+            rows: The rows of the call.
+            row_index: The same as an index.
+            buffers: ``[rows and copies, *shape]`` each.
+        """
+        for stack, value in zip(self.buffers, buffers, strict=True):
+            # A slice of a stack is a view, and what the step changed in place is in the stack already.
+            is_view = isinstance(row_index, slice) and len(value) == len(rows)
+            if not is_view or value.data_ptr() != stack[row_index].data_ptr():
+                stack[row_index] = value[: len(rows)]
+
+    def _in_optimizer_order(self, gradients: Sequence[Tensor | None], count: int) -> list[Tensor | None]:
+        """Return the gradients of ``count`` rows for each parameter of the optimizer; ``None`` for a frozen one."""
+        remaining = iter(gradients)
+        ordered: list[Tensor | None] = []
+        for number in self.stack_numbers:
+            gradient = None if number is None else next(remaining)
+            if gradient is not None and len(gradient) > count:
+                # The rows after them are copies, for a compiled step.
+                gradient = gradient[:count]
+            ordered.append(gradient)
+        return ordered
+
+    def _inputs(self, rows: list[int], row_index: RowIndex, samples: Tensor, batch_index: int) -> StepInputs:
+        """Collect the inputs of a call.
 
         Args:
             rows: Its rows.
-            taken: The same, with the copies of the last row that a compiled step needs, as a slice or index.
-            samples: ``[rows and copies, batch]``, the samples.
+            row_index: The same as an index, with the copies of the last row that a compiled step needs.
+            samples: ``[rows and copies, batch]``, the indices of the samples.
             batch_index: The batch's number.
         """
         data = self.engine.data.gather(samples)
         if self.swaps:
-            for i, row in enumerate(rows):
+            for position, row in enumerate(rows):
                 if row in self.swaps:
-                    data[1][i] = swap_labels(data[1][i], self.swaps[row])
+                    data[1][position] = swap_labels(data[1][position], self.swaps[row])
         self.step.guard.generators = lambda: [self._generator(row) for row in rows]
         starts = None
         if self.starts is not None:
-            starts = {name: stack[taken] for name, stack in self.starts.items()}
+            starts = _rows_of(self.starts, row_index)
         return StepInputs(
-            parameters=[stack[taken].requires_grad_() for stack in self.stacks],
-            buffers=[buffer[taken] for buffer in self.buffers],
+            parameters=[stack[row_index].requires_grad_() for stack in self.stacks],
+            buffers=[buffer[row_index] for buffer in self.buffers],
             batch=self.engine.host.prepare(data),
             batch_index=batch_index,
             starts=starts,
-            states=[{name: stack[taken] for name, stack in state.items()} for state in self.states],
+            states=[_rows_of(state, row_index) for state in self.states],
         )
 
-    def _step(self, rows: list[int], at: Any, gradients: Sequence[Tensor | None]) -> None:
+    def _step(self, rows: list[int], row_index: RowIndex, gradients: Sequence[Tensor | None]) -> None:
         """Step the optimizer of each client of a call, and scale the step where the rule scales learning rates."""
         if self.scaled_steps is None:
-            self.optimizer.step(rows, at, gradients)
+            self.optimizer.step(rows, row_index, gradients)
             return
-        before = [stack[at].clone() for stack in self.stacks]
-        self.optimizer.step(rows, at, gradients)
-        after = [stack[at] for stack in self.stacks]
-        gradient_of = dict(zip(self.trained, gradients, strict=True))
-        self.scaled_steps.scale(after, before, [gradient_of.get(i) for i in range(len(self.stacks))], at)
-        for stack, value in zip(self.stacks, after, strict=True):
-            stack[at] = value
+        previous = [stack[row_index].clone() for stack in self.stacks]
+        self.optimizer.step(rows, row_index, gradients)
+        scaled = [stack[row_index] for stack in self.stacks]
+        gradient_of = dict(zip(self.stack_numbers, gradients, strict=True))
+        in_layout_order = [gradient_of.get(number) for number in range(len(self.stacks))]
+        self.scaled_steps.scale(scaled, previous, in_layout_order, row_index)
+        # Rows that are picked by an index tensor are copies.
+        for stack, value in zip(self.stacks, scaled, strict=True):
+            stack[row_index] = value
 
-    # ------------------------------------------------------------------ what comes out
+    # ------------------------------------------------------------------ the updates
 
     def updates(self) -> Iterator[ClientUpdate]:
         """Return the updates, in the order of the tasks.
@@ -292,18 +341,19 @@ class Chunk:
         for row in self.row_of:
             with torch.no_grad():
                 torch._foreach_copy_(tensors, [stack[row] for stack in stacks])
-            yield self._update(row, self.displacements[row], logged[row])
+            yield self._update(row, logged[row])
 
-    def _update(self, row: int, displacement: Tensor, logged: dict[str, Logged]) -> ClientUpdate:
+    def _update(self, row: int, logged: dict[str, Logged]) -> ClientUpdate:
         engine = self.engine
         task = self.tasks[row]
-        memory: dict[str, Any] = {"optimizers": [], "objectives": []}
+        optimizer_states = []
         if engine.plan.optimizer_state == "kept":
-            memory["optimizers"] = [self.optimizer.states(row)]
+            optimizer_states.append(self.optimizer.states(row))
+        objective_states = []
         if engine.objectives:
             end = {name: stack[row] for name, stack in zip(engine.layout.names, self.stacks, strict=True)}
-            states = [{name: stack[row] for name, stack in state.items()} for state in self.states]
-            memory["objectives"] = engine.end_objectives(task, states, end, self.made[row])
+            states = [_rows_of(state, row) for state in self.states]
+            objective_states = engine.end_objectives(task, states, end, self.made[row])
         buffers = {}
         for name, buffer in zip(self.step.buffer_names, self.buffers, strict=True):
             buffers[name] = buffer[row].clone()
@@ -312,16 +362,30 @@ class Chunk:
             num_examples=len(engine.data.train_indices[task.client]),
             num_steps=self.made[row],
             num_skipped=self.skipped[row],
-            displacement=displacement,
+            displacement=self.displacements[row],
             buffers=buffers,
             logged=logged,
-            memory=memory,
+            memory={"optimizers": optimizer_states, "objectives": objective_states},
             num_batches=engine.num_batches(task.client),
         )
 
 
-def _at(rows: list[int]) -> Any:
-    """Rows as a slice where they are neighbors, else as an index."""
+def _num_samples(passes: Sequence[Tensor]) -> int:
+    return sum(order.numel() for order in passes)
+
+
+def _num_batches(order: Tensor, batch_size: int) -> int:
+    """Return the number of batches of a pass, the shorter last one included."""
+    return -(-order.numel() // batch_size)
+
+
+def _rows_of(stacks: Mapping[str, Tensor], index: RowIndex | int) -> dict[str, Tensor]:
+    """Pick rows of named stacks."""
+    return {name: stack[index] for name, stack in stacks.items()}
+
+
+def _row_index(rows: list[int]) -> RowIndex:
+    """Return rows as a slice where they are neighbors, which makes no copies; else as an index tensor."""
     if rows[-1] - rows[0] + 1 == len(rows):
         return slice(rows[0], rows[-1] + 1)
     return torch.tensor(rows)
@@ -331,8 +395,8 @@ def clipped(gradients: Sequence[Tensor | None], clipping: tuple[float, str] | No
     """Clip each client's gradient as ``torch.nn.utils.clip_grad_norm_`` or ``clip_grad_value_`` clips one.
 
     Args:
-        gradients: ``[rows, *shape]`` each.
-        clipping: The bound, and ``"norm"`` or ``"value"``.
+        gradients: ``[rows, *shape]`` each; ``None`` for a parameter that was not used.
+        clipping: The bound, and ``"norm"`` or ``"value"``; ``None`` without clipping.
     """
     used = [gradient for gradient in gradients if gradient is not None]
     if clipping is None or not used:
@@ -341,9 +405,12 @@ def clipped(gradients: Sequence[Tensor | None], clipping: tuple[float, str] | No
     if algorithm == "value":
         return [None if gradient is None else gradient.clamp(-bound, bound) for gradient in gradients]
     norms = torch.stack([torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1) for gradient in used])
+    # The constant is the one of `clip_grad_norm_`.
     scale = (bound / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
-    # Not in place: an expanded gradient shares its elements.
-    return [
-        None if gradient is None else gradient * scale.to(gradient.dtype).view(-1, *[1] * (gradient.ndim - 1))
-        for gradient in gradients
-    ]
+    scaled: list[Tensor | None] = []
+    for gradient in gradients:
+        if gradient is not None:
+            # Not in place: an expanded gradient shares its elements.
+            gradient = gradient * scale.to(gradient.dtype).view(-1, *[1] * (gradient.ndim - 1))
+        scaled.append(gradient)
+    return scaled

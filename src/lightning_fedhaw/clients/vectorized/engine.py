@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import ExitStack
 from itertools import chain, islice
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_fedhaw.clients.engine import ClientTask, Engine, LocalPlan, give_settings, locate, settings_of
+from lightning_fedhaw.clients.engine import ClientTask, Engine, LocalPlan, locate, restore_settings, settings_of
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep
 from lightning_fedhaw.clients.vectorized.chunk import Chunk
@@ -28,24 +29,27 @@ from lightning_fedhaw.vectors.memory import is_out_of_memory
 
 
 class VectorizedEngine(Engine):
-    """Train many clients at once, for modules whose step has no side effects, as the probe finds out.
+    """The engine that trains many clients at once, for modules whose step has no side effects, as the trial finds out.
 
-    Clients with more batches continue when others have finished, and a shorter last batch is a call of its own together
-    with those of the same length: nothing is padded, and no client moves on after its last step.
+    Clients with more batches continue when others have finished, and shorter last batches of equal length share a call:
+    nothing is padded, and no client's model changes after its last step.
 
     Args:
-        host: As in the base class, like the four that follow.
-        layout: As there.
-        data: As there.
-        plan: As there.
-        objectives: As there.
-        facts: What the probe found out.
+        host: The trainer around it.
+        layout: Where each trainable parameter lives in the flat vector.
+        data: The clients' data.
+        plan: The local work of a client in a round.
+        objectives: The terms that clients add to their loss.
+        facts: What the trial found out.
         chunk_memory: Bytes in use at a time.
         compile_clients: Whether the step is compiled from the second round on.
-        fallback: Continues where a step turns out not to be vectorizable after all; without it, that is an error.
+        fallback: The engine that continues if a step turns out not to be vectorizable after all; without it, that is
+            an error.
 
     Attributes:
-        chunk: How many clients train at once.
+        chunk: The number of clients that train at once.
+        gave_up: Whether the fallback has taken over.
+        rounds: The number of rounds that this engine has begun.
     """
 
     def __init__(
@@ -73,10 +77,12 @@ class VectorizedEngine(Engine):
     @property
     def clients_at_once(self) -> int:
         """The clients of a chunk, as long as the step proves vectorizable."""
-        return 1 if self.gave_up else self.chunk
+        if self.gave_up:
+            return 1
+        return self.chunk
 
     def run(self, tasks: Iterable[ClientTask]) -> Generator[ClientUpdate, None, None]:
-        """Train the cohort, chunk by chunk. The module keeps its own tensors throughout.
+        """Train the cohort, chunk by chunk. The module's own tensors are not replaced.
 
         Yields:
             Each client's update, in the order of the tasks.
@@ -84,40 +90,46 @@ class VectorizedEngine(Engine):
         host = self.host
         pending = iter(tasks)
         # Parts of a chunk that failed, to be trained again before the next chunk.
-        again: deque[list[ClientTask]] = deque()
+        failed: deque[list[ClientTask]] = deque()
         with isolated_randomness(host.device), StackRecorder(host.module, host.callbacks) as recorder:
             step = BatchedStep(host, self.layout, self.objectives, recorder, StepGuard())
+            # From the second round on, so that a run of one round does not wait for the compiler.
             if self.compile_clients and self.rounds and self.compiled is None:
                 self.compiled = CompiledStep()
             if self.compiled is not None:
                 self.compiled.begin(step)
             self.rounds += 1
             while not self.gave_up:
-                part = again.popleft() if again else list(islice(pending, self.chunk))
-                if not part:
+                chunk_tasks = failed.popleft() if failed else list(islice(pending, self.chunk))
+                if not chunk_tasks:
                     break
-                trained = self._try(step, part)
+                trained = self._try(step, chunk_tasks)
                 if trained is not None:
                     yield from trained.updates()
                 else:
-                    # Where memory ran out, the chunk is smaller by now.
-                    again.extendleft(rest for rest in (part[self.chunk :], part[: self.chunk]) if rest)
+                    # Where memory ran out, the chunk is smaller by now. The first part goes to the very front.
+                    if chunk_tasks[self.chunk :]:
+                        failed.appendleft(chunk_tasks[self.chunk :])
+                    failed.appendleft(chunk_tasks[: self.chunk])
                 # Its stacks are released before the next chunk makes its own.
                 del trained
             if self.compiled is not None:
                 self.compiled.report()
-        # What `optimizer.step` would leave behind; a schedule that steps next looks for it.
+        # `optimizer.step` would set this; a schedule that steps next warns without it.
         host.optimizers[0]._opt_called = True  # type: ignore[attr-defined]
         if self.gave_up and self.fallback is not None:
-            self.fallback.kept = self.kept
+            self.fallback.optimizer_states = self.optimizer_states
             self.fallback.lr_scale = self.lr_scale
-            yield from self.fallback.run(chain(*again, pending))
+            yield from self.fallback.run(chain(*failed, pending))
 
     def _try(self, step: BatchedStep, tasks: Sequence[ClientTask]) -> Chunk | None:
-        """Train some clients; ``None`` if it failed in a way that can be mended, which is done.
+        """Train some clients at once.
+
+        Returns:
+            The trained chunk; ``None`` if it failed and the clients can be trained again in another way.
 
         Raises:
-            Exception: Whatever the step raises, where nothing helps.
+            Exception: Any error of the step, where nothing helps.
         """
         optimizers = self.host.optimizers
         settings = settings_of(optimizers)
@@ -129,32 +141,37 @@ class VectorizedEngine(Engine):
                 raise NotVectorizableError("changes settings of the optimizer, which all clients share here")
             return chunk
         except Exception as error:
-            # The user's code may raise anything; the sequential engine, or less memory, may do without.
-            give_settings(optimizers, settings)
-            # Raised here: an error that its own frames know keeps all that they hold, until a garbage collection.
+            # The user's code may raise anything; the sequential engine, or fewer clients at a time, may succeed.
+            restore_settings(optimizers, settings)
+            # Raised here: an error that its own frames refer to keeps their memory until a garbage collection.
             if not self._recovers(error, step, tasks):
                 raise
         step.recorder.forget()
         return None
 
     def _train(self, chunk: Chunk) -> None:
-        """Train some clients, and look whether a step did what it did not do in the trial.
+        """Train a chunk, and check that no step did in this round what it did not do in the trial.
 
         Raises:
-            NotVectorizableError: If something was left behind that would pass from client to client. It is put back.
+            NotVectorizableError: If a step changed something that would pass from client to client. It is restored.
         """
         attributes = Attributes(self.host.module, copies_tensors=False)
-        try:
+        with ExitStack() as undo:
+            # Undone after an interruption (Ctrl+C), too.
+            undo.callback(attributes.restore)
             chunk.train()
             change = attributes.changed()
             if change is not None:
-                raise NotVectorizableError(change.what)
-        except BaseException:
-            attributes.restore()
-            raise
+                raise NotVectorizableError(change.description)
+            # Nothing is to be undone.
+            undo.pop_all()
 
     def _recovers(self, error: Exception, step: BatchedStep, tasks: Sequence[ClientTask]) -> bool:
-        """After a failure choose fewer clients at a time, or one after another; false if neither helps."""
+        """After a failure reduce the number of clients at a time, or give up for the fallback.
+
+        Returns:
+            Whether the clients can be trained again; false if neither helps.
+        """
         if is_out_of_memory(error) and len(tasks) > 1:
             self.chunk = (len(tasks) + 1) // 2
             rank_zero_warn(
@@ -165,8 +182,8 @@ class VectorizedEngine(Engine):
         if self.fallback is not None:
             self.gave_up = True
             rank_zero_warn(
-                "Going on with the sequential engine for the rest of the run: in round"
-                f" {self.host.round} `training_step` {explained(error)}."
+                f"The sequential engine trains from here on: in round {self.host.round} `training_step`"
+                f" {explained(error)}."
             )
             return True
         clients = ", ".join(str(task.client) for task in tasks[:10])

@@ -1,12 +1,13 @@
-"""What a module logs while many clients train at once."""
+"""Values that a module logs while many clients train at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_fedhaw.clients.records import Logged, LoggedValues, LogRecorder, LogSettings
@@ -14,12 +15,12 @@ from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
 
 
 class PendingValue(NamedTuple):
-    """What is known of a logged value while it is still inside a batched call.
+    """The description of a logged value while it is still inside a batched call.
 
     Attributes:
         name: Its name.
         settings: The further arguments of ``self.log``.
-        weight: The examples behind it.
+        weight: The number of examples that it was computed from.
     """
 
     name: str
@@ -33,7 +34,7 @@ class _LoggedStack(NamedTuple):
     Attributes:
         rows: ``[clients]``, their rows.
         values: ``[clients]``.
-        weight: The examples behind each.
+        weight: The number of examples that each was computed from.
     """
 
     rows: Tensor
@@ -42,22 +43,22 @@ class _LoggedStack(NamedTuple):
 
 
 class StackRecorder(LogRecorder):
-    """Record what many clients log that train at once: a stack, with one value per client.
+    """A log recorder for clients that train at once: of each logged value it has a stack, with one value per client.
 
-    A value that is logged inside a batched call cannot be looked at before it has left the call as an output. So
+    A value that is logged inside a batched call cannot be read before it has left the call as an output. So
     :meth:`take` hands the values out of the call, and :meth:`put` receives them as stacks.
     """
 
-    def __init__(self, module: Any, callbacks: Iterable[Any] = ()) -> None:
+    def __init__(self, module: nn.Module, callbacks: Iterable[pl.Callback] = ()) -> None:
         super().__init__(module, callbacks)
         self._pending: list[PendingValue] = []
         self._stacks: dict[str, list[_LoggedStack]] = {}
 
-    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+    def log(self, name: str, value: object, *args: Any, **kwargs: Any) -> None:
         """Record a value; the arguments are those of ``LightningModule.log``.
 
         Raises:
-            NotVectorizableError: If it is a torchmetrics object.
+            NotVectorizableError: If the value is a torchmetrics object, whose state would be of all clients at once.
         """
         if isinstance(value, Metric):
             raise NotVectorizableError(f"logs the torchmetrics object `{name}`, which keeps what it has seen")
@@ -65,39 +66,45 @@ class StackRecorder(LogRecorder):
 
     @staticmethod
     def _snapshot(value: Tensor) -> Tensor:
-        """Copy a value; within a batched call no tensor is a number."""
+        """Copy a value; within a batched call no tensor can be read as a number."""
         return value.detach().clone().reshape(())
 
-    def take(self, like: Tensor) -> list[Tensor]:
-        """Take the values that were logged so far in a batched call, to be returned from it.
+    def take(self, parameter: Tensor) -> list[Tensor]:
+        """Take the values that were logged in a batched call, to be returned from the call.
 
         They come back by :meth:`put`, as stacks.
 
         Args:
-            like: A tensor on the device where plain numbers are to be put.
+            parameter: A tensor of the call, whose device plain numbers are moved to.
         """
-        taken = []
+        outputs = []
         for name, (settings, values, weights) in self._entries.items():
             for value, weight in zip(values, weights, strict=True):
-                number = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-                taken.append(number.reshape(()).to(like.device))
+                if not isinstance(value, Tensor):
+                    value = torch.tensor(value, dtype=torch.float64)
+                outputs.append(value.reshape(()).to(parameter.device))
                 self._pending.append(PendingValue(name, settings, weight))
             values.clear()
             weights.clear()
-        return taken
+        return outputs
 
     def drop_pending(self) -> list[PendingValue]:
-        """Forget, and return, what was taken in the last call, which will not come back by :meth:`put`."""
+        """Forget and return the values taken in the last call, which will not come back by :meth:`put`."""
         pending = self._pending
         self._pending = []
         return pending
 
     def pend(self, pending: Sequence[PendingValue]) -> None:
-        """Expect these values at the next :meth:`put`, of a call that was not made through :meth:`log`."""
+        """Expect these values at the next :meth:`put`, of a compiled call, which does not call :meth:`log`."""
         self._pending = list(pending)
 
     def put(self, rows: Tensor, stacks: Iterable[Tensor]) -> None:
-        """Receive after a batched call what :meth:`take` gave, ``[len(rows)]`` each."""
+        """Receive the values after a batched call.
+
+        Args:
+            rows: The rows of the call.
+            stacks: The values that :meth:`take` returned inside the call, ``[len(rows)]`` each.
+        """
         for (name, settings, weight), stack in zip(self._pending, stacks, strict=True):
             self._entries.setdefault(name, LoggedValues(settings, [], []))
             self._stacks.setdefault(name, []).append(_LoggedStack(rows, stack, weight))
@@ -111,14 +118,17 @@ class StackRecorder(LogRecorder):
         return received
 
     def collect_rows(self, count: int) -> list[dict[str, Logged]]:
-        """Merge what was recorded for each of ``count`` clients since the last call; one synchronization a name."""
+        """Merge the values recorded since the last call, for each of ``count`` clients.
+
+        The device is waited for once for each name.
+        """
         records: list[dict[str, Logged]] = [{} for _ in range(count)]
         for name, stacks in self._stacks.items():
             settings = self._entries[name].settings
             reduction = settings.reduction(name)
             options = settings.options()
             totals, weights = _merged(stacks, reduction, count)
-            # One transfer for both.
+            # Stacked, so that one transfer brings both to the host.
             for row, (total, weight) in enumerate(torch.stack([totals, weights], 1).tolist()):
                 if weight:
                     records[row][name] = Logged(total, weight, reduction, options)
@@ -126,7 +136,7 @@ class StackRecorder(LogRecorder):
         return records
 
     def forget(self) -> None:
-        """Drop what was recorded, of clients that are trained again."""
+        """Drop all recorded values, of clients that are trained again."""
         for _, values, weights in self._entries.values():
             values.clear()
             weights.clear()

@@ -1,4 +1,4 @@
-"""Which line of the user's code did something, and what a step looks at."""
+"""The line of the user's code at which something happens, and the arguments that a step reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
@@ -19,61 +19,71 @@ import torchmetrics
 from lightning_fedhaw import streams
 from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
 
-# The standard library's folder too, which holds that of installed packages as a rule.
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
+
+# `dis` stands for the standard library, whose folder usually contains that of installed packages.
 _LIBRARIES = tuple(str(Path(m.__file__ or "").parent) for m in (torch, lightning, torchmetrics, streams, dis))
 
 
 def is_users(file: str) -> bool:
-    """Whether a source file is the user's, and not a library's."""
+    """Return whether a source file is the user's, and not a library's."""
     return not file.startswith((*_LIBRARIES, "<"))
 
 
 def is_users_class(kind: type) -> bool:
-    """Whether a class is written in a source file of the user's."""
+    """Return whether a class is written in a source file of the user's."""
     return is_users(getattr(sys.modules.get(kind.__module__), "__file__", None) or "<")
 
 
 class LineFinder:
-    """Find the line of the user's code after which something has changed, entered around a call.
+    """A context around a call that finds the line of the user's code after which something has changed.
 
-    Only frames under that call are looked at: whatever else this thread runs, such as a tracer's or a debugger's own
-    functions, is not the user's step. Other threads have trace functions of their own.
+    Only frames under that call are considered: everything else that this thread runs, such as the functions of a tracer
+    or a debugger, is not the user's step. Other threads have their own trace functions.
 
     Args:
-        changed: Whether it has.
+        changed: Returns whether it has changed.
 
     Attributes:
-        found: File and line; ``None`` if there was none.
+        line: File and line; ``None`` if nothing has changed.
     """
 
     def __init__(self, changed: Callable[[], bool]) -> None:
         self.changed = changed
-        self.found: str | None = None
-        self._last: str | None = None
+        self.line: str | None = None
+        self._previous_line: str | None = None
         self._caller: FrameType | None = None
-        self._before: Any = None
+        self._outer_tracer: TraceFunction | None = None
 
     def __enter__(self) -> None:
         self._caller = sys._getframe(1)
-        self._before = sys.gettrace()
+        self._outer_tracer = sys.gettrace()
         sys.settrace(self._enter_frame)
 
     def __exit__(self, *_: object) -> None:
-        sys.settrace(self._before)
+        sys.settrace(self._outer_tracer)
         self._caller = None
 
-    def _enter_frame(self, frame: FrameType, event: str, _: Any) -> Any:
-        return self._see if is_users(frame.f_code.co_filename) else None
+    def _enter_frame(self, frame: FrameType, event: str, argument: object) -> TraceFunction | None:
+        """Trace the lines of the user's functions only."""
+        if is_users(frame.f_code.co_filename):
+            return self._trace_line
+        return None
 
-    def _see(self, frame: FrameType, event: str, _: Any) -> Any:
-        if self.found is None:
-            if self._last is not None and self.changed():
-                self.found = self._last
-            # After a return, the rest of the line that called comes next, which may be in another function's caller.
-            current = self._users_caller(frame) if event == "return" else frame
-            if current is not None:
-                self._last = f"{current.f_code.co_filename}:{current.f_lineno}"
-        return self._see
+    def _trace_line(self, frame: FrameType, event: str, argument: object) -> TraceFunction:
+        """Check, before a line is executed, whether the line before it has changed something."""
+        if self.line is not None:
+            return self._trace_line
+        if self._previous_line is not None and self.changed():
+            self.line = self._previous_line
+        current: FrameType | None = frame
+        if event == "return":
+            # The calling line is continued next; it may be several callers up, with a library's between.
+            current = self._users_caller(frame)
+        if current is not None:
+            self._previous_line = f"{current.f_code.co_filename}:{current.f_lineno}"
+        return self._trace_line
 
     def _users_caller(self, frame: FrameType) -> FrameType | None:
         """Return the user's frame that called this one, if it is under the call that is watched."""
@@ -87,16 +97,16 @@ class LineFinder:
 
 @contextmanager
 def quiet_collector(runs: bool = False) -> Iterator[None]:
-    """Keep what the garbage collector calls from looking like the step's own doing.
+    """Keep effects of the garbage collector from being taken for side effects of the step.
 
-    Its callbacks are not called, and garbage that is there already is not finalized.
+    Its callbacks are not called, and present garbage is not finalized.
 
     Args:
-        runs: Whether it goes on collecting what becomes garbage meanwhile.
+        runs: Whether garbage that is made inside the context is collected.
     """
     was_enabled = gc.isenabled()
     callbacks = list(gc.callbacks)
-    # Otherwise somebody else keeps objects there, and unfreezing would release them too.
+    # Where the program has frozen objects itself, unfreezing would release those, too.
     freezes = gc.get_freeze_count() == 0
     if not runs:
         gc.disable()
@@ -114,24 +124,29 @@ def quiet_collector(runs: bool = False) -> Iterator[None]:
 
 
 def reads_index(step: Callable[..., Any]) -> bool:
-    """Whether ``training_step`` ever reads its second argument; true where that cannot be decided."""
+    """Return whether ``training_step`` ever reads its second argument; true where that cannot be decided."""
     function = inspect.unwrap(getattr(step, "__func__", step))
     code = getattr(function, "__code__", None)
-    if code is None or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS) or "locals" in code.co_names:
+    if code is None:
         return True
-    arguments = code.co_varnames[: code.co_argcount]
-    after_batch = arguments[2:] if inspect.ismethod(step) else arguments[1:]
-    if not after_batch:
+    takes_any = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    if takes_any or "locals" in code.co_names:
+        return True
+    # After the batch, and after `self`.
+    position = 2 if inspect.ismethod(step) else 1
+    if code.co_argcount <= position:
         return False
-    index = after_batch[0]
+    index = code.co_varnames[position]
     # A function inside the step may read it.
     if index in code.co_cellvars:
         return True
     for instruction in dis.get_instructions(code):
         if "LOAD" not in instruction.opname:
             continue
+        names = instruction.argval
+        if not isinstance(names, tuple):
+            names = (names,)
         # From Python 3.13 on, one instruction may load two names.
-        names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
         if index in names:
             return True
     return False
@@ -143,17 +158,17 @@ def explained(error: BaseException) -> str:
 
 
 def _described(error: BaseException) -> str:
-    first = str(error).strip().partition("\n")[0]
+    first_line = str(error).strip().partition("\n")[0]
     if "data-dependent control flow" in str(error) or ".item()" in str(error):
         return (
             "needs the value of a tensor in Python (`if`, `.item()`, `float()`), and many clients at once have many;"
             " `torch.where` and `self.log(name, tensor)` do without"
         )
     if isinstance(error, NotVectorizableError):
-        return first
-    if not first:
+        return first_line
+    if not first_line:
         return f"raises {type(error).__name__}"
-    return f"raises {type(error).__name__}: {first[:200]}"
+    return f"raises {type(error).__name__}: {first_line[:200]}"
 
 
 def _line_of(error: BaseException) -> str:

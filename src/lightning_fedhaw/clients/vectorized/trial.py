@@ -1,13 +1,12 @@
-"""A trial of a module's step: may many clients be trained in one batched computation, and what does that need."""
+"""A trial of a module's step, which finds out whether and how many clients can be trained in one computation."""
 
 from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,26 +27,26 @@ from lightning_fedhaw.clients.vectorized.snapshot import Snapshot
 from lightning_fedhaw.clients.vectorized.tracing import LineFinder, explained, quiet_collector, reads_index
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
-from lightning_fedhaw.objectives.base import ClientObjective
+from lightning_fedhaw.objectives.base import ClientObjective, ClientState
 from lightning_fedhaw.streams import seed_of, stream
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
-FEW = 8
-"""Samples a client that are enough to compare: float64 is slow on many devices."""
+FEW_SAMPLES = 8
+"""The samples of a client that are enough for the comparison: float64 is slow on many devices."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the vectorized engine must know about a step.
+    """The facts about a step that the vectorized engine needs.
 
     Attributes:
         row_states: Names of the optimizer's states that have the parameter's shape.
-        uses_index: Whether the step looks at ``batch_idx``.
-        draws_dropout: Whether it asks for dropout.
-        draws_other: Whether it draws other random numbers, which are then equal per engine only.
+        uses_index: Whether the step reads ``batch_idx``.
+        draws_dropout: Whether it uses dropout.
+        draws_other: Whether it draws other random numbers, which differ between the engines.
         is_compared: Whether its values could be compared with those of a client alone.
-        bytes_per_client: Memory that one client more takes.
-        frozen: Frozen parameters that the step computes with.
+        bytes_per_client: The memory of one more client, in bytes.
+        frozen: The number of frozen parameters that the step computes with.
     """
 
     row_states: frozenset[str]
@@ -66,10 +65,19 @@ def probe(
     plan: LocalPlan,
     objectives: Sequence[ClientObjective] = (),
 ) -> Facts:
-    """Try a module's step on two clients at once, and compare it with each client alone. The module is left as it was.
+    """Try a module's step on two clients at once, and compare it with each client alone.
+
+    The module and all that its step has changed are restored.
+
+    Args:
+        host: The trainer around the module.
+        layout: Its trainable parameters.
+        data: The clients' data.
+        plan: The local work of a client in a round.
+        objectives: The terms that clients add to their loss.
 
     Raises:
-        NotVectorizableError: If it has side effects or gives other values, saying why and where.
+        NotVectorizableError: If the step has side effects or gives other values, with the reason and the line.
     """
     step = f"`{type(host.module).__name__}.training_step`"
     if host.obstacle is not None:
@@ -80,14 +88,14 @@ def probe(
             " `collate_fn`)"
         )
     try:
-        rows = row_states(host.optimizers[0], states_of(host.optimizers[0]))
+        names = row_states(host.optimizers[0], states_of(host.optimizers[0]))
     except ValueError as error:
         raise NotVectorizableError(f"the optimizer {error}") from error
     uses_index = reads_index(host.module.training_step)
     snapshot = Snapshot(host.module, host.optimizers, layout)
     with isolated_randomness(host.device), quiet_collector(), host.logging_to(_NoLogger()):
         try:
-            return _Trial(host, layout, data, plan, objectives, snapshot).facts(rows, uses_index)
+            return _Trial(host, layout, data, plan, objectives, snapshot).facts(names, uses_index)
         except NotVectorizableError as error:
             raise NotVectorizableError(f"{step} {error}") from error
         finally:
@@ -95,7 +103,16 @@ def probe(
 
 
 class _Trial:
-    """A step of two clients with different models, buffers and data."""
+    """A trial of a step on two clients with different models and data.
+
+    Args:
+        host: The trainer around the module.
+        layout: Its trainable parameters.
+        data: The clients' data.
+        plan: The local work of a client in a round.
+        objectives: The terms that clients add to their loss.
+        snapshot: Detects and undoes what the step changes.
+    """
 
     def __init__(
         self,
@@ -114,14 +131,15 @@ class _Trial:
         self.seeds = [seed_of(plan.seed, "probe", row) for row in (0, 1)]
         start = layout.read(self.parameters)
         noise = torch.randn(2, layout.numel, generator=stream(plan.seed, "probe"), dtype=torch.float64)
+        # Different models, close enough to the real one that no value overflows.
         self.vectors = [layout.rounded(start + 0.01 * row.to(start)) for row in noise]
-        # The data of the largest client, once from its beginning and once from its end.
+        # Different data: those of the largest client, once from its beginning and once from its end.
         largest = int(data.num_examples.argmax())
         indices = data.train_indices[largest]
         self.batch_size = min(data.settings.batch_size, len(indices))
         self.batch = data.gather(torch.stack([indices[: self.batch_size], indices.flip(0)[: self.batch_size]]))
         self.starts = {name: value.expand(2, *value.shape) for name, value in layout.views(start).items()}
-        self.states = []
+        self.states: list[ClientState] = []
         for objective in objectives:
             state = objective.client_state(largest, layout.views(start))
             self.states.append({name: torch.stack([value, value]).to(host.device) for name, value in state.items()})
@@ -131,12 +149,12 @@ class _Trial:
         self.activations = 0
         self.frozen: dict[Tensor, int] = {}
 
-    def facts(self, rows: frozenset[str], uses_index: bool) -> Facts:
-        """Try the step, and say what it needs.
+    def facts(self, row_states: frozenset[str], uses_index: bool) -> Facts:
+        """Try the step, and return what was found out.
 
         Args:
-            rows: Names of the optimizer's states that have the parameter's shape.
-            uses_index: Whether the step looks at ``batch_idx``.
+            row_states: Names of the optimizer's states that have the parameter's shape.
+            uses_index: Whether the step reads ``batch_idx``.
 
         Raises:
             NotVectorizableError: If the step cannot be batched.
@@ -144,68 +162,80 @@ class _Trial:
         guard = StepGuard()
         draws_other = False
         is_compared = True
-        # A step that looks at its number may do something else from the second batch on.
-        for self.index in (0, 1) if uses_index else (0,):
+        # A step that reads its number may do something else from the second batch on.
+        num_batches = 2 if uses_index else 1
+        for self.index in range(num_batches):
             for row in (0, 1):
                 self._try_alone(row)
             draws_other |= self._try_together(guard)
             is_compared &= self._compare(draws_other)
         return Facts(
-            row_states=rows,
+            row_states=row_states,
             uses_index=uses_index,
             draws_dropout=guard.calls > 0,
             draws_other=draws_other,
             is_compared=is_compared,
-            bytes_per_client=self._bytes(len(rows)),
+            bytes_per_client=self._bytes(len(row_states)),
             frozen=sum(self.frozen.values()),
         )
 
     # ------------------------------------------------------------------ one client, and both at once
 
     def _try_alone(self, row: int) -> None:
-        """Run the step for one client, and refuse what it leaves behind."""
+        """Run the step for one client, and refuse side effects.
+
+        Raises:
+            NotVectorizableError: If the step fails, changes something that would pass from client to client, or draws
+                random numbers that no batched call could give each client.
+        """
         seed_randomness(self.seeds[row], self.host.device)
-        before = _foreign_randomness()
-        try:
-            try:
-                self._alone(row, self._measured())
-            except RuntimeError:
-                # Gradients inside of a step may refuse to be measured: what they save is estimated instead.
-                seed_randomness(self.seeds[row], self.host.device)
-                self._alone(row, nullcontext())
-                self.activations = max(self.activations, 10 * sum(_nbytes(tensor[row]) for tensor in self.batch))
-        except Exception as error:
-            # The user's code may raise anything; the sequential engine will say so where it matters.
-            raise NotVectorizableError(explained(error)) from error
+        state_before = _foreign_randomness()
+        with _errors_refuse():
+            self._run_measured(row)
         change = self.snapshot.changed()
         if change is not None:
-            raise NotVectorizableError(change.what + self._line_that(change.is_there))
-        after = _foreign_randomness()
-        if after != before:
-            line = self._line_that(lambda: _foreign_randomness() != after)
+            raise NotVectorizableError(change.description + self._line_that(change.has_happened))
+        state_after = _foreign_randomness()
+        if state_after != state_before:
+            line = self._line_that(lambda: _foreign_randomness() != state_after)
             raise NotVectorizableError(f"draws from NumPy's or Python's random numbers, once for all clients{line}")
 
+    def _run_measured(self, row: int) -> None:
+        """Run the step for one client, and measure the memory of its activations."""
+        try:
+            self._alone(row, self._measured())
+        except RuntimeError:
+            # Steps that compute gradients themselves may not allow the measurement. Then activations are estimated, at
+            # ten times the batch.
+            seed_randomness(self.seeds[row], self.host.device)
+            self._alone(row, nullcontext())
+            self.activations = max(self.activations, 10 * sum(_nbytes(tensor[row]) for tensor in self.batch))
+
     def _try_together(self, guard: StepGuard) -> bool:
-        """Run the step for both clients at once; whether it draws random numbers other than dropout's."""
+        """Run the step for both clients at once.
+
+        Returns:
+            Whether the step draws random numbers other than dropout's.
+
+        Raises:
+            NotVectorizableError: If the step fails, or changes something that would pass from client to client.
+        """
         self.snapshot.restore()
         seed_randomness(self.seeds[0], self.host.device)
-        before = _torch_randomness(self.host.device)
-        try:
+        state_before = _torch_randomness(self.host.device)
+        with _errors_refuse():
             self._together(guard)
-        except Exception as error:
-            # The user's code, and torch about it, may raise anything.
-            raise NotVectorizableError(explained(error)) from error
         change = self.snapshot.changed()
         if change is not None:
-            raise NotVectorizableError(change.what)
-        return not torch.equal(before, _torch_randomness(self.host.device))
+            raise NotVectorizableError(change.description)
+        return not torch.equal(state_before, _torch_randomness(self.host.device))
 
-    def _alone(self, row: int, around: AbstractContextManager[Any]) -> Values:
-        """Run one client's step in the module itself, and return everything that it gives.
+    def _alone(self, row: int, context: AbstractContextManager[object]) -> Values:
+        """Run one client's step in the module itself, and return all its values.
 
         Args:
-            row: Which of the two.
-            around: Is entered around the call of ``training_step``.
+            row: The client, 0 or 1.
+            context: A context for the call of ``training_step``.
         """
         self.snapshot.restore()
         host = self.host
@@ -215,7 +245,7 @@ class _Trial:
         with LogRecorder(host.module, host.callbacks) as recorder:
             recorder.batch_size = self.batch_size
             arguments = host.arguments(batch, self.index)
-            with host.step_context(), around:
+            with host.step_context(), context:
                 output = host.module.training_step(*arguments)
             loss, _ = loss_of(output)
             if loss is None:
@@ -234,38 +264,44 @@ class _Trial:
         return values
 
     def _terms(self, row: int) -> Terms:
-        """Return what objectives add to one client's loss."""
-        return Terms(
-            self.objectives,
-            dict(zip(self.layout.names, self.parameters, strict=True)),
-            {name: value[row] for name, value in self.starts.items()},
-            [{name: value[row] for name, value in state.items()} for state in self.states],
-        )
+        """Return the terms that objectives add to one client's loss."""
+        parameters = dict(zip(self.layout.names, self.parameters, strict=True))
+        start = {name: value[row] for name, value in self.starts.items()}
+        states = []
+        for state in self.states:
+            states.append({name: value[row] for name, value in state.items()})
+        return Terms(self.objectives, parameters, start, states)
 
     @contextmanager
     def _measured(self) -> Iterator[None]:
-        """Note what the forward pass saves for the backward pass, and which frozen parameters it computes with."""
-        saved: dict[int, int] = {}
+        """Measure the tensors saved for the backward pass, and count the frozen parameters that are computed with."""
+        # By address, because several tensors may share their memory.
+        saved_bytes: dict[int, int] = {}
 
-        def pack(tensor: Tensor) -> Tensor:
+        def record(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
+            saved_bytes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        def note_frozen(module: nn.Module, _: Any) -> None:
+        def record_frozen(module: nn.Module, inputs: object) -> None:
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     self.frozen[parameter] = parameter.numel()
 
         with (
-            register_module_forward_pre_hook(note_frozen),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            register_module_forward_pre_hook(record_frozen),
+            torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
         ):
             yield
-        self.activations = sum(saved.values())
+        self.activations = sum(saved_bytes.values())
 
     def _together(self, guard: StepGuard, same_draws: bool = False) -> list[Values]:
-        """Run both clients' steps at once, and return everything that each gives."""
+        """Run both clients' steps at once, and return the values of each.
+
+        Args:
+            guard: Surrounds the clients' steps.
+            same_draws: Whether both are given the same random numbers other than dropout's.
+        """
         host = self.host
         layout = self.layout
         stacks = []
@@ -280,15 +316,7 @@ class _Trial:
             batch = self._prepared([tensor.clone() for tensor in self.batch])
             outputs = step(StepInputs(stacks, buffers, batch, self.index, self.starts, self.states))
             assert outputs.losses is not None
-            # The module's own parameters too: a gradient of theirs means that the step reached past the stacks.
-            found = torch.autograd.grad(outputs.losses.sum(), [*stacks, *self.parameters], allow_unused=True)
-            gradients = found[: len(stacks)]
-            for name, gradient in zip(layout.names, found[len(stacks) :], strict=True):
-                if gradient is not None:
-                    raise NotVectorizableError(
-                        f"reaches the parameter `{name}` through a list or an object that holds it, and not through the"
-                        " module"
-                    )
+            gradients = self._stack_gradients(outputs.losses, stacks)
             recorder.put(torch.arange(2), outputs.logged)
             logged = {name: torch.stack(numbers) for name, numbers in recorder.stacks().items()}
         for i, value in outputs.replaced.items():
@@ -305,10 +333,32 @@ class _Trial:
             values_of_clients.append(values)
         return values_of_clients
 
+    def _stack_gradients(self, losses: Tensor, stacks: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Compute the gradients of the clients' losses.
+
+        Args:
+            losses: ``[2]``.
+            stacks: ``[2, *shape]``, the clients' parameters.
+
+        Raises:
+            NotVectorizableError: If the step used the module's own parameters instead of the clients'.
+        """
+        gradients: Sequence[Tensor | None]
+        gradients = torch.autograd.grad(losses.sum(), [*stacks, *self.parameters], allow_unused=True)
+        for name, gradient in zip(self.layout.names, gradients[len(stacks) :], strict=True):
+            if gradient is not None:
+                raise NotVectorizableError(
+                    f"reaches the parameter `{name}` through a list or an object that holds it, and not through the"
+                    " module"
+                )
+        return gradients[: len(stacks)]
+
     def _prepared(self, data: list[Tensor]) -> list[Tensor]:
-        """Prepare a batch for ``training_step``, in the precision that is computed in at the moment."""
+        """Prepare a batch for ``training_step``, in the current precision."""
         prepared: list[Tensor] = self.host.prepare(data)
-        return prepared if self.dtype is None else [_cast(tensor, self.dtype) for tensor in prepared]
+        if self.dtype is None:
+            return prepared
+        return [_cast(tensor, self.dtype) for tensor in prepared]
 
     def _generators(self) -> list[torch.Generator]:
         """Make a generator for the dropout masks of each of the two clients."""
@@ -319,11 +369,14 @@ class _Trial:
     def _compare(self, draws_other: bool) -> bool:
         """Compare both clients at once with each alone, with the same masks and the same other random numbers.
 
-        In float64, where rounding is many orders of magnitude below what a wrong computation does, or else in float32.
-        A few samples are enough, unless the step takes full batches only.
+        The comparison is in float64, where rounding is many orders of magnitude below the error of a wrong computation,
+        or else in float32. A few samples are enough, unless the step works with full batches only.
+
+        Args:
+            draws_other: Whether the step draws random numbers other than dropout's.
 
         Returns:
-            False if that is not possible: because a batched call cannot give clients the same random numbers, or
+            False if no comparison is possible: because a batched call cannot give clients the same random numbers, or
             because a client alone has a loss or a gradient that is not finite.
 
         Raises:
@@ -331,7 +384,7 @@ class _Trial:
                 precision.
         """
         for precision, dtype, size in (
-            (DoublePrecision(), torch.float64, min(FEW, self.batch_size)),
+            (DoublePrecision(), torch.float64, min(FEW_SAMPLES, self.batch_size)),
             (DoublePrecision(), torch.float64, self.batch_size),
             (Precision(), torch.float32, self.batch_size),
         ):
@@ -346,7 +399,7 @@ class _Trial:
             except _DifferenceError as error:
                 raise NotVectorizableError(f"{error}{self._step_line()}") from error
             except Exception as error:
-                # Whatever the user's code raises in a precision that is not its own is no reason to refuse it yet.
+                # The user's code may raise anything in a precision that is not its own, so the next one is tried.
                 failure = error
                 continue
             return all(map(is_finite, alone))
@@ -355,7 +408,7 @@ class _Trial:
         raise NotVectorizableError(f"cannot be compared in float64 or float32: it {explained(failure)}") from failure
 
     def _check_equal(self, together: Sequence[Values], alone: Sequence[Values], dtype: torch.dtype) -> None:
-        """Refuse a step that gives one of two clients something else than alone.
+        """Refuse a step that gives one of two clients other values than alone.
 
         Raises:
             _DifferenceError: Naming the first value that differs by more than rounding.
@@ -363,7 +416,7 @@ class _Trial:
         for row in (0, 1):
             if first_difference(together[row], alone[row], dtype) is None:
                 continue
-            # Parts of the step may be computed in less precision, whatever it is asked to be run in.
+            # Parts of a step may compute in less precision than the one it is run in, so rounding is measured.
             noise = self._noise(row, alone[row])
             try:
                 name = first_difference(together[row], alone[row], dtype, noise)
@@ -374,12 +427,12 @@ class _Trial:
 
     @contextmanager
     def _computing_in(self, precision: Precision, dtype: torch.dtype, size: int) -> Iterator[None]:
-        """Run the module in another precision for a while, on the first samples of each client's batch."""
-        own_inputs = self.vectors, self.starts, self.states, self.batch, self.batch_size
+        """Run the module in another precision inside the context, on the first samples of each client's batch."""
+        original_inputs = (self.vectors, self.starts, self.states, self.batch, self.batch_size)
         self.dtype = dtype
         self.vectors = [vector.to(dtype) for vector in self.vectors]
-        self.starts = {name: _cast(value, dtype) for name, value in self.starts.items()}
-        self.states = [{name: _cast(value, dtype) for name, value in state.items()} for state in self.states]
+        self.starts = _cast_all(self.starts, dtype)
+        self.states = [_cast_all(state, dtype) for state in self.states]
         self.batch = [tensor[:, :size] for tensor in self.batch]
         self.batch_size = size
         try:
@@ -387,10 +440,10 @@ class _Trial:
                 yield
         finally:
             self.dtype = None
-            self.vectors, self.starts, self.states, self.batch, self.batch_size = own_inputs
+            self.vectors, self.starts, self.states, self.batch, self.batch_size = original_inputs
 
     def _alone_with_masks(self, row: int) -> Values:
-        """Run one client alone, with the dropout masks and other draws that it is given beside the other one."""
+        """Run one client alone, with the dropout masks and other draws that it is given in the batched call."""
         seed_randomness(self.seeds[0], self.host.device)
         guard = StepGuard()
         generators = self._generators()[row : row + 1]
@@ -398,24 +451,24 @@ class _Trial:
         return self._alone(row, guard)
 
     def _noise(self, row: int, values: Values) -> dict[str, float]:
-        """Measure how far each value moves when every parameter is rounded another way."""
-        # Elsewhere convolutions may be computed in TF32.
+        """Measure the rounding noise of each value: how far it changes when parameters are rounded in another way."""
+        # Half of the distance of two float32 numbers near 1; on GPUs convolutions may be computed in TF32.
         unit = 2.0**-24 if self.host.device.type == "cpu" else 2.0**-11
         vector = self.vectors[row]
-        moved = dict.fromkeys(values, 0.0)
+        noise = dict.fromkeys(values, 0.0)
         for draw in range(4):
             generator = stream(self.seeds[row], "rounding", draw)
             signs = torch.randint(2, vector.shape, generator=generator).mul_(2).sub_(1).to(vector)
             self.vectors[row] = vector * (1 + unit * signs)
             for name, value in self._alone_with_masks(row).items():
-                moved[name] = max(moved[name], distance(value, values[name]))
+                noise[name] = max(noise[name], distance(value, values[name]))
         self.vectors[row] = vector
-        return moved
+        return noise
 
-    # ------------------------------------------------------------------ where, and how much
+    # ------------------------------------------------------------------ lines of code, and memory
 
     def _step_line(self) -> str:
-        """Return where ``training_step`` is written, in brackets."""
+        """Return the line where ``training_step`` begins, in brackets."""
         step = self.host.module.training_step
         if not hasattr(step, "__code__"):
             return ""
@@ -428,35 +481,52 @@ class _Trial:
         try:
             self._alone(0, finder)
         except Exception:
-            # A second time the user's code may raise what it did not the first time; then nobody knows the line.
+            # The second run of the user's code may fail where the first did not; then the line remains unknown.
             return ""
-        return f" ({finder.found})" if finder.found else ""
+        if finder.line is None:
+            return ""
+        return f" ({finder.line})"
 
     def _bytes(self, num_states: int) -> int:
-        """Estimate the memory that one client more takes."""
+        """Estimate the memory of one more client, in bytes.
+
+        Args:
+            num_states: The number of the optimizer's states that have the parameter's shape.
+        """
         layout = self.layout
-        # A client's parameters, their copy where rows are picked, gradients, states of the optimizer.
+        # A client's parameters, their copy where rows are picked by index, gradients, and states of the optimizer.
         copies = (3 + max(num_states, 1)) * layout.message_bytes
         vectors = 2 * layout.numel * layout.dtype.itemsize
         buffers = 2 * sum(_nbytes(buffer) for buffer in layout.tracked_buffers(self.host.module).values())
         batch = 2 * sum(_nbytes(tensor[0]) for tensor in self.batch)
         terms = sum(_nbytes(value[0]) for state in self.states for value in state.values())
-        # Backward holds about as much again as forward saved.
+        # The backward pass needs about as much again as the forward pass has saved.
         total: int = copies + vectors + buffers + batch + terms + 2 * self.activations
         return total
 
 
-class _NoLogger:
-    """Stands for the logger during the trial: who calls it would call it once for all clients."""
+@contextmanager
+def _errors_refuse() -> Iterator[None]:
+    """Turn any error of a step into a reason why it cannot be batched."""
+    try:
+        yield
+    except Exception as error:
+        # The user's code may raise anything, and so may torch for operations that cannot be batched. If the error is
+        # the step's own, the sequential engine will raise it again.
+        raise NotVectorizableError(explained(error)) from error
 
-    def __getattr__(self, name: str) -> Any:
+
+class _NoLogger:
+    """A substitute for the logger during the trial, which refuses calls: there would be one for all clients."""
+
+    def __getattr__(self, name: str) -> object:
         raise NotVectorizableError(
             f"calls the logger itself (`{name}`), once for all clients at once; `self.log` is called for each"
         )
 
 
 class _DifferenceError(Exception):
-    """Two clients at once are given something else than alone, or it cannot be seen."""
+    """The error of two clients at once whose values differ from those alone, or cannot be compared."""
 
 
 def _nbytes(tensor: Tensor) -> int:
@@ -468,10 +538,14 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _foreign_randomness() -> tuple[Any, ...]:
-    """Return the states of NumPy's and Python's random numbers."""
-    _, keys, *rest = np.random.get_state()
-    return random.getstate(), np.asarray(keys).tobytes(), *rest
+def _cast_all(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
+
+
+def _foreign_randomness() -> tuple[object, ...]:
+    """Return the states of NumPy's and Python's random numbers, in a form that can be compared."""
+    _, keys, *positions = np.random.get_state()
+    return random.getstate(), np.asarray(keys).tobytes(), *positions
 
 
 def _torch_randomness(device: torch.device) -> Tensor:
