@@ -501,7 +501,7 @@ def test_an_iterator_in_the_place_of_batches_is_refused():
         def training_step(self, dataloader_iter):
             return None
 
-    with pytest.raises(ValueError, match=r"`training_step\(self, dataloader_iter\)` has no meaning"):
+    with pytest.raises(ValueError, match=r"`training_step\(self, dataloader_iter\)` is not supported"):
         trainer().fit(Iterates(), loader())
 
 

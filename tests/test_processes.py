@@ -490,7 +490,7 @@ def test_strategies_that_spread_a_model_are_refused():
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     for strategy in ("fsdp", "fsdp_cpu_offload", "deepspeed_stage_2", ModelParallelStrategy()):
-        with pytest.raises(ValueError, match='strategy=.*has no meaning.*Set `strategy="federated"`'):
+        with pytest.raises(ValueError, match='strategy=.*is not supported.*Set `strategy="federated"`'):
             FederatedTrainer(rounds=1, callbacks=[FedAvgCallback()], strategy=strategy, **QUIET)
 
 
