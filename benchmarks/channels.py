@@ -1,4 +1,4 @@
-"""What each channel does to an update, and to whose update is received: draws docs/images/channels.png."""
+"""Draw docs/images/channels.png: what each channel does to an update, and which updates it loses."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 import lightning_fedhaw as fed
 from lightning_fedhaw.channel import AggregateChannel, Arrivals, Channel, ChannelContext, MessageSize
 from lightning_fedhaw.channel.awgn import rms
+from lightning_fedhaw.extending import ParameterLayout
 
-NUMBERS, CLIENTS, ROUNDS = 120, 10, 60
+NUMBERS = 120
+CLIENTS = 10
+ROUNDS = 60
 MESSAGES: dict[str, Channel] = {
     "AWGNChannel(snr_db=5)": fed.AWGNChannel(5.0),
     "FadingChannel(snr_db=10)": fed.FadingChannel(10.0),
@@ -38,7 +41,8 @@ LOSSES: dict[str, Channel] = {
 
 
 def prepare(channel: Channel) -> None:
-    layout = fed.ParameterLayout.of(nn.Linear(NUMBERS - 1, 1))
+    """Describe a federation of ``CLIENTS`` clients with a model of ``NUMBERS`` parameters to a channel."""
+    layout = ParameterLayout.of(nn.Linear(NUMBERS - 1, 1))
     channel.prepare(
         ChannelContext(
             layout=layout,
@@ -54,26 +58,30 @@ def prepare(channel: Channel) -> None:
 
 
 def updates() -> Tensor:
-    """``[clients, numbers]``: smooth, and different from client to client."""
+    """Return updates ``[clients, numbers]`` that are smooth and differ between clients."""
     x = torch.linspace(0, 1, NUMBERS)
     phases = torch.rand(CLIENTS, 2, generator=torch.Generator().manual_seed(3))
-    return torch.stack([torch.sin(9 * (x + 0.2 * a)) + 0.6 * torch.sin(31 * (x + b)) for a, b in phases])
+    rows = []
+    for slow, fast in phases:
+        rows.append(torch.sin(9 * (x + 0.2 * slow)) + 0.6 * torch.sin(31 * (x + fast)))
+    return torch.stack(rows)
 
 
-def crossed(channel: Channel) -> tuple[Tensor, Tensor]:
-    """What was sent, and what was received."""
+def transmit(channel: Channel) -> tuple[Tensor, Tensor]:
+    """Return what was sent and what was received: an update, or the average for channels that act on the sum."""
     rows = updates()
     if not isinstance(channel, AggregateChannel):
         return rows[0], channel.transmit(rows[0], round_idx=1, client=0, seed=0)
-    there = ~channel.outage(0, list(range(CLIENTS)), 0)
-    received = [channel.transmit(rows[k], round_idx=0, client=k, seed=0) for k in range(CLIENTS) if there[k]]
+    is_received = ~channel.outage(0, list(range(CLIENTS)), 0)
+    clients = is_received.nonzero().flatten().tolist()
+    received = [channel.transmit(rows[client], round_idx=0, client=client, seed=0) for client in clients]
     arrivals = Arrivals(
         round=0,
         seed=0,
         drawn=CLIENTS,
-        clients=there.nonzero().flatten().tolist(),
+        clients=clients,
         weights=torch.ones(len(received), dtype=torch.float64),
-        rms=torch.tensor([rms(each) for each in received], dtype=torch.float64),
+        rms=torch.tensor([rms(row) for row in received], dtype=torch.float64),
     )
     return rows.mean(0), channel.superpose(torch.stack(received).sum(0), arrivals) / len(received)
 
@@ -87,7 +95,7 @@ def main() -> None:
     panels = iter(figure.subplots(7, 2).flat)
     for name, channel in MESSAGES.items():
         prepare(channel)
-        sent, received = crossed(channel)
+        sent, received = transmit(channel)
         axes = next(panels)
         axes.plot(sent, color="#999999", linewidth=3, label="sent")
         axes.plot(received, color="#D55E00", linewidth=1, label="received")

@@ -1,10 +1,13 @@
-"""Whether every engine, device and precision trains to what the sequential engine trains to on the CPU.
+"""Check that every engine, device and precision gives the result of the sequential engine on the CPU.
 
     python benchmarks/engines_agree.py --device cuda [--markdown FILE]
 
-Small versions of W1 to W4. The figure is the distance to the CPU's displacement, relative to its length; the script
-ends with an error where one is too large. In float64 rounding is no excuse. In float32 a ResNet enlarges it, so there
-the noise is measured and allowed: how far the CPU's own run moves when every start weight is rounded another way.
+The tasks are small versions of W1 to W4. The table shows the distance of each run's displacement from that of the CPU,
+relative to the latter's length. The script ends with an error if a distance is too large.
+
+In float64, rounding errors are negligible. In float32, a ResNet amplifies them. The script therefore measures this
+rounding noise, and allows it: it is the distance between two runs on the CPU whose initial weights are rounded
+differently.
 """
 
 from __future__ import annotations
@@ -29,13 +32,13 @@ sys.path.insert(0, str(HERE / "contenders"))
 from ours import fit
 
 FLOAT64, FLOAT32, BF16 = 1e-9, 2e-3, 0.4
-"""Allowed distances; one that did not train would be at 1. Another device adds in another order, bf16 has 8 bits."""
+"""Allowed distances. A run that did not train has distance 1. Other devices sum in another order; bf16 has 8 bits."""
 NOISE_MARGIN = 8.0
-"""How many times the measured rounding noise is allowed in float32 beside that."""
+"""How many times the measured rounding noise is allowed in float32, in addition to ``FLOAT32``."""
 MOST_NOISE = 0.05
-"""Rounding noise beyond which float32 says nothing."""
+"""Rounding noise above which a comparison in float32 is meaningless."""
 CHANGES = {"W2": {"lr": 0.01}, "W4": {"lr": 0.001, "sizes": [40, 40], "batch": 20}}
-"""Large steps, and BatchNorm over the two samples of a quick W4, would enlarge any difference."""
+"""Large steps, and BatchNorm over the two samples of a quick W4, would amplify any difference."""
 WAYS: list[tuple[dict[str, Any], str, float]] = [
     ({"engine": "vectorized"}, "64-true", FLOAT64),
     ({"engine": "sequential"}, "32-true", FLOAT32),
@@ -49,21 +52,21 @@ WAYS: list[tuple[dict[str, Any], str, float]] = [
 
 
 def trained(job: Job) -> torch.Tensor:
-    """The displacement after all rounds, ``[P]``."""
-    with redirect_stdout(StringIO()):  # the run summary
+    """Train, and return the displacement after all rounds, ``[P]``."""
+    with redirect_stdout(StringIO()):  # hides the run summary
         _, module = fit(job, Clock())
     end = torch.nn.utils.parameters_to_vector(module.net.cpu().parameters()).detach()
     return end - torch.from_numpy(job.arrays["start"])
 
 
 def rounding_noise(job: Job, expected: torch.Tensor) -> float:
-    """How far the displacement moves, relative to its length, when every start weight is rounded another way."""
+    """Return the change of the displacement, relative to its length, if every initial weight is rounded differently."""
     arrays = dict(job.arrays)
     signs = np.random.default_rng(0).choice([-1.0, 1.0], arrays["start"].shape)
     arrays["start"] = (arrays["start"] * (1 + 2.0**-23 * signs)).astype(arrays["start"].dtype)
-    moved = replace(job, data=str(Path(job.data).with_name("moved.npz")))
-    np.savez(moved.data, **arrays)
-    return ((trained(moved) - expected).norm() / expected.norm()).item()
+    rounded = replace(job, data=str(Path(job.data).with_name("rounded.npz")))
+    np.savez(rounded.data, **arrays)
+    return ((trained(rounded) - expected).norm() / expected.norm()).item()
 
 
 def main() -> None:
@@ -80,15 +83,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             job = Job(work, str(Path(folder) / "data.npz"), quick=True, changes=CHANGES.get(work, {}))
             prepare(job.workload, Path(job.data))
-            one_by_one = replace(job, options={"engine": "sequential"})
+            sequential = replace(job, options={"engine": "sequential"})
             references = {
-                "64-true": trained(replace(one_by_one, precision="64-true")),
-                "32-true": trained(one_by_one),
+                "64-true": trained(replace(sequential, precision="64-true")),
+                "32-true": trained(sequential),
             }
-            noise = rounding_noise(one_by_one, references["32-true"])
+            noise = rounding_noise(sequential, references["32-true"])
             if noise > MOST_NOISE:
                 sys.exit(
-                    f"{work} enlarges rounding to {noise:.1e} of what it learns, and cannot be compared in float32."
+                    f"{work} cannot be compared in float32: rounding errors amount to {noise:.1e} of the displacement."
                 )
             for options, precision, exact in WAYS:
                 expected = references.get(precision, references["32-true"])
@@ -96,19 +99,19 @@ def main() -> None:
                 if options.get("channels_last") and work in ("W1", "W3"):
                     continue
                 try:
-                    got = trained(replace(job, options=options, precision=precision, device=args.device))
-                    distance = ((got - expected).norm() / expected.norm()).item()
+                    displacement = trained(replace(job, options=options, precision=precision, device=args.device))
+                    distance = ((displacement - expected).norm() / expected.norm()).item()
                     cells = f"{distance:.1e} | {allowed:.1e} | {'agrees' if distance <= allowed else '**differs**'}"
                     failed += not distance <= allowed
                 except Exception as error:
                     cells = f"| {allowed:.1e} | **{type(error).__name__}: {str(error).splitlines()[0][:150]}**"
                     failed += 1
-                words = ", ".join(f"{key}={value}" for key, value in options.items())
-                lines.append(f"| {work} | {words} | {precision} | {cells} |")
+                settings = ", ".join(f"{key}={value}" for key, value in options.items())
+                lines.append(f"| {work} | {settings} | {precision} | {cells} |")
                 print(lines[-1], flush=True)
     if args.markdown:
         write_between(args.markdown, "agreement", "\n".join(lines))
-    sys.exit(f"{failed} ways of training do not agree with the CPU." if failed else 0)
+    sys.exit(f"{failed} runs do not agree with the CPU." if failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Whether training is right on a GPU: every check a row of a table, with what is allowed.
+"""Check that training on a GPU is correct: one table row for each check, with the result and what is allowed.
 
     python benchmarks/gpu_checks.py --device cuda --out FOLDER
-    python benchmarks/gpu_checks.py --device cpu --out outputs         (to see it work; what needs a GPU is left out)
+    python benchmarks/gpu_checks.py --device cpu --out outputs         (as a test; skips what needs a GPU)
 
-Checks come in groups. A group is a process with a time limit of its own, so one that hangs, crashes or breaks the GPU's
-context takes no other group along; those that may do so come last. A check that raises is a row. What the deadline has
-no time for is reported as not run. Ends with 0 where every check passed or does not apply to the device.
+Checks are organized in groups. A group is a process with its own time limit, so a group that hangs, crashes or breaks
+the GPU's context does not affect the others. Groups that may do so run last. A check that raises an error is reported
+as failed. Checks for which no time is left are reported as not run. The exit code is 0 if every check passed or does
+not apply to the device.
 
-Distances are those between the displacements of two runs from their common start, relative to the length of one; a run
-that did not train would be at 1.
+A distance is that between the displacements of two runs from the same initial model, relative to the length of one of
+them. A run that did not train would have distance 1.
 """
 
 from __future__ import annotations
@@ -40,19 +41,20 @@ from torch.utils.data import TensorDataset
 from workloads import Job, prepare
 
 import lightning_fedhaw as fed
+from lightning_fedhaw.extending import AggregationRule
 
 sys.path.insert(0, str(HERE / "contenders"))
 import engines_agree
 
 CLIENTS = 12
 FLOAT64, FLOAT32, TF32 = 1e-9, 2e-3, 1e-2
-"""Allowed distances by the precision of products and sums; another device or engine adds in another order."""
+"""Allowed distances by the precision of products and sums; devices and engines sum in different orders."""
 SHORT = {"16-mixed": 1e-2, "bf16-mixed": 5e-2, "bf16-true": 0.1}
-"""Allowed distances from float32, ten times what the CPU shows: 11 and 8 bits; with bf16-true the parameters, too."""
+"""Allowed distances from float32, ten times those on the CPU: 11 and 8 bits; bf16-true also rounds the parameters."""
 KEPT_ADAM = 2e-2
-"""The allowed distance between kinds of AdamW, which enlarges differences of small gradients."""
+"""Allowed distance between implementations of AdamW, which amplifies differences of small gradients."""
 LEFTOVER = 1.0
-"""Megabytes that may stay allocated on the GPU after `fit`."""
+"""Megabytes that may remain allocated on the GPU after ``fit``."""
 SGD = partial(torch.optim.SGD, lr=0.1)
 PROXY_RULES: dict[str, dict[str, Any]] = {
     "FedLAWCallback": {"server_epochs": 2},
@@ -60,17 +62,17 @@ PROXY_RULES: dict[str, dict[str, Any]] = {
     "FedBECallback": {"server_epochs": 2},
     "ServerFineTuningCallback": {"server_epochs": 1},
 }
-"""Rules that learn on the server's data, and settings that keep them short."""
+"""Rules that learn on the server's data, with settings for a short run."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        result: In words or numbers.
-        allowed: The same for what would be right.
-        is_right: Whether it is; ``None`` where the check does not apply.
+        result: The result in words or numbers.
+        allowed: The correct result, or the allowed distance.
+        is_right: Whether the check passed; ``None`` if it does not apply.
     """
 
     result: str
@@ -88,13 +90,13 @@ Check = Callable[[], Finding]
 
 
 def near(run: Tensor, other: Tensor, allowed: float) -> Finding:
-    """Whether two displacements ``[P]`` agree."""
+    """Check that the distance of two displacements ``[P]`` is allowed."""
     distance = ((run.double() - other.double()).norm() / other.double().norm()).item()
     return Finding(f"{distance:.1e}", f"{allowed:g}", distance <= allowed)
 
 
 def for_gpus(check: Check, is_on_gpu: bool) -> Check:
-    """A check that a CPU has no use for."""
+    """Replace a check that needs a GPU by one that does not apply, on a CPU."""
     return check if is_on_gpu else lambda: Finding("needs a GPU", "", None)
 
 
@@ -105,8 +107,8 @@ class Module(pl.LightningModule):
     """An ordinary module.
 
     Args:
-        net: Is given images ``[batch, 784]``.
-        optimizer: Makes the optimizer of its parameters.
+        net: A network for images ``[batch, 784]``.
+        optimizer: Creates the optimizer from the parameters.
     """
 
     def __init__(self, net: nn.Module, optimizer: Callable[[Any], torch.optim.Optimizer]) -> None:
@@ -126,7 +128,7 @@ class Module(pl.LightningModule):
 
 
 def cnn(dropout: float = 0.0, norm: bool = False) -> nn.Module:
-    """A small convolutional network, one that ``engine="auto"`` trains in batches on any device."""
+    """Return a small convolutional network, for which ``engine="auto"`` chooses the vectorized engine on any device."""
     layers: list[nn.Module] = [nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 16, 5)]
     if norm:
         layers.append(nn.BatchNorm2d(16))
@@ -135,15 +137,16 @@ def cnn(dropout: float = 0.0, norm: bool = False) -> nn.Module:
 
 
 def mlp() -> nn.Module:
+    """Return a small MLP."""
     return nn.Sequential(nn.Linear(784, 16), nn.ReLU(), nn.Linear(16, 10))
 
 
 @dataclass
 class Run:
-    """A run that is over, and what it left.
+    """A finished run.
 
     Attributes:
-        displacement: From the start, ``[P]``, in host memory.
+        displacement: The change of the parameters, ``[P]``, in host memory.
         trainer: The trainer.
         module: The module.
     """
@@ -162,7 +165,7 @@ class Lab:
 
     Args:
         device: ``"cuda"`` or ``"cpu"``.
-        folder: For checkpoints.
+        folder: The folder for checkpoints.
     """
 
     def __init__(self, device: str, folder: Path) -> None:
@@ -177,7 +180,7 @@ class Lab:
     def fit(
         self,
         net: Callable[[], nn.Module] = cnn,
-        rule: fed.AggregationRule | None = None,
+        rule: AggregationRule | None = None,
         optimizer: Callable[[Any], torch.optim.Optimizer] = SGD,
         *,
         samples: int = 480,
@@ -187,12 +190,12 @@ class Lab:
         callbacks: tuple[pl.Callback, ...] = (),
         **settings: Any,
     ) -> Run:
-        """Train; ``settings`` are arguments of ``FederatedTrainer``."""
+        """Train a federation; ``settings`` are arguments of ``FederatedTrainer``."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = Module(net(), optimizer)
         start = nn.utils.parameters_to_vector(module.net.parameters()).detach().clone()
-        given: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "rounds": 2,
             "num_clients": CLIENTS,
             "partitioner": fed.IIDPartitioner(),
@@ -206,9 +209,9 @@ class Lab:
             "client_eval": False,
             **settings,
         }
-        trainer = fed.FederatedTrainer(callbacks=[rule or fed.FedAvgCallback(), *callbacks], **given)
+        trainer = fed.FederatedTrainer(callbacks=[rule or fed.FedAvgCallback(), *callbacks], **arguments)
         data = fed.FederatedDataModule(self.samples(samples), batch_size=batch_size, proxy=proxy, seed=0)
-        with redirect_stdout(StringIO()):  # the run summary
+        with redirect_stdout(StringIO()):  # hides the run summary
             trainer.fit(module, data, ckpt_path=ckpt_path)
         end = nn.utils.parameters_to_vector(module.net.parameters()).detach().cpu()
         return Run(end.float() - start, trainer, module)
@@ -241,7 +244,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 def engines(lab: Lab) -> Iterator[tuple[str, Check]]:
-    """Which engine ``auto`` takes, and whether both agree, with and without the GPU's short products."""
+    """Check which engine ``auto`` chooses, and that both engines agree, with and without reduced-precision products."""
     short: dict[str, Callable[[], Any]] = {
         "cuDNN TF32 off": partial(cudnn_tf32, False),
         "cuDNN TF32 on": partial(cudnn_tf32, True),
@@ -259,7 +262,7 @@ def engines(lab: Lab) -> Iterator[tuple[str, Check]]:
             return near(vectorized, lab.displacement(net, engine="sequential"), allowed)
 
     for name, context in short.items():
-        # A CPU has no short products to turn on.
+        # A CPU has no reduced-precision products.
         is_useful = lab.is_on_gpu or name == "cuDNN TF32 off"
         allowed = FLOAT32 if name == "cuDNN TF32 off" else TF32
         yield f"CNN, float32, {name}: engine of auto", for_gpus(partial(chosen, context, cnn), is_useful)
@@ -267,7 +270,7 @@ def engines(lab: Lab) -> Iterator[tuple[str, Check]]:
         yield f"CNN, float32, {name}: vectorized from sequential", for_gpus(compared, is_useful)
     exact = partial(cudnn_tf32, False)
     dropout = partial(cnn, dropout=0.5)
-    # On a GPU the two engines draw other masks, so two right runs are about as far apart as two seeds are.
+    # On a GPU the two engines draw different masks, so two correct runs differ about as much as two seeds.
     masks = 1.5 if lab.is_on_gpu else FLOAT32
     yield "CNN with dropout: engine of auto", partial(chosen, exact, dropout)
     yield "CNN with dropout: vectorized from sequential", partial(agree, exact, dropout, masks)
@@ -275,7 +278,7 @@ def engines(lab: Lab) -> Iterator[tuple[str, Check]]:
 
 
 def precisions(lab: Lab) -> Iterator[tuple[str, Check]]:
-    """Short floats against float32, in both engines."""
+    """Compare 16-bit precisions with float32, in both engines."""
 
     def agree(engine: str, precision: str) -> Finding:
         short = lab.displacement(engine=engine, precision=precision)
@@ -284,14 +287,14 @@ def precisions(lab: Lab) -> Iterator[tuple[str, Check]]:
     for precision in SHORT:
         for engine in ("sequential", "vectorized"):
             if precision == "16-mixed" and engine == "vectorized":
-                continue  # it takes no loss scale
+                continue  # the vectorized engine does not support loss scaling
             check = partial(agree, engine, precision)
             needs_gpu = precision == "16-mixed"
             yield f"{precision}, {engine}: from float32", for_gpus(check, lab.is_on_gpu or not needs_gpu)
 
 
 def rules(lab: Lab) -> Iterator[tuple[str, Check]]:
-    """Every rule, resumed from a checkpoint after the second of four rounds, against the straight run."""
+    """Compare every rule, resumed from a checkpoint after the second of four rounds, with the uninterrupted run."""
 
     def resumed(name: str) -> Finding:
         settings = {"proxy": 60} if name in PROXY_RULES else {}
@@ -301,17 +304,17 @@ def rules(lab: Lab) -> Iterator[tuple[str, Check]]:
         straight = lab.displacement(mlp, make(), rounds=4, callbacks=(keep,), **settings)
         path = folder / "epoch=1.ckpt"
         again = lab.displacement(mlp, make(), rounds=4, ckpt_path=path, **settings)
-        # On one device the same operations follow each other; a GPU may add in another order.
+        # A CPU repeats the same operations in the same order; a GPU may sum in another order.
         return near(again, straight, 1e-4 if lab.is_on_gpu else 0.0)
 
     for name in sorted(fed.__all__):
         thing = getattr(fed, name)
-        if isinstance(thing, type) and issubclass(thing, fed.AggregationRule) and thing is not fed.AggregationRule:
+        if isinstance(thing, type) and issubclass(thing, AggregationRule) and thing is not AggregationRule:
             yield f"{name}: resumed from straight", partial(resumed, name)
 
 
 def workloads(lab: Lab) -> Iterator[tuple[str, Check]]:
-    """W1 to W4 in float64 by every engine and from every place of the data, against the CPU."""
+    """Compare W1 to W4 in float64, with every engine and location of the data, with the CPU."""
     changes: dict[str, dict[str, Any]] = {
         "W1": {"rounds": 1},
         "W2": {"rounds": 1, "sizes": [30] * 4, "cohort": 2, "lr": 0.01},
@@ -349,10 +352,10 @@ def workloads(lab: Lab) -> Iterator[tuple[str, Check]]:
 
 
 def compiled(lab: Lab) -> Iterator[tuple[str, Check]]:
-    """The compiled step of the vectorized engine."""
+    """Check the compiled step of the vectorized engine."""
 
     def agree() -> Finding:
-        run = lab.fit(mlp, rounds=3, engine="vectorized", compile_clients=True)  # from the second round on
+        run = lab.fit(mlp, rounds=3, engine="vectorized", compile_clients=True)  # compiles from the second round on
         if not run.trainer.fit_loop.federation.engine.compile_clients:
             return Finding("was not compiled", "compiled", False)
         return near(run.displacement, lab.displacement(mlp, rounds=3, engine="sequential"), FLOAT32)
@@ -361,10 +364,10 @@ def compiled(lab: Lab) -> Iterator[tuple[str, Check]]:
 
 
 def memory(lab: Lab) -> Iterator[tuple[str, Check]]:
-    """What a run leaves on the GPU, and what waits in host memory."""
+    """Check that a run frees GPU memory, and that client states are in host memory."""
 
     def leftover() -> Finding:
-        lab.fit(samples=120)  # cuBLAS and cuDNN keep their workspaces for good
+        lab.fit(samples=120)  # cuBLAS and cuDNN never free their workspaces
         gc.collect()
         before = torch.cuda.memory_allocated()
         run = lab.fit(rule=fed.FedHAWCallback(), samples=4800)  # 15 MB
@@ -400,7 +403,7 @@ def memory(lab: Lab) -> Iterator[tuple[str, Check]]:
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors of nested containers that have a dimension; numbers such as a step are cheap anywhere."""
+    """Yield the tensors of nested containers that have a dimension; scalars such as a step count need little memory."""
     if isinstance(tree, Tensor):
         if tree.ndim:
             yield tree
@@ -424,10 +427,10 @@ print("moved by", Lab(sys.argv[1], Path(".")).displacement().norm().item())
 
 
 def processes(lab: Lab) -> Iterator[tuple[str, Check]]:
-    """The process group of one process, and a process without wandb."""
+    """Check a process group with a single process, and a process without wandb."""
     backend = "nccl" if lab.is_on_gpu else "gloo"
 
-    def one_process(rule: Callable[[], fed.AggregationRule]) -> Finding:
+    def one_process(rule: Callable[[], AggregationRule]) -> Finding:
         alone = lab.displacement(rule=rule(), engine="sequential")
         strategy = fed.FederatedStrategy(process_group_backend=backend)
         try:
@@ -449,10 +452,10 @@ def processes(lab: Lab) -> Iterator[tuple[str, Check]]:
 
 
 def out_of_memory(lab: Lab) -> Iterator[tuple[str, Check]]:
-    """A GPU with too little memory for what was asked for."""
+    """Check the recovery on a GPU with too little memory."""
 
     def fit(**settings: Any) -> tuple[Run, int]:
-        """A run with all clients at a time or one, and the most memory it held."""
+        """Train with all clients at once or one at a time, and return the run and its peak memory."""
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -477,13 +480,13 @@ def out_of_memory(lab: Lab) -> Iterator[tuple[str, Check]]:
 
 
 def optimizers(lab: Lab) -> Iterator[tuple[str, Check]]:
-    """Optimizers whose numbers live on the GPU, kept by each client; a wrong place may break the GPU's context."""
+    """Check optimizers whose state each client keeps; a tensor on the wrong device may break the GPU's context."""
     plain = partial(torch.optim.AdamW, lr=1e-3)
 
     def agree(engine: str, **settings: Any) -> Finding:
-        given: dict[str, Any] = {"optimizer_state": "kept", "rounds": 3}
-        expected = lab.displacement(optimizer=plain, engine="sequential", **given)
-        found = lab.displacement(optimizer=partial(plain, **settings), engine=engine, **given)
+        common: dict[str, Any] = {"optimizer_state": "kept", "rounds": 3}
+        expected = lab.displacement(optimizer=plain, engine="sequential", **common)
+        found = lab.displacement(optimizer=partial(plain, **settings), engine=engine, **common)
         return near(found, expected, KEPT_ADAM)
 
     for engine in ("sequential", "vectorized"):
@@ -505,21 +508,22 @@ GROUPS: dict[str, tuple[Group, float]] = {
     "out_of_memory": (out_of_memory, 60),
     "optimizers": (optimizers, 60),
 }
-"""By name, with the seconds a group may take; the risky ones last."""
+"""Groups by name, with their time limits in seconds; those that may break the GPU's context come last."""
 
 
 # ---------------------------------------------------------------------- running
 
 
 def quiet() -> None:
+    """Hide log messages and warnings."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 
 
 def run_group(names: list[str], device: str) -> None:
-    """Make the checks of groups, in this process, and tell each finding."""
+    """Run the checks of groups in this process, and report each finding."""
     quiet()
-    torch.backends.cudnn.allow_tf32 = False  # the checks of it turn it on
+    torch.backends.cudnn.allow_tf32 = False  # the checks of TF32 turn it on
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(device, Path(folder))
         for name in names:
@@ -535,12 +539,12 @@ def run_group(names: list[str], device: str) -> None:
 
 
 class Table:
-    """The rows of all groups in their order, whoever is ready first; written whenever one comes.
+    """The rows of all groups in a fixed order; written whenever a row is added.
 
     Args:
-        titles: Of the checks of each group.
-        head: What the results belong to.
-        folders: Where the table goes.
+        titles: The titles of the checks, by group.
+        head: A description of the machine.
+        folders: Folders for the table.
     """
 
     def __init__(self, titles: dict[str, list[str]], head: str, folders: list[Path]) -> None:
@@ -558,7 +562,7 @@ class Table:
         self.write()
 
     def close(self, titles: list[str], ending: str) -> None:
-        """Say of the first check that has no finding that it was the one at which its group ended."""
+        """Record how a group ended as the result of its first check without a finding."""
         for title in titles:
             if self.rows[title][3] == "not run":
                 verdict = "**not finished**" if ending.startswith("not finished") else "**FAIL**"
@@ -573,11 +577,11 @@ class Table:
         counts = ", ".join(f"{self.verdicts.count(v)} {v.strip('*')}" for v in sorted(set(self.verdicts)))
         rows = [self.rows[title] for title in self.order]
         body = sheet.table(["check", "result", "allowed", "verdict", "seconds"], rows)
-        sheet.write(f"# Right or wrong\n\n{self.head}\n\n{counts}.\n\n{body}", "gpu_checks.md", self.folders)
+        sheet.write(f"# Checks on a GPU\n\n{self.head}\n\n{counts}.\n\n{body}", "gpu_checks.md", self.folders)
 
 
 def steps(names: list[str], device: str) -> list[list[str]]:
-    """Groups by process: one each on a GPU; on a CPU nothing breaks, and imports would be most of the time."""
+    """Divide groups among processes: one each on a GPU; two in all on a CPU, where imports would dominate the time."""
     if device.startswith("cuda"):
         return [[name] for name in names]
     return [names[0::2], names[1::2]]
@@ -588,8 +592,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
     parser.add_argument("--out", type=Path, nargs="+", default=[Path("outputs")], help="folders for gpu_checks.md")
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), metavar="GROUP")
-    parser.add_argument("--seconds", type=float, default=235, help="after which nothing is started or goes on")
-    parser.add_argument("--since", type=float, help="when they begin, in seconds since 1970; default now")
+    parser.add_argument("--seconds", type=float, default=235, help="time limit for everything")
+    parser.add_argument("--since", type=float, help="start of this time, in seconds since 1970; default now")
     parser.add_argument("--jobs", type=int, help="groups at a time; default 3 on a GPU, else 1")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # a step: the groups in this process
     args = parser.parse_args()

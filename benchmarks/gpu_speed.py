@@ -1,12 +1,13 @@
-"""How fast a federation trains on a GPU, within five minutes, the most telling first.
+"""Measure within five minutes how fast a federation trains on a GPU, the most important workloads first.
 
     python benchmarks/gpu_speed.py --device cuda --out FOLDER
-    python benchmarks/gpu_speed.py --device cpu --out outputs          (small sizes, to see it work)
+    python benchmarks/gpu_speed.py --device cpu --out outputs          (small sizes, as a test)
 
-A ViT-B/16 against a stock Trainer; what other simulators publish their speed on, with random data of the same shape;
-and W1 to W4 beside the tuned loop. Each workload is a process with a time limit of its own, which plays its contenders
-one after another: first the rounds that do not count, then 20 timed ones, or as many as fit; the tables say how many.
-Results are written whenever one comes. Ends with 0 where everything was measured that is installed.
+The script compares a ViT-B/16 with a stock Trainer, runs the workloads for which other simulators publish their speed
+(with random data of the same shape), and compares W1 to W4 with the tuned loop. Each workload is a process with its own
+time limit, which runs its contenders one after another: first the rounds that are not timed, then 20 timed ones, or as
+many as fit. The tables say how many. Results are written as soon as they are available. The exit code is 0 if
+everything that is installed was measured.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ from workloads import WORKLOADS, Clock, Job, prepare
 sys.path.insert(0, str(HERE / "contenders"))
 
 ROUNDS = 20
-"""Timed rounds of each contender, if they fit."""
-TUNED, OURS, JAX = "tuned loop", "ours", "JAX, a round in one program"
+"""Timed rounds of each contender, if the time is sufficient."""
+TUNED = "tuned loop"
+OURS = "ours"
+JAX = "JAX, a round in one program"
 WAYS: dict[str, dict[str, Any]] = {
     OURS: {},
     "ours, sequential": SEQUENTIAL,
@@ -48,24 +51,24 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 """Arguments of ``FederatedTrainer`` that differ from its defaults."""
 WAIT = 3
-"""Seconds with less than which a contender is not begun."""
+"""A contender is not started if fewer seconds than these are left."""
 MISSING = "not installed"
 NOT_RUN = "not run: no time left"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A workload on the sheet.
+    """A workload in the tables.
 
     Attributes:
-        ways: Contenders, the most telling first.
-        limit: Seconds that all of them may take.
-        published: Seconds a round that the simulator publishes.
-        aim: Seconds a round aimed at.
-        total: Rounds of the published run, to which a round is extrapolated.
-        changes: Attributes of the workload that differ.
-        share: Part of the published cohort that trains; its seconds are extrapolated to all of it.
-        precision: Precision in Lightning's words.
+        ways: Contenders, the most important first.
+        limit: Seconds for all of them together.
+        published: Seconds per round that the simulator publishes.
+        aim: Target for the seconds per round.
+        total: Rounds of the published run, to which the time of a round is extrapolated.
+        changes: Attributes of the workload that are changed.
+        share: Fraction of the published cohort that is trained; the time is extrapolated to the whole cohort.
+        precision: The argument ``precision`` of the trainer.
     """
 
     ways: tuple[str, ...]
@@ -80,13 +83,13 @@ class Entry:
 
 BOTH = (OURS, "ours, vectorized", TUNED)
 PUBLISHED = {
-    # FLUTE publishes 95 s for 100 rounds and 502 s for 1,500, with evaluations between them, on several GPUs; BlazeFL's
-    # are read off its plot, on an A100. pfl-research's aim is that of all its rounds in a minute.
+    # FLUTE publishes 95 s for 100 rounds and 502 s for 1,500 on several GPUs, including evaluations. BlazeFL's times
+    # are read off its plot, on an A100. The target for pfl-research is all of its rounds in one minute.
     "pfl": Entry(("ours", "ours, vectorized", "ours, sequential"), 40, None, 60 / 1500, 1500),
     "flute_lr": Entry(BOTH, 25, 0.95, 0.01, 100),
     "flute_cnn": Entry(BOTH, 45, 0.33, 0.02, 1500),
     "blazefl_cnn": Entry(BOTH, 45, 6.0, 2.0, 5),
-    # A round has 5,000 steps of a ResNet: too many for the time.
+    # A full round has 5,000 steps of a ResNet, which takes too long.
     "blazefl_resnet": Entry(BOTH, 50, 23.0, 12.0, 5, changes={"cohort": 20}, share=0.2),
 }
 OWN = {
@@ -102,19 +105,19 @@ VIT_QUICK = ["--model", "test_vit", "--image-size", "64", "--clients", "4", "--i
 VIT_QUICK += ["--precision", "32-true", "--repetitions", "1"]
 
 Records = dict[str, dict[str, sheet.Record]]
-"""By workload and contender."""
+"""Results by workload and contender."""
 
 
 def ways(work: str, is_quick: bool) -> list[str]:
-    """Contenders of a workload; a quick run leaves out those that are no faster for being small."""
+    """Return the contenders of a workload; a quick run omits those that take long even with small sizes."""
     return [way for way in ENTRIES[work].ways if not (is_quick and "compiled" in way)]
 
 
-# ---------------------------------------------------------------------- a step: some workloads in this process
+# ---------------------------------------------------------------------- a step: run workloads in this process
 
 
 def run_works(works: list[str], device: str, is_quick: bool, seconds: float) -> None:
-    """Play the contenders of workloads, and tell what each needed."""
+    """Run the contenders of workloads, and report the time of each."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     deadline = sheet.Deadline(seconds)
@@ -127,24 +130,24 @@ def run_works(works: list[str], device: str, is_quick: bool, seconds: float) -> 
 
 
 def precision(work: str, device: str) -> str:
-    """The precision of a workload; a CPU has no use for short ones."""
+    """Return the precision of a workload; on a CPU lower precisions are not faster."""
     return ENTRIES[work].precision if device.startswith("cuda") else "32-true"
 
 
 def job_of(work: str, device: str, is_quick: bool) -> Job:
-    """What the contenders of a workload share."""
+    """Return the job that the contenders of a workload share."""
     changes: dict[str, Any] = {} if is_quick else {"rounds": ROUNDS, **ENTRIES[work].changes}
     return Job(work, "", is_quick, device, precision(work, device), changes=changes)
 
 
 def attempt(way: str, job: Job, left: float, waiting: int) -> sheet.Record:
-    """What a contender needed, or why there is nothing to say."""
+    """Return the times of a contender, or the error if there are none."""
     if left < WAIT:
         return {"error": NOT_RUN}
-    # Half of its share of the time is for what is not timed: the first rounds, moving data, compiling.
+    # Half of the contender's time is reserved for what is not timed: the first rounds, moving data, compiling.
     job = replace(job, seconds=0.5 * left / waiting)
     try:
-        return played(way, job, left)
+        return run_contender(way, job, left)
     except Exception as error:
         return {"error": sheet.shortened(f"{type(error).__name__}: {error}")}
     finally:
@@ -153,10 +156,10 @@ def attempt(way: str, job: Job, left: float, waiting: int) -> sheet.Record:
             torch.cuda.empty_cache()
 
 
-def played(way: str, job: Job, left: float) -> sheet.Record:
-    """The seconds of the timed rounds, and more."""
+def run_contender(way: str, job: Job, left: float) -> sheet.Record:
+    """Run a contender in this process, and return its times and memory."""
     if way == JAX:
-        return beside(job, left)
+        return run_jax(job, left)
     is_on_gpu = job.device.startswith("cuda")
     if is_on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -166,7 +169,7 @@ def played(way: str, job: Job, left: float) -> sheet.Record:
     else:
         job = replace(job, options=WAYS[way], skip=CONTENDERS.get(way, CONTENDERS[OURS]).skip)
         clock = Clock(job.device, skip=job.skip, seconds=job.seconds)
-        with redirect_stdout(StringIO()):  # the run summary
+        with redirect_stdout(StringIO()):  # hides the run summary
             trainer, _ = importlib.import_module("ours").fit(job, clock)
         engine = type(trainer.fit_loop.federation.engine).__name__.removesuffix("Engine").lower()
     record = {"seconds": clock.seconds[job.skip :], "ready": sum(clock.seconds[: job.skip]), "engine": engine}
@@ -175,15 +178,15 @@ def played(way: str, job: Job, left: float) -> sheet.Record:
     return record
 
 
-def beside(job: Job, left: float) -> sheet.Record:
-    """DrJAX from its own environment, or plain JAX where this one has it."""
+def run_jax(job: Job, left: float) -> sheet.Record:
+    """Run DrJAX from its own environment, or plain JAX if it is installed in this environment."""
     peers = Path("outputs/peers").absolute()
     contender = CONTENDERS["DrJAX"]
     if not (peers / contender.peer / "bin" / "python").exists():
         if importlib.util.find_spec("jax") is None:
             return {"error": MISSING}
         contender = replace(contender, peer="")
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process holds the GPU, too
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process uses the GPU as well
     settings = argparse.Namespace(peers=peers, threads=None)
     with tempfile.TemporaryDirectory() as folder:
         job = replace(job, data=str(Path(folder) / "data.npz"))
@@ -198,11 +201,12 @@ def beside(job: Job, left: float) -> sheet.Record:
 
 
 def number(value: float | None) -> str:
+    """Format a number for a table cell."""
     return "" if value is None else f"{value:.3g}"
 
 
 def published_rows(records: Records, is_quick: bool) -> Iterator[list[str]]:
-    """A row for each contender of each published workload; a quick run has nothing to hold against an aim."""
+    """Yield a row for each contender of each published workload; a quick run is not compared with targets."""
     for work, entry in PUBLISHED.items():
         for way, record in records.get(work, {}).items():
             cells = [WORKLOADS[work].title, way]
@@ -224,7 +228,7 @@ def published_rows(records: Records, is_quick: bool) -> Iterator[list[str]]:
 
 
 def own_rows(records: Records) -> Iterator[list[str]]:
-    """A row for each contender of W1 to W4."""
+    """Yield a row for each contender of W1 to W4."""
     for work in OWN:
         found = records.get(work, {})
         tuned = found.get(TUNED, {}).get("seconds")
@@ -240,7 +244,7 @@ def own_rows(records: Records) -> Iterator[list[str]]:
 
 
 def text(results: Results) -> str:
-    """The sheet in Markdown."""
+    """Return all tables as Markdown."""
     head = sheet.heading(results.machine, results.device, results.is_quick)
     vit = f"{results.vit['error']}"
     if "seconds" in results.vit:
@@ -261,13 +265,13 @@ def text(results: Results) -> str:
     ]
     own = sheet.table(names, own_rows(results.records))
     parts = [
-        "# How fast",
+        "# Speed on a GPU",
         head,
         "## A federated ViT against a stock Trainer",
         vit,
-        "## What other simulators publish",
-        "Random data of the same shape; seconds a round are medians. What is published are the simulators' own numbers,"
-        " on other machines.",
+        "## Workloads that other simulators publish",
+        "Random data of the same shape; seconds a round are medians. The published numbers are those of the simulators"
+        " themselves, on other machines.",
         published,
         "## W1 to W4",
         "Seconds a round are medians, ratios are to the tuned loop.",
@@ -281,13 +285,13 @@ def text(results: Results) -> str:
 
 
 class Results:
-    """All that was measured, and all that was not; written whenever something comes.
+    """All results, including what is missing; written as soon as a result is available.
 
     Args:
-        works: Workloads on the sheet.
+        works: Workloads in the tables.
         device: The argument ``--device``.
-        is_quick: Whether everything is small.
-        folders: Where files go.
+        is_quick: Whether small sizes are used.
+        folders: Folders for the result files.
     """
 
     def __init__(self, works: list[str], device: str, is_quick: bool, folders: list[Path]) -> None:
@@ -302,7 +306,7 @@ class Results:
         self.write()
 
     def close(self, works: list[str], ending: str) -> None:
-        """Say of the first contender without a result that it was the one at which its process ended."""
+        """Record how a process ended as the result of the first contender that has none."""
         for work in works:
             for way, record in self.records[work].items():
                 if record.get("error") == NOT_RUN:
@@ -327,7 +331,7 @@ class Results:
 
 
 def measure_vit(results: Results, deadline: sheet.Deadline) -> None:
-    """The federated ViT beside the stock Trainer."""
+    """Compare the federated ViT with the stock Trainer."""
     limit = min(VIT_LIMIT, deadline.left)
     if limit < WAIT:
         return
@@ -342,9 +346,9 @@ def measure_vit(results: Results, deadline: sheet.Deadline) -> None:
 
 
 def measure_works(works: list[str], results: Results, deadline: sheet.Deadline) -> None:
-    """Some workloads in a process."""
+    """Run workloads in a new process."""
     limit = min(sum(ENTRIES[work].limit for work in works), deadline.left)
-    if limit < 10:  # importing takes most of that
+    if limit < 10:  # the imports alone take most of this time
         return
     command = [sys.executable, str(Path(__file__)), "--here", "--device", results.device, "--works", *works]
     command += ["--seconds", f"{limit - 8:.1f}", *(["--quick"] if results.is_quick else [])]
@@ -359,9 +363,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cuda or cpu; a CPU runs small sizes")
     parser.add_argument("--out", type=Path, nargs="+", default=[Path("outputs")], help="folders for gpu_speed.*")
     parser.add_argument("--works", nargs="*", choices=["vit", *ENTRIES], default=["vit", *ENTRIES], metavar="WORK")
-    parser.add_argument("--quick", action="store_true", help="small sizes on a GPU, too")
-    parser.add_argument("--seconds", type=float, default=290, help="after which nothing is started or goes on")
-    parser.add_argument("--since", type=float, help="when they begin, in seconds since 1970; default now")
+    parser.add_argument("--quick", action="store_true", help="small sizes, also on a GPU")
+    parser.add_argument("--seconds", type=float, default=290, help="time limit for everything")
+    parser.add_argument("--since", type=float, help="start of this time, in seconds since 1970; default now")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # a step: the workloads in this process
     args = parser.parse_args()
     is_quick = args.quick or not args.device.startswith("cuda")
@@ -376,7 +380,7 @@ def main() -> None:
     else:
         results.vit = {"error": ""}
     works = [work for work in ENTRIES if work in args.works]
-    # Imports would be most of a quick run's time.
+    # In a quick run, one process for all workloads avoids repeated imports, which would dominate the time.
     for step in [works] if is_quick else [[work] for work in works]:
         if step:
             measure_works(step, results, deadline)

@@ -1,25 +1,27 @@
-"""Whether a change of the code has changed a number: small federations of every kind, before and after, bit for bit.
+"""Check bit for bit whether a change of the code changes the results of small federations of every kind.
 
     python benchmarks/identical.py record FILE.pt [--only PATTERN] [--workers 2] [--twice]
     python benchmarks/identical.py compare OLD.pt NEW.pt [--only PATTERN] [--map OLD_KEY=NEW_KEY ...]
 
-``record`` plays the federations of ``SCENARIOS`` below: every rule, channel and objective, both engines, one and two
-processes, kept optimizer state, all buffer policies, storage, precisions, a run that is resumed, both entry points; and
-it lists the partitions of every partitioner, the cohorts of every sampler, and the identities from which draws and
-checkpoints get their names. Of each federation it keeps the final parameters and buffers, the state of every callback
-and of the federation as its last checkpoint holds them, every number that was logged, and the numbers of the run
-summary. Times are left out. A federation that fails is recorded by its error message. ``--twice`` plays each federation
-two times and stops where the two differ, which would make the recording worthless.
+``record`` runs the federations of ``SCENARIOS`` below: every rule, channel and objective, both engines, one and two
+processes, kept optimizer states, all buffer policies, storage, precisions, a resumed run, and both entry points. It
+also records the partitions of every partitioner, the cohorts of every sampler, and the names that identify random
+streams and checkpoint states.
+
+For each federation it stores the final parameters and buffers, the state of every callback and of the federation in the
+last checkpoint, every logged number, and the numbers of the run summary. Times are omitted. A federation that fails is
+recorded by its error message. ``--twice`` runs each federation twice and stops if the results differ, because such a
+recording could not be compared.
 
 A recording is a dictionary ``{federation: {path: text}}``. A tensor's text is its dtype, its shape, a hash of its bytes
-and its first numbers, so that equal texts are equal bits. ``compare`` names, for each federation, the first path that
-differs, and exits with 1 if there is any. ``--map`` renames what is meant to change its name: wherever ``OLD_KEY``
-stands between slashes in an old path, or is a whole old text, it becomes ``NEW_KEY``. Where a key holds ``=`` itself,
-write ``OLD_KEY=>NEW_KEY``.
+and its first numbers, so that equal texts are equal bits. ``compare`` prints the first path that differs
+for each federation, and exits with 1 if there is any. ``--map`` handles intended renamings: ``OLD_KEY`` is replaced by
+``NEW_KEY`` wherever it stands between slashes in an old path, or is a complete old text. If a key contains ``=``, write
+``OLD_KEY=>NEW_KEY``.
 
-Recordings are only comparable between runs on the same machine with the same versions of torch and Lightning. Names of
-the package are imported in one place, so that a recording of older code can be compared after a renaming: translate the
-imports and the arguments, and leave the names of the federations as they are.
+Recordings can be compared only if they were made on the same machine with the same versions of torch and Lightning. All
+names of the package are imported in one place. To compare with a recording of older code after a renaming, change the
+imports and the arguments, and keep the names of the federations.
 """
 
 from __future__ import annotations
@@ -117,7 +119,7 @@ CLIENTS = 6
 CLASSES = 4
 FEATURES = 6
 BATCH = 14
-"""With which no client of the split below is left with a batch of one sample, which BatchNorm refuses."""
+"""A batch size that leaves no client with a batch of one sample, which is an error in BatchNorm."""
 
 SIDE = 8
 """Height and width of an image."""
@@ -134,7 +136,7 @@ Record = dict[str, str]
 
 
 def vectors(count: int = 180, seed: int = 0, dtype: torch.dtype = torch.float32) -> TensorDataset:
-    """Learnable classification samples ``[count, FEATURES]``."""
+    """Return learnable classification samples ``[count, FEATURES]``."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(count, FEATURES, generator=generator, dtype=torch.float64)
     truth = torch.randn(FEATURES, CLASSES, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
@@ -142,7 +144,7 @@ def vectors(count: int = 180, seed: int = 0, dtype: torch.dtype = torch.float32)
 
 
 def images(count: int = 120, seed: int = 0) -> TensorDataset:
-    """Small images whose brightest quarter is their label ``[count, 2, SIDE, SIDE]``."""
+    """Return small images ``[count, 2, SIDE, SIDE]`` whose label is their brightest quarter."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(count, 2, SIDE, SIDE, generator=generator)
     quarters = inputs.unfold(2, SIDE // 2, SIDE // 2).unfold(3, SIDE // 2, SIDE // 2).sum((1, 4, 5))
@@ -150,7 +152,7 @@ def images(count: int = 120, seed: int = 0) -> TensorDataset:
 
 
 class Listed(Dataset[Any]):
-    """The same samples one by one, as data that is read from disk comes."""
+    """The same samples one by one, like data that is read from disk."""
 
     def __init__(self, samples: TensorDataset) -> None:
         self.samples = samples
@@ -185,7 +187,7 @@ def scheduled(parameters: Any) -> Any:
 
 
 class Classifier(pl.LightningModule):
-    """What the federations train; the networks differ."""
+    """The module of all federations; subclasses change the network."""
 
     def __init__(self, make_optimizer: Callable[[Any], Any] = sgd) -> None:
         super().__init__()
@@ -218,7 +220,7 @@ class Classifier(pl.LightningModule):
 
 
 class Normalized(Classifier):
-    """With BatchNorm, whose statistics are buffers, and dropout, which draws."""
+    """A network with BatchNorm, whose statistics are buffers, and dropout, which is random."""
 
     def network(self) -> nn.Module:
         return nn.Sequential(
@@ -227,7 +229,7 @@ class Normalized(Classifier):
 
 
 class Convolutional(Classifier):
-    """The same for images."""
+    """A network for images, with BatchNorm and dropout."""
 
     def network(self) -> nn.Module:
         return nn.Sequential(
@@ -242,7 +244,7 @@ class Convolutional(Classifier):
 
 
 class PartlyFrozen(Classifier):
-    """The first layer stays as it is."""
+    """A network whose first layer is frozen."""
 
     def network(self) -> nn.Module:
         network = super().network()
@@ -276,7 +278,7 @@ class Manual(Classifier):
 
 
 class Diverging(Classifier):
-    """Batches without a sample of class 0 make NaN, so that some clients return it."""
+    """A module whose loss is NaN for batches without a sample of class 0, so that some clients diverge."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
@@ -284,7 +286,7 @@ class Diverging(Classifier):
 
 
 class Module(pl.LightningDataModule):
-    """A data module that knows nothing of a federation."""
+    """An ordinary data module."""
 
     def train_dataloader(self) -> Any:
         return DataLoader(vectors(), batch_size=BATCH, shuffle=True)
@@ -294,12 +296,12 @@ class Module(pl.LightningDataModule):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What users write
+# Extensions that users could write
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class NoisyLoss(Channel):
-    """Loses a third of the messages, and adds noise to the others."""
+    """A channel that loses 30 % of the messages and adds noise to the others."""
 
     def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
         draws = [torch.rand((), generator=self.stream(seed, round_idx, client, "outage")) for client in clients]
@@ -311,18 +313,18 @@ class NoisyLoss(Channel):
 
 
 class LateErasure(ErasureChannel):
-    """An erasure of a user's own: its draws are not those of the class it is made from."""
+    """A user's subclass of a channel: its random numbers differ from those of the base class."""
 
 
 class Sparse(ClientObjective):
-    """A penalty without a closed gradient."""
+    """A penalty without a closed-form gradient."""
 
     def penalty(self, parameters: Any, start: Any, state: Any) -> Tensor:
         return sum((1e-2 * (value - start[name]).abs().sum() for name, value in parameters.items()), torch.zeros(()))
 
 
 class SquareRoots(AggregationRule):
-    """A rule of a user's own."""
+    """A user's rule."""
 
     def unnormalized_weight(self, update: Any) -> float:
         return float(update.num_examples) ** 0.5
@@ -343,10 +345,10 @@ class Scenario:
     """One federation.
 
     Attributes:
-        callbacks: Makes the rule and what comes with it.
-        model: Makes the module.
-        data: Makes what ``fit`` is given.
-        stock: Whether a stock trainer plays it, with the rule as a callback.
+        callbacks: Creates the rule and the other callbacks.
+        model: Creates the module.
+        data: Creates the data for ``fit``.
+        stock: Whether a stock trainer runs it, with the rule as a callback.
         resumed: Whether it is stopped before its last round, and resumed from its checkpoint.
         settings: Arguments of the trainer.
     """
@@ -363,7 +365,7 @@ SCENARIOS: dict[str, Scenario] = {}
 
 
 def add(name: str, *callbacks: Callable[[], Any], **options: Any) -> None:
-    """Enter a federation into the table; FedAvg is the rule where none is given."""
+    """Add a federation to the table; the default rule is FedAvg."""
     names = ("model", "data", "stock", "resumed")
     arguments = {key: options.pop(key) for key in names if key in options}
     SCENARIOS[name] = Scenario(partial(make_all, callbacks or (FedAvgCallback,)), settings=options, **arguments)
@@ -644,12 +646,12 @@ add("data/fixed cohorts", FREE, sampler=FixedSequenceSampler([[0, 1], [1, 2, 3],
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is recorded
+# Recording
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def text_of(value: Any) -> str:
-    """A value as a text that is the same if and only if its bits are."""
+    """Return a text that is equal for two values if and only if their bits are equal."""
     if not isinstance(value, Tensor):
         return repr(value)
     plain = value.detach().cpu().contiguous()
@@ -659,7 +661,7 @@ def text_of(value: Any) -> str:
 
 
 def flattened(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    """The leaves of nested dictionaries and lists, each with its path."""
+    """Yield the path and text of each leaf of nested dictionaries and lists."""
     if isinstance(value, Mapping):
         entries: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, (list, tuple)):
@@ -673,7 +675,7 @@ def flattened(value: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def logged_numbers(folder: Path) -> Iterator[tuple[str, str]]:
-    """Every cell of the logger's table that is no time, by name and round."""
+    """Yield every number of the logger's table except times, by name and round."""
     table = folder / "metrics.csv"
     if not table.exists():
         return
@@ -687,13 +689,13 @@ def logged_numbers(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def summary_numbers(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The numbers of the run summary; names are for people."""
+    """Yield the numbers of the run summary, without descriptions."""
     numbers = {name: value for name, value in summary.items() if isinstance(value, (int, float, Mapping))}
     yield from flattened(numbers, "summary")
 
 
 def fit(scenario: Scenario, rounds: int, folder: Path, ckpt_path: Path | None = None) -> Record:
-    """Play rounds, and write down what came of them."""
+    """Train for a number of rounds, and return the record of the results."""
     dev_run = bool(scenario.settings.get("fast_dev_run"))
     checkpoint = ModelCheckpoint(folder, filename="rounds={step}", auto_insert_metric_name=False, save_top_k=-1)
     logger = CSVLogger(folder, name="", version="log")
@@ -718,7 +720,7 @@ def fit(scenario: Scenario, rounds: int, folder: Path, ckpt_path: Path | None = 
     record = {f"parameters/{name}": text_of(value) for name, value in model.named_parameters()}
     record |= {f"buffers/{name}": text_of(value) for name, value in model.named_buffers()}
     record |= dict(logged_numbers(folder / "log"))
-    # A stock strategy brings no summary home from the processes it forks.
+    # A stock strategy does not return the summary from the processes that it forks.
     record |= dict(summary_numbers(getattr(trainer, "federation_summary", {})))
     if not dev_run:
         saved = torch.load(folder / f"rounds={rounds}.ckpt", map_location="cpu", weights_only=True)
@@ -732,7 +734,7 @@ def loaders() -> list[Any]:
 
 
 def play(scenario: Scenario) -> Record:
-    """One federation from its first round to its last."""
+    """Run a federation from its first round to its last."""
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         if not scenario.resumed:
@@ -742,7 +744,7 @@ def play(scenario: Scenario) -> Record:
 
 
 def partitions() -> Record:
-    """Who owns what, by each partitioner."""
+    """Return the partitions of each partitioner."""
     labels = vectors(240).tensors[1]
     dirichlet = DirichletPartitioner(0.5)
     schemes: dict[str, Any] = {
@@ -774,7 +776,7 @@ def partitions() -> Record:
 
 
 def cohorts() -> Record:
-    """The cohorts of each sampler."""
+    """Return the cohorts of each sampler."""
     samplers: dict[str, Any] = {
         "everyone": FullParticipationSampler(),
         "uniform": UniformSampler(3),
@@ -792,14 +794,14 @@ def cohorts() -> Record:
 
 
 def resume_keys() -> Record:
-    """The names from which draws and checkpoints are addressed, and the first draw of each channel."""
+    """Return the names that identify random streams and checkpoint states, and the first draw of each channel."""
     record = {"stream": text_of(torch.rand(3, generator=stream(7, "client", 2, "round", 1, "batches")))}
     for name, scenario in SCENARIOS.items():
         for index, callback in enumerate(scenario.callbacks()):
             path = f"{name}/{index}"
             record[f"{path}/state_key"] = repr(callback.state_key)
-            if hasattr(callback, "identity"):
-                record[f"{path}/identity"] = repr(callback.resume_key)
+            if hasattr(callback, "resume_key"):
+                record[f"{path}/resume_key"] = repr(callback.resume_key)
             if isinstance(callback, Channel):
                 record[f"{path}/draw"] = text_of(torch.rand(2, generator=callback.stream(7, 1, 2, "any")))
     return record
@@ -813,7 +815,7 @@ TABLES: dict[str, Callable[[], Record]] = {
 
 
 def record_one(name: str, twice: bool) -> tuple[str, Record, float]:
-    """What is recorded under a name, and the seconds it took."""
+    """Return a name, its record, and the seconds it took."""
     prepare()
     begin = time.perf_counter()
     record = attempt(name)
@@ -825,7 +827,7 @@ def record_one(name: str, twice: bool) -> tuple[str, Record, float]:
 
 
 def attempt(name: str) -> Record:
-    """What a federation comes to; an error is a result, too."""
+    """Return the record of a federation or table; an error is recorded as well."""
     with redirect_stdout(io.StringIO()):
         try:
             return TABLES[name]() if name in TABLES else play(SCENARIOS[name])
@@ -834,7 +836,7 @@ def attempt(name: str) -> Record:
 
 
 def prepare() -> None:
-    """Make a process quiet and deterministic."""
+    """Make this process quiet and deterministic."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
@@ -875,7 +877,7 @@ def record_all(path: Path, pattern: str, workers: int, twice: bool) -> None:
 
 
 def renamings(maps: Iterable[str]) -> dict[str, str]:
-    """``OLD=NEW`` as a dictionary."""
+    """Return ``OLD=NEW`` entries as a dictionary."""
     renamed = {}
     for entry in maps:
         old, sign, new = entry.partition("=>" if "=>" in entry else "=")
@@ -886,7 +888,7 @@ def renamings(maps: Iterable[str]) -> dict[str, str]:
 
 
 def translated(record: Record, renamed: Mapping[str, str]) -> Record:
-    """An old recording under new names."""
+    """Return an old record under new names."""
     result = {}
     for path, text in record.items():
         for old, new in renamed.items():
@@ -898,15 +900,15 @@ def translated(record: Record, renamed: Mapping[str, str]) -> Record:
 
 
 def first_difference(old: Record, new: Record) -> str:
-    """Where two recordings differ first, in words; empty if they do not."""
+    """Describe the first difference between two records; return an empty string if there is none."""
     for path, text in old.items():
         if path not in new:
-            return f"{path} is only in the old one: {text}"
+            return f"{path} is only in the old recording: {text}"
         if new[path] != text:
             return f"{path}: {text} -> {new[path]}"
     for path, text in new.items():
         if path not in old:
-            return f"{path} is only in the new one: {text}"
+            return f"{path} is only in the new recording: {text}"
     return ""
 
 
@@ -914,7 +916,7 @@ def compare(old_path: Path, new_path: Path, pattern: str, maps: Iterable[str]) -
     old = torch.load(old_path, weights_only=True)
     new = torch.load(new_path, weights_only=True)
     if old["versions"] != new["versions"]:
-        print(f"The recordings are of different versions: {old['versions']} and {new['versions']}.")
+        print(f"The recordings have different versions: {old['versions']} and {new['versions']}.")
     renamed = renamings(maps)
     differing = 0
     names = selected(dict.fromkeys([*old["records"], *new["records"]]), pattern)
@@ -937,7 +939,7 @@ def main() -> None:
     recording.add_argument("file", type=Path)
     recording.add_argument("--only", default="*", help="a pattern of names, such as 'channel/*'")
     recording.add_argument("--workers", type=int, default=1)
-    recording.add_argument("--twice", action="store_true", help="play everything two times, and stop at a difference")
+    recording.add_argument("--twice", action="store_true", help="run everything twice, and stop at a difference")
     comparison = commands.add_parser("compare")
     comparison.add_argument("old", type=Path)
     comparison.add_argument("new", type=Path)

@@ -1,9 +1,9 @@
-"""Peak memory of a federation, above what importing takes, and its growth over the rounds.
+"""Measure the peak memory of a federation above that of the imports, and its growth over the rounds.
 
     python benchmarks/memory.py [--case NAME] [--rounds 50]
 
-Without `--case`, every case runs in a fresh process, and the table is printed as markdown. Bounds of the large model,
-in P floats above the data: 10 for FedAvg, 2 K + 6 for FedHAW.
+Without `--case`, every case runs in a new process, and the table is printed as Markdown. The bounds of the large model,
+above the data, are 10 P floats for FedAvg and (2 K + 6) P floats for FedHAW.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 
 class Case(NamedTuple):
-    """Sizes; ``widths`` are those of the model from its inputs to its classes."""
+    """The sizes of a federation; ``widths`` are the layer widths of the model, from its inputs to its classes."""
 
     samples: int
     widths: tuple[int, ...]
@@ -47,15 +47,15 @@ CASES = {
 
 
 def memory(key: str) -> float:
-    """A line of the kernel's account of this process, in MB."""
+    """Return an entry of the kernel's status of this process, in MB."""
     with open("/proc/self/status") as file:
-        found = re.search(rf"{key}:\s+(\d+)", file.read())
-    assert found is not None
-    return int(found[1]) * 1024 / 1e6
+        entry = re.search(rf"{key}:\s+(\d+)", file.read())
+    assert entry is not None
+    return int(entry[1]) * 1024 / 1e6
 
 
 def play(case: Case, rounds: int) -> str:
-    """One case in this process; a row of the table."""
+    """Run a case in this process, and return the cells of its row."""
     import lightning.pytorch as pl
     import torch
     from torch import nn
@@ -69,8 +69,8 @@ def play(case: Case, rounds: int) -> str:
         def __init__(self) -> None:
             super().__init__()
             layers: list[nn.Module] = []
-            for i, o in zip(case.widths, case.widths[1:], strict=False):
-                layers += [nn.Linear(i, o), nn.ReLU()]
+            for inputs, outputs in zip(case.widths, case.widths[1:], strict=False):
+                layers += [nn.Linear(inputs, outputs), nn.ReLU()]
             self.net = nn.Sequential(*layers[:-1])
 
         def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
@@ -97,7 +97,7 @@ def play(case: Case, rounds: int) -> str:
             self.resident.append(memory("VmRSS"))
 
     torch.set_num_threads(1)
-    # What the first use of autograd and of an optimizer loads belongs to importing.
+    # The first use of autograd and of an optimizer loads libraries, whose memory counts as that of the imports.
     torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=1.0).step()
     imported = memory("VmRSS")
     generator = torch.Generator().manual_seed(0)

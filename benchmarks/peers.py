@@ -1,9 +1,9 @@
-"""Environments for the libraries we are measured beside, one each, from the package registry.
+"""Install the libraries that the benchmarks compare with, each in its own environment.
 
     python benchmarks/peers.py install pfl flwr drjax blazefl [--into outputs/peers]
 
-Uses uv where it is there, else venv and pip. Each is optional: ``speed.py`` leaves out what is not installed. Torch is
-installed in the version this Python has; it is large (several GB in its CUDA build).
+The script uses uv if it is available, and venv and pip otherwise. Every library is optional: ``speed.py`` skips what is
+not installed. Torch is installed in the version of this Python; its CUDA build has several GB.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Peer:
-    """A library: what to install, and the minor versions of Python 3 it is known to run on."""
+    """A library: its requirements, and the minor versions of Python 3 on which it is known to run."""
 
     requirements: tuple[str, ...]
     minors: range
@@ -30,13 +30,13 @@ class Peer:
 PEERS = {
     "pfl": Peer(("pfl==0.6.0",), range(10, 13)),
     "flwr": Peer(("flwr[simulation]==1.41.0",), range(10, 14)),
-    "blazefl": Peer(("blazefl==2.0.3",), range(12, 14)),  # 3.x wants a Python without the global lock
+    "blazefl": Peer(("blazefl==2.0.3",), range(12, 14)),  # 3.x needs a Python without the global interpreter lock
     "drjax": Peer(("drjax==0.2.1", "jax"), range(12, 15), torch=False),
 }
 
 
 def interpreter(minors: range) -> str | None:
-    """A Python 3 of one of these minor versions that runs: this one, one on the path, or one of pyenv's."""
+    """Return a working Python 3 of one of these minor versions: this one, one on the path, or one of pyenv."""
     if sys.version_info.minor in minors:
         return sys.executable
     for minor in minors:
@@ -48,13 +48,18 @@ def interpreter(minors: range) -> str | None:
 
 
 def install(name: str, folder: Path) -> None:
+    """Install a library into ``folder / name``."""
     peer = PEERS[name]
-    python, uv, home = interpreter(peer.minors), shutil.which("uv"), folder / name
+    python = interpreter(peer.minors)
+    uv = shutil.which("uv")
+    home = folder / name
     known = f"3.{peer.minors[0]} to 3.{peer.minors[-1]}"
     if python is None and uv is None:
         print(f"{name}: skipped, it needs a Python {known} and none was found.")
         return
-    wanted = [*peer.requirements, *([f"torch=={version('torch').split('+')[0]}"] if peer.torch else [])]
+    wanted = list(peer.requirements)
+    if peer.torch:
+        wanted.append(f"torch=={version('torch').split('+')[0]}")
     if uv:
         subprocess.run([uv, "venv", "--python", python or f"3.{peer.minors[-1]}", home], check=True)
         subprocess.run([uv, "pip", "install", "--python", home / "bin" / "python", *wanted], check=True)

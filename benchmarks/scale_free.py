@@ -1,13 +1,15 @@
-"""A FedHAW that needs no tuning: the scale-free rule beside FedAvg and the published rule, tuned, in many federations.
+"""Compare the scale-free FedHAW, which needs no tuning, with FedAvg and the tuned published rule.
 
     python benchmarks/scale_free.py --data SPLIT.npz [--seeds 0 1 2 3 4]
 
-``SPLIT.npz`` is the file of ``parity/mnist.py``. The cells, in four families (MNIST with the authors' split, the digits
-of scikit-learn, Synthetic(1, 1), a small CNN), vary one thing at a time: a timid and a well-chosen local rate, local
-epochs, batch size, optimizer, partial participation, mislabeled clients. 40 rounds; what counts is the mean test
-accuracy of the last ten. The published rule gets the best of five step sizes on seed 0, cell by cell; the scale-free
-rule has one setting for all. Every run is one JSON file in ``--out`` and is not run again, so a study that was
-interrupted goes on where it was; ``--report-only`` makes table and picture of what is there.
+``SPLIT.npz`` is the file of ``parity/mnist.py``. The cells of the study are federations in four families: MNIST with
+the authors' split, the digits of scikit-learn, Synthetic(1, 1), and a small CNN. They vary one thing at a time: a small
+and a well-tuned local learning rate, local epochs, batch size, optimizer, partial participation, mislabeled clients.
+
+Every run has 40 rounds, and its score is the mean test accuracy of the last ten. The published rule uses the best of
+five step sizes on seed 0, for each cell separately. The scale-free rule has one setting for all cells. Every run is
+stored as a JSON file in ``--out`` and is not repeated, so an interrupted study can be resumed. ``--report-only``
+creates the table and the picture from the stored runs.
 """
 
 from __future__ import annotations
@@ -47,9 +49,10 @@ from lightning_fedhaw.data import Partitioner
 from lightning_fedhaw.extending import AggregationRule
 from lightning_fedhaw.report.history import RunHistory
 
-ROUNDS, LAST = 40, 10
+ROUNDS = 40
+LAST = 10
 RATES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-"""Of the published rule's ``lr_gamma``; ``lr_lambda`` is ten times as much."""
+"""Values of the published rule's ``lr_gamma``; ``lr_lambda`` is ten times as large."""
 
 Data = tuple[TensorDataset, TensorDataset, Partitioner]
 
@@ -73,7 +76,7 @@ SHOWN = ["FedAvg", TUNED, "default", "lr_gamma=0"]
 
 @lru_cache
 def mnist(path: Path, samples: int = 3000) -> Data:
-    """Some images of the authors' split, each with its client; pixels in [-1, 1]."""
+    """Return some images of the authors' split with their clients; pixels are in [-1, 1]."""
     with np.load(path) as file:
         chosen = torch.randperm(len(file["train_y"]), generator=torch.Generator().manual_seed(0))[:samples].numpy()
         owner = file["client_alpha01"][chosen]
@@ -88,7 +91,7 @@ def _images(x: np.ndarray, y: np.ndarray) -> TensorDataset:
 
 @lru_cache
 def pictures(path: Path) -> Data:
-    """The same images as pictures, dealt anew."""
+    """Return the same images in two dimensions, with a new split."""
     train, test, _ = mnist(path)
     shaped = [TensorDataset(x.view(-1, 1, 28, 28), y) for x, y in (train.tensors, test.tensors)]
     return shaped[0], shaped[1], DirichletPartitioner(alpha=0.3)
@@ -105,7 +108,7 @@ def digits() -> Data:
 
 @lru_cache
 def mislabeled() -> Data:
-    """Digits dealt evenly; the labels of three clients out of ten are drawn by lot."""
+    """Return the digits in an even split, where three of ten clients have random labels."""
     train, test, _ = digits()
     x, y = train.tensors
     draw = np.random.default_rng(0)
@@ -117,7 +120,7 @@ def mislabeled() -> Data:
 
 @lru_cache
 def synthetic(clients: int = 30) -> Data:
-    """Synthetic(1, 1) (Li et al., FedProx): every client has a model and inputs of its own; 80 % are for training."""
+    """Return Synthetic(1, 1) (Li et al., FedProx): clients differ in inputs and true model; 80 % are for training."""
     draw = np.random.default_rng(0)
     deviation = np.sqrt(np.arange(1.0, 61) ** -1.2)
     parts: dict[str, list[Any]] = {"train": [], "test": []}
@@ -165,7 +168,7 @@ def logistic() -> nn.Module:
 
 @dataclass(frozen=True)
 class Cell:
-    """A federation and its local work."""
+    """A federation and its local training."""
 
     data: Callable[..., Data]
     model: Callable[[], nn.Module]
@@ -197,6 +200,8 @@ CELLS = {
 
 
 class Model(pl.LightningModule):
+    """The model of a cell, with its optimizer."""
+
     def __init__(self, cell: Cell) -> None:
         super().__init__()
         self.net, self.cell = cell.model(), cell
@@ -212,7 +217,7 @@ class Model(pl.LightningModule):
 
 
 def run(cell: Cell, rule: str, seed: int, path: Path) -> dict[str, Any]:
-    """One run; one that diverges keeps the accuracy that it had."""
+    """Run a federation; a run that diverges keeps its last accuracy."""
     from_file = cell.data in (mnist, pictures)
     train, test, partitioner = cell.data(path) if from_file else cell.data()
     torch.manual_seed(seed)
@@ -233,7 +238,8 @@ def run(cell: Cell, rule: str, seed: int, path: Path) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    began, diverged = time.perf_counter(), False
+    begin = time.perf_counter()
+    diverged = False
     loaders = DataLoader(train, batch_size=cell.batch_size, shuffle=True), DataLoader(test, batch_size=1000)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -242,19 +248,20 @@ def run(cell: Cell, rule: str, seed: int, path: Path) -> dict[str, Any]:
         diverged = True
     accuracy = [float(value) for value in history.curve("val_acc")]
     accuracy += [accuracy[-1] if accuracy else 0.0] * (ROUNDS - len(accuracy))
-    return {"accuracy": accuracy, "diverged": diverged, "seconds": time.perf_counter() - began}
+    return {"accuracy": accuracy, "diverged": diverged, "seconds": time.perf_counter() - begin}
 
 
 # ---------------------------------------------------------------------- the study
 
 
 class Study:
-    """Runs by cell, rule and seed, each a file."""
+    """The runs by cell, rule and seed, each in a file."""
 
     def __init__(self, out: Path, data: Path, run_missing: bool) -> None:
         self.out, self.data, self.run_missing = out, data, run_missing
 
     def get(self, cell: str, rule: str, seed: int) -> dict[str, Any] | None:
+        """Return a stored run; run it if it is missing and ``run_missing`` is true."""
         name = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{cell}-{rule}-{seed}")
         path = self.out / f"{name}.json"
         if not path.exists():
@@ -265,17 +272,17 @@ class Study:
             unfinished = path.with_suffix(f".{os.getpid()}")
             unfinished.write_text(json.dumps(result))
             os.replace(unfinished, path)
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        stored: dict[str, Any] = json.loads(path.read_text())
+        return stored
 
     def tuned(self, cell: str) -> str | None:
-        """The published rule with the step size that does best on seed 0."""
+        """Return the published rule with the best step size on seed 0."""
         found = {rule: self.get(cell, rule, 0) for rule in (f"published {rate:g}" for rate in RATES)}
         scores = {rule: _score(result) for rule, result in found.items() if result is not None}
         return max(scores, key=lambda rule: scores[rule]) if len(scores) == len(RATES) else None
 
     def row(self, cell: str, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
-        """The finished runs of a cell, by what is shown."""
+        """Return the finished runs of a cell, by column of the table."""
         runs = {}
         for shown in SHOWN:
             rule = self.tuned(cell) if shown == TUNED else shown
@@ -289,7 +296,7 @@ def _score(result: dict[str, Any]) -> float:
 
 
 def table(study: Study, seeds: list[int]) -> tuple[str, dict[str, dict[str, np.ndarray]]]:
-    """Markdown, and ``[seeds]`` accuracies by cell and rule."""
+    """Return the Markdown table, and the accuracies ``[seeds]`` by cell and rule."""
     lines = ["| cell | " + " | ".join(SHOWN) + " | best published rate |", "|---|" + "---:|" * (len(SHOWN) + 1)]
     scores: dict[str, dict[str, np.ndarray]] = {}
     for cell in CELLS:
@@ -310,7 +317,7 @@ def table(study: Study, seeds: list[int]) -> tuple[str, dict[str, dict[str, np.n
 
 
 def draw(scores: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Each rule's gain over FedAvg, seed by seed."""
+    """Draw the gain of each rule over FedAvg for every seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -352,7 +359,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/scale_free.md"))
     parser.add_argument("--picture", type=Path, default=Path("docs/images/scale_free.png"))
-    parser.add_argument("--report-only", action="store_true", help="run nothing, report on what is there")
+    parser.add_argument("--report-only", action="store_true", help="run nothing, report the stored runs")
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -360,7 +367,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.report_only:
         study = Study(args.out, args.data, run_missing=True)
-        for seed in args.seeds:  # a seed at a time, so that what there is can be read early
+        for seed in args.seeds:  # one seed at a time, so that there are early results for every cell
             for cell in CELLS:
                 study.row(cell, [seed])
     markdown, scores = table(Study(args.out, args.data, run_missing=False), args.seeds)

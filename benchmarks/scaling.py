@@ -1,9 +1,10 @@
-"""Rounds per second against the size of the cohort, and against the number of processes.
+"""Measure rounds per second for different sizes of the cohort and numbers of processes.
 
     python benchmarks/scaling.py [--quick] [--plot-only]
 
-Cohorts of 10 to 10,000 clients with 10 samples each, logistic regression 60-10, one process; and W1 and W3 on one and
-on two processes. Writes ``scaling.json`` and ``scaling.png`` into ``results`` (a quick run into ``outputs``).
+The cohorts have 10 to 10,000 clients with 10 samples each and train logistic regression 60-10 in one process. W1 and W3
+run on one and on two processes. The script writes ``scaling.json`` and ``scaling.png`` into ``results`` (a quick run
+into ``outputs``).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PROCESSES = {
     ("W3", "ours, sequential"): {"engine": "sequential"},
     ("W3", "ours, vectorized"): {"engine": "vectorized"},
 }
-# Okabe and Ito's colors, told apart with any color vision; markers tell them apart in gray.
+# Okabe and Ito's colors can be distinguished with any color vision; markers distinguish the lines in gray.
 STYLES = {
     "tuned loop": ("#000000", "s--"),
     "ours, sequential": ("#0072B2", "o-"),
@@ -39,7 +40,7 @@ STYLES = {
 
 
 def speed(contender: Contender, job: Job, args: argparse.Namespace) -> dict[str, Any]:
-    """Rounds per second, the median of repetitions; or why not."""
+    """Return rounds per second as the median of the repetitions, or the error of a run that failed."""
     rates = []
     for _ in range(args.repetitions):
         run = play(contender, job.work, job, args)
@@ -50,7 +51,8 @@ def speed(contender: Contender, job: Job, args: argparse.Namespace) -> dict[str,
 
 
 def against_cohort(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    found = []
+    """Measure every engine with cohorts of increasing size."""
+    points = []
     for cohort in COHORTS[: 2 if args.quick else None]:
         rounds = 20 if cohort <= 100 else 3
         job = Job(
@@ -58,14 +60,15 @@ def against_cohort(folder: Path, args: argparse.Namespace) -> list[dict[str, Any
         )
         prepare(job.workload, Path(job.data))
         for name, contender in ENGINES.items():
-            asked = Job(job.work, job.data, options=contender.options, changes=job.changes)
-            found.append({"cohort": cohort, "contender": name, **speed(contender, asked, args)})
-            print(found[-1], flush=True)
-    return found
+            variant = Job(job.work, job.data, options=contender.options, changes=job.changes)
+            points.append({"cohort": cohort, "contender": name, **speed(contender, variant, args)})
+            print(points[-1], flush=True)
+    return points
 
 
 def against_processes(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    found = []
+    """Measure W1 and W3 on one and on two processes."""
+    points = []
     for (work, name), options in PROCESSES.items():
         path = folder / f"{work}.npz"
         if not path.exists():
@@ -74,12 +77,13 @@ def against_processes(folder: Path, args: argparse.Namespace) -> list[dict[str, 
             job = Job(work, str(path), quick=args.quick, options={**options, "devices": processes})
             run = speed(Contender("ours", ""), job, args)
             data = data_of(work, args)
-            found.append({"work": work, "data": data, "contender": name, "processes": processes, **run})
-            print(found[-1], flush=True)
-    return found
+            points.append({"work": work, "data": data, "contender": name, "processes": processes, **run})
+            print(points[-1], flush=True)
+    return points
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw both pictures into one file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -122,7 +126,7 @@ def main() -> None:
     parser.add_argument("--mnist", help="as for speed.py")
     parser.add_argument("--threads", type=int, help="as for speed.py")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--plot-only", action="store_true", help="run nothing, draw what is there")
+    parser.add_argument("--plot-only", action="store_true", help="run nothing, draw the stored results")
     args = parser.parse_args()
     args.peers, args.repetitions = Path(), 1 if args.quick else args.repetitions
     base = Path("outputs/scaling") if args.quick else HERE / "results" / "scaling"

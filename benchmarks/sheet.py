@@ -1,7 +1,7 @@
-"""A sheet of results, filled step by step: each step is a process of its own with a time limit of its own.
+"""Collect results from separate processes, each with its own time limit, into Markdown tables.
 
-A step reports by :func:`tell`, one record at a time, so that what it found before it was stopped, crashed or broke the
-GPU's context is kept. :func:`run` hands the records on, and says how the step ended.
+Each process is a step. It reports one record at a time with :func:`tell`, so the results up to a timeout, a crash or a
+broken GPU context are not lost. :func:`run` passes the records on and returns how the step ended.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from typing import Any
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "src"
 MARK = "sheet: "
-"""What the lines of records begin with; whatever else a step prints goes into a file beside its log."""
+"""Prefix of the lines with records. All other output of a step goes into a file next to its log."""
 ERROR = re.compile(r"[\w.]+(Error|Exception)\b")
-"""How the last line of a traceback begins."""
+"""The beginning of the last line of a traceback."""
 
 Record = dict[str, Any]
 
 
 class Deadline:
-    """When everything has to be over.
+    """The time at which everything must have ended.
 
     Args:
-        seconds: How long it may take.
-        since: When that begins, in seconds since 1970; now by default. A caller's clock counts a slow import, too.
+        seconds: The time that is available.
+        since: The start of this time, in seconds since 1970. Default: now. A start that the caller measured includes
+            slow imports.
     """
 
     def __init__(self, seconds: float, since: float | None = None) -> None:
@@ -46,13 +47,13 @@ class Deadline:
 
 
 def tell(record: Record) -> None:
-    """Report from within a step."""
+    """Report a record from within a step."""
     sys.stdout.write(f"{MARK}{json.dumps(record)}\n")
     sys.stdout.flush()
 
 
 def environment() -> dict[str, str]:
-    """What a step sees: this folder's files and the package, and no network of wandb."""
+    """Return the environment of a step: it finds this folder's files and the package, and wandb stays offline."""
     paths = [str(HERE), str(HERE / "contenders"), str(SOURCE), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
@@ -63,16 +64,16 @@ def environment() -> dict[str, str]:
 
 
 def run(command: Iterable[str], limit: float, log: Path, take: Callable[[Record], None]) -> str:
-    """Run a step to its end, or until its time is over.
+    """Run a step until it ends or its time is over.
 
     Args:
-        command: What is run.
-        limit: Seconds after which it and its children are killed.
-        log: Where its errors go.
-        take: Is given each record as it comes.
+        command: The command of the step.
+        limit: Seconds after which the step and its children are killed.
+        log: The file for its error output.
+        take: Called with each record as soon as it is reported.
 
     Returns:
-        How it failed, or nothing.
+        The reason of a failure, or an empty string.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     is_late = threading.Event()
@@ -87,7 +88,7 @@ def run(command: Iterable[str], limit: float, log: Path, take: Callable[[Record]
         )
 
         def kill() -> None:
-            with suppress(ProcessLookupError):  # it ended by itself just now
+            with suppress(ProcessLookupError):  # the process has just ended by itself
                 os.killpg(process.pid, signal.SIGKILL)
 
         def stop() -> None:
@@ -114,22 +115,22 @@ def run(command: Iterable[str], limit: float, log: Path, take: Callable[[Record]
         return f"not finished after {limit:.0f} s"
     if code == 0:
         return ""
-    said = [line for line in log.read_text().splitlines() if line.strip()]
-    if not said:
+    lines = [line for line in log.read_text().splitlines() if line.strip()]
+    if not lines:
         return f"ended with code {code} and said nothing"
-    # An error of CUDA has many lines, and its name stands in the first.
-    errors = [line for line in said if ERROR.match(line)]
-    return shortened((errors or said)[-1])
+    # A CUDA error has many lines, and only the first names it.
+    errors = [line for line in lines if ERROR.match(line)]
+    return shortened((errors or lines)[-1])
 
 
 def shortened(text: str, length: int = 160) -> str:
-    """The first line of a text, fit for a cell of a table."""
+    """Return the first line of a text, in a form that fits into a table cell."""
     lines = text.strip().splitlines() or [""]
     return lines[0].replace("|", "/")[:length]
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     names = list(head)
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for row in rows:
@@ -138,12 +139,12 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def heading(machine: Record, device: str, is_quick: bool) -> str:
-    """What the numbers of a sheet belong to.
+    """Return the machine, versions and date that the numbers belong to.
 
     Args:
-        machine: What ``speed.machine`` found.
+        machine: The result of ``speed.machine``.
         device: The argument ``--device``.
-        is_quick: Whether everything was small.
+        is_quick: Whether small sizes were used.
     """
     name = machine["processor"] if device == "cpu" else machine["gpu"] or "no GPU"
     text = (
@@ -152,12 +153,12 @@ def heading(machine: Record, device: str, is_quick: bool) -> str:
         f" {time.strftime('%Y-%m-%d')}."
     )
     if is_quick:
-        text += "\n\n**A run of small sizes: it shows that the sheet works.**"
+        text += "\n\n**A run with small sizes. It only shows that the script works.**"
     return text
 
 
 def write(text: str, name: str, folders: Iterable[Path]) -> None:
-    """Write a file of results into every folder."""
+    """Write a file into every folder."""
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text.rstrip("\n") + "\n")

@@ -1,16 +1,16 @@
-"""How fast a federation trains: ours beside a tuned plain-PyTorch loop and beside other libraries.
+"""Measure how fast a federation trains, compared with a tuned plain PyTorch loop and with other libraries.
 
-    python benchmarks/peers.py install pfl flwr drjax blazefl        (optional: environments for the peers)
+    python benchmarks/peers.py install pfl flwr drjax blazefl        (optional: install the other libraries)
     python benchmarks/speed.py --mnist SPLIT.npz                     (everything, about an hour and a half)
-    python benchmarks/speed.py --quick                               (a small version of everything, to see it work)
-    python benchmarks/speed.py --work W1 W3 --contenders "ours*"     (some of it; the baseline always runs along)
+    python benchmarks/speed.py --quick                               (a small version of everything, as a test)
+    python benchmarks/speed.py --work W1 W3 --contenders "ours*"     (a selection; the baseline is always included)
 
-Every run is a process of its own that prints one JSON report. Runs are interleaved (A, B, C, A, B, C, ...); a run's
-figure is the median of its rounds, a ratio is taken to the baseline of the same repetition, and the table shows medians
-over repetitions. The final loss over all training data after equal rounds shows that nobody skips work. Results are
-merged into a JSON file and its tables into a Markdown file, between two markers.
+Every run is a separate process that prints one JSON report. Runs are interleaved (A, B, C, A, B, C, ...). The figure of
+a run is the median of its rounds, a ratio is taken to the baseline of the same repetition, and the table shows medians
+over repetitions. The final loss over all training data after equal numbers of rounds shows that no contender skips
+work. Results are merged into a JSON file, and its tables are written into a Markdown file, between two markers.
 
-``SPLIT.npz`` holds ``train_x``, ``train_y`` and ``client_alpha01``, as for ``parity/mnist.py``; without it W1 and W2
+``SPLIT.npz`` holds ``train_x``, ``train_y`` and ``client_alpha01``, as for ``parity/mnist.py``. Without it, W1 and W2
 train on random images of the same size.
 """
 
@@ -38,21 +38,21 @@ from workloads import WORKLOADS, Job, installed, prepare
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "src"
 TIME_LIMIT = 1800
-"""Seconds after which a run is given up."""
+"""Seconds after which a run is stopped."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Somebody who runs a workload.
+    """An implementation that runs workloads.
 
     Attributes:
         script: File in ``contenders``.
-        works: Workloads it runs.
-        options: The script's own.
-        peer: Name of its environment, for a library of others.
-        threads: Threads of its process by workload, where its own choice is not its best.
-        skip: Rounds before the clock counts; more than one where the first ones compile.
-        devices: Kinds of device it runs on.
+        works: Names of the workloads that it runs.
+        options: Options of the script.
+        peer: Name of the environment, for other libraries.
+        threads: Threads of the process by workload, if its default is not its best choice.
+        skip: Rounds before the timed ones; more than one if the first rounds compile.
+        devices: Kinds of device on which it runs.
     """
 
     script: str
@@ -65,8 +65,11 @@ class Contender:
 
 
 ANY = ("cpu", "cuda")
-SEQUENTIAL, VECTORIZED, COMPILED = {"engine": "sequential"}, {"engine": "vectorized"}, {"compile_clients": True}
-LAYOUT, TWO = {"channels_last": True}, {"devices": 2}
+SEQUENTIAL = {"engine": "sequential"}
+VECTORIZED = {"engine": "vectorized"}
+COMPILED = {"compile_clients": True}
+LAYOUT = {"channels_last": True}
+TWO = {"devices": 2}
 CONTENDERS = {
     "tuned loop": Contender("tuned", "W0 W1 W2 W3 W4 W6", devices=ANY),
     "ours": Contender("ours", "W0 W1 W2 W3 W4 W6", devices=ANY),
@@ -92,14 +95,16 @@ CONTENDERS = {
 SERVER_STEPS = {f"W5, K={k}": {"clients": k, "parameters": 10_000_000, "rounds": 5} for k in (10, 100)}
 WORKS = ("W0", "W1", "W2", "W3", "W4", *SERVER_STEPS, "W6")
 TARGETS = {"W1": (1.10, 0.65), "W2": (1.02, 0.82), "W3": (0.25, 0.12), "W4": (1.02, 0.95)}
-"""Ratios to the tuned loop aimed at: with default settings, and with whatever a user may choose."""
+"""Targets for the ratio to the tuned loop: with default settings, and with the best settings."""
 
 
 def baseline(work: str) -> str:
+    """Return the contender to which the ratios of a workload are taken."""
     return "reading the vectors once" if work.startswith("W5") else "tuned loop"
 
 
 def title(work: str) -> str:
+    """Return the heading of a workload."""
     if work in WORKLOADS:
         return WORKLOADS[work].title
     return "FedHAW's server step alone, 10 million parameters"
@@ -109,7 +114,7 @@ def title(work: str) -> str:
 
 
 def environment(contender: Contender, work: str, threads: int | None) -> dict[str, str]:
-    """What a run's process sees: no telemetry, no network of wandb, and this folder's files."""
+    """Return the environment of a run: it finds this folder's files, sends no telemetry, and wandb stays offline."""
     paths = [str(HERE), str(SOURCE), os.environ.get("PYTHONPATH", "")]
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "WANDB_MODE": "offline"}
     threads = contender.threads.get(work, threads)
@@ -120,7 +125,7 @@ def environment(contender: Contender, work: str, threads: int | None) -> dict[st
 def play(
     contender: Contender, work: str, job: Job, args: argparse.Namespace, limit: float = TIME_LIMIT
 ) -> dict[str, Any]:
-    """One run of at most ``limit`` seconds: its report, or the sentence it failed with."""
+    """Run a contender for at most ``limit`` seconds, and return its report or its error."""
     python = args.peers / contender.peer / "bin" / "python" if contender.peer else Path(sys.executable)
     if not python.exists():
         return {"error": f"not installed: python benchmarks/peers.py install {contender.peer}"}
@@ -143,13 +148,13 @@ def play(
             return {"error": f"not finished after {limit:.0f} s"}
     report = next((line for line in reversed(out.splitlines()) if line.startswith('{"seconds"')), None)
     if process.returncode or report is None:
-        said = [line for line in err.splitlines() if line.strip() and not line.startswith("[rank")]
-        return {"error": (said or [f"ended with code {process.returncode} and said nothing"])[-1][:160]}
+        lines = [line for line in err.splitlines() if line.strip() and not line.startswith("[rank")]
+        return {"error": (lines or [f"ended with code {process.returncode} and said nothing"])[-1][:160]}
     return json.loads(report)
 
 
 def chosen(work: str, args: argparse.Namespace) -> dict[str, Contender]:
-    """Who runs a workload, the baseline first."""
+    """Return the selected contenders of a workload, the baseline first."""
     kind = args.device.split(":")[0]
     return {
         name: one
@@ -161,7 +166,7 @@ def chosen(work: str, args: argparse.Namespace) -> dict[str, Contender]:
 
 
 def jobs(work: str, folder: Path, args: argparse.Namespace) -> tuple[Job, float]:
-    """The job of a workload without a contender's options, and its local steps a round."""
+    """Return the job of a workload without a contender's options, and its number of local steps per round."""
     shared = {"quick": args.quick, "device": args.device, "precision": args.precision.get(work, "32-true")}
     if work in SERVER_STEPS:
         smaller = {"parameters": 100_000} if args.quick else {}
@@ -175,7 +180,7 @@ def jobs(work: str, folder: Path, args: argparse.Namespace) -> tuple[Job, float]
 
 
 def measure(work: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All repetitions of a workload."""
+    """Run all repetitions of a workload."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen(work, args)}
     with tempfile.TemporaryDirectory() as folder:
         common, steps = jobs(work, Path(folder), args)
@@ -192,20 +197,25 @@ def measure(work: str, args: argparse.Namespace) -> dict[str, Any]:
                     reference = run["median"] if name == baseline(work) else reference
                     run["ratio"] = run["median"] / reference if reference else float("nan")
                 runs[name].append(run)
-                said = f"{run['median']:.4g} s a round, {run['ratio']:.2f}x" if "median" in run else run["error"]
-                took = time.perf_counter() - begin
-                print(f"{work} {repetition + 1}/{args.repetitions} {name}: {said} ({took:.0f} s)", flush=True)
+                result = f"{run['median']:.4g} s a round, {run['ratio']:.2f}x" if "median" in run else run["error"]
+                duration = time.perf_counter() - begin
+                print(f"{work} {repetition + 1}/{args.repetitions} {name}: {result} ({duration:.0f} s)", flush=True)
     return {"steps": steps, "data": data_of(work, args), "contenders": runs}
 
 
 def data_of(work: str, args: argparse.Namespace) -> str:
+    """Return the name of a workload's data, if it is not always the same."""
     if work not in ("W1", "W2"):
         return ""
-    return "MNIST" + (", the FedHAW authors' split" if work == "W1" else "") if args.mnist else "random images"
+    if not args.mnist:
+        return "random images"
+    if work == "W1":
+        return "MNIST, the FedHAW authors' split"
+    return "MNIST"
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers belong to."""
+    """Return the hardware and versions that the numbers belong to."""
     import torch
 
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -238,14 +248,24 @@ HEAD = (
 
 
 def good(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs that did not fail."""
     return [run for run in runs if "error" not in run]
 
 
 def middle(runs: Sequence[dict[str, Any]], key: str) -> float:
+    """Return the median of a value over the runs that did not fail."""
     return statistics.median(run[key] for run in good(runs))
 
 
 def row(name: str, runs: Sequence[dict[str, Any]], steps: float, base: float | None) -> str:
+    """Return a contender's row.
+
+    Args:
+        name: The contender.
+        runs: Its runs.
+        steps: Local steps per round of the workload; 0 if there are none.
+        base: Seconds per round of the baseline.
+    """
     if not good(runs):
         return f"| {name} | {runs[-1]['error'].replace('|', '/')} |" + " |" * (len(HEAD) - 2)
     ratios = [run["ratio"] for run in good(runs)]
@@ -269,7 +289,7 @@ def row(name: str, runs: Sequence[dict[str, Any]], steps: float, base: float | N
 
 
 def tables(results: dict[str, Any]) -> Iterator[str]:
-    """The Markdown of a results file, line by line."""
+    """Yield the lines of the Markdown tables of a results file."""
     about = results["machine"]
     yield (
         f"{about['processor']}, {about['cores']} cores, {about['memory_gib']} GiB"
@@ -278,7 +298,7 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
         f" {results['settings']['device']}; {results['date']}."
     )
     if results["settings"]["quick"]:
-        yield "\n**A quick run of small workloads: it shows that the harness works, and nothing else.**"
+        yield "\n**A quick run of small workloads. It only shows that the benchmark works.**"
     yield from summary(results["works"])
     for work, found in results["works"].items():
         data = f" ({found['data']})" if found["data"] else ""
@@ -291,7 +311,7 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
 
 
 def summary(works: dict[str, Any]) -> Iterator[str]:
-    """Ratios beside what was aimed at."""
+    """Yield the table of ratios and their targets."""
     yield "\n| work | ours, default | aim | ours, best choice | aim | best peer |\n|---|---:|---:|---|---:|---|"
     for work, (default_aim, choice_aim) in TARGETS.items():
         ratios = {
@@ -306,6 +326,7 @@ def summary(works: dict[str, Any]) -> Iterator[str]:
 
 
 def best(ratios: dict[str, float]) -> str:
+    """Return the smallest ratio and its contender."""
     if not ratios:
         return ""
     name = min(ratios, key=ratios.__getitem__)
@@ -313,7 +334,7 @@ def best(ratios: dict[str, float]) -> str:
 
 
 def write_between(path: Path, marker: str, text: str) -> None:
-    """Replace what stands between ``<!-- marker -->`` and ``<!-- /marker -->``; add it where the file has none."""
+    """Replace the text between ``<!-- marker -->`` and ``<!-- /marker -->``; append the markers if they are missing."""
     begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     old = path.read_text() if path.exists() else ""
     before, _, rest = old.partition(begin)
@@ -323,6 +344,7 @@ def write_between(path: Path, marker: str, text: str) -> None:
 
 
 def save(results: dict[str, Any], path: Path) -> None:
+    """Write results as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
 
@@ -333,14 +355,16 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=["*"], help="names or patterns such as 'ours*'")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--mnist", help="the FedHAW authors' split of MNIST, an npz file")
-    parser.add_argument("--peers", type=Path, default=Path("outputs/peers"), help="folder of the peers' environments")
+    parser.add_argument(
+        "--peers", type=Path, default=Path("outputs/peers"), help="folder with the environments of other libraries"
+    )
     parser.add_argument("--threads", type=int, help="threads of every process; default: each contender's own choice")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", nargs="*", default=[], metavar="W=P", help="such as W4=bf16-mixed")
     parser.add_argument("--quick", action="store_true", help="small workloads, one repetition, outputs/quick.*")
     parser.add_argument("--out", type=Path, help="results; default benchmarks/results/speed.json")
-    parser.add_argument("--markdown", type=Path, help="where the tables go; default benchmarks/README.md")
-    parser.add_argument("--table", action="store_true", help="run nothing, write the tables of what is there")
+    parser.add_argument("--markdown", type=Path, help="file for the tables; default benchmarks/README.md")
+    parser.add_argument("--table", action="store_true", help="run nothing, write the tables of the stored results")
     args = parser.parse_args()
     args.precision = dict(pair.split("=") for pair in args.precision)
     args.peers = args.peers.absolute()
@@ -355,7 +379,7 @@ def main() -> None:
     if out.exists():
         results = json.loads(out.read_text())
         if not args.table and {key: results[key] for key in here} != here:
-            sys.exit(f"{out} belongs to another machine or other settings; move it away, or give another --out.")
+            sys.exit(f"{out} is from another machine or other settings: move it away, or give another --out.")
     for work in [] if args.table else args.work:
         found = measure(work, args)
         old = results["works"].get(work, {"contenders": {}})

@@ -1,14 +1,16 @@
-"""Images per second of a federated ViT against the same module in a stock ``Trainer``.
+"""Compare the images per second of a federated ViT with those of the same module in a stock ``Trainer``.
 
     python benchmarks/vit_throughput.py [--json FILE] [--markdown FILE]         ViT-B/16 at 224 px on a GPU
     python benchmarks/vit_throughput.py --device cpu --model vit_tiny_patch16_224 --image-size 32 \
-        --images 32 --batch-size 8 --precision 32-true                          to see it work
+        --images 32 --batch-size 8 --precision 32-true                          a small test
 
-All weights train, from random values, on random images that lie where the model is, and both log the loss of every
-step. The stock trainer's batches are slices that cost nothing to make, so that its loader takes no time; the
-federation makes its own. An epoch of the one has as many images and steps as a round of the other, whose time has all
-of it: broadcast, clients, aggregation. Runs take turns; each has one round before the clock counts. Results are written
-after every run.
+All weights are trained, from random values, on random images that are on the model's device. Both log the loss of every
+step. The batches of the stock trainer are slices of tensors, so its loader takes no time. The federation creates its
+own batches.
+
+An epoch of the stock trainer has as many images and steps as a round of the federation. The time of a round includes
+broadcast, training of all clients and aggregation. Runs alternate, and the first round of each run is not timed.
+Results are written after every run.
 """
 
 from __future__ import annotations
@@ -33,16 +35,17 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lightning_fedhaw as fed
 from lightning_fedhaw.data import IIDPartitioner
+from lightning_fedhaw.extending import AggregationRule
 
 CLASSES = 120
 AIM = 0.98
-"""Images a second of a federation for one of the stock trainer."""
+"""Target for the ratio of images per second to the stock trainer."""
 STOCK = "stock Trainer"
-RULES: dict[str, Callable[[], fed.AggregationRule]] = {"FedAvg": fed.FedAvgCallback, "FedHAW": fed.FedHAWCallback}
+RULES: dict[str, Callable[[], AggregationRule]] = {"FedAvg": fed.FedAvgCallback, "FedHAW": fed.FedHAWCallback}
 
 
 class Batches(Dataset[Any]):
-    """Slices of tensors, the same in every epoch."""
+    """Batches that are slices of tensors, the same in every epoch."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, size: int) -> None:
         self.parts = list(zip(images.split(size), labels.split(size), strict=True))
@@ -55,7 +58,7 @@ class Batches(Dataset[Any]):
 
 
 class Clock(pl.Callback):
-    """The time at which each epoch began, and at which the last one ended."""
+    """Record the start time of each epoch and the end time of the last one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.ticks = device, list[float]()
@@ -73,12 +76,12 @@ class Clock(pl.Callback):
 
     @property
     def seconds(self) -> list[float]:
-        """Of each epoch but the first."""
+        """Seconds of each epoch except the first."""
         return [end - begin for begin, end in zip(self.ticks[1:], self.ticks[2:], strict=False)]
 
 
 def play(rule: str | None, samples: TensorDataset, args: argparse.Namespace) -> list[float]:
-    """Seconds of each round after the first; without a rule, of each epoch of the stock trainer."""
+    """Return the seconds of each round after the first; without a rule, of each epoch of the stock trainer."""
     torch.manual_seed(0)
     module = fed.TimmClassifier(
         args.model, CLASSES, lr=1e-4, model_kwargs={"img_size": args.image_size} if args.image_size else {}
@@ -101,7 +104,7 @@ def play(rule: str | None, samples: TensorDataset, args: argparse.Namespace) -> 
             rounds=args.rounds + 1, callbacks=[RULES[rule](), clock], client_eval=False, **settings
         )
         data = fed.FederatedDataModule(samples, args.clients, IIDPartitioner(), batch_size=args.batch_size, seed=0)
-        with redirect_stdout(StringIO()):  # the run summary
+        with redirect_stdout(StringIO()):  # hides the run summary
             federated.fit(module, data)
     assert len(clock.seconds) == args.rounds
     return clock.seconds
@@ -112,18 +115,23 @@ def main() -> None:
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--image-size", type=int, help="default: the model's own")
     parser.add_argument("--clients", type=int, default=10)
-    parser.add_argument("--images", type=int, default=1216, help="of each client, whole batches; Dogs has 1,200")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=1216,
+        help="images per client, a multiple of the batch size; Stanford Dogs has 1,200",
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--rounds", type=int, default=2, help="that count, in each run")
+    parser.add_argument("--rounds", type=int, default=2, help="timed rounds of each run")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--seconds", type=float, help="after which no further repetition begins that may not end")
+    parser.add_argument("--seconds", type=float, help="start no repetition that would probably end later than this")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     if args.images % args.batch_size:
-        parser.error(f"--images must be whole batches of {args.batch_size}, got {args.images}")
+        parser.error(f"--images must be a multiple of --batch-size {args.batch_size}, got {args.images}")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
 
@@ -150,18 +158,16 @@ def main() -> None:
             print(f"{name}: {total / seconds:.0f} images/s", flush=True)
             if args.json:
                 args.json.write_text(json.dumps(found))
-    own = machine()
-    text = (
-        f"{own['gpu'] if args.device != 'cpu' else own['processor']}, torch {own['torch']}, Lightning"
-        f" {own['lightning']}.\n\n{report(found)}"
-    )
+    about = machine()
+    hardware = about["processor"] if args.device == "cpu" else about["gpu"]
+    text = f"{hardware}, torch {about['torch']}, Lightning {about['lightning']}.\n\n{report(found)}"
     print(f"\n{text}")
     if args.markdown:
         write_between(args.markdown, "vit", text)
 
 
 def report(found: dict[str, Any]) -> str:
-    """The table of what was measured, be it all or a part."""
+    """Return the table of the results so far."""
     rows = []
     for name, runs in found["seconds"].items():
         ratios = [stock / ours for stock, ours in zip(found["seconds"][STOCK], runs, strict=False)]

@@ -1,8 +1,8 @@
-"""What every contender runs: the data, the model and the shape of a round, and how a contender reports.
+"""Define the workloads that every contender runs: data, model and rounds, and the format of the reports.
 
-A contender is a script that is given one :class:`Job` as JSON and prints one JSON line. Everybody gets the same
-samples, split, cohorts and start, from a file that :func:`prepare` wrote. Torch is imported where it is needed, because
-not every contender has it.
+A contender is a script that receives one :class:`Job` as JSON and prints one JSON line. All contenders use the same
+samples, split, cohorts and initial model, from a file that :func:`prepare` writes. Torch is imported inside functions,
+because not every contender has it installed.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Workload:
     """A federation and its local training.
 
     Attributes:
-        title: What it is, for people.
+        title: A description for tables.
         model: Key of :data:`MODELS`.
         sizes: Samples of each client.
         cohort: Clients in a round.
-        rounds: Timed rounds; one more is played before them.
-        random_sizes: Whether sizes are drawn between the first two instead.
-        shape: Of one input.
-        classes: Labels go from 0 to one less.
+        rounds: Timed rounds, after one that is not timed.
+        random_sizes: Whether the sizes are drawn between the first two entries of ``sizes``.
+        shape: Shape of one input.
+        classes: Number of classes.
     """
 
     title: str
@@ -80,10 +80,10 @@ WORKLOADS = {
         *("linear", (10,) * 10_000, 1000, 10, 1, 0.01, 5),
         shape=(60,),
     ),
-    # What other simulators publish their speed on, here with random data of the same shape. Known from their
-    # repositories: models, clients, cohorts, batches, epochs and rates. Assumed: every client holds as many samples as
-    # the average one does (FLUTE's differ), and BlazeFL's clients train on all of their 500 images (there a fifth is
-    # held out, so theirs is less work) and all of them come in every round.
+    # The workloads for which other simulators publish their speed, here with random data of the same shape. Their
+    # repositories specify models, clients, cohorts, batches, epochs and learning rates. These are assumptions: every
+    # client has the average number of samples (FLUTE's clients differ); BlazeFL's clients train on all of their 500
+    # images (there a fifth is held out, which is less work); and all of BlazeFL's clients take part in every round.
     "pfl": Workload(
         "pfl-research's CIFAR-10: CNN with dropout, 1,000 clients x 50, cohort 50, batch 10",
         *("cifar_cnn", (50,) * 1000, 50, 10, 1, 0.1, 20),
@@ -126,7 +126,7 @@ QUICK = {
 
 
 def workload(name: str, quick: bool = False, **changes: Any) -> Workload:
-    """A workload by name; ``quick`` is a small one of the same kind."""
+    """Return a workload by name; ``quick`` returns a small one of the same kind."""
     return replace(WORKLOADS[name], **{**(QUICK[name] if quick else {}), **changes})
 
 
@@ -134,7 +134,7 @@ def workload(name: str, quick: bool = False, **changes: Any) -> Workload:
 
 
 def images(work: Workload, rng: np.random.Generator, mnist: str | None) -> Arrays:
-    """MNIST in [-1, 1], or learnable random images of the same size."""
+    """Return MNIST scaled to [-1, 1], or learnable random images of the same size."""
     if mnist is None:
         sizes = np.array(work.sizes)
         prototypes = rng.standard_normal((10, *work.shape), dtype=np.float32)
@@ -153,10 +153,12 @@ def images(work: Workload, rng: np.random.Generator, mnist: str | None) -> Array
 
 
 def synthetic(work: Workload, rng: np.random.Generator, mnist: str | None) -> Arrays:
-    """Synthetic(1, 1) of Li et al. 2020 (FedProx): every client has its own inputs and its own rule."""
+    """Return Synthetic(1, 1) of Li et al. 2020 (FedProx): clients have different inputs and different true models."""
     features = work.shape[0]
     scales = np.arange(1, features + 1) ** -0.6
-    xs, ys, clients = [], [], []
+    xs = []
+    ys = []
+    clients = []
     sizes = rng.integers(work.sizes[0], work.sizes[1] + 1, len(work.sizes)) if work.random_sizes else work.sizes
     for k, size in enumerate(sizes):
         u, center = rng.standard_normal(2)
@@ -169,38 +171,38 @@ def synthetic(work: Workload, rng: np.random.Generator, mnist: str | None) -> Ar
 
 
 def noise(work: Workload, rng: np.random.Generator, mnist: str | None) -> Arrays:
-    """Random inputs with random labels."""
+    """Return random inputs with random labels."""
     x = rng.standard_normal((sum(work.sizes), *work.shape), dtype=np.float32)
     return x, rng.integers(work.classes, size=len(x)), np.repeat(np.arange(len(work.sizes)), work.sizes)
 
 
 DATA: dict[str, Callable[..., Arrays]] = {"mlp": images, "cnn": images, "linear": synthetic}
-"""Where the data of a model is not :func:`noise`."""
+"""The data by model; all other models use :func:`noise`."""
 
 
-def drawn(work: Workload, mnist: str | None = None) -> dict[str, np.ndarray]:
-    """What all contenders of a workload share. Needs torch, for the start."""
+def make_arrays(work: Workload, mnist: str | None = None) -> dict[str, np.ndarray]:
+    """Create the data, cohorts and initial model that all contenders of a workload share. Needs torch."""
     import torch
 
     rng = np.random.default_rng(0)
     x, y, client = DATA.get(work.model, noise)(work, rng, mnist)
-    many = len(work.sizes)
-    cohorts = [np.sort(rng.permutation(many)[: work.cohort]) for _ in range(work.rounds + 1)]
+    num_clients = len(work.sizes)
+    cohorts = [np.sort(rng.permutation(num_clients)[: work.cohort]) for _ in range(work.rounds + 1)]
     torch.manual_seed(0)
     start = torch.nn.utils.parameters_to_vector(network(work.model).parameters()).detach().numpy()
     return {"x": x, "y": y.astype(np.int64), "client": client, "cohorts": np.array(cohorts), "start": start}
 
 
 def prepare(work: Workload, path: Path, mnist: str | None = None) -> None:
-    """Write it for contenders in other processes."""
-    np.savez(path, **drawn(work, mnist))
+    """Write the shared arrays of a workload for contenders in other processes."""
+    np.savez(path, **make_arrays(work, mnist))
 
 
 # ---------------------------------------------------------------------- models (torch)
 
 
 def network(name: str) -> Any:
-    """A model by name; cross entropy is its loss everywhere."""
+    """Return a model by name; the loss of all models is the cross entropy."""
     from torch import nn
 
     if name == "tiny":
@@ -230,7 +232,7 @@ def network(name: str) -> Any:
             nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
             nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
         )  # fmt: skip
-    if name == "torchvision_resnet":  # its stem halves 32x32 images twice, so it is much less work than "resnet"
+    if name == "torchvision_resnet":  # its stem halves 32x32 images twice, so it needs much less work than "resnet"
         from torchvision.models import resnet18
 
         return resnet18(num_classes=10)
@@ -238,7 +240,7 @@ def network(name: str) -> Any:
 
 
 def _dropout_cnn(channels: int, side: int, classes: int) -> Any:
-    """The CNN of "Adaptive Federated Optimization" for EMNIST, which pfl-research takes for CIFAR-10 too."""
+    """Return the CNN of "Adaptive Federated Optimization" for EMNIST, which pfl-research also uses for CIFAR-10."""
     from torch import nn
 
     return nn.Sequential(
@@ -250,7 +252,7 @@ def _dropout_cnn(channels: int, side: int, classes: int) -> Any:
 
 
 def _resnet18() -> Any:
-    """ResNet-18 for 3x32x32 inputs: a 3x3 stem, stride 1 and no pooling after it."""
+    """Return a ResNet-18 for 3x32x32 inputs: a 3x3 stem with stride 1 and without pooling."""
     from torch import nn
 
     class Block(nn.Module):
@@ -276,7 +278,10 @@ def _resnet18() -> Any:
 
 
 def train_loss(model: Any, x: Any, y: Any) -> float:
-    """Mean cross entropy over all training data, in training mode: BatchNorm by batches, so parameters alone count."""
+    """Return the mean cross entropy over all training data, in training mode.
+
+    BatchNorm then uses the statistics of each batch, so the loss depends on the parameters only.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -295,14 +300,14 @@ class Job:
 
     Attributes:
         work: Name of the workload.
-        data: The file of :func:`prepare`; nothing for data that this process draws for itself.
-        quick: Whether it is the small workload of that name.
-        device: Where torch contenders train, such as ``"cpu"`` or ``"cuda"``.
-        precision: Precision in Lightning's words.
-        options: The contender's own.
-        changes: Attributes of the workload that differ.
-        skip: Rounds before the clock counts.
-        seconds: Seconds of the rounds that count after which no further one starts; one is always played.
+        data: The file of :func:`prepare`. Empty: this process creates the data itself.
+        quick: Whether the small version of the workload is used.
+        device: The device of torch contenders, such as ``"cpu"`` or ``"cuda"``.
+        precision: The argument ``precision`` of the trainer.
+        options: Options of the contender.
+        changes: Attributes of the workload that are changed.
+        skip: Rounds before the timed ones.
+        seconds: Time limit for the timed rounds, after which no further round starts; one round is always timed.
     """
 
     work: str
@@ -322,7 +327,7 @@ class Job:
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         if not self.data:
-            return drawn_here(self.work, self.quick, json.dumps(self.changes))
+            return cached_arrays(self.work, self.quick, json.dumps(self.changes))
         return read(self.data, Path(self.data).stat().st_mtime_ns)
 
     def clock(self) -> Clock:
@@ -330,7 +335,7 @@ class Job:
 
     @property
     def rounds(self) -> int:
-        """All rounds, with the one before the clock counts."""
+        """All rounds, including the first one, which is not timed."""
         return self.workload.rounds + 1
 
     @property
@@ -339,19 +344,19 @@ class Job:
 
     @cached_property
     def rows(self) -> list[np.ndarray]:
-        """The samples of each client."""
+        """The indices of the samples of each client."""
         client = self.arrays["client"]
         order = np.argsort(client, kind="stable")
         return np.split(order, np.cumsum(np.bincount(client))[:-1])
 
     def samples(self) -> tuple[Any, Any]:
-        """Inputs and labels as torch tensors in host memory."""
+        """Return inputs and labels as torch tensors in host memory."""
         import torch
 
         return torch.from_numpy(self.arrays["x"]), torch.from_numpy(self.arrays["y"])
 
     def network(self) -> Any:
-        """The torch model, at the common start."""
+        """Return the torch model with the common initial parameters."""
         import torch
 
         model = network(self.workload.model)
@@ -364,31 +369,31 @@ class Job:
 
 @lru_cache(maxsize=1)
 def read(path: str, written: int) -> dict[str, np.ndarray]:
-    """What a file of :func:`prepare` holds; read once for all jobs of a process that share it."""
+    """Read a file of :func:`prepare`, once for all jobs of a process that share it."""
     with np.load(path) as file:
         return dict(file)
 
 
 @lru_cache(maxsize=1)
-def drawn_here(name: str, quick: bool, changes: str) -> dict[str, np.ndarray]:
-    """The same without a file, for one that would have gigabytes."""
-    return drawn(workload(name, quick, **json.loads(changes)))
+def cached_arrays(name: str, quick: bool, changes: str) -> dict[str, np.ndarray]:
+    """Create the arrays without a file, which would have gigabytes for some workloads."""
+    return make_arrays(workload(name, quick, **json.loads(changes)))
 
 
 @lru_cache
 def job_of(text: str) -> Job:
-    """The job that a JSON text tells of; one object for one text, so that a worker process reads its data once."""
+    """Return the job of a JSON text. Equal texts give the same object, so a worker process reads its data once."""
     return Job(**json.loads(text))
 
 
 class Clock:
-    """Seconds between ticks; on a GPU a tick waits for the work before it.
+    """Measure the seconds between ticks; on a GPU a tick waits for the preceding work.
 
     Args:
-        device: Where the work is done.
-        every: Which of the spans count: 2 leaves out every second one.
-        skip: Rounds before the clock counts.
-        seconds: Seconds that the rounds after them may take together; as long as they like by default.
+        device: The device of the work.
+        every: Which intervals are used: 2 omits every second one.
+        skip: Rounds before the timed ones.
+        seconds: Time limit for the timed rounds together. Default: none.
     """
 
     def __init__(self, device: str = "cpu", every: int = 1, skip: int = 1, seconds: float | None = None) -> None:
@@ -405,13 +410,13 @@ class Clock:
 
     @property
     def is_over(self) -> bool:
-        """Whether the round that ends, and has not been ticked off, is the last one there is time for."""
+        """Whether the time limit is reached, so that the current round is the last one."""
         if self.limit is None or len(self.ticks) <= self.skip:
             return False
         return time.perf_counter() - self.ticks[self.skip] > self.limit
 
     def stop(self) -> None:
-        """The last tick; and the memory of this process and its children while they still live."""
+        """Tick for the last time, and measure the memory of this process and its children before they end."""
         self.tick()
         self.tree_mb = sum(memory("VmHWM", pid) for pid in family(os.getpid()))
 
@@ -421,17 +426,17 @@ class Clock:
 
 
 Play = Callable[[Job], "tuple[Clock, Callable[[], float]] | None"]
-"""Runs a job; gives its clock and what computes the final loss, or nothing where another process does."""
+"""Runs a job and returns its clock and a function for the final loss, or ``None`` if another process reports."""
 
 
 def run_contender(play: Play, *packages: str) -> None:
-    """Play the job of the command line and print its report as the last line of the output."""
+    """Run the job of the command line, and print its report as the last line of the output."""
     before = memory("VmRSS")
     job = job_of(sys.argv[1])
-    played = play(job)
-    if played is None:
+    result = play(job)
+    if result is None:
         return
-    clock, loss = played
+    clock, loss = result
     report = {
         "seconds": clock.seconds,
         "import_mb": before,
@@ -449,6 +454,7 @@ def run_contender(play: Play, *packages: str) -> None:
 
 
 def installed(package: str) -> str | None:
+    """Return the version of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -456,7 +462,7 @@ def installed(package: str) -> str | None:
 
 
 def memory(field_: str, pid: int | str = "self") -> float:
-    """A line of a process's memory account, in MB; 0 where there is none."""
+    """Return an entry of a process's memory status in MB, or 0 if there is none."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -465,7 +471,7 @@ def memory(field_: str, pid: int | str = "self") -> float:
 
 
 def family(pid: int) -> Iterator[int]:
-    """A process and all that descend from it."""
+    """Yield a process and all its descendants."""
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -475,6 +481,6 @@ def family(pid: int) -> Iterator[int]:
         parents.setdefault(int(after_name[1]), []).append(int(entry.parent.name))
     waiting = [pid]
     while waiting:
-        one = waiting.pop()
-        yield one
-        waiting += parents.get(one, [])
+        process = waiting.pop()
+        yield process
+        waiting += parents.get(process, [])

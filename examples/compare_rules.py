@@ -5,9 +5,9 @@
     python examples/compare_rules.py --data mnist.npz --rules FedAvg FedLAW FedHAW
 
 An npz file holds `train_x` [samples, ...], `train_y`, `test_x` and `test_y`; images of bytes are scaled to [0, 1].
-Prints a table (final, mean of the last ten and best accuracy, rounds to a given accuracy, the server's time a round,
-bytes and memory in addition to FedAvg's) and draws the curves. Rules that learn on the server's data get `--proxy`
-samples of the training data, which no rule trains clients on.
+Rules are named after their classes, without "Callback". Prints a table (final, mean of the last ten and best accuracy,
+rounds to a given accuracy, the server's time per round, bytes and memory beyond FedAvg's) and draws the curves. Rules
+that learn on the server's data get `--proxy` samples of the training data; no rule trains its clients on them.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from lightning_fedhaw.extending import AggregationRule, ClientVectors
 from lightning_fedhaw.plotting import RunHistory, draw_curves
 
 SERVER_EPOCHS = 20
+# A rule is named after its class, without "Callback"; variants of a rule have a word more.
 RULES: dict[str, Callable[[], AggregationRule]] = {
     "FedAvg": fed.FedAvgCallback,
     "FedNova": fed.FedNovaCallback,
@@ -46,19 +47,19 @@ RULES: dict[str, Callable[[], AggregationRule]] = {
     "FedHyper G+SL": lambda: fed.FedHyperCallback("G+SL", normalize_by="norms", hyper_lr=0.1),
     "FedHyper G+CL": lambda: fed.FedHyperCallback("G+CL", normalize_by="norms", hyper_lr=0.1),
     "FedHAW": fed.FedHAWCallback,
-    "FedHAW published": fed.PublishedFedHAWCallback,
-    "SCAFFOLD": fed.ScaffoldCallback,
+    "PublishedFedHAW": fed.PublishedFedHAWCallback,
+    "Scaffold": fed.ScaffoldCallback,
     "FedDyn": lambda: fed.FedDynCallback(regularization=0.1),
     "FedLAW": lambda: fed.FedLAWCallback(server_epochs=SERVER_EPOCHS),
     "FedLAW in stages": lambda: fed.FedLAWCallback("in_stages", server_epochs=SERVER_EPOCHS),
-    "fine-tuning": fed.ServerFineTuningCallback,
+    "ServerFineTuning": fed.ServerFineTuningCallback,
     "FedDF": lambda: fed.FedDFCallback(server_epochs=SERVER_EPOCHS),
     "FedBE": lambda: fed.FedBECallback(server_epochs=SERVER_EPOCHS),
-    "median": fed.CoordinateMedianCallback,
-    "trimmed mean": lambda: fed.TrimmedMeanCallback(num_byzantine=1),
+    "CoordinateMedian": fed.CoordinateMedianCallback,
+    "TrimmedMean": lambda: fed.TrimmedMeanCallback(num_byzantine=1),
     "Krum": lambda: fed.KrumCallback(num_byzantine=1),
-    "Multi-Krum": lambda: fed.MultiKrumCallback(num_byzantine=1),
-    "geometric median": fed.GeometricMedianCallback,
+    "MultiKrum": lambda: fed.MultiKrumCallback(num_byzantine=1),
+    "GeometricMedian": fed.GeometricMedianCallback,
 }
 
 

@@ -181,7 +181,7 @@ def test_proxy_data(make, proxy, error, message):
 
 
 def test_the_rule_within_a_rule_is_named_where_it_needs_single_updates():
-    with pytest.raises(ValueError, match="gives the server the sum of the updates alone, and KrumCallback needs each"):
+    with pytest.raises(ValueError, match="gives the server only the sum of the updates, and KrumCallback needs each"):
         runner = trainer(
             rule=FedOptCallback(rule=FedOptCallback(rule=KrumCallback())), callbacks=[OverTheAirChannel(9.0)]
         )
@@ -221,7 +221,7 @@ READY = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
         (lambda: FedOptCallback(lr_scheduler=StepLR), r"`lr_scheduler` .*`partial\(StepLR, .* got StepLR .*step_size"),
         (
             lambda: FedOptCallback(lr_scheduler=ReduceLROnPlateau),
-            "`lr_scheduler` must .*ReduceLROnPlateau.step wants `metrics`",
+            "`lr_scheduler` must .*ReduceLROnPlateau.step needs `metrics`",
         ),
         (lambda: FedLAWCallback(scheduler=StepLR), "`scheduler` must make a schedule .* got StepLR .*step_size"),
         (lambda: FedOptCallback(partial(torch.optim.SGD, momentun=0.9)), "`optimizer` must make .* 'momentun'"),

@@ -33,7 +33,7 @@ def test_compare_rules(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     table = done.stdout[done.stdout.index("server ms") :]
-    for name in ("FedAvg ", "FedHyper G+CL", "FedLAW in stages", "geometric median"):
+    for name in ("FedAvg ", "FedHyper G+CL", "FedLAW in stages", "GeometricMedian"):
         assert name in table
     assert (tmp_path / "pictures" / "rules.png").stat().st_size > 5_000
 

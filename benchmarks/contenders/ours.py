@@ -1,7 +1,7 @@
 """An ordinary LightningModule with ``self.log`` in its step, through ``FederatedTrainer``.
 
-The job's options are arguments of ``FederatedTrainer``; besides, ``rule="fedhaw"`` takes another rule than FedAvg and
-``logged=True`` adds a CSV logger and a progress bar.
+The job's options are arguments of ``FederatedTrainer``. In addition, ``rule="fedhaw"`` uses FedHAW instead of FedAvg,
+and ``logged=True`` adds a CSV logger and a progress bar.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Module(pl.LightningModule):
 
 
 class Rounds(FederatedCallback):
-    """A tick where a round starts, and one after the last: nothing of a round is left out."""
+    """Tick at the start of each round and after the last one, so that the times include everything."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Rounds(FederatedCallback):
 
 
 def fit(job: Job, clock: Clock) -> tuple[FederatedTrainer, Module]:
-    """Train by the job's rounds; the module ends with the global model in it."""
+    """Train for the job's rounds; the module then has the global model."""
     work, options = job.workload, dict(job.options)
     logged, rule = options.pop("logged", False), options.pop("rule", "fedavg")
     settings: dict[str, Any] = {

@@ -42,7 +42,7 @@ def losses(parameters: Parameters, x: Any, y: Any) -> Any:
 
 
 def visits(job: Job, cohort: list[int], steps: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Samples of every step and their weights, [clients, steps, batch]: each epoch in a fresh order."""
+    """Samples of every step and their weights, [clients, steps, batch]: each epoch in a new order."""
     work, rows = job.workload, job.rows
     shape = (len(cohort), work.epochs, steps * work.batch)
     keys = rng.random(shape)

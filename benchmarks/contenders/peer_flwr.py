@@ -1,4 +1,4 @@
-"""Flower: ``FedAvg`` in its Ray simulation, one actor with one thread per core. It samples cohorts of its own."""
+"""Flower: ``FedAvg`` in its Ray simulation, one actor with one thread per core. It samples its own cohorts."""
 
 from __future__ import annotations
 

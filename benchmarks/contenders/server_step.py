@@ -24,7 +24,7 @@ Named = dict[str, Tensor]
 
 
 class Server:
-    """What a rule may ask of a server."""
+    """The part of a server that the rule uses."""
 
     proxy_dataset = None
 

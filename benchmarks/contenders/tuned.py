@@ -1,4 +1,4 @@
-"""The tuned plain-PyTorch loop that every ratio is taken to.
+"""The tuned plain PyTorch loop, the reference of all ratios.
 
 Tensors in memory, one reused model whose parameters are views of one flat buffer, ``autograd.grad`` and one
 ``_foreach_add_`` for SGD, one ``randperm`` and one ``index_select`` per client and epoch.

@@ -1,17 +1,18 @@
-"""What the FedLAW paper found about its learned scale, looked for on two small federations.
+"""Look for the FedLAW paper's findings about its learned scale in small federations.
 
 Z. Li, T. Lin, X. Shang, C. Wu: Revisiting Weighted Aggregation in Federated Learning with Neural Networks. ICML 2023,
-section 4: with adaptive global weight shrinking the scale is below 1, rises as training converges, and is smaller where
-clients' data is alike.
+section 4: with adaptive global weight shrinking the scale is below 1, rises as training converges, and is smaller if
+clients have similar data.
 
     python benchmarks/parity/fedlaw.py --data SPLIT.npz
 
-``SPLIT.npz`` holds MNIST as ``mnist.py`` describes; without it, scikit-learn's digits alone. Local training is the
-paper's: SGD 0.08, times 0.99 a round, momentum 0.9, weight decay 5e-4, 20 clients, everyone in every round. The model,
-the images (the paper has CIFAR-10), the number of samples and the batch size are not.
+``SPLIT.npz`` holds MNIST as ``mnist.py`` describes; without it, only scikit-learn's digits are used. Local training
+is that of the paper: SGD 0.08, times 0.99 a round, momentum 0.9, weight decay 5e-4, 20 clients, full participation. The
+model, the images (the paper uses CIFAR-10), the number of samples and the batch size differ.
 
-Every run is written to the folder ``--out`` when it is finished and is not run again. At the end, and with
-``--report-only`` at any time, the finished runs become a table (``--results``) and a picture (``--pictures``).
+Every run is written to the folder ``--out`` when it is finished and is not repeated. At the end, and with
+``--report-only`` at any time, the script creates a table (``--results``) and a picture (``--pictures``) from the
+finished runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The FedHAW authors' MNIST experiment: FedHAW and its rivals on their split of MNIST over ten clients.
+"""The FedHAW authors' MNIST experiment: FedHAW and other rules on their split of MNIST over ten clients.
 
 A. Nakai-Kasai and T. Wadayama: FedHAW, arXiv 2605.00458, section IV-B; https://github.com/a-nakai-k/FedHAW.
 
@@ -8,14 +8,14 @@ A. Nakai-Kasai and T. Wadayama: FedHAW, arXiv 2605.00458, section IV-B; https://
 
 ``SPLIT.npz`` holds ``train_x`` [60000, 28, 28] and ``test_x`` [10000, 28, 28] (bytes 0 to 255), ``train_y`` and
 ``test_y`` (labels), and the client of each training image under the two splits, ``client_alpha01`` and
-``client_alpha1`` [60000]. Images are scaled to [-1, 1], for training and for testing alike. As with the authors, 100 of
-the test images are FedLAW's proxy data, and every rule is tested on the other 9,900. With
+``client_alpha1`` [60000]. Images are scaled to [-1, 1], for training and for testing. As in the authors' code, 100
+of the test images are FedLAW's proxy data, and every rule is tested on the other 9,900. With
 ``--errors P`` every client has an error rate up to ``P`` and fails as in the authors' code (their seed, 23); a client
-that fails does not train, and the model just broadcast takes its place.
+that fails does not train, and the model that was just broadcast is used instead.
 
-Every (variant, seed) writes its rounds to the folder ``--out`` when it is finished and is not run again, so an
-interrupted experiment goes on where it was. At the end, and with ``--report-only`` at any time, the finished runs
-become a table and one CSV (``--results``) and a picture (``--pictures``).
+Every (variant, seed) writes its rounds to the folder ``--out`` when it is finished and is not repeated, so an
+interrupted experiment can be resumed. At the end, and with ``--report-only`` at any time, the script creates a table
+and a CSV file (``--results``) and a picture (``--pictures``) from the finished runs.
 """
 
 from __future__ import annotations

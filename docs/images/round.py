@@ -52,11 +52,11 @@ def draw(path: Path) -> None:
     axes.plot((9.9, 9.9, 1.1), (1.9, 0.3, 0.3), color=INK, lw=1.2)
     arrow(axes, (1.1, 0.3), (1.1, 1.9))
     for x, y, text in (
-        (1.1, 3.95, "1  draw a cohort\n(sampler)"),
+        (1.1, 3.95, "1  sample a cohort\n(sampler)"),
         (3.2, 4.85, "2  broadcast"),
         (5.4, 4.85, "3  train (engine, objectives)"),
         (7.6, 4.85, "4  send"),
-        (9.9, 3.95, "5  aggregate what arrived"),
+        (9.9, 3.95, "5  aggregate the updates"),
         (5.4, 0.5, "6  install, log, validate, save; the next round"),
     ):
         axes.text(x, y, text, ha="center", va="center", fontsize=10.5, weight="bold", color=INK)

@@ -1,11 +1,11 @@
-"""Checks of arguments: one sentence for every mistake, and plain Python values for what passes.
+"""Checks of arguments, with the same form of message for every mistake.
 
-A check takes the name and the value of an argument, refuses what is not allowed, and returns the value. Scalars of
-NumPy and torch are accepted wherever a number is, and come back as ``int``, ``float`` or ``bool``: arguments become
-parts of checkpoints, which are read back without running code, and of the identity of a run. A boolean is never a
-number, NaN is never accepted, and infinity only where a check says so.
+A check takes the name and the value of an argument, refuses values that are not allowed, and returns the value. Scalars
+of NumPy and torch are accepted wherever a number is, and are returned as ``int``, ``float`` or ``bool``, because
+arguments become part of checkpoints, which are loaded without running code. A boolean is never a number, NaN is never
+accepted, and infinity is accepted only if a check allows it.
 
-The calls read as ``arguments.number("lr", lr, minimum=0)``.
+A call reads ``arguments.number("lr", lr, minimum=0)``.
 """
 
 from __future__ import annotations
@@ -23,30 +23,32 @@ from torch import Tensor
 Value = TypeVar("Value")
 Checked = TypeVar("Checked")
 Limits = ParamSpec("Limits")
-Made = TypeVar("Made", bound="NamedArguments")
+Instance = TypeVar("Instance", bound="NamedArguments")
 
 LONGEST_REPR = 120
-"""Characters of a refused value that are shown: it may be a whole data set."""
+"""The number of characters of a refused value that a message shows: the value may be a whole data set."""
 
 
 def invalid(name: str, allowed: str, value: object, hint: str = "") -> ValueError:
-    """Make the error for an argument that is not allowed; the caller raises it.
+    """Return the error for a value that is not allowed; the caller raises it.
 
     Args:
         name: The argument.
-        allowed: What it must be.
-        value: What it is.
-        hint: A sentence with the remedy, or with what an allowed value does.
+        allowed: The values that are allowed, in words.
+        value: The value.
+        hint: A sentence to add, with a remedy or the effect of an allowed value.
     """
-    return ValueError(_sentence(name, allowed, value, hint))
+    return ValueError(_message(name, allowed, value, hint))
 
 
-def _sentence(name: str, allowed: str, value: object, hint: str = "") -> str:
-    got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
-    if len(got) > LONGEST_REPR:
-        got = f"{got[: LONGEST_REPR - 4]} ..."
-    sentence = f"`{name}` must be {allowed}, got {got}."
-    return f"{sentence} {hint}" if hint else sentence
+def _message(name: str, allowed: str, value: object, hint: str = "") -> str:
+    description = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+    if len(description) > LONGEST_REPR:
+        description = f"{description[: LONGEST_REPR - 4]} ..."
+    message = f"`{name}` must be {allowed}, got {description}."
+    if hint:
+        message = f"{message} {hint}"
+    return message
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,7 +57,7 @@ def _sentence(name: str, allowed: str, value: object, hint: str = "") -> str:
 
 
 def plain_number(value: object) -> int | float | None:
-    """Convert to Python's own ``int`` or ``float``; ``None`` if the value is not one real number.
+    """Convert a value to Python's own ``int`` or ``float``; return ``None`` if it is not one real number.
 
     Example:
         >>> plain_number(np.int64(3)), plain_number(torch.tensor(0.5)), plain_number(True), plain_number("3")
@@ -72,7 +74,7 @@ def plain_number(value: object) -> int | float | None:
 
 
 def _unwrapped(value: object) -> object:
-    """Take the scalar out of an array or a tensor without axes."""
+    """Return the scalar in an array or a tensor without dimensions, and any other value as it is."""
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
         return value.item()
     return value
@@ -102,15 +104,15 @@ def number(
     Args:
         name: The argument.
         value: Its value.
-        minimum: The least that is allowed.
-        maximum: The largest that is allowed.
-        above: A limit that is itself not allowed, instead of ``minimum``.
-        below: The same, instead of ``maximum``.
-        infinite: Whether infinity is allowed, as far as the limits allow it.
+        minimum: The smallest number that is allowed.
+        maximum: The largest number that is allowed.
+        above: A lower limit that is itself not allowed, instead of ``minimum``.
+        below: An upper limit that is itself not allowed, instead of ``maximum``.
+        infinite: Whether infinity is allowed, if the limits allow it.
         hint: A sentence to add to the message.
 
     Raises:
-        ValueError: If it is no number, or one outside of its limits.
+        ValueError: If the value is not a number, or is outside of the limits.
 
     Example:
         >>> number("momentum", np.float64(0.5), minimum=0, below=1)
@@ -122,11 +124,11 @@ def number(
         is_below = below is None or plain < below
         if is_above and is_below:
             return plain
-    raise invalid(name, _described(minimum, maximum, above, below, infinite), value, hint)
+    raise invalid(name, _limits_in_words(minimum, maximum, above, below, infinite), value, hint)
 
 
-def _described(minimum: float, maximum: float, above: float | None, below: float | None, infinite: bool) -> str:
-    """Say in words or as an interval which numbers are allowed."""
+def _limits_in_words(minimum: float, maximum: float, above: float | None, below: float | None, infinite: bool) -> str:
+    """Return the numbers that are allowed, in words or as an interval."""
     low = minimum if above is None else above
     high = maximum if below is None else below
     if isfinite(low) and isfinite(high):
@@ -145,16 +147,23 @@ def probability(name: str, value: object, *, hint: str = "") -> float:
     """Check a number in [0, 1].
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the value is not such a number.
     """
     return number(name, value, minimum=0, maximum=1, hint=hint)
 
 
 def integer(name: str, value: object, *, minimum: int, maximum: int | None = None, hint: str = "") -> int:
-    """Check a whole number. A float is none, even if nothing follows its point.
+    """Check a whole number; a float is not accepted, even if its value is a whole number.
+
+    Args:
+        name: The argument.
+        value: Its value.
+        minimum: The smallest number that is allowed.
+        maximum: The largest number that is allowed; no limit if None.
+        hint: A sentence to add to the message.
 
     Raises:
-        ValueError: If it is no whole number, or one outside of its limits.
+        ValueError: If the value is not a whole number, or is outside of the limits.
     """
     plain = plain_number(value)
     if isinstance(plain, int) and plain >= minimum and (maximum is None or plain <= maximum):
@@ -164,11 +173,12 @@ def integer(name: str, value: object, *, minimum: int, maximum: int | None = Non
 
 
 def count_or_share(name: str, value: object) -> int | float:
-    """Check a whole number of clients or, as a float, a share of all of them.
+    """Check a whole number of clients or, as a float, a share of all clients.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If the value is neither.
     """
+    # The type decides: 1 is one client, and 1.0 is all of them.
     plain = plain_number(value)
     if isinstance(plain, int) and plain >= 1:
         return plain
@@ -183,25 +193,26 @@ def integers(name: str, values: object, *, minimum: int | None = None, allowed: 
     Args:
         name: The argument.
         values: Its value: a list or another iterable, an array or a tensor.
-        minimum: The least that is allowed; anything if None.
-        allowed: What it must be, in words.
+        minimum: The smallest number that is allowed; no limit if None.
+        allowed: The values that are allowed, in words.
         hint: A sentence to add to the message.
 
     Raises:
-        ValueError: If it is no list, or one of its entries is no such number.
+        ValueError: If the value is not a list, or one of its entries is not such a number.
 
     Example:
         >>> integers("clients", np.array([3, 1]), minimum=0, allowed="client numbers")
         [3, 1]
     """
+    # Strings and bytes are iterable, and the entries of bytes are whole numbers.
     if isinstance(values, (str, bytes)):
         raise invalid(name, allowed, values, hint)
     try:
-        listed = plain_list(values)
+        entries = plain_list(values)
     except TypeError:  # not iterable
         raise invalid(name, allowed, values, hint) from None
     checked = []
-    for value in listed:
+    for value in entries:
         plain = plain_number(value)
         if not isinstance(plain, int) or (minimum is not None and plain < minimum):
             raise invalid(name, allowed, values, hint)
@@ -210,10 +221,13 @@ def integers(name: str, values: object, *, minimum: int | None = None, allowed: 
 
 
 def plain_list(values: Any) -> list[Any]:
-    """Convert an array, a tensor, a column or another iterable to a list; of arrays and tensors, of plain values.
+    """Convert an array, a tensor, a data-frame column or another iterable to a list.
+
+    Args:
+        values: The values. Those of arrays and tensors become plain Python values.
 
     Raises:
-        TypeError: If it is nothing of the kind.
+        TypeError: If the values are not iterable.
     """
     if hasattr(values, "tolist"):
         values = values.tolist()
@@ -224,7 +238,7 @@ def bounds_around_one(name: str, value: object) -> tuple[float, float]:
     """Check the smallest and the largest value of a factor: two positive numbers with 1 between them.
 
     Raises:
-        ValueError: If it is no such pair.
+        ValueError: If the value is not such a pair.
     """
     pair: list[float | None] = []
     if isinstance(value, (tuple, list)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1):
@@ -242,31 +256,42 @@ def numbers(name: str, value: object, *, allowed: str, maximum: float = inf, or_
     Args:
         name: The argument.
         value: Its value: a list or another iterable of numbers, an array or a tensor.
-        allowed: What it must be, in words.
+        allowed: The values that are allowed, in words.
         maximum: The largest number that is allowed.
         or_one: Whether one number for all clients is allowed, too.
 
     Returns:
-        Float64, ``[N]``, or without axes if one number was given.
+        Float64, ``[N]``, or without dimensions if one number was given.
 
     Raises:
-        ValueError: If one of them is no such number.
+        ValueError: If the value has another shape, or one of its entries is not such a number.
     """
-    table: Tensor | None = None
-    if isinstance(value, (Tensor, np.ndarray)) or hasattr(value, "__array__"):
-        raw = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-        if raw.dtype != torch.bool and not raw.is_complex():
-            table = raw.detach().to("cpu", torch.float64, copy=True)
-    elif isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
-        plain = [_plain_float(each) for each in value]
-        table = None if None in plain else torch.tensor(plain, dtype=torch.float64)
-    elif (single := _plain_float(value)) is not None:
-        table = torch.tensor(single, dtype=torch.float64)
+    table = _float_tensor(value)
     if table is None or table.ndim > 1 or (table.ndim == 0 and not or_one):
         raise invalid(name, allowed, value)
-    if not (table.isfinite() & (table >= 0) & (table <= maximum)).all():
+    is_allowed = table.isfinite() & (table >= 0) & (table <= maximum)
+    if not is_allowed.all():
         raise invalid(name, allowed, value)
     return table
+
+
+def _float_tensor(value: object) -> Tensor | None:
+    """Copy one or several real numbers to a new float64 tensor on the CPU; return ``None`` if there are others."""
+    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+        if tensor.dtype == torch.bool or tensor.is_complex():
+            return None
+        # A copy, so that later changes of the array do not change the setting.
+        return tensor.detach().to("cpu", torch.float64, copy=True)
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+        entries = [_plain_float(entry) for entry in value]
+        if None in entries:
+            return None
+        return torch.tensor(entries, dtype=torch.float64)
+    plain = _plain_float(value)
+    if plain is None:
+        return None
+    return torch.tensor(plain, dtype=torch.float64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,16 +300,16 @@ def numbers(name: str, value: object, *, allowed: str, maximum: float = inf, or_
 
 
 def choice(name: str, value: Value, allowed: object, *, hint: str = "") -> Value:
-    """Check one of a few values.
+    """Check that a value is one of a few.
 
     Args:
         name: The argument.
         value: Its value.
-        allowed: A ``Literal`` or a tuple.
+        allowed: The values that are allowed: a ``Literal`` or a tuple.
         hint: A sentence to add to the message.
 
     Raises:
-        ValueError: If it is none of them.
+        ValueError: If the value is none of them.
 
     Example:
         >>> from typing import Literal
@@ -294,15 +319,15 @@ def choice(name: str, value: Value, allowed: object, *, hint: str = "") -> Value
     candidates: Any = get_args(allowed) or allowed
     for candidate in candidates:
         if isinstance(value, type(candidate)) and value == candidate:
-            return candidate  # type: ignore[no-any-return]  # rather than an equal text of NumPy's
+            return candidate  # type: ignore[no-any-return]  # instead of, for example, an equal `numpy.str_`
     raise invalid(name, f"one of {', '.join(map(repr, candidates))}", value, hint)
 
 
 def flag(name: str, value: object) -> bool:
-    """Check ``True`` or ``False``; no number stands for them.
+    """Check ``True`` or ``False``; numbers are not accepted.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If the value is neither.
     """
     plain = _unwrapped(value)
     if isinstance(plain, (bool, np.bool_)):
@@ -314,55 +339,71 @@ def text(name: str, value: object) -> str:
     """Check a string.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the value is not a string.
     """
     if isinstance(value, str):
-        return str(value)
+        return str(value)  # a plain string, also of a subclass
     raise invalid(name, "a string", value)
 
 
 def function(name: str, value: Value, signature: str) -> Value:
-    """Check something that can be called.
+    """Check a function or another callable.
 
     Args:
         name: The argument.
         value: Its value.
-        signature: How it is going to be called, such as ``logits(module, batch)``.
+        signature: The call, for the message, such as ``logits(module, batch)``.
 
     Raises:
-        TypeError: If it cannot be called.
+        TypeError: If the value is not callable.
     """
     if callable(value):
         return value
-    raise TypeError(_sentence(name, f"a function that can be called as `{signature}`", value))
+    raise TypeError(_message(name, f"a function that can be called as `{signature}`", value))
 
 
 def instance(name: str, value: Value, kind: type, *, example: str) -> Value:
-    """Check an object of a class, and no such class itself.
+    """Check an instance of a class.
+
+    Args:
+        name: The argument.
+        value: Its value.
+        kind: The class.
+        example: An expression with such an instance, for the message.
 
     Raises:
-        TypeError: If it is none.
+        TypeError: If the value is not an instance of the class.
     """
     if isinstance(value, kind):
         return value
     allowed = f"an instance of `{kind.__name__}`, such as `{example}`"
-    raise TypeError(_sentence(name, allowed, value, _call_hint(value)))
+    raise TypeError(_message(name, allowed, value, _call_hint(value)))
 
 
 def provider(name: str, value: Value, attribute: str, *, kind: str, example: str) -> Value:
-    """Check an object by what it has, where its class belongs to a higher layer; no class itself.
+    """Check an object by one of its attributes, if its class is in a higher layer and must not be imported.
+
+    Args:
+        name: The argument.
+        value: Its value.
+        attribute: An attribute that all allowed objects have.
+        kind: The name of their class, for the message.
+        example: An expression with such an object, for the message.
 
     Raises:
-        TypeError: If it does not have the attribute.
+        TypeError: If the value does not have the attribute, or is a class instead of an instance.
     """
     if hasattr(value, attribute) and not isinstance(value, type):
         return value
-    raise TypeError(_sentence(name, f"an instance of `{kind}`, such as `{example}`", value, _call_hint(value)))
+    allowed = f"an instance of `{kind}`, such as `{example}`"
+    raise TypeError(_message(name, allowed, value, _call_hint(value)))
 
 
 def _call_hint(value: object) -> str:
-    """Say what is missing where a class was given instead of an object."""
-    return f"Write `{value.__name__}(...)`." if isinstance(value, type) else ""
+    """Return the remedy if a class was given instead of an instance."""
+    if isinstance(value, type):
+        return f"Write `{value.__name__}(...)`."
+    return ""
 
 
 def optional(
@@ -372,8 +413,18 @@ def optional(
     *args: Limits.args,
     **limits: Limits.kwargs,
 ) -> Checked | None:
-    """Check an argument that may be left open: ``optional(number, "rate", rate, minimum=0)``."""
-    return None if value is None else check(name, value, *args, **limits)
+    """Check an argument that may be ``None``: ``optional(number, "rate", rate, minimum=0)``.
+
+    Args:
+        check: The check for any other value.
+        name: The argument.
+        value: Its value.
+        args: Further arguments of the check.
+        limits: Keyword arguments of the check.
+    """
+    if value is None:
+        return None
+    return check(name, value, *args, **limits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,54 +433,63 @@ def optional(
 
 
 def constructor_names(kind: type) -> list[str]:
-    """List the arguments that the constructors of a class and of its bases take by name."""
+    """List the named arguments of the constructors of a class and of its bases."""
+    # A dictionary as a set that keeps the order.
     names: dict[str, None] = {}
     for base in kind.__mro__:
-        if "__init__" in vars(base):
-            parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]  # all but `self`
-            names.update((p.name, None) for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        if "__init__" not in vars(base):
+            continue
+        for parameter in _parameters_after_self(vars(base)["__init__"]):
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                names[parameter.name] = None
     return list(names)
 
 
+def _parameters_after_self(constructor: Callable[..., None]) -> list[inspect.Parameter]:
+    return list(inspect.signature(constructor).parameters.values())[1:]
+
+
 def check_names(
-    taker: str, given: Iterable[str], known: Iterable[str], elsewhere: Mapping[str, str] | None = None
+    owner: str, names: Iterable[str], known_names: Iterable[str], elsewhere: Mapping[str, str] | None = None
 ) -> None:
-    """Refuse keyword arguments that nobody knows.
+    """Refuse unknown keyword arguments.
 
     Args:
-        taker: Who is given them.
-        given: Their names.
-        known: The names that are taken.
-        elsewhere: Names that are not, each with the class that takes it.
+        owner: The class or function that got them, for the message.
+        names: Their names.
+        known_names: The names of all arguments that exist.
+        elsewhere: Arguments of other classes, each with the name of its class, for the message.
 
     Raises:
-        TypeError: Naming who got it, the argument, and the class that takes it or the nearest that exists.
+        TypeError: If a name is unknown. The message names the owner, the argument, and the class that has such an
+            argument or the most similar argument.
     """
-    names = sorted(set(known))
-    for name in given:
-        if name in names:
+    known = sorted(set(known_names))
+    for name in names:
+        if name in known:
             continue
         if elsewhere and name in elsewhere:
-            raise TypeError(f"`{name}` is an argument of `{elsewhere[name]}`, not of `{taker}`. Use that class.")
-        nearest = get_close_matches(name, names, 1)
-        remedy = f"did you mean `{nearest[0]}`?" if nearest else f"it takes {', '.join(names)}."
-        raise TypeError(f"`{taker}` got an unexpected keyword argument '{name}'; {remedy}")
+            raise TypeError(f"`{name}` is an argument of `{elsewhere[name]}`, not of `{owner}`. Use that class.")
+        similar = get_close_matches(name, known, 1)
+        remedy = f"did you mean `{similar[0]}`?" if similar else f"it takes {', '.join(known)}."
+        raise TypeError(f"`{owner}` got an unexpected keyword argument '{name}'; {remedy}")
 
 
 class _ConstructorSignature:
-    """The signature of a class whose ``__new__`` takes anything: that of its ``__init__``."""
+    """A descriptor for the signature of a class: that of its ``__init__``, because its ``__new__`` accepts anything."""
 
     def __get__(self, instance: object, owner: type) -> inspect.Signature:
         if instance is not None:
             raise AttributeError("__signature__")
-        full = inspect.signature(owner.__init__)  # type: ignore[misc]  # of whatever class it is
-        return full.replace(parameters=list(full.parameters.values())[1:])  # all but `self`
+        constructor = owner.__init__  # type: ignore[misc]  # of any class, so mypy cannot know its type
+        signature = inspect.signature(constructor)
+        return signature.replace(parameters=_parameters_after_self(constructor))
 
 
 class NamedArguments:
-    """A class whose constructor tells an unknown keyword argument with the nearest of its own.
+    """Base class of classes whose constructors refuse an unknown keyword argument and name the most similar one.
 
-    A constructor with ``**kwargs`` of its own is left alone: only its author knows what they may be.
+    A constructor with ``**kwargs`` is not checked, because only its author knows which names it accepts.
 
     Example:
         >>> class Meter(NamedArguments):
@@ -443,11 +503,13 @@ class NamedArguments:
 
     __signature__ = _ConstructorSignature()
 
-    def __new__(cls: type[Made], *args: Any, **kwargs: Any) -> Made:
-        """Check the names before Python does."""
+    def __new__(cls: type[Instance], *args: Any, **kwargs: Any) -> Instance:
+        """Check the names of keyword arguments before Python does, whose message names no alternative."""
         if cls.__init__ is object.__init__:
             return super().__new__(cls, *args, **kwargs)  # which refuses all arguments
-        parameters = inspect.signature(cls.__init__).parameters.values() if kwargs else ()
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            check_names(cls.__name__, kwargs, [p.name for p in list(parameters)[1:]])
+        if kwargs:
+            parameters = _parameters_after_self(cls.__init__)
+            accepts_any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+            if not accepts_any_name:
+                check_names(cls.__name__, kwargs, [parameter.name for parameter in parameters])
         return super().__new__(cls)

@@ -1,6 +1,6 @@
-"""What a round brings to the server, as frozen records.
+"""The results of a round that reach the server, as frozen records.
 
-Shapes: N clients exist, K of them are in the cohort, P trainable parameters.
+Shapes: N is the number of clients, K the number of clients in the cohort, P the number of trainable parameters.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from lightning_fedhaw.vectors.base import CohortVectors
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What one client did in one round.
+    """The result of one client's local training in one round.
 
     Attributes:
-        client: The client's number, 0 to N-1.
-        num_examples: Training examples the client holds.
-        num_steps: Optimizer steps that changed parameters.
-        num_skipped: Steps that were tried and skipped (a loss-scale overflow, a ``training_step`` that gave ``None``).
+        client: The client's number, from 0 to N-1.
+        num_examples: The number of the client's training examples.
+        num_steps: The number of optimizer steps that changed parameters.
+        num_skipped: The number of steps that were skipped (loss-scale overflow, or ``training_step`` returned
+            ``None``).
         displacement: ``[P]``, the client's model minus the model it received.
         buffers: The client's buffers after training, by name.
-        logged: What its ``training_step`` logged, merged over its steps.
-        memory: What it would find again next time (kept optimizer state, objectives' state), if the update is received.
-        num_batches: Batches in a pass over its training examples.
+        logged: The values that its ``training_step`` logged, merged over its steps.
+        memory: The state that the client keeps for its next round if the update is received: a kept optimizer state,
+            and the states of client objectives.
+        num_batches: The number of batches in one pass over its training examples.
     """
 
     client: int
@@ -44,22 +46,22 @@ class ClientUpdate:
 
 @dataclass(frozen=True)
 class Cohort:
-    """What reached the server in one round.
+    """The updates that an aggregation rule receives in one round.
 
-    Clients that did not arrive are not in here, so a rule needs no mask. A slot that a channel filled in for a client
-    whose update was not received is here with ``received`` false.
+    Clients that are left out of the round are not in the cohort, so a rule needs no mask. A client whose update was not
+    received and for which a channel provided a substitute is in the cohort, with ``received`` false.
 
     Attributes:
         round: The round's number, from 0.
-        clients: ``[K]`` int64, client numbers.
-        num_examples: ``[K]`` int64, training examples each holds.
-        num_steps: ``[K]`` int64, optimizer steps each made this round.
-        received: ``[K]`` bool, whether the message really came from the client.
+        clients: ``[K]`` int64, the clients' numbers.
+        num_examples: ``[K]`` int64, the number of training examples of each client.
+        num_steps: ``[K]`` int64, the number of optimizer steps of each client in this round.
+        received: ``[K]`` bool, whether the update was received; false for a substitute.
         start: ``[P]``, the global parameters that were broadcast.
         vectors: The clients' parameter vectors as the server received them.
         learning_rates: The round's local learning rate of each parameter tensor, in the layout's order.
-        buffers: Each client's buffers after training, by name; those that did not change may be missing.
-        num_batches: ``[K]`` int64, batches in a pass over each one's training examples.
+        buffers: Each client's buffers after training, by name; unchanged ones may be missing.
+        num_batches: ``[K]`` int64, the number of batches in one pass over each client's training examples.
     """
 
     round: int

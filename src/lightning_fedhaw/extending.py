@@ -1,6 +1,6 @@
-"""What authors of new rules, channels, objectives, partitioners and samplers build on.
+"""The classes and functions for authors of new rules, channels, objectives, partitioners and samplers.
 
-Users who train with what is there need none of these names: what they write is exported by ``lightning_fedhaw``.
+Users who train with the existing ones need none of these names; the names they need are in ``lightning_fedhaw``.
 """
 
 from lightning_fedhaw.aggregation.base import AggregationRule

@@ -1,4 +1,4 @@
-"""Local training in random states of its own: nothing a client draws reaches the program around it."""
+"""Isolation of global random states: draws of a client's training do not affect the rest of the program."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ import torch
 
 @contextmanager
 def isolated_randomness(device: torch.device) -> Iterator[None]:
-    """Save the global random states of torch (CPU and ``device``), NumPy and ``random``; restore them at the end."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    """Save the global random states of torch (CPU and ``device``), NumPy and ``random``, and restore them at the end.
+
+    Args:
+        device: The device of the model.
+    """
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    # Not all CUDA devices, which is the default of `fork_rng`: their states are not used, and saving them takes time.
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
@@ -24,10 +30,17 @@ def isolated_randomness(device: torch.device) -> Iterator[None]:
 
 
 def seed_randomness(seed: int, device: torch.device) -> None:
-    """Seed the global random states that a model may draw from; only inside :func:`isolated_randomness`."""
+    """Seed the global random states from which a model may draw; only inside of :func:`isolated_randomness`.
+
+    Args:
+        seed: The seed, of up to 63 bits.
+        device: The device of the model.
+    """
+    # Not `torch.manual_seed`, which would also seed devices whose states are not restored at the end.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
     random.seed(seed)
+    # NumPy's legacy generator takes 32 bits.
     np.random.seed(seed & 0xFFFFFFFF)

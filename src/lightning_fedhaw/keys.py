@@ -1,7 +1,7 @@
-"""Names that are addresses: of random streams, of states in a checkpoint, of what a resumed run must share with it.
+"""Keys of classes, which address their random streams and their states in checkpoints.
 
-The name of a class would do until the class is renamed: then its draws would change, and its checkpoints could not be
-resumed. So each class has a key beside its name, which stays.
+The name of a class is not used for this: if the class were renamed, its draws would change and its checkpoints could
+not be resumed. Therefore each class has a key in addition to its name, and the key never changes.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from lightning_fedhaw.arguments import NamedArguments
 class KeyedCallback(NamedArguments, Callback):
     """A callback that is addressed by the key of its class.
 
-    A class that does not set ``key`` in its body is addressed by its own name, and never by the key of the class it
-    was made from: two channels with one key would draw the same numbers.
+    The key of a class that does not set ``key`` in its body is its own name. It is never inherited, because two
+    channels with the same key would draw the same numbers.
 
     Example:
         >>> class Echo(KeyedCallback):
         ...     key = "Echo"
-        >>> class Reverberation(Echo):  # the same channel under a better name
+        >>> class Reverberation(Echo):  # the same channel under a new name
         ...     key = "Echo"
-        >>> class Delay(Echo):  # another channel
+        >>> class Delay(Echo):  # a different channel
         ...     pass
         >>> Reverberation().state_key, Delay().state_key
         ('Echo', 'Delay')
     """
 
     key: ClassVar[str]
-    """What the class is called in random streams and checkpoints, whatever its name."""
+    """The name of the class in random streams and checkpoints."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # A class that is made inside of a function or another class is told apart by where it was made.
+        # The qualified name, because classes defined in different functions or classes may have the same name.
         key = vars(cls).get("key", cls.__qualname__)
         if not isinstance(key, str) or not key or "/" in key:
             raise TypeError(
@@ -46,5 +46,5 @@ class KeyedCallback(NamedArguments, Callback):
 
     @property
     def state_key(self) -> str:
-        """What Lightning keeps the state of the callback under."""
+        """The key under which Lightning keeps the state of the callback in a checkpoint."""
         return type(self).key

@@ -1,16 +1,16 @@
-"""What is said in an error beside its own message."""
+"""Notes that are added to errors."""
 
 from __future__ import annotations
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """Add a line to what an error says.
+    """Add a line to the message of an error that is going to be raised again.
 
-    Before Python 3.11 errors have no notes: there the line follows the message, where the error's first argument is
-    one, as it is with most errors.
+    Before Python 3.11 errors have no notes. There the line is appended to the error's first argument, if this is the
+    message, as it is for most errors; an error without arguments gets the line as its message.
 
     Args:
-        error: The error, which goes on its way.
+        error: The error; it is changed in place.
         note: The line.
     """
     if hasattr(error, "add_note"):

@@ -1,52 +1,57 @@
-"""Hooks for people who watch a federation."""
+"""Callbacks with hooks inside of a communication round."""
 
 from __future__ import annotations
 
-from typing import Any
+import lightning.pytorch as pl
 
-from lightning.pytorch import Callback
+from lightning_fedhaw.cohort import ClientUpdate
+from lightning_fedhaw.federation.federation import Federation
+from lightning_fedhaw.federation.records import Report
 
 
-class FederatedCallback(Callback):
-    """A callback with hooks inside a round. Any callback that has methods of these names gets the calls.
+class FederatedCallback(pl.Callback):
+    """A callback with hooks inside of a round; any callback with methods of these names is called in the same way.
 
-    Observers see, and change nothing: weights belong to rules, messages to channels, losses to client objectives.
+    These hooks observe and must not change anything: weights are determined by rules, messages by channels, and losses
+    by client objectives.
     """
 
-    def on_federation_start(self, trainer: Any, pl_module: Any, federation: Any) -> None:
-        """A ``fit`` is about to play its first round.
+    def on_federation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, federation: Federation) -> None:
+        """Observe the federation, before the first round of a ``fit``.
 
         Args:
             trainer: The trainer.
-            pl_module: The module, with the global model in it.
-            federation: The :class:`~lightning_fedhaw.federation.federation.Federation`, new or resumed.
+            pl_module: The module, with the global model.
+            federation: The federation, new or resumed.
         """
 
-    def on_round_start(self, trainer: Any, pl_module: Any, round_idx: int, clients: list[int]) -> None:
-        """A cohort was drawn; nobody has trained yet.
+    def on_round_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, round_idx: int, clients: list[int]
+    ) -> None:
+        """Observe the clients of a round, before any of them trains.
 
         Args:
             trainer: The trainer.
-            pl_module: The module, with the global model in it.
+            pl_module: The module, with the global model.
             round_idx: The round's number, from 0.
-            clients: The cohort.
+            clients: The K clients of the round.
         """
 
-    def on_client_end(self, trainer: Any, pl_module: Any, update: Any) -> None:
-        """A client has trained and its message has crossed the uplink.
+    def on_client_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: ClientUpdate) -> None:
+        """Observe a client's update, after it has passed the channels of the uplink.
 
         Args:
             trainer: The trainer.
-            pl_module: The module, with the client's model in it.
-            update: The :class:`~lightning_fedhaw.extending.ClientUpdate`. Its displacement is only valid
-                during the call.
+            pl_module: The module, with the client's model.
+            update: The client's update. Its displacement is only valid during the call, because its memory is used
+                again for other clients.
         """
 
-    def on_round_end(self, trainer: Any, pl_module: Any, report: Any) -> None:
-        """The new global model is in the module.
+    def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: Report) -> None:
+        """Observe the end of a round, with the new global model in the module.
 
         Args:
             trainer: The trainer.
-            pl_module: The module.
-            report: The round's :class:`~lightning_fedhaw.federation.records.Report`.
+            pl_module: The module, with the global model.
+            report: The round's report.
         """

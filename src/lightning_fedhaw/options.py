@@ -1,4 +1,4 @@
-"""The federation's arguments as one frozen record."""
+"""The arguments of a federation as one frozen record."""
 
 from __future__ import annotations
 
@@ -26,54 +26,58 @@ STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class FederationOptions:
-    """Who the clients are, which of them come, and what they do in a round.
+    """The arguments of a federation: its clients, their sampling and their local training.
 
-    The same names are arguments of :class:`~lightning_fedhaw.FederatedTrainer` and of every rule callback; where both
-    say something they must agree.
+    The same names are arguments of :class:`~lightning_fedhaw.FederatedTrainer` and of every rule callback. If an
+    argument is given to both, the values must agree.
 
     Attributes:
-        num_clients: N, the number of clients the training data is split over. Default: what the data module says,
-            else 10.
-        alpha: Concentration of a label-skewed Dirichlet split; small is unequal. Short for
-            ``partitioner=DirichletPartitioner(alpha)``. Default: 0.1 where labels are found, else an IID split.
-        partitioner: How the training data is split; see ``lightning_fedhaw.data``.
-        labels: Labels for a label-skewed split: an array ``[samples]``, or a callable that takes the dataset. Default:
-            the dataset's ``targets`` or ``labels``, else a second integer item of its samples.
-        clients_per_round: Clients drawn per round, a number or a fraction of N. Default: everyone.
-        sampler: Who comes in a round; excludes ``clients_per_round``.
-        local_epochs: Passes over its own data that a client makes in a round. Default: 1.
-        local_steps: Optimizer steps that a client makes in a round, whatever its size; excludes ``local_epochs``.
-        optimizer_state: ``"fresh"``: a client starts every round with a new optimizer state. ``"kept"``: each client
-            finds the momentum and moments it left behind (held in host memory, checkpointed).
-        buffers: What happens to buffers such as BatchNorm statistics, but for those of frozen modules in evaluation
-            mode, which stay. ``"average"``: floating-point buffers by the rule's normalized weights, integer ones by
-            their maximum. ``"keep"``: the server's never change. ``"local"``: each client keeps its own; the server's
-            are their average. ``"recalibrate"``: recomputed with the new global model on the cohort's training data.
-        on_nonfinite: ``"exclude"``: a client that returns NaN or infinity is named in a warning and left out.
-            ``"raise"``: it ends the run.
-        empty_round: A round in which no client update is received. ``"skip"``: nothing changes. ``"follow"``: the
-            rule runs on what the channel filled in, as the FedHAW authors' code does.
-        client_val_fraction: Share of each client's data held out of training for the run summary's per-client
-            metrics. 0 evaluates on the training data, at most 1,000 samples a client.
-        client_eval: Whether the final global model is evaluated on each client at the end.
-        storage: Where the cohort's vectors are kept. ``"auto"``: nowhere if the rule only needs their weighted sum,
-            else on the model's device. ``"device"``, ``"host"``: there.
-        storage_dtype: Dtype of the stored displacements, such as ``torch.bfloat16``; the layout's by default.
-        engine: How a cohort trains. ``"sequential"``: one client after another; takes any module. ``"vectorized"``: all
-            at once in one batched computation; takes modules whose step is a function. ``"auto"``: by the rule in
-            ``docs/speed.md``.
+        num_clients: Number of clients N that the training data is split over. Default: the number set in the data
+            module, else 10.
+        alpha: Concentration of a Dirichlet split by labels; a small value makes clients unequal. Short for
+            ``partitioner=DirichletPartitioner(alpha)``. Default: 0.1 if labels are found, else an IID split.
+        partitioner: How the training data is split over the clients; see ``lightning_fedhaw.data``.
+        labels: Labels for a split by labels: an array ``[samples]``, or a callable that takes the dataset. Default: the
+            dataset's ``targets`` or ``labels``, else the second item of its samples if that is an integer.
+        clients_per_round: Number of clients sampled in each round, or a fraction of N. Default: all clients.
+        sampler: Client sampling: selects the clients of each round. Cannot be combined with ``clients_per_round``.
+        local_epochs: Passes that a client makes over its own data in a round. Default: 1.
+        local_steps: Optimizer steps that each client makes in a round, whatever the size of its data. Cannot be
+            combined with ``local_epochs``.
+        optimizer_state: ``"fresh"``: a client starts every round with a new optimizer state. ``"kept"``: a client
+            resumes the optimizer state (momentum, moments) of its last round, which is held in host memory and in
+            checkpoints.
+        buffers: How the server updates buffers such as BatchNorm statistics. ``"average"``: floating-point buffers are
+            averaged with the rule's normalized weights, of integer buffers the maximum is taken. ``"keep"``: the
+            server's buffers never change. ``"local"``: each client keeps its own; the server's are their average.
+            ``"recalibrate"``: they are recomputed with the new global model on the cohort's training data. Buffers of
+            frozen modules in evaluation mode never change.
+        on_nonfinite: What happens if a client returns NaN or infinity. ``"exclude"``: its update is left out of the
+            round, and a warning names the client. ``"raise"``: the run ends with an error.
+        empty_round: What happens in a round in which no client update is received. ``"skip"``: nothing changes.
+            ``"follow"``: the rule runs on the substitutes of the channel, as in the FedHAW authors' code.
+        client_val_fraction: Fraction of each client's data that is held out of training, for the per-client metrics of
+            the run summary. With 0 they are computed on the training data, on at most 1,000 samples per client.
+        client_eval: Whether the final global model is evaluated on each client's data at the end of ``fit``.
+        storage: Where the vectors of the cohort are stored. ``"auto"``: not at all if the rule only needs their
+            weighted sum, else on the model's device. ``"device"``: on the model's device. ``"host"``: in host memory.
+        storage_dtype: Dtype of the stored displacements, such as ``torch.bfloat16``. Default: that of the server's
+            parameter vector.
+        engine: How the clients of a round are trained. ``"sequential"``: one after another; takes any module.
+            ``"vectorized"``: many at once in one batched computation; needs a ``training_step`` without side effects.
+            ``"auto"``: chosen by the rule in ``docs/speed.md``.
         compile_clients: Whether the vectorized engine compiles its step with ``torch.compile``, from the second round
-            on; pays for small models and many rounds.
-        chunk_memory: Bytes that the vectorized engine may use at a time, such as ``2**30``; more clients than fit are
-            trained chunk by chunk. Default: a quarter of the memory that is free.
-        channels_last: Whether 4-D parameters and inputs are laid out channels-last while clients train; faster for
-            most convolutional models. Images in memory with several channels are copied once.
-        data_device: Where training data that is tensors in memory is kept. ``"model"``: on the model's device, moved
-            once. ``"cpu"``: where it is; batches are moved. ``"auto"``: on the model's device if it fits into half of
-            the memory that is free there.
-        reduction: How sums over clients are formed on several processes. ``"fast"``: each process sums its own
-            clients. ``"ordered"``: in the order of the clients, which gives the bits of one process.
-        seed: Seed of every draw the federation makes. Default: the one given to ``seed_everything``, else 0.
+            on. This pays off for small models and many rounds.
+        chunk_memory: Bytes that the vectorized engine may use at a time, such as ``2**30``. If not all clients fit,
+            they are trained in chunks. Default: a quarter of the free memory.
+        channels_last: Whether 4-D parameters and inputs are laid out channels-last while clients train, which is faster
+            for most convolutional models. Images in memory with several channels are copied once.
+        data_device: Where training data that consists of tensors in memory is stored. ``"model"``: on the model's
+            device, moved there once. ``"cpu"``: where it is; batches are moved. ``"auto"``: on the model's device if it
+            fits into half of the free memory there.
+        reduction: How sums over clients are computed on several processes. ``"fast"``: each process sums its own
+            clients first. ``"ordered"``: in the order of the clients, which is bit-identical to one process.
+        seed: Seed of all random draws of the federation. Default: the seed given to ``seed_everything``, else 0.
     """
 
     num_clients: int | None = None
@@ -101,9 +105,15 @@ class FederationOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for check in (self._checked_split, self._checked_round, self._checked_engine):
-            for name, value in check().items():
-                object.__setattr__(self, name, value)
+        # One after another, because later checks use values that earlier ones have converted.
+        self._assign(self._checked_split())
+        self._assign(self._checked_round())
+        self._assign(self._checked_engine())
+
+    def _assign(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            # The record is frozen, and its own `__setattr__` would refuse.
+            object.__setattr__(self, name, value)
 
     def _checked_split(self) -> dict[str, Any]:
         if self.alpha is not None and self.partitioner is not None:
@@ -138,7 +148,9 @@ class FederationOptions:
         if isinstance(per_round, int) and self.num_clients is not None and per_round > self.num_clients:
             raise ValueError(f"`clients_per_round` must be at most `num_clients`={self.num_clients}, got {per_round}.")
         if per_round is not None and self.sampler is not None:
-            raise ValueError("Give `clients_per_round` or `sampler`, not both: a sampler knows how many come.")
+            raise ValueError(
+                "Give `clients_per_round` or `sampler`, not both: a sampler determines the number of clients."
+            )
         if self.local_epochs is not None and self.local_steps is not None:
             raise ValueError(
                 f"Give `local_epochs` or `local_steps`, not both, got {self.local_epochs!r} and {self.local_steps!r}."
@@ -175,69 +187,86 @@ class FederationOptions:
         }
 
     def merged(
-        self, other: FederationOptions, mine_of: str = "the trainer", theirs_of: str = "the rule callback"
+        self, other: FederationOptions, owner: str = "the trainer", other_owner: str = "the rule callback"
     ) -> FederationOptions:
-        """These options with another's where only the other says something.
+        """Return these options, with those of another record where only the other one sets them.
+
+        Args:
+            other: The other record.
+            owner: Where these options were given, for the message.
+            other_owner: Where the other options were given, for the message.
 
         Raises:
-            ValueError: If both say something and it differs.
+            ValueError: If both records set an option to different values.
         """
         values: dict[str, Any] = {}
-        for f in fields(self):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if not _same(mine, f.default) and not _same(theirs, f.default) and not _same(mine, theirs):
+        for option in fields(self):
+            value = getattr(self, option.name)
+            other_value = getattr(other, option.name)
+            is_set = not _is_same(value, option.default)
+            is_set_by_other = not _is_same(other_value, option.default)
+            if is_set and is_set_by_other and not _is_same(value, other_value):
                 raise ValueError(
-                    f"`{f.name}` is given to both {mine_of} ({mine!r}) and {theirs_of} ({theirs!r}) and they differ."
-                    " Give it once."
+                    f"`{option.name}` is given to both {owner} ({value!r}) and {other_owner} ({other_value!r}) and they"
+                    " differ. Give it once."
                 )
-            values[f.name] = theirs if _same(mine, f.default) else mine
+            values[option.name] = value if is_set else other_value
         return FederationOptions(**values)
 
     @property
     def resolved_seed(self) -> int:
-        """The seed in force: the one given, else the one of ``seed_everything``, else 0."""
+        """The seed in use: the one given, else the one of ``seed_everything``, else 0."""
         if self.seed is not None:
             return self.seed
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
-def _same(a: Any, b: Any) -> bool:
-    if a is b:
+def _is_same(first: object, second: object) -> bool:
+    """Return whether two values are the same object, or equal and of the same type; arrays are never equal."""
+    if first is second:
         return True
-    if type(a) is not type(b) or isinstance(a, (torch.Tensor,)) or hasattr(a, "__array__"):
+    # Comparing arrays gives an array, and 1 == 1.0 == True although `clients_per_round` tells them apart.
+    if type(first) is not type(second) or hasattr(first, "__array__"):
         return False
-    return bool(a == b)
+    return bool(first == second)
 
 
-def repr_settings(thing: Any, *hidden: str, **instead: str | None) -> str:
-    """An object with its settings, for a line of the log; the arguments are those of :func:`settings_of`."""
-    return f"{type(thing).__name__}({settings_of(thing, *hidden, **instead)})"
+def repr_settings(owner: object, /, *hidden: str, **replacements: str | None) -> str:
+    """Return the class name and the settings of an object in one line; see :func:`settings_of`."""
+    return f"{type(owner).__name__}({settings_of(owner, *hidden, **replacements)})"
 
 
-def settings_of(thing: Any, *hidden: str, **instead: str | None) -> str:
-    """The settings of an object in one line.
+def settings_of(owner: object, /, *hidden: str, **replacements: str | None) -> str:
+    """Return the settings of an object in one line.
 
-    Settings are the arguments of its constructors that it keeps under their own names and that are not ``None``.
+    Its settings are the arguments of its constructors that it keeps under their own names and that are not ``None``.
 
     Args:
-        thing: A rule, channel or objective.
-        hidden: Names to leave out.
-        instead: What to say in place of a value, by its name.
+        owner: A rule, channel, objective or partitioner.
+        hidden: Names of settings to leave out.
+        replacements: Texts to use instead of a setting's value, by name.
     """
-    told = {name: vars(thing).get(name) for name in arguments.constructor_names(type(thing)) if name not in hidden}
-    settings = [f"{name}={instead.get(name) or _shown(value)}" for name, value in told.items() if value is not None]
+    settings = []
+    for name in arguments.constructor_names(type(owner)):
+        value = vars(owner).get(name)
+        if name in hidden or value is None:
+            continue
+        settings.append(f"{name}={replacements.get(name) or _short_repr(value)}")
     return ", ".join(settings)
 
 
-def _shown(value: Any) -> str:
-    """A setting in few characters; what makes things by name and keywords, anything large by its type."""
+def _short_repr(value: Any) -> str:
+    """Return a setting in few characters: functions and classes by name, large values by their type."""
     if isinstance(value, partial):
-        passed = [*map(_shown, value.args), *(f"{name}={_shown(each)}" for name, each in value.keywords.items())]
-        return f"{_shown(value.func)}({', '.join(passed)})"
+        call_arguments = [_short_repr(argument) for argument in value.args]
+        call_arguments += [f"{name}={_short_repr(argument)}" for name, argument in value.keywords.items()]
+        return f"{_short_repr(value.func)}({', '.join(call_arguments)})"
     if isinstance(value, torch.Tensor) and value.numel() <= 4:
-        return _shown(value.tolist())
+        return _short_repr(value.tolist())
     if isinstance(value, (tuple, list)) and len(value) <= 4:
-        return f"({', '.join(map(_shown, value))})"
+        return f"({', '.join(map(_short_repr, value))})"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return str(value) if isinstance(value, (int, str)) else str(getattr(value, "__name__", type(value).__name__))
+    if isinstance(value, (int, str)):
+        return str(value)
+    return str(getattr(value, "__name__", type(value).__name__))

@@ -1,8 +1,8 @@
-"""Randomness addressed by name.
+"""Random streams that are addressed by name.
 
-Every draw in a federation has a path, such as ``("client", 3, "round", 17, "batches")``. The numbers that a path
-gives depend on the federation's seed and on the path alone: not on the order in which clients run, on what was drawn
-before, or on how many processes share the work.
+Every draw in a federation has a path, such as ``("client", 3, "round", 17, "batches")``. The numbers of a path depend
+only on the federation's seed and on the path. They do not depend on the order in which clients train, on earlier draws,
+or on the number of processes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ PathPart = str | int
 
 
 def seed_of(seed: int, *path: PathPart) -> int:
-    """A 63-bit seed for one named draw.
+    """Return a 63-bit seed for one named draw.
 
     Args:
         seed: The federation's seed.
-        path: The name of the draw; strings and integers, told apart (``1`` and ``"1"`` are different names).
+        path: The name of the draw, as strings and integers; ``1`` and ``"1"`` are different names.
 
     Returns:
         A non-negative integer below 2**63, the same on every machine and in every process.
@@ -39,25 +39,28 @@ def seed_of(seed: int, *path: PathPart) -> int:
             raise TypeError(
                 f"`path` of a random stream takes strings and integers, got {part!r} of type {type(part).__name__}."
             )
+        # Type and length first, so that no two paths give the same bytes: ("ab", "c") and ("a", "bc") differ.
         kind = b"s" if isinstance(part, str) else b"i"
         text = str(part).encode()
         digest.update(kind + len(text).to_bytes(4, "little") + text)
+    # One bit less than the digest, so that the seed is not negative as a signed 64-bit integer.
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
 def stream(seed: int, *path: PathPart) -> torch.Generator:
-    """A CPU generator for one named draw.
+    """Return a random generator on the CPU for one named draw.
 
     Args:
         seed: The federation's seed.
         path: The name of the draw, as in :func:`seed_of`.
 
     Returns:
-        A fresh ``torch.Generator``; two calls with the same arguments give generators in the same state.
+        A new ``torch.Generator``; two calls with the same arguments return generators in the same state.
 
     Example:
-        >>> a, b = (torch.randperm(5, generator=stream(7, "client", 2)) for _ in range(2))
-        >>> bool((a == b).all())
+        >>> first = torch.randperm(5, generator=stream(7, "client", 2))
+        >>> second = torch.randperm(5, generator=stream(7, "client", 2))
+        >>> torch.equal(first, second)
         True
     """
     return torch.Generator().manual_seed(seed_of(seed, *path))

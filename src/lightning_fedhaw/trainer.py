@@ -36,61 +36,66 @@ class FederatedTrainer(pl.Trainer):
     """A ``lightning.pytorch.Trainer`` that trains an ordinary LightningModule by communication rounds.
 
     A round is an epoch: ``current_epoch`` and ``global_step`` count rounds, and callbacks, loggers, checkpoints,
-    validation and ``fit(ckpt_path=...)`` keep their meaning. ``docs/trainer_arguments.md`` says what every argument of
-    the stock trainer means here. The arguments from ``num_clients`` to ``seed`` are those of
+    validation and ``fit(ckpt_path=...)`` keep their meaning. ``docs/trainer_arguments.md`` describes the effect of
+    every argument of the stock trainer. The arguments from ``num_clients`` to ``seed`` are those of
     :class:`~lightning_fedhaw.FederationOptions`.
 
     Args:
-        rounds: Communication rounds, instead of ``max_epochs``; -1 runs until something stops it.
-        num_clients: N, the number of clients the training data is split over. Default: what the data module says,
-            else 10.
-        alpha: Concentration of a label-skewed Dirichlet split; small is unequal. Short for
-            ``partitioner=DirichletPartitioner(alpha)``. Default: 0.1 where labels are found, else an IID split.
-        partitioner: How the training data is split; see ``lightning_fedhaw.data``.
-        labels: Labels for a label-skewed split: an array ``[samples]``, or a callable that takes the dataset. Default:
-            the dataset's ``targets`` or ``labels``, else a second integer item of its samples.
-        clients_per_round: Clients drawn per round, a number or a fraction of N. Default: everyone.
-        sampler: Who comes in a round; excludes ``clients_per_round``.
-        local_epochs: Passes over its own data that a client makes in a round. Default: 1.
-        local_steps: Optimizer steps that a client makes in a round, whatever its size; excludes ``local_epochs``.
-        optimizer_state: ``"fresh"``: a client starts every round with a new optimizer state. ``"kept"``: each client
-            finds the momentum and moments it left behind (held in host memory, checkpointed).
-        buffers: What happens to buffers such as BatchNorm statistics, but for those of frozen modules in evaluation
-            mode, which stay. ``"average"``: floating-point buffers by the rule's normalized weights, integer ones by
-            their maximum. ``"keep"``: the server's never change. ``"local"``: each client keeps its own; the server's
-            are their average. ``"recalibrate"``: recomputed with the new global model on the cohort's training data.
-        on_nonfinite: ``"exclude"``: a client that returns NaN or infinity is named in a warning and left out.
-            ``"raise"``: it ends the run.
-        empty_round: A round in which no client update is received. ``"skip"``: nothing changes. ``"follow"``: the
-            rule runs on what the channel filled in, as the FedHAW authors' code does.
-        client_val_fraction: Share of each client's data held out of training for the run summary's per-client
-            metrics. 0 evaluates on the training data, at most 1,000 samples a client.
-        client_eval: Whether the final global model is evaluated on each client at the end.
-        storage: Where the cohort's vectors are kept. ``"auto"``: nowhere if the rule only needs their weighted sum,
-            else on the model's device. ``"device"``, ``"host"``: there.
-        storage_dtype: Dtype of the stored displacements, such as ``torch.bfloat16``; the layout's by default.
-        engine: How a cohort trains. ``"sequential"``: one client after another; takes any module. ``"vectorized"``: all
-            at once in one batched computation; takes modules whose step is a function. ``"auto"``: by the rule in
-            ``docs/speed.md``.
+        rounds: Number of communication rounds, instead of ``max_epochs``; -1: until the run is stopped.
+        num_clients: Number of clients N that the training data is split over. Default: the number set in the data
+            module, else 10.
+        alpha: Concentration of a Dirichlet split by labels; a small value makes clients unequal. Short for
+            ``partitioner=DirichletPartitioner(alpha)``. Default: 0.1 if labels are found, else an IID split.
+        partitioner: How the training data is split over the clients; see ``lightning_fedhaw.data``.
+        labels: Labels for a split by labels: an array ``[samples]``, or a callable that takes the dataset. Default: the
+            dataset's ``targets`` or ``labels``, else the second item of its samples if that is an integer.
+        clients_per_round: Number of clients sampled in each round, or a fraction of N. Default: all clients.
+        sampler: Client sampling: selects the clients of each round. Cannot be combined with ``clients_per_round``.
+        local_epochs: Passes that a client makes over its own data in a round. Default: 1.
+        local_steps: Optimizer steps that each client makes in a round, whatever the size of its data. Cannot be
+            combined with ``local_epochs``.
+        optimizer_state: ``"fresh"``: a client starts every round with a new optimizer state. ``"kept"``: a client
+            resumes the optimizer state (momentum, moments) of its last round, which is held in host memory and in
+            checkpoints.
+        buffers: How the server updates buffers such as BatchNorm statistics. ``"average"``: floating-point buffers are
+            averaged with the rule's normalized weights, of integer buffers the maximum is taken. ``"keep"``: the
+            server's buffers never change. ``"local"``: each client keeps its own; the server's are their average.
+            ``"recalibrate"``: they are recomputed with the new global model on the cohort's training data. Buffers of
+            frozen modules in evaluation mode never change.
+        on_nonfinite: What happens if a client returns NaN or infinity. ``"exclude"``: its update is left out of the
+            round, and a warning names the client. ``"raise"``: the run ends with an error.
+        empty_round: What happens in a round in which no client update is received. ``"skip"``: nothing changes.
+            ``"follow"``: the rule runs on the substitutes of the channel, as in the FedHAW authors' code.
+        client_val_fraction: Fraction of each client's data that is held out of training, for the per-client metrics of
+            the run summary. With 0 they are computed on the training data, on at most 1,000 samples per client.
+        client_eval: Whether the final global model is evaluated on each client's data at the end of ``fit``.
+        storage: Where the vectors of the cohort are stored. ``"auto"``: not at all if the rule only needs their
+            weighted sum, else on the model's device. ``"device"``: on the model's device. ``"host"``: in host memory.
+        storage_dtype: Dtype of the stored displacements, such as ``torch.bfloat16``. Default: that of the server's
+            parameter vector.
+        engine: How the clients of a round are trained. ``"sequential"``: one after another; takes any module.
+            ``"vectorized"``: many at once in one batched computation; needs a ``training_step`` without side effects.
+            ``"auto"``: chosen by the rule in ``docs/speed.md``.
         compile_clients: Whether the vectorized engine compiles its step with ``torch.compile``, from the second round
-            on; pays for small models and many rounds.
-        chunk_memory: Bytes that the vectorized engine may use at a time, such as ``2**30``; more clients than fit are
-            trained chunk by chunk. Default: a quarter of the memory that is free.
-        channels_last: Whether 4-D parameters and inputs are laid out channels-last while clients train; faster for
-            most convolutional models. Images in memory with several channels are copied once.
-        data_device: Where training data that is tensors in memory is kept. ``"model"``: on the model's device, moved
-            once. ``"cpu"``: where it is; batches are moved. ``"auto"``: on the model's device if it fits into half of
-            the memory that is free there.
-        reduction: How sums over clients are formed on several processes. ``"fast"``: each process sums its own
-            clients. ``"ordered"``: in the order of the clients, which gives the bits of one process.
-        seed: Seed of every draw the federation makes. Default: the one given to ``seed_everything``, else 0.
-        checkpoint_every_n_rounds: Write a checkpoint every so many rounds and after the last one, and keep the latest
-            (``last.ckpt`` too), for runs that may be cut off. Short for a ``ModelCheckpoint`` among the callbacks.
+            on. This pays off for small models and many rounds.
+        chunk_memory: Bytes that the vectorized engine may use at a time, such as ``2**30``. If not all clients fit,
+            they are trained in chunks. Default: a quarter of the free memory.
+        channels_last: Whether 4-D parameters and inputs are laid out channels-last while clients train, which is faster
+            for most convolutional models. Images in memory with several channels are copied once.
+        data_device: Where training data that consists of tensors in memory is stored. ``"model"``: on the model's
+            device, moved there once. ``"cpu"``: where it is; batches are moved. ``"auto"``: on the model's device if it
+            fits into half of the free memory there.
+        reduction: How sums over clients are computed on several processes. ``"fast"``: each process sums its own
+            clients first. ``"ordered"``: in the order of the clients, which is bit-identical to one process.
+        seed: Seed of all random draws of the federation. Default: the seed given to ``seed_everything``, else 0.
+        checkpoint_every_n_rounds: Write a checkpoint every this many rounds and after the last one, and keep only the
+            latest (and ``last.ckpt``), for runs that may be interrupted. Short for a ``ModelCheckpoint`` in
+            ``callbacks``.
         kwargs: The arguments of ``lightning.pytorch.Trainer``.
 
     Attributes:
-        federation_summary: The run summary as a plain dictionary after ``fit``; empty before.
-        federation_options: The federation's arguments; from the beginning of ``fit``, those of the rule too.
+        federation_summary: The run summary as a plain dict, after ``fit``; empty before.
+        federation_options: The federation's arguments; from the beginning of ``fit``, including those of the rule.
 
     Raises:
         ValueError: If an argument is not supported in federated training.

@@ -138,7 +138,7 @@ def test_unknown_normalizers_are_refused():
     damped = Classifier(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5))
     with pytest.raises(ValueError, match="gave SGD with dampening, or one that maximizes"):
         train(damped, rule=FedNovaCallback())
-    with pytest.raises(ValueError, match='`optimizer_state="kept"` lets it go on'):
+    with pytest.raises(ValueError, match='`optimizer_state="kept"` keeps it from round to round'):
         train(Classifier(momentum), rule=FedNovaCallback(), optimizer_state="kept")
 
 

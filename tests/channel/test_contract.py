@@ -399,7 +399,7 @@ def test_bytes_of_retransmissions():
         (lambda: ErasureChannel(0.1, legacy_seed=23), "`legacy_seed` repeats the authors' draws of rates"),
         (lambda: GilbertElliott(0.5, -1), r"`leave` must be a number in \[0, 1\], got -1"),
         (lambda: GilbertElliott(0, 0), "`enter` and `leave` must not both be 0"),
-        (lambda: AWGNChannel(), "Give one of `snr_db` and `noise_std`"),
+        (lambda: AWGNChannel(), "Give either `snr_db` or `noise_std`, got None and None"),
         (lambda: AWGNChannel("loud"), "`snr_db` must be a number of at least -200, got 'loud'"),
         (lambda: AWGNChannel(float("nan")), "`snr_db` must be a number"),
         (lambda: AWGNChannel(noise_std=-1.0), "`noise_std` must be a finite number of at least 0, got -1.0"),
@@ -483,8 +483,10 @@ def test_two_of_a_kind_need_names():
 )
 def test_sums_need_a_rule_that_needs_sums(make):
     own = type(make()).__name__
-    with pytest.raises(ValueError, match=f"`{own}` gives the server the sum .* and FedHAWCallback needs each client's"):
+    with pytest.raises(
+        ValueError, match=f"`{own}` gives the server only the sum .* and FedHAWCallback needs each client's"
+    ):
         trainer(rule=FedHAWCallback(), callbacks=[make()]).fit(Classifier(), loader())
     reuse = ErasureChannel(0.1, fallback="reuse_update")
-    with pytest.raises(ValueError, match='`ErasureChannel` with fallback="reuse_update" reuses single ones'):
+    with pytest.raises(ValueError, match='`ErasureChannel` with fallback="reuse_update" reuses single updates'):
         trainer(rule=uniform(), callbacks=[reuse, make()]).fit(Classifier(), loader())

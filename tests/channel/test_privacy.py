@@ -178,7 +178,7 @@ def test_rounds_that_are_not_alike_are_not_counted_together(tmp_path):
     first.fit(Classifier(), loader())
     first.save_checkpoint(tmp_path / "two.ckpt")
     options["rounds"] = 3
-    with pytest.raises(ValueError, match="goes on with other ones: noise_multiplier from 1.0 to 9.0, clients drawn"):
+    with pytest.raises(ValueError, match="the resumed run changes noise_multiplier from 1.0 to 9.0, clients drawn"):
         trainer(callbacks=[DifferentialPrivacyChannel(0.3, 9.0)], **options).fit(
             Classifier(), loader(), ckpt_path=tmp_path / "two.ckpt"
         )
@@ -200,12 +200,14 @@ def test_rounds_that_are_not_alike_are_not_counted_together(tmp_path):
     ],
 )
 def test_objectives_that_share_what_clients_know(rule, more):
-    with pytest.raises(ValueError, match="protects updates, and ScaffoldObjective would leave the clients beside them"):
+    with pytest.raises(
+        ValueError, match="protects only the updates, and clients would send ScaffoldObjective in addition"
+    ):
         fit(DifferentialPrivacyChannel(1.0, 1.0, delta=None), *more, rule=rule())
 
 
 def test_weights_that_depend_on_data():
-    with pytest.raises(ValueError, match="the same weight for every client, and FedAvgCallback weighs them by what"):
+    with pytest.raises(ValueError, match="the same weight for every client, and FedAvgCallback weights clients by"):
         fit(DifferentialPrivacyChannel(1.0, 1.0, delta=None), rule=FedAvgCallback())
 
 
@@ -214,12 +216,12 @@ def test_weights_that_turn_out_to_depend_on_data():
         def unnormalized_weight(self, update):
             return 2.0 if len(update.logged) and update.client == 1 else 1.0
 
-    with pytest.raises(ValueError, match="the same weight for every client, and Odd weighs them by what"):
+    with pytest.raises(ValueError, match="the same weight for every client, and Odd weights clients by"):
         fit(DifferentialPrivacyChannel(1.0, 1.0, delta=None), rule=Odd("uniform"))
 
 
 def test_buffers_that_travel():
-    with pytest.raises(ValueError, match='protects updates, and buffers would leave .* Set `buffers="keep"`'):
+    with pytest.raises(ValueError, match='protects only the updates, .* would send buffers .* Set `buffers="keep"`'):
         fit(DifferentialPrivacyChannel(1.0, 1.0, delta=None), module=Classifier(norm=True))
     fit(DifferentialPrivacyChannel(1.0, 1.0, delta=None), module=Classifier(norm=True), buffers="keep")
 

@@ -36,7 +36,7 @@ def test_a_list_has_one_client_per_data_set():
         FederatedDataModule(parts, num_clients=2)
     with pytest.raises(ValueError, match="one data set per client, got an empty list"):
         FederatedDataModule([])
-    with pytest.raises(ValueError, match="`partitioner` has no meaning"):
+    with pytest.raises(ValueError, match=r"`partitioner` must be None .* got IIDPartitioner\(\)"):
         FederatedDataModule(parts, partitioner=IIDPartitioner())
 
 

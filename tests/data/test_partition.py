@@ -563,7 +563,12 @@ def test_refused_on_construction(make, error, match):
             "`labels` must be two that occur",
         ),
         (LabelSwapPartitioner(RANDOM["swap"], 0.5), {}, ValueError, "`base` must not swap labels itself"),
-        (FIXED["keys"], {"num_clients": 5}, ValueError, "`num_clients` must be 6, which NaturalIdPartitioner dictates"),
+        (
+            FIXED["keys"],
+            {"num_clients": 5},
+            ValueError,
+            "`num_clients` must be 6, which NaturalIdPartitioner determines",
+        ),
         (FIXED["keys"], {"num_samples": 9, "labels": None}, ValueError, r"`keys` must have one entry per sample \(9\)"),
         (IndexPartitioner([[0], [1, 0]]), {"num_clients": 2}, ValueError, "`indices` .* got sample 0 2 times"),
         (IndexPartitioner([[0], [1200]]), {"num_clients": 2}, ValueError, r"`indices` .* 0 \.\. 1199, got 0 to 1200"),

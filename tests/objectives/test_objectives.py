@@ -544,10 +544,10 @@ def test_settings_are_checked():
 
 
 def test_scaffold_needs_to_know_how_far_a_client_goes():
-    with pytest.raises(ValueError, match=r"SCAFFOLD has to know .* `configure_optimizers` gave Adam.*`option=\"I\"`"):
+    with pytest.raises(ValueError, match=r"SCAFFOLD must know .* `configure_optimizers` gave Adam.*`option=\"I\"`"):
         train(Classifier(lambda p: torch.optim.Adam(p, lr=0.01)), rule=ScaffoldCallback())
     train(Classifier(lambda p: torch.optim.Adam(p, lr=0.01)), rule=ScaffoldCallback("I"), rounds=1)
-    with pytest.raises(ValueError, match='SCAFFOLD counts on momentum .*`optimizer_state="fresh"`'):
+    with pytest.raises(ValueError, match='SCAFFOLD needs momentum .*`optimizer_state="fresh"`'):
         train(Classifier(momentum), callbacks=[ScaffoldObjective()], optimizer_state="kept")
     with pytest.raises(ValueError, match="`FedHyperCallback` changes the clients' learning rates within a round"):
         train(rule=FedHyperCallback("G+SL"), callbacks=[ScaffoldObjective()])
@@ -555,10 +555,10 @@ def test_scaffold_needs_to_know_how_far_a_client_goes():
 
 def test_the_same_objective_twice():
     with pytest.raises(
-        ValueError, match="has the client objective ScaffoldObjective 2 times, those that rules bring along"
+        ValueError, match="has the client objective ScaffoldObjective 2 times, including those that come with"
     ):
         trainer(rule=ScaffoldCallback(), callbacks=[ScaffoldObjective()])
-    with pytest.raises(ValueError, match="FedProx 2 times, .* tell them apart by `name=`"):
+    with pytest.raises(ValueError, match="FedProx 2 times, .* distinguish them by `name=`"):
         trainer(callbacks=[FedProx(0.1), FedProx(0.2)])
     trainer(callbacks=[FedProx(0.1), FedProx(0.2, name="more")])
     with pytest.raises(NotImplementedError, match="`ClientObjective` must implement `penalty` or `gradient`"):

@@ -1,5 +1,6 @@
 """Aggregation rules: one file each, a pure function that is the paper and a small class that keeps the state."""
 
+from lightning_fedhaw.aggregation.adaptive import FedAdagradCallback, FedAdamCallback, FedYogiCallback
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.aggregation.fedadp import FedAdpCallback
 from lightning_fedhaw.aggregation.fedavg import FedAvgCallback
@@ -12,13 +13,7 @@ from lightning_fedhaw.aggregation.fedhyper import FedHyperCallback
 from lightning_fedhaw.aggregation.fedlaw import FedLAWCallback
 from lightning_fedhaw.aggregation.fedlws import FedLWSCallback
 from lightning_fedhaw.aggregation.fednova import FedNovaCallback
-from lightning_fedhaw.aggregation.fedopt import (
-    FedAdagradCallback,
-    FedAdamCallback,
-    FedAvgMCallback,
-    FedOptCallback,
-    FedYogiCallback,
-)
+from lightning_fedhaw.aggregation.fedopt import FedAvgMCallback, FedOptCallback
 from lightning_fedhaw.aggregation.robust import (
     CoordinateMedianCallback,
     GeometricMedianCallback,

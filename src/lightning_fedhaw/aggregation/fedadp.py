@@ -29,20 +29,29 @@ Smoothing = Literal["participations", "rounds"]
 
 
 def angles(updates: CohortVectors, shares: Tensor) -> Tensor:
-    """Angle between each update and their average, ``[K]`` float64 in [0, pi]; a right angle where either is zero.
+    """Compute the angle between each update and the average update.
 
     Args:
         updates: K displacements.
         shares: ``[K]``, the weights of the average.
+
+    Returns:
+        ``[K]`` float64 in [0, pi]; a right angle where the update or the average is zero.
     """
-    average = updates.weighted_sum(shares)
-    lengths = updates.norms() * dot(average, average).sqrt()
-    cosines = torch.where(lengths > 0, updates.inner(average) / lengths, 0.0)
+    average = updates.weighted_sum(shares)  # [P]
+    products_of_norms = updates.norms() * dot(average, average).sqrt()  # [K]
+    cosines = torch.where(products_of_norms > 0, updates.inner(average) / products_of_norms, 0.0)  # [K]
+    # Rounding may take a cosine beyond 1, where `arccos` is NaN.
     return cosines.clamp(-1, 1).arccos()
 
 
 def gompertz(angle: Tensor, alpha: float) -> Tensor:
-    """``alpha (1 - exp(-exp(-alpha (angle - 1))))``: near alpha for aligned updates, near 0 for opposed ones."""
+    """Return ``alpha (1 - exp(-exp(-alpha (angle - 1))))``: near alpha for aligned updates, near 0 for opposed ones.
+
+    Args:
+        angle: ``[K]``, in radians.
+        alpha: The steepness.
+    """
     return alpha * (1 - (-(-alpha * (angle - 1)).exp()).exp())
 
 
@@ -54,9 +63,9 @@ class FedAdpCallback(AggregationRule):
             client weighs up to ``exp(gompertz)`` times as much as an opposed one. 0 is FedAvg.
         smooth_by: ``"participations"``: a client's angles are averaged over the rounds in which its update was
             received, as published.
-            ``"rounds"``: over the number of the round, whoever took part, as in FedHAW's authors' code.
-        smooth_substitutes: Whether the substitute for an update that was not received counts as an angle of its own,
-            as in that code: a zero update is a right angle.
+            ``"rounds"``: over all rounds, whether the client took part or not, as in FedHAW's authors' code.
+        smooth_substitutes: Whether the angle of a substitute for an update that was not received is averaged too, as
+            in that code: a zero update has a right angle.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
@@ -67,6 +76,8 @@ class FedAdpCallback(AggregationRule):
     """
 
     key = "FedAdpCallback"
+
+    summary_metrics = ("weight/min", "weight/max")
 
     def __init__(
         self,
@@ -81,38 +92,58 @@ class FedAdpCallback(AggregationRule):
         self.smooth_by = arguments.choice("smooth_by", smooth_by, Smoothing)
         self.smooth_substitutes = arguments.flag("smooth_substitutes", smooth_substitutes)
 
-    summary_metrics = ("weight/min", "weight/max")
-
     def init(self, start: Tensor, num_examples: Tensor) -> State:
-        """No angles yet."""
+        """Return angles and counts of zero."""
         return {
             "angles": torch.zeros(len(num_examples), dtype=torch.float64),
             "counts": torch.zeros(len(num_examples), dtype=torch.int64),
         }
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
-        """One mean of angles a client, and the average it leads to."""
-        vectors, clients = cohort.vectors, cohort.clients
-        seen = angles(vectors.displacements, normalized(cohort.num_examples))
-        counts, smooth = state["counts"][clients], state["angles"][clients]
-        counted = cohort.received | self.smooth_substitutes
-        rounds = counts + 1 if self.smooth_by == "participations" else torch.full_like(counts, cohort.round + 1)
-        # A client whose update was never received is weighted by its substitute's angle.
-        smooth = torch.where(counted, ((rounds - 1) * smooth + seen) / rounds, torch.where(counts > 0, smooth, seen))
-        heights = gompertz(smooth, self.gompertz)
-        weights = normalized(cohort.num_examples * (heights - heights.max()).exp())
-        new_angles, new_counts = state["angles"].clone(), state["counts"].clone()
-        new_angles[clients[counted]] = smooth[counted]
-        new_counts[clients[counted]] += 1
+        """Smooth the clients' angles, and average the models with the weights that follow."""
+        vectors = cohort.vectors
+        clients = cohort.clients  # [K]
+        round_angles = angles(vectors.displacements, normalized(cohort.num_examples))  # [K]
+        is_smoothed = cohort.received | self.smooth_substitutes  # [K]
+        smooth_angles = self._smoothed(round_angles, is_smoothed, cohort, state)  # [K]
+        heights = gompertz(smooth_angles, self.gompertz)  # [K]
+        # The largest height is subtracted so that `exp` cannot overflow; it cancels in the normalization.
+        weights = normalized(cohort.num_examples * (heights - heights.max()).exp())  # [K]
+        new_angles = state["angles"].clone()  # [N]
+        new_angles[clients[is_smoothed]] = smooth_angles[is_smoothed]
+        new_counts = state["counts"].clone()  # [N]
+        new_counts[clients[is_smoothed]] += 1
         return RuleOutput(
             parameters=vectors.weighted_sum(weights),
             state={"angles": new_angles, "counts": new_counts},
             weights=weights,
             metrics={
-                "angle/mean": seen.mean().item(),
-                "angle/max": seen.max().item(),
+                "angle/mean": round_angles.mean().item(),
+                "angle/max": round_angles.max().item(),
                 "weight/min": weights.min().item(),
                 "weight/max": weights.max().item(),
                 "weight/effective_clients": (1 / weights.square().sum()).item(),
             },
         )
+
+    def _smoothed(self, round_angles: Tensor, is_smoothed: Tensor, cohort: Cohort, state: State) -> Tensor:
+        """Average the clients' angles over rounds.
+
+        Args:
+            round_angles: ``[K]``, the angles of this round.
+            is_smoothed: ``[K]`` bool, whether this round's angle enters the client's average.
+            cohort: The updates that the server received.
+            state: The rule's state. Not changed.
+
+        Returns:
+            ``[K]``.
+        """
+        counts = state["counts"][cohort.clients]  # [K]
+        averages = state["angles"][cohort.clients]  # [K]
+        rounds = counts + 1  # [K]
+        if self.smooth_by == "rounds":
+            rounds = torch.full_like(counts, cohort.round + 1)  # [K]
+        with_this_round = ((rounds - 1) * averages + round_angles) / rounds  # [K]
+        # A client whose update was never received has no average: it is weighted by its substitute's angle.
+        without_this_round = torch.where(counts > 0, averages, round_angles)  # [K]
+        return torch.where(is_smoothed, with_this_round, without_this_round)

@@ -19,7 +19,7 @@ Weighting = Literal["examples", "batches", "uniform"]
 
 
 class FedAvgCallback(AggregationRule):
-    """Average the local models: ``w <- sum_k p_k w_k`` with ``p_k = n_k / sum_j n_j`` over the clients that arrived.
+    """Average the local models: ``w <- sum_k p_k w_k`` with ``p_k = n_k / sum_j n_j`` over the received updates.
 
     Args:
         weighting: ``"examples"``: by the number of training examples, as published. ``"batches"``: by
@@ -34,16 +34,22 @@ class FedAvgCallback(AggregationRule):
 
     def __init__(self, weighting: Weighting = "examples", **federation: Any) -> None:
         super().__init__(**federation)
-        self.weighting = arguments.choice("weighting", weighting, Weighting)
+        self.weighting: Weighting = arguments.choice("weighting", weighting, Weighting)
 
     def unnormalized_weight(self, update: ClientUpdate) -> float:
-        """A client's weight before normalization."""
-        return {"examples": float(update.num_examples), "batches": float(update.num_batches)}.get(self.weighting, 1.0)
+        """Return a client's weight before normalization."""
+        if self.weighting == "examples":
+            return float(update.num_examples)
+        if self.weighting == "batches":
+            return float(update.num_batches)
+        return 1.0
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
-        """One average."""
-        counts = {"examples": cohort.num_examples, "batches": cohort.num_batches}.get(
-            self.weighting, torch.ones(len(cohort))
-        )
-        weights = normalized(counts)
+        """Average the local models."""
+        if self.weighting == "examples":
+            weights = normalized(cohort.num_examples)  # [K]
+        elif self.weighting == "batches":
+            weights = normalized(cohort.num_batches)  # [K]
+        else:
+            weights = normalized(torch.ones(len(cohort)))  # [K]
         return RuleOutput(parameters=cohort.vectors.weighted_sum(weights), state=state, weights=weights)

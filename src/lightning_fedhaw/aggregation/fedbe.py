@@ -12,38 +12,45 @@ The teachers are the average, the clients' models and the samples; the rest is F
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory
-from lightning_fedhaw.aggregation.servertraining import Distillation, Ensemble, Teacher, Weighting, client_models
+from lightning_fedhaw.aggregation.base import Weighting
+from lightning_fedhaw.aggregation.factories import OptimizerFactory, SchedulerFactory
+from lightning_fedhaw.aggregation.proxy import ADAM
+from lightning_fedhaw.aggregation.servertraining import Distillation, Ensemble, Teacher, client_models
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.rule import ServerView
+from lightning_fedhaw.rule import PredictionFunction, ServerView
 from lightning_fedhaw.streams import stream
+from lightning_fedhaw.vectors.layout import ParameterLayout
 
-VARIANCE_FLOOR, SPREAD = 1e-5, 0.1
+VARIANCE_FLOOR = 1e-5
+"""The least variance of a direction's elements, below which the FedLAW authors' code does not go."""
+
+SPREAD = 0.1
+"""The factor on the standard deviation of a sample, as in that code."""
 
 
 def swag(displacements: Tensor, noise: Tensor) -> Tensor | None:
-    """A sample of one tensor, as a displacement.
+    """Draw a model from the Gaussian around the clients' models, for one tensor.
 
     Args:
         displacements: ``[K, size]``.
         noise: ``[size]``, standard normal.
 
     Returns:
-        ``[size]``; ``None`` where a client did not change the tensor, and so has no direction.
+        ``[size]``, a displacement; ``None`` where a client did not change the tensor, and so has no direction.
     """
-    lengths = torch.linalg.vector_norm(displacements, dim=1)
+    lengths = torch.linalg.vector_norm(displacements, dim=1)  # [K]
     if not lengths.all():
         return None
-    directions = displacements / lengths[:, None]
-    mean = directions.mean(0)
-    variance = (directions.square().mean(0) - mean.square()).clamp(min=VARIANCE_FLOOR)
+    directions = displacements / lengths[:, None]  # [K, size]
+    mean = directions.mean(0)  # [size]
+    variance = (directions.square().mean(0) - mean.square()).clamp(min=VARIANCE_FLOOR)  # [size]
     sample: Tensor = lengths.mean() * (mean + SPREAD * variance.sqrt() * noise)
     return sample
 
@@ -53,10 +60,10 @@ class FedBECallback(Distillation):
 
     Args:
         server_epochs: Passes over the proxy data each round; 0 is FedAvg.
-        samples: Models that are sampled: one as in the FedLAW authors' code; the original takes about ten.
+        samples: Number of sampled models: one as in the FedLAW authors' code; the original takes about ten.
         batch_size: Proxy samples of a step at most.
-        lr: Rate of the optimizer.
-        optimizer: Makes it from ``([vector], lr=...)``; it begins anew every round. ``Adam(betas=(0.5, 0.999))``.
+        lr: Learning rate of the optimizer.
+        optimizer: Makes it from ``([vector], lr=...)``, new in every round. Default: ``Adam(betas=(0.5, 0.999))``.
         scheduler: Makes a schedule that steps once a pass from the optimizer.
         weighting: The average's weights: by ``"examples"``, or ``"uniform"``. Teachers count equally.
         ensemble: Whether the teachers' ``"logits"`` are averaged, as in the FedLAW authors' code, or their
@@ -66,7 +73,7 @@ class FedBECallback(Distillation):
 
     Raises:
         ValueError: If an argument is not one of the allowed values.
-        TypeError: If ``optimizer`` makes none.
+        TypeError: If ``optimizer`` makes no optimizer.
     """
 
     key = "FedBECallback"
@@ -79,10 +86,10 @@ class FedBECallback(Distillation):
         batch_size: int = 128,
         lr: float = 1e-3,
         optimizer: OptimizerFactory = ADAM,
-        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        scheduler: SchedulerFactory | None = None,
         weighting: Weighting = "examples",
         ensemble: Ensemble = "logits",
-        logits: Callable[[Any, Any], Tensor] | None = None,
+        logits: PredictionFunction | None = None,
         **federation: Any,
     ) -> None:
         super().__init__(
@@ -99,18 +106,36 @@ class FedBECallback(Distillation):
         self.samples = arguments.integer("samples", samples, minimum=0)
 
     def teachers(self, cohort: Cohort, weights: Tensor, average: Tensor, server: ServerView) -> Iterable[Teacher]:
-        """The average, the clients' models and the samples; these have the buffers of the average."""
-        displacements = cohort.vectors.displacements.gather().to(cohort.start)
+        """Yield the average, the clients' models and the samples, which have the buffers of the average."""
+        displacements = cohort.vectors.displacements.gather().to(cohort.start)  # [K, P]
         buffers = server.mixed_buffers(cohort.buffers, weights)
         yield average, buffers
         yield from client_models(cohort, displacements)
         for number in range(self.samples):
-            draws = stream(server.seed, "server", "round", cohort.round, "sample", number)
-            noise = torch.randn(len(average), generator=draws).to(displacements)
-            sample = average.clone()
-            parts = (server.layout.views(v).values() for v in (sample, cohort.start, displacements, noise))
-            for target, start, moved, own in zip(*parts, strict=True):
-                found = swag(moved.flatten(1), own.flatten())
-                if found is not None:
-                    target.copy_(start + found.view_as(start))
-            yield sample, buffers
+            generator = stream(server.seed, "server", "round", cohort.round, "sample", number)
+            # Drawn on the CPU, so that every device gets the same numbers.
+            noise = torch.randn(len(average), generator=generator).to(displacements)  # [P]
+            yield _sampled_model(average, cohort.start, displacements, noise, server.layout), buffers
+
+
+def _sampled_model(
+    average: Tensor, start: Tensor, displacements: Tensor, noise: Tensor, layout: ParameterLayout
+) -> Tensor:
+    """Draw a model ``[P]`` tensor by tensor; a tensor without directions is the average's.
+
+    Args:
+        average: ``[P]``.
+        start: ``[P]``, the model that was broadcast.
+        displacements: ``[K, P]``.
+        noise: ``[P]``, standard normal.
+        layout: The place of each tensor in the vector.
+    """
+    model = average.clone()
+    start_views = layout.views(start)
+    displacement_views = layout.views(displacements)
+    noise_views = layout.views(noise)
+    for name, tensor in layout.views(model).items():
+        displacement = swag(displacement_views[name].flatten(1), noise_views[name].flatten())
+        if displacement is not None:
+            tensor.copy_(start_views[name] + displacement.view_as(tensor))
+    return model

@@ -1,11 +1,12 @@
-"""FedHAW without units: learn the server's step, the global scale and the clients' weights, with nothing to tune.
+"""FedHAW without units: learn the server's step, the global scale and the clients' weights without tuning.
 
 The idea is that of A. Nakai-Kasai and T. Wadayama (FedHAW, arXiv 2605.00458): the server learns from models that it
 already has, without proxy data or extra bytes. The steps here are the package's own; those of the paper are in
 :class:`~lightning_fedhaw.PublishedFedHAWCallback`. The published steps are in units of the loss, the model and the
-learning rate, so their sizes have to be found anew for every problem, and they multiply the model in every round, which
-makes the scale a hardly damped oscillator. Here every hypergradient is divided by the lengths of what it is made of,
-the learned step belongs to the cohort's displacement, and the scale is bounded and forgets.
+learning rate, so their sizes must be tuned for every problem, and the scale multiplies the model in every round, which
+makes it a hardly damped oscillator. Here every hypergradient is divided by the lengths of the vectors that it is a
+product of, the learned step multiplies the cohort's displacement and not the model, and the scale is bounded and
+decays.
 
 Symbols, here and in every state and log of the rule:
 
@@ -22,15 +23,15 @@ Symbols, here and in every state and log of the rule:
 
 One round is::
 
-    c        =  cos(d, d')                                      do two rounds agree?
+    c        =  cos(d, d')                                      the agreement of two rounds
     beta     <- clip(beta + (lr_step if c > 0 else 1) c)        log of the server's step, from 1 to 8 by default
-    gamma    <- clip(0.8 gamma + lr_gamma exp(beta) <d, w> / |w|^2)         the relative growth of the model, leaking
+    gamma    <- clip(0.8 gamma + lr_gamma exp(beta) <d, w> / |w|^2)         the model's relative growth, with decay
     lambda_k <- lambda_k + lr_lambda s_k <d, d'_k - d'> / (|d| rms_A |d'_k|)
     w        <- exp(gamma) (w + exp(beta) sum_B softmax_B(lambda)_k d_k)
 
-A step that grows while rounds agree and falls at once when they do not stays where the loss allows it. ``d`` is
-weighted by examples so that a weight is judged by what it does to everybody's loss, and not to the loss that it has
-made its own.
+The server's step grows while rounds agree and falls at once when they do not, so it stays as large as the loss allows.
+``d`` is weighted by examples, and not by the learned weights, so that a weight is judged by its effect on the loss of
+all clients, and not on a loss that it has changed itself.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import check_optimizer, normalized
+from lightning_fedhaw.aggregation.base import normalized
+from lightning_fedhaw.aggregation.factories import OptimizerFactory, check_optimizer
 from lightning_fedhaw.aggregation.hypergradient import (
     HypergradientRule,
-    MakesOptimizer,
     Memory,
     learned_logits,
     scale_and_weight_metrics,
@@ -55,40 +56,41 @@ from lightning_fedhaw.rule import RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.kernels import dot
 
 DAMPING = 0.8
-"""What is left of the log-scale after a round: it forgets."""
+"""The factor by which the log-scale decays in every round."""
 
 FALL = 1.0
-"""The step size with which the server's step falls when two rounds disagree: by ``exp(cosine)``."""
+"""The step size with which the server's step falls when two rounds disagree, so that it falls by ``exp(cosine)``."""
 
 
 def next_server_step(beta: Tensor, cosine: Tensor, lr: float, bounds: tuple[float, float] = (1.0, 8.0)) -> Tensor:
-    """The log of the server's step: it grows while rounds agree, and falls faster when they do not.
+    """Return the next log of the server's step: it grows while rounds agree, and falls faster when they do not.
 
     Args:
-        beta: ``[]``, the log of the step now.
-        cosine: ``[]``, between this round's displacement and the last one's.
+        beta: ``[]``, the present log of the step.
+        cosine: ``[]``, between this round's displacement and the previous one's.
         lr: Step size upwards.
-        bounds: Of the step itself.
+        bounds: The smallest and the largest step, not their logs.
     """
-    low, high = (math.log(bound) for bound in bounds)
-    return (beta + (lr if cosine > 0 else FALL) * cosine).clamp(low, high)
+    smallest, largest = bounds
+    step_size = lr if cosine > 0 else FALL
+    return (beta + step_size * cosine).clamp(math.log(smallest), math.log(largest))
 
 
 def next_scale(gamma: Tensor, growth: Tensor, lr: float, bounds: tuple[float, float] = (0.9, 1.1)) -> Tensor:
-    """The log-scale of the model: a multiple of what the model grows by itself, and forgotten in a few rounds.
+    """Return the next log-scale of the model: a multiple of the model's own growth, which decays in a few rounds.
 
     Args:
-        gamma: ``[]``, the log-scale now.
+        gamma: ``[]``, the present log-scale.
         growth: ``[]``, the part of the displacement along the model, relative to the model: ``<d, w> / |w|^2``.
-        lr: How many times that part is to be repeated.
-        bounds: Of the scale itself.
+        lr: The multiple.
+        bounds: The smallest and the largest scale, not their logs.
     """
-    low, high = (math.log(bound) for bound in bounds)
-    return (DAMPING * gamma + lr * growth).clamp(low, high)
+    smallest, largest = bounds
+    return (DAMPING * gamma + lr * growth).clamp(math.log(smallest), math.log(largest))
 
 
 def weight_hypergradient(products: Tensor, norms: Tensor, length: Tensor, shares: Tensor) -> Tensor:
-    """The hypergradient of the previous cohort's logits, without units: ``-s_k <d, d'_k - d'> / (|d| rms |d'_k|)``.
+    """Compute the hypergradient of the previous cohort's logits: ``-s_k <d, d'_k - d'> / (|d| rms |d'_k|)``.
 
     Args:
         products: ``[A]``, the inner products ``<d, d'_k>``.
@@ -97,27 +99,27 @@ def weight_hypergradient(products: Tensor, norms: Tensor, length: Tensor, shares
         shares: ``[A]``, the softmax of the logits over the previous cohort.
 
     Returns:
-        ``[A]``, summing to zero; all zero where one of the lengths is.
+        ``[A]`` without units, summing to zero; all zero where one of the lengths is.
     """
-    rms = (shares * norms.square()).sum().sqrt()
-    losses = -ratio(products, length * rms)
+    rms = (shares * norms.square()).sum().sqrt()  # []
+    losses = -ratio(products, length * rms)  # [A]
     return shares * (losses - (shares * losses).sum())
 
 
 def ratio(product: Tensor, lengths: Tensor) -> Tensor:
-    """A product of vectors without its units; 0 where one of them is zero, or nothing finite comes of it."""
+    """Divide an inner product by the vectors' lengths; 0 where a length is 0 or the quotient is not finite."""
     quotient = torch.where(lengths > 0, product / lengths, torch.zeros_like(product))
     return torch.nan_to_num(quotient, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 class FedHAWCallback(HypergradientRule):
-    """Learn the server's step, the scale of the model and the weight of each client, with nothing to tune.
+    """Learn the server's step, the scale of the model and the weight of each client without tuning.
 
-    The first round is FedAvg; so is every round before a cohort has come back. The server needs no data of its own.
-    The rule of the paper, whose step sizes belong to a problem, is :class:`PublishedFedHAWCallback`.
+    The first round in which an update is received is FedAvg. The server needs no data of its own. The rule of the
+    paper, whose step sizes must be tuned for every problem, is :class:`PublishedFedHAWCallback`.
 
     Args:
-        lr_gamma: How many times the growth of the model is repeated by its scale.
+        lr_gamma: The multiple of the model's own growth that the scale adds to it.
         lr_lambda: Step size of the logits. With 0 no weights are learned, and no cohort is kept.
         lr_step: Step size of the logarithm of the server's step.
         scale_bounds: The smallest and largest scale allowed.
@@ -125,7 +127,7 @@ class FedHAWCallback(HypergradientRule):
             far as FedAvg.
         hyper_optimizer: Makes the optimizer of ``lambda_`` from ``(parameters, lr=...)``, such as ``torch.optim.Adam``
             or a ``functools.partial`` of it; one that steps on a given gradient. Default: ``torch.optim.SGD``.
-        memory: Where the previous cohort's models are kept.
+        memory: Where the previous cohort's models are kept: on the model's ``"device"``, or in ``"host"`` memory.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
@@ -135,7 +137,7 @@ class FedHAWCallback(HypergradientRule):
 
     Raises:
         ValueError: If an argument is not one of the allowed values.
-        TypeError: If ``hyper_optimizer`` makes none that steps on a given gradient, or an argument is unknown.
+        TypeError: If ``hyper_optimizer`` makes no optimizer that steps on a given gradient, or an argument is unknown.
 
     Example:
         >>> rule = FedHAWCallback()
@@ -144,6 +146,8 @@ class FedHAWCallback(HypergradientRule):
     """
 
     key = "FedHAWCallback"
+
+    prog_bar = ("scale", "server_step")
 
     arguments_elsewhere = dict.fromkeys(
         ("jacobian", "gamma_for_lambda", "pseudo_gradient", "normalize_by", "learning_rate"), "PublishedFedHAWCallback"
@@ -157,7 +161,7 @@ class FedHAWCallback(HypergradientRule):
         lr_step: float = 0.3,
         scale_bounds: tuple[float, float] = (0.9, 1.1),
         step_bounds: tuple[float, float] = (1.0, 8.0),
-        hyper_optimizer: MakesOptimizer | None = None,
+        hyper_optimizer: OptimizerFactory | None = None,
         memory: Memory = "device",
         **federation: Any,
     ) -> None:
@@ -172,23 +176,21 @@ class FedHAWCallback(HypergradientRule):
         self.hyper_optimizer = hyper_optimizer or torch.optim.SGD
         self.memory: Memory = arguments.choice("memory", memory, Memory)
 
-    prog_bar = ("scale", "server_step")
-
     @property
     def resume_key(self) -> str:
-        """What the kept vectors and the hyper-optimizer's memory are made for; step sizes may change."""
-        hyper = getattr(self.hyper_optimizer, "__name__", "given")
-        learns = "lr_lambda>0" if self.lr_lambda else "lr_lambda=0"
-        return f"{type(self).key}({learns}, hyper_optimizer={hyper})"
+        """The settings that the kept vectors and the hyper-optimizer's memory depend on; step sizes may change."""
+        optimizer_name = getattr(self.hyper_optimizer, "__name__", "given")
+        learns_weights = "lr_lambda>0" if self.lr_lambda else "lr_lambda=0"
+        return f"{type(self).key}({learns_weights}, hyper_optimizer={optimizer_name})"
 
     def summary(self) -> dict[str, float]:
-        """The scale and the server's step, and the range of the weights over all clients."""
+        """Return the scale and the server's step, and the range of the weights over all clients."""
         learned = super().summary()
         scale = learned.pop("scale")
         return {"scale": scale, "server_step": self.state["beta"].exp().item(), **learned}
 
     def divergence_hint(self) -> str:
-        """The scale, if its bounds allowed it to leave the range in which models live."""
+        """Return the scale, if its bounds allowed it to leave its usual range."""
         if self.has_usual_scale:
             return ""
         return (
@@ -197,23 +199,25 @@ class FedHAWCallback(HypergradientRule):
         )
 
     def init(self, start: Tensor, num_examples: Tensor) -> State:
-        """FedAvg: a step and a scale of 1, and weights by examples."""
+        """Return a server's step and a scale of 1, and weights by examples, with which the first round is FedAvg."""
         return {**super().init(start, num_examples), "beta": torch.zeros((), dtype=torch.float64)}
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
-        """Step what is learned where a previous cohort exists, then aggregate."""
-        moved = cohort.vectors.displacements
-        examples = normalized(cohort.num_examples)
-        now = moved.weighted_sum(examples)
+        """Step the learned numbers if there was a previous cohort, then aggregate."""
+        displacements = cohort.vectors.displacements
+        shares = normalized(cohort.num_examples)  # [K]
+        mean = displacements.weighted_sum(shares)  # [P]
+        # Not a deep copy: entries are replaced, and the tensors in them never changed.
         state = dict(state)
         metrics: dict[str, float] = {"agreement": 0.0}
         if "direction" in state:
-            state, metrics = self._hyper_step(cohort.start, now, state)
-        weights = examples
-        direction = now
+            state, metrics = self._hyper_step(cohort.start, mean, state)
+        weights = shares  # [K]
+        direction = mean  # [P]
+        # Without learned weights no cohort has to be kept, and the vectors are read once instead of four times.
         if self.lr_lambda:
-            weights = torch.softmax(state["lambda_"][cohort.clients], 0)
-            direction = moved.weighted_sum(weights)
+            weights = torch.softmax(state["lambda_"][cohort.clients], 0)  # [K]
+            direction = displacements.weighted_sum(weights)  # [P]
             state["previous_clients"] = cohort.clients.clone()
             state["previous"] = cohort.vectors.to(self.memory_device(cohort.start))
         state["direction"] = direction
@@ -221,26 +225,48 @@ class FedHAWCallback(HypergradientRule):
         server_step = state["beta"].exp().item()
         metrics["server_step"] = server_step
         scale = state["gamma"].exp().item()
+        # In place: the sum is a new vector already, and another one of the model's size is not needed.
         return RuleOutput((cohort.start + server_step * direction).mul_(scale), state, weights, metrics)
 
-    def _hyper_step(self, w: Tensor, now: Tensor, state: State) -> tuple[State, dict[str, float]]:
-        """Step the server's step, the scale and the logits; return the new state and numbers for the log."""
-        before = state["direction"].to(now)
-        length = dot(now, now).sqrt()
-        cosine = ratio(dot(now, before), length * dot(before, before).sqrt())
-        beta = next_server_step(state["beta"], cosine, self.lr_step, self.step_bounds)
-        growth = beta.exp() * ratio(dot(now, w), dot(w, w))
-        gamma = next_scale(state["gamma"], growth, self.lr_gamma, self.scale_bounds)
+    def _hyper_step(self, w: Tensor, mean: Tensor, state: State) -> tuple[State, dict[str, float]]:
+        """Step the server's step, the scale and the logits.
+
+        Args:
+            w: ``[P]``, the model that was broadcast.
+            mean: ``[P]``, the mean displacement ``d`` of this cohort, weighted by examples.
+            state: The rule's state. Not changed.
+
+        Returns:
+            The new state, and numbers for the log.
+        """
+        direction = state["direction"].to(mean)  # [P]
+        length = dot(mean, mean).sqrt()  # []
+        cosine = ratio(dot(mean, direction), length * dot(direction, direction).sqrt())  # []
+        beta = next_server_step(state["beta"], cosine, self.lr_step, self.step_bounds)  # []
+        growth = beta.exp() * ratio(dot(mean, w), dot(w, w))  # []
+        gamma = next_scale(state["gamma"], growth, self.lr_gamma, self.scale_bounds)  # []
         state = {**state, "beta": beta, "gamma": gamma}
         metrics = {"agreement": cosine.item(), "hypergradient_lambda": 0.0}
         if self.lr_lambda:
-            lambda_ = state["lambda_"]
-            clients = state["previous_clients"]
-            previous = state["previous"].displacements
-            shares = torch.softmax(lambda_[clients], 0)
-            grad = torch.zeros_like(lambda_)
-            grad[clients] = weight_hypergradient(previous.inner(now), previous.norms(), length, shares)
-            moved, memory = self.descend("lambda", lambda_, grad, self.lr_lambda, state)
-            state = {**state, "lambda_": learned_logits(lambda_, moved, clients), **memory}
+            grad = self._lambda_hypergradient(mean, length, state)  # [N]
+            stepped, memory = self.descend("lambda", state["lambda_"], grad, self.lr_lambda, state)
+            lambda_ = learned_logits(state["lambda_"], stepped, state["previous_clients"])  # [N]
+            state = {**state, "lambda_": lambda_, **memory}
             metrics["hypergradient_lambda"] = grad.norm().item()
         return state, metrics
+
+    def _lambda_hypergradient(self, mean: Tensor, length: Tensor, state: State) -> Tensor:
+        """Compute the hypergradient of all logits, ``[N]``; it is zero for clients outside of the previous cohort.
+
+        Args:
+            mean: ``[P]``, the mean displacement ``d`` of this cohort, weighted by examples.
+            length: ``[]``, its length.
+            state: The rule's state. Not changed.
+        """
+        lambda_ = state["lambda_"]  # [N]
+        clients = state["previous_clients"]  # [A]
+        previous = state["previous"].displacements
+        shares = torch.softmax(lambda_[clients], 0)  # [A]
+        grad = torch.zeros_like(lambda_)
+        grad[clients] = weight_hypergradient(previous.inner(mean), previous.norms(), length, shares)
+        return grad

@@ -8,11 +8,11 @@ Symbols, here and in every state and log of the rule:
 ==============  =====  ===================================================================================
 ``gamma``       []     log-scale; ``scale = exp(gamma)`` multiplies the averaged model
 ``lambda_``     [N]    logits, one per client; ``weights = softmax(lambda_)`` over the clients of a cohort
-``u_k``         [P]    what client k sent in the previous cohort A; these models built ``w``
-``w_k``         [P]    what client k sent in this cohort B
+``u_k``         [P]    the model that client k sent in the previous cohort A; these models built ``w``
+``w_k``         [P]    the model that client k sent in this cohort B
 ``w``           [P]    the global model that was broadcast: ``w = scale * sum_A s_k u_k``
 ``mu``                 local learning rate (a number, or one per parameter)
-``r``           [P]    ``sum_B s_k (w - w_k) / mu``, the plain pseudo-gradient: what local training did to ``w``
+``r``           [P]    ``sum_B s_k (w - w_k) / mu``, the plain pseudo-gradient: the effect of local training
 ==============  =====  ===================================================================================
 
 With ``g = scale * r``, the gradient of the weighted loss ``sum_B scale s_k f_k`` as local training shows it
@@ -27,8 +27,8 @@ The exact step is the derivative. The authors' code keeps the diagonal of the so
 that was updated one line earlier (``gamma_for_lambda="new"``); the two can disagree in sign. ``docs/parity.md`` lists
 every difference.
 
-The steps are in units of the loss, the model and the learning rate, so their sizes have to be found anew for every
-problem (the authors' ``lr_gamma`` runs from 1e-3 to 1e-7), and they multiply the model in every round.
+The steps are in units of the loss, the model and the learning rate, so their sizes must be tuned for every problem (the
+authors' ``lr_gamma`` runs from 1e-3 to 1e-7), and the scale multiplies the model in every round.
 :class:`~lightning_fedhaw.FedHAWCallback` is the rule without units.
 """
 
@@ -37,16 +37,16 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import check_optimizer
+from lightning_fedhaw.aggregation.factories import OptimizerFactory, check_optimizer
 from lightning_fedhaw.aggregation.hypergradient import (
     USUAL_SCALES,
     HypergradientRule,
-    MakesOptimizer,
     Memory,
     learned_logits,
     scale_and_weight_metrics,
@@ -58,18 +58,20 @@ from lightning_fedhaw.vectors.kernels import dot
 Jacobian = Literal["diagonal", "exact"]
 GammaForLambda = Literal["new", "old"]
 PseudoGradient = Literal["weighted", "plain"]
-NormaliseBy = Literal["lr", "lr*steps"]
+NormalizeBy = Literal["lr", "lr*steps"]
 
 
 def gamma_hypergradient(r_w: Tensor, gamma: Tensor, pseudo_gradient: PseudoGradient = "weighted") -> Tensor:
-    """Derivative of the objective with respect to the log-scale: ``<g, w>``.
+    """Compute the derivative of the objective with respect to the log-scale: ``<g, w>``.
 
     Args:
         r_w: ``[]``, the inner product of the plain pseudo-gradient and the broadcast model.
         gamma: ``[]``, the log-scale that built the broadcast model.
-        pseudo_gradient: Whether ``g`` carries the factor ``scale``.
+        pseudo_gradient: Whether ``g`` has the factor ``scale``.
     """
-    return r_w * gamma.exp() if pseudo_gradient == "weighted" else r_w.clone()
+    if pseudo_gradient == "weighted":
+        return r_w * gamma.exp()
+    return r_w.clone()
 
 
 def lambda_hypergradient(
@@ -79,19 +81,20 @@ def lambda_hypergradient(
     jacobian: Jacobian = "diagonal",
     pseudo_gradient: PseudoGradient = "weighted",
 ) -> Tensor:
-    """Derivative of the objective with respect to the previous cohort's logits.
+    """Compute the derivative of the objective with respect to the previous cohort's logits.
 
     Args:
         r_u: ``[A]``, inner products of the plain pseudo-gradient and each previous local model.
         shares: ``[A]``, the softmax of the logits over the previous cohort.
         gamma: ``[]``, the log-scale to use.
         jacobian: ``"exact"``: the derivative of the softmax. ``"diagonal"``: its diagonal alone.
-        pseudo_gradient: Whether ``g`` carries the factor ``scale``.
+        pseudo_gradient: Whether ``g`` has the factor ``scale``.
 
     Returns:
         ``[A]``. The exact one sums to zero.
     """
-    factor = (2 * gamma).exp() if pseudo_gradient == "weighted" else gamma.exp()
+    # One factor `scale` comes from the model, and one more from the weighted pseudo-gradient.
+    factor = (2 * gamma).exp() if pseudo_gradient == "weighted" else gamma.exp()  # []
     if jacobian == "exact":
         return factor * shares * (r_u - (shares * r_u).sum())
     return factor * shares * (1 - shares) * r_u
@@ -100,8 +103,8 @@ def lambda_hypergradient(
 class PublishedFedHAWCallback(HypergradientRule):
     """Learn the scale of the global model and the weight of each client with the authors' steps.
 
-    The first round is FedAvg; so is every round before a cohort has come back. The step sizes have units and belong to
-    a problem; :class:`FedHAWCallback` is the rule whose steps have none.
+    The first round in which an update is received is FedAvg. The step sizes have units and must be tuned for every
+    problem; :class:`FedHAWCallback` is the rule whose steps have none.
 
     Args:
         lr_gamma: Step size of the log-scale.
@@ -112,7 +115,7 @@ class PublishedFedHAWCallback(HypergradientRule):
         pseudo_gradient: ``"weighted"``: ``scale * r``, the gradient of the weighted loss, as in the authors' code.
             ``"plain"``: ``r``. They agree while the scale is 1.
         normalize_by: ``"lr"``: each client's displacement is divided by its learning rate, as in the paper, whose step
-            sizes belong to it. ``"lr*steps"``: also by its number of steps.
+            sizes are made for it. ``"lr*steps"``: also by its number of steps.
         learning_rate: The local learning rate. Default: read every round from the clients' optimizer, per parameter
             group and as scheduled.
         scale_bounds: The smallest and largest scale allowed, such as ``(0.5, 2.0)``. Default: none, as published.
@@ -121,7 +124,7 @@ class PublishedFedHAWCallback(HypergradientRule):
             ``torch.optim.SGD``, as published. Where ``normalize_by="lr*steps"`` and clients do not train with SGD,
             ``torch.optim.Adam``: a client's displacement is then not in the units of a gradient, and a step that does
             not depend on units keeps the step sizes meaningful.
-        memory: Where the previous cohort's models are kept.
+        memory: Where the previous cohort's models are kept: on the model's ``"device"``, or in ``"host"`` memory.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
@@ -130,7 +133,7 @@ class PublishedFedHAWCallback(HypergradientRule):
 
     Raises:
         ValueError: If an argument is not one of the allowed values.
-        TypeError: If ``hyper_optimizer`` makes none that steps on a given gradient, or an argument is unknown.
+        TypeError: If ``hyper_optimizer`` makes no optimizer that steps on a given gradient, or an argument is unknown.
 
     Example:
         >>> rule = PublishedFedHAWCallback(lr_gamma=1e-3, lr_lambda=1e-2)
@@ -139,6 +142,8 @@ class PublishedFedHAWCallback(HypergradientRule):
     """
 
     key = "PublishedFedHAWCallback"
+
+    prog_bar = ("scale",)
 
     arguments_elsewhere = dict.fromkeys(("lr_step", "step_bounds"), "FedHAWCallback")
 
@@ -150,10 +155,10 @@ class PublishedFedHAWCallback(HypergradientRule):
         jacobian: Jacobian = "diagonal",
         gamma_for_lambda: GammaForLambda | None = None,
         pseudo_gradient: PseudoGradient = "weighted",
-        normalize_by: NormaliseBy = "lr",
+        normalize_by: NormalizeBy = "lr",
         learning_rate: float | None = None,
         scale_bounds: tuple[float, float] | None = None,
-        hyper_optimizer: MakesOptimizer | None = None,
+        hyper_optimizer: OptimizerFactory | None = None,
         memory: Memory = "device",
         **federation: Any,
     ) -> None:
@@ -165,8 +170,8 @@ class PublishedFedHAWCallback(HypergradientRule):
             gamma_for_lambda = "new" if self.jacobian == "diagonal" else "old"
         self.gamma_for_lambda: GammaForLambda = arguments.choice("gamma_for_lambda", gamma_for_lambda, GammaForLambda)
         self.pseudo_gradient: PseudoGradient = arguments.choice("pseudo_gradient", pseudo_gradient, PseudoGradient)
-        self.normalize_by: NormaliseBy = arguments.choice(
-            "normalize_by", normalize_by, NormaliseBy, hint="The rule that divides by norms is `FedHAWCallback`."
+        self.normalize_by: NormalizeBy = arguments.choice(
+            "normalize_by", normalize_by, NormalizeBy, hint="The rule that divides by norms is `FedHAWCallback`."
         )
         self.learning_rate = arguments.optional(arguments.number, "learning_rate", learning_rate, above=0)
         self.scale_bounds = arguments.optional(arguments.bounds_around_one, "scale_bounds", scale_bounds)
@@ -176,30 +181,29 @@ class PublishedFedHAWCallback(HypergradientRule):
         self._chooses_hyper_optimizer = hyper_optimizer is None and self.normalize_by == "lr*steps"
         self.hyper_optimizer = hyper_optimizer or torch.optim.SGD
 
-    prog_bar = ("scale",)
-
     @property
     def needs_learning_rates(self) -> bool:  # type: ignore[override]
         """Whether the local learning rate is read from the clients' optimizer."""
         return self.learning_rate is None
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Choose the hyper-optimizer by what the clients train with, if nobody else did."""
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose the hyper-optimizer by the clients' optimizer, if it was not given and the choice depends on that."""
         super().on_fit_start(trainer, pl_module)
         if self._chooses_hyper_optimizer:
-            is_plain = all(isinstance(optimizer, torch.optim.SGD) for optimizer in trainer.optimizers)
-            self.hyper_optimizer = torch.optim.SGD if is_plain else torch.optim.Adam
+            clients_use_sgd = all(isinstance(optimizer, torch.optim.SGD) for optimizer in trainer.optimizers)
+            self.hyper_optimizer = torch.optim.SGD if clients_use_sgd else torch.optim.Adam
 
     @property
     def resume_key(self) -> str:
-        """What the hyper-optimizer's memory is made for; step sizes may change."""
-        hyper = getattr(self.hyper_optimizer, "__name__", "given")
+        """The settings that the hyper-optimizer's memory depends on; step sizes may change."""
+        optimizer_name = getattr(self.hyper_optimizer, "__name__", "given")
         if self._chooses_hyper_optimizer:
-            hyper = "chosen"
-        return f"{type(self).key}(normalize_by={self.normalize_by}, hyper_optimizer={hyper})"
+            # The choice itself is not known before `on_fit_start`, and the same clients lead to the same choice.
+            optimizer_name = "chosen"
+        return f"{type(self).key}(normalize_by={self.normalize_by}, hyper_optimizer={optimizer_name})"
 
     def divergence_hint(self) -> str:
-        """The scale, if it has left the range in which models live."""
+        """Return the scale, if it has left its usual range."""
         if self.has_usual_scale:
             return ""
         return (
@@ -208,82 +212,107 @@ class PublishedFedHAWCallback(HypergradientRule):
         )
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
-        """One hypergradient step where a previous cohort exists, then the aggregation."""
+        """Take one hypergradient step if there was a previous cohort, then aggregate."""
         vectors = cohort.vectors
+        # Not a deep copy: entries are replaced, and the tensors in them never changed.
         state = dict(state)
         previous_scale = state["gamma"].exp().item()
         metrics: dict[str, float] = {"hypergradient_gamma": 0.0, "hypergradient_lambda": 0.0}
         if "previous_clients" in state:
             state, metrics = self._hyper_step(cohort, state, server)
-        weights = torch.softmax(state["lambda_"][cohort.clients], 0)
-        scale = state["gamma"].exp()
+        weights = torch.softmax(state["lambda_"][cohort.clients], 0)  # [K]
+        scale = state["gamma"].exp()  # []
         state["previous_clients"] = cohort.clients.clone()
         state["previous"] = vectors.to(self.memory_device(cohort.start))
         metrics |= scale_and_weight_metrics(state["gamma"], state["lambda_"], cohort.clients, weights)
-        low, high = USUAL_SCALES
-        if not low <= scale <= high and low <= previous_scale <= high:
-            rank_zero_warn(
-                f"FedHAW's scale left [{low}, {high}] in round {cohort.round} ({scale:.3g}); it multiplies the model"
-                " every round. If training suffers, lower `lr_gamma`, set `scale_bounds`, or use"
-                " `hyper_optimizer=torch.optim.Adam`."
-            )
+        _warn_if_scale_becomes_unusual(previous_scale, scale.item(), cohort.round)
         return RuleOutput(vectors.weighted_sum(scale * weights), state, weights, metrics)
 
     def _hyper_step(self, cohort: Cohort, state: State, server: ServerView) -> tuple[State, dict[str, float]]:
         """Step the log-scale and the previous cohort's logits; return the new state and numbers for the log."""
-        gamma = state["gamma"]
-        lambda_ = state["lambda_"]
-        previous = state["previous_clients"]
-        r = self._pseudo_gradient(cohort, lambda_, server)
-        r_w = dot(r, cohort.start)
-        r_u = state["previous"].inner(r)
-        shares = torch.softmax(lambda_[previous], 0)
+        gamma = state["gamma"]  # []
+        lambda_ = state["lambda_"]  # [N]
+        previous_clients = state["previous_clients"]  # [A]
+        r = self._pseudo_gradient(cohort, lambda_, server)  # [P]
+        r_w = dot(r, cohort.start)  # []
+        r_u = state["previous"].inner(r)  # [A]
+        shares = torch.softmax(lambda_[previous_clients], 0)  # [A]
 
-        gamma_grad = gamma_hypergradient(r_w, gamma, self.pseudo_gradient)
+        gamma_grad = gamma_hypergradient(r_w, gamma, self.pseudo_gradient)  # []
         new_gamma, gamma_memory = self.descend("gamma", gamma, gamma_grad, self.lr_gamma, state)
         if self.scale_bounds is not None:
-            new_gamma = new_gamma.clamp(*(math.log(bound) for bound in self.scale_bounds))
+            smallest, largest = self.scale_bounds
+            new_gamma = new_gamma.clamp(math.log(smallest), math.log(largest))
 
-        seen = new_gamma if self.gamma_for_lambda == "new" else gamma
-        grad = torch.zeros_like(lambda_)
-        grad[previous] = lambda_hypergradient(r_u, shares, seen, self.jacobian, self.pseudo_gradient)
-        moved, lambda_memory = self.descend("lambda", lambda_, grad, self.lr_lambda, state)
-        new_lambda = learned_logits(lambda_, moved, previous)
+        gamma_for_lambda = new_gamma if self.gamma_for_lambda == "new" else gamma  # []
+        lambda_grad = torch.zeros_like(lambda_)  # [N]
+        lambda_grad[previous_clients] = lambda_hypergradient(
+            r_u, shares, gamma_for_lambda, self.jacobian, self.pseudo_gradient
+        )
+        stepped_lambda, lambda_memory = self.descend("lambda", lambda_, lambda_grad, self.lr_lambda, state)
+        new_lambda = learned_logits(lambda_, stepped_lambda, previous_clients)  # [N]
 
-        has_scale = bool(torch.isfinite(new_gamma)) and bool(new_gamma.abs() < _largest(r.dtype))
+        # A step that is not usable is refused as a whole, and the memory of the hyper-optimizer with it.
+        has_scale = bool(torch.isfinite(new_gamma)) and bool(new_gamma.abs() < _largest_log_scale(r.dtype))
         if not (has_scale and torch.isfinite(new_lambda).all()):
-            cause = f"gamma {new_gamma.item():.3g}, and the scale exp(gamma) vanish or overflow"
-            if has_scale:
-                cause = "not all of lambda finite"
-            rank_zero_warn(
-                f"FedHAW's hypergradient step of round {cohort.round} would make {cause}, and was refused: gamma and"
-                f" lambda stay as they were. Lower `lr_gamma` ({self.lr_gamma}) or `lr_lambda` ({self.lr_lambda}), or"
-                " set `scale_bounds=(0.5, 2.0)`."
-            )
+            self._warn_of_refusal(new_gamma, has_scale, cohort.round)
             return state, {"hypergradient_gamma": 0.0, "hypergradient_lambda": 0.0, "hyper_steps_refused": 1.0}
-        metrics = {"hypergradient_gamma": gamma_grad.abs().item(), "hypergradient_lambda": grad.norm().item()}
+        metrics = {"hypergradient_gamma": gamma_grad.abs().item(), "hypergradient_lambda": lambda_grad.norm().item()}
         return {**state, **gamma_memory, **lambda_memory, "gamma": new_gamma, "lambda_": new_lambda}, metrics
 
+    def _warn_of_refusal(self, gamma: Tensor, has_scale: bool, round_idx: int) -> None:
+        cause = f"gamma {gamma.item():.3g}, and the scale exp(gamma) vanish or overflow"
+        if has_scale:
+            cause = "not all of lambda finite"
+        rank_zero_warn(
+            f"FedHAW's hypergradient step of round {round_idx} would make {cause}, and was refused: gamma and"
+            f" lambda stay as they were. Lower `lr_gamma` ({self.lr_gamma}) or `lr_lambda` ({self.lr_lambda}), or"
+            " set `scale_bounds=(0.5, 2.0)`."
+        )
+
     def _pseudo_gradient(self, cohort: Cohort, lambda_: Tensor, server: ServerView) -> Tensor:
-        """``r`` [P]: the weighted mean of what the clients did, per unit of learning rate (and step)."""
-        shares = torch.softmax(lambda_[cohort.clients], 0)
+        """Compute ``r`` [P], the weighted mean of the displacements per unit of learning rate (and step).
+
+        Args:
+            cohort: The updates that the server received.
+            lambda_: ``[N]``, the logits that the weights come from.
+            server: The parameter layout, where learning rates differ between parameters.
+        """
+        shares = torch.softmax(lambda_[cohort.clients], 0)  # [K]
         if self.normalize_by == "lr*steps":
+            # A client without a step has a displacement of zero, which any number may divide.
             shares = shares / cohort.num_steps.clamp(min=1)
-        rates = cohort.learning_rates if self.learning_rate is None else (self.learning_rate,)
+        rates = cohort.learning_rates
+        if self.learning_rate is not None:
+            rates = (self.learning_rate,)
         if min(rates) <= 0:
             raise ValueError(
                 f"FedHAW divides by the local learning rate, and that of round {cohort.round} is {min(rates)}. Use a"
                 " schedule that stays above 0, or give the rate as `learning_rate=`."
             )
-        moved = cohort.vectors.displacements
+        displacements = cohort.vectors.displacements
         if len(set(rates)) == 1:
-            return moved.weighted_sum(-shares / rates[0])
-        r = moved.weighted_sum(-shares)
-        for part, rate in zip(server.layout.views(r).values(), rates, strict=True):
-            part.div_(rate)
+            # On K shares instead of P parameters: one pass over the vectors less.
+            return displacements.weighted_sum(-shares / rates[0])
+        r = displacements.weighted_sum(-shares)  # [P]
+        for parameter, rate in zip(server.layout.views(r).values(), rates, strict=True):
+            parameter.div_(rate)
         return r
 
 
-def _largest(dtype: torch.dtype) -> float:
-    """The largest log-scale whose square still fits into the parameters' dtype."""
+def _warn_if_scale_becomes_unusual(previous_scale: float, scale: float, round_idx: int) -> None:
+    smallest, largest = USUAL_SCALES
+    was_usual = smallest <= previous_scale <= largest
+    is_usual = smallest <= scale <= largest
+    # Once, in the round in which the scale leaves the range, and not in every round after it.
+    if was_usual and not is_usual:
+        rank_zero_warn(
+            f"FedHAW's scale left [{smallest}, {largest}] in round {round_idx} ({scale:.3g}); it multiplies the model"
+            " every round. If training suffers, lower `lr_gamma`, set `scale_bounds`, or use"
+            " `hyper_optimizer=torch.optim.Adam`."
+        )
+
+
+def _largest_log_scale(dtype: torch.dtype) -> float:
+    """Return the largest log-scale whose scale can be squared in the parameters' dtype."""
     return math.log(torch.finfo(dtype).max) / 2

@@ -11,15 +11,16 @@ by gradient descent on ``x`` and ``x_c``, from ``s = p`` and ``c = scale`` in ev
     exponential    s = softmax(x)           c = exp(x_c)
     quadratic      s_k = x_k^2 / sum x^2    c = x_c^2
 
-The mix is differentiated, not unrolled: a step is one pass of a batch through the model, one weighted sum of the
-cohort and one inner product with each of its models. ``docs/parity.md`` lists what differs from the authors' code.
+The derivative of the mix is used instead of a graph through all models: a step is one pass of a batch through the
+model, one weighted sum of the cohort and one inner product with each of its models. ``docs/parity.md`` lists what
+differs from the authors' code.
+
+Shapes: K clients are in the cohort, P trainable parameters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,62 +28,68 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, check_optimizer, check_schedule, normalized
-from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory, descend, mean_loss
+from lightning_fedhaw.aggregation.base import AggregationRule, Weighting, client_weights
+from lightning_fedhaw.aggregation.factories import OptimizerFactory, SchedulerFactory, check_optimizer, check_schedule
+from lightning_fedhaw.aggregation.proxy import ADAM, BatchLoss, descend, mean_loss
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.rule import RuleOutput, ServerView, State
+from lightning_fedhaw.rule import Batch, RuleOutput, ServerView, State
 
 Learn = Literal["both", "scale", "weights", "in_stages", "nothing"]
 Base = Literal["exponential", "quadratic"]
-Weighting = Literal["examples", "uniform"]
 FirstStage = Literal["scale", "weights"]
 
 LOGIT_FLOOR = 30.0
-"""How far below the largest a client's first logit may lie."""
+"""How far below the largest a client's first logit may lie: a client without examples would have the logit -inf."""
 
 SCALES = (1e-3, 1e3)
-"""A scale outside of this range has left no model; it is refused."""
+"""The range of usable scales. With a scale outside of it nothing is left of the model, so it is refused."""
 
-SWA_START, SWA_PERIOD, SWA_ANNEALING = 6, 100, 10
-"""The authors' schedule for the stage of the weights: cosine of that period, then from that epoch on the running mean,
-while the rate goes to ``swa_lr`` within that many epochs."""
+SWA_PERIOD = 100
+"""In the authors' schedule for the stage of the weights: the epochs in which a cosine would take the rate to zero."""
+
+SWA_START = 6
+"""In that schedule: the epoch from which on the weights are averaged and the rate leaves the cosine."""
+
+SWA_ANNEALING = 10
+"""In that schedule: the epochs in which the rate then goes to ``swa_lr``."""
 
 
 def published_schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """Half the rate every 20 epochs."""
+    """Make the published schedule, which halves the rate every 20 epochs."""
     return torch.optim.lr_scheduler.StepLR(optimizer, step_size=20, gamma=0.5)
 
 
-STEP_LR: Callable[[torch.optim.Optimizer], Any] = published_schedule
+STEP_LR: SchedulerFactory = published_schedule  # a function has a name that a configuration file can hold
 
 
 def variables(shares: Tensor, scale: float, base: Base = "exponential") -> tuple[Tensor, Tensor]:
-    """The ``x`` [K] and ``x_c`` [] that give these shares and this scale."""
+    """Return the variables ``x`` [K] and ``x_c`` [] that give these shares [K] and this scale."""
+    scale_tensor = torch.tensor(scale, dtype=shares.dtype)  # []
     if base == "quadratic":
-        return shares.sqrt(), torch.tensor(scale, dtype=shares.dtype).sqrt()
-    logits = shares.log()
-    return logits.clamp(min=logits.max() - LOGIT_FLOOR), torch.tensor(scale, dtype=shares.dtype).log()
+        return shares.sqrt(), scale_tensor.sqrt()
+    logits = shares.log()  # [K]
+    return logits.clamp(min=logits.max() - LOGIT_FLOOR), scale_tensor.log()
 
 
 def mix(x: Tensor, x_c: Tensor, base: Base = "exponential") -> tuple[Tensor, Tensor]:
-    """The shares ``s`` [K], which sum to one, and the scale ``c`` []."""
+    """Return the shares ``s`` [K], which sum to one, and the scale ``c`` [] that ``x`` [K] and ``x_c`` [] give."""
     if base == "quadratic":
         return x.square() / x.square().sum(), x_c.square()
     return torch.softmax(x, 0), x_c.exp()
 
 
 def swa_rate(epoch: int, lr: float, swa_lr: float) -> float:
-    """The rate of an epoch in the stage of the weights, as in the authors' code."""
-    base = lr * (1 + math.cos(math.pi * min(epoch, SWA_START) / SWA_PERIOD)) / 2
-    done = min(max(epoch - SWA_START, 0) / SWA_ANNEALING, 1.0)
-    return base + (swa_lr - base) * (1 - math.cos(math.pi * done)) / 2
+    """Return the rate of an epoch in the stage of the weights, as in the authors' code."""
+    cosine_rate = lr * (1 + math.cos(math.pi * min(epoch, SWA_START) / SWA_PERIOD)) / 2
+    progress = min(max(epoch - SWA_START, 0) / SWA_ANNEALING, 1.0)
+    return cosine_rate + (swa_lr - cosine_rate) * (1 - math.cos(math.pi * progress)) / 2
 
 
 class FedLAWCallback(AggregationRule):
-    """Learn how much the averaged model is shrunk, and how much each client counts, on the server's proxy data.
+    """Learn the scale of the averaged model and the weight of each client on the server's proxy data.
 
     The data comes from ``FederatedDataModule(proxy=...)``. The server's buffers (BatchNorm statistics) are the
-    clients', averaged with the learned weights; the passes over proxy data leave them alone.
+    clients', averaged with the learned weights; the passes over proxy data do not change them.
 
     Args:
         learn: ``"both"`` at once: FedLAW. ``"scale"`` alone, with the weights of FedAvg: adaptive global weight
@@ -94,19 +101,19 @@ class FedLAWCallback(AggregationRule):
         first_stage: With ``"in_stages"``: the ``"scale"``, as in the paper, or the ``"weights"``, as in the code.
         server_epochs: Passes over the proxy data each round; 0 is FedAvg. The scale needs about 30, the weights 80.
         batch_size: Proxy samples of a step at most.
-        lr: Rate of the optimizer.
-        optimizer: Makes it from ``(variables, lr=...)``; ``Adam(betas=(0.5, 0.999))`` as published.
-        scheduler: Makes a schedule that steps once a pass from the optimizer: half the rate after every 20 passes.
-            ``None`` keeps the rate.
-        swa_lr: With ``"in_stages"``: the rate in which the stage of the weights ends.
+        lr: Learning rate of the optimizer.
+        optimizer: Makes it from ``(variables, lr=...)``. Default: ``Adam(betas=(0.5, 0.999))``, as published.
+        scheduler: Makes a schedule that steps once a pass from the optimizer. Default: half the rate after every 20
+            passes, as published. ``None`` keeps the rate.
+        swa_lr: With ``"in_stages"``: the rate at the end of the stage of the weights.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
-        state: ``scale``, the last one, for the run summary: every round learns anew.
+        state: ``scale``, the last one, for the run summary: every round learns from the start.
 
     Raises:
         ValueError: If an argument is not one of the allowed values.
-        TypeError: If ``optimizer`` makes none.
+        TypeError: If ``optimizer`` makes no optimizer.
 
     Example:
         >>> shares, scale = mix(*variables(torch.tensor([0.25, 0.75]), scale=0.97))
@@ -115,6 +122,9 @@ class FedLAWCallback(AggregationRule):
     """
 
     key = "FedLAWCallback"
+
+    prog_bar = ("scale",)
+    summary_metrics = ("weight/min", "weight/max", "proxy_loss_before", "proxy_loss_after")
 
     def __init__(
         self,
@@ -128,21 +138,22 @@ class FedLAWCallback(AggregationRule):
         batch_size: int = 128,
         lr: float = 0.01,
         optimizer: OptimizerFactory = ADAM,
-        scheduler: Callable[[torch.optim.Optimizer], Any] | None = STEP_LR,
+        scheduler: SchedulerFactory | None = STEP_LR,
         swa_lr: float = 0.05,
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        low, high = SCALES
-        self.learn = arguments.choice("learn", learn, Learn)
-        self.scale = arguments.number("scale", scale, minimum=low, maximum=high)
-        self.base = arguments.choice("base", base, Base)
-        self.weighting = arguments.choice("weighting", weighting, Weighting)
-        self.first_stage = arguments.choice("first_stage", first_stage, FirstStage)
+        smallest, largest = SCALES
+        self.learn: Learn = arguments.choice("learn", learn, Learn)
+        self.scale = arguments.number("scale", scale, minimum=smallest, maximum=largest)
+        self.base: Base = arguments.choice("base", base, Base)
+        self.weighting: Weighting = arguments.choice("weighting", weighting, Weighting)
+        self.first_stage: FirstStage = arguments.choice("first_stage", first_stage, FirstStage)
         self.server_epochs = arguments.integer("server_epochs", server_epochs, minimum=0)
         self.batch_size = arguments.integer("batch_size", batch_size, minimum=1)
         self.lr = arguments.number("lr", lr, above=0)
-        check_schedule("scheduler", scheduler, check_optimizer("optimizer", optimizer, self.lr, given="closure"))
+        trial_optimizer = check_optimizer("optimizer", optimizer, self.lr, takes_closure=True)
+        check_schedule("scheduler", scheduler, trial_optimizer)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.swa_lr = arguments.number("swa_lr", swa_lr, minimum=0)
@@ -152,16 +163,15 @@ class FedLAWCallback(AggregationRule):
                 f" averaged from the {SWA_START + 1}th epoch of their half on, got {self.server_epochs}."
             )
 
-    prog_bar = ("scale",)
-    summary_metrics = ("weight/min", "weight/max", "proxy_loss_before", "proxy_loss_after")
-
     @property
     def _learns(self) -> bool:
         return self.learn != "nothing" and self.server_epochs > 0
 
     def summary(self) -> dict[str, float]:
-        """The last round's scale."""
-        return {"scale": float(self.state["scale"])} if "scale" in self.state else {}
+        """Return the last round's scale."""
+        if "scale" not in self.state:
+            return {}
+        return {"scale": float(self.state["scale"])}
 
     def check(self, server: ServerView) -> None:
         """Try the loss on proxy data, if there is something to learn."""
@@ -169,87 +179,120 @@ class FedLAWCallback(AggregationRule):
             server.check_proxy(type(self).__name__, server.loss)
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
-        """Learn scale and weights for this cohort, and mix it with them."""
-        counts = cohort.num_examples if self.weighting == "examples" else cohort.num_examples.clamp(1, 1)
-        weights, scale = normalized(counts), torch.tensor(self.scale, dtype=torch.float64)
+        """Learn scale and weights for this cohort, and mix its models with them."""
+        weights = client_weights(cohort, self.weighting)  # [K]
+        scale = torch.tensor(self.scale, dtype=torch.float64)  # []
         metrics: dict[str, float] = {}
         if self._learns:
-            weights, scale, metrics = self._learned(cohort, weights, scale, server)
+            weights, scale, metrics = self._learn_mix(cohort, weights, scale, server)
         metrics |= {"scale": scale.item(), "weight/min": weights.min().item(), "weight/max": weights.max().item()}
         return RuleOutput(cohort.vectors.weighted_sum(scale * weights), {"scale": scale.clone()}, weights, metrics)
 
-    def _learned(
+    def _learn_mix(
         self, cohort: Cohort, shares: Tensor, scale: Tensor, server: ServerView
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        x, x_c = (variable.requires_grad_() for variable in variables(shares, self.scale, self.base))
+        """Learn the weights [K] and the scale [], starting from given ones; return them and numbers for the log."""
+        x, x_c = variables(shares, self.scale, self.base)
+        x.requires_grad_()  # [K]
+        x_c.requires_grad_()  # []
 
-        def loss(_: Tensor, batch: Any) -> Tensor:
+        def loss(_: Tensor, batch: Batch) -> Tensor:
             s, c = mix(x, x_c, self.base)
             return server.loss(cohort.vectors.weighted_sum(c * s), batch)
 
-        before = mean_loss(loss, server, self.batch_size)
-        is_finite = math.isfinite(before) and self._descend(loss, x, x_c, cohort.round, server)
+        loss_before = mean_loss(loss, server, self.batch_size)
+        # A loss that is not finite has no gradient to follow.
+        is_finite = math.isfinite(loss_before) and self._descend(loss, x, x_c, cohort.round, server)
         with torch.no_grad():
             s, c = mix(x, x_c, self.base)
-        low, high = SCALES
-        if is_finite and bool(torch.isfinite(s).all()) and low <= c <= high:
-            after = mean_loss(loss, server, self.batch_size)
-            if math.isfinite(after):
-                return s, c, {"proxy_loss_before": before, "proxy_loss_after": after}
+        smallest, largest = SCALES
+        if is_finite and bool(torch.isfinite(s).all()) and smallest <= c <= largest:
+            loss_after = mean_loss(loss, server, self.batch_size)
+            if math.isfinite(loss_after):
+                return s, c, {"proxy_loss_before": loss_before, "proxy_loss_after": loss_after}
         rank_zero_warn(
             f"FedLAW's descent of round {cohort.round} ended with the scale {c.item():.3g} (finite weights:"
-            f" {bool(torch.isfinite(s).all())}, proxy loss before: {before:.3g}) and was refused: the round is"
+            f" {bool(torch.isfinite(s).all())}, proxy loss before: {loss_before:.3g}) and was refused: the round is"
             f" FedAvg's, with the scale {self.scale}. Lower `lr` ({self.lr}), or look for what is not finite in the"
             " proxy data, such as batches without a label that counts."
         )
-        return shares, scale, {"proxy_loss_before": before, "proxy_loss_after": before, "server_steps_refused": 1.0}
+        metrics = {"proxy_loss_before": loss_before, "proxy_loss_after": loss_before, "server_steps_refused": 1.0}
+        return shares, scale, metrics
 
-    def _descend(
-        self, loss: Callable[[Tensor, Any], Tensor], x: Tensor, x_c: Tensor, round_idx: int, server: ServerView
-    ) -> bool:
-        def descent(learned: list[Tensor], name: str, epochs: int, average: _Averaging | None = None) -> bool:
-            optimizer = self.optimizer(learned, lr=self.lr)
-            make = self.scheduler if average is None else average.on
-            return descend(
-                learned,
-                loss,
-                server,
-                *("round", round_idx, name),
-                epochs=epochs,
-                batch_size=self.batch_size,
-                optimizer=optimizer,
-                scheduler=None if make is None else make(optimizer),
-            )
-
+    def _descend(self, loss: BatchLoss, x: Tensor, x_c: Tensor, round_idx: int, server: ServerView) -> bool:
+        """Step the variables in place, at once or in stages; return whether they stayed finite."""
         if self.learn != "in_stages":
             learned = {"both": [x, x_c], "scale": [x_c], "weights": [x]}[self.learn]
-            return descent(learned, self.learn, self.server_epochs)
-        half, is_finite = self.server_epochs // 2, True
-        for stage in ("scale", "weights") if self.first_stage == "scale" else ("weights", "scale"):
+            return self._run_stage(
+                self.learn, learned, loss, round_idx, server, epochs=self.server_epochs, scheduler=self.scheduler
+            )
+        epochs = self.server_epochs // 2
+        stages = ("scale", "weights")
+        if self.first_stage == "weights":
+            stages = ("weights", "scale")
+        for stage in stages:
             if stage == "scale":
-                is_finite = is_finite and descent([x_c], stage, half)
+                is_finite = self._run_stage(
+                    stage, [x_c], loss, round_idx, server, epochs=epochs, scheduler=self.scheduler
+                )
             else:
-                average = _Averaging(x, self.lr, self.swa_lr)
-                is_finite = is_finite and descent([x], stage, half, average)
+                averaging = _WeightAveraging(x, self.lr, self.swa_lr)
+                is_finite = self._run_stage(
+                    stage, [x], loss, round_idx, server, epochs=epochs, scheduler=averaging.schedule
+                )
+                # In place, because the next stage and the caller use the same variable.
                 with torch.no_grad():
-                    x.copy_(average.mean)
-        return is_finite
+                    x.copy_(averaging.mean)
+            if not is_finite:
+                return False
+        return True
+
+    def _run_stage(
+        self,
+        stage: str,
+        learned: list[Tensor],
+        loss: BatchLoss,
+        round_idx: int,
+        server: ServerView,
+        *,
+        epochs: int,
+        scheduler: SchedulerFactory | None,
+    ) -> bool:
+        """Step some of the variables in place; return whether they stayed finite."""
+        optimizer = self.optimizer(learned, lr=self.lr)
+        return descend(
+            learned,
+            loss,
+            server,
+            "round",
+            round_idx,
+            stage,
+            epochs=epochs,
+            batch_size=self.batch_size,
+            optimizer=optimizer,
+            scheduler=None if scheduler is None else scheduler(optimizer),
+        )
 
 
-class _Averaging:
-    """The schedule of the stage of the weights, and the running mean of what is learned in it."""
+class _WeightAveraging:
+    """The schedule of the stage of the weights, and the running mean of the variable that is learned in it."""
 
     def __init__(self, variable: Tensor, lr: float, swa_lr: float) -> None:
-        self.variable, self.rate = variable, partial(swa_rate, lr=lr, swa_lr=swa_lr)
-        self.mean, self.epoch = variable.detach().clone(), 0
+        self.variable = variable
+        self.lr = lr
+        self.swa_lr = swa_lr
+        self.mean = variable.detach().clone()
+        self.epoch = 0
 
-    def on(self, optimizer: torch.optim.Optimizer) -> _Averaging:
+    def schedule(self, optimizer: torch.optim.Optimizer) -> _WeightAveraging:
+        """Take an optimizer whose rate to set; return the schedule, which is this object."""
         self.optimizer = optimizer
         return self
 
     def step(self) -> None:
+        # Epochs count from 0, and the one that has just ended is counted below.
         if self.epoch >= SWA_START:
             self.mean += (self.variable.detach() - self.mean) / (self.epoch - SWA_START + 1)
         self.epoch += 1
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.epoch)
+            group["lr"] = swa_rate(self.epoch, self.lr, self.swa_lr)

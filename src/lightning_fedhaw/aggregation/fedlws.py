@@ -27,35 +27,41 @@ from lightning_fedhaw.rule import RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.base import CohortVectors
 from lightning_fedhaw.vectors.client_vectors import ClientVectors
 
-NOTHING = 1e-12
-"""A layer whose norm is below this is not shrunk: it would be zero for ever."""
+ZERO_NORM = 1e-12
+"""A layer whose norm is below this is not shrunk: a layer that starts at zero would stay there."""
 
 
 def shrinking(
     updates: CohortVectors,
     start: Tensor,
-    moved: Tensor,
+    displacement: Tensor,
     groups: Mapping[str, Sequence[slice]],
     beta: float,
     tau_min: float,
     tau_max: float,
 ) -> Tensor:
-    """The factor of each layer, ``[layers]`` float64 in (0, 1].
+    """Compute the factor on each layer.
 
     Args:
         updates: K displacements.
         start: ``[P]``, the broadcast model.
-        moved: ``[P]``, the average model minus the broadcast one.
+        displacement: ``[P]``, the average model minus the broadcast one.
         groups: Slices of the flat vector, by layer.
-        beta: Factor of the disagreement.
-        tau_min: Its least product with the disagreement.
-        tau_max: Its greatest.
+        beta: Factor on the disagreement.
+        tau_min: The least ``tau``.
+        tau_max: The greatest ``tau``.
+
+    Returns:
+        ``[layers]`` float64, in (0, 1].
     """
-    even = torch.full((len(updates),), 1 / len(updates), dtype=torch.float64)
-    disagreement = updates.distances(updates.weighted_sum(even), groups).mean(1)
-    tau = (beta * disagreement).clamp(tau_min, tau_max)
-    layer, step = ClientVectors(torch.stack([start, moved.to(start)])).norms(groups).unbind(1)
-    return torch.where(layer < NOTHING, 1.0, layer / (layer + tau * step))
+    uniform = torch.full((len(updates),), 1 / len(updates), dtype=torch.float64)  # [K]
+    mean = updates.weighted_sum(uniform)  # [P]
+    disagreement = updates.distances(mean, groups).mean(1)  # [layers, K] -> [layers]
+    tau = (beta * disagreement).clamp(tau_min, tau_max)  # [layers]
+    # Both vectors as two rows of one matrix, because the norm of each layer is a verb of such matrices.
+    rows = ClientVectors(torch.stack([start, displacement.to(start)]))  # [2, P]
+    start_norms, displacement_norms = rows.norms(groups).unbind(1)  # [layers] each
+    return torch.where(start_norms < ZERO_NORM, 1.0, start_norms / (start_norms + tau * displacement_norms))
 
 
 class FedLWSCallback(AggregationRule):
@@ -65,8 +71,9 @@ class FedLWSCallback(AggregationRule):
 
     Args:
         beta: How strongly a layer shrinks where clients disagree. 0, with ``tau_min=0``, is FedAvg.
-        tau_min: The least ratio of shrinking to moving. ``0`` and ``tau_max=inf`` give the variant without bounds.
-        tau_max: The greatest.
+        tau_min: The least ``tau``, the ratio of shrinking to moving. ``0`` and ``tau_max=inf`` give the variant without
+            bounds.
+        tau_max: The greatest ``tau``.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Raises:
@@ -74,6 +81,8 @@ class FedLWSCallback(AggregationRule):
     """
 
     key = "FedLWSCallback"
+
+    summary_metrics = ("shrink/min", "shrink/mean")
 
     def __init__(self, beta: float = 0.03, *, tau_min: float = 0.01, tau_max: float = 0.2, **federation: Any) -> None:
         super().__init__(**federation)
@@ -83,17 +92,19 @@ class FedLWSCallback(AggregationRule):
             "tau_max", tau_max, minimum=self.tau_min, infinite=True, hint="It may not be less than `tau_min`."
         )
 
-    summary_metrics = ("shrink/min", "shrink/mean")
-
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
-        """One average, shrunk layer by layer."""
-        weights, groups = normalized(cohort.num_examples), server.layout.groups()
+        """Average the local models, and shrink the average layer by layer."""
+        weights = normalized(cohort.num_examples)  # [K]
+        groups = server.layout.groups()
         updates = cohort.vectors.displacements
-        moved = updates.weighted_sum(weights).to(cohort.start)
-        shrink = shrinking(updates, cohort.start, moved, groups, self.beta, self.tau_min, self.tau_max)
-        parameters = cohort.start + moved
-        for factor, parts in zip(shrink.tolist(), groups.values(), strict=True):
-            for part in parts:
-                parameters[part] *= factor
-        metrics = {"shrink/min": shrink.min().item(), "shrink/mean": shrink.mean().item()}
+        # Displacements may be stored in host memory or another dtype than the model, and their sum is then too.
+        displacement = updates.weighted_sum(weights).to(cohort.start)  # [P]
+        factors = shrinking(
+            updates, cohort.start, displacement, groups, self.beta, self.tau_min, self.tau_max
+        )  # [layers]
+        parameters = cohort.start + displacement  # [P]
+        for factor, slices in zip(factors.tolist(), groups.values(), strict=True):
+            for columns in slices:
+                parameters[columns] *= factor
+        metrics = {"shrink/min": factors.min().item(), "shrink/mean": factors.mean().item()}
         return RuleOutput(parameters, state, weights, metrics)

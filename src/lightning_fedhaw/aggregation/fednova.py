@@ -4,18 +4,22 @@ J. Wang, Q. Liu, H. Liang, G. Joshi, H. V. Poor: Tackling the Objective Inconsis
 Optimization. NeurIPS 2020.
 
 A linear local optimizer ends at ``w_k = w - lr sum_j a_j g_j`` with gradients ``g_j``. With its normalizer
-``A_k = sum_j a_j``, by which a client's update is an average gradient whatever its number of steps::
+``A_k = sum_j a_j``, which makes a client's update an average gradient for any number of steps::
 
     w <- w + tau_eff sum_k p_k (w_k - w) / A_k          tau_eff = sum_k p_k A_k, p_k = n_k / sum_j n_j
 
-``A_k`` is the number of steps with plain SGD; momentum makes it larger and a proximal term smaller.
+``A_k`` is the number of steps with plain SGD; momentum makes it larger and a proximal term smaller. A client that made
+no step has ``A_k = 0`` and a zero update. It keeps its share ``p_k``, as in FedAvg, and ``tau_eff`` is the mean over
+the clients that made steps.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule, normalized
@@ -28,13 +32,13 @@ EffectiveSteps = Literal["normalizer", "steps"]
 
 
 class FedNovaCallback(AggregationRule):
-    """Average the clients' updates per unit of local work, then go as far as they did on average.
+    """Average the clients' updates per unit of local work, then take a step of their average length.
 
-    With equal numbers of steps it is FedAvg. A client that made no step keeps its share and moves nothing.
+    With equal numbers of steps it is FedAvg. A client that made no step keeps its share, and its update is zero.
 
     Args:
         momentum: The momentum of the clients' SGD. ``"auto"``: read from ``configure_optimizers`` when ``fit`` begins,
-            Nesterov's kind included.
+            which also tells Nesterov momentum.
         proximal: The factor ``mu`` of a proximal term ``mu / 2 |w - start|^2`` that clients add to their loss.
             ``"auto"``: that of the client objectives among the trainer's callbacks, such as ``FedProx(mu)``.
         tau_eff: ``"normalizer"``: ``sum_k p_k A_k``, as published. ``"steps"``: ``sum_k p_k`` times the number of
@@ -48,6 +52,8 @@ class FedNovaCallback(AggregationRule):
 
     key = "FedNovaCallback"
 
+    summary_metrics = ("tau_eff",)
+
     def __init__(
         self,
         *,
@@ -57,21 +63,19 @@ class FedNovaCallback(AggregationRule):
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
-        self.tau_eff = arguments.choice("tau_eff", tau_eff, EffectiveSteps)
+        self.tau_eff: EffectiveSteps = arguments.choice("tau_eff", tau_eff, EffectiveSteps)
         self._reads_momentum = isinstance(momentum, str) and momentum == "auto"
-        self._finds_proximal = isinstance(proximal, str) and proximal == "auto"
+        self._reads_proximal = isinstance(proximal, str) and proximal == "auto"
         self.momentum = 0.0
         self.nesterov = False
         if not self._reads_momentum:
             hint = 'Or "auto", by which it is read from `configure_optimizers`.'
             self.momentum = arguments.number("momentum", momentum, minimum=0, below=1, hint=hint)
-        factor = 0.0
-        if not self._finds_proximal:
+        proximal_factor = 0.0
+        if not self._reads_proximal:
             hint = 'Or "auto", by which it is that of the client objectives.'
-            factor = arguments.number("proximal", proximal, minimum=0, hint=hint)
-        self._set_proximal(factor)
-
-    summary_metrics = ("tau_eff",)
+            proximal_factor = arguments.number("proximal", proximal, minimum=0, hint=hint)
+        self._set_proximal(proximal_factor)
 
     def _set_proximal(self, proximal: float) -> None:
         self.proximal = proximal
@@ -79,44 +83,54 @@ class FedNovaCallback(AggregationRule):
         # A proximal term's normalizer needs the round's learning rate, which comes with the cohort.
         self.unnormalized_weight = None if proximal > 0 else self._examples_per_work
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find out how far the clients' optimizer goes."""
-        if self._finds_proximal:
-            self._set_proximal(sum((each.proximal for each in find_objectives(trainer.callbacks)), 0.0))
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read the proximal factor from the client objectives, and the momentum from the clients' optimizer."""
+        if self._reads_proximal:
+            objectives = find_objectives(trainer.callbacks)  # type: ignore[attr-defined] # Lightning does not declare it
+            self._set_proximal(sum((objective.proximal for objective in objectives), 0.0))
         if self._reads_momentum:
             remedy = "say what comes closest: `FedNovaCallback(momentum=0.0)` counts steps"
             groups = sgd_groups(trainer, "FedNova", remedy)
-            found = {(float(group["momentum"]), bool(group["nesterov"])) for group in groups}
-            if len(found) > 1:
+            momenta = {(float(group["momentum"]), bool(group["nesterov"])) for group in groups}
+            if len(momenta) > 1:
                 raise ValueError(
-                    f"FedNova needs one momentum for all parameters, got {sorted(found)} (momentum, nesterov). Give all"
-                    f" parameter groups the same, or {remedy}."
+                    f"FedNova needs one momentum for all parameters, got {sorted(momenta)} (momentum, nesterov). Give"
+                    f" all parameter groups the same, or {remedy}."
                 )
-            self.momentum, self.nesterov = found.pop()
+            self.momentum, self.nesterov = momenta.pop()
 
     def _examples_per_work(self, update: ClientUpdate) -> float:
         work = normalizer(update.num_steps, self.momentum, self.nesterov)
         return update.num_examples / work if work else 0.0
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
-        """One average of normalized updates."""
-        weights, steps = normalized(cohort.num_examples), cohort.num_steps.tolist()
-        proximal = self.proximal * _one_rate(cohort.learning_rates) if self.proximal else 0.0
-        work = torch.tensor(
-            [normalizer(count, self.momentum, self.nesterov, proximal) for count in steps], dtype=torch.float64
-        )
-        worked = work > 0
-        if not (weights[worked].sum() > 0):
+        """Average the normalized updates, and step along the average."""
+        weights = normalized(cohort.num_examples)  # [K]
+        work = self._work(cohort)  # [K]
+        has_worked = work > 0  # [K]
+        if not (weights[has_worked].sum() > 0):
             return RuleOutput(cohort.start.clone(), state, weights, {"tau_eff": 0.0})
-        # The mean over those who worked: who made no step is a zero update, as in FedAvg, and no shorter way for all.
-        reach = work if self.tau_eff == "normalizer" else cohort.num_steps.double()
-        tau_eff = (weights * reach).sum() / weights[worked].sum()
-        mix = torch.where(worked, tau_eff * weights / work, 0.0)
-        moved = cohort.vectors.displacements.weighted_sum(mix)
-        return RuleOutput(cohort.start + moved.to(cohort.start), state, weights, {"tau_eff": tau_eff.item()})
+        effective_steps = work if self.tau_eff == "normalizer" else cohort.num_steps.double()  # [K]
+        # The mean over the clients that worked, because one without a step must not shorten the steps of the others.
+        tau_eff = (weights * effective_steps).sum() / weights[has_worked].sum()  # []
+        mix = torch.where(has_worked, tau_eff * weights / work, 0.0)  # [K]
+        # Displacements may be stored in host memory or another dtype than the model, and their sum is then too.
+        server_step = cohort.vectors.displacements.weighted_sum(mix)  # [P]
+        return RuleOutput(cohort.start + server_step.to(cohort.start), state, weights, {"tau_eff": tau_eff.item()})
+
+    def _work(self, cohort: Cohort) -> Tensor:
+        """Compute the normalizers ``A_k`` of a cohort, ``[K]`` float64."""
+        proximal = 0.0
+        if self.proximal:
+            proximal = self.proximal * _one_rate(cohort.learning_rates)
+        normalizers: list[float] = []
+        for num_steps in cohort.num_steps.tolist():
+            normalizers.append(normalizer(num_steps, self.momentum, self.nesterov, proximal))
+        return torch.tensor(normalizers, dtype=torch.float64)
 
 
 def _one_rate(rates: tuple[float, ...]) -> float:
+    """Return the rate that all parameter tensors share, and refuse different ones."""
     if len(set(rates)) != 1:
         raise ValueError(
             f"FedNova's `proximal` needs one local learning rate for all parameters, got {sorted(set(rates))}. Give all"

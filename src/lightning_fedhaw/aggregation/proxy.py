@@ -1,4 +1,4 @@
-"""Descent on the server's own data, as several rules do it; no rule itself."""
+"""Gradient descent on the server's own data, as several rules do it; no rule itself."""
 
 from __future__ import annotations
 
@@ -8,40 +8,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.rule import ServerView
+from lightning_fedhaw.aggregation.factories import OptimizerFactory
+from lightning_fedhaw.rule import Batch, ServerView
 from lightning_fedhaw.streams import PathPart, stream
 
-OptimizerFactory = Callable[..., torch.optim.Optimizer]
+BatchLoss = Callable[[Tensor, Batch], Tensor]
+"""``loss(indices of the proxy samples [batch], batch)`` returns a scalar."""
 
 
 def published_adam(parameters: Any, lr: float) -> torch.optim.Optimizer:
-    """What the FedLAW paper trains everything on the server with."""
+    """Make the optimizer with which the FedLAW paper trains everything on the server."""
     return torch.optim.Adam(parameters, lr=lr, betas=(0.5, 0.999))
 
 
 ADAM: OptimizerFactory = published_adam  # a function has a name that a configuration file can hold
 
 
-def batches(server: ServerView, size: int, *path: PathPart) -> Iterator[tuple[Tensor, Any]]:
-    """One pass over the proxy data, in batches that are as equal as can be: none of a single sample is left over.
+def batches(server: ServerView, size: int, *path: PathPart) -> Iterator[tuple[Tensor, Batch]]:
+    """Pass once over the proxy data, in batches of nearly equal size, so that no single sample is left over.
 
     Args:
-        server: Whose data.
+        server: The server that has the data.
         size: Samples of a batch at most.
         path: The name of the stream that the order is drawn from; without a name, the data set's own order.
 
     Yields:
-        The numbers of the samples, ``[batch]``, and the batch.
+        The indices of the samples, ``[batch]``, and the batch.
     """
     count = len(server.proxy_dataset)
-    order = torch.randperm(count, generator=stream(server.seed, "server", *path)) if path else torch.arange(count)
-    for index in order.tensor_split(-(-count // size)):
+    order = torch.arange(count)
+    if path:
+        order = torch.randperm(count, generator=stream(server.seed, "server", *path))
+    num_batches = -(-count // size)  # rounded up
+    for index in order.tensor_split(num_batches):
         yield index, server.proxy_batch(index)
 
 
 def descend(
     variables: Sequence[Tensor],
-    loss: Callable[[Tensor, Any], Tensor],
+    loss: BatchLoss,
     server: ServerView,
     *path: PathPart,
     epochs: int,
@@ -49,12 +54,12 @@ def descend(
     optimizer: torch.optim.Optimizer,
     scheduler: Any = None,
 ) -> bool:
-    """Descend on the proxy data.
+    """Minimize a loss over the proxy data.
 
     Args:
         variables: The leaves that the optimizer steps on; changed in place.
-        loss: ``loss(index, batch)``, of the present variables.
-        server: Whose data.
+        loss: The loss of a batch at the present variables.
+        server: The server that has the data.
         path: The name of the streams that the order of each pass is drawn from.
         epochs: Passes over the data.
         batch_size: Samples of a batch at most.
@@ -66,15 +71,8 @@ def descend(
     """
     for epoch in range(epochs):
         for index, batch in batches(server, batch_size, *path, "epoch", epoch):
-
-            def closure(index: Tensor = index, batch: Any = batch) -> Any:
-                with torch.enable_grad():
-                    value = loss(index, batch)
-                for variable, gradient in zip(variables, torch.autograd.grad(value, variables), strict=True):
-                    variable.grad = gradient
-                return value.detach()
-
-            optimizer.step(closure)
+            optimizer.step(_closure(variables, loss, index, batch))
+        # Once a pass instead of once a step, because the answer has to wait for the device.
         if not all(bool(torch.isfinite(variable).all()) for variable in variables):
             return False
         if scheduler is not None:
@@ -82,14 +80,31 @@ def descend(
     return True
 
 
+def _closure(variables: Sequence[Tensor], loss: BatchLoss, index: Tensor, batch: Batch) -> Callable[[], Any]:
+    """Return the function that computes loss and gradients of one batch, as ``Optimizer.step`` takes it."""
+
+    def closure() -> Any:
+        # Not every optimizer enables gradients before it calls its closure.
+        with torch.enable_grad():
+            value = loss(index, batch)
+        # Not `backward`, which would also leave gradients in the module's parameters.
+        gradients = torch.autograd.grad(value, variables)
+        for variable, gradient in zip(variables, gradients, strict=True):
+            variable.grad = gradient
+        return value.detach()
+
+    return closure
+
+
 @torch.no_grad()
-def mean_loss(loss: Callable[[Tensor, Any], Tensor], server: ServerView, batch_size: int) -> float:
-    """The mean of a loss over the proxy data."""
+def mean_loss(loss: BatchLoss, server: ServerView, batch_size: int) -> float:
+    """Return the mean of a loss over the proxy data."""
     sizes: list[int] = []
     losses: list[Tensor] = []
     for index, batch in batches(server, batch_size):
         sizes.append(len(index))
         losses.append(loss(index, batch).reshape(()))
-    # One wait for the device a pass, rather than one a batch.
-    total = sum(size * value for size, value in zip(sizes, torch.stack(losses).tolist(), strict=True))
+    # One wait for the device a pass, instead of one a batch.
+    values = torch.stack(losses).tolist()  # Python's floats, so that the sum is in double precision
+    total = sum(size * value for size, value in zip(sizes, values, strict=True))
     return float(total / len(server.proxy_dataset))

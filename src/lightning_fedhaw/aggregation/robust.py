@@ -1,4 +1,4 @@
-"""Robust rules: what a few clients send, whatever it is, moves the model by little.
+"""Robust rules: the models of a few clients, however wrong they are, change the global model by little.
 
 Coordinate median and trimmed mean: D. Yin, Y. Chen, K. Ramchandran, P. Bartlett: Byzantine-Robust Distributed
 Learning: Towards Optimal Statistical Rates. ICML 2018. Krum and Multi-Krum: P. Blanchard, E. M. El Mhamdi,
@@ -13,7 +13,7 @@ Of K clients f may be wrong::
     Multi-Krum         the mean of the clients with the least such sums
     geometric median   argmin_v sum_k p_k |w_k - v|
 
-The first four do not look at numbers of examples: a client that lies could name any.
+The first four do not use numbers of examples: a client that sends a wrong model may send a wrong number too.
 """
 
 from __future__ import annotations
@@ -31,77 +31,101 @@ from lightning_fedhaw.vectors.base import CohortVectors
 
 
 def trimmed_mean(values: Tensor, cut: int) -> Tensor:
-    """The mean of each column without its ``cut`` smallest and ``cut`` largest numbers: ``[K, columns] -> [columns]``.
+    """Compute the mean of each column without its ``cut`` smallest and ``cut`` largest numbers.
 
-    With ``cut = (K - 1) // 2`` it is the median. The columns are sorted in place.
+    With ``cut = (K - 1) // 2`` it is the median.
+
+    Args:
+        values: ``[K, columns]``. The columns are sorted in place.
+        cut: Numbers to leave out at either end.
+
+    Returns:
+        ``[columns]``.
     """
-    many = len(values)
+    num_rows = len(values)
     # Odd-even transposition: whole rows are compared, which takes a fifth of the time of `sort` or less.
-    for turn in range(many):
-        low, high = values[turn % 2 : many - 1 : 2], values[turn % 2 + 1 :: 2]
-        least = torch.minimum(low, high)
-        torch.maximum(low, high, out=high)
-        low.copy_(least)
-    return values[cut : many - cut].mean(0)
+    for turn in range(num_rows):
+        upper = values[turn % 2 : num_rows - 1 : 2]  # [pairs, columns]
+        lower = values[turn % 2 + 1 :: 2]  # [pairs, columns], the rows below those
+        smaller = torch.minimum(upper, lower)
+        torch.maximum(upper, lower, out=lower)
+        upper.copy_(smaller)
+    return values[cut : num_rows - cut].mean(0)
 
 
 def krum_scores(vectors: CohortVectors, num_byzantine: int) -> Tensor:
-    """Sum of squared distances of each vector to its ``K - num_byzantine - 2`` nearest others, ``[K]`` float64."""
-    products = vectors.gram()
-    products = (products + products.T) / 2  # to the last bit: a mutual nearest pair has to have equal scores
-    squares = products.diagonal()
-    distances = (squares[:, None] + squares - 2 * products).clamp(min=0)
-    distances.fill_diagonal_(torch.inf)
-    return distances.sort(1).values[:, : len(vectors) - num_byzantine - 2].sum(1)
+    """Sum the squared distances of each vector to its ``K - num_byzantine - 2`` nearest others.
+
+    Returns:
+        ``[K]`` float64.
+    """
+    products = vectors.gram()  # [K, K]
+    # Exactly symmetric, because two vectors that are each other's nearest must have equal scores.
+    products = (products + products.T) / 2
+    squares = products.diagonal()  # [K]
+    # Rounding may take the difference of nearly equal vectors below zero.
+    distances = (squares[:, None] + squares - 2 * products).clamp(min=0)  # [K, K], squared
+    distances.fill_diagonal_(torch.inf)  # a vector is not its own neighbor
+    num_neighbors = len(vectors) - num_byzantine - 2
+    return distances.sort(1).values[:, :num_neighbors].sum(1)
 
 
 def geometric_median_weights(
     vectors: CohortVectors, shares: Tensor, smoothing: float, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, int]:
-    """The mix that is the geometric median, by the smoothed Weiszfeld algorithm.
+    """Find the mix that is the geometric median, by the smoothed Weiszfeld algorithm.
 
     Args:
         vectors: K displacements.
-        shares: ``[K]`` float64, what each client counts; sums to one.
-        smoothing: Distances below this count as this.
-        tolerance: Ends when no weight changes by more.
-        max_iterations: Ends at the latest after these; each passes over the vectors twice.
+        shares: ``[K]`` float64, the weights of the distances; sums to one.
+        smoothing: The least distance: smaller ones count as this.
+        tolerance: The iteration ends when no weight changes by more.
+        max_iterations: The largest number of iterations, each of which passes over the vectors twice.
 
     Returns:
         ``[K]`` float64 summing to one, and the number of iterations.
     """
-    weights, change, iterations = shares, torch.inf, 0
+    weights = shares  # [K]
+    change = torch.inf
+    iterations = 0
     while change > tolerance and iterations < max_iterations:
-        distances = vectors.distances(vectors.weighted_sum(weights))
-        old, weights = weights, normalized(shares / distances.clamp(min=smoothing))
-        change, iterations = (weights - old).abs().max().item(), iterations + 1
+        center = vectors.weighted_sum(weights)  # [P]
+        distances = vectors.distances(center)  # [K]
+        new_weights = normalized(shares / distances.clamp(min=smoothing))  # [K]
+        change = (new_weights - weights).abs().max().item()
+        weights = new_weights
+        iterations += 1
     return weights, iterations
 
 
 class _RobustRule(AggregationRule):
-    """What the rules that name a number of wrong clients share."""
+    """A rule with a number of clients that may be wrong."""
 
     def __init__(self, num_byzantine: int, **federation: Any) -> None:
         super().__init__(**federation)
         self.num_byzantine = arguments.integer("num_byzantine", num_byzantine, minimum=0)
 
     def _check_clients(self, cohort: Cohort, needed: int, keep: int = 0) -> None:
-        if len(cohort) < needed:
-            with_keep, or_keep = (f" with `keep`={keep}", " or `keep`") if keep else ("", "")
-            raise ValueError(
-                f"`num_byzantine`={self.num_byzantine}{with_keep} needs at least {needed} clients a round for"
-                f" {type(self).__name__}, and round {cohort.round} has {len(cohort)}. Raise `clients_per_round` or"
-                f" `num_clients`, or lower `num_byzantine`{or_keep}."
-            )
+        """Refuse a cohort of fewer clients than needed; ``keep`` is named in the message if it is the reason."""
+        if len(cohort) >= needed:
+            return
+        keep_setting = f" with `keep`={keep}" if keep else ""
+        keep_remedy = " or `keep`" if keep else ""
+        raise ValueError(
+            f"`num_byzantine`={self.num_byzantine}{keep_setting} needs at least {needed} clients a round for"
+            f" {type(self).__name__}, and round {cohort.round} has {len(cohort)}. Raise `clients_per_round` or"
+            f" `num_clients`, or lower `num_byzantine`{keep_remedy}."
+        )
 
 
 class TrimmedMeanCallback(_RobustRule):
     """Per coordinate, average without the smallest and the largest values.
 
-    Buffers are averaged over all clients alike; ``buffers="keep"`` or ``"recalibrate"`` where they cannot be trusted.
+    Buffers are averaged over all clients equally; use ``buffers="keep"`` or ``"recalibrate"`` where clients' buffers
+    cannot be trusted.
 
     Args:
-        num_byzantine: How many clients of a cohort may be wrong: so many values are cut at either end.
+        num_byzantine: Number of clients of a cohort that may be wrong, and of values that are cut at either end.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Raises:
@@ -115,15 +139,16 @@ class TrimmedMeanCallback(_RobustRule):
         super().__init__(num_byzantine, **federation)
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
-        """One trimmed mean."""
+        """Compute the trimmed mean."""
         self._check_clients(cohort, 2 * self.num_byzantine + 1)
-        return _by_columns(cohort, state, self.num_byzantine)
+        return _trimmed(cohort, state, self.num_byzantine)
 
 
 class CoordinateMedianCallback(AggregationRule):
     """Per coordinate, the median; of an even number of clients the mean of the two middle values.
 
-    Buffers are averaged over all clients alike; ``buffers="keep"`` or ``"recalibrate"`` where they cannot be trusted.
+    Buffers are averaged over all clients equally; use ``buffers="keep"`` or ``"recalibrate"`` where clients' buffers
+    cannot be trusted.
 
     Args:
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
@@ -132,8 +157,8 @@ class CoordinateMedianCallback(AggregationRule):
     key = "MedianCallback"
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
-        """One median."""
-        return _by_columns(cohort, state, (len(cohort) - 1) // 2)
+        """Compute the median."""
+        return _trimmed(cohort, state, (len(cohort) - 1) // 2)
 
 
 class MultiKrumCallback(_RobustRule):
@@ -142,8 +167,8 @@ class MultiKrumCallback(_RobustRule):
     Buffers are averaged over the chosen clients. Of clients with equal scores, the one with the lower number is taken.
 
     Args:
-        num_byzantine: How many clients of a cohort may be wrong.
-        keep: How many clients are averaged. Default: ``K - num_byzantine - 2``.
+        num_byzantine: Number of clients of a cohort that may be wrong.
+        keep: Number of clients that are averaged. Default: ``K - num_byzantine - 2``.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Raises:
@@ -158,15 +183,17 @@ class MultiKrumCallback(_RobustRule):
         self.keep = arguments.optional(arguments.integer, "keep", keep, minimum=1)
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
-        """One choice, and the average of the chosen."""
+        """Choose clients, and average their models."""
         self._check_clients(cohort, 2 * self.num_byzantine + 3)
         if self.keep is not None:
             self._check_clients(cohort, self.num_byzantine + self.keep, self.keep)
         vectors = cohort.vectors
-        scores = krum_scores(vectors.displacements, self.num_byzantine)
+        scores = krum_scores(vectors.displacements, self.num_byzantine)  # [K]
+        # The client's number decides between equal scores, so that the order of the cohort does not matter.
         order = sorted(range(len(cohort)), key=lambda slot: (scores[slot].item(), cohort.clients[slot].item()))
-        chosen = order[: self.keep or len(cohort) - self.num_byzantine - 2]
-        weights = torch.zeros(len(cohort), dtype=torch.float64)
+        num_chosen = self.keep or len(cohort) - self.num_byzantine - 2
+        chosen = order[:num_chosen]
+        weights = torch.zeros(len(cohort), dtype=torch.float64)  # [K]
         weights[chosen] = 1 / len(chosen)
         return RuleOutput(vectors.weighted_sum(weights), state, weights, {"clients_chosen": float(len(chosen))})
 
@@ -177,7 +204,7 @@ class KrumCallback(MultiKrumCallback):
     Buffers are that client's too. Of clients with equal scores, the one with the lower number is taken.
 
     Args:
-        num_byzantine: How many clients of a cohort may be wrong.
+        num_byzantine: Number of clients of a cohort that may be wrong.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Raises:
@@ -192,15 +219,15 @@ class KrumCallback(MultiKrumCallback):
 
 
 class GeometricMedianCallback(AggregationRule):
-    """The point with the least weighted sum of distances to the clients' models (RFA).
+    """Take the point with the least weighted sum of distances to the clients' models (RFA).
 
     It is a weighted average, and buffers are averaged with its weights.
 
     Args:
-        smoothing: Distances below this count as this, so that a client's own model is no pole.
-        tolerance: Iterations end when no client's weight changes by more.
-        max_iterations: They end at the latest after these, converged or not (``iterations`` in the log says which);
-            each passes over the cohort's vectors twice.
+        smoothing: The least distance: smaller ones count as this, so that no weight becomes infinite.
+        tolerance: The iteration ends when no client's weight changes by more.
+        max_iterations: The largest number of iterations, each of which passes over the cohort's vectors twice. The log
+            has the number as ``iterations``; if it is this one, the weights may not have converged.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Raises:
@@ -208,6 +235,8 @@ class GeometricMedianCallback(AggregationRule):
     """
 
     key = "GeometricMedianCallback"
+
+    summary_metrics = ("iterations", "weight/max")
 
     def __init__(
         self, *, smoothing: float = 1e-6, tolerance: float = 1e-4, max_iterations: int = 20, **federation: Any
@@ -217,10 +246,8 @@ class GeometricMedianCallback(AggregationRule):
         self.tolerance = arguments.number("tolerance", tolerance, above=0)
         self.max_iterations = arguments.integer("max_iterations", max_iterations, minimum=1)
 
-    summary_metrics = ("iterations", "weight/max")
-
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
-        """One geometric median."""
+        """Compute the geometric median."""
         vectors = cohort.vectors
         weights, iterations = geometric_median_weights(
             vectors.displacements, normalized(cohort.num_examples), self.smoothing, self.tolerance, self.max_iterations
@@ -229,8 +256,10 @@ class GeometricMedianCallback(AggregationRule):
         return RuleOutput(vectors.weighted_sum(weights), state, weights, metrics)
 
 
-def _by_columns(cohort: Cohort, state: State, cut: int) -> RuleOutput:
-    vectors = cohort.vectors
-    moved = vectors.displacements.map_columns(lambda values: trimmed_mean(values, cut))
-    weights = torch.full((len(cohort),), 1 / len(cohort), dtype=torch.float64)
-    return RuleOutput(cohort.start + moved.to(cohort.start), state, weights)
+def _trimmed(cohort: Cohort, state: State, cut: int) -> RuleOutput:
+    """Return the trimmed mean of a cohort; the weights are uniform, because no client has one of its own in it."""
+    # Displacements may be stored in host memory or another dtype than the model, and the result is then too.
+    displacements = cohort.vectors.displacements
+    server_step = displacements.map_columns(lambda values: trimmed_mean(values, cut))  # [P]
+    weights = torch.full((len(cohort),), 1 / len(cohort), dtype=torch.float64)  # [K]
+    return RuleOutput(cohort.start + server_step.to(cohort.start), state, weights)

@@ -10,14 +10,14 @@ ICML 2023, Table 3::
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.proxy import ADAM, OptimizerFactory
-from lightning_fedhaw.aggregation.servertraining import ServerLoss, ServerTraining, Weighting
+from lightning_fedhaw.aggregation.base import Weighting, unnormalized_client_weight
+from lightning_fedhaw.aggregation.factories import OptimizerFactory, SchedulerFactory
+from lightning_fedhaw.aggregation.proxy import ADAM
+from lightning_fedhaw.aggregation.servertraining import ServerLoss, ServerTraining
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.rule import ServerView
 
@@ -28,15 +28,15 @@ class ServerFineTuningCallback(ServerTraining):
     Args:
         server_epochs: Passes over the proxy data each round; 0 is FedAvg.
         batch_size: Proxy samples of a step at most.
-        lr: Rate of the optimizer.
-        optimizer: Makes it from ``([vector], lr=...)``; it begins anew every round. ``Adam(betas=(0.5, 0.999))``.
+        lr: Learning rate of the optimizer.
+        optimizer: Makes it from ``([vector], lr=...)``, new in every round. Default: ``Adam(betas=(0.5, 0.999))``.
         scheduler: Makes a schedule that steps once a pass from the optimizer.
         weighting: The average's weights: by ``"examples"``, or ``"uniform"``.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Raises:
         ValueError: If an argument is not one of the allowed values.
-        TypeError: If ``optimizer`` makes none.
+        TypeError: If ``optimizer`` makes no optimizer.
     """
 
     key = "ServerFineTuningCallback"
@@ -48,15 +48,15 @@ class ServerFineTuningCallback(ServerTraining):
         batch_size: int = 128,
         lr: float = 1e-3,
         optimizer: OptimizerFactory = ADAM,
-        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        scheduler: SchedulerFactory | None = None,
         weighting: Weighting = "examples",
         **federation: Any,
     ) -> None:
         super().__init__(server_epochs, batch_size, lr, optimizer, scheduler, weighting, **federation)
 
     def unnormalized_weight(self, update: ClientUpdate) -> float:
-        """A client's weight before normalization."""
-        return float(update.num_examples) if self.weighting == "examples" else 1.0
+        """Return a client's weight before normalization."""
+        return unnormalized_client_weight(update, self.weighting)
 
     def check(self, server: ServerView) -> None:
         """Try the loss on proxy data."""
@@ -64,5 +64,5 @@ class ServerFineTuningCallback(ServerTraining):
             server.check_proxy(type(self).__name__, server.loss)
 
     def objective(self, cohort: Cohort, weights: Tensor, average: Tensor, server: ServerView) -> ServerLoss:
-        """The module's own training loss."""
+        """Return the module's own training loss."""
         return lambda vector, index, batch: server.loss(vector, batch)

@@ -1,4 +1,4 @@
-"""Channels: what happens to a message between server and client. One family each, a pure function and a small class."""
+"""Communication channels between the server and the clients: one family of models per file."""
 
 from lightning_fedhaw.channel.awgn import AWGNChannel
 from lightning_fedhaw.channel.base import (

@@ -1,4 +1,4 @@
-"""Messages that do not arrive: independent erasures, and bursts of them.
+"""Erasures: whole messages are lost, independently or in bursts.
 
 The client error of the FedHAW experiments (A. Nakai-Kasai and T. Wadayama, arXiv 2605.00458); bursts by E. N. Gilbert,
 Capacity of a Burst-Noise Channel, 1960, and E. O. Elliott, 1963.
@@ -20,18 +20,19 @@ from lightning_fedhaw.channel.base import Channel, ChannelContext
 
 @dataclass(frozen=True)
 class GilbertElliott:
-    """A link that is good or bad, by a Markov chain over rounds, and loses messages with a probability for each.
+    """The Gilbert-Elliott model of burst losses: a Markov chain over rounds with a good and a bad state.
 
-    In the long run it is bad in ``enter / (enter + leave)`` of the rounds, for ``1 / leave`` rounds on end.
+    In the long run the link is bad in a share ``enter / (enter + leave)`` of the rounds, and a bad period lasts
+    ``1 / leave`` rounds on average.
 
     Attributes:
-        enter: Probability of turning bad from one round to the next.
-        leave: Probability of turning good.
-        loss_good: Probability of a loss in a good round.
-        loss_bad: Probability of a loss in a bad round.
+        enter: Probability of a transition from the good to the bad state, per round.
+        leave: Probability of a transition from the bad to the good state, per round.
+        loss_good: Probability that a message is lost in the good state.
+        loss_bad: Probability that a message is lost in the bad state.
 
     Raises:
-        ValueError: If one is no probability, or the link would never change.
+        ValueError: If an argument is not a probability, or the link would never change its state.
     """
 
     enter: float
@@ -47,75 +48,84 @@ class GilbertElliott:
 
     @property
     def share_bad(self) -> float:
-        """The share of bad rounds in the long run, which is also the chance to begin in one."""
+        """The share of bad rounds in the long run, which is also the probability that round 0 is bad."""
         return self.enter / (self.enter + self.leave)
 
     @property
     def rate(self) -> float:
-        """The share of losses in the long run."""
+        """The share of messages that are lost in the long run."""
         return self.share_bad * self.loss_bad + (1 - self.share_bad) * self.loss_good
 
 
 def is_bad(link: GilbertElliott, round_idx: int, uniform: Callable[[int], float]) -> bool:
-    """Whether a link is bad in a round, without the rounds before it as far as they do not matter.
+    """Return whether a link is bad in a round, looking back only as far as earlier rounds matter.
 
-    Each round has one number, which says where the chain goes from either state. Where it goes to the same state from
-    both, the past is forgotten; looking back ends there, or at round 0.
+    One number per round decides where the chain goes from each of the two states. If it goes to the same state from
+    both, earlier rounds do not matter. Looking back ends at such a round, or at round 0, so that the state of a link is
+    a function of the round and needs no memory.
 
     Args:
-        link: The chain.
+        link: The Markov chain.
         round_idx: The round, from 0.
         uniform: ``uniform(round)`` in [0, 1): the number of a round.
     """
-    after_good_later: list[tuple[bool, bool]] = []
-    for past in range(round_idx, -1, -1):
-        number = uniform(past)
-        if past == 0:
-            from_good = from_bad = number < link.share_bad
+    transitions: list[tuple[bool, bool]] = []
+    for past_round in range(round_idx, -1, -1):
+        number = uniform(past_round)
+        if past_round == 0:
+            # The first state is drawn from the stationary distribution.
+            from_good = number < link.share_bad
+            from_bad = from_good
         else:
-            from_good, from_bad = number < link.enter, number < 1 - link.leave
-        after_good_later.append((from_good, from_bad))
+            from_good = number < link.enter
+            from_bad = number < 1 - link.leave
+        transitions.append((from_good, from_bad))
         if from_good == from_bad:
             break
-    state = after_good_later.pop()[0]
-    while after_good_later:
-        state = after_good_later.pop()[state]
-    return state
+    # Any first state will do: the earliest transition leads to the same state from both.
+    bad = False
+    for from_good, from_bad in reversed(transitions):
+        bad = from_bad if bad else from_good
+    return bad
 
 
 def legacy_draws(seed: int, num_clients: int, max_probability: float, round_idx: int) -> tuple[Tensor, Tensor]:
-    """The error rates and one round's failures as the FedHAW authors' code draws them.
+    """Draw the loss rates and one round's losses exactly as the FedHAW authors' code does.
 
     Args:
-        seed: What the code gives to NumPy's legacy generator.
-        num_clients: N.
-        max_probability: Upper end of the rates.
+        seed: The seed of NumPy's legacy generator in that code.
+        num_clients: N, the number of clients.
+        max_probability: The upper bound of the rates.
         round_idx: The round, from 0.
 
     Returns:
-        ``[N]`` float64 rates and ``[N]`` bool failures.
+        The rates ``[N]`` float64, and the losses ``[N]`` bool.
     """
+    # That code draws the rates first and then one row per round, all from one generator.
     draws = np.random.RandomState(seed).random_sample((round_idx + 2, num_clients))
     rates = draws[0] * max_probability
     return torch.from_numpy(rates), torch.from_numpy(draws[-1] < rates)
 
 
 class ErasureChannel(Channel):
-    """Loses whole messages: on the uplink a client that fails does not train (``fallback`` says what takes its place).
+    """A channel that loses whole messages.
 
-    Give one of ``probability``, ``max_probability`` and ``burst``.
+    On the uplink a client whose message is lost does not train, and the server uses a substitute (``fallback``). Give
+    exactly one of ``probability``, ``max_probability`` and ``burst``.
 
     Args:
-        probability: Of each message, independently: a number, or one per client ``[N]``.
-        max_probability: Each client has a rate of its own, drawn uniformly up to this one, once a run.
-        burst: Losses that come in bursts, each client's link by itself.
-        legacy_seed: With ``max_probability``: rates and failures exactly as the FedHAW authors' code draws them from
-            this seed (theirs was 23).
+        probability: The probability that a message is lost, independently of all others: one number, or one per client
+            ``[N]``.
+        max_probability: Each client has its own loss rate, drawn uniformly from 0 to this number once per run.
+        burst: Losses come in bursts, independently for each client.
+        legacy_seed: With ``max_probability``: rates and losses exactly as the FedHAW authors' code draws them from
+            this seed (they used 23).
         channel: The arguments of :class:`Channel`.
 
     Raises:
-        ValueError: If not exactly one is given, a probability is out of [0, 1], or there are not N of them.
-        TypeError: If ``burst`` is no :class:`GilbertElliott`.
+        ValueError: If not exactly one of the three is given, a probability is outside of [0, 1], or, at the start of a
+            fit, there are not N of them.
+        TypeError: If ``burst`` is not a :class:`GilbertElliott`.
     """
 
     key = "ErasureChannel"
@@ -132,11 +142,11 @@ class ErasureChannel(Channel):
         arguments.check_names(type(self).__name__, channel, arguments.constructor_names(type(self)))
         super().__init__(**channel)
         models = {"probability": probability, "max_probability": max_probability, "burst": burst}
-        given = [name for name, value in models.items() if value is not None]
-        if len(given) != 1:
+        names = [f"`{name}`" for name, value in models.items() if value is not None]
+        if len(names) != 1:
             raise ValueError(
                 "Give exactly one of `probability`, `max_probability` and `burst`, got"
-                f" {' and '.join(f'`{name}`' for name in given) or 'none'}."
+                f" {' and '.join(names) or 'none'}."
             )
         self.legacy_seed = arguments.optional(arguments.integer, "legacy_seed", legacy_seed, minimum=0)
         if legacy_seed is not None and max_probability is None:
@@ -155,37 +165,58 @@ class ErasureChannel(Channel):
         )
 
     def prepare(self, context: ChannelContext) -> None:
-        """Refuse rates of another federation."""
-        if self.probability is not None and self.probability.ndim and self.probability.shape != (context.num_clients,):
-            raise ValueError(
-                f"`probability` of `ErasureChannel` must be a number or one per client [{context.num_clients}], got the"
-                f" shape {list(self.probability.shape)}."
-            )
+        """Refuse probabilities for another number of clients.
+
+        Raises:
+            ValueError: If there are several probabilities, but not one per client.
+        """
+        if self.probability is not None and self.probability.ndim > 0:
+            shape = self.probability.shape
+            if shape != (context.num_clients,):
+                raise ValueError(
+                    f"`probability` of `ErasureChannel` must be a number or one per client [{context.num_clients}], got"
+                    f" the shape {list(shape)}."
+                )
         super().prepare(context)
 
     def rates(self, clients: list[int], seed: int) -> Tensor:
-        """Clients' loss rates, ``[K]`` float64; those of a burst model in the long run."""
-        if (burst := self.burst) is not None:
-            return torch.full((len(clients),), burst.rate, dtype=torch.float64)
+        """Return the clients' loss rates; with bursts, those in the long run.
+
+        Args:
+            clients: The K clients.
+            seed: The federation's seed.
+
+        Returns:
+            ``[K]`` float64.
+        """
+        if self.burst is not None:
+            return torch.full((len(clients),), self.burst.rate, dtype=torch.float64)
         if self.probability is not None:
             return self.probability.expand(self.context.num_clients)[clients]
         assert self.max_probability is not None
         if self.legacy_seed is not None:
-            return legacy_draws(self.legacy_seed, self.context.num_clients, self.max_probability, 0)[0][clients]
-        generators = [self._stream(seed, "client", client, "rate") for client in clients]
-        draws = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
-        return self.max_probability * torch.stack(draws)
+            rates, _ = legacy_draws(self.legacy_seed, self.context.num_clients, self.max_probability, 0)
+            return rates[clients]
+        draws = torch.empty(len(clients), dtype=torch.float64)
+        for slot, client in enumerate(clients):
+            generator = self._named_stream(seed, "client", client, "rate")
+            draws[slot] = torch.rand((), generator=generator, dtype=torch.float64)
+        return self.max_probability * draws
 
     def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
-        """The messages that are lost; see :meth:`Channel.outage`."""
+        """Return which messages are lost; see :meth:`Channel.outage`."""
         if self.legacy_seed is not None:
             assert self.max_probability is not None
-            return legacy_draws(self.legacy_seed, self.context.num_clients, self.max_probability, round_idx)[1][clients]
-        draws = self._uniform(seed, round_idx, clients, "outage")
-        if (burst := self.burst) is None:
+            _, losses = legacy_draws(self.legacy_seed, self.context.num_clients, self.max_probability, round_idx)
+            return losses[clients]
+        draws = self._uniform_draws(seed, round_idx, clients, "outage")
+        if self.burst is None:
             return draws < self.rates(clients, seed)
-        bad = torch.tensor([self._is_bad(burst, round_idx, client, seed) for client in clients])
-        return draws < torch.where(bad, burst.loss_bad, burst.loss_good)
+        bad = torch.tensor([self._is_bad(self.burst, round_idx, client, seed) for client in clients])
+        return draws < torch.where(bad, self.burst.loss_bad, self.burst.loss_good)
 
     def _is_bad(self, burst: GilbertElliott, round_idx: int, client: int, seed: int) -> bool:
-        return is_bad(burst, round_idx, lambda past: float(self._uniform(seed, past, [client], "burst")))
+        def uniform(past_round: int) -> float:
+            return float(self._uniform_draws(seed, past_round, [client], "burst"))
+
+        return is_bad(burst, round_idx, uniform)

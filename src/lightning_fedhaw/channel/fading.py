@@ -1,4 +1,4 @@
-"""Fading: the gain of the link between a client and the server changes from round to round."""
+"""Fading channels: the gain of the link between a client and the server changes from round to round."""
 
 from __future__ import annotations
 
@@ -14,43 +14,46 @@ from lightning_fedhaw.channel.base import BlockChannel, MessageSize, Per
 
 
 def power_gain(k_factor: float, generator: torch.Generator) -> float:
-    """One draw of ``|h|^2``, of mean 1, of a channel with a line of sight.
+    """Draw the power gain ``|h|^2`` of a Rician fading channel, whose mean is 1.
 
     ``h = sqrt(K / (K + 1)) + sqrt(1 / (K + 1)) CN(0, 1)``.
 
     Args:
-        k_factor: K, the power of the line of sight over that of the scattered paths. 0 is Rayleigh fading, whose
-            ``|h|^2`` is exponential; infinity is no fading.
-        generator: Where the draw comes from.
+        k_factor: K, the power of the line-of-sight path divided by that of the scattered paths. 0 is Rayleigh fading,
+            for which ``|h|^2`` is exponentially distributed; infinity is no fading.
+        generator: The source of the draw.
     """
     re, im = torch.randn(2, generator=generator, dtype=torch.float64).tolist()
     if k_factor == float("inf"):
         return 1.0
+    line_of_sight = sqrt(k_factor / (k_factor + 1))
+    # Half of the scattered power is in the real part, half in the imaginary part.
     scatter = sqrt(0.5 / (k_factor + 1))
-    return float((sqrt(k_factor / (k_factor + 1)) + scatter * re) ** 2 + (scatter * im) ** 2)
+    return float((line_of_sight + scatter * re) ** 2 + (scatter * im) ** 2)
 
 
 class FadingChannel(BlockChannel):
-    """A link with Rayleigh or Rician fading, flat over a message, whose receiver knows the gain.
+    """A block-fading channel (Rayleigh or Rician), flat over a message, whose receiver knows the gain.
 
-    The instantaneous ratio is ``SNR_k = |h_k|^2 SNR`` with ``E|h_k|^2 = 1``. By default every message arrives, with
-    the noise of :class:`AWGNChannel` at ``SNR_k``.
+    The instantaneous signal-to-noise ratio is ``SNR_k = |h_k|^2 SNR`` with ``E|h_k|^2 = 1``. By default every message
+    is received, with the noise of :class:`AWGNChannel` at ``SNR_k``.
 
     Args:
-        snr_db: The mean signal-to-noise ratio ``SNR`` in decibels; what power it counts is said in
-            :class:`AWGNChannel`.
+        snr_db: The mean signal-to-noise ratio ``SNR`` in decibels, with the power as defined in :class:`AWGNChannel`.
         k_factor: Rician factor K (linear, not in decibels); 0 is Rayleigh fading.
-        block: Rounds for which a client's gain stays what it is.
-        rate: Messages are coded with so many bits per channel use: one is lost where ``log2(1 + SNR_k) < rate``, and
-            arrives without a fault elsewhere. With Rayleigh fading a share ``1 - exp(-(2^rate - 1) / SNR)`` is lost.
-        inversion: Clients know their gain and divide by it, so that the receiver has ``SNR`` whatever the gain.
-        truncation: With ``inversion``, a client stays silent while ``|h_k|^2`` is below this, rather than spend more
-            than ``1 / truncation`` of the power; with Rayleigh fading a share ``1 - exp(-truncation)``. 0: never.
+        block: The number of rounds for which a client's gain stays the same.
+        rate: Messages are coded with this many bits per channel use: a message is lost if ``log2(1 + SNR_k) < rate``,
+            and received without errors otherwise. With Rayleigh fading a share ``1 - exp(-(2^rate - 1) / SNR)`` is
+            lost.
+        inversion: Clients know their gain and divide by it, so that the receiver has ``SNR`` for every gain.
+        truncation: With ``inversion``, a client does not transmit while ``|h_k|^2`` is below this number, so that it
+            never needs more than ``1 / truncation`` times the power; with Rayleigh fading these are a share
+            ``1 - exp(-truncation)`` of the messages. 0: it always transmits.
         per: Whether the power is that of the whole message or of each layer.
         channel: The arguments of :class:`Channel`.
 
     Raises:
-        ValueError: If an argument is out of range, or two exclude each other.
+        ValueError: If an argument is out of range, or two arguments exclude each other.
     """
 
     key = "FadingChannel"
@@ -82,30 +85,40 @@ class FadingChannel(BlockChannel):
             )
 
     def gain(self, round_idx: int, client: int, seed: int) -> float:
-        """``|h|^2`` of a client's link in a round."""
+        """Return the power gain ``|h|^2`` of a client's link in a round.
+
+        Args:
+            round_idx: The round's number.
+            client: The client.
+            seed: The federation's seed.
+        """
         return power_gain(self.k_factor, self.stream(seed, round_idx // self.block, client, "gain"))
 
     def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
-        """Where the gain is too small; see :meth:`Channel.outage`."""
+        """Return which clients have too small a gain; see :meth:`Channel.outage`."""
         if self.rate is None and not self.truncation:
             return super().outage(round_idx, clients, seed)
         gains = [self.gain(round_idx, client, seed) for client in clients]
         if self.rate is None:
             return torch.tensor([gain < self.truncation for gain in gains])
-        # A power beyond any number is as good as infinite.
+        # Capped, because powers of ten above 10^308 overflow; such a ratio is as good as infinite.
         snr = 10 ** min(self.snr_db / 10, 300.0)
         return torch.tensor([log2(1 + gain * snr) < self.rate for gain in gains])
 
     def encode(self, size: MessageSize) -> MessageSize:
-        """The power of each block travels with it, where numbers are sent as they are."""
-        return size if self.rate is not None else with_power(size, len(self.blocks))
+        """Add the power of each block to an uncoded message; see :meth:`AWGNChannel.encode`."""
+        if self.rate is not None:
+            return size
+        return with_power(size, len(self.blocks))
 
     def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
-        """The message with noise by its gain; see :meth:`Channel.transmit`."""
+        """Return the message with noise that depends on the gain; see :meth:`Channel.transmit`."""
         if self.rate is not None or self.snr_db == float("inf"):
             return message
         snr_db = self.snr_db
         if not self.inversion:
-            snr_db += 10 * log10(max(self.gain(round_idx, client, seed), 1e-20))
+            # A gain of 0 has no logarithm; at 1e-20 nothing is left of the message anyway.
+            gain = max(self.gain(round_idx, client, seed), 1e-20)
+            snr_db += 10 * log10(gain)
         generator = self.stream(seed, round_idx, client, "noise")
         return self.blockwise(lambda block: add_relative_noise(block, snr_db, generator), message)

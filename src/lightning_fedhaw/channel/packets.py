@@ -1,4 +1,4 @@
-"""Messages that travel in packets, some of which are lost."""
+"""Packet losses: a message is sent in packets, some of which are lost."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ Lost = Literal["zero", "last"]
 
 
 class PacketLossChannel(Channel):
-    """Loses packets of a message: the numbers in them are zero, or what was received in their place before.
+    """A channel that loses packets of a message.
+
+    The numbers in a lost packet are replaced by zeros, or by the numbers that were received last at their positions.
 
     Args:
-        probability: Of each packet, independently, each time it is sent.
-        packet_bytes: Payload of a packet; how many numbers fit depends on the channels before this one.
-        header_bytes: Bytes of a packet beside its payload, for the byte counts; 40 is IPv4 with TCP.
-        retries: How often a lost packet is sent again; it is lost for good with ``probability^(1 + retries)``.
-        lost: What stands in a lost packet's place. ``"zero"``: no change (on the uplink alone: a model of zeros helps
-            nobody). ``"last"``: the client's last update that was received, or on the downlink the last model it
-            received; zeros where there was none yet. Default: ``"zero"`` on the uplink, ``"last"`` on the downlink.
+        probability: The probability that a packet is lost, independently each time it is sent.
+        packet_bytes: Payload of a packet; how many numbers it holds depends on the channels before this one.
+        header_bytes: Header of a packet, for the byte counts; 40 is IPv4 with TCP.
+        retries: How often a lost packet is sent again; it is permanently lost with ``probability^(1 + retries)``.
+        lost: What replaces the numbers of a lost packet. ``"zero"``: zeros, which is no change of the parameters; only
+            on the uplink, because on the downlink they would be parameters of zero. ``"last"``: those of the client's
+            last received update, or on the downlink of the last model it received; zeros if nothing has been received
+            yet. Default: ``"zero"`` on the uplink, ``"last"`` on the downlink.
         link: As in :class:`Channel`.
         name: As in :class:`Channel`.
 
@@ -50,10 +53,11 @@ class PacketLossChannel(Channel):
             lost = "zero" if on_uplink else "last"
         self.lost = arguments.choice("lost", lost, Lost)
         if self.lost == "zero" and not on_uplink:
-            raise arguments.invalid("lost", "'last' on the downlink", lost, "A model of zeros helps nobody.")
+            hint = "On the downlink zeros would be parameters of the model."
+            raise arguments.invalid("lost", "'last' on the downlink", lost, hint)
         fallback: Fallback | None = None
         if self.lost == "last":
-            # What was received last is kept as for messages that are lost whole.
+            # The base class keeps the messages received last for a channel with a reuse fallback.
             fallback = "reuse_update" if on_uplink else "reuse_model"
         super().__init__(link, fallback, name)
         self.probability = arguments.probability("probability", probability)
@@ -63,34 +67,47 @@ class PacketLossChannel(Channel):
 
     @property
     def packets(self) -> int:
-        """Packets of a message."""
+        """The number of packets of a message."""
         return ceil(self.context.size.bytes / self.packet_bytes)
 
     def encode(self, size: MessageSize) -> MessageSize:
-        """A header for each packet."""
+        """Add a header for each packet."""
         return MessageSize(size.values, size.bits, size.side + 8 * self.header_bytes * self.packets)
 
     def sendings(self, *, round_idx: int, client: int, seed: int) -> tuple[Tensor, Tensor]:
-        """How often each packet is sent ``[packets]`` int64, and whether it is lost all the same, bool."""
+        """Draw how often each packet of a message is sent, and whether it is lost in the end.
+
+        Args:
+            round_idx: The round's number.
+            client: The client at the other end of the link.
+            seed: The federation's seed.
+
+        Returns:
+            How often each packet is sent, ``[packets]`` int64, and whether it is lost, ``[packets]`` bool.
+        """
+        attempts = 1 + self.retries
         generator = self.stream(seed, round_idx, client, "packets")
-        failed = torch.rand(self.packets, 1 + self.retries, generator=generator, dtype=torch.float64) < self.probability
+        draws = torch.rand(self.packets, attempts, generator=generator, dtype=torch.float64)
+        failed = draws < self.probability
+        # The product is 1 up to the first success, so that the sum counts the failures before it.
         failures = failed.long().cumprod(1).sum(1)
-        return (failures + 1).clamp(max=1 + self.retries), failures > self.retries
+        return (failures + 1).clamp(max=attempts), failures > self.retries
 
     def retransmitted_bytes(self, *, round_idx: int, client: int, seed: int) -> int:
-        """Bytes of packets that were sent again; the last packet counts as full."""
+        """Return the bytes of packets that are sent again; the last packet counts as full."""
         if not self.retries:
             return 0
-        sent, _ = self.sendings(round_idx=round_idx, client=client, seed=seed)
-        return int((sent - 1).sum()) * (self.packet_bytes + self.header_bytes)
+        times_sent, _ = self.sendings(round_idx=round_idx, client=client, seed=seed)
+        return int((times_sent - 1).sum()) * (self.packet_bytes + self.header_bytes)
 
     def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
-        """The message with gaps filled; see :meth:`Channel.transmit`."""
+        """Return the message with the numbers of lost packets replaced; see :meth:`Channel.transmit`."""
         _, lost = self.sendings(round_idx=round_idx, client=client, seed=seed)
         if not lost.any():
             return message
-        # Numbers share the packets evenly, whatever was done to them before.
-        packet = torch.arange(len(message), device=message.device) * self.packets // len(message)
-        last = self._received.get(client)
-        instead = torch.zeros_like(message) if last is None else last["vector"].to(message)
-        return torch.where(lost.to(message.device)[packet], instead, message)
+        # Numbers are spread evenly over the packets, whatever encoding the channels before this one use.
+        packet_of_number = torch.arange(len(message), device=message.device) * self.packets // len(message)
+        is_lost = lost.to(message.device)[packet_of_number]
+        last_message = self._received.get(client)
+        replacement = torch.zeros_like(message) if last_message is None else last_message["vector"].to(message)
+        return torch.where(is_lost, replacement, message)

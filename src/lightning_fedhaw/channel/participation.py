@@ -1,4 +1,4 @@
-"""Clients that come too late, and clients that are not there."""
+"""Client participation: stragglers that miss a deadline, and clients that are unavailable."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_fedhaw import arguments
@@ -15,20 +16,20 @@ from lightning_fedhaw.channel.base import Channel, ChannelContext, Fallback
 
 
 class StragglerChannel(Channel):
-    """Stragglers: the server waits until a deadline, and does without who is not back by then.
+    """Stragglers: the server waits until a deadline, and continues without the clients that are not done by then.
 
-    A client computes for ``n_k seconds_per_sample exp(client_spread u_k + spread z)`` seconds, ``n_k`` being its
-    training samples and ``u_k`` (once a run) and ``z`` (every round) standard normal: log-normal with the median
-    ``n_k seconds_per_sample``. Without ``client_spread`` it is late with probability
+    A client computes for ``n_k seconds_per_sample exp(client_spread u_k + spread z)`` seconds. ``n_k`` is its number of
+    training samples, and ``u_k`` (drawn once per run) and ``z`` (drawn every round) are standard normal, so the time is
+    log-normal with the median ``n_k seconds_per_sample``. Without ``client_spread`` a client is late with probability
     ``1 - Phi(log(deadline / (n_k seconds_per_sample)) / spread)``.
 
     Args:
-        deadline: Seconds.
-        seconds_per_sample: Median time for a training sample, all its local epochs together.
+        deadline: The deadline in seconds.
+        seconds_per_sample: Median time per training sample for all local epochs together, in seconds.
         spread: Standard deviation of the logarithm of a client's time from round to round.
-        client_spread: That of the logarithm of clients' speeds.
+        client_spread: Standard deviation of the logarithm of the speed from client to client.
         fallback: As in :class:`Channel`.
-        name: As in :class:`Channel`. The channel is for the uplink.
+        name: As in :class:`Channel`. The channel is always on the uplink.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -53,42 +54,53 @@ class StragglerChannel(Channel):
         self.client_spread = arguments.number("client_spread", client_spread, minimum=0, maximum=100)
 
     def seconds(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
-        """How long clients compute in a round, ``[K]`` float64."""
-        paths = [
-            (self._stream(seed, "client", client, "speed"), self.stream(seed, round_idx, client, "time"))
-            for client in clients
-        ]
-        draws = [[float(torch.randn((), generator=g, dtype=torch.float64)) for g in each] for each in paths]
-        exponents = torch.tensor(draws, dtype=torch.float64).view(-1, 2) @ torch.tensor(
-            [self.client_spread, self.spread], dtype=torch.float64
-        )
-        return self.context.num_examples[clients] * self.seconds_per_sample * exponents.exp()
+        """Draw how long clients compute in a round.
+
+        Args:
+            round_idx: The round's number.
+            clients: The K clients.
+            seed: The federation's seed.
+
+        Returns:
+            ``[K]`` float64, in seconds.
+        """
+        draws = torch.empty(len(clients), 2, dtype=torch.float64)
+        for slot, client in enumerate(clients):
+            # The first stream has no round in its name, so a client's speed is the same in every round.
+            speed = self._named_stream(seed, "client", client, "speed")
+            time = self.stream(seed, round_idx, client, "time")
+            draws[slot, 0] = torch.randn((), generator=speed, dtype=torch.float64)
+            draws[slot, 1] = torch.randn((), generator=time, dtype=torch.float64)
+        spreads = torch.tensor([self.client_spread, self.spread], dtype=torch.float64)
+        factors = (draws @ spreads).exp()
+        return self.context.num_examples[clients] * self.seconds_per_sample * factors
 
     def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
-        """Who is late; see :meth:`Channel.outage`."""
+        """Return which clients are late; see :meth:`Channel.outage`."""
         return self.seconds(round_idx, clients, seed) > self.deadline
 
 
 class AvailabilityChannel(Channel):
-    """Clients that can be reached in some rounds only: in a daily rhythm, or by a trace.
+    """Clients that are available only in some rounds, in a daily cycle or as in a trace.
 
-    The sampler draws the cohort as it would without; who was drawn and cannot be reached does not train and is not
-    received. So availability is an outage, and adding it changes nobody else's numbers.
+    Client sampling does not know about availability: a client that is drawn and unavailable does not train, and its
+    update counts as lost. Therefore adding this channel does not change the draws of other clients.
 
     Args:
-        trace: ``[rounds, clients]`` booleans or probabilities of being there, or a file with such numbers (``.npy``, or
-            text with a row a round, separated by commas or blanks). It begins anew after its last round.
-        mean: Without a trace, the share of rounds in which a client is there: with probability
+        trace: ``[rounds, clients]`` booleans or probabilities of being available, or a file with such numbers
+            (``.npy``, or text with one row per round, separated by commas or blanks). It is repeated after its last
+            round.
+        mean: Without a trace, the mean availability. In each round a client is available with probability
             ``clip(mean + amplitude cos(2 pi (round / period - u_k)), 0, 1)``.
-        amplitude: How far the probability goes up and down.
-        period: Rounds of a day.
-        phases: A client's hour of the day ``u_k`` in [0, 1), ``[N]``; drawn uniformly once a run by default. All zero:
-            clients of one time zone.
+        amplitude: The amplitude of that probability.
+        period: The number of rounds per day.
+        phases: The clients' times of day ``u_k`` in [0, 1), ``[N]``; drawn uniformly once per run by default. All zero:
+            all clients are in one time zone.
         fallback: As in :class:`Channel`.
-        name: As in :class:`Channel`. The channel is for the uplink.
+        name: As in :class:`Channel`. The channel is always on the uplink.
 
     Raises:
-        ValueError: If an argument is out of range, or not of N clients.
+        ValueError: If an argument is out of range or, at the start of a fit, trace or phases are not for N clients.
     """
 
     key = "AvailabilityChannel"
@@ -114,7 +126,11 @@ class AvailabilityChannel(Channel):
         )
 
     def prepare(self, context: ChannelContext) -> None:
-        """Refuse a trace or phases of another federation."""
+        """Refuse a trace or phases for another number of clients.
+
+        Raises:
+            ValueError: If the trace or the phases are not for N clients.
+        """
         count = context.num_clients
         if self.trace is not None and self.trace.shape[1] != count:
             raise ValueError(f"`trace` must have a column for each of {count} clients, got {self.trace.shape[1]}.")
@@ -123,41 +139,67 @@ class AvailabilityChannel(Channel):
         super().prepare(context)
 
     def probability(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
-        """Of being there, ``[K]`` float64."""
+        """Return the probabilities that clients are available in a round.
+
+        Args:
+            round_idx: The round's number.
+            clients: The K clients.
+            seed: The federation's seed.
+
+        Returns:
+            ``[K]`` float64. Those of a daily cycle may be below 0 or above 1, which means never and always.
+        """
         if self.trace is not None:
             return self.trace[round_idx % len(self.trace), clients]
+        probabilities = torch.empty(len(clients), dtype=torch.float64)
+        for slot, client in enumerate(clients):
+            angle = 2 * pi * (round_idx / self.period - self._phase(client, seed))
+            probabilities[slot] = self.mean + self.amplitude * cos(angle)
+        return probabilities
+
+    def _phase(self, client: int, seed: int) -> float:
         if self.phases is not None:
-            phases = self.phases[clients].tolist()
-        else:
-            phases = [float(torch.rand((), generator=self._stream(seed, "client", k, "phase"))) for k in clients]
-        waves = [self.mean + self.amplitude * cos(2 * pi * (round_idx / self.period - phase)) for phase in phases]
-        return torch.tensor(waves, dtype=torch.float64)
+            return float(self.phases[client])
+        return float(torch.rand((), generator=self._named_stream(seed, "client", client, "phase")))
 
     def outage(self, round_idx: int, clients: list[int], seed: int) -> Tensor:
-        """Who is not there; see :meth:`Channel.outage`."""
-        return self._uniform(seed, round_idx, clients, "presence") >= self.probability(round_idx, clients, seed)
+        """Return which clients are unavailable; see :meth:`Channel.outage`."""
+        draws = self._uniform_draws(seed, round_idx, clients, "presence")
+        return draws >= self.probability(round_idx, clients, seed)
 
 
 def read_trace(trace: Any) -> Tensor:
-    """A trace ``[rounds, clients]`` float64, from numbers or a file.
+    """Read an availability trace from numbers or a file.
+
+    Args:
+        trace: ``[rounds, clients]`` numbers, or the path of a ``.npy`` or text file.
+
+    Returns:
+        ``[rounds, clients]`` float64.
 
     Raises:
-        ValueError: If it is no such table, or holds what is no probability.
+        ValueError: If it is not such a table, or one of its numbers is not in [0, 1].
     """
     if isinstance(trace, (str, Path)):
-        path = Path(trace)
-        trace = (
-            np.load(path)
-            if path.suffix == ".npy"
-            else np.loadtxt(path.read_text().replace(",", " ").splitlines(), ndmin=2)
-        )
+        trace = _load_table(Path(trace))
     try:
         table = torch.as_tensor(trace, dtype=torch.float64)
     except (TypeError, ValueError):
         table = torch.empty(0)  # rows of unequal length, or no numbers
-    if table.ndim != 2 or not len(table) or not ((table >= 0) & (table <= 1)).all():
-        raise ValueError(
-            "`trace` must be a table [rounds, clients] of booleans or probabilities, got the shape"
-            f" {list(table.shape)}" + (f" with values from {table.min():g} to {table.max():g}." if len(table) else ".")
-        )
-    return table
+    is_table = table.ndim == 2 and len(table) > 0
+    # NaN is refused too: it compares false.
+    if is_table and ((table >= 0) & (table <= 1)).all():
+        return table
+    values = f" with values from {table.min():g} to {table.max():g}" if len(table) else ""
+    raise ValueError(
+        "`trace` must be a table [rounds, clients] of booleans or probabilities, got the shape"
+        f" {list(table.shape)}{values}."
+    )
+
+
+def _load_table(path: Path) -> NDArray[np.float64]:
+    if path.suffix == ".npy":
+        table: NDArray[np.float64] = np.load(path)
+        return table
+    lines = path.read_text().replace(",", " ").splitlines()
+    return np.loadtxt(lines, ndmin=2)

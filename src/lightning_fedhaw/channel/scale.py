@@ -1,7 +1,7 @@
-"""Messages of any size: arithmetic whose scale would be no ordinary number of the message's precision.
+"""Scaling of very small and very large messages, so that computing on them neither overflows nor underflows.
 
-A norm, a range or a power of numbers near the smallest or the largest of a dtype has fractions and squares that are
-rounded away or overflow. Times a power of two, which changes no bit of their digits, such a message is an ordinary one.
+If the numbers of a message are near the smallest or the largest number of its dtype, squares and small fractions of
+them underflow or overflow. Multiplying by a power of two, which changes no digit, makes such a message ordinary.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 
 
 def ordinary(vector: Tensor) -> tuple[Tensor, float]:
-    """A vector times a power of two with which norms, squares and small fractions of it are normal numbers.
+    """Scale a vector by a power of two with which its norm, squares and small fractions are normal numbers.
 
     Args:
         vector: ``[d]``, floating.
 
     Returns:
-        The scaled vector, and the power: nearly always the vector itself, and 1.
+        The scaled vector, and the factor: for nearly all messages the vector itself, and 1.
 
     Example:
-        >>> scaled, power = ordinary(torch.tensor([2.0**-140]))
-        >>> scaled.item() == 2.0**-44 and power == 2.0**96
+        >>> scaled, factor = ordinary(torch.tensor([2.0**-140]))
+        >>> scaled.item() == 2.0**-44 and factor == 2.0**96
         True
         >>> ordinary(torch.tensor([0.5]))
         (tensor([0.5000]), 1.0)
@@ -33,25 +33,26 @@ def ordinary(vector: Tensor) -> tuple[Tensor, float]:
         return vector, 1.0
     low, high = torch.aminmax(vector)
     largest = float(torch.maximum(high, -low))
-    # 128 for float32: numbers of 2^-48 to 2^48 are left alone, and the others come near to these.
+    # For float32 the exponent is 128: if the largest number is in [2^-48, 2^48] the vector is not scaled, so that
+    # ordinary messages keep the bits of the plain formulas. Otherwise it is scaled by 2^96 or 2^-96 towards that range.
     exponent = math.frexp(torch.finfo(vector.dtype).max)[1]
     if 0 < largest < 2.0 ** (-3 * exponent // 8):
-        power = 2.0 ** (3 * exponent // 4)
+        factor = 2.0 ** (3 * exponent // 4)
     elif 2.0 ** (3 * exponent // 8) < largest < math.inf:
-        power = 2.0 ** (-3 * exponent // 4)
+        factor = 2.0 ** (-3 * exponent // 4)
     else:
         return vector, 1.0
-    return vector * power, power
+    return vector * factor, factor
 
 
 def rescaled(function: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:
-    """``function(vector)`` for a function that commutes with factors, as if its arithmetic had no smallest number.
-
-    Where the vector is of ordinary size, this is the function and nothing else.
+    """Apply a positively homogeneous function to a vector without overflow or underflow within the function.
 
     Args:
         function: ``[d] -> [d]``, with ``function(a vector) = a function(vector)`` for every ``a > 0``.
-        vector: ``[d]``, floating.
+        vector: ``[d]``, floating. One of ordinary magnitude is given to the function as it is.
     """
-    scaled, power = ordinary(vector)
-    return function(scaled) if power == 1 else function(scaled) / power
+    scaled, factor = ordinary(vector)
+    if factor == 1:
+        return function(scaled)
+    return function(scaled) / factor

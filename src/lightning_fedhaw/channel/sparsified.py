@@ -1,4 +1,4 @@
-"""Messages of which only some numbers are sent, with the rest kept for next time.
+"""Sparsification: only some numbers of an update are sent, and error feedback keeps the others for later.
 
 S. U. Stich, J.-B. Cordonnier, M. Jaggi: Sparsified SGD with Memory. NeurIPS 2018.
 """
@@ -18,36 +18,46 @@ Choice = Literal["top", "random"]
 
 
 def number_kept(fraction: float, length: int) -> int:
-    """How many numbers of a block are sent: at least one."""
+    """Return how many numbers of a block are sent: at least one.
+
+    Args:
+        fraction: The share of the numbers that is sent.
+        length: The number of numbers in the block.
+    """
+    # The tolerance keeps rounding errors from adding one: 0.07 * 100 is 7.000000000000001 in float64.
     return max(1, ceil(fraction * length - 1e-9))
 
 
 def sparsify(vector: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """A vector ``[d]`` with all but some of its numbers zero.
+    """Set all but some numbers of a vector to zero.
 
     Args:
         vector: ``[d]``.
-        count: How many stay.
-        generator: For a random choice; the largest in size without.
+        count: The number of numbers that stay.
+        generator: The source of the draws for a random selection. Without it the largest magnitudes are selected.
+
+    Returns:
+        ``[d]``, a new vector.
     """
     if generator is None:
-        chosen = vector.abs().topk(count, sorted=False).indices
+        positions = vector.abs().topk(count, sorted=False).indices
     else:
-        chosen = torch.randperm(len(vector), generator=generator)[:count].to(vector.device)
-    return torch.zeros_like(vector).index_copy_(0, chosen, vector[chosen])
+        # Drawn on the CPU, so that one seed selects the same numbers on every device.
+        positions = torch.randperm(len(vector), generator=generator)[:count].to(vector.device)
+    return torch.zeros_like(vector).index_copy_(0, positions, vector[positions])
 
 
 class SparsificationChannel(BlockChannel):
-    """Sends a part of the update's numbers.
+    """A channel that sends only a fraction of the numbers of an update.
 
     Args:
-        fraction: The part, in (0, 1]; 1 sends everything.
-        choice: ``"top"``: the largest in size. ``"random"``: any.
-        error_feedback: Whether a client keeps what it did not send, and adds it to its next update. Kept in host
-            memory, of clients whose update was received; a client that failed keeps what it had. Without it, random
-            choices are divided by the fraction, so that the mean is right.
-        per: Whether the numbers are chosen from the whole update or from each layer.
-        name: As in :class:`Channel`. The channel is for the uplink.
+        fraction: The share of the numbers that is sent, in (0, 1]; 1 sends all.
+        choice: ``"top"``: the largest magnitudes. ``"random"``: a random selection.
+        error_feedback: Whether a client keeps the numbers that it did not send, and adds them to its next update. They
+            are kept in host memory once its update has been received; a client whose update is lost keeps the earlier
+            ones. Without error feedback a random selection is divided by the fraction, which makes it unbiased.
+        per: Whether the numbers are selected from the whole update or from each layer.
+        name: As in :class:`Channel`. The channel is always on the uplink.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -55,8 +65,8 @@ class SparsificationChannel(BlockChannel):
 
     key = "SparsifiedChannel"
 
-    _held: dict[int, Tensor]
-    _next: Tensor | None
+    _residuals: dict[int, Tensor]
+    _pending_residual: Tensor | None
 
     def __init__(
         self,
@@ -75,52 +85,72 @@ class SparsificationChannel(BlockChannel):
 
     @property
     def remembers(self) -> bool:
-        """Whether there is error feedback."""
+        """Whether there is error feedback, so that messages depend on earlier ones."""
         return self.error_feedback and self.fraction < 1
 
     def encode(self, size: MessageSize) -> MessageSize:
-        """What is sent, and where it belongs: positions, a bit for each number if that is less, or a random seed."""
+        """Return the size of the numbers that are sent and of their positions.
+
+        Positions are sent as indices within a block or as one bit for each number, whichever is shorter. Those of a
+        random selection follow from a seed of 64 bits.
+        """
         if self.fraction == 1:
             return size
         lengths = [block.stop - block.start for block in self.blocks]
-        kept = min(sum(number_kept(self.fraction, length) for length in lengths), size.values)
-        positions = 64 if self.choice == "random" else min(kept * ceil(log2(max(lengths))), sum(lengths))
-        return MessageSize(kept, size.bits, size.side + positions)
+        selected = sum(number_kept(self.fraction, length) for length in lengths)
+        # A sparsification before this one may have left fewer numbers.
+        values = min(selected, size.values)
+        if self.choice == "random":
+            position_bits = 64
+        else:
+            index_bits = values * ceil(log2(max(lengths)))
+            mask_bits = sum(lengths)
+            position_bits = min(index_bits, mask_bits)
+        return MessageSize(values, size.bits, size.side + position_bits)
 
     def transmit(self, message: Tensor, *, round_idx: int, client: int, seed: int) -> Tensor:
-        """The numbers that are sent; see :meth:`Channel.transmit`."""
+        """Return the update with the numbers that are not sent set to zero; see :meth:`Channel.transmit`."""
         if self.fraction == 1:
             return message
-        generator = self.stream(seed, round_idx, client, "choice") if self.choice == "random" else None
-        held = self._held.get(client)
-        whole = message if held is None else message + held.to(message)
-        sent = self.blockwise(lambda block: self._chosen(block, generator), whole)
+        generator: torch.Generator | None = None
+        if self.choice == "random":
+            generator = self.stream(seed, round_idx, client, "choice")
+        update = message
+        residual = self._residuals.get(client)
+        if residual is not None:
+            update = message + residual.to(message)
+        sent = self.blockwise(lambda block: self._selected(block, generator), update)
         if self.error_feedback:
-            self._next = whole - sent
+            # Not yet the client's residual: the update may still be lost, by a channel after this one or as non-finite.
+            self._pending_residual = update - sent
         return sent
 
-    def _chosen(self, block: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _selected(self, block: Tensor, generator: torch.Generator | None) -> Tensor:
         count = number_kept(self.fraction, len(block))
-        chosen = sparsify(block, count, generator)
-        return chosen if self.error_feedback or generator is None else chosen.mul_(len(block) / count)
+        selected = sparsify(block, count, generator)
+        if self.choice == "random" and not self.error_feedback:
+            selected.mul_(len(block) / count)
+        return selected
 
     def remember(self, client: int, start: Tensor, displacement: Tensor, num_steps: int) -> None:
-        """The update was received: what was left out of it waits for the next."""
+        """Keep the residual of a client whose update was received; see :meth:`Channel.remember`."""
         super().remember(client, start, displacement, num_steps)
-        if self._next is not None:
-            self._held = {**self._held, client: self._next.cpu()}
-            self._next = None
+        if self._pending_residual is not None:
+            # A new dictionary, so that an interrupted round can restore the old one.
+            self._residuals = {**self._residuals, client: self._pending_residual.cpu()}
+            self._pending_residual = None
 
     def reset(self) -> None:
-        """Forget what another run left behind."""
+        """Forget the residuals of an earlier run."""
         super().reset()
-        self._held, self._next = {}, None
+        self._residuals = {}
+        self._pending_residual = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What clients hold back, for a checkpoint."""
-        return {**super().state_dict(), "held": dict(self._held)}
+        """Return the clients' residuals, for a checkpoint."""
+        return {**super().state_dict(), "held": dict(self._residuals)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what clients hold back from a checkpoint."""
+        """Restore the clients' residuals from a checkpoint."""
         super().load_state_dict(state_dict)
-        self._held = dict(state_dict.get("held", {}))
+        self._residuals = dict(state_dict.get("held", {}))

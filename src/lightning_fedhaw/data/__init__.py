@@ -1,4 +1,4 @@
-"""The clients' data: partitioners, cohort samplers, and the data module."""
+"""The clients' data: partitioners, client samplers, and the data module."""
 
 from lightning_fedhaw.data.dogs import StanfordDogs
 from lightning_fedhaw.data.features import cache_features

@@ -1,10 +1,10 @@
-"""The clients' data: one data set, seen by each client through its own indices."""
+"""The clients' data: one data set, and the indices of each client's samples."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,21 +20,21 @@ from lightning_fedhaw.data.tensors import tensors_of
 from lightning_fedhaw.streams import PathPart, stream
 
 _HASHED_ROWS = 1000
-"""Rows of each tensor, at most about, that tell one data set from another."""
+"""About how many rows of each tensor are hashed, at most: enough to distinguish two data sets."""
 
 _MOST_CLASSES = 1000
-"""Labels from here on are taken for other numbers than those of classes."""
+"""Integers from here on are taken for another quantity than a class: their histogram would be huge and useless."""
 
 
-@dataclass(slots=True)  # not frozen, which would triple the cost of making one
+@dataclass(slots=True)  # not frozen, which would triple the time to construct one, for every batch
 class Batch:
     """One batch of a client.
 
     Attributes:
-        data: What ``training_step`` gets.
-        size: Samples in it.
+        data: What ``training_step`` receives.
+        size: Number of samples.
         index: Its number from 0: within the local epoch, or within the task where a task is counted in steps.
-        last: Whether it is the last of those.
+        last: Whether it is the last one of that local epoch or task.
     """
 
     data: Any
@@ -44,18 +44,18 @@ class Batch:
 
 
 class ClientData:
-    """All clients' training data: a data set, and the indices that each client owns.
+    """All clients' training data: a data set, and the indices of each client's samples.
 
     Data that is tensors in memory (a ``TensorDataset``, also under ``Subset`` or ``ConcatDataset``) is sliced; anything
     else is fetched and collated sample by sample.
 
     Args:
         dataset: A map-style data set.
-        partition: Who owns which sample.
+        partition: The samples of each client.
         settings: How batches are made.
         seed: The federation's seed.
         held_out: Share of each client's samples that is kept out of training.
-        labels: Labels ``[samples]`` of the data set, where they are known.
+        labels: Labels ``[samples]`` of the data set, if they are known.
     """
 
     def __init__(
@@ -79,20 +79,20 @@ class ClientData:
             self._check_whole_batches()
 
     def _check_whole_batches(self) -> None:
-        """Refuse clients that would have no batch at all, where an incomplete one is left out."""
+        """Refuse clients with less than a batch of samples, since incomplete batches are left out."""
         batch_size = self.settings.batch_size
         short = [client for client, samples in enumerate(self.train_indices) if len(samples) < batch_size]
         if short:
             raise ValueError(
-                f"`drop_last=True` leaves clients {short[:10]} without a batch: they own fewer than"
+                f"`drop_last=True` leaves clients {short[:10]} without a batch: they have fewer than"
                 f" `batch_size`={batch_size} samples. Set `drop_last=False` or a smaller `batch_size`."
             )
 
     @cached_property
     def _tensors(self) -> tuple[Tensor, ...] | None:
-        """The tensors in memory, as they are placed; ``None`` where samples are fetched one by one."""
+        """The tensors in memory, on the device and in the layout of :meth:`place`; ``None`` if samples are fetched."""
         if self.settings.collate_fn is not default_collate:
-            # It may make anything of a list of samples, and has to be given one.
+            # A custom function may make anything of a list of samples, so it has to receive such a list.
             return None
         return tensors_of(self.dataset)
 
@@ -107,7 +107,7 @@ class ClientData:
         return torch.tensor([len(samples) for samples in self.train_indices])
 
     def label_counts(self) -> Tensor | None:
-        """Count the samples of each client in each class, ``[N, C]`` int64; None where no class numbers are known."""
+        """Count the samples of each client in each class, ``[N, C]`` int64; None if no class numbers are known."""
         if self.labels is None or self.labels.min() < 0 or self.labels.max() >= _MOST_CLASSES:
             return None
         return self.partition.histogram(self.labels)
@@ -118,7 +118,7 @@ class ClientData:
         return self._tensors is not None
 
     def sample_hash(self) -> str:
-        """Hash some samples in memory, so that processes see whether they were given the same data."""
+        """Hash some samples in memory, by which processes find out whether they have the same data."""
         digest = hashlib.blake2b(digest_size=16)
         for tensor in self._tensors or ():
             step = max(1, len(tensor) // _HASHED_ROWS)
@@ -128,7 +128,7 @@ class ClientData:
 
     @property
     def device(self) -> torch.device | None:
-        """Where batches come from: the device of the tensors in memory, ``None`` where there are several or none."""
+        """The device of the tensors in memory, and so of the batches; ``None`` if there are several or none."""
         devices = {tensor.device for tensor in self._tensors or ()}
         return devices.pop() if len(devices) == 1 else None
 
@@ -138,33 +138,33 @@ class ClientData:
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors or ())
 
     def place(self, device: torch.device | None = None, *, channels_last: bool = False) -> None:
-        """Choose where tensors in memory are kept and how batches are laid out; the data set itself stays as it is.
+        """Choose the device of tensors in memory and the layout of batches; the data set itself does not change.
 
         Args:
-            device: Where tensors in memory are moved; they stay where they are without it.
-            channels_last: Whether 4-D tensors ``[B, C, H, W]`` are laid out channels-last: tensors in memory once and
-                for all, other data batch by batch.
+            device: The device to which tensors in memory are moved. Default: they are not moved.
+            channels_last: Whether 4-D tensors ``[B, C, H, W]`` are laid out channels-last: tensors in memory in this
+                call, other data batch by batch.
         """
         placed = None
         if self._tensors is not None:
             placed = tuple(self._placed(tensor, device, channels_last) for tensor in self._tensors)
-        # Both at the end: memory may run out above, and then everything is as it was.
+        # Both are set at the end: if memory runs out above, nothing has changed.
         self._tensors = placed
         self._channels_last = channels_last
 
     def _placed(self, tensor: Tensor, device: torch.device | None, channels_last: bool) -> Tensor:
-        """One of the tensors in memory, as :meth:`place` wants it."""
+        """Move a tensor in memory to a device and into a layout."""
         if channels_last != self._channels_last and tensor.ndim == 4:
-            # Stored as [samples, H, W, C], because a gather of rows keeps no other layout than the plain one.
-            order = (0, 2, 3, 1) if channels_last else (0, 3, 1, 2)
-            tensor = tensor.permute(order).contiguous()
+            # Stored as [samples, H, W, C], because a gather of rows keeps the contiguous layout only.
+            axes = (0, 2, 3, 1) if channels_last else (0, 3, 1, 2)
+            tensor = tensor.permute(axes).contiguous()
         if device is not None:
             tensor = tensor.to(device)
         return tensor
 
     def release(self) -> None:
-        """Let go of copies of the data set's tensors, wherever they are; what is asked for again is made again."""
-        # What `cached_property` remembers: the next use reads the data set anew.
+        """Release copies of the data set's tensors, on any device; they are made again when they are needed."""
+        # The value of the `cached_property`: its next use reads the data set again.
         vars(self).pop("_tensors", None)
         self._channels_last = False
 
@@ -180,13 +180,13 @@ class ClientData:
         assert self._tensors is not None
         flat = index.reshape(-1)
         if self.device is not None and self.device.type == "cuda":
-            # Out of page-locked memory, so that the host need not wait until the device has come this far.
+            # From page-locked memory the copy is asynchronous: the host does not wait for the device's earlier work.
             flat = flat.pin_memory().to(self.device, non_blocking=True)
         gathered = []
         for tensor in self._tensors:
             rows = tensor.index_select(0, flat.to(tensor.device)).view(*index.shape, *tensor.shape[1:])
             if self._channels_last and tensor.ndim == 4:
-                rows = rows.movedim(-1, -3)  # [..., C, H, W], as the model wants it, laid out as [..., H, W, C]
+                rows = rows.movedim(-1, -3)  # [..., C, H, W] for the model, in memory as [..., H, W, C]
             gathered.append(rows)
         return gathered
 
@@ -199,16 +199,16 @@ class ClientData:
         num_batches: int | None = None,
         limit: int | float | None = None,
     ) -> Iterator[Tensor]:
-        """Draw the samples of each of a client's passes of one round, in the order that :meth:`batches` takes them.
+        """Draw the order of the samples in each of a client's passes of one round, which :meth:`batches` follows.
 
-        The order is drawn from the stream named by client and round: it does not depend on who else trains.
+        The order is drawn from the stream named by client and round: it does not depend on which other clients train.
 
         Args:
             client: The client's number.
             round_idx: The round's number.
             epochs: Passes over the client's data; or
-            num_batches: batches in all, going on into further passes.
-            limit: Batches a pass at most: a number, or a share of the pass.
+            num_batches: batches in total, over as many passes as that takes.
+            limit: Batches in a pass, at most: a number, or a share of the pass.
 
         Yields:
             ``[samples of the pass]`` int64, indices into the data set.
@@ -216,17 +216,22 @@ class ClientData:
         samples = self.train_indices[client]
         generator = stream(self.seed, "client", client, "round", round_idx, "batches")
         per_pass = self.batches_per_pass(len(samples), limit)
-        left = num_batches
-        for _ in itertools.count() if epochs is None else range(epochs):
+        passes: Iterable[int] = itertools.count()
+        if epochs is not None:
+            passes = range(epochs)
+        remaining = num_batches
+        for _ in passes:
             order = samples
             if self.settings.shuffle:
                 order = samples.index_select(0, torch.randperm(len(samples), generator=generator))
-            count = per_pass if left is None else min(per_pass, left)
-            # With `drop_last` or a limit, a pass ends before the samples do.
+            count = per_pass
+            if remaining is not None:
+                count = min(per_pass, remaining)
+            # With `drop_last` or a limit, a pass does not use all samples.
             yield order[: count * self.settings.batch_size]
-            if left is not None:
-                left -= count
-                if not left:
+            if remaining is not None:
+                remaining -= count
+                if remaining == 0:
                     return
 
     def batches(
@@ -239,23 +244,26 @@ class ClientData:
         limit: int | float | None = None,
     ) -> Iterator[Batch]:
         """Make a client's batches of one round; the arguments are those of :meth:`orders`."""
-        done = 0  # in the whole task
+        batches_of_task = 0
         orders = self.orders(client, round_idx, epochs=epochs, num_batches=num_batches, limit=limit)
         for epoch, order in enumerate(orders):
             count = self._batches_of(order)
             for index, (data, size) in enumerate(self._pass(client, order, "round", round_idx, "workers", epoch)):
-                done += 1
+                batches_of_task += 1
                 if num_batches is None:
                     yield Batch(data, size, index, last=index + 1 == count)
                 else:
-                    yield Batch(data, size, done - 1, last=done == num_batches)
+                    yield Batch(data, size, batches_of_task - 1, last=batches_of_task == num_batches)
 
     def evaluation_batches(self, client: int, at_most: int) -> Iterator[Batch]:
-        """Make batches to evaluate a model on a client: of its held-out samples, else its training samples, in order.
+        """Make batches to evaluate a model on a client, in the order of the data set.
+
+        They are made of its held-out samples, or of its training samples if none are held out.
 
         Args:
             client: The client's number.
-            at_most: Samples at most; more are thinned evenly by a draw that depends on the client alone.
+            at_most: The largest number of samples. If there are more, this many are drawn; the draw depends on the
+                client alone.
         """
         samples = self.held_out_indices[client]
         if not len(samples):
@@ -269,17 +277,18 @@ class ClientData:
             yield Batch(data, size, index, last=index + 1 == count)
 
     def _batches_of(self, order: Tensor) -> int:
-        """Count the batches that :meth:`_pass` makes of samples: of all of them, the last one short if need be."""
+        """Count the batches that :meth:`_pass` makes of samples; it uses all of them, so the last may be incomplete."""
         return -(-len(order) // self.settings.batch_size)
 
     def batches_per_pass(self, samples: int, limit: int | float | None = None) -> int:
         """Count the batches of a pass over so many samples, with a limit as in :meth:`orders`."""
-        full = self.settings.num_batches(samples)
+        num_batches = self.settings.num_batches(samples)
         if limit is None:
-            return full
+            return num_batches
         if isinstance(limit, int):
-            return min(full, limit)
-        return max(1, int(full * limit))
+            return min(num_batches, limit)
+        # A small share of a small client's batches may round down to none, and every client has to train.
+        return max(1, int(num_batches * limit))
 
     def _pass(self, client: int, order: Tensor, *workers: PathPart) -> Iterator[tuple[Any, int]]:
         """Make batches of samples in the given order, each with its size.
@@ -287,7 +296,7 @@ class ClientData:
         Args:
             client: The client's number.
             order: ``[samples]``, indices into the data set.
-            workers: The name of the client's stream that worker processes draw from.
+            workers: The name, within the client's streams, of the one from which worker processes draw.
         """
         swap = self.partition.label_swaps.get(client)
         if self._tensors is not None:
@@ -295,13 +304,13 @@ class ClientData:
         return self._fetched(order, swap, stream(self.seed, "client", client, *workers))
 
     def _sliced(self, order: Tensor, swap: tuple[int, int] | None) -> Iterator[tuple[Any, int]]:
-        """Slice batches out of the tensors in memory."""
-        # One gather a pass; batches are views of it.
+        """Make batches as slices of the tensors in memory."""
+        # One gather for the whole pass, of which batches are views, is faster than one for each batch.
         gathered = self.gather(order)
         if swap is not None:
             gathered[1] = swap_labels(gathered[1], swap)
         if self.settings.pin_memory and torch.cuda.is_available():
-            gathered = [tensor.pin_memory() if tensor.device.type == "cpu" else tensor for tensor in gathered]
+            gathered = [_pinned(tensor) for tensor in gathered]
         columns = [torch.split(tensor, self.settings.batch_size) for tensor in gathered]
         for views in zip(*columns, strict=True):
             yield list(views), len(views[0])
@@ -322,7 +331,7 @@ class ClientData:
 
 
 class _SwappedLabels(Dataset[Any]):
-    """A data set seen by a client that takes two labels for each other."""
+    """The data set of a client in whose labels two classes are swapped."""
 
     def __init__(self, dataset: Dataset[Any], swap: tuple[int, int]) -> None:
         self.dataset = dataset
@@ -331,23 +340,32 @@ class _SwappedLabels(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         sample = self.dataset[index]
         label: Any = swap_labels(torch.as_tensor(sample[1]), self.swap)
+        # A Python number remains one, because a collate function may treat tensors differently.
         if not isinstance(sample[1], Tensor):
             label = label.item()
         return (sample[0], label, *sample[2:])
 
 
+def _pinned(tensor: Tensor) -> Tensor:
+    """Copy a tensor of the CPU into page-locked memory."""
+    if tensor.device.type != "cpu":
+        return tensor
+    return tensor.pin_memory()
+
+
 def _channels_last(tensor: Tensor) -> Tensor:
+    """Lay out a batch of images ``[B, C, H, W]`` channels-last; return other tensors unchanged."""
     if tensor.ndim != 4:
         return tensor
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def _hold_out(indices: Sequence[Tensor], share: float, seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Part each client's samples into those it trains on and those that are kept out.
+    """Divide each client's samples into training samples and held-out samples.
 
     Args:
         indices: For each client the indices of its samples.
-        share: The share of each that is kept out.
+        share: The share of a client's samples that is held out.
         seed: The federation's seed.
 
     Returns:
@@ -358,8 +376,9 @@ def _hold_out(indices: Sequence[Tensor], share: float, seed: int) -> tuple[tuple
     train = []
     held_out = []
     for client, samples in enumerate(indices):
-        # A client with one sample keeps it for training: without it there would be no client.
-        count = min(max(1, round(share * len(samples))), len(samples) - 1)
+        # At least one sample is held out, and at least one remains, without which a client could not train.
+        count = max(1, round(share * len(samples)))
+        count = min(count, len(samples) - 1)
         order = torch.randperm(len(samples), generator=stream(seed, "client", client, "held out"))
         held_out.append(samples[order[:count].sort().values])
         train.append(samples[order[count:].sort().values])

@@ -6,7 +6,7 @@ import hashlib
 import tarfile
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
@@ -17,28 +17,29 @@ from torch.utils.data import Dataset
 from lightning_fedhaw import arguments
 
 SITE = "http://vision.stanford.edu/aditya86/ImageNetDogs"
-# What each archive holds, and its md5.
+
 ARCHIVES = {
     "images.tar": (("Images",), "1bb1f2a596ae7057f99d7d75860002ef"),
     "lists.tar": (("train_list.mat", "test_list.mat"), "edbb9f16854ec66506b5f09b583e0656"),
 }
+"""The content of each archive, and its MD5 checksum."""
 
 Split = Literal["train", "test"]
 
 
 class StanfordDogs(Dataset[tuple[Any, Any]]):
-    """Stanford Dogs (Khosla et al., 2011) with its official split: 12,000 images to train on, 8,580 to test on.
+    """Stanford Dogs (Khosla et al., 2011) with its official split: 12,000 training images and 8,580 test images.
 
-    The folder holds what the official archives hold: ``Images/n02085620-Chihuahua/n02085620_10074.jpg`` and so on,
-    ``train_list.mat`` and ``test_list.mat``. Archives that lie there are checked and unpacked. Lists may name
+    The folder has the content of the official archives: ``Images/n02085620-Chihuahua/n02085620_10074.jpg`` and so on,
+    ``train_list.mat`` and ``test_list.mat``. Archives in the folder are checked and unpacked. The lists may name
     fewer images and classes than the official ones. Needs scipy, which reads the lists.
 
     Args:
         root: The folder.
-        split: Which of the two lists.
+        split: The list to read.
         transform: Takes an RGB ``PIL.Image``.
         target_transform: Takes a class number.
-        download: Whether archives are fetched where neither they nor what they hold is there; 800 MB.
+        download: Whether to download an archive if neither it nor its content is in the folder; 800 MB.
 
     Attributes:
         classes: The breeds, in the order of their numbers.
@@ -46,10 +47,10 @@ class StanfordDogs(Dataset[tuple[Any, Any]]):
         targets: The class number of each image, from 0: where partitioners find labels without opening images.
 
     Raises:
-        FileNotFoundError: If something is missing; the message says what to put where.
+        FileNotFoundError: If a file is missing; the message says which one, and where to put it.
         ConnectionError: If an archive cannot be downloaded.
         RuntimeError: If an archive or a list is corrupt.
-        ValueError: If ``split`` is neither of the two.
+        ValueError: If ``split`` is neither ``"train"`` nor ``"test"``.
     """
 
     def __init__(
@@ -68,97 +69,56 @@ class StanfordDogs(Dataset[tuple[Any, Any]]):
         )
         _provide(self.root, arguments.flag("download", download))
         self.files, self.targets = _read_list(self.root / f"{split}_list.mat")
-        folders = {target: file.split("/")[0] for file, target in zip(self.files, self.targets, strict=True)}
-        self.classes = [folders[i].partition("-")[2] for i in range(len(folders))]
+        self.classes = _breeds(self.files, self.targets)
         self._check_images()
 
     def _check_images(self) -> None:
+        """Refuse a folder that lacks any image of the list."""
         images = self.root / "Images"
-        folders = sorted({file.split("/")[0] for file in self.files})
-        there = {f"{name}/{p.name}" for name in folders if (images / name).is_dir() for p in (images / name).iterdir()}
-        missing = [file for file in self.files if file not in there]
+        folders = sorted({_folder_of(file) for file in self.files})
+        # Listing 120 folders is much faster than asking for each of 20,580 files.
+        existing = _files_in(images, folders)
+        missing = [file for file in self.files if file not in existing]
         if missing:
-            lost = sum(not (images / name).is_dir() for name in folders)
+            missing_folders = sum(not (images / folder).is_dir() for folder in folders)
             raise FileNotFoundError(
                 f"{images} lacks {len(missing):,} of the {len(self.files):,} images that {self.split}_list.mat names,"
-                f" such as {missing[0]!r}, and {lost} of the {len(folders)} classes' folders. Delete the folder and put"
-                f" `images.tar` from {SITE} into {self.root}."
+                f" such as {missing[0]!r}, and {missing_folders} of the {len(folders)} classes' folders. Delete the"
+                f" folder and put `images.tar` from {SITE} into {self.root}."
             )
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """An image and its class number, transformed."""
+        """Return an image and its class number, transformed."""
         from PIL import Image
 
         with Image.open(self.root / "Images" / self.files[index]) as file:
             image: Any = file.convert("RGB")
         target: Any = self.targets[index]
-        return (
-            image if self.transform is None else self.transform(image),
-            target if self.target_transform is None else self.target_transform(target),
-        )
+        if self.transform is not None:
+            image = self.transform(image)
+        if self.target_transform is not None:
+            target = self.target_transform(target)
+        return image, target
 
     def __repr__(self) -> str:
         return f"StanfordDogs({self.split}, {len(self):,} images of {len(self.classes)} breeds in {self.root})"
 
 
-def _provide(root: Path, download: bool) -> None:
-    """Unpack what is not there yet, and download it if asked."""
-    for name, (contents, md5) in ARCHIVES.items():
-        lacking = [item for item in contents if not (root / item).exists()]
-        if not lacking:
-            continue
-        archive = root / name
-        remedy = (
-            f"Put `images.tar` and `lists.tar` from {SITE} into {root}, or what they hold: the folder `Images`,"
-            " `train_list.mat` and `test_list.mat`"
-        )
-        if not archive.exists() and not download:
-            raise FileNotFoundError(
-                f"{root} holds neither `{lacking[0]}` of Stanford Dogs nor `{name}`. {remedy}; or set `download=True`."
-            )
-        if not archive.exists():
-            root.mkdir(parents=True, exist_ok=True)
-            part = archive.with_name(f".{name}.{uuid.uuid4().hex}")
-            try:
-                torch.hub.download_url_to_file(f"{SITE}/{name}", str(part))
-                if (got := _md5(part)) != md5:  # a connection that breaks off says nothing
-                    raise OSError(f"what arrived ({part.stat().st_size:,} bytes with md5 {got}) is not the whole of it")
-                part.replace(archive)
-            except (OSError, HTTPException) as error:
-                raise ConnectionError(f"{SITE}/{name} could not be downloaded: {error}. {remedy}.") from error
-            finally:
-                part.unlink(missing_ok=True)
-        _unpack(archive, contents, md5)
-
-
-def _unpack(archive: Path, contents: tuple[str, ...], md5: str) -> None:
-    """Beside its place, and renamed: an interrupted run, or two at a time, leave no half of a folder."""
-    if (got := _md5(archive)) != md5:
-        raise RuntimeError(
-            f"{archive} is corrupt or truncated ({archive.stat().st_size:,} bytes with md5 {got} instead of"
-            f" {md5}). Delete it and run again with `download=True`."
-        )
-    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpacking-") as folder:
-        with tarfile.open(archive) as tar:
-            tar.extraction_filter = getattr(tarfile, "data_filter", None)
-            tar.extractall(folder)
-        for name in contents:
-            if not (archive.parent / name).exists():
-                (Path(folder) / name).rename(archive.parent / name)
-
-
-def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+# ---------------------------------------------------------------------------------------------------------------------
+# Lists and images
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _read_list(path: Path) -> tuple[list[str], list[int]]:
+    """Read the images of a list, and their class numbers from 0.
+
+    Raises:
+        ModuleNotFoundError: If scipy is not installed.
+        RuntimeError: If the file is not such a list.
+    """
     try:
         from scipy.io import loadmat
     except ModuleNotFoundError as error:
@@ -167,13 +127,127 @@ def _read_list(path: Path) -> tuple[list[str], list[int]]:
         ) from error
     try:
         table = loadmat(path)
-        files, labels = ([entry.item() for entry in table[name].ravel()] for name in ("file_list", "labels"))
-        targets = [int(label) - 1 for label in labels]
+        # Every entry of the two columns is an array of its own, with a single element.
+        files = [str(entry.item()) for entry in table["file_list"].ravel()]
+        targets = [int(entry.item()) - 1 for entry in table["labels"].ravel()]
         if not files or len(files) != len(targets) or set(targets) != set(range(max(targets) + 1)):
             raise ValueError(f"{len(files)} files and {len(targets)} labels")
-        return [str(file) for file in files], targets
-    except Exception as error:  # what scipy raises depends on the byte at which it stumbles
+    except Exception as error:  # of any kind: scipy's errors depend on the byte at which reading fails
         raise RuntimeError(
-            f"{path} is no list of Stanford Dogs ({type(error).__name__}: {error}). Delete it and put `lists.tar` from"
-            f" {SITE} into {path.parent}."
+            f"{path} is not a list of Stanford Dogs ({type(error).__name__}: {error}). Delete it and put `lists.tar`"
+            f" from {SITE} into {path.parent}."
         ) from error
+    return files, targets
+
+
+def _breeds(files: list[str], targets: list[int]) -> list[str]:
+    """List the breeds in the order of their numbers; the folder ``n02085620-Chihuahua`` holds Chihuahuas."""
+    breeds = {}
+    for file, target in zip(files, targets, strict=True):
+        breeds[target] = _folder_of(file).partition("-")[2]
+    return [breeds[target] for target in range(len(breeds))]
+
+
+def _folder_of(file: str) -> str:
+    """Return the folder of an image, which is that of its class."""
+    return file.split("/")[0]
+
+
+def _files_in(images: Path, folders: Iterable[str]) -> set[str]:
+    """List the files of those folders that exist, as the lists name them: ``folder/file``."""
+    files: set[str] = set()
+    for folder in folders:
+        if (images / folder).is_dir():
+            files.update(f"{folder}/{path.name}" for path in (images / folder).iterdir())
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Archives
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _provide(root: Path, download: bool) -> None:
+    """Unpack the archives whose content is missing, and download those that are missing themselves.
+
+    Raises:
+        FileNotFoundError: If an archive is missing and ``download`` is off.
+        ConnectionError: If an archive cannot be downloaded.
+        RuntimeError: If an archive is corrupt.
+    """
+    remedy = (
+        f"Put `images.tar` and `lists.tar` from {SITE} into {root}, or their content: the folder `Images`,"
+        " `train_list.mat` and `test_list.mat`"
+    )
+    for name, (contents, md5) in ARCHIVES.items():
+        missing = [item for item in contents if not (root / item).exists()]
+        if not missing:
+            continue
+        archive = root / name
+        if not archive.exists():
+            if not download:
+                raise FileNotFoundError(
+                    f"{root} has neither `{missing[0]}` of Stanford Dogs nor `{name}`. {remedy}; or set"
+                    " `download=True`."
+                )
+            _download(archive, md5, remedy)
+        _unpack(archive, contents, md5)
+
+
+def _download(archive: Path, md5: str, remedy: str) -> None:
+    """Download an archive under a temporary name and rename it, so that an interruption leaves no part of a file.
+
+    Raises:
+        ConnectionError: If that fails, or the file is incomplete.
+    """
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    url = f"{SITE}/{archive.name}"
+    # The name is unique, so that two processes do not write into the same file.
+    temporary = archive.with_name(f".{archive.name}.{uuid.uuid4().hex}")
+    try:
+        torch.hub.download_url_to_file(url, str(temporary))
+        # A connection that breaks raises no error: only the checksum tells.
+        received = _md5(temporary)
+        if received != md5:
+            raise OSError(
+                f"the file is incomplete ({temporary.stat().st_size:,} bytes received, with md5 {received} instead of"
+                f" {md5})"
+            )
+        temporary.replace(archive)
+    except (OSError, HTTPException) as error:
+        raise ConnectionError(f"{url} could not be downloaded: {error}. {remedy}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _unpack(archive: Path, contents: tuple[str, ...], md5: str) -> None:
+    """Unpack an archive into a temporary folder and rename its contents.
+
+    An interrupted run, or two runs at the same time, thereby leave no incomplete folder.
+
+    Raises:
+        RuntimeError: If the archive is corrupt.
+    """
+    actual = _md5(archive)
+    if actual != md5:
+        raise RuntimeError(
+            f"{archive} is corrupt or truncated ({archive.stat().st_size:,} bytes with md5 {actual} instead of"
+            f" {md5}). Delete it and run again with `download=True`."
+        )
+    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpacking-") as folder:
+        with tarfile.open(archive) as tar:
+            # Only later patch releases of Python 3.10 and 3.11 have the filter.
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
+            tar.extractall(folder)
+        for name in contents:
+            if not (archive.parent / name).exists():
+                (Path(folder) / name).rename(archive.parent / name)
+
+
+def _md5(path: Path) -> str:
+    """Compute the MD5 checksum of a file, one MiB at a time."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,9 +1,10 @@
-"""How clients turn samples into batches, as far as a data loader says it."""
+"""How clients make batches of their samples: the settings of a data loader."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from typing import Any, cast
 
 import torch
@@ -21,14 +22,15 @@ from torch.utils.data import (
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """How a client turns its samples into batches: what a ``DataLoader`` says, without its data set.
+    """How a client makes batches of its samples: the settings of a ``DataLoader``, without its data set.
 
     Attributes:
         batch_size: Samples in a batch.
-        shuffle: Whether a client's samples are shuffled anew in every local epoch.
+        shuffle: Whether a client's samples are shuffled again in every local epoch.
         drop_last: Whether an incomplete last batch of a local epoch is left out.
         collate_fn: Makes a batch from a list of samples.
-        num_workers: Worker processes for data that has to be fetched sample by sample; started for every client's pass.
+        num_workers: Worker processes for data that has to be fetched sample by sample; they are started again for every
+            pass over a client's samples.
         pin_memory: Whether batches are put into page-locked memory.
         worker_init_fn: Called in each worker.
         prefetch_factor: Batches a worker fetches ahead.
@@ -45,15 +47,15 @@ class LoaderSettings:
     worker_init_fn: Callable[[int], None] | None = None
     prefetch_factor: int | None = None
     timeout: float = 0
-    multiprocessing_context: Any = None
+    multiprocessing_context: BaseContext | str | None = None
 
     @classmethod
-    def of(cls, loader: Any) -> LoaderSettings:
+    def of(cls, loader: object) -> LoaderSettings:
         """Read the settings of a training data loader.
 
         Raises:
             TypeError: If it is not a single ``DataLoader`` over a map-style data set.
-            ValueError: If it draws samples in a way that clients could not keep.
+            ValueError: If it has a custom sampler or batch sampler: a client draws from its own samples only.
         """
         checked = _map_style_loader(loader)
         batch_size = _batch_size(checked)
@@ -75,18 +77,19 @@ class LoaderSettings:
         """Count the batches of a pass over so many samples."""
         if self.drop_last:
             return samples // self.batch_size
-        return -(-samples // self.batch_size)
+        return -(-samples // self.batch_size)  # rounded up: the last batch may be incomplete
 
     def loader(self, dataset: Dataset[Any], batches: list[list[int]], generator: torch.Generator) -> DataLoader[Any]:
-        """Make a data loader of batches that were drawn already.
+        """Make a data loader for batches whose samples are drawn already.
 
         Args:
             dataset: A map-style data set.
             batches: For each batch the indices of its samples.
-            generator: What worker processes get their seeds from.
+            generator: The source of the worker processes' seeds.
         """
         return DataLoader(
             dataset,
+            # Any iterable of lists of indices serves; torch's annotation asks for its own class.
             batch_sampler=cast(Sampler[list[int]], batches),
             collate_fn=self.collate_fn,
             num_workers=self.num_workers,
@@ -99,8 +102,8 @@ class LoaderSettings:
         )
 
 
-def _map_style_loader(loader: Any) -> DataLoader[Any]:
-    """Refuse what is not one data loader whose samples can be dealt to clients."""
+def _map_style_loader(loader: object) -> DataLoader[Any]:
+    """Refuse anything but one data loader whose samples can be assigned to clients."""
     if isinstance(loader, (list, tuple, dict)) or type(loader).__name__ == "CombinedLoader":
         raise TypeError(
             f"`train_dataloaders` must be one DataLoader, got {type(loader).__name__} of several: a client has one"
@@ -114,14 +117,14 @@ def _map_style_loader(loader: Any) -> DataLoader[Any]:
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__getitem__"):
         raise TypeError(
             f"`train_dataloaders` must be over a map-style data set (with `__getitem__` and `__len__`), got the"
-            f" iterable {type(loader.dataset).__name__}, whose samples cannot be dealt to clients. Read it into a"
+            f" iterable {type(loader.dataset).__name__}, whose samples cannot be assigned to clients. Read it into a"
             " list or a TensorDataset first."
         )
     return loader
 
 
 def _batch_size(loader: DataLoader[Any]) -> int:
-    """Find the batch size, and refuse batches that are made otherwise: every client draws its own."""
+    """Return the batch size; refuse a custom batch sampler, since every client draws its own batches."""
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
         raise ValueError(
             "`train_dataloaders` must make its batches by `batch_size`, got the custom `batch_sampler`"
@@ -131,11 +134,12 @@ def _batch_size(loader: DataLoader[Any]) -> int:
 
 
 def _check_sampler(loader: DataLoader[Any]) -> None:
-    """Refuse samplers that do anything but go through all samples once, in order or shuffled."""
+    """Refuse any sampler that does not visit all samples once, in order or shuffled."""
     sampler = loader.sampler
     is_plain = type(sampler) in (RandomSampler, SequentialSampler)
     if is_plain and isinstance(sampler, RandomSampler):
-        is_plain = not sampler.replacement and sampler.num_samples == len(cast(Any, loader.dataset))
+        # It can also draw with replacement, or only some of the samples.
+        is_plain = not sampler.replacement and sampler.num_samples == len(cast(Sized, loader.dataset))
     if not is_plain:
         raise ValueError(
             f"`train_dataloaders` must sample with `shuffle=True` or `False`, got the custom sampler"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from lightning_fedhaw import arguments
@@ -26,20 +26,20 @@ OPTIONAL_LOADERS = ("val_dataloader", "test_dataloader", "predict_dataloader")
 
 
 class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
-    """Training data that is dealt to clients, with validation, test and proxy data beside it.
+    """Training data that is split over clients, together with validation, test and proxy data.
 
-    In a federation every client trains on its part of ``train``; in a stock ``Trainer`` without a rule callback the
+    In a federation every client trains on its share of ``train``; in a stock ``Trainer`` without a rule callback the
     same object trains centrally on all of it.
 
     Args:
         train: A map-style data set; or a list with one data set per client; or an existing ``LightningDataModule``,
-            whose training loader's data set is split and whose other loaders are kept.
+            whose training loader's data set is split and whose other loaders are used unchanged.
         num_clients: N. Default: the trainer's or the rule's ``num_clients``, else 10.
         partitioner: How ``train`` is split. Default: a Dirichlet(0.1) split where labels are found, else IID.
-        batch_size: Samples in a batch. Default: 32, or what the existing data module uses.
+        batch_size: Samples in a batch. Default: 32, or that of the existing data module.
         val: Validation data of the server: a data set, or ready loaders.
         test: Test data, likewise.
-        proxy: Server data for rules that want some: a data set, or a number of samples that is cut from the training
+        proxy: Server data for rules that need some: a data set, or a number of samples that is cut from the training
             data, the same for every class.
         labels: Labels for a label-skewed split: an array ``[samples]``, or a callable that takes the data set.
         num_workers: Worker processes of the loaders.
@@ -53,6 +53,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         ValueError: If ``num_clients`` contradicts a list of data sets.
 
     Example:
+        >>> import torch
         >>> from torch.utils.data import TensorDataset
         >>> data = TensorDataset(torch.randn(200, 4), torch.arange(200) % 2)
         >>> module = FederatedDataModule(data, num_clients=4, batch_size=16)
@@ -78,7 +79,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        # What the federation's options say too has the same checks and the same sentences.
+        # Arguments that the federation's options have, too, get their checks and messages from there.
         options = FederationOptions(num_clients=num_clients, partitioner=partitioner, seed=seed)
         self.inner = train if isinstance(train, pl.LightningDataModule) else None
         self.num_clients = options.num_clients
@@ -88,7 +89,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         self._val = val
         self._test = test
         self._proxy = _checked_proxy(proxy)
-        self._loader = {
+        self._loader_options: dict[str, Any] = {
             "num_workers": arguments.integer("num_workers", num_workers, minimum=0),
             "pin_memory": arguments.flag("pin_memory", pin_memory),
             "collate_fn": arguments.function("collate_fn", collate_fn, "collate_fn(samples)"),
@@ -96,50 +97,73 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         self._drop_last = arguments.flag("drop_last", drop_last)
         self.seed = options.resolved_seed
         self.partition_in_use: Partition | None = None
-        self._train: Dataset[Any] | None = None
+        self._train: Dataset[Any] | None = self._checked_train(train)
         self._proxy_set: Dataset[Any] | None = None
-        if self.inner is None:
-            self._train = self._joined(train)
         self._hide_missing_loaders()
 
+    def _checked_train(self, train: Any) -> Dataset[Any] | None:
+        """Return the training data; None for an existing data module, whose data exist only after its ``setup``."""
+        if isinstance(train, pl.LightningDataModule):
+            return None
+        if isinstance(train, (list, tuple)):
+            return self._concatenate(train)
+        dataset: Dataset[Any] = _map_style(train)
+        return dataset
+
+    def _concatenate(self, datasets: Sequence[Dataset[Any]]) -> Dataset[Any]:
+        """Concatenate one data set per client, and set the partitioner that takes them apart again."""
+        if not datasets:
+            raise ValueError("`train` must hold one data set per client, got an empty list.")
+        if self.partitioner is not None:
+            raise ValueError(
+                f"`partitioner` must be None where `train` is a list of data sets, one per client, got"
+                f" {self.partitioner!r}: the list is a split already. Leave it out."
+            )
+        if self.num_clients not in (None, len(datasets)):
+            raise ValueError(
+                f"`num_clients`={self.num_clients} contradicts `train`, a list of {len(datasets)} data sets, one per"
+                " client. Leave it out."
+            )
+        if isinstance(self._proxy, int):
+            raise ValueError(
+                f"`proxy`={self._proxy} cannot be cut from a list of data sets, one per client. Give a data set."
+            )
+        indices_of_clients = []
+        num_samples = 0
+        for dataset in datasets:
+            begin = num_samples
+            num_samples += len(_map_style(dataset))
+            indices_of_clients.append(range(begin, num_samples))
+        self.partitioner = IndexPartitioner(indices_of_clients)
+        self.num_clients = len(datasets)
+        return ConcatDataset(datasets)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Loaders without data
+    # -----------------------------------------------------------------------------------------------------------------
+
     def _hide_missing_loaders(self) -> None:
-        """Lightning asks whether a hook is overridden; without data it must not seem to be."""
-        for name, source in zip(OPTIONAL_LOADERS, (self._val, self._test, self._test), strict=True):
+        """Restore the base class's methods for loaders without data: Lightning asks whether a method is overridden."""
+        sources = (self._val, self._test, self._test)
+        for name, source in zip(OPTIONAL_LOADERS, sources, strict=True):
             if source is None and (self.inner is None or not is_overridden(name, self.inner)):
                 setattr(self, name, getattr(super(), name))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What other processes are sent: methods are hidden there anew."""
+        """Return the state for another process, or for a copy.
+
+        It leaves out the methods of :meth:`_hide_missing_loaders`, which are bound to this object.
+        """
         return {name: value for name, value in vars(self).items() if name not in OPTIONAL_LOADERS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """The same module as here."""
+        """Restore the state from another process, or for a copy."""
         vars(self).update(state)
         self._hide_missing_loaders()
 
-    def _joined(self, train: Any) -> Dataset[Any]:
-        if isinstance(train, (list, tuple)):
-            if not train:
-                raise ValueError("`train` must hold one data set per client, got an empty list.")
-            if self.partitioner is not None:
-                raise ValueError("`partitioner` has no meaning with a list of data sets: each client brings its own.")
-            if self.num_clients not in (None, len(train)):
-                raise ValueError(
-                    f"`num_clients`={self.num_clients} contradicts `train`, a list of {len(train)} data sets, one per"
-                    " client. Leave it out."
-                )
-            if isinstance(self._proxy, int):
-                raise ValueError(
-                    f"`proxy`={self._proxy} cannot be cut from a list of data sets, one per client. Give a data set."
-                )
-            parts = [_map_style(part) for part in train]
-            ends = torch.tensor([len(part) for part in parts]).cumsum(0).tolist()
-            ranges = [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
-            self.partitioner = IndexPartitioner(ranges)
-            self.num_clients = len(parts)
-            return ConcatDataset(parts)
-        dataset: Dataset[Any] = _map_style(train)
-        return dataset
+    # -----------------------------------------------------------------------------------------------------------------
+    # Training and proxy data
+    # -----------------------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         """Let an existing data module download."""
@@ -153,12 +177,14 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
             self.inner.setup(stage)  # type: ignore[arg-type]
             if self._train is None and stage in (None, "fit"):
                 loader = self.inner.train_dataloader()
+                # Refuse loaders whose data set cannot be split, before its attributes are used.
                 LoaderSettings.of(loader)
                 self._train = loader.dataset
         if self._train is not None:
             self._cut_proxy(self._train)
 
     def _cut_proxy(self, train: Dataset[Any]) -> None:
+        """Cut the proxy set from the training data, once; a proxy data set is taken as it is."""
         if not isinstance(self._proxy, int):
             self._proxy_set = self._proxy
             return
@@ -167,25 +193,25 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         labels = find_labels(train, self.labels)
         if labels is None:
             raise ValueError(
-                f"`proxy`={self._proxy} is cut with the same number of samples from every class, and the data set shows"
-                " no labels. Give `labels=`, or a data set as `proxy`."
+                f"`proxy`={self._proxy} is cut with the same number of samples from every class, and no labels were"
+                " found in the data set. Give `labels=`, or a data set as `proxy`."
             )
         try:
-            chosen, rest = balanced_subset(labels, self._proxy, seed=self.seed)
+            chosen, remaining = balanced_subset(labels, self._proxy, seed=self.seed)
         except ValueError as error:
             raise ValueError(
                 f"`proxy`={self._proxy} cannot be cut from {len(labels)} training samples, the same number from every"
                 f" class: {error} Or give a data set as `proxy`."
             ) from error
-        self._proxy_set, self._train = Subset(train, chosen.tolist()), Subset(train, rest.tolist())
-        self.labels = labels[rest]
+        self._proxy_set = Subset(train, chosen.tolist())
+        self._train = Subset(train, remaining.tolist())
+        self.labels = labels[remaining]
 
     @property
     def train_dataset(self) -> Dataset[Any]:
-        """The training data that clients share, without the proxy set.
+        """The training data of all clients, without the proxy set.
 
-        Raises:
-            RuntimeError: Before :meth:`setup` of an existing data module.
+        An existing data module is prepared and set up for it, if it is not yet.
         """
         if self._train is None:
             self.prepare_data()
@@ -198,14 +224,21 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
     @property
     def proxy_dataset(self) -> Dataset[Any] | None:
         """The server's proxy data, if there is any."""
-        _ = self.train_dataset
-        return self._proxy_set if isinstance(self._proxy, int) else self._proxy
+        _ = self.train_dataset  # which sets up an existing data module, and cuts the proxy set
+        if isinstance(self._proxy, int):
+            return self._proxy_set
+        return self._proxy
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The split
+    # -----------------------------------------------------------------------------------------------------------------
 
     def partition(self, seed: int | None = None) -> Partition:
-        """Who owns which training sample: as the last ``fit`` dealt them, before that as one with this seed would.
+        """Return the split of the training data: that of the last ``fit``, or before any ``fit`` that of the seed.
 
         Args:
-            seed: The federation's seed; asks for its split even after a ``fit``.
+            seed: The federation's seed; if it is given, its split is returned even after a ``fit``. Default: that of
+                the data module.
         """
         if self.partition_in_use is not None and seed is None:
             return self.partition_in_use
@@ -221,65 +254,82 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
     def preview(
         self, path: str | Path | None = None, class_names: Sequence[str] | None = None, seed: int | None = None
     ) -> str:
-        """The label histogram of every client, as text and, with a path, as a picture; without labels, the sizes.
+        """Return the label histogram of every client as text, and draw it; without labels, the clients' sizes.
 
         Args:
-            path: Where the picture goes; its suffix chooses the format. Needs matplotlib.
+            path: The file in which the picture is saved; its suffix determines the format. Needs matplotlib. Default:
+                no picture.
             class_names: Names of the classes.
-            seed: The federation's seed, where it is not that of the data module.
+            seed: The federation's seed, if it is not that of the data module.
         """
-        labels, partition = find_labels(self.train_dataset, self.labels), self.partition(seed)
+        labels = find_labels(self.train_dataset, self.labels)
+        partition = self.partition(seed)
         if labels is None:
-            histogram, class_names = partition.sizes[:, None], class_names or ["any"]
+            histogram = partition.sizes[:, None]  # [N, 1]: all samples count as one class
+            class_names = class_names or ["any"]
         else:
             histogram = partition.histogram(labels)
         if path is not None:
             draw_histogram(histogram, path, class_names)
         return format_histogram(histogram, class_names)
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # Loaders
+    # -----------------------------------------------------------------------------------------------------------------
+
     def train_dataloader(self) -> DataLoader[Any]:
-        """All training data: what a centralized fit iterates, and what a federation deals to its clients."""
-        if self.inner is not None:
-            own = self.inner.train_dataloader()
-            if self.batch_size is None and self._train is own.dataset:
-                return own  # type: ignore[no-any-return]
-            settings = LoaderSettings.of(own)
+        """Return a loader of all training data: a centralized fit iterates it, a federation splits its data set."""
+        if self.inner is None:
             return DataLoader(
                 self.train_dataset,
-                batch_size=self.batch_size or settings.batch_size,
-                shuffle=settings.shuffle,
-                drop_last=settings.drop_last,
-                num_workers=settings.num_workers,
-                pin_memory=settings.pin_memory,
-                collate_fn=settings.collate_fn,
-                worker_init_fn=settings.worker_init_fn,
+                batch_size=self.batch_size or LoaderSettings.batch_size,
+                shuffle=True,
+                drop_last=self._drop_last,
+                **self._loader_options,
             )
+        loader: DataLoader[Any] = self.inner.train_dataloader()
+        if self.batch_size is None and self._train is loader.dataset:
+            return loader
+        settings = LoaderSettings.of(loader)
         return DataLoader(
             self.train_dataset,
-            batch_size=self.batch_size or LoaderSettings.batch_size,
-            shuffle=True,
-            drop_last=self._drop_last,
-            **self._loader,  # type: ignore[arg-type]
+            batch_size=self.batch_size or settings.batch_size,
+            shuffle=settings.shuffle,
+            drop_last=settings.drop_last,
+            num_workers=settings.num_workers,
+            pin_memory=settings.pin_memory,
+            collate_fn=settings.collate_fn,
+            worker_init_fn=settings.worker_init_fn,
         )
 
-    def val_dataloader(self) -> Any:
-        """The server's validation data; an existing data module's without ``val``."""
-        return self._evaluation(self._val, "val_dataloader")
+    def val_dataloader(self) -> EVAL_DATALOADERS:
+        """Return loaders of the server's validation data; without ``val``, those of an existing data module."""
+        return self._evaluation_loaders(self._val, "val_dataloader")
 
-    def test_dataloader(self) -> Any:
-        """The test data; an existing data module's without ``test``."""
-        return self._evaluation(self._test, "test_dataloader")
+    def test_dataloader(self) -> EVAL_DATALOADERS:
+        """Return loaders of the test data; without ``test``, those of an existing data module."""
+        return self._evaluation_loaders(self._test, "test_dataloader")
 
-    def predict_dataloader(self) -> Any:
-        """An existing data module's prediction data, else the test data."""
-        return self._evaluation(None if self.inner is not None else self._test, "predict_dataloader")
+    def predict_dataloader(self) -> EVAL_DATALOADERS:
+        """Return loaders of an existing data module's prediction data; without such a module, of the test data."""
+        source = self._test if self.inner is None else None
+        return self._evaluation_loaders(source, "predict_dataloader")
 
-    def _evaluation(self, source: Source | None, name: str) -> Any:
+    def _evaluation_loaders(self, source: Source | None, name: str) -> EVAL_DATALOADERS:
+        """Return loaders of a source; without one, those that the existing data module's method of a name returns."""
         if source is None:
             return getattr(self.inner, name)()
         if isinstance(source, (DataLoader, list, tuple)):
             return source
-        return DataLoader(source, batch_size=self.batch_size or LoaderSettings.batch_size, **self._loader)  # type: ignore[arg-type]
+        return DataLoader(
+            source,  # type: ignore[arg-type]  # a data set: loaders were returned above
+            batch_size=self.batch_size or LoaderSettings.batch_size,
+            **self._loader_options,
+        )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The life of an existing data module
+    # -----------------------------------------------------------------------------------------------------------------
 
     def teardown(self, stage: str | None = None) -> None:
         """Tear down an existing data module."""
@@ -287,19 +337,23 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
             self.inner.teardown(stage)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
-        """An existing data module's state."""
-        return self.inner.state_dict() if self.inner is not None else {}
+        """Return the state of an existing data module."""
+        if self.inner is None:
+            return {}
+        return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Give an existing data module its state back."""
+        """Restore the state of an existing data module."""
         if self.inner is not None:
             self.inner.load_state_dict(state_dict)
 
 
 def _checked_proxy(proxy: Any) -> Dataset[Any] | int | None:
+    """Check the argument ``proxy``: a data set, or a number of samples."""
     number = arguments.plain_number(proxy)
     if isinstance(number, int):
         return arguments.integer("proxy", number, minimum=1)
+    # A float in a tensor without axes is a number, though the tensor has both methods; a string has them, too.
     is_dataset = hasattr(proxy, "__len__") and hasattr(proxy, "__getitem__") and number is None
     if proxy is None or (is_dataset and not isinstance(proxy, str)):
         return proxy
@@ -310,6 +364,7 @@ def _checked_proxy(proxy: Any) -> Dataset[Any] | int | None:
 
 
 def _map_style(dataset: Any) -> Any:
+    """Refuse a data set that is not map-style."""
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise TypeError(
             "`train` must be a map-style data set (with `__getitem__` and `__len__`), a list of such, one per client,"

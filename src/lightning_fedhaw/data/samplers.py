@@ -1,4 +1,4 @@
-"""Who comes in a round."""
+"""Client sampling: which clients participate in a round."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import floor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +15,14 @@ from lightning_fedhaw.streams import stream
 
 
 class CohortSampler(arguments.NamedArguments, ABC):
-    """Names the clients of a round; the answer depends on the arguments alone, so that a resumed run repeats it."""
+    """Base class of the client samplers, which choose the clients of a round.
+
+    The choice depends on the arguments of :meth:`sample` alone, so that a resumed run repeats it.
+    """
 
     @abstractmethod
     def sample(self, round_idx: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
-        """The cohort of one round.
+        """Choose the cohort of one round.
 
         Args:
             round_idx: Number of the round, from 0.
@@ -41,13 +43,13 @@ class FullParticipationSampler(CohortSampler):
     """All clients, every round."""
 
     def sample(self, round_idx: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
-        """All clients; see :meth:`CohortSampler.sample`."""
+        """Return all clients; see :meth:`CohortSampler.sample`."""
         return list(range(num_clients))
 
 
 @dataclass(frozen=True)
 class UniformSampler(CohortSampler):
-    """Each round a fresh random set of clients, all sets alike; McMahan et al. 2017 (FedAvg).
+    """Each round a new random set of clients, all sets equally likely; McMahan et al. 2017 (FedAvg).
 
     Attributes:
         clients_per_round: A number of clients, or as a float in (0, 1] a share of them, rounded to the nearest number
@@ -64,19 +66,20 @@ class UniformSampler(CohortSampler):
         object.__setattr__(self, "clients_per_round", per_round)
 
     def sample(self, round_idx: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
-        """A uniform draw without replacement; see :meth:`CohortSampler.sample`."""
-        many = _cohort_size(self.clients_per_round, num_clients)
-        drawn = torch.randperm(num_clients, generator=stream(seed, "cohort", round_idx))[:many]
-        return sorted(drawn.tolist())
+        """Draw a cohort uniformly, without replacement; see :meth:`CohortSampler.sample`."""
+        cohort_size = _cohort_size(self.clients_per_round, num_clients)
+        order = torch.randperm(num_clients, generator=stream(seed, "cohort", round_idx))
+        return sorted(order[:cohort_size].tolist())
 
 
 @dataclass(frozen=True)
 class WeightedSampler(CohortSampler):
-    """Each round a random set of clients, drawn one after the other with chances in proportion to their weights.
+    """Each round a random set of clients, drawn one after the other with probabilities in proportion to their weights.
 
     Attributes:
         clients_per_round: As for :class:`UniformSampler`.
-        weights: Non-negative weight of each client, ``[N]``; weight 0 never comes. Default: the clients' sizes.
+        weights: Non-negative weight of each client, ``[N]``; a client of weight 0 is never drawn. Default: the
+            clients' sizes.
 
     Raises:
         ValueError: If ``clients_per_round`` or a weight is out of range; in ``sample``, if there are not as many
@@ -94,42 +97,46 @@ class WeightedSampler(CohortSampler):
             object.__setattr__(self, "weights", tuple(weights.tolist()))
 
     def sample(self, round_idx: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
-        """A weighted draw without replacement; see :meth:`CohortSampler.sample`."""
-        many = _cohort_size(self.clients_per_round, num_clients)
-        weights = torch.as_tensor(sizes if self.weights is None else self.weights, dtype=torch.float64, device="cpu")
+        """Draw a cohort by weight, without replacement; see :meth:`CohortSampler.sample`."""
+        cohort_size = _cohort_size(self.clients_per_round, num_clients)
+        weights = torch.as_tensor(sizes, dtype=torch.float64, device="cpu")
+        if self.weights is not None:
+            weights = torch.tensor(self.weights, dtype=torch.float64)
         if len(weights) != num_clients:
             raise ValueError(f"`weights` must have one entry per client ({num_clients}), got {len(weights)}.")
-        if (weights > 0).sum() < many:
+        num_positive = int((weights > 0).sum())
+        if num_positive < cohort_size:
             raise ValueError(
-                f"`weights` must be positive for at least the {many} clients of a round, got"
-                f" {int((weights > 0).sum())} positive; draw fewer clients."
+                f"`weights` must be positive for at least the {cohort_size} clients of a round, got"
+                f" {num_positive} positive; draw fewer clients."
             )
-        drawn = torch.multinomial(weights, many, replacement=False, generator=stream(seed, "cohort", round_idx))
-        return sorted(drawn.tolist())
+        generator = stream(seed, "cohort", round_idx)
+        clients = torch.multinomial(weights, cohort_size, replacement=False, generator=generator)
+        return sorted(clients.tolist())
 
 
 @dataclass(frozen=True)
 class FixedSequenceSampler(CohortSampler):
-    """Cohorts written down beforehand: round t is visited by ``cohorts[t]``.
+    """Cohorts that are listed in advance: ``cohorts[t]`` participates in round t.
 
     Attributes:
         cohorts: Client numbers of each round; distinct within a round, and at least one.
 
     Raises:
-        ValueError: If a cohort is empty or names a client twice; in ``sample``, if the cohorts have run out or name a
-            client that does not exist.
+        ValueError: If a cohort is empty or names a client twice; in ``sample``, if there is no cohort for the round, or
+            it names a client that does not exist.
     """
 
     cohorts: Iterable[Iterable[int]]
 
     def __post_init__(self) -> None:
-        cohorts = [
-            _checked_cohort(round_idx, cohort) for round_idx, cohort in enumerate(_list("cohorts", self.cohorts))
-        ]
+        cohorts = []
+        for round_idx, cohort in enumerate(_checked_list(self.cohorts)):
+            cohorts.append(_checked_cohort(round_idx, cohort))
         object.__setattr__(self, "cohorts", tuple(cohorts))
 
     def sample(self, round_idx: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
-        """The cohort written down for the round; see :meth:`CohortSampler.sample`."""
+        """Return the cohort that is listed for the round; see :meth:`CohortSampler.sample`."""
         cohorts = list(self.cohorts)
         if round_idx >= len(cohorts):
             raise ValueError(
@@ -137,6 +144,7 @@ class FixedSequenceSampler(CohortSampler):
                 " from 0) is asked for; add cohorts or train fewer rounds."
             )
         cohort = list(cohorts[round_idx])
+        # The cohort is in ascending order, so that its two ends tell.
         if cohort[0] < 0 or cohort[-1] >= num_clients:
             raise ValueError(
                 f"`cohorts` must name clients in 0 .. {num_clients - 1}, got {cohort} for round {round_idx}."
@@ -144,14 +152,16 @@ class FixedSequenceSampler(CohortSampler):
         return cohort
 
 
-def _list(name: str, value: object) -> list[Any]:
+def _checked_list(value: object) -> list[object]:
+    """Convert ``cohorts``, or the cohort of one round, to a list; refuse what is none."""
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise arguments.invalid(name, "a list of client numbers for each round", value)
+        raise arguments.invalid("cohorts", "a list of client numbers for each round", value)
     return list(value)
 
 
 def _checked_cohort(round_idx: int, clients: object) -> tuple[int, ...]:
-    cohort = sorted(arguments.integer("cohorts", client, minimum=0) for client in _list("cohorts", clients))
+    """Convert a cohort to client numbers in ascending order; refuse an empty one, and duplicates."""
+    cohort = sorted(arguments.integer("cohorts", client, minimum=0) for client in _checked_list(clients))
     if not cohort or len(set(cohort)) < len(cohort):
         raise ValueError(
             f"`cohorts` must name at least one client a round and none twice, got {cohort} for round {round_idx}."
@@ -160,7 +170,13 @@ def _checked_cohort(round_idx: int, clients: object) -> tuple[int, ...]:
 
 
 def _cohort_size(per_round: int | float, num_clients: int) -> int:
+    """Return the number of clients of a round, which ``clients_per_round`` gives as a number or a share.
+
+    Raises:
+        ValueError: If it is more than there are clients.
+    """
     if isinstance(per_round, float):
+        # Not `round`, which would round halves to even: 0.5 of 5 clients would be 2, and 0.5 of 7 would be 4.
         return max(1, floor(per_round * num_clients + 0.5))
     if per_round > num_clients:
         raise ValueError(f"`clients_per_round` must be at most the number of clients, {num_clients}, got {per_round}.")

@@ -19,11 +19,11 @@ def balanced_subset(labels: Tensor, total: int, seed: int = 0) -> tuple[Tensor, 
 
     Args:
         labels: Integer labels of the training data, ``[samples]``, of C classes.
-        total: Samples wanted; ``total // C`` are taken of each class, so that up to C - 1 fewer may come.
+        total: Samples to take; ``total // C`` are taken of each class, so that the set may have up to C - 1 fewer.
         seed: The federation's seed.
 
     Returns:
-        Indices chosen, int64 ``[C * (total // C)]``, and the indices of the rest; both ascending.
+        The chosen indices, int64 ``[C * (total // C)]``, and the remaining indices; both ascending.
 
     Raises:
         TypeError: If the labels are not integers.
@@ -46,7 +46,7 @@ def subset_by_class(labels: Tensor, counts: ArrayLike, seed: int = 0) -> tuple[T
         seed: The federation's seed.
 
     Returns:
-        Indices chosen and the indices of the rest, int64, both ascending.
+        The chosen indices and the remaining indices, int64, both ascending.
 
     Raises:
         TypeError: If the labels are not integers.
@@ -55,16 +55,16 @@ def subset_by_class(labels: Tensor, counts: ArrayLike, seed: int = 0) -> tuple[T
     values = integer_labels(labels)
     available = count_classes(values)
     allowed = f"{len(available)} whole numbers of at least 0, one per class"
-    wanted = np.array(arguments.integers("counts", counts, minimum=0, allowed=allowed), dtype=np.int64)
-    if wanted.shape != available.shape:
+    requested = np.array(arguments.integers("counts", counts, minimum=0, allowed=allowed), dtype=np.int64)
+    if requested.shape != available.shape:
         raise arguments.invalid("counts", allowed, counts)
-    if (wanted > available).any():
-        short = int(np.argmax(wanted - available))
+    if (requested > available).any():
+        scarcest = int(np.argmax(requested - available))
         raise ValueError(
-            f"`counts` must be at most what each class has, got {wanted[short]} for class {np.unique(values)[short]},"
-            f" which has {available[short]} samples; take fewer in all."
+            f"`counts` must be at most what each class has, got {requested[scarcest]} for class"
+            f" {np.unique(values)[scarcest]}, which has {available[scarcest]} samples; take fewer in all."
         )
-    # Two clients are a way to cut: who gets what was asked for, and who gets the rest.
-    both = np.stack([wanted, available - wanted])  # [2, C]
-    chosen, rest = assign_samples(generator(seed, "subset"), values, both).indices
-    return chosen, rest
+    # The cut is a partition over two clients: one has the requested samples, the other the remaining ones.
+    counts_of_both = np.stack([requested, available - requested])  # [2, C]
+    chosen, remaining = assign_samples(generator(seed, "subset"), values, counts_of_both).indices
+    return chosen, remaining

@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 
-def tensors_of(dataset: Dataset[Any]) -> tuple[Tensor, ...] | None:
-    """Find the tensors behind a data set whose samples are their rows; ``None`` if it is something else.
+def tensors_of(dataset: Dataset[object]) -> tuple[Tensor, ...] | None:
+    """Find the tensors whose rows are the samples of a data set.
 
-    A subclass is something else, since it may change its samples.
+    They are found in a ``TensorDataset``, also inside of ``Subset`` and ``ConcatDataset``.
+
+    Returns:
+        The tensors, each ``[samples, ...]``; ``None`` for any other data set.
     """
+    # Types are compared exactly: a subclass may change the samples that it returns.
     if type(dataset) is TensorDataset:
         return dataset.tensors
     if type(dataset) is Subset:
-        return _chosen_rows(dataset)
+        return _rows_of_subset(dataset)
     if type(dataset) is ConcatDataset:
-        return _joined(dataset)
+        return _concatenated(dataset)
     return None
 
 
-def _chosen_rows(dataset: Subset[Any]) -> tuple[Tensor, ...] | None:
-    whole = tensors_of(dataset.dataset)
-    if whole is None:
+def _rows_of_subset(dataset: Subset[object]) -> tuple[Tensor, ...] | None:
+    """Select the rows of a subset."""
+    tensors = tensors_of(dataset.dataset)
+    if tensors is None:
         return None
     index = torch.as_tensor(dataset.indices, dtype=torch.int64)
-    return tuple(tensor[index.to(tensor.device)] for tensor in whole)
+    return tuple(tensor[index.to(tensor.device)] for tensor in tensors)
 
 
-def _joined(dataset: ConcatDataset[Any]) -> tuple[Tensor, ...] | None:
-    parts = []
+def _concatenated(dataset: ConcatDataset[object]) -> tuple[Tensor, ...] | None:
+    """Concatenate the tensors of all members, if they agree in shape, dtype and device."""
+    tensors_of_members = []
     signatures = set()
     for member in dataset.datasets:
         tensors = tensors_of(member)
         if tensors is None:
             return None
-        parts.append(tensors)
+        tensors_of_members.append(tensors)
         signatures.add(tuple((tensor.shape[1:], tensor.dtype, tensor.device) for tensor in tensors))
     if len(signatures) != 1:
         return None
-    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+    return tuple(torch.cat(columns) for columns in zip(*tensors_of_members, strict=True))

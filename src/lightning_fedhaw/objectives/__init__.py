@@ -1,4 +1,4 @@
-"""Client objectives: what clients add to their loss, one file each."""
+"""Client objectives: terms that clients add to their loss, one file each."""
 
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.objectives.feddyn import FedDynObjective

@@ -1,4 +1,4 @@
-"""FedDyn: each client bends its loss until all clients' optima are the server's.
+"""FedDyn: dynamic regularization of the clients' losses, which aligns their optima with the server's.
 
 D. A. E. Acar, Y. Zhao, R. Matas, M. Mattina, P. Whatmough, V. Saligrama: Federated Learning Based on Dynamic
 Regularization. ICLR 2021. The server's part is ``aggregation/feddyn.py``.
@@ -17,16 +17,17 @@ DynPenalty = Literal["square", "norm"]
 
 
 class FedDynObjective(ClientObjective):
-    """Add ``-<g_k, w> + alpha / 2 |w - start|^2`` to each client's loss, then ``g_k <- g_k - alpha (end - start)``.
+    """The clients' part of FedDyn: ``-<g_k, w> + alpha / 2 |w - start|^2`` in each client's loss.
 
-    ``g_k`` [P] begins at zero; where clients solve their problem it is the gradient of the client's own loss. This is
-    the clients' part, for any rule; the published method is :class:`~lightning_fedhaw.FedDynCallback`.
+    After local training ``g_k <- g_k - alpha (end - start)``. ``g_k`` [P] begins at zero; if clients minimize their
+    objectives exactly, it is the gradient of the client's own loss. This class works with any rule; the published
+    method is :class:`~lightning_fedhaw.FedDynCallback`.
 
     Args:
         regularization: The factor ``alpha``, at least 0.
         penalty: ``"square"``, as published. ``"norm"``: ``alpha / 2 |w - start|`` without the square, as in FedLAW's
-            code and PFLlib: a pull of constant length.
-        name: Tells two objectives of one class apart in a checkpoint.
+            code and PFLlib: a gradient of constant norm.
+        name: Distinguishes two objectives of one class in a checkpoint.
 
     Raises:
         ValueError: If an argument is not one of the allowed values.
@@ -41,18 +42,21 @@ class FedDynObjective(ClientObjective):
         self.proximal = self.regularization if self.is_square else 0.0
 
     def gradient(self, parameters: Named, start: Named, state: ClientState) -> Named:
-        """``alpha (w - start) - g_k``."""
-        moved = {name: value - start[name] for name, value in parameters.items()}
+        """Return ``alpha (w - start) - g_k``; see :meth:`ClientObjective.gradient`."""
+        displacements = {name: value - start[name] for name, value in parameters.items()}
         factor: torch.Tensor | float = self.regularization
         if not self.is_square:
-            length = torch.stack([torch.linalg.vector_norm(value) for value in moved.values()]).square().sum().sqrt()
-            factor = torch.where(length > 0, self.regularization / 2 / length, 0.0)
-        return {name: value.mul_(factor).sub_(state[name]) for name, value in moved.items()}
+            norms = [torch.linalg.vector_norm(displacement) for displacement in displacements.values()]
+            norm = torch.stack(norms).square().sum().sqrt()
+            # The norm is not differentiable at `start`, where the subgradient 0 is used.
+            factor = torch.where(norm > 0, self.regularization / 2 / norm, 0.0)
+        # In place on the fresh displacements: this is called for every step.
+        return {name: value.mul_(factor).sub_(state[name]) for name, value in displacements.items()}
 
     def init_client(self, start: Named) -> ClientState:
-        """``g_k = 0``."""
+        """Return ``g_k = 0``."""
         return {name: torch.zeros_like(value) for name, value in start.items()}
 
     def end_client(self, state: ClientState, start: Named, end: Named, num_steps: int) -> ClientState:
-        """``g_k - alpha (end - start)``."""
-        return {name: own - self.regularization * (end[name] - start[name]) for name, own in state.items()}
+        """Return ``g_k - alpha (end - start)``."""
+        return {name: value - self.regularization * (end[name] - start[name]) for name, value in state.items()}

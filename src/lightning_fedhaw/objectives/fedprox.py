@@ -1,4 +1,4 @@
-"""FedProx: stay near the model that was given.
+"""FedProx: a proximal term that keeps clients near the global model.
 
 T. Li, A. K. Sahu, M. Zaheer, M. Sanjabi, A. Talwalkar, V. Smith: Federated Optimization in Heterogeneous Networks.
 MLSys 2020.
@@ -11,11 +11,11 @@ from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
 
 
 class FedProx(ClientObjective):
-    """Add ``mu / 2 |w - start|^2`` to each client's loss. ``mu=0`` adds nothing, to the last bit.
+    """The proximal term ``mu / 2 |w - start|^2`` in each client's loss; ``mu=0`` is bit-identical to no term.
 
     Args:
-        mu: The factor, at least 0. FedHAW's and FedLAW's authors take 1e-3.
-        name: Tells two objectives of one class apart in a checkpoint.
+        mu: The proximal coefficient, at least 0. The authors of FedHAW and FedLAW use 1e-3.
+        name: Distinguishes two objectives of one class in a checkpoint.
 
     Raises:
         ValueError: If ``mu`` is negative or not finite.
@@ -35,5 +35,5 @@ class FedProx(ClientObjective):
         self.proximal = self.mu
 
     def gradient(self, parameters: Named, start: Named, state: ClientState) -> Named:
-        """``mu (w - start)``."""
+        """Return ``mu (w - start)``; see :meth:`ClientObjective.gradient`."""
         return {name: (value - start[name]).mul_(self.mu) for name, value in parameters.items()}

@@ -1,58 +1,71 @@
-"""How far a client's local work carries its parameters, for those who divide by it."""
+"""Local normalizers: how far a client's local steps move its parameters, for methods that divide by it."""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+
+ParameterGroup = dict[str, Any]
+"""A parameter group of a ``torch.optim.Optimizer``."""
 
 
 @cache
 def normalizer(steps: int, momentum: float = 0.0, nesterov: bool = False, proximal: float = 0.0) -> float:
-    """``A``: how far a local optimizer with a learning rate of 1 goes on gradients of -1.
+    """Return FedNova's ``a_k``: how far SGD with a learning rate of 1 moves on gradients of -1.
 
     Args:
-        steps: Its steps, from rest.
-        momentum: Its momentum.
-        nesterov: Whether it looks ahead.
-        proximal: Learning rate times the factor of a proximal term, ``lr mu``.
+        steps: The number of steps, with a momentum buffer that begins at 0.
+        momentum: The momentum.
+        nesterov: Whether it is Nesterov's momentum.
+        proximal: Learning rate times the proximal coefficient, ``lr mu``.
 
     Example:
-        >>> normalizer(5), round(normalizer(5, momentum=0.9), 4), round(normalizer(5, pull=0.1), 4)
+        >>> normalizer(5), round(normalizer(5, momentum=0.9), 4), round(normalizer(5, proximal=0.1), 4)
         (5.0, 13.1441, 4.0951)
     """
-    reached = velocity = 0.0
+    distance = velocity = 0.0
     for _ in range(steps):
-        push = 1 - proximal * reached
-        velocity = momentum * velocity + push
-        reached += push + momentum * velocity if nesterov else velocity
-    return reached
+        # A proximal term pulls back in proportion to the distance.
+        descent = 1 - proximal * distance
+        velocity = momentum * velocity + descent
+        distance += descent + momentum * velocity if nesterov else velocity
+    return distance
 
 
-def sgd_groups(trainer: Any, who: str, remedy: str) -> list[dict[str, Any]]:
-    """The parameter groups of the clients' optimizers, if it is known how far these go in a number of steps.
+def sgd_groups(trainer: pl.Trainer, method: str, remedy: str) -> list[ParameterGroup]:
+    """Return the parameter groups of the clients' optimizers, if these are SGD whose normalizer is known.
 
     Args:
         trainer: The trainer, when ``fit`` begins.
-        who: Who wants to know, for the sentence.
-        remedy: What else may be done.
+        method: The method that needs the normalizer, for the message.
+        remedy: An alternative to such an SGD, for the message.
 
     Raises:
-        ValueError: If one is not ``torch.optim.SGD``, has dampening, or has momentum that outlives the round.
+        ValueError: If an optimizer is not ``torch.optim.SGD``, has dampening, maximizes, or has momentum that is kept
+            from round to round.
     """
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    what = [type(optimizer).__name__ for optimizer in trainer.optimizers if type(optimizer) is not torch.optim.SGD]
-    if not what and any(group["maximize"] or (group["dampening"] and group["momentum"]) for group in groups):
-        what = ["SGD with dampening, or one that maximizes"]
-    if what:
+    groups: list[ParameterGroup] = []
+    unsupported: list[str] = []
+    for optimizer in trainer.optimizers:
+        groups.extend(optimizer.param_groups)
+        if type(optimizer) is not torch.optim.SGD:
+            unsupported.append(type(optimizer).__name__)
+    if not unsupported and any(group["maximize"] or (group["dampening"] and group["momentum"]) for group in groups):
+        unsupported.append("SGD with dampening, or one that maximizes")
+    if unsupported:
         raise ValueError(
-            f"{who} has to know how far a local optimizer goes in a number of steps, and knows it of `torch.optim.SGD`"
-            f" without dampening; `configure_optimizers` gave {', '.join(what)}. Use such an SGD, or {remedy}."
+            f"{method} must know how far a local optimizer moves in a given number of steps, which is known only for"
+            f" `torch.optim.SGD` without dampening; `configure_optimizers` gave {', '.join(unsupported)}. Use such an"
+            f" SGD, or {remedy}."
         )
-    if any(group["momentum"] for group in groups) and trainer.federation_options.optimizer_state == "kept":
+    has_momentum = any(group["momentum"] for group in groups)
+    # The attribute is set when the round loop is attached to the trainer.
+    if has_momentum and trainer.federation_options.optimizer_state == "kept":  # type: ignore[attr-defined]
         raise ValueError(
-            f"{who} counts on momentum that starts at 0 every round, and"
-            ' `optimizer_state="kept"` lets it go on. Use `optimizer_state="fresh"`.'
+            f"{method} needs momentum that begins at 0 in every round, and"
+            ' `optimizer_state="kept"` keeps it from round to round. Use `optimizer_state="fresh"`.'
         )
     return groups

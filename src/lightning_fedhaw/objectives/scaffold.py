@@ -1,4 +1,4 @@
-"""SCAFFOLD: clients step along the average gradient of all, by what they know of each other's.
+"""SCAFFOLD: control variates correct the clients' gradients by their difference from the average gradient.
 
 S. P. Karimireddy, S. Kale, M. Mohri, S. J. Reddi, S. U. Stich, A. T. Suresh: SCAFFOLD: Stochastic Controlled Averaging
 for Federated Learning. ICML 2020. The server's part is ``aggregation/scaffold.py``.
@@ -6,39 +6,41 @@ for Federated Learning. ICML 2020. The server's part is ``aggregation/scaffold.p
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
+import lightning.pytorch as pl
 import torch
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named, find_objectives
-from lightning_fedhaw.objectives.local_normalizer import normalizer, sgd_groups
+from lightning_fedhaw.objectives.local_normalizer import ParameterGroup, normalizer, sgd_groups
 
 ControlOption = Literal["II", "I"]
 
 
 class ScaffoldObjective(ClientObjective):
-    """Add ``<c - c_k, w>`` to each client's loss: its gradients are corrected by how it differs from all clients.
+    """The clients' part of SCAFFOLD: ``<c - c_k, w>`` in each client's loss, which corrects its gradients.
 
-    A control ``c_k`` [P] is what the client's gradient was; ``c`` is the mean over all N clients, and lives on the
-    server. Both begin at zero. After a round of local work the client's control becomes, by ``option``::
+    The control variate ``c_k`` [P] estimates the client's gradient; ``c`` is the mean over all N clients, on the
+    server. Both begin at zero. After local training the client's control variate becomes, depending on ``option``::
 
         "II"   c_k <- c_k - c + (start - end) / (lr A_k)
         "I"    c_k <- the gradient of the client's mean loss at start
 
-    with ``A_k`` the number of steps, or how far momentum and proximal terms let them reach. A client whose update is
-    not received changes neither ``c_k`` nor ``c``. Twice the bytes of the model travel each way.
+    ``A_k`` is the number of steps or, with momentum or proximal terms, the local normalizer. A client whose update is
+    not received changes neither ``c_k`` nor ``c``. Messages have twice the bytes of the model on both links.
 
-    This is the clients' part, for any rule; the published method is :class:`~lightning_fedhaw.ScaffoldCallback`.
+    This class works with any rule; the published method is :class:`~lightning_fedhaw.ScaffoldCallback`.
 
     Args:
-        option: How controls are found. ``"II"`` costs nothing and needs an SGD without dampening; rates and momentum
-            are read from ``configure_optimizers``, for each parameter group and as scheduled. ``"I"`` costs one
-            more pass over the client's data and goes with any optimizer.
-        name: Tells two objectives of one class apart in a checkpoint.
+        option: How control variates are computed. ``"II"`` costs nothing and needs an SGD without dampening; learning
+            rates and momentum are read from ``configure_optimizers``, for each parameter group and as scheduled.
+            ``"I"`` costs one more pass over the client's data and works with any optimizer.
+        name: Distinguishes two objectives of one class in a checkpoint.
 
     Raises:
-        ValueError: If ``option`` is unknown; when ``fit`` begins, if it needs an SGD and there is none.
+        ValueError: If ``option`` is unknown; when ``fit`` begins, if it needs an SGD and the module has another
+            optimizer.
     """
 
     key = "Scaffold"
@@ -50,50 +52,70 @@ class ScaffoldObjective(ClientObjective):
         self.option = arguments.choice("option", option, ControlOption)
         self.needs_gradient = self.option == "I"
         self.needs_learning_rates = self.option == "II"
-        self._groups: dict[str, dict[str, Any]] = {}
+        self._groups: dict[str, ParameterGroup] = {}
         self._proximal = 0.0
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find out how far the clients' optimizer goes."""
-        if self.option == "II":
-            groups = sgd_groups(trainer, "SCAFFOLD", 'say `option="I"`, which asks nothing of the optimizer')
-            group_of = {parameter: group for group in groups for parameter in group["params"]}
-            self._groups = {n: group_of[p] for n, p in pl_module.named_parameters() if p in group_of}
-            self._proximal = sum(objective.proximal for objective in find_objectives(trainer.callbacks))
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read the parameter groups of the clients' optimizer, for option II.
 
-    def _reach(self, name: str, steps: int) -> float:
+        Raises:
+            ValueError: If the optimizer is not an SGD whose normalizer is known.
+        """
+        if self.option != "II":
+            return
+        groups = sgd_groups(trainer, "SCAFFOLD", 'use `option="I"`, which works with any optimizer')
+        group_of: dict[torch.nn.Parameter, ParameterGroup] = {}
+        for group in groups:
+            group_of.update(dict.fromkeys(group["params"], group))
+        # The groups themselves and not their learning rates, because schedulers change these from round to round.
+        self._groups = {
+            name: group_of[parameter] for name, parameter in pl_module.named_parameters() if parameter in group_of
+        }
+        # Lightning sets the attribute without declaring it.
+        objectives = find_objectives(trainer.callbacks)  # type: ignore[attr-defined]
+        self._proximal = sum((objective.proximal for objective in objectives), 0.0)
+
+    def _distance(self, name: str, steps: int) -> float:
+        """Return ``lr A_k``, how far a parameter moves in a number of steps along gradients of -1."""
         group = self._groups[name]
         rate = float(group["lr"])
         return rate * normalizer(steps, group["momentum"], group["nesterov"], rate * self._proximal)
 
     def client_state(self, client: int, start: Named) -> ClientState:
-        """``c - c_k``, which is all that local work needs to know."""
-        own, broadcast_mean = super().client_state(client, start), self.broadcast_mean(client)
-        # A parameter whose rate is zero goes nowhere, so nothing is lost by leaving c out; and its control stays.
-        rests = {name for name, group in self._groups.items() if not float(group["lr"])}
-        return {
-            name: broadcast_mean[name] - value.to(broadcast_mean[name])
-            if name in broadcast_mean and name not in rests
-            else -value
-            for name, value in own.items()
-        }
+        """Return ``c - c_k``, the correction of the gradients; see :meth:`ClientObjective.client_state`."""
+        controls = super().client_state(client, start)
+        mean = self.broadcast_mean(client)
+        # Parameters with a learning rate of 0 do not move, so they need no correction; without `c` in the state,
+        # `end_client` leaves their control variates unchanged.
+        resting = {name for name, group in self._groups.items() if not float(group["lr"])}
+        state: ClientState = {}
+        for name, control in controls.items():
+            if name in mean and name not in resting:
+                state[name] = mean[name] - control.to(mean[name])
+            else:
+                state[name] = -control
+        return state
 
     def gradient(self, parameters: Named, start: Named, state: ClientState) -> Named:
-        """``c - c_k``."""
+        """Return ``c - c_k``; see :meth:`ClientObjective.gradient`."""
         return state
 
     def init_client(self, start: Named) -> ClientState:
-        """``c_k = 0``."""
+        """Return ``c_k = 0``."""
         return {name: torch.zeros_like(value) for name, value in start.items()}
 
     def end_client(self, state: ClientState, start: Named, end: Named, num_steps: int) -> ClientState:
-        """The new ``c_k``; it stays where no step was made, and for parameters whose rate is zero."""
+        """Return the new ``c_k``.
+
+        It is unchanged if no step was made, and for parameters with a learning rate of 0.
+        """
         if self.option == "I":
             return {name: state[GRADIENT + name] for name in start}
         if not num_steps:
             return {}
-        new = {}
+        controls: ClientState = {}
         for name, value in start.items():
-            reach = self._reach(name, num_steps)
-            new[name] = ((value - end[name]) / reach if reach else 0.0) - state[name]
-        return new
+            distance = self._distance(name, num_steps)
+            mean_gradient = (value - end[name]) / distance if distance else 0.0
+            controls[name] = mean_gradient - state[name]
+        return controls

@@ -1,8 +1,8 @@
-"""Who owns which sample: ways to split one data set over clients.
+"""Schemes that split one data set over clients.
 
-A scheme is a :class:`Partitioner`; what it returns is a :class:`Partition`. Most schemes first decide *how many*
-samples of each class each client gets, a table of counts, and then deal the shuffled samples out. Every draw comes from
-a generator addressed by the seed and the scheme's name.
+A scheme is a :class:`Partitioner`; it returns a :class:`Partition`. Most schemes first decide *how many* samples of
+each class each client gets, a table of counts, and then assign the shuffled samples. Every draw comes from a generator
+addressed by the seed and the scheme's name.
 """
 
 from lightning_fedhaw.data.partitioners.base import Partitioner

@@ -21,22 +21,22 @@ from lightning_fedhaw.options import repr_settings
 class Partitioner(arguments.NamedArguments, ABC):
     """A scheme that splits the samples of one data set over clients.
 
-    A subclass writes :meth:`split`. Callers use :meth:`partition`, which checks what goes in and what comes out.
+    A subclass implements :meth:`split`. Callers use :meth:`partition`, which checks its arguments and its result.
 
     Attributes:
-        needs_labels: Whether the scheme looks at labels.
+        needs_labels: Whether the scheme uses labels.
     """
 
     needs_labels: bool = False
 
     @property
     def num_clients(self) -> int | None:
-        """The number of clients that the scheme dictates; None if any will do."""
+        """The number of clients that the scheme determines; None if it accepts any number."""
         return None
 
     @abstractmethod
     def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
-        """Decide who owns which sample; called by :meth:`partition` with arguments that were checked.
+        """Decide which client gets which sample; called by :meth:`partition` with arguments that were checked.
 
         Draw from :func:`~lightning_fedhaw.extending.stream` or another generator made of ``seed``, so that the same
         seed gives the same partition.
@@ -57,9 +57,9 @@ class Partitioner(arguments.NamedArguments, ABC):
         """Split ``num_samples`` samples over ``num_clients`` clients.
 
         Args:
-            num_clients: K. May be None where the scheme dictates it.
+            num_clients: K. May be None if the scheme determines it.
             num_samples: Samples in the data set.
-            labels: Integer labels ``[num_samples]``; only looked at by schemes with ``needs_labels``.
+            labels: Integer labels ``[num_samples]``; only used by schemes with ``needs_labels``.
             seed: The federation's seed. The same seed gives the same partition.
 
         Returns:
@@ -82,24 +82,27 @@ class Partitioner(arguments.NamedArguments, ABC):
     @property
     def description(self) -> str:
         """The scheme and its settings in one line."""
-        inner = {name: value.description for name, value in vars(self).items() if isinstance(value, Partitioner)}
-        return repr_settings(self, **inner)
+        # A scheme that is an argument of this one is described the same way.
+        nested = {name: value.description for name, value in vars(self).items() if isinstance(value, Partitioner)}
+        return repr_settings(self, **nested)
 
     def _resolved_clients(self, num_clients: int | None) -> int:
-        """Find K from what the caller asks for and what the scheme dictates."""
-        dictated = self.num_clients
+        """Find K from the caller's number and the one that the scheme determines."""
+        determined = self.num_clients
         name = type(self).__name__
         if num_clients is None:
-            if dictated is None:
+            if determined is None:
                 raise ValueError(f"`num_clients` must be given for {name}, got None; give a whole number, such as 10.")
-            return dictated
+            return determined
         num_clients = arguments.integer("num_clients", num_clients, minimum=1)
-        if dictated is not None and dictated != num_clients:
-            raise ValueError(f"`num_clients` must be {dictated}, which {name} dictates, or None, got {num_clients}.")
+        if determined is not None and determined != num_clients:
+            raise ValueError(
+                f"`num_clients` must be {determined}, which {name} determines, or None, got {num_clients}."
+            )
         return num_clients
 
     def _checked_labels(self, labels: Tensor | None, num_samples: int) -> Integers:
-        """Make the labels ``[samples]`` that :meth:`split` is given."""
+        """Check the labels, and convert them to those ``[samples]`` that :meth:`split` receives."""
         if labels is None and self.needs_labels:
             raise ValueError(
                 f"`labels` must be given for {type(self).__name__}, got None (no integer class labels were found in the"
@@ -114,7 +117,7 @@ class Partitioner(arguments.NamedArguments, ABC):
 
 
 def _check_partition(partition: Partition, num_clients: int, num_samples: int, scheme: str) -> None:
-    """Refuse a partition that does not keep what a scheme has to promise."""
+    """Refuse a partition that breaks the rules of :meth:`Partitioner.split`."""
     if len(partition.indices) != num_clients:
         raise ValueError(
             f"`indices` of a partition by {scheme} must have one entry per client ({num_clients}), got"
@@ -146,7 +149,7 @@ def _check_partition(partition: Partition, num_clients: int, num_samples: int, s
 
 
 def checked_base(base: object) -> Partitioner:
-    """Check the scheme that another one stands on.
+    """Check the scheme that another scheme is based on.
 
     Raises:
         TypeError: If it is no partitioner.

@@ -1,4 +1,4 @@
-"""What the schemes share that decide by counts: how many samples of each class each client gets.
+"""Counts: how many samples of each class each client gets; shared by the schemes that decide by them.
 
 Shapes: K clients, C classes that occur in the data (in ascending order of label), counts ``[K, C]``.
 """
@@ -71,11 +71,11 @@ def equal_sizes(num_clients: int, num_samples: int) -> Integers:
 
 
 def dirichlet(rng: np.random.Generator, alpha: float, size: int) -> NDArray[np.float64]:
-    """Draw proportions ``[size]`` from Dir(alpha, .., alpha), also where floating point gives up on alpha."""
+    """Draw proportions ``[size]`` from Dir(alpha, .., alpha), also for an alpha at which NumPy's sampler underflows."""
     shares = rng.dirichlet(np.full(size, alpha))
     if abs(shares.sum() - 1.0) < 1e-6:
         return shares
-    # NaN or all zero: what the distribution tends to, one corner for a tiny alpha and the center for a huge one.
+    # The shares are NaN or all zero. Return the limit: one corner for a tiny alpha, the center for a huge one.
     if alpha < 1:
         corner: NDArray[np.float64] = np.eye(size)[rng.integers(size)]
         return corner
@@ -124,15 +124,15 @@ def redraw(
     scheme: str,
     remedies: Sequence[str],
 ) -> Integers:
-    """Draw counts ``[K, C]``, all of them anew each time, until every client has enough samples.
+    """Draw counts ``[K, C]`` again and again, until every client has enough samples.
 
     Args:
         draw: Draws counts.
         least: Samples that every client must get.
         max_tries: Draws before giving up.
         on_infeasible: Whether giving up is an error, or a warning that samples were moved.
-        scheme: What draws, with the settings that make it skewed, for the error.
-        remedies: What helps beside fewer clients, for the error.
+        scheme: The scheme, with the settings that make it skewed, for the error.
+        remedies: What helps in addition to fewer clients, for the error.
 
     Raises:
         ValueError: If no draw was good enough, with ``on_infeasible="raise"``.
@@ -164,7 +164,9 @@ def smaller_limit(least: int, call: str) -> list[str]:
         least: The limit in force.
         call: The partitioner with its settings, without the closing parenthesis.
     """
-    return [f"smaller clients (`partitioner={call}, min_size=1)`)"] if least > 1 else []
+    if least <= 1:
+        return []
+    return [f"smaller clients (`partitioner={call}, min_size=1)`)"]
 
 
 def _top_up(counts: Integers, least: int) -> Integers:
@@ -172,13 +174,13 @@ def _top_up(counts: Integers, least: int) -> Integers:
     counts = counts.copy()
     sizes = counts.sum(axis=1)
     while sizes.min() < least:
-        poor = sizes.argmin()
-        rich = sizes.argmax()
-        c = counts[rich].argmax()
-        # Only what the rich one can spare; it can, since `least` is at most the mean, so that the loop ends.
-        moved = min(least - sizes[poor], sizes[rich] - least, counts[rich, c])
-        counts[rich, c] -= moved
-        counts[poor, c] += moved
+        smallest_client = sizes.argmin()
+        largest_client = sizes.argmax()
+        label = counts[largest_client].argmax()
+        # The largest client keeps `least`. It has more than that, since `least` is at most the mean: the loop ends.
+        num_moved = min(least - sizes[smallest_client], sizes[largest_client] - least, counts[largest_client, label])
+        counts[largest_client, label] -= num_moved
+        counts[smallest_client, label] += num_moved
         sizes = counts.sum(axis=1)
     return counts
 
@@ -189,20 +191,20 @@ def _top_up(counts: Integers, least: int) -> Integers:
 
 
 def assign_samples(rng: np.random.Generator, labels: Integers, counts: Integers) -> Partition:
-    """Give client k ``counts[k, c]`` random samples of class c; what is left over belongs to nobody.
+    """Assign ``counts[k, c]`` random samples of class c to client k, and the remaining samples to no client.
 
     Args:
-        rng: Where the draw comes from.
+        rng: The generator of the draw.
         labels: ``[samples]``.
         counts: ``[K, C]``.
     """
     num_clients, num_classes = counts.shape
-    left_over = count_classes(labels) - counts.sum(axis=0)
-    table = np.vstack([counts, left_over])  # [K + 1, C]
-    clients_and_nobody = np.append(np.arange(num_clients), -1)
-    takers = np.repeat(np.tile(clients_and_nobody, num_classes), table.T.ravel())  # [samples], class by class
+    remaining = count_classes(labels) - counts.sum(axis=0)
+    table = np.vstack([counts, remaining])  # [K + 1, C]
+    clients = np.append(np.arange(num_clients), -1)  # [K + 1]; -1 is no client
+    owners_by_class = np.repeat(np.tile(clients, num_classes), table.T.ravel())  # [samples], class by class
     owners = np.empty(len(labels), dtype=np.int64)
-    owners[shuffled_by_class(rng, labels)] = takers
+    owners[shuffled_by_class(rng, labels)] = owners_by_class
     return Partition.from_owners(owners, num_clients)
 
 

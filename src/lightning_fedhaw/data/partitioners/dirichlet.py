@@ -42,10 +42,10 @@ class DirichletPartitioner(Partitioner):
     """Label skew from a Dirichlet distribution, in its three common readings.
 
     - ``"balanced"``: each class is cut by Dir(alpha) over the clients, clients that have their equal share get nothing
-      more, and all is redrawn until everyone has ``min_size`` samples. The ``hetero-dir`` scheme of Wang et al. 2020
+      more, and all is redrawn until each client has ``min_size`` samples. It is ``hetero-dir`` of Wang et al. 2020
       ("Federated Learning with Matched Averaging"), as in FedLab and PFLlib. Sizes still vary, often tenfold.
     - ``"unbalanced"``: the same without the cap, rounded to largest remainders; FedLAW's split (Li et al. 2023).
-    - ``"client"``: each client draws its own class prior from Dir(alpha) and fills a given number of samples; Hsu et
+    - ``"client"``: each client draws a class prior from Dir(alpha), and the number of its samples is given; Hsu et
       al. 2019 ("Measuring the Effects of Non-Identical Data Distribution"), FedDyn (Acar et al. 2021).
 
     Attributes:
@@ -57,7 +57,7 @@ class DirichletPartitioner(Partitioner):
         on_infeasible: What giving up means. ``"raise"``: an error. ``"move"``: a warning, and samples move from the
             largest clients to the smallest.
         sizes: Samples of each client for ``"client"``, ``[K]``; what they leave over is dropped. Default: equal parts
-            of everything. ``QuantitySkewPartitioner(..).sizes(..)`` gives both skews at once.
+            of the data set. ``QuantitySkewPartitioner(..).sizes(..)`` gives both skews at once.
 
     Raises:
         ValueError: If an argument is out of range, or fits another ``kind``.
@@ -93,7 +93,7 @@ class DirichletPartitioner(Partitioner):
         }
 
     def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
-        """Draw the counts of the chosen kind, and deal by them."""
+        """Draw the counts of the chosen kind, and assign samples by them."""
         rng = generator(seed, "dirichlet", self.kind)
         per_class = count_classes(labels)
         if self.kind == "client":
@@ -124,7 +124,7 @@ class DirichletPartitioner(Partitioner):
         return assign_samples(rng, labels, counts)
 
     def _client_sizes(self, num_clients: int, num_samples: int) -> Integers:
-        """Samples of each client, ``[K]``, where clients have a size given beforehand."""
+        """Return the samples of each client, ``[K]``, for the kind whose clients have given sizes."""
         if self.sizes is None:
             return equal_sizes(num_clients, num_samples)
         if len(self.sizes) != num_clients or sum(self.sizes) > num_samples:
@@ -139,10 +139,10 @@ def balanced_counts(rng: np.random.Generator, class_sizes: Integers, num_clients
     """Draw once the label-wise Dirichlet split with a balance cap, clients of any size.
 
     Each class is cut by proportions from Dir(alpha) over the clients, among those that hold less than their equal
-    share so far. The cap is looked at before a class is added, so a client may still end above it.
+    share so far. The cap is tested before a class is added, so a client may still end above it.
 
     Args:
-        rng: Where the draw comes from.
+        rng: The generator of the draw.
         class_sizes: Samples of each class, ``[C]``.
         num_clients: K.
         alpha: Concentration; small is skewed.
@@ -164,10 +164,10 @@ def balanced_counts(rng: np.random.Generator, class_sizes: Integers, num_clients
 
 
 def unbalanced_counts(rng: np.random.Generator, class_sizes: Integers, num_clients: int, alpha: float) -> Integers:
-    """Draw once the label-wise Dirichlet split without balancing: class c is shared out by its own Dir(alpha).
+    """Draw once the label-wise Dirichlet split without balancing: each class is divided by a new draw from Dir(alpha).
 
     Args:
-        rng: Where the draw comes from.
+        rng: The generator of the draw.
         class_sizes: Samples of each class, ``[C]``.
         num_clients: K.
         alpha: Concentration; small is skewed, in labels and in sizes.
@@ -180,13 +180,13 @@ def unbalanced_counts(rng: np.random.Generator, class_sizes: Integers, num_clien
 
 
 def clientwise_counts(rng: np.random.Generator, class_sizes: Integers, sizes: Integers, alpha: float) -> Integers:
-    """Draw the client-wise Dirichlet split: client k fills ``sizes[k]`` samples by its own class prior from Dir(alpha).
+    """Draw the client-wise Dirichlet split: client k gets ``sizes[k]`` samples by a class prior from Dir(alpha).
 
-    All clients draw at the same time. Where a class is asked for more often than it has samples, the requests are
-    served in random order, and the others are made again among the classes that are left.
+    All clients draw at the same time. If more samples of a class are requested than it has, a random part of the
+    requests is served, and the others are drawn again among the classes that still have samples.
 
     Args:
-        rng: Where the draw comes from.
+        rng: The generator of the draw.
         class_sizes: Samples of each class, ``[C]``.
         sizes: Samples of each client, ``[K]``; at most ``class_sizes.sum()`` together.
         alpha: Concentration of the priors over classes; small is skewed.
@@ -196,17 +196,17 @@ def clientwise_counts(rng: np.random.Generator, class_sizes: Integers, sizes: In
     """
     priors = np.stack([dirichlet(rng, alpha, len(class_sizes)) for _ in sizes])  # [K, C]
     counts = np.zeros(priors.shape, dtype=np.int64)
-    left = class_sizes.copy()
-    wanted = sizes.copy()
-    while wanted.any():
-        shares = priors * (left > 0)
-        shares[shares.sum(axis=1) == 0] = left > 0  # a prior all of whose classes are used up
-        requests = rng.multinomial(wanted, shares / shares.sum(axis=1, keepdims=True))  # [K, C]
-        for c in np.flatnonzero(requests.sum(axis=0) > left):
-            requests[:, c] = rng.multivariate_hypergeometric(requests[:, c], left[c])
+    available = class_sizes.copy()  # [C]
+    missing = sizes.copy()  # [K]
+    while missing.any():
+        shares = priors * (available > 0)
+        shares[shares.sum(axis=1) == 0] = available > 0  # a prior all of whose classes are used up
+        requests = rng.multinomial(missing, shares / shares.sum(axis=1, keepdims=True))  # [K, C]
+        for c in np.flatnonzero(requests.sum(axis=0) > available):
+            requests[:, c] = rng.multivariate_hypergeometric(requests[:, c], available[c])
         counts += requests
-        left -= requests.sum(axis=0)
-        wanted -= requests.sum(axis=1)
+        available -= requests.sum(axis=0)
+        missing -= requests.sum(axis=1)
     return counts
 
 
@@ -220,7 +220,7 @@ class HybridDirichletPartitioner(Partitioner):
     """Balanced and skewed clients in one federation; FedLAW (Li et al. 2023, "Revisiting Weighted Aggregation").
 
     For each class Dir(``alpha_balanced``) is drawn over all clients and the first half keeps its shares; the second
-    half divides what is left by Dir(``alpha_skewed``).
+    half divides the remainder by Dir(``alpha_skewed``).
 
     Attributes:
         alpha_balanced: Concentration for clients 0 .. K/2 - 1, positive.
@@ -251,7 +251,7 @@ class HybridDirichletPartitioner(Partitioner):
         }
 
     def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
-        """Draw the counts of both halves, and deal by them."""
+        """Draw the counts of both halves, and assign samples by them."""
         if num_clients % 2:
             raise ValueError(f"`num_clients` must be even for HybridDirichletPartitioner, got {num_clients}.")
         rng = generator(seed, "hybrid-dirichlet")
@@ -279,19 +279,19 @@ def hybrid_counts(
     """Draw once the hybrid Dirichlet split: the first half of the clients balanced, the second half skewed.
 
     Args:
-        rng: Where the draw comes from.
+        rng: The generator of the draw.
         class_sizes: Samples of each class, ``[C]``.
         num_clients: K, even.
         alpha_balanced: Concentration from which all K shares of a class are drawn; the first half keeps them.
-        alpha_skewed: Concentration by which the second half shares what the first leaves of a class.
+        alpha_skewed: Concentration by which the second half divides the remainder of a class.
 
     Returns:
         Counts ``[K, C]``, whose columns sum to ``class_sizes``.
     """
     half = num_clients // 2
     shares = np.stack([dirichlet(rng, alpha_balanced, num_clients) for _ in class_sizes], axis=1)  # [K, C]
-    rest = np.maximum(1.0 - shares[:half].sum(axis=0), 0.0)  # [C]; the sum may round to just above one
-    shares[half:] = rest * np.stack([dirichlet(rng, alpha_skewed, half) for _ in class_sizes], axis=1)
+    remainder = np.maximum(1.0 - shares[:half].sum(axis=0), 0.0)  # [C]; the sum may round to just above one
+    shares[half:] = remainder * np.stack([dirichlet(rng, alpha_skewed, half) for _ in class_sizes], axis=1)
     return _rounded(shares, class_sizes)
 
 

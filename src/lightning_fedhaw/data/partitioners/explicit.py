@@ -1,4 +1,4 @@
-"""Splits that are given, not drawn: by a key of each sample, or by lists of indices.
+"""Splits that the user determines: by a key of each sample, or by lists of indices.
 
 Shapes: K clients.
 """
@@ -47,7 +47,7 @@ class NaturalIdPartitioner(Partitioner):
                     f"`keys` must be one number, string or other hashable value per sample, got"
                     f" {type(key).__name__} for sample {sample}."
                 )
-            if key is None or key != key:
+            if key is None or key != key:  # NaN is the value that differs from itself
                 raise ValueError(
                     f"`keys` must have a value for every sample, got {key} for sample {sample}; leave such samples out"
                     " or give them a key of their own."
@@ -69,7 +69,7 @@ class NaturalIdPartitioner(Partitioner):
 
 
 class IndexPartitioner(Partitioner):
-    """A split made elsewhere; samples that nobody is given are dropped and counted.
+    """A split into given lists of indices; samples in none of them are dropped and counted.
 
     Args:
         indices: For each client the indices of its samples.

@@ -14,6 +14,6 @@ class IIDPartitioner(Partitioner):
     """A random split into equal parts; sizes differ by one at most."""
 
     def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
-        """Deal equal parts of the shuffled samples."""
+        """Assign equal parts of the shuffled samples."""
         counts = equal_sizes(num_clients, len(labels))[:, None]  # [K, 1]: all samples count as one class
         return assign_samples(generator(seed, "iid"), labels, counts)

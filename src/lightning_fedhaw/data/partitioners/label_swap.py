@@ -1,4 +1,4 @@
-"""Clients that take two labels for each other."""
+"""Clients in whose training data two labels are swapped."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lightning_fedhaw.data.partitioners.partition import Integers, Partition
 
 @dataclass(frozen=True)
 class LabelSwapPartitioner(Partitioner):
-    """Corrupted clients: a share of the clients has two labels mixed up in its training data (FedLAW, Li et al. 2023).
+    """Corrupted clients: a share of the clients has two labels swapped in its training data (FedLAW, Li et al. 2023).
 
     The split itself is the one that ``base`` makes with the same seed.
 
     Attributes:
         base: Splits the data.
         fraction: Share of the clients that are corrupted, in [0, 1], rounded to the nearest number, halves up.
-        labels: The two labels that change places. Default: a pair drawn from the labels that occur.
-        per_client: Whether each corrupted client draws its own pair.
+        labels: The two labels that are swapped. Default: a pair drawn from the labels that occur.
+        per_client: Whether a pair is drawn for each corrupted client.
 
     Raises:
         TypeError: If ``base`` is not a partitioner.
@@ -55,26 +55,28 @@ class LabelSwapPartitioner(Partitioner):
 
     @property
     def num_clients(self) -> int | None:
-        """The number of clients that ``base`` dictates, if it does."""
+        """The number of clients that ``base`` determines; None if it accepts any number."""
         return self.base.num_clients
 
     def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
-        """Let the base split, draw who is corrupted, and note the pair of each."""
+        """Let the base split, draw the corrupted clients, and record the pair of each."""
         occurring = np.unique(labels)
         self._check_occurring(occurring)
-        inner = self.base.partition(num_clients, num_samples=len(labels), labels=torch.from_numpy(labels), seed=seed)
-        if inner.label_swaps:
+        partition = self.base.partition(
+            num_clients, num_samples=len(labels), labels=torch.from_numpy(labels), seed=seed
+        )
+        if partition.label_swaps:
             raise ValueError(f"`base` must not swap labels itself, got {self.base}; swap once.")
         rng = generator(seed, "label-swap")
-        count = floor(self.fraction * num_clients + 0.5)
+        count = floor(self.fraction * num_clients + 0.5)  # `round` would round halves to even
         corrupted = sorted(rng.permutation(num_clients)[:count].tolist())
         common = self.labels
         if common is None and not self.per_client:
-            common = _drawn_pair(rng, occurring)
+            common = _draw_pair(rng, occurring)
         swaps = {}
         for client in corrupted:
-            swaps[client] = _drawn_pair(rng, occurring) if common is None else common
-        return Partition(inner.indices, inner.dropped, swaps)
+            swaps[client] = _draw_pair(rng, occurring) if common is None else common
+        return Partition(partition.indices, partition.dropped, swaps)
 
     def _check_occurring(self, occurring: Integers) -> None:
         """Refuse a pair that is not among the labels that occur, ``[C]`` in ascending order."""
@@ -87,6 +89,7 @@ class LabelSwapPartitioner(Partitioner):
         )
 
 
-def _drawn_pair(rng: np.random.Generator, labels: Integers) -> tuple[int, int]:
+def _draw_pair(rng: np.random.Generator, labels: Integers) -> tuple[int, int]:
+    """Draw two different labels of those that occur, ``[C]``."""
     first, second = rng.choice(labels, size=2, replace=False).tolist()
     return first, second

@@ -1,4 +1,4 @@
-"""The answer of a partitioner: which samples each client owns.
+"""The result of a partitioner: the samples of each client.
 
 Shapes: K clients, C classes.
 """
@@ -23,9 +23,9 @@ class Partition:
 
     Attributes:
         indices: For each client the int64 indices ``[n_k]`` of its samples; sorted ascending on construction.
-        dropped: Samples that belong to nobody because the scheme leaves some out by definition.
-        label_swaps: Client -> the two labels that change places in its training data.
-        scheme: The partitioner that made it, with its settings; what is too long for a line is left out.
+        dropped: Samples that belong to no client, because the scheme leaves some out by definition.
+        label_swaps: Client -> the two labels that are swapped in its training data.
+        scheme: The partitioner that made it, with its settings; long settings are left out.
     """
 
     indices: tuple[Tensor, ...]
@@ -42,16 +42,16 @@ class Partition:
 
     @classmethod
     def from_owners(cls, owners: Integers, num_clients: int) -> Partition:
-        """Make the partition in which sample i belongs to client ``owners[i]``, or to nobody where that is -1.
+        """Make the partition in which sample i belongs to client ``owners[i]``, or to none where that is -1.
 
         Args:
             owners: ``[samples]``, entries in ``-1 .. num_clients - 1``.
             num_clients: K.
         """
         by_owner = np.argsort(owners, kind="stable")
-        counts = np.bincount(owners + 1, minlength=num_clients + 1)  # [1 + K], first the samples of nobody
-        nobody, *chosen = np.split(by_owner, np.cumsum(counts)[:-1])
-        return cls(tuple(torch.from_numpy(samples) for samples in chosen), dropped=len(nobody))
+        counts = np.bincount(owners + 1, minlength=num_clients + 1)  # [1 + K], first the samples of no client
+        dropped, *chosen = np.split(by_owner, np.cumsum(counts)[:-1])
+        return cls(tuple(torch.from_numpy(samples) for samples in chosen), dropped=len(dropped))
 
     @property
     def sizes(self) -> Tensor:
@@ -84,14 +84,14 @@ class Partition:
             )
         rows = []
         for client, chosen in enumerate(self.indices):
-            seen = labels[chosen]
+            labels_of_client = labels[chosen]
             if client in self.label_swaps:
-                seen = swap_labels(seen, self.label_swaps[client])
-            rows.append(torch.bincount(seen, minlength=width))
+                labels_of_client = swap_labels(labels_of_client, self.label_swaps[client])
+            rows.append(torch.bincount(labels_of_client, minlength=width))
         return torch.stack(rows)
 
     def fingerprint(self) -> str:
-        """Hash who owns what, and the swaps, to sixteen hex digits that are the same on every machine."""
+        """Hash the clients' samples and the swaps to sixteen hex digits that are the same on every machine."""
         digest = hashlib.blake2b(digest_size=8)
         for chosen in self.indices:
             digest.update(len(chosen).to_bytes(8, "little"))
@@ -102,7 +102,7 @@ class Partition:
 
 
 def swap_labels(labels: Tensor, pair: tuple[int, int]) -> Tensor:
-    """Put the two labels of ``pair`` in each other's place; doing it twice restores them.
+    """Swap the two labels of ``pair``; doing it twice restores them.
 
     Example:
         >>> swap_labels(torch.tensor([0, 1, 2, 1]), (1, 2)).tolist()

@@ -1,4 +1,4 @@
-"""Other skews than those of a Dirichlet distribution over labels: shards, clients of unequal size, long tails.
+"""Skews other than label skew by a Dirichlet distribution: shards, clients of unequal size, long tails.
 
 Shapes: K clients, C classes that occur in the data (in ascending order of label), counts ``[K, C]``.
 """
@@ -33,11 +33,11 @@ from lightning_fedhaw.data.partitioners.partition import Integers, Partition
 class ShardPartitioner(Partitioner):
     """A few shards of label-sorted data per client, so that most clients see few labels; McMahan et al. 2017 (FedAvg).
 
-    MNIST's classic is 100 clients with 2 shards of 300. Left-over samples are dropped and counted.
+    That paper splits MNIST over 100 clients with 2 shards of 300 samples. Remaining samples are dropped and counted.
 
     Attributes:
         shards_per_client: Shards that each client gets.
-        shard_size: Samples in a shard. Default: as many as there are samples for.
+        shard_size: Samples in a shard. Default: as many as the number of samples allows.
 
     Raises:
         ValueError: If an argument is not a positive whole number; in ``partition``, if there are too few samples.
@@ -54,7 +54,7 @@ class ShardPartitioner(Partitioner):
         object.__setattr__(self, "shard_size", shard_size)
 
     def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
-        """Cut the samples, sorted by label, into shards, and deal the shards."""
+        """Cut the samples, sorted by label, into shards, and assign the shards at random."""
         needed = num_clients * self.shards_per_client
         size = max(1, len(labels) // needed) if self.shard_size is None else self.shard_size
         available = len(labels) // size
@@ -67,16 +67,18 @@ class ShardPartitioner(Partitioner):
             )
         rng = generator(seed, "shards")
         order = shuffled_by_class(rng, labels)
-        takers = np.full(available, -1)  # [shards]
-        takers[rng.permutation(available)[:needed]] = np.repeat(np.arange(num_clients), self.shards_per_client)
+        owners_of_shards = np.full(available, -1)  # [shards]
+        owners_of_shards[rng.permutation(available)[:needed]] = np.repeat(
+            np.arange(num_clients), self.shards_per_client
+        )
         owners = np.full(len(labels), -1)
-        owners[order[: available * size]] = np.repeat(takers, size)
+        owners[order[: available * size]] = np.repeat(owners_of_shards, size)
         return Partition.from_owners(owners, num_clients)
 
 
 @dataclass(frozen=True)
 class QuantitySkewPartitioner(Partitioner):
-    """Clients of different size, each with a random sample of the data.
+    """Clients of different sizes, each with a random sample of the data.
 
     Sizes are proportional to LogNormal(., ``sigma``), as in FedLab and FedDyn (Acar et al. 2021), or are drawn from
     Dir(``alpha``) over the clients, as in Li et al. 2022 ("Federated Learning on Non-IID Data Silos").
@@ -114,7 +116,7 @@ class QuantitySkewPartitioner(Partitioner):
         }
 
     def split(self, num_clients: int, labels: Integers, seed: int) -> Partition:
-        """Draw the sizes, and deal by them."""
+        """Draw the sizes, and assign samples by them."""
         counts = np.array(self.sizes(num_clients, len(labels), seed))[:, None]  # [K, 1]
         return assign_samples(generator(seed, "quantity-skew"), labels, counts)
 
@@ -145,6 +147,7 @@ class QuantitySkewPartitioner(Partitioner):
 
     @property
     def _sigma(self) -> float:
+        """``sigma``, or its default."""
         return 1.0 if self.sigma is None else self.sigma
 
     def _shares(self, rng: np.random.Generator, num_clients: int) -> NDArray[np.float64]:
@@ -152,7 +155,9 @@ class QuantitySkewPartitioner(Partitioner):
         if self.alpha is not None:
             return dirichlet(rng, self.alpha, num_clients)
         logs = self._sigma * rng.standard_normal(num_clients)
-        shares: NDArray[np.float64] = np.exp(logs - logs.max())  # the scale is free, and must not overflow
+        shares: NDArray[np.float64] = np.exp(
+            logs - logs.max()
+        )  # only ratios matter; without the shift, `exp` could overflow
         return shares
 
 
@@ -160,12 +165,12 @@ class QuantitySkewPartitioner(Partitioner):
 class LongTailPartitioner(Partitioner):
     """Class imbalance in the whole federation: classes are cut by ``long_tail_counts``, then ``base`` splits.
 
-    FedLAW (Li et al. 2023) takes ``DirichletPartitioner(alpha, "unbalanced")`` as the base. What is cut away is
-    dropped and counted.
+    FedLAW (Li et al. 2023) uses ``DirichletPartitioner(alpha, "unbalanced")`` as the base. Samples that are cut away
+    are dropped and counted.
 
     Attributes:
-        rho: Largest class over smallest, at least 1; classes fall off in ascending order of label.
-        base: Splits what is left.
+        rho: The ratio of the largest class to the smallest, at least 1; sizes fall in ascending order of label.
+        base: Splits the remaining samples.
 
     Raises:
         TypeError: If ``base`` is not a partitioner.
@@ -194,13 +199,14 @@ class LongTailPartitioner(Partitioner):
                 f"`rho` must leave every class a sample, got {self.rho:g}, which leaves class"
                 f" {np.unique(labels)[counts.argmin()]} none; use a smaller `rho`."
             )
-        # One client who takes the tail is a way to draw it.
-        kept = assign_samples(generator(seed, "long-tail"), labels, counts[None]).indices[0]
-        inner = self.base.partition(
-            num_clients, num_samples=len(kept), labels=torch.from_numpy(labels)[kept], seed=seed
+        # The long tail is the share of the only client in a partition of its own.
+        tail = assign_samples(generator(seed, "long-tail"), labels, counts[None]).indices[0]
+        partition = self.base.partition(
+            num_clients, num_samples=len(tail), labels=torch.from_numpy(labels)[tail], seed=seed
         )
-        indices = tuple(kept[chosen] for chosen in inner.indices)
-        return Partition(indices, len(labels) - len(kept) + inner.dropped, inner.label_swaps)
+        # The base numbers the samples of the tail; convert its numbers to indices into the whole data set.
+        indices = tuple(tail[chosen] for chosen in partition.indices)
+        return Partition(indices, len(labels) - len(tail) + partition.dropped, partition.label_swaps)
 
 
 def long_tail_counts(class_counts: ArrayLike, rho: float) -> Integers:
@@ -211,7 +217,7 @@ def long_tail_counts(class_counts: ArrayLike, rho: float) -> Integers:
 
     Args:
         class_counts: Samples n_c of each class, ``[C]``.
-        rho: How many times larger the first class becomes than the last where all were equal; at least 1.
+        rho: The ratio of the first class to the last after the cut, if all were equal before; at least 1.
 
     Returns:
         Samples that each class keeps, ``[C]``.
@@ -225,9 +231,9 @@ def long_tail_counts(class_counts: ArrayLike, rho: float) -> Integers:
     """
     rho = _checked_rho(rho)
     full = np.asarray(class_counts, dtype=np.int64)
-    kept = full * rho ** (-np.arange(len(full)) / max(len(full) - 1, 1))
+    exact = full * rho ** (-np.arange(len(full)) / max(len(full) - 1, 1))
     # The slack is for products that round to just below a whole number: 49 * 49 ** -1.0 is 0.99..
-    counts: Integers = np.floor(kept * (1 + 1e-12)).astype(np.int64)
+    counts: Integers = np.floor(exact * (1 + 1e-12)).astype(np.int64)
     return counts
 
 
