@@ -51,19 +51,27 @@ def write_demo_dogs(
         (root / "Images" / folder).mkdir(parents=True, exist_ok=True)
         for i in range(train + test):
             name = f"{folder}/n{label:08d}_{i}.jpg"
-            lists["train" if i < train else "test"].append((name, label + 1))
+            # Training images come first; the official labels begin with 1.
+            split = "train" if i < train else "test"
+            lists[split].append((name, label + 1))
             if not (root / "Images" / name).exists():
                 draw_dog(label, size, stream(seed, "dog", label, i)).save(root / "Images" / name, quality=90)
     for split, entries in lists.items():
         files = np.empty((len(entries), 1), dtype=object)
         files[:, 0] = [name for name, _ in entries]
-        labels = np.array([[label] for _, label in entries], dtype=np.uint8)
+        labels = np.array([label for _, label in entries], dtype=np.uint8)[:, None]
         savemat(root / f"{split}_list.mat", {"file_list": files, "labels": labels})
     return root
 
 
 def draw_dog(label: int, size: int, generator: torch.Generator) -> Image.Image:
-    """A dog of a breed, seen from the side, drawn at four times its size and scaled down."""
+    """Draw a dog of a breed, seen from the side, at four times its size, and scale it down for smooth edges.
+
+    Args:
+        label: The number of the breed.
+        size: Pixels of a side.
+        generator: Generator of pose, background and shades.
+    """
 
     def between(low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=generator).item()
@@ -74,22 +82,27 @@ def draw_dog(label: int, size: int, generator: torch.Generator) -> Image.Image:
 
     _, coat, second, ears, pattern = BREEDS[label]
     light = between(0.85, 1.1)
-    coat, second = shade(coat, light), shade(second, light)
+    coat = shade(coat, light)
+    second = shade(second, light)
     dark = shade(coat, 0.8)
-    place = BACKGROUNDS[int(between(0, len(BACKGROUNDS)))]
-    picture = Image.new("RGB", (4 * size, 4 * size), shade(place, between(0.9, 1.15)))
+    background = BACKGROUNDS[int(between(0, len(BACKGROUNDS)))]
+    picture = Image.new("RGB", (4 * size, 4 * size), shade(background, between(0.9, 1.15)))
     pen = ImageDraw.Draw(picture)
-    zoom, right, down = between(0.75, 1.05), between(-0.06, 0.06), between(-0.04, 0.08)
+    zoom = between(0.75, 1.05)
+    right = between(-0.06, 0.06)
+    down = between(-0.04, 0.08)
 
     def xy(*numbers: float) -> list[tuple[float, float]]:
-        """From the unit square to pixels."""
-        return [
-            (4 * size * (0.5 + zoom * (x - 0.5) + right), 4 * size * (0.5 + zoom * (y - 0.5) + down))
-            for x, y in zip(numbers[::2], numbers[1::2], strict=True)
-        ]
+        """Convert coordinates of the unit square, x and y in turn, to pixels."""
+        points = []
+        for x, y in zip(numbers[::2], numbers[1::2], strict=True):
+            column = 4 * size * (0.5 + zoom * (x - 0.5) + right)
+            row = 4 * size * (0.5 + zoom * (y - 0.5) + down)
+            points.append((column, row))
+        return points
 
     horizon = xy(0, between(0.7, 0.85))[0][1]
-    pen.rectangle([(0, horizon), (4 * size, 4 * size)], fill=shade(place, between(0.65, 0.8)))
+    pen.rectangle([(0, horizon), (4 * size, 4 * size)], fill=shade(background, between(0.65, 0.8)))
     thick = round(4 * size * 0.06 * zoom)
     pen.line(xy(0.2, 0.52, 0.1, between(0.25, 0.5)), fill=coat, width=thick)
     for foot, color in ((0.3, dark), (0.58, dark), (0.24, coat), (0.64, coat)):
@@ -102,7 +115,9 @@ def draw_dog(label: int, size: int, generator: torch.Generator) -> Image.Image:
             pen.line(xy(x + between(-0.02, 0.02), 0.46, x, 0.68), fill=second, width=thick // 2)
     elif pattern == "spots":
         for _ in range(11):
-            x, y, r = between(0.24, 0.66), between(0.48, 0.67), between(0.015, 0.035)
+            x = between(0.24, 0.66)
+            y = between(0.48, 0.67)
+            r = between(0.015, 0.035)
             pen.ellipse(xy(x - r, y - r, x + r, y + r), fill=second)
     pen.polygon(xy(0.58, 0.5, 0.66, 0.32, 0.8, 0.4, 0.74, 0.6), fill=coat)
     pen.ellipse(xy(0.62, 0.18, 0.86, 0.42), fill=coat)

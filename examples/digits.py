@@ -1,9 +1,9 @@
-"""FedHAW beside FedAvg on real, unequal clients: scikit-learn's digits, split over ten clients by Dirichlet(0.1).
+"""FedHAW and FedAvg on real, unequal clients: scikit-learn's digits, split over ten clients by Dirichlet(0.1).
 
     python examples/digits.py
 
-No download, under a minute on two cores. Prints who owns what, two progress bars that count rounds, a table for each
-run and a comparison; writes `outputs/digits_clients.png` and `outputs/digits_weights.png`.
+No download, under a minute on two cores. Prints the clients' label histograms, two progress bars that count rounds, a
+table for each run and a comparison; writes `outputs/digits_clients.png` and `outputs/digits_weights.png`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lightning_fedhaw.plotting import RunHistory, draw_comparison
 
 
 class DigitClassifier(pl.LightningModule):
-    """An ordinary LightningModule: nothing in it knows of a federation."""
+    """An ordinary LightningModule, in which nothing depends on a federation."""
 
     def __init__(self, lr: float = 0.05) -> None:
         super().__init__()
@@ -60,10 +60,10 @@ class DigitClassifier(pl.LightningModule):
 
 
 def digits(clients: int, alpha: float, seed: int) -> FederatedDataModule:
-    """1,437 training images of 8x8 pixels dealt to the clients, 360 for validation."""
+    """Split 1,437 training images of 8x8 pixels over the clients; 360 are for validation."""
     pixels, labels = load_digits(return_X_y=True)
-    split = train_test_split(pixels / 16.0, labels, test_size=0.2, random_state=0, stratify=labels)
-    x_train, x_val, y_train, y_val = (torch.as_tensor(part) for part in split)
+    arrays = train_test_split(pixels / 16.0, labels, test_size=0.2, random_state=0, stratify=labels)
+    x_train, x_val, y_train, y_val = (torch.as_tensor(array) for array in arrays)
     return FederatedDataModule(
         TensorDataset(x_train.float(), y_train.long()),
         num_clients=clients,
@@ -75,8 +75,9 @@ def digits(clients: int, alpha: float, seed: int) -> FederatedDataModule:
 
 
 def run(rule: AggregationRule, args: argparse.Namespace) -> RunHistory:
-    """One federation: the same clients, cohorts, batches and initial model for every rule."""
+    """Run one federation: the same clients, cohorts, batches and initial model for every rule."""
     history = RunHistory()
+    # The initial model; `seed=` below seeds the federation's own draws.
     torch.manual_seed(args.seed)
     trainer = FederatedTrainer(
         rounds=args.rounds,
@@ -104,8 +105,8 @@ def main(argv: list[str] | None = None) -> dict[str, RunHistory]:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for known in (".*does not have many workers", ".*LeafSpec.* is deprecated"):
-        warnings.filterwarnings("ignore", message=known)
+    for message in (".*does not have many workers", ".*LeafSpec.* is deprecated"):
+        warnings.filterwarnings("ignore", message=message)
 
     args.output.mkdir(parents=True, exist_ok=True)
     data = digits(args.clients, args.alpha, args.seed)
@@ -117,8 +118,9 @@ def main(argv: list[str] | None = None) -> dict[str, RunHistory]:
         print(f"\n{name}")
         histories[name] = run(rule, args)
         accuracy = histories[name].curve("val_acc")
-        last = accuracy[-10:]
-        rows.append(f"{name:8}{accuracy[-1]:>10.1%}{sum(last) / len(last):>18.1%}{max(accuracy):>10.1%}")
+        last_ten = accuracy[-10:]
+        mean = sum(last_ten) / len(last_ten)
+        rows.append(f"{name:8}{accuracy[-1]:>10.1%}{mean:>18.1%}{max(accuracy):>10.1%}")
     print(f"\n{'rule':8}{'final':>10}{'mean of last 10':>18}{'best':>10}")
     print("\n".join(rows))
     sizes = data.partition().sizes.tolist()

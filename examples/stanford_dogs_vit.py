@@ -3,12 +3,12 @@
     python examples/stanford_dogs_vit.py --demo                       no download: drawn dogs and a tiny ViT
     python examples/stanford_dogs_vit.py --data-root dogs --download  Stanford Dogs and ViT-B/16 as timm has it
     python examples/stanford_dogs_vit.py --data-root dogs --finetune 2 --precision bf16-mixed --devices 2
-    python examples/stanford_dogs_vit.py --data-root dogs --resume    go on from the last checkpoint below --output
+    python examples/stanford_dogs_vit.py --data-root dogs --resume    continue from the last checkpoint below --output
 
 As in the paper the ViT is frozen and an MLP 768-256-256-120 is trained on its features, which are computed once and
-kept in `--output`. `--finetune` trains on images instead: `head` the MLP alone, a number the last so many blocks too,
-`all` everything. Validation, after every round, is on the official test list. Prints who owns what, a bar that counts
-rounds, the run summary and the breeds that are taken for each other most often; draws the clients, the confusion
+stored in `--output`. `--finetune` trains on images instead: `head` the MLP alone, a number the last so many blocks too,
+`all` everything. Validation, after every round, is on the official test list. Prints the clients' label histograms, a
+bar that counts rounds, the run summary and the breeds that are confused most often; draws the clients, the confusion
 matrix, and accuracy, scale and weights over rounds.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,14 +70,14 @@ settings are not the paper's. It shows that all parts work together, and says no
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; `--demo` changes defaults."""
+    """Parse the command line; `--demo` changes defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", action="store_true", help="drawn dogs and a tiny random ViT, without a download")
     parser.add_argument("--fast-dev-run", action="store_true", help="few images, two rounds of two clients, one batch")
     parser.add_argument("--data-root", type=Path, default=Path("data/stanford_dogs"))
-    parser.add_argument("--download", action="store_true", help="fetch the official archives, 800 MB, if need be")
+    parser.add_argument("--download", action="store_true", help="fetch the official archives, 800 MB, if missing")
     parser.add_argument("--model", default="vit_base_patch16_224", help="any model of timm")
-    parser.add_argument("--image-size", type=int, help="where it is not the model's own")
+    parser.add_argument("--image-size", type=int, help="default: the model's own")
     parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="timm's weights; the default")
     parser.add_argument("--checkpoint-path", type=Path, help="a file of weights instead of timm's")
     parser.add_argument("--finetune", default="none", help="none (train on cached features), head, blocks, or all")
@@ -95,7 +96,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=4, help="processes that read images")
     parser.add_argument("--logger", choices=LOGGERS, default="none")
     parser.add_argument("--checkpoint-every", type=int, default=10, metavar="ROUNDS")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint below --output")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint below --output")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("outputs/stanford_dogs"))
     if parser.parse_known_args(argv)[0].demo:
@@ -109,51 +110,74 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> tuple[fed.TimmClassifier, fed.FederatedDataModule, list[str]]:
-    """The model, the clients' data, and the breeds."""
+    """Create the model and the clients' data, and list the breeds."""
     if args.demo:
         write_demo_dogs(args.data_root)
     train = StanfordDogs(args.data_root, "train", download=args.download)
     test = StanfordDogs(args.data_root, "test")
-    pretrained = args.checkpoint_path is None if args.pretrained is None else args.pretrained
-    cached = args.finetune == "none"
+    pretrained = args.pretrained
+    if pretrained is None:
+        pretrained = args.checkpoint_path is None
+    uses_features = args.finetune == "none"
+    trainable: str | int = args.finetune
+    if uses_features:
+        trainable = "head"
+    elif args.finetune.isdigit():
+        trainable = int(args.finetune)
+    model_kwargs = {}
+    if args.image_size is not None:
+        model_kwargs["img_size"] = args.image_size
     torch.manual_seed(args.seed)
     model = fed.TimmClassifier(
         args.model,
         num_classes=len(train.classes),
         pretrained=pretrained,
         checkpoint_path=args.checkpoint_path,
-        trainable="head" if cached else int(args.finetune) if args.finetune.isdigit() else args.finetune,
+        trainable=trainable,
         head_widths=args.head_widths,
         lr=args.lr,  # AdamW without weight decay, TimmClassifier's default, is Adam
-        model_kwargs={} if args.image_size is None else {"img_size": args.image_size},
+        model_kwargs=model_kwargs,
     )
-    train.transform, test.transform = model.transform(train=not cached), model.transform(train=False)
-    parts: list[Dataset[Any]] = [few(train, 20), few(test, 2)] if args.fast_dev_run else [train, test]
-    if cached:
-        parts = [features(model, part, args) for part in parts]
+    train.transform = model.transform(train=not uses_features)
+    test.transform = model.transform(train=False)
+    train_data: Dataset[Any] = train
+    test_data: Dataset[Any] = test
+    if args.fast_dev_run:
+        train_data = first_of_each_class(train, 20)
+        test_data = first_of_each_class(test, 2)
+    num_workers = args.num_workers
+    if uses_features:
+        train_data = features(model, train_data, args)
+        test_data = features(model, test_data, args)
+        # Features are in memory, where processes that read them would only cost time.
+        num_workers = 0
     data = fed.FederatedDataModule(
-        parts[0],
+        train_data,
         num_clients=args.clients,
         partitioner=fed.DirichletPartitioner(args.alpha),
         batch_size=args.batch_size,
-        val=parts[1],
-        num_workers=0 if cached else args.num_workers,
+        val=test_data,
+        num_workers=num_workers,
         seed=args.seed,
     )
     return model, data, train.classes
 
 
-def few(dataset: StanfordDogs, per_class: int) -> Subset[Any]:
-    """The first images of every class."""
+def first_of_each_class(dataset: StanfordDogs, count: int) -> Subset[Any]:
+    """Reduce a data set to the first images of each class."""
     targets = torch.tensor(dataset.targets)
-    return Subset(dataset, torch.cat([(targets == c).nonzero()[:per_class, 0] for c in targets.unique()]).tolist())
+    indices: list[int] = []
+    for label in targets.unique():
+        indices += (targets == label).nonzero()[:count, 0].tolist()
+    return Subset(dataset, indices)
 
 
 def features(model: fed.TimmClassifier, dataset: Dataset[Any], args: argparse.Namespace) -> Dataset[Any]:
-    """What the frozen backbone makes of the images, computed once, on a GPU where there is one."""
-    on_gpu = args.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    """Compute the features of the frozen backbone once, on a GPU if there is one."""
+    if args.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        model.to("cuda")
     cached = cache_features(
-        model.to("cuda" if on_gpu else "cpu").features,
+        model.features,
         dataset,
         args.output / "features",
         key=model.feature_key(),
@@ -164,20 +188,21 @@ def features(model: fed.TimmClassifier, dataset: Dataset[Any], args: argparse.Na
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint below a folder."""
-    found = sorted((folder / "checkpoints").glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    """Return the newest checkpoint below a folder."""
+    checkpoints = sorted((folder / "checkpoints").glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not checkpoints:
         raise FileNotFoundError(
-            f"There is no checkpoint below {folder} to go on from. Run without --resume first, or name the --output of"
-            " the run to go on with."
+            f"There is no checkpoint below {folder} to resume from. Run without --resume first, or name the --output of"
+            " the run to resume."
         )
-    return found[-1]
+    return checkpoints[-1]
 
 
 @torch.no_grad()
 def confusion(model: fed.TimmClassifier, loader: Any, device: torch.device, num_classes: int) -> Tensor:
-    """``[classes, classes]``: test images of each breed (rows) that are taken for each (columns)."""
-    matrix = MulticlassConfusionMatrix(num_classes, sync_on_compute=False).to(device)  # the first process sees all
+    """Count the test images ``[classes, classes]`` of each breed (rows) that are classified as each (columns)."""
+    # Without synchronization, because the first process alone evaluates all images.
+    matrix = MulticlassConfusionMatrix(num_classes, sync_on_compute=False).to(device)
     model.to(device).eval()
     for inputs, labels in loader:
         matrix.update(model(inputs.to(device)), labels.to(device))
@@ -185,7 +210,7 @@ def confusion(model: fed.TimmClassifier, loader: Any, device: torch.device, num_
 
 
 def draw_confusion(counts: Tensor, classes: Sequence[str], path: Path) -> None:
-    """Shares of each breed's images."""
+    """Draw the shares of each breed's images that are classified as each breed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -195,37 +220,46 @@ def draw_confusion(counts: Tensor, classes: Sequence[str], path: Path) -> None:
     axes = figure.subplots()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     image = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    size = 10 if len(classes) <= 20 else 5
+    size = 5
+    if len(classes) <= 20:
+        size = 10
     axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=size)
     axes.set_yticks(range(len(classes)), classes, fontsize=size)
     accuracy = (counts.trace() / counts.sum()).item()
-    axes.set(xlabel="taken for", ylabel="breed", title=f"{accuracy:.1%} of the test images are told right")
+    axes.set(xlabel="classified as", ylabel="breed")
+    axes.set_title(f"{accuracy:.1%} of the test images are classified correctly")
     figure.colorbar(image, ax=axes, label="share of the breed's images", shrink=0.8)
     figure.savefig(path, dpi=150)
 
 
 def most_confused(counts: Tensor, classes: Sequence[str], most: int = 5) -> list[str]:
-    """The breeds that are taken for each other most often."""
-    wrong = counts - counts.diag().diag()
-    top = wrong.flatten().topk(min(most, wrong.numel()))
-    pairs = [(int(n), *divmod(i, len(classes))) for n, i in zip(top.values, top.indices.tolist(), strict=True) if n]
-    return [f"{n:4} x {classes[breed]} taken for {classes[other]}" for n, breed, other in pairs]
+    """List the breeds that are confused most often, one line for each pair."""
+    errors = counts - counts.diag().diag()
+    largest = errors.flatten().topk(min(most, errors.numel()))
+    lines = []
+    for count, index in zip(largest.values.tolist(), largest.indices.tolist(), strict=True):
+        if count > 0:
+            breed, other = divmod(index, len(classes))
+            lines.append(f"{count:4} x {classes[breed]} classified as {classes[other]}")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> fed.FederatedTrainer:
     args = arguments(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for known in (
+    for message in (
         ".*does not have many workers",
         ".*LeafSpec.* is deprecated",
         "Checkpoint directory .* exists and is not empty",
     ):
-        warnings.filterwarnings("ignore", message=known)
+        warnings.filterwarnings("ignore", message=message)
     if args.demo:
         print(DEMO_TEXT)
     args.output.mkdir(parents=True, exist_ok=True)
     try:
-        checkpoint = last_checkpoint(args.output) if args.resume else None
+        checkpoint = None
+        if args.resume:
+            checkpoint = last_checkpoint(args.output)
         model, data, classes = build(args)
     except (OSError, RuntimeError, ValueError) as error:
         raise SystemExit(
@@ -256,7 +290,8 @@ def main(argv: Sequence[str] | None = None) -> fed.FederatedTrainer:
     trainer.fit(model, data, ckpt_path=checkpoint)
     if trainer.is_global_zero:
         report(trainer, model, data, classes, history, args)
-        print(DEMO_TEXT if args.demo else "")
+        if args.demo:
+            print(DEMO_TEXT)
     return trainer
 
 
@@ -268,13 +303,15 @@ def report(
     history: RunHistory,
     args: argparse.Namespace,
 ) -> None:
-    """Accuracy, confusions and pictures of a run that is over."""
-    accuracy = [value for value in history.curve("val_acc") if value == value]
+    """Print accuracy and confusions of a finished run, and draw its pictures."""
+    # Rounds without validation have no accuracy.
+    accuracy = [value for value in history.curve("val_acc") if not math.isnan(value)]
     if accuracy:
         last = accuracy[-10:]
+        mean = sum(last) / len(last)
         print(
-            f"\naccuracy on the test list: {accuracy[-1]:.1%} at the end, {sum(last) / len(last):.1%} in the mean of"
-            f" the last {len(last)} rounds, {max(accuracy):.1%} at best; guessing gives {1 / len(classes):.1%}"
+            f"\naccuracy on the test list: {accuracy[-1]:.1%} at the end, {mean:.1%} in the mean of the last"
+            f" {len(last)} rounds, {max(accuracy):.1%} at best; guessing gives {1 / len(classes):.1%}"
         )
         draw_comparison({args.rule: history}, args.rule, data.partition().sizes.tolist(), args.output / "weights.png")
     counts = confusion(model, data.val_dataloader(), trainer.strategy.root_device, len(classes))

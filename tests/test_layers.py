@@ -196,15 +196,20 @@ KNOW_NO_TRAINER = ("vectors", "rule", "clients", "federation", "report")
 
 
 def trainers_named(tree: ast.AST) -> list[str]:
-    """Where a file imports or names the trainer's class, a loop or a strategy, unless to ask ``isinstance``."""
+    """Where a file imports or names the trainer's class, a loop or a strategy.
+
+    It may ask ``isinstance``, and a callback's hook, which is given the trainer, may say so in its signature.
+    """
     parts = {"Trainer", "trainer", "loops", "strategies"}
     seen = [name for name in imported_names(tree) if name.startswith("lightning.") and parts & set(name.split("."))]
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and last_name(node.func) == "isinstance"]
-    asked = {id(node) for call in calls for node in ast.walk(call)}
+    hooks = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("on_")]
+    signatures = [argument for hook in hooks for argument in hook.args.args]
+    allowed = {id(node) for part in (*calls, *signatures) for node in ast.walk(part)}
     return seen + [
         f"line {node.lineno}: Trainer"
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr == "Trainer" and id(node) not in asked
+        if isinstance(node, ast.Attribute) and node.attr == "Trainer" and id(node) not in allowed
     ]
 
 
@@ -215,11 +220,14 @@ def trainers_named(tree: ast.AST) -> list[str]:
         "from lightning.pytorch.loops import FitLoop",
         "import lightning.pytorch.trainer.states",
         "pl.Trainer(max_epochs=1)",
+        "def play(trainer: pl.Trainer): ...",
+        "def on_train_start(trainer): pl.Trainer()",
     ],
 )
 def test_what_names_a_trainer_is_seen(code):
     assert trainers_named(ast.parse(code))
     assert not trainers_named(ast.parse("isinstance(value, (dict, pl.Trainer))"))
+    assert not trainers_named(ast.parse("def on_train_start(trainer: pl.Trainer): ..."))
 
 
 def test_the_round_and_what_lies_below_know_no_trainer_and_no_loop():

@@ -496,7 +496,7 @@ def test_strategies_that_spread_a_model_are_refused():
 
 def test_a_launcher_with_more_processes_than_the_trainer_knows_of(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.warns(UserWarning, match=r"WORLD_SIZE=4.*told of 1.*Set `devices` \(times `num_nodes`\) to 4"):
+    with pytest.warns(UserWarning, match=r"WORLD_SIZE=4.*set to 1.*Set `devices` \(times `num_nodes`\) to 4"):
         FederatedTrainer(rounds=1, callbacks=[FedAvgCallback()], **{**QUIET, "devices": 1})
 
 

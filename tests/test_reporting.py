@@ -18,18 +18,18 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 
 from federations import QUIET, Classifier, flat, loader, samples, trainer, val_loader
 from lightning_fedhaw import FedAvgCallback, FedHAWCallback, IIDPartitioner
-from lightning_fedhaw.report.history import RunHistory, history_of, read_run, read_runs
+from lightning_fedhaw.report.history import RunHistory, find_history, read_run, read_runs
 from lightning_fedhaw.report.plotting import draw_bands, draw_clients, draw_weights, main
 from lightning_fedhaw.report.run_report import RunRecord, summary_metrics, summary_of
 from lightning_fedhaw.report.summary import flat_numbers, format_summary
 
-LOST = "The closing numbers, the table of the clients and the picture"
+LOST = "The numbers of the run summary, the table of the clients and the picture"
 
 
 def play(rule: Any = FedHAWCallback, rounds: int = 3, **arguments: Any) -> tuple[Any, RunHistory]:
     runner = trainer(rounds=rounds, rule=rule(), alpha=arguments.pop("alpha", 1.0), seed=1, **arguments)
     runner.fit(Classifier(), loader(), val_loader())
-    return runner, history_of(runner)
+    return runner, find_history(runner.callbacks)
 
 
 # ---------------------------------------------------------------------- what is kept
@@ -84,8 +84,8 @@ def test_there_is_one_history_before_the_checkpoints_and_a_given_one_is_taken(do
         kinds = [type(each) for each in runner.callbacks]
         assert kinds.count(RunHistory) == 1
         assert kinds.index(RunHistory) < kinds.index(ModelCheckpoint)
-        assert (history_of(runner) is own) == (own in callbacks)
-        assert len(history_of(runner).metrics) == 3
+        assert (find_history(runner.callbacks) is own) == (own in callbacks)
+        assert len(find_history(runner.callbacks).metrics) == 3
 
 
 def test_a_run_that_goes_on_has_all_of_its_history():
@@ -97,11 +97,11 @@ def test_a_run_that_goes_on_has_all_of_its_history():
     module = Classifier()
     again.fit(module, loader(), val_loader(), ckpt_path=keeper.best_model_path, weights_only=True)
     assert torch.equal(flat(module), flat(whole.lightning_module))
-    assert torch.equal(history_of(again).weights, history.weights)
-    assert history_of(again).metrics == history.metrics
+    assert torch.equal(find_history(again.callbacks).weights, history.weights)
+    assert find_history(again.callbacks).metrics == history.metrics
     again.fit_loop.max_epochs = 5
     again.fit(module, loader(), val_loader())
-    assert len(history_of(again).metrics) == len(history_of(again).weights) == 5
+    assert len(find_history(again.callbacks).metrics) == len(find_history(again.callbacks).weights) == 5
 
 
 def test_a_history_is_read_back_from_a_log_and_from_a_checkpoint():

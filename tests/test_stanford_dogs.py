@@ -84,7 +84,7 @@ def test_what_to_put_where(example, tmp_path):
 
 
 def test_nothing_to_go_on_from(example):
-    with pytest.raises(SystemExit, match="There is no checkpoint below new to go on from. Run without --resume first"):
+    with pytest.raises(SystemExit, match="There is no checkpoint below new to resume from. Run without --resume first"):
         example.main(["--demo", "--resume", "--output", "new"])
 
 

@@ -563,7 +563,7 @@ def profiler(door: int) -> None:
     assert len(trainer.profiler.recorded_durations["run_training_epoch"]) == 3
     assert "run_training_batch" in trainer.profiler.summary()
     play(door, profiler=AdvancedProfiler(dirpath=".", filename="advanced"))
-    assert "play_round" in Path("fit-advanced.txt").read_text()
+    assert "run_round" in Path("fit-advanced.txt").read_text()
     with warnings.catch_warnings():
         # Lightning's advice that five steps are better, which it gives once a process.
         warnings.filterwarnings("ignore", "The PyTorch Profiler default schedule will be overridden")

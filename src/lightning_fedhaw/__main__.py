@@ -15,12 +15,15 @@ def main(argv: list[str] | None = None) -> int:
     Modules in the working directory can be named in class paths, as with ``python -m``.
 
     Args:
-        argv: What follows the command. Default: ``sys.argv[1:]``.
+        argv: The arguments after the command. Default: ``sys.argv[1:]``.
 
     Returns:
         The exit status.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:]
+    if argv is not None:
+        arguments = list(argv)
+    # Imported where they are needed: pictures need matplotlib and no jsonargparse, other commands the reverse.
     if arguments[:1] == ["plot"]:
         import_module("lightning_fedhaw.report.plotting").main(arguments[1:])
         return 0
@@ -31,8 +34,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print('`fedhaw` needs jsonargparse: pip install "lightning-fedhaw[cli]"', file=sys.stderr)
         return 1
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+    working_directory = str(Path.cwd())
+    if working_directory not in sys.path:
+        sys.path.insert(0, working_directory)
     FedhawCommand(args=argv, parser_kwargs={"prog": "fedhaw", "description": DESCRIPTION})
     return 0
 

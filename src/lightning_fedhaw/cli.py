@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from jsonargparse import ArgumentParser
@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_fedhaw.adapter.trainer_attributes import callbacks_of
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.cli_messages import FEDERATION, GROUPS, TRAINER, sentence
 from lightning_fedhaw.federation.federation import Federation
@@ -24,26 +25,30 @@ register_type(torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), lamb
 
 
 class FederatedArgumentParser(LightningArgumentParser):
-    """A parser in which each setting of the federation has one place and one name, and whose errors are sentences."""
+    """A parser in which each setting of the federation has one place and one name, and whose errors are sentences.
+
+    Attributes:
+        commands: The group of subcommands, to which more may be added.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        # With abbreviations a misspelled argument could set another one.
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
         self.commands: Any = None
 
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
-        """Add the group of subcommands, and keep it: more may be added later."""
+        """Add the group of subcommands."""
         self.commands = super().add_subcommands(*args, **kwargs)
         return self.commands
 
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, **kwargs: Any) -> list[str]:
-        """Add the arguments of a class, without those that the group ``federation`` has.
-
-        What a rule of the user's own declares itself stays, whatever its name.
-        """
+        """Add the arguments of a class, without those that the group ``federation`` has."""
         skip = set(kwargs.pop("skip", None) or ())
         if nested_key == "trainer":
             skip |= FEDERATION
         elif isinstance(theclass, type) and issubclass(theclass, AggregationRule):
+            # An argument that a rule of the user's own declares itself stays, whatever its name.
             skip |= FEDERATION - inspect.signature(theclass).parameters.keys()
         added: list[str] = super().add_class_arguments(theclass, nested_key, skip=skip, **kwargs)
         return added
@@ -52,55 +57,76 @@ class FederatedArgumentParser(LightningArgumentParser):
         """Add Lightning's instantiator, which gives an object the hyper-parameters of its group.
 
         For a data module within a :class:`~lightning_fedhaw.FederatedDataModule` they would be those of the outer one.
-        So the inner one is made plainly, and ``save_hyperparameters`` reads its own arguments.
+        So the inner one is created without the instantiator, and ``save_hyperparameters`` reads its own arguments.
+
+        Args:
+            instantiator: Lightning's, of one group of the configuration.
+            class_type: The class of the group's objects.
+            kwargs: Further arguments, passed on.
         """
 
-        def make(kind: type, *args: Any, applied_instantiation_links: dict[str, Any], **given: Any) -> Any:
+        def instantiate(kind: type, *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
             cli = instantiator.cli
-            path = ""
+            outer_class = ""
             if instantiator.key == "data":
-                path = getattr(_entry(cli, cli.config, "data"), "class_path", "")
-            if path and path.rpartition(".")[2] != kind.__name__:
-                return kind(*args, **given)
-            return instantiator(kind, *args, applied_instantiation_links=applied_instantiation_links, **given)
+                class_path = getattr(_entry(cli, cli.config, "data"), "class_path", "")
+                outer_class = class_path.rpartition(".")[2]
+            if outer_class not in ("", kind.__name__):
+                return kind(*args, **kwargs)
+            return instantiator(kind, *args, applied_instantiation_links=applied_instantiation_links, **kwargs)
 
-        super().add_instantiator(make, class_type, **kwargs)
+        super().add_instantiator(instantiate, class_type, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Leave with one sentence, and without the page of usage."""
+        """Exit with one sentence instead of a page of usage."""
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        self.exit(2, f"{parser.prog.split(' [')[0]}: error: {sentence(message)}\n")
+        # The name of a subcommand's parser holds usage too: "fedhaw [options] fit".
+        program = parser.prog.split(" [")[0]
+        self.exit(2, f"{program}: error: {sentence(message)}\n")
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves ``config.yaml`` into the folder of the run, whichever the logger.
+    """A callback that saves ``config.yaml`` into the folder of the run, whichever the logger.
 
-    Loggers such as W&B's share one folder between runs. With them the file goes beside the run's checkpoints, into
-    ``<save_dir>/<name>/<version>``, and the logger is told the configuration too. Without a logger it goes among the
-    checkpoints of a ``fit``, never into the working directory, where the user's own ``config.yaml`` may be.
+    Loggers such as W&B's share one folder between runs. With them the file goes next to the run's checkpoints, into
+    ``<save_dir>/<name>/<version>``, and the logger receives the configuration too. Without a logger it goes into the
+    folder of the checkpoints of a ``fit``, never into the working directory, where the user's own ``config.yaml`` may
+    be.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save once, in the first process."""
         logger = trainer.logger
-        checkpoints = trainer.checkpoint_callback
         if isinstance(logger, (CSVLogger, TensorBoardLogger)):
             super().setup(trainer, pl_module, stage)
-        elif trainer.is_global_zero and not self.already_saved:
-            if logger is not None:
-                folder = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), str(logger.version))
-            elif checkpoints is not None and stage == "fit":
-                folder = Path(getattr(checkpoints, "dirpath", None) or Path(trainer.default_root_dir, "checkpoints"))
-            else:
-                return
-            self.already_saved = True
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / self.config_filename
-            self.parser.save(self.config, path, skip_none=False, overwrite=True)
-            if logger is not None:
-                logger.log_hyperparams({"config": path.read_text()})
+            return
+        if not trainer.is_global_zero or self.already_saved:
+            return
+        folder = _config_folder(trainer, stage)
+        if folder is None:
+            return
+        self.already_saved = True
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.config_filename
+        self.parser.save(self.config, path, skip_none=False, overwrite=True)
+        if logger is not None:
+            logger.log_hyperparams({"config": path.read_text()})
+
+
+def _config_folder(trainer: Trainer, stage: str) -> Path | None:
+    """Return the folder for the configuration of a run that is not logged to files; None if nothing is saved."""
+    logger = trainer.logger
+    if logger is not None:
+        return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), str(logger.version))
+    checkpoints = trainer.checkpoint_callback
+    if checkpoints is None or stage != "fit":
+        return None
+    folder = getattr(checkpoints, "dirpath", None)
+    if folder:
+        return Path(folder)
+    return Path(trainer.default_root_dir, "checkpoints")
 
 
 class FederatedCLI(LightningCLI):
@@ -109,7 +135,7 @@ class FederatedCLI(LightningCLI):
     Needs jsonargparse: ``pip install "lightning-fedhaw[cli]"``. The command ``fedhaw`` is this class without arguments:
     any model and any data by class path. A script of one's own may fix them, as with the stock class.
 
-    Beside Lightning's groups there are
+    In addition to Lightning's groups there are
 
     - ``federation``: who the clients are and what they do (:class:`~lightning_fedhaw.FederationOptions`);
     - ``rule``: an :class:`~lightning_fedhaw.extending.AggregationRule`, by name or class path, with its arguments;
@@ -119,20 +145,21 @@ class FederatedCLI(LightningCLI):
     ``federation.seed`` is another.
 
     Args:
-        args: As of ``LightningCLI``.
-        kwargs: As of ``LightningCLI``.
+        args: The arguments of ``LightningCLI``.
+        kwargs: The arguments of ``LightningCLI``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        defaults = {
+        settings: dict[str, Any] = {
             "trainer_class": FederatedTrainer,
             "parser_class": FederatedArgumentParser,
             "save_config_callback": SaveRunConfig,
-            "seed_everything_default": 0,  # as Lightning chooses where nobody says, but without its warning
+            # Lightning's own choice where no seed is given, but without its warning.
+            "seed_everything_default": 0,
         }
-        named = inspect.signature(LightningCLI).bind_partial(*args, **kwargs).arguments
+        settings.update(inspect.signature(LightningCLI).bind_partial(*args, **kwargs).arguments)
         try:
-            super().__init__(**{**defaults, **named})
+            super().__init__(**settings)
         except (TypeError, ValueError) as error:
             refusal = _refusal(error)
             if refusal is None:
@@ -148,36 +175,42 @@ class FederatedCLI(LightningCLI):
             parser.add_argument(f"--{name}", type=kind, default=None)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer, with the federation's settings, the rule, channels and objectives."""
+        """Create the trainer, with the federation's settings, the rule, channels and objectives.
+
+        Raises:
+            ValueError: If ``fit`` has no rule.
+        """
         config = _entry(self, self.config_init, "trainer")
         callbacks = _as_list(config.get("callbacks"))
         for group in GROUPS:
             callbacks += _as_list(_entry(self, self.config_init, group))
+        settings: dict[str, Any] = {**_entry(self, self.config_init, "federation")}
+        settings["callbacks"] = callbacks
         if self.subcommand != "fit" and config.get("rounds") is None and config.get("max_epochs") is None:
-            # Nothing is trained, and the trainer asks for a number of rounds.
-            kwargs = {"rounds": 0, **kwargs}
-        trainer: Any = super().instantiate_trainer(
-            **{**_entry(self, self.config_init, "federation"), "callbacks": callbacks, **kwargs}
-        )
-        has_rule = any(isinstance(callback, AggregationRule) for callback in trainer.callbacks)
+            # Nothing is trained, but the trainer requires a number of rounds.
+            settings["rounds"] = 0
+        settings.update(kwargs)
+        trainer: Trainer = super().instantiate_trainer(**settings)
+        has_rule = any(isinstance(callback, AggregationRule) for callback in callbacks_of(trainer))
+        # A module that adds callbacks may bring the rule.
         if self.subcommand == "fit" and not has_rule and not is_overridden("configure_callbacks", self.model):
             raise ValueError(
                 "`fit` needs an aggregation rule, got none. Add `--rule=FedHAWCallback`, or `rule: FedHAWCallback` to"
                 " the configuration."
             )
-        return cast(Trainer, trainer)
+        return trainer
 
 
 class FedhawCommand(FederatedCLI):
-    """The command ``fedhaw``, which can also plot."""
+    """The command ``fedhaw``, which lists ``plot`` among its subcommands."""
 
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
     ) -> None:
-        """List ``plot`` among the commands; where it comes first, it has been carried out before."""
+        """Add ``plot`` to the list of the subcommands, for ``--help``; :mod:`lightning_fedhaw.__main__` runs it."""
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
-        commands = cast(FederatedArgumentParser, self.parser).commands
-        commands.add_subcommand("plot", ArgumentParser(), help="Draw pictures of finished runs.")
+        assert isinstance(self.parser, FederatedArgumentParser)
+        self.parser.commands.add_subcommand("plot", ArgumentParser(), help="Draw pictures of finished runs.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuse ``plot`` where it does not come first."""
@@ -187,20 +220,27 @@ class FedhawCommand(FederatedCLI):
 
 
 def _entry(cli: LightningCLI, config: Any, key: str) -> Any:
-    """An entry of a configuration, which may be that of a subcommand."""
+    """Return an entry of a configuration, which may be that of a subcommand."""
     return config.get(str(cli.subcommand), config).get(key)
 
 
 def _refusal(error: BaseException) -> BaseException | None:
-    """Find the error in which this package refuses what it was given; jsonargparse wraps what constructors raise.
+    """Find the error by which this package refuses an argument, among the causes of an error.
 
-    Some mistakes are found only when ``fit`` has the data in hand. From the first round on the traceback is worth more.
+    Some mistakes are found only when ``fit`` has read the data.
+
+    Args:
+        error: The error that was raised; jsonargparse wraps the errors of constructors.
+
+    Returns:
+        The error; None if a user needs the traceback, because it was raised in a round or by other code.
     """
     cause: BaseException | None = error
     while cause is not None:
         frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
         if any(frame.f_code is Federation.play.__code__ for frame in frames):
             return None
+        # The last frame is where it was raised.
         if frames and str(frames[-1].f_globals["__name__"]).startswith("lightning_fedhaw."):
             return cause
         cause = cause.__cause__
@@ -208,7 +248,9 @@ def _refusal(error: BaseException) -> BaseException | None:
 
 
 def _as_list(value: Any) -> list[Any]:
-    """Make a list of one value, of several, or of none."""
+    """Return a list of one value, of several, or of none."""
     if value is None:
         return []
-    return list(value) if isinstance(value, list) else [value]
+    if isinstance(value, list):
+        return list(value)
+    return [value]

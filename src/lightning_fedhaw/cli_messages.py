@@ -45,7 +45,7 @@ BASES: dict[str, type] = {
 }
 """The class whose subclasses an argument takes by name."""
 
-# Lines of jsonargparse that say which of several types it tried, and not what is wrong.
+# Beginnings of jsonargparse's lines that say which of several types it tried, and not what is wrong.
 _NOISE: tuple[str, ...] = (
     "Errors:",
     "Subtypes:",
@@ -63,7 +63,7 @@ _GIVEN_VALUE = re.compile(r"Given value: (?!NestedArg|Namespace|[{\[])(.+)")
 
 
 def sentence(message: str) -> str:
-    """Say what jsonargparse found wrong in one sentence, with the nearest name, where it is about names.
+    """Rewrite an error of jsonargparse as one sentence, with the nearest name if a name is unknown.
 
     Args:
         message: Its message, of many lines: one for each type that it tried.
@@ -71,34 +71,52 @@ def sentence(message: str) -> str:
     text = _one_line(message)
     unknown_class = _UNKNOWN_CLASS.search(text)
     if unknown_class:
-        # The text begins with "--", and the name of the argument, in backticks.
-        argument = text[3:].split("`")[0]
-        hint = _class_hint(unknown_class[1], argument)
-        beginning = text[: unknown_class.start()]
-        return f"{beginning}there is no class `{unknown_class[1]}`; give a name or an import path. {hint}".strip()
+        return _unknown_class_sentence(text, unknown_class)
     unknown_argument = _UNKNOWN_ARGUMENT.search(text)
     if unknown_argument:
-        owner = _public_classes().get(unknown_argument[1])
-        known = inspect.signature(owner).parameters if owner else ()
-        elsewhere = getattr(owner, "arguments_elsewhere", {})
-        if unknown_argument[2] in elsewhere:
-            return f"{text}. It is an argument of `{elsewhere[unknown_argument[2]]}`."
-        return f"{text}. {_argument_hint(unknown_argument[2], known)}".strip()
+        return f"{text}. {_class_argument_hint(unknown_argument[1], unknown_argument[2])}".strip()
     unknown_setting = _UNKNOWN_SETTING.search(text)
     if unknown_setting:
-        known_settings = FEDERATION if unknown_setting[1] == "federation" else TRAINER
-        return f"{text}. {_argument_hint(unknown_setting[2], known_settings)}".strip()
+        settings = TRAINER
+        if unknown_setting[1] == "federation":
+            settings = FEDERATION
+        return f"{text}. {_argument_hint(unknown_setting[2], settings)}".strip()
     value = _GIVEN_VALUE.search(message)
     if value and value[1] not in text:
         return f"{text}, got {value[1]}"
     return text
 
 
+def _unknown_class_sentence(text: str, unknown_class: re.Match[str]) -> str:
+    """Rewrite an error about the name of a class, with the nearest name.
+
+    Args:
+        text: The error in one line.
+        unknown_class: The part of it that holds the name.
+    """
+    # The text begins with a backtick, "--", and the name of the argument.
+    argument = text[3:].split("`")[0]
+    hint = _class_hint(unknown_class[1], argument)
+    beginning = text[: unknown_class.start()]
+    return f"{beginning}there is no class `{unknown_class[1]}`; give a name or an import path. {hint}".strip()
+
+
+def _class_argument_hint(class_name: str, name: str) -> str:
+    """Say where an argument that a class does not have belongs, or name the nearest argument of the class."""
+    kind = _public_classes().get(class_name)
+    if kind is None:
+        return _argument_hint(name, ())
+    elsewhere = getattr(kind, "arguments_elsewhere", {})
+    if name in elsewhere:
+        return f"It is an argument of `{elsewhere[name]}`."
+    return _argument_hint(name, inspect.signature(kind).parameters)
+
+
 def _one_line(message: str) -> str:
-    """Join the lines of a message that say something, each once."""
+    """Join the lines of a message that carry information, each once."""
     noise = _NOISE
     if "Expected a dot import path" in message:
-        # The name of a class that is not there, whatever else may be given.
+        # A class was named that does not exist: which other types would be allowed does not help.
         noise += ("Expected a <class", "Expected a typing.")
     lines: list[str] = []
     for raw in message.splitlines():
@@ -109,12 +127,12 @@ def _one_line(message: str) -> str:
 
 
 def _class_hint(name: str, argument: str) -> str:
-    """Name the nearest class that an argument takes; of a group for callbacks else all of them."""
+    """Name the nearest class that an argument takes; if none is near, list all classes of a group for callbacks."""
     base = BASES.get(argument, ())
-    known = [known_name for known_name, kind in _public_classes().items() if issubclass(kind, base)]
-    hint = _nearest(name, known)
+    names = [class_name for class_name, kind in _public_classes().items() if issubclass(kind, base)]
+    hint = _nearest(name, names)
     if not hint and argument in GROUPS:
-        return "There are " + ", ".join(known) + "."
+        return "There are " + ", ".join(names) + "."
     return hint
 
 
@@ -136,11 +154,14 @@ def _public_classes() -> dict[str, type]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    full_of = {_short(full): full for full in known}
-    near = get_close_matches(_short(name), full_of, 1)
-    return f"Did you mean `{full_of[near[0]]}`?" if near else ""
+    """Ask for the known name that is nearest to an unknown one; return an empty string if none is near."""
+    full_names = {_short(full_name): full_name for full_name in known}
+    matches = get_close_matches(_short(name), full_names, 1)
+    if not matches:
+        return ""
+    return f"Did you mean `{full_names[matches[0]]}`?"
 
 
 def _short(name: str) -> str:
-    """Drop what the names of callbacks have in common, so that it makes no two of them similar."""
+    """Drop the ending that the names of callbacks have in common, because it would make all of them similar."""
     return re.sub("(callback|channel)$", "", name.lower())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -14,6 +15,7 @@ from lightning_fedhaw.adapter.attach import install_loops
 from lightning_fedhaw.adapter.checkpoint import RoundCheckpoint, write_atomically
 from lightning_fedhaw.adapter.progress import replace_default_bar
 from lightning_fedhaw.adapter.strategy import check_world_size, default_strategy
+from lightning_fedhaw.adapter.trainer_attributes import callbacks_of
 from lightning_fedhaw.adapter.unsupported import (
     check_accelerator,
     check_callbacks,
@@ -26,7 +28,7 @@ from lightning_fedhaw.data.partitioners import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
-from lightning_fedhaw.report.history import keep_history
+from lightning_fedhaw.report.history import add_history
 from lightning_fedhaw.rule import Rule, find_rule
 
 
@@ -163,89 +165,153 @@ class FederatedTrainer(pl.Trainer):
             reduction=reduction,
             seed=seed,
         )
-        given = kwargs.get("callbacks") or []
-        given = given if isinstance(given, list) else [given]
-        if len([c for c in given if isinstance(c, Rule)]) > 1 or any(isinstance(c, type) for c in given):
-            find_rule(given)
-        check_keys(given)
-        find_objectives(given)
-        arguments.check_names(
-            "FederatedTrainer",
-            kwargs,
-            {*inspect.signature(pl.Trainer).parameters, *inspect.signature(FederatedTrainer).parameters} - {"kwargs"},
-        )
+        callbacks = _as_list(kwargs.get("callbacks"))
+        _check_callback_list(callbacks)
+        _check_names(kwargs)
         if checkpoint_every_n_rounds is not None:
-            every = arguments.integer("checkpoint_every_n_rounds", checkpoint_every_n_rounds, minimum=1)
-            if kwargs.get("enable_checkpointing") is False:
-                raise ValueError(
-                    f"`checkpoint_every_n_rounds`={checkpoint_every_n_rounds} contradicts `enable_checkpointing=False`."
-                    " Leave one of them out."
-                )
-            kwargs["callbacks"] = [*given, RoundCheckpoint(every)]
-        asked_precision = kwargs.get("precision")
-        max_epochs = _rounds(rounds, kwargs)
-        kwargs.pop("max_epochs", None)
-        check_strategy(kwargs.get("strategy", "auto"))
-        check_accelerator(kwargs.get("accelerator"))
-        kwargs["accelerator"] = default_accelerator(kwargs.get("accelerator", "auto"), kwargs.get("strategy", "auto"))
-        if kwargs.get("strategy", "auto") == "auto":
-            kwargs["strategy"] = default_strategy(
-                kwargs.get("accelerator", "auto"), kwargs.get("devices", "auto"), kwargs.get("num_nodes", 1)
-            )
-        super().__init__(max_epochs=max_epochs, **kwargs)
-        _refuse_silent_bf16(asked_precision, self.precision)
+            checkpoint = _round_checkpoint(checkpoint_every_n_rounds, kwargs.get("enable_checkpointing"))
+            kwargs["callbacks"] = [*callbacks, checkpoint]
+        kwargs["max_epochs"] = _checked_rounds(rounds, kwargs)
+        _choose_devices(kwargs)
+        super().__init__(**kwargs)
+        _refuse_silent_bf16(kwargs.get("precision"), self.precision)
         install_loops(self, options)
         write_atomically(self.strategy)
         self.federation_summary = {}
         check_world_size(self.num_devices * self.num_nodes)
         check_trainer(self, sync_batchnorm=bool(kwargs.get("sync_batchnorm")))
-        check_callbacks(cast(Any, self).callbacks)
+        check_callbacks(callbacks_of(self))
         replace_default_bar(self)
-        keep_history(self)
+        add_history(callbacks_of(self))
 
-    def fit(self, model: Any, *args: Any, **kwargs: Any) -> None:
+    def fit(self, model: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Train by communication rounds; the arguments are those of ``lightning.pytorch.Trainer.fit``.
 
         Raises:
             ValueError: If there is not exactly one aggregation rule among the callbacks.
             TypeError: If the model is not a ``lightning.pytorch.LightningModule``.
         """
-        for thing in (model, *args, *kwargs.values()):
-            _refuse_other_lightning(thing)
+        for argument in (model, *args, *kwargs.values()):
+            _refuse_other_lightning(argument)
+        # A module that adds callbacks may bring the rule, and what is no module is refused by Lightning.
         if isinstance(model, pl.LightningModule) and not is_overridden("configure_callbacks", model):
-            find_rule(cast(Any, self).callbacks)
+            find_rule(callbacks_of(self))
         super().fit(model, *args, **kwargs)
 
 
-def _rounds(rounds: int | None, kwargs: dict[str, Any]) -> int:
-    if "max_epochs" in kwargs and kwargs["max_epochs"] is not None:
-        if rounds is not None and rounds != kwargs["max_epochs"]:
+def _as_list(callbacks: Sequence[pl.Callback] | pl.Callback | None) -> list[Any]:
+    """Return the argument ``callbacks``, which may be a list, a single callback or nothing, as a list."""
+    if not callbacks:
+        return []
+    if isinstance(callbacks, list):
+        return callbacks
+    return [callbacks]
+
+
+def _check_callback_list(callbacks: Sequence[Any]) -> None:
+    """Refuse several rules, classes instead of objects, and callbacks or objectives with the same key.
+
+    That there is a rule is checked at the beginning of ``fit``: a module may add callbacks of its own.
+    """
+    num_rules = len([callback for callback in callbacks if isinstance(callback, Rule)])
+    has_class = any(isinstance(callback, type) for callback in callbacks)
+    if num_rules > 1 or has_class:
+        find_rule(callbacks)
+    check_keys(callbacks)
+    find_objectives(callbacks)
+
+
+def _check_names(kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that neither this trainer nor the stock one has, naming the nearest."""
+    names = {*inspect.signature(pl.Trainer).parameters, *inspect.signature(FederatedTrainer).parameters}
+    arguments.check_names("FederatedTrainer", kwargs, names - {"kwargs"})
+
+
+def _round_checkpoint(rounds: int, enable_checkpointing: object) -> RoundCheckpoint:
+    """Create the callback of the argument ``checkpoint_every_n_rounds``.
+
+    Args:
+        rounds: Its value.
+        enable_checkpointing: The stock trainer's argument, None if it was not given.
+
+    Raises:
+        ValueError: If the two contradict each other.
+    """
+    interval = arguments.integer("checkpoint_every_n_rounds", rounds, minimum=1)
+    if enable_checkpointing is False:
+        raise ValueError(
+            f"`checkpoint_every_n_rounds`={rounds} contradicts `enable_checkpointing=False`. Leave one of them out."
+        )
+    return RoundCheckpoint(interval)
+
+
+def _checked_rounds(rounds: int | None, kwargs: Mapping[str, Any]) -> int:
+    """Return the number of rounds, which may have been given as ``max_epochs``.
+
+    Args:
+        rounds: The argument ``rounds``.
+        kwargs: The arguments of the stock trainer.
+
+    Raises:
+        ValueError: If there is neither, if both differ, or if the number is below -1.
+    """
+    max_epochs = kwargs.get("max_epochs")
+    if max_epochs is not None:
+        if rounds is not None and rounds != max_epochs:
             raise ValueError(
-                f"`rounds`={rounds} and `max_epochs`={kwargs['max_epochs']} mean the same and differ. Give `rounds`."
+                f"`rounds`={rounds} and `max_epochs`={max_epochs} mean the same and differ. Give `rounds`."
             )
-        rounds = kwargs["max_epochs"]
+        rounds = max_epochs
     if rounds is None:
-        if any(kwargs.get(name) not in (None, -1, False) for name in ("max_steps", "max_time", "fast_dev_run")):
+        has_other_limit = any(
+            kwargs.get(name) not in (None, -1, False) for name in ("max_steps", "max_time", "fast_dev_run")
+        )
+        if has_other_limit:
             return -1
         raise ValueError(
-            "`rounds` must say how many communication rounds to play (-1: until something stops it), got none."
+            "`rounds` must say how many communication rounds to run (-1: until something stops it), got none."
         )
-    return arguments.integer("rounds", rounds, minimum=-1, hint="-1 plays until something stops it.")
+    return arguments.integer("rounds", rounds, minimum=-1, hint="-1 runs until something stops it.")
 
 
-def _refuse_silent_bf16(asked: Any, got: str) -> None:
-    if str(asked) in ("16", "16-mixed") and got == "bf16-mixed":
+def _choose_devices(kwargs: dict[str, Any]) -> None:
+    """Check accelerator and strategy, and choose them where they are left open.
+
+    Args:
+        kwargs: The arguments of the stock trainer; changed in place.
+
+    Raises:
+        ValueError: If the accelerator or the strategy is not supported in federated training.
+    """
+    strategy = kwargs.get("strategy", "auto")
+    check_strategy(strategy)
+    check_accelerator(kwargs.get("accelerator"))
+    accelerator = default_accelerator(kwargs.get("accelerator", "auto"), strategy)
+    kwargs["accelerator"] = accelerator
+    if strategy == "auto":
+        kwargs["strategy"] = default_strategy(accelerator, kwargs.get("devices", "auto"), kwargs.get("num_nodes", 1))
+
+
+def _refuse_silent_bf16(requested: object, precision: str) -> None:
+    """Refuse a precision that Lightning has replaced by another one.
+
+    Args:
+        requested: The trainer's argument.
+        precision: The precision that the trainer has.
+    """
+    if str(requested) in ("16", "16-mixed") and precision == "bf16-mixed":
         raise ValueError(
             "`precision='16-mixed'` is for GPUs: on this CPU Lightning would train in bf16-mixed instead. Set"
             " `precision='bf16-mixed'` or `precision='32-true'`, or choose an accelerator."
         )
 
 
-def _refuse_other_lightning(thing: Any) -> None:
-    for base in type(thing).__mro__:
+def _refuse_other_lightning(argument: object) -> None:
+    """Refuse an object of the package ``pytorch_lightning``, whose classes only have the same names."""
+    for base in type(argument).__mro__:
         if base.__module__.split(".")[0] == "pytorch_lightning":
             raise TypeError(
-                f"`fit` needs `lightning.pytorch` objects, got {type(thing).__name__}, which is a"
+                f"`fit` needs `lightning.pytorch` objects, got {type(argument).__name__}, which is a"
                 f" `pytorch_lightning.{base.__name__}`; the two packages do not mix. Import `lightning.pytorch as pl`"
                 " instead of `pytorch_lightning as pl`."
             )

@@ -94,7 +94,7 @@ def test_the_data_modules_number_must_agree_with_the_trainers():
     assert fit(data, num_clients=3).federation_summary["clients"] == 3
     with pytest.raises(ValueError, match="`num_clients` is given to both"):
         fit(data, num_clients=4)
-    with pytest.raises(ValueError, match="`alpha`=0.5 is given beside the data module's `partitioner`"):
+    with pytest.raises(ValueError, match="`alpha`=0.5 is given in addition to the data module's `partitioner`"):
         fit(FederatedDataModule(samples(), partitioner=IIDPartitioner()), alpha=0.5)
 
 

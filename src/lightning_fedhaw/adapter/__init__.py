@@ -1,1 +1,1 @@
-"""The only files that touch Lightning's protected names: the round loop and what surrounds it."""
+"""The round loop and what surrounds it: the only files that use Lightning's protected names."""

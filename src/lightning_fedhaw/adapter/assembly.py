@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_fedhaw.adapter.host import TrainerHost
+from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, datamodule_of, is_development_run
 from lightning_fedhaw.adapter.unsupported import check_callbacks
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.data.client_data import ClientData
@@ -35,41 +37,42 @@ class AssignedData:
     """The training data, split over the clients.
 
     Attributes:
-        clients: Each client's share.
-        assumed: What was assumed of the split because nobody said it.
+        clients: The data of all clients.
+        assumed: What is assumed of the split because no argument says it.
     """
 
     clients: ClientData
     assumed: list[str]
 
 
-def options_with_datamodule(trainer: Any, options: FederationOptions) -> FederationOptions:
-    """The options together with what the data module says of the split.
+def options_with_datamodule(trainer: pl.Trainer, options: FederationOptions) -> FederationOptions:
+    """Merge the options with the settings of the data module that describe the split.
 
     Raises:
         ValueError: If the two disagree.
     """
-    datamodule = trainer.datamodule
+    datamodule = datamodule_of(trainer)
     if not isinstance(datamodule, FederatedDataModule):
         return options
     if options.alpha is not None and datamodule.partitioner is not None:
         raise ValueError(
-            f"`alpha`={options.alpha} is given beside the data module's `partitioner`"
+            f"`alpha`={options.alpha} is given in addition to the data module's `partitioner`"
             f" {datamodule.partitioner!r}. Give one of them."
         )
-    said = FederationOptions(
+    datamodule_options = FederationOptions(
         num_clients=datamodule.num_clients, partitioner=datamodule.partitioner, labels=datamodule.labels
     )
-    return options.merged(said, "the trainer or the rule", "the data module")
+    return options.merged(datamodule_options, "the trainer or the rule", "the data module")
 
 
-def assign_data(trainer: Any, loader: DataLoader[Any], options: FederationOptions) -> AssignedData:
+def assign_data(trainer: pl.Trainer, loader: DataLoader[Any], options: FederationOptions) -> AssignedData:
     """Split the training data over the clients.
 
     Args:
-        trainer: The trainer; a :class:`~lightning_fedhaw.FederatedDataModule` of its own is told the partition.
-        loader: The user's training loader, whose data set and settings are taken.
-        options: The federation's arguments, with what the data module says.
+        trainer: The trainer; the partition is recorded in its :class:`~lightning_fedhaw.FederatedDataModule`, if it has
+            one.
+        loader: The user's training loader, whose data set and settings are used.
+        options: The federation's arguments, merged with those of the data module.
     """
     settings = LoaderSettings.of(loader)
     partition, labels, assumed = split(
@@ -91,77 +94,104 @@ def assign_data(trainer: Any, loader: DataLoader[Any], options: FederationOption
     if partition.dropped:
         samples = len(loader.dataset)  # type: ignore[arg-type]
         rank_zero_info(f"The split leaves out {partition.dropped} of {samples} samples, as it is defined.")
-    if isinstance(trainer.datamodule, FederatedDataModule):
-        trainer.datamodule.partition_in_use = partition
+    datamodule = datamodule_of(trainer)
+    if isinstance(datamodule, FederatedDataModule):
+        datamodule.partition_in_use = partition
     return AssignedData(clients, assumed)
 
 
-def build_federation(trainer: Any, data: ClientData, options: FederationOptions) -> Federation:
+def build_federation(trainer: pl.Trainer, data: ClientData, options: FederationOptions) -> Federation:
     """Build the federation of a run, on the trainer's device.
 
     Args:
         trainer: The trainer; its callbacks hold the rule, channels and objectives.
-        data: The clients' data; placed where the options say.
-        options: The federation's arguments, with what the data module says.
+        data: The clients' data; moved to the device that the options name.
+        options: The federation's arguments, merged with those of the data module.
 
     Raises:
-        ValueError: If rule, module, data and options do not go together.
+        ValueError: If rule, module, data and options do not fit together.
     """
-    rule = find_rule(trainer.callbacks)
-    check_callbacks(trainer.callbacks)
+    callbacks = callbacks_of(trainer)
+    rule = find_rule(callbacks)
+    check_callbacks(callbacks)
     layout = ParameterLayout.of(trainer.lightning_module)
-    device: torch.device = trainer.strategy.root_device
-    data.place(_device_of_data(options.data_device, device, data), channels_last=options.channels_last)
+    device = trainer.strategy.root_device
+    data.place(_data_device(options.data_device, device, data), channels_last=options.channels_last)
     host = TrainerHost(trainer, data.device)
-    objectives = find_objectives(trainer.callbacks)
+    objectives = find_objectives(callbacks)
     if rule.needs_learning_rates or any(objective.needs_learning_rates for objective in objectives):
+        # An optimizer without a rate for every parameter is refused now, and not in the middle of a round.
         host.learning_rates(layout)
-    datamodule = trainer.datamodule
     server = Server(
         trainer.lightning_module,
         layout,
-        datamodule.proxy_dataset if isinstance(datamodule, FederatedDataModule) else None,
+        _proxy_dataset(trainer),
         seed=options.resolved_seed,
         collate_fn=data.settings.collate_fn,
         prepare=host.prepare,
         context=host.precision.train_step_context,
     )
     rule.check(server)
-    limit = trainer.limit_train_batches  # 1.0 is all batches, 1 is one.
+    cohort_cap = None
+    if is_development_run(trainer):
+        cohort_cap = DEVELOPMENT_CLIENTS
     return Federation(
         host,
         server,
         data,
         _sampler(options),
         rule,
-        trainer.callbacks,
+        callbacks,
         options,
-        limit=None if type(limit) is float and limit == 1.0 else limit,
-        cohort_cap=DEVELOPMENT_CLIENTS if trainer.fast_dev_run else None,
+        limit=_batch_limit(trainer),
+        cohort_cap=cohort_cap,
         ranks=Ranks.of_group(device),
     )
 
 
-def reset(federation: Federation, trainer: Any) -> None:
-    """Begin with round 0: callbacks may have served another run before."""
+def reset(federation: Federation, trainer: pl.Trainer) -> None:
+    """Start from round 0: callbacks may have served in another run before."""
+    callbacks = callbacks_of(trainer)
     rule = federation.rule
     rule.state = rule.init(federation.server.parameters(), federation.data.num_examples)
-    for callback in trainer.callbacks:
+    for callback in callbacks:
         if isinstance(callback, Channel):
             callback.reset()
-    for objective in find_objectives(trainer.callbacks):
+    for objective in find_objectives(callbacks):
         objective.reset()
 
 
-def observers(trainer: Any, name: str) -> Callable[..., None]:
-    """Call an observing hook of all callbacks that have it."""
-    hooks = [getattr(callback, name) for callback in trainer.callbacks if hasattr(callback, name)]
+def observers(trainer: pl.Trainer, name: str) -> Callable[..., None]:
+    """Return a function that calls a hook of :class:`~lightning_fedhaw.observer.FederatedCallback` of all callbacks.
 
-    def observe(*args: Any) -> None:
+    Args:
+        trainer: The trainer.
+        name: The name of the hook. Any callback may have it, whatever its class.
+    """
+    hooks = [getattr(callback, name) for callback in callbacks_of(trainer) if hasattr(callback, name)]
+
+    def observe(*arguments: object) -> None:
         for hook in hooks:
-            hook(trainer, trainer.lightning_module, *args)
+            hook(trainer, trainer.lightning_module, *arguments)
 
     return observe
+
+
+def _proxy_dataset(trainer: pl.Trainer) -> Dataset[Any] | None:
+    """Return the server's own data, which only a :class:`~lightning_fedhaw.FederatedDataModule` can have."""
+    datamodule = datamodule_of(trainer)
+    if isinstance(datamodule, FederatedDataModule):
+        return datamodule.proxy_dataset
+    return None
+
+
+def _batch_limit(trainer: pl.Trainer) -> int | float | None:
+    """Return the number or fraction of batches of a local pass; None for all."""
+    limit = trainer.limit_train_batches
+    # The type decides, as in Lightning: 1.0 is all batches, and 1 is a single one.
+    if type(limit) is float and limit == 1.0:
+        return None
+    return limit
 
 
 def _sampler(options: FederationOptions) -> CohortSampler:
@@ -172,10 +202,25 @@ def _sampler(options: FederationOptions) -> CohortSampler:
     return UniformSampler(options.clients_per_round)
 
 
-def _device_of_data(choice: str, device: torch.device, data: ClientData) -> torch.device | None:
-    """Where training data in memory belongs; ``None`` leaves it where it is."""
+def _data_device(choice: str, device: torch.device, data: ClientData) -> torch.device | None:
+    """Choose where training data in memory is kept.
+
+    Args:
+        choice: The argument ``data_device``.
+        device: The model's device.
+        data: The clients' data.
+
+    Returns:
+        The device; None to leave the data where it is.
+    """
     if device.type == "cpu" or choice == "cpu":
         return None
-    if choice == "auto":
-        return device if device.type == "cuda" and data.nbytes <= torch.cuda.mem_get_info(device)[0] // 2 else None
+    if choice == "model":
+        return device
+    if device.type != "cuda":
+        return None
+    # The other half is for the model, activations and the clients' vectors.
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    if data.nbytes > free_bytes // 2:
+        return None
     return device

@@ -1,8 +1,6 @@
-"""How the round loop gets into a trainer: one that is being made, or a stock one whose rule asks for it."""
+"""Puts the round loop into a trainer: into one that is being created, or into a stock one whose rule asks for it."""
 
 from __future__ import annotations
-
-from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy
@@ -12,18 +10,19 @@ from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop
 from lightning_fedhaw.adapter.loop import RoundLoop
 from lightning_fedhaw.adapter.progress import replace_default_bar
 from lightning_fedhaw.adapter.strategy import FederatedStrategy, never_wrap
+from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, publish_options, publish_summary
 from lightning_fedhaw.adapter.unsupported import check_callbacks, check_trainer
 from lightning_fedhaw.options import FederationOptions
-from lightning_fedhaw.report.history import keep_history
+from lightning_fedhaw.report.history import add_history
 from lightning_fedhaw.rule import find_rule
 
 
-def attach(trainer: Any, options: FederationOptions) -> None:
-    """Put the round loop instead of a trainer's fit loop, or merge a rule's options into the one that is there.
+def attach(trainer: object, options: FederationOptions) -> None:
+    """Replace a trainer's fit loop by the round loop, or merge a rule's options into the round loop that it has.
 
     Args:
         trainer: A ``lightning.pytorch.Trainer``.
-        options: The federation's arguments.
+        options: The federation's arguments as the rule was given them.
 
     Raises:
         TypeError: If it is not such a trainer.
@@ -36,29 +35,33 @@ def attach(trainer: Any, options: FederationOptions) -> None:
             f"{type(trainer).__qualname__}: `pytorch_lightning` and `lightning.pytorch` objects do not mix. Write"
             " `import lightning.pytorch as pl` instead of `import pytorch_lightning as pl`."
         )
-    find_rule(cast(Any, trainer).callbacks)
-    if not isinstance(trainer.fit_loop, RoundLoop):
-        trainer.fit_loop = RoundLoop(trainer, FederationOptions())
+    callbacks = callbacks_of(trainer)
+    find_rule(callbacks)
+    loop = trainer.fit_loop
+    if not isinstance(loop, RoundLoop):
+        loop = RoundLoop(trainer, FederationOptions())
+        trainer.fit_loop = loop
     if isinstance(trainer.strategy, DDPStrategy) and not isinstance(trainer.strategy, FederatedStrategy):
         never_wrap(trainer.strategy)
     write_atomically(trainer.strategy)
-    trainer.federation_summary = {}  # type: ignore[attr-defined]
-    trainer.fit_loop.options = trainer.fit_loop.trainer_options.merged(options)
-    trainer.federation_options = trainer.fit_loop.options  # type: ignore[attr-defined]
-    check_callbacks(cast(Any, trainer).callbacks)
+    publish_summary(trainer, {})
+    # Merged with the trainer's own options and not with those in force: a second `fit` may have another rule.
+    loop.options = loop.trainer_options.merged(options)
+    publish_options(trainer, loop.options)
+    check_callbacks(callbacks)
     check_trainer(trainer, sync_batchnorm=trainer._accelerator_connector._layer_sync is not None)
     replace_default_bar(trainer)
-    keep_history(trainer)
+    add_history(callbacks)
 
 
 def install_loops(trainer: pl.Trainer, options: FederationOptions) -> None:
-    """Give a trainer that is being made its round loop, and evaluation loops that share batches over processes.
+    """Give a trainer that is being created its round loop, and evaluation loops that share batches over processes.
 
     Args:
         trainer: The trainer.
-        options: The federation's arguments as it was given them.
+        options: The federation's arguments as the trainer was given them.
     """
     trainer.fit_loop = RoundLoop(trainer, options)
     trainer.validate_loop = SharedEvaluationLoop.of(trainer.validate_loop)
     trainer.test_loop = SharedEvaluationLoop.of(trainer.test_loop)
-    trainer.federation_options = options  # type: ignore[attr-defined]
+    publish_options(trainer, options)

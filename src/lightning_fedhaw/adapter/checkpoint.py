@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there."""
+"""Checkpoints that are complete or not there."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ import os
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
+
+from lightning_fedhaw.adapter.trainer_attributes import is_development_run
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file and renames: whoever is killed while writing leaves the previous checkpoint in place.
+    """A writer of checkpoints that leaves the previous file in place if the process is killed while it writes.
 
-    Paths with a protocol, such as ``s3://``, are left to Lightning.
+    It writes another file next to the old one and renames it. Paths with a protocol, such as ``s3://``, are left to
+    Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint.
 
         Args:
-            checkpoint: What to write.
-            path: Where to.
+            checkpoint: The content.
+            path: The path of the file.
             storage_options: Not used, as in Lightning.
         """
         if "://" in str(path):
@@ -34,21 +39,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with part.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
+            # On the disk before the renaming: after a power failure the new name could hold an empty file otherwise.
             os.fsync(file.fileno())
         part.replace(target)
 
 
-def write_atomically(strategy: Any) -> None:
-    """Use :class:`AtomicCheckpointIO` where nobody asked for another writer."""
+def write_atomically(strategy: Strategy) -> None:
+    """Use :class:`AtomicCheckpointIO` unless the user chose another writer."""
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = AtomicCheckpointIO()
 
 
 class RoundCheckpoint(ModelCheckpoint):
-    """Keeps the latest checkpoint, written every so many rounds and after the last one; ``last.ckpt`` is the same.
+    """A callback that keeps the latest checkpoint, written every so many rounds and after the last one.
+
+    ``last.ckpt`` is the same.
 
     Args:
-        rounds: How many.
+        rounds: Rounds between two checkpoints.
         dirpath: The folder. Default: below the logger's, or the trainer's root.
     """
 
@@ -63,11 +71,13 @@ class RoundCheckpoint(ModelCheckpoint):
             save_last=True,
         )
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Save what the last rounds have added."""
-        if trainer.fast_dev_run:  # Lightning's own would write `last.ckpt` here
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the rounds since the last checkpoint."""
+        if is_development_run(trainer):
+            # Lightning's own method would write `last.ckpt`, and a development run writes nothing.
             return
         super().on_train_end(trainer, pl_module)
-        if trainer.global_step > self._last_global_step_saved and not self._should_skip_saving_checkpoint(trainer):
+        is_saved = trainer.global_step <= self._last_global_step_saved
+        if not is_saved and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

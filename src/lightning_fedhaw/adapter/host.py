@@ -1,20 +1,22 @@
-"""What the engines need of a trainer: the module, its optimizers, its precision, its hooks."""
+"""The trainer as the engines see it: the module, its optimizers, its precision, its hooks."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, cast, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, datamodule_of
 from lightning_fedhaw.clients.steps import is_plain_sgd
 from lightning_fedhaw.rule import Rule
 from lightning_fedhaw.server import step_arguments
@@ -32,6 +34,8 @@ _STEP_HOOKS = (
     "optimizer_zero_grad",
     "configure_gradient_clipping",
 )
+# The module has some of these hooks alone.
+_CALLBACK_STEP_HOOKS = tuple(name for name in _STEP_HOOKS if hasattr(pl.Callback, name))
 _PRECISIONS = (Precision, DoublePrecision, HalfPrecision, MixedPrecision)
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -39,56 +43,79 @@ _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_a
 class TrainerHost:
     """The :class:`~lightning_fedhaw.clients.steps.Host` of a federation in a trainer, resolved once per run.
 
+    Hooks are looked up when it is created, and not at every local step.
+
     Args:
         trainer: The trainer.
-        data_device: Where training data in memory is kept; ``None`` where it is fetched sample by sample.
+        data_device: Where training data in memory is kept; ``None`` where it is read sample by sample.
+
+    Raises:
+        ValueError: If ``training_step`` reads its own batches, or an optimizer has parameters that are not the
+            module's.
     """
 
-    def __init__(self, trainer: Any, data_device: torch.device | None = None) -> None:
+    def __init__(self, trainer: pl.Trainer, data_device: torch.device | None = None) -> None:
         self.trainer = trainer
         self.module = trainer.lightning_module
         self.strategy = trainer.strategy
-        self.device: torch.device = trainer.strategy.root_device
+        self.device = trainer.strategy.root_device
         self.optimizers: Sequence[torch.optim.Optimizer] = trainer.strategy.optimizers
-        self.callbacks = [c for c in trainer.callbacks if not isinstance(c, Rule)]
+        # A rule's hooks belong to the round and not to a local step.
+        self.callbacks = [callback for callback in callbacks_of(trainer) if not isinstance(callback, Rule)]
         self.precision = trainer.strategy.precision_plugin
-        self.scaler = getattr(self.precision, "scaler", None)
+        self.scaler: torch.amp.GradScaler | None = getattr(self.precision, "scaler", None)
+        self.has_validation = is_overridden("validation_step", self.module)
         self._is_plain = type(self.precision) is Precision
-        self._hooks = {name: self._users(name) for name in (*_BATCH_HOOKS, "on_before_zero_grad")}
+        self._hooks = {name: self._user_hooks(name) for name in (*_BATCH_HOOKS, "on_before_zero_grad")}
         self._module_hooks = {name for name in _STEP_HOOKS if is_overridden(name, self.module)}
-        converts = type(self.precision).convert_input is not Precision.convert_input
-        is_there = self.device.type == "cpu" or data_device == self.device
-        self._moves_nothing = is_there and not converts and not self._transfers
+        converts_input = type(self.precision).convert_input is not Precision.convert_input
+        is_on_device = self.device.type == "cpu" or data_device == self.device
+        self._moves_nothing = is_on_device and not converts_input and self._transfer_hook() is None
+        self._check_training_step()
+        self._check_optimizers()
+        self._takes_index = len(step_arguments(self.module.training_step, None, 0)) > 1
+
+    def _check_training_step(self) -> None:
         if is_param_in_hook_signature(self.module.training_step, "dataloader_iter", explicit=True):
             raise ValueError(
                 "`training_step(self, dataloader_iter)` is not supported in federated training: clients are"
                 " given batches. Write `training_step(self, batch, batch_idx)`."
             )
-        own = {id(p) for p in self.module.parameters()}
-        if any(id(p) not in own for o in self.optimizers for group in o.param_groups for p in group["params"]):
-            raise ValueError(
-                "`configure_optimizers` returned an optimizer over parameters that are not the module's own, so they"
-                " would be trained by all clients together. Register them in the module."
-            )
-        self._takes_index = len(step_arguments(self.module.training_step, None, 0)) > 1
-        self.has_validation = is_overridden("validation_step", self.module)
 
-    def _users(self, name: str) -> list[Callable[..., Any]]:
-        return [getattr(c, name) for c in self.callbacks if hook_owner(c, name) == "user"]
+    def _check_optimizers(self) -> None:
+        # By identity: the comparison of two tensors would compare their elements.
+        parameters = {id(parameter) for parameter in self.module.parameters()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if id(parameter) not in parameters:
+                        raise ValueError(
+                            "`configure_optimizers` returned an optimizer over parameters that are not the module's"
+                            " own, so they would be trained by all clients together. Register them in the module."
+                        )
 
-    @property
-    def _transfers(self) -> bool:
-        sources = [self.module, self.trainer.datamodule]
-        return any(is_overridden(name, s) for name in _TRANSFER_HOOKS for s in sources if s is not None)
+    def _user_hooks(self, name: str) -> list[Callable[..., Any]]:
+        """Return the methods of callbacks, other than Lightning's and this package's own, that override a hook."""
+        return [getattr(callback, name) for callback in self.callbacks if hook_owner(callback, name) == "user"]
+
+    def _transfer_hook(self) -> tuple[str, Callable[..., Any]] | None:
+        """Return the first overridden hook around the transfer of a batch to the device, with its name."""
+        datamodule = datamodule_of(self.trainer)
+        for name in _TRANSFER_HOOKS:
+            if is_overridden(name, self.module):
+                return name, getattr(self.module, name)
+            if datamodule is not None and is_overridden(name, datamodule):
+                return name, getattr(datamodule, name)
+        return None
 
     @property
     def accumulate(self) -> int:
-        """Batches behind one optimizer step."""
+        """Batches of one optimizer step."""
         return int(self.trainer.accumulate_grad_batches)
 
     @property
     def round(self) -> int:
-        """The round that is being played."""
+        """The number of the round that is running."""
         return int(self.trainer.global_step)
 
     @property
@@ -99,49 +126,67 @@ class TrainerHost:
     @property
     def is_plain_sgd(self) -> bool:
         """Whether a step needs no optimizer object, precision plugin or hook."""
-        return (
-            self._is_plain
-            and len(self.optimizers) == 1
-            and self.accumulate == 1
-            and not self.trainer.gradient_clip_val
-            and not self._module_hooks
-            and not any(self._users(name) for name in _STEP_HOOKS if hasattr(pl.Callback, name))
-            and (type(self.strategy) is SingleDeviceStrategy or isinstance(self.strategy, DDPStrategy))
-            and is_plain_sgd(self.optimizers[0], [p for p in self.module.parameters() if p.requires_grad])
-        )
+        if not self._is_plain or len(self.optimizers) != 1 or self.accumulate != 1 or self.trainer.gradient_clip_val:
+            return False
+        if self._module_hooks or any(self._user_hooks(name) for name in _CALLBACK_STEP_HOOKS):
+            return False
+        # Other strategies may wrap the module or the optimizer.
+        if type(self.strategy) is not SingleDeviceStrategy and not isinstance(self.strategy, DDPStrategy):
+            return False
+        trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        return is_plain_sgd(self.optimizers[0], trainable)
 
     @property
     def clipping(self) -> tuple[float, str] | None:
         """The bound of gradient clipping, and ``"norm"`` or ``"value"``; ``None`` without."""
-        bound, algorithm = self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm
-        return (float(bound), str(getattr(algorithm, "value", algorithm or "norm"))) if bound and bound > 0 else None
+        bound = self.trainer.gradient_clip_val
+        if not bound or bound <= 0:
+            return None
+        algorithm = self.trainer.gradient_clip_algorithm
+        if algorithm is None:
+            return float(bound), "norm"
+        return float(bound), str(algorithm.value)
 
     @property
     def obstacle(self) -> str | None:
-        """What in trainer or module keeps a step from being a function of its tensors; ``None`` if nothing."""
-        module = self.module
-        if not module.automatic_optimization:
-            return f"optimizes manually{_place(module.training_step)}"
-        for name in sorted(self._module_hooks):
-            return f"is surrounded by the hook `{name}`{_place(getattr(module, name))}"
-        for name in (*_BATCH_HOOKS, *_STEP_HOOKS):
-            for hook in self._users(name) if hasattr(pl.Callback, name) else ():
+        """The first property of trainer or module that keeps many clients' steps from being one batched call.
+
+        A phrase that follows the name of the step; ``None`` if there is no such property.
+        """
+        if not self.module.automatic_optimization:
+            return f"optimizes manually{_place(self.module.training_step)}"
+        return self._hook_obstacle() or self._optimizer_obstacle() or self._precision_obstacle()
+
+    def _hook_obstacle(self) -> str | None:
+        if self._module_hooks:
+            name = min(self._module_hooks)
+            return f"is surrounded by the hook `{name}`{_place(getattr(self.module, name))}"
+        for name in _CALLBACK_STEP_HOOKS:
+            for hook in self._user_hooks(name):
                 return f"is surrounded by the callback hook `{name}`{_place(hook)}"
-        for name in _TRANSFER_HOOKS:
-            for source in (module, self.trainer.datamodule):
-                if source is not None and is_overridden(name, source):
-                    return f"is surrounded by the hook `{name}`{_place(getattr(source, name))}"
+        transfer_hook = self._transfer_hook()
+        if transfer_hook is not None:
+            name, hook = transfer_hook
+            return f"is surrounded by the hook `{name}`{_place(hook)}"
+        return None
+
+    def _optimizer_obstacle(self) -> str | None:
         if len(self.optimizers) != 1:
             return f"has {len(self.optimizers)} optimizers"
         optimizer = self.optimizers[0]
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             return f"has hooks on the optimizer {type(optimizer).__name__}"
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters()):
-            return "has hooks on its parameters' gradients"
-        if any(m._backward_hooks or m._backward_pre_hooks for m in module.modules()):
-            return "has backward hooks on its layers"
+        for parameter in self.module.parameters():
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                return "has hooks on its parameters' gradients"
+        for layer in self.module.modules():
+            if layer._backward_hooks or layer._backward_pre_hooks:
+                return "has backward hooks on its layers"
         if self.accumulate != 1:
             return f"accumulates gradients (`accumulate_grad_batches={self.accumulate}`)"
+        return None
+
+    def _precision_obstacle(self) -> str | None:
         if self.scaler is not None or type(self.precision) not in _PRECISIONS:
             return f"trains in the precision {self.trainer.precision} ({type(self.precision).__name__})"
         return None
@@ -155,14 +200,18 @@ class TrainerHost:
         return self.strategy.batch_to_device(data, dataloader_idx=0)
 
     def arguments(self, data: Any, batch_idx: int) -> tuple[Any, ...]:
-        """The arguments of ``training_step``, whose ``batch_idx`` is optional."""
-        return (data, batch_idx) if self._takes_index else (data,)
+        """Return the arguments of ``training_step``, whose ``batch_idx`` is optional."""
+        if self._takes_index:
+            return (data, batch_idx)
+        return (data,)
 
     def on_batch_start(self, data: Any, batch_idx: int) -> bool:
-        """Call the hooks before a local step; true if the module asks to skip the rest of the pass."""
+        """Call the hooks before a local step; return whether the module asks to skip the rest of the pass."""
         for hook in self._hooks["on_train_batch_start"]:
             hook(self.trainer, self.module, data, batch_idx)
-        return "on_train_batch_start" in self._module_hooks and self.module.on_train_batch_start(data, batch_idx) == -1
+        if "on_train_batch_start" not in self._module_hooks:
+            return False
+        return self.module.on_train_batch_start(data, batch_idx) == -1
 
     def on_batch_end(self, outputs: Any, data: Any, batch_idx: int) -> None:
         """Call the hooks after a local step."""
@@ -179,7 +228,7 @@ class TrainerHost:
             self.module.on_before_zero_grad(optimizer)
 
     def learning_rates(self, layout: ParameterLayout) -> tuple[float, ...]:
-        """The learning rate of each parameter tensor in the layout's order, as scheduled for this round.
+        """Return the learning rate of each parameter tensor in the layout's order, as scheduled for this round.
 
         Raises:
             ValueError: If a trainable parameter has no optimizer, or more than one.
@@ -189,55 +238,56 @@ class TrainerHost:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     rates.setdefault(parameter, []).append(float(group["lr"]))
-        found = []
+        learning_rates = []
         for name, parameter in zip(layout.names, layout.tensors(self.module), strict=True):
-            own = rates.get(parameter, [])
-            if len(own) != 1:
+            rates_of_parameter = rates.get(parameter, [])
+            if len(rates_of_parameter) != 1:
                 raise ValueError(
                     f"The rule divides by the local learning rate, and the trainable parameter `{name}` is in"
-                    f" {len(own)} optimizers instead of exactly one. Give it one in `configure_optimizers`, freeze it,"
-                    " or give the rate as `learning_rate=`."
+                    f" {len(rates_of_parameter)} optimizers instead of exactly one. Give it one in"
+                    " `configure_optimizers`, freeze it, or give the rate as `learning_rate=`."
                 )
-            found.append(own[0])
-        return tuple(found)
+            learning_rates.append(rates_of_parameter[0])
+        return tuple(learning_rates)
 
     def forward(self, data: Any, batch_idx: int) -> Any:
         """Call ``training_step`` in the trainer's precision, without hooks or optimizers."""
+        arguments = self.arguments(data, batch_idx)
         # The module itself and not `strategy.training_step`, which may go through a wrapper around it.
-        step, arguments = self.module.training_step, self.arguments(data, batch_idx)
-        if self._is_plain:  # whose context does nothing
-            return step(*arguments)
+        if self._is_plain:
+            # The context of plain precision does nothing, and entering it takes time at every step.
+            return self.module.training_step(*arguments)
         with self.precision.train_step_context():
-            return step(*arguments)
+            return self.module.training_step(*arguments)
 
     def backward(self, loss: Tensor) -> None:
-        """Form the gradients of a loss, through the precision plugin and the hooks around it."""
+        """Compute the gradients of a loss, through the precision plugin and the hooks around it."""
         self.strategy.backward(loss, self.optimizers[0])
 
     def step_context(self) -> AbstractContextManager[Any]:
-        """The context of a training step in the precision that is computed in at the moment."""
-        context: AbstractContextManager[Any] = self.strategy.precision_plugin.train_step_context()
-        return context
+        """Return the context of a training step in the present precision, which :meth:`computing_in` changes."""
+        return self.strategy.precision_plugin.train_step_context()
 
     @contextmanager
     def computing_in(self, precision: Precision) -> Iterator[None]:
-        """Compute in another precision for a while."""
-        own = self.strategy.precision_plugin
+        """Compute in another precision inside of the context."""
+        original = self.strategy.precision_plugin
         self.strategy.precision_plugin = precision
         try:
             yield
         finally:
-            self.strategy.precision_plugin = own
+            self.strategy.precision_plugin = original
 
     @contextmanager
-    def logging_to(self, logger: Any) -> Iterator[None]:
-        """Let another logger stand instead of the trainer's for a while."""
-        own = self.trainer.loggers
-        self.trainer.loggers = [logger for _ in own]
+    def logging_to(self, logger: object) -> Iterator[None]:
+        """Replace each of the trainer's loggers by another one inside of the context."""
+        originals = self.trainer.loggers
+        # As many as there were: a step may ask how many loggers there are, or for the first.
+        self.trainer.loggers = [cast(Logger, logger) for _ in originals]
         try:
             yield
         finally:
-            self.trainer.loggers = own
+            self.trainer.loggers = originals
 
     def evaluate(self, data: Any, batch_idx: int) -> Any:
         """Call ``validation_step``; ``training_step`` where there is none."""
@@ -247,29 +297,43 @@ class TrainerHost:
             return self.module.validation_step(*step_arguments(self.module.validation_step, data, batch_idx))
 
     def schedules(self) -> list[dict[str, Any]]:
-        """The states of learning-rate schedules that the module steps itself."""
+        """Return the states of learning-rate schedules that the module steps itself."""
         if self.module.automatic_optimization:
             return []
         return [dict(config.scheduler.state_dict()) for config in self.trainer.lr_scheduler_configs]
 
     def load_schedules(self, states: list[dict[str, Any]]) -> None:
-        """Put such states back."""
+        """Restore the states that :meth:`schedules` returned."""
         if states:
             for config, state in zip(self.trainer.lr_scheduler_configs, states, strict=True):
                 config.scheduler.load_state_dict(dict(state))
 
 
 def _place(function: Callable[..., Any]) -> str:
-    """Where a function of the user's is written, in brackets."""
+    """Return file and line of a function of the user's, in brackets."""
     code = getattr(inspect.unwrap(function), "__code__", None)
-    return "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
+    if code is None:
+        return ""
+    return f" ({code.co_filename}:{code.co_firstlineno})"
 
 
-def hook_owner(callback: Any, name: str) -> str | None:
-    """Who overrides a callback's hook: ``"lightning"``, the ``"user"``, or nobody."""
+def hook_owner(callback: pl.Callback, name: str) -> Literal["lightning", "user"] | None:
+    """Return who overrides a hook of a callback.
+
+    Args:
+        callback: The callback.
+        name: The name of the hook.
+
+    Returns:
+        ``"lightning"`` for a callback of Lightning's or of this package, ``"user"`` for any other; ``None`` if the hook
+        is not overridden.
+    """
+    # A function that was assigned to this very object.
     if name in vars(callback):
         return "user"
-    defined = getattr(type(callback), name)
-    if defined is getattr(pl.Callback, name):
+    method = getattr(type(callback), name)
+    if method is getattr(pl.Callback, name):
         return None
-    return "lightning" if defined.__module__.startswith(("lightning.", "lightning_fedhaw.")) else "user"
+    if method.__module__.startswith(("lightning.", "lightning_fedhaw.")):
+        return "lightning"
+    return "user"

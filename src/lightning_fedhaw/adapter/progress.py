@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lightning_fedhaw import arguments
+from lightning_fedhaw.adapter.trainer_attributes import callbacks_of
+from lightning_fedhaw.cohort import ClientUpdate
+from lightning_fedhaw.federation.federation import Federation
 
 _REFRESH_SECONDS = 0.2
 
 
 class RoundProgressBar(TQDMProgressBar):
-    """One bar over all rounds of a fit, with the clients that train at the moment in its description.
+    """One bar over all rounds of a fit, with the clients that are training in its description.
 
     Args:
         refresh_rate: Rounds between two updates; 0 turns the bar off.
@@ -29,77 +33,105 @@ class RoundProgressBar(TQDMProgressBar):
             process_position=arguments.integer("process_position", process_position, minimum=0),
             leave=False,
         )
-        self._federation: Any = None
-        self._clients = 0
-        self._done = 0
-        self._drawn_at = 0.0
+        self._cohort_size = 0
+        self._clients_trained = 0
+        self._described_at = 0.0
+        self._federation: Federation | None = None
 
     def init_train_tqdm(self) -> Tqdm:
-        """The bar over rounds."""
+        """Create the bar over rounds."""
         bar = super().init_train_tqdm()
         bar.unit = "round"
         return bar
 
     def init_validation_tqdm(self) -> Tqdm:
-        """No second bar while rounds are counted: it would flicker."""
-        return Tqdm(disable=True) if self.trainer.state.fn == "fit" else super().init_validation_tqdm()
+        """Create no second bar while rounds are counted: it would flicker."""
+        if self.trainer.state.fn == "fit":
+            return Tqdm(disable=True)
+        return super().init_validation_tqdm()
 
     def on_train_start(self, *_: Any) -> None:
-        """Open the bar where the run stands."""
+        """Open the bar at the rounds that are over, which are not 0 in a resumed run."""
         super().on_train_start()
-        bar, rounds = self.train_progress_bar, self.trainer.max_epochs
-        bar.total = rounds if rounds and rounds > 0 else None
-        bar.n = bar.initial = self.trainer.global_step
+        bar = self.train_progress_bar
+        bar.total = None
+        rounds = self.trainer.max_epochs
+        if rounds is not None and rounds > 0:
+            bar.total = rounds
+        bar.initial = self.trainer.global_step
+        bar.n = self.trainer.global_step
         bar.set_description("Rounds")
 
-    def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
-        """The bar goes on."""
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Leave the bar as it is, where the stock one begins again."""
 
-    def on_federation_start(self, trainer: Any, pl_module: Any, federation: Any) -> None:
-        """Remember whose engine says how many clients train at once."""
+    def on_federation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, federation: Federation) -> None:
+        """Store the federation, whose engine says how many clients train at once."""
         self._federation = federation
 
-    def on_round_start(self, trainer: Any, pl_module: Any, round_idx: int, clients: list[int]) -> None:
-        """A cohort was drawn."""
-        self._clients = len(clients)
-        self._done = 0
+    def on_round_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, round_idx: int, clients: list[int]
+    ) -> None:
+        """Describe the first clients of a cohort."""
+        self._cohort_size = len(clients)
+        self._clients_trained = 0
         self._describe()
 
-    def on_client_end(self, trainer: Any, pl_module: Any, update: Any) -> None:
-        """A client is back."""
-        self._done += 1
-        # Clients that trained at once come back together: the next ones begin after the last of them.
-        if self._done < self._clients and self._done % self._federation.engine.clients_at_once == 0:
+    def on_client_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: ClientUpdate) -> None:
+        """Count a client, and describe the next ones."""
+        self._clients_trained += 1
+        # Clients that train at once end together: the next ones begin after the last of them.
+        if self._clients_trained < self._cohort_size and self._clients_trained % self._clients_at_once == 0:
             self._describe()
 
-    def _describe(self) -> None:
-        """Say which clients of the round begin to train, not more often than anybody can read."""
-        now = time.monotonic()
-        if not self.is_enabled or now - self._drawn_at <= _REFRESH_SECONDS:
-            return
-        self._drawn_at = now
-        first = self._done + 1
-        last = min(self._done + self._federation.engine.clients_at_once, self._clients)
-        clients = f"client {first}" if first == last else f"clients {first}-{last} at once"
-        self.train_progress_bar.set_description(f"Rounds ({clients} of {self._clients})")
+    @property
+    def _clients_at_once(self) -> int:
+        # Asked again every time: the engine is chosen after `on_federation_start`, and where memory runs out in the
+        # middle of a round it trains fewer clients at once from there on.
+        assert self._federation is not None
+        return self._federation.engine.clients_at_once
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A round is over."""
-        bar, done = self.train_progress_bar, trainer.global_step
-        if not bar.disable and (done % self.refresh_rate == 0 or done == bar.total):
-            bar.n = done
+    def _describe(self) -> None:
+        """Describe which clients of the round begin to train, not more often than a person can read."""
+        now = time.monotonic()
+        if not self.is_enabled or now - self._described_at <= _REFRESH_SECONDS:
+            return
+        self._described_at = now
+        first = self._clients_trained + 1
+        last = min(self._clients_trained + self._clients_at_once, self._cohort_size)
+        clients = f"client {first}"
+        if last != first:
+            clients = f"clients {first}-{last} at once"
+        self.train_progress_bar.set_description(f"Rounds ({clients} of {self._cohort_size})")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count a round and show its metrics."""
+        bar = self.train_progress_bar
+        rounds = trainer.global_step
+        if bar.disable:
+            return
+        if rounds % self.refresh_rate == 0 or rounds == bar.total:
+            bar.n = rounds
             bar.set_description("Rounds", refresh=False)
             bar.set_postfix(self.get_metrics(trainer, pl_module))
 
 
-def replace_default_bar(trainer: Any) -> None:
-    """Give a trainer that has a stock progress bar the one that counts rounds; a customized bar is left alone."""
-    for i, callback in enumerate(trainer.callbacks):
-        if type(callback) in (TQDMProgressBar, RichProgressBar):
-            # A rich bar's rate counts refreshes a second, which means nothing to this one.
-            rate = callback.refresh_rate if isinstance(callback, TQDMProgressBar) else 1
-            bar = RoundProgressBar(refresh_rate=rate)
-            bar._trainer = trainer
-            if callback.is_disabled:
-                bar.disable()
-            trainer.callbacks[i] = bar
+def replace_default_bar(trainer: pl.Trainer) -> None:
+    """Replace a trainer's stock progress bar by the one that counts rounds; a customized bar is left alone."""
+    callbacks = callbacks_of(trainer)
+    for index, callback in enumerate(callbacks):
+        if type(callback) is TQDMProgressBar:
+            refresh_rate = callback.refresh_rate
+        elif type(callback) is RichProgressBar:
+            # Its rate counts refreshes a second, which has no meaning for this one.
+            refresh_rate = 1
+        else:
+            continue
+        bar = RoundProgressBar(refresh_rate=refresh_rate)
+        # Lightning sets it in `setup`, which a bar that replaces another one may have missed.
+        bar._trainer = trainer
+        if callback.is_disabled:
+            bar.disable()
+        callbacks[index] = bar

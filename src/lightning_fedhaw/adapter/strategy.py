@@ -1,18 +1,23 @@
-"""Processes for a federation: Lightning starts them, and nothing is synchronized behind the round's back."""
+"""The strategy for several processes: Lightning starts them, and only the round exchanges anything between them."""
 
 from __future__ import annotations
 
 import io
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_fedhaw import arguments
+from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, publish_summary
 from lightning_fedhaw.ranks import Ranks
 
 _START_METHODS = {
@@ -45,13 +50,13 @@ class FederatedStrategy(DDPStrategy):
         self.threads_per_worker = threads
 
     def setup_environment(self) -> None:
-        """Join the other processes."""
+        """Set the number of threads and join the other processes."""
         if self.threads_per_worker is not None:
             torch.set_num_threads(self.threads_per_worker)
         super().setup_environment()
 
     def configure_ddp(self) -> None:
-        """Start everybody from process 0's model; wrap nothing."""
+        """Start all processes from the model of process 0, without a wrapper around it."""
         share_model(self)
 
     def _configure_launcher(self) -> None:
@@ -61,42 +66,47 @@ class FederatedStrategy(DDPStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Make the strategy known to trainers by its names."""
-        for name, (start_method, what) in _START_METHODS.items():
+        """Register the strategy under its names, one for each way to start processes."""
+        for name, (start_method, description) in _START_METHODS.items():
             strategy_registry.register(
-                name, cls, description=f"Clients spread over processes; {what}.", start_method=start_method
+                name, cls, description=f"Clients spread over processes; {description}.", start_method=start_method
             )
 
 
 class _Launcher(_MultiProcessingLauncher):
-    """Brings home what a run leaves in the trainer and its callbacks, too."""
+    """A launcher that also returns the run summary and the states of callbacks to the process that called ``fit``."""
 
     _states: bytes = b""
 
-    def _collect_rank_zero_results(self, trainer: Any, results: Any) -> Any:
-        states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # asked of all processes
+    def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> Any:
+        # On all processes, because a callback may gather its state from all of them.
+        states = {callback.state_key: callback.state_dict() for callback in callbacks_of(trainer)}
         file = io.BytesIO()
         torch.save(states, file)
         self._states = file.getvalue()
         return super()._collect_rank_zero_results(trainer, results)
 
-    def get_extra_results(self, trainer: Any) -> dict[str, Any]:
-        summary = getattr(trainer, "federation_summary", {})
-        return {**super().get_extra_results(trainer), "federation_summary": summary, "callback_states": self._states}
+    def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
+        results = super().get_extra_results(trainer)
+        # A trainer without a rule has no summary.
+        results["federation_summary"] = getattr(trainer, "federation_summary", {})
+        results["callback_states"] = self._states
+        return results
 
-    def update_main_process_results(self, trainer: Any, extra: dict[str, Any]) -> None:
-        trainer.federation_summary = extra.pop("federation_summary")
-        # Any callback's state, written by the process that this one started. Into host memory: with a CUDA context of
-        # its own, a notebook could not fork again.
+    def update_main_process_results(self, trainer: pl.Trainer, extra: dict[str, Any]) -> None:
+        publish_summary(trainer, extra.pop("federation_summary"))
+        # Not with `weights_only`: a callback's state may be anything, and a process that this one started wrote it.
+        # Into host memory: with a CUDA context of its own, a notebook could not fork again.
         states = torch.load(io.BytesIO(extra.pop("callback_states")), map_location="cpu", weights_only=False)
-        for callback in trainer.callbacks:
+        for callback in callbacks_of(trainer):
             if states.get(callback.state_key):
                 callback.load_state_dict(states[callback.state_key])
         super().update_main_process_results(trainer, extra)
 
 
-def share_model(strategy: Any) -> None:
-    """Give every process the model of process 0, and leave it as it is: nothing is wrapped around it."""
+def share_model(strategy: DDPStrategy) -> None:
+    """Give every process the model of process 0, without a wrapper around it."""
+    assert strategy.model is not None
     Ranks.of_group(strategy.root_device).share_model(strategy.model)
 
 
@@ -106,30 +116,50 @@ def never_wrap(strategy: DDPStrategy) -> None:
 
 
 def check_world_size(processes: int) -> None:
-    """Warn where a launcher has started more processes than the trainer knows of: each would play a run of its own."""
+    """Warn where a launcher has started more processes than the trainer uses: each would run a federation of its own.
+
+    Args:
+        processes: The processes of the trainer: devices times nodes.
+    """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > processes:
         rank_zero_warn(
-            f"WORLD_SIZE={started}, as `torchrun` sets it, and the trainer was told of {processes}: each process plays"
-            f" the whole run, and all write the same files. Set `devices` (times `num_nodes`) to {started}."
+            f"WORLD_SIZE={started}, as `torchrun` sets it, and the trainer is set to {processes}: each process runs"
+            f" the whole federation, and all write the same files. Set `devices` (times `num_nodes`) to {started}."
         )
 
 
-def default_strategy(accelerator: Any, devices: Any, num_nodes: int) -> str:
-    """The name of the strategy for a trainer that was not given one."""
-    from lightning.fabric.utilities.imports import _IS_INTERACTIVE
+def default_strategy(accelerator: str | Accelerator, devices: int | str | Sequence[int], num_nodes: int) -> str:
+    """Return the name of the strategy for a trainer that was given none.
 
+    Args:
+        accelerator: The trainer's argument, or its default ``"auto"``.
+        devices: The trainer's argument, or its default ``"auto"``.
+        num_nodes: The trainer's argument, or its default 1.
+    """
+    if num_nodes <= 1 and _num_devices(accelerator, devices) <= 1:
+        return "auto"
+    if _IS_INTERACTIVE:
+        return "federated_notebook"
+    return "federated"
+
+
+def _num_devices(accelerator: str | Accelerator, devices: int | str | Sequence[int]) -> int:
+    """Count the devices of a trainer's argument, which may be a number, a list, either as text, or ``"auto"``."""
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    if isinstance(devices, str) and "," in devices:
+        return len([part for part in devices.split(",") if part])
     if isinstance(devices, str) and devices.strip("-").isdigit():
         devices = int(devices)
-    if isinstance(devices, str) and "," in devices:
-        devices = [part for part in devices.split(",") if part]
     if devices in ("auto", -1):
-        on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-        devices = torch.cuda.device_count() if on_gpu else 1
-    several = num_nodes > 1 or (len(devices) if isinstance(devices, (list, tuple)) else devices) > 1
-    if not several:
-        return "auto"
-    return "federated_notebook" if _IS_INTERACTIVE else "federated"
+        if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+            return torch.cuda.device_count()
+        return 1
+    if isinstance(devices, int):
+        return devices
+    # Lightning refuses what is none of these, and says what it takes.
+    return 1
 
 
 for _name in _START_METHODS:

@@ -1,16 +1,18 @@
-"""What a stock trainer can be told that is not supported in federated training, and the sentence for each."""
+"""Refuses arguments and callbacks of a stock trainer that are not supported in federated training."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import NoReturn
 
+import lightning.pytorch as pl
 from lightning.pytorch import callbacks as stock
-from lightning.pytorch.accelerators import MPSAccelerator
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.accelerators import Accelerator, MPSAccelerator
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
 
+# By name: not every version of Lightning has all of them.
 _CALLBACKS: dict[str, str] = {
     "StochasticWeightAveraging": "it replaces learning-rate schedules and batch-norm statistics in the middle of a fit."
     " Average global models with `EMAWeightAveraging`",
@@ -25,55 +27,66 @@ _CALLBACKS: dict[str, str] = {
     ' `on_nonfinite="exclude"` for clients that diverge',
 }
 
+_SPREADS_ONE_MODEL = (
+    "it spreads one model over the devices, and a federation spreads the clients, each with a whole model. Set"
+    ' `strategy="federated"`'
+)
 
-def check_callbacks(callbacks: Sequence[Any]) -> None:
-    """Refuse Lightning's callbacks that mean nothing here.
+
+def check_callbacks(callbacks: Sequence[pl.Callback]) -> None:
+    """Refuse those of Lightning's callbacks that have no meaning in a federation.
 
     Raises:
-        ValueError: Naming the callback, why, and the remedy.
+        ValueError: Naming the callback, the reason, and the remedy.
     """
-    for name, why in _CALLBACKS.items():
+    for name, reason in _CALLBACKS.items():
         kind = getattr(stock, name, None)
+        if kind is None:
+            continue
         for callback in callbacks:
-            if kind is not None and isinstance(callback, kind):
+            if isinstance(callback, kind):
                 raise ValueError(
-                    f"`callbacks`: {type(callback).__name__} is not supported in federated training: {why}."
+                    f"`callbacks`: {type(callback).__name__} is not supported in federated training: {reason}."
                 )
 
 
-def check_strategy(strategy: Any) -> None:
-    """Refuse strategies that spread one model, before Lightning asks for what they need.
+def check_strategy(strategy: str | Strategy) -> None:
+    """Refuse strategies that spread one model, before Lightning asks for the packages that they need.
+
+    Args:
+        strategy: The trainer's argument.
 
     Raises:
         ValueError: Naming the argument, what came, and the remedy.
     """
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     if re.match(r"fsdp|deepspeed|model_?parallel|xla_fsdp", name, re.IGNORECASE):
-        raise ValueError(f"`Trainer(strategy={name})` is not supported in federated training: {_SPREADS_ONE_MODEL}.")
+        _refuse(f"strategy={name}", _SPREADS_ONE_MODEL)
 
 
-def check_accelerator(accelerator: Any) -> None:
+def check_accelerator(accelerator: str | Accelerator | None) -> None:
     """Refuse Apple's GPUs.
 
     Args:
-        accelerator: What a trainer was given, or has.
+        accelerator: The argument or the attribute of a trainer.
 
     Raises:
-        ValueError: Naming the argument, why, and the remedy.
+        ValueError: Naming the argument, the reason, and the remedy.
     """
     if accelerator == "mps" or isinstance(accelerator, MPSAccelerator):
-        raise ValueError(
-            "`Trainer(accelerator=mps)` cannot play a federation: Apple's GPUs have no float64, in which sums over"
-            ' clients are kept, and no random states that could be restored. Set `accelerator="cpu"`.'
+        _refuse(
+            "accelerator=mps",
+            "Apple's GPUs have no float64, in which sums over clients are kept, and no random states that could be"
+            ' restored. Set `accelerator="cpu"`',
         )
 
 
-def default_accelerator(accelerator: Any, strategy: Any) -> Any:
-    """The accelerator for a trainer that leaves it open: the CPU where Lightning would take Apple's GPU.
+def default_accelerator(accelerator: str | Accelerator, strategy: str | Strategy) -> str | Accelerator:
+    """Return the accelerator of a trainer: the CPU where Lightning would choose Apple's GPU by itself.
 
     Args:
-        accelerator: What the trainer was given.
-        strategy: Its strategy; one that was made already may have an accelerator of its own.
+        accelerator: The trainer's argument.
+        strategy: Its strategy; an object may have an accelerator of its own.
     """
     if accelerator == "auto" and isinstance(strategy, str) and MPSAccelerator.is_available():
         rank_zero_info(
@@ -84,53 +97,55 @@ def default_accelerator(accelerator: Any, strategy: Any) -> Any:
     return accelerator
 
 
-_SPREADS_ONE_MODEL = (
-    "it spreads one model over the devices, and a federation spreads the clients, each with a whole model. Set"
-    ' `strategy="federated"`'
-)
-
-
-def check_trainer(trainer: Any, *, sync_batchnorm: bool = False) -> None:
-    """Refuse trainer arguments that mean nothing here.
+def check_trainer(trainer: pl.Trainer, *, sync_batchnorm: bool = False) -> None:
+    """Refuse arguments of a trainer that have no meaning in a federation.
 
     Args:
         trainer: The trainer.
-        sync_batchnorm: Whether it was told to synchronize batch norm.
+        sync_batchnorm: Whether the trainer was given ``sync_batchnorm=True``, which it does not keep as an attribute.
 
     Raises:
-        ValueError: Naming the argument, what came, what is allowed, and the remedy.
+        ValueError: Naming the argument, what came, the reason, and the remedy.
     """
-
-    def refuse(argument: str, why: str) -> None:
-        raise ValueError(f"`Trainer({argument})` is not supported in federated training: {why}.")
-
     check_accelerator(trainer.accelerator)
     strategy = type(trainer.strategy)
     if not issubclass(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        refuse(f"strategy={strategy.__name__}", _SPREADS_ONE_MODEL)
+        _refuse(f"strategy={strategy.__name__}", _SPREADS_ONE_MODEL)
     if trainer.barebones:
-        refuse("barebones=True", "it turns off the logging that a round reports through. Turn off parts one by one")
-    if trainer.overfit_batches:
-        refuse(
-            f"overfit_batches={trainer.overfit_batches}",
+        _refuse("barebones=True", "it turns off the logging that a round reports through. Turn off parts one by one")
+    overfit_batches = trainer.overfit_batches  # type: ignore[attr-defined]
+    if overfit_batches:
+        _refuse(
+            f"overfit_batches={overfit_batches}",
             "it repeats batches of one central loader. Use `limit_train_batches`, which counts per client and pass",
         )
-    if trainer.reload_dataloaders_every_n_epochs:
-        refuse(
-            f"reload_dataloaders_every_n_epochs={trainer.reload_dataloaders_every_n_epochs}",
-            "the training data is dealt to the clients once. Remove it",
+    reload_epochs = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+    if reload_epochs:
+        _refuse(
+            f"reload_dataloaders_every_n_epochs={reload_epochs}",
+            "the training data is assigned to the clients once. Remove it",
         )
     if sync_batchnorm:
-        refuse("sync_batchnorm=True", "clients never see each other's batches. Choose a policy with `buffers=`")
+        _refuse("sync_batchnorm=True", "clients never see each other's batches. Choose a policy with `buffers=`")
+    _check_validation_interval(trainer)
+
+
+def _check_validation_interval(trainer: pl.Trainer) -> None:
+    """Refuse a ``val_check_interval`` within a round."""
     # Lightning leaves the attribute out where the interval is a time.
-    interval, every = getattr(trainer, "val_check_interval", None), trainer.check_val_every_n_epoch
+    interval: object = getattr(trainer, "val_check_interval", None)
+    rounds = trainer.check_val_every_n_epoch
     if isinstance(interval, float) and interval != 1.0:
-        refuse(
+        _refuse(
             f"val_check_interval={interval}",
             "validation sees global models, which exist between rounds only. Use `check_val_every_n_epoch`, in rounds",
         )
-    if isinstance(interval, int) and not isinstance(interval, bool) and interval > 1 and every is not None:
-        refuse(
-            f"val_check_interval={interval}, check_val_every_n_epoch={every}",
+    if isinstance(interval, int) and interval > 1 and rounds is not None:
+        _refuse(
+            f"val_check_interval={interval}, check_val_every_n_epoch={rounds}",
             f"a round is one step. Use `check_val_every_n_epoch={interval}`",
         )
+
+
+def _refuse(argument: str, reason: str) -> NoReturn:
+    raise ValueError(f"`Trainer({argument})` is not supported in federated training: {reason}.")

@@ -1,1 +1,1 @@
-"""Ready-made modules: image classifiers on timm's backbones, low-rank adapters, weight files."""
+"""Ready-made modules: image classifiers on timm's backbones, low-rank adapters, and files of weights."""

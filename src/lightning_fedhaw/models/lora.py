@@ -13,20 +13,20 @@ from lightning_fedhaw.models.messages import listed
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer whose weights are frozen, beside a trainable change of low rank.
+    """A linear layer whose weights are frozen, with a trainable change of low rank added to them.
 
-    ``y = W x + b + (alpha / rank) B A x`` with ``A [rank, in]`` drawn as a linear layer's weights are and ``B [out,
-    rank]`` zero, so that at first nothing changes (E. J. Hu et al., "LoRA: Low-Rank Adaptation of Large Language
+    ``y = W x + b + (alpha / rank) B A x`` with ``A [rank, in]`` initialized as a linear layer's weights are and ``B
+    [out, rank]`` zero, so that at first nothing changes (E. J. Hu et al., "LoRA: Low-Rank Adaptation of Large Language
     Models", arXiv 2106.09685, equation 3). The layer's own parameters keep their names.
 
     Args:
-        base: The layer; its parameters are shared, and frozen.
+        base: The layer; its parameters are used as they are, and frozen.
         rank: Rank of the change.
         alpha: Scale of the change, times the rank.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
-        # On the meta device, because weight and bias are those of the base.
+        # On the meta device, without memory, because weight and bias are replaced by those of the base.
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight = base.weight.requires_grad_(False)
         self.bias = base.bias
@@ -35,6 +35,7 @@ class LoRALinear(nn.Linear):
         self.scale = alpha / rank
         self.lora_a = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        # The initialization of `nn.Linear`, whose constant this is.
         nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -58,22 +59,28 @@ def adapt(backbone: nn.Module, rank: int, alpha: float, targets: Sequence[str], 
         rank: Rank of the adapters.
         alpha: Their scale times their rank.
         targets: Patterns (globs) of the layers' names.
-        model_name: For errors.
+        model_name: The name of the model, for errors.
 
     Raises:
-        ValueError: If no layer matches, or the model does not call one that does.
+        ValueError: If no layer matches, or the model does not call a layer that matches.
     """
-    linears = [(name, module) for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
-    layers = [(name, layer) for name, layer in linears if any(fnmatch(name, target) for target in targets)]
-    if not layers:
-        there = "it has none"
-        if linears:
-            there = f"its linear layers are called like {listed([name for name, _ in linears[-3:]], 'and')}"
+    linear_layers: dict[str, nn.Linear] = {}
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Linear):
+            linear_layers[name] = module
+    matching_names = []
+    for name in linear_layers:
+        if any(fnmatch(name, target) for target in targets):
+            matching_names.append(name)
+    if not matching_names:
+        linear_names = "it has none"
+        if linear_layers:
+            linear_names = f"its linear layers are called like {listed(list(linear_layers)[-3:], 'and')}"
         raise ValueError(
-            f"`lora_rank`={rank}: no linear layer of {model_name!r} matches `lora_targets`={list(targets)}; {there}."
-            " Take a transformer, or name other layers."
+            f"`lora_rank`={rank}: no linear layer of {model_name!r} matches `lora_targets`={list(targets)};"
+            f" {linear_names}. Take a transformer, or name other layers."
         )
-    for name, layer in layers:
+    for name in matching_names:
         owner = backbone.get_submodule(name.rpartition(".")[0])
         # Attention with a bias of its own for queries takes the weights out of the layer.
         if name.endswith("qkv") and getattr(owner, "q_bias", None) is not None:
@@ -81,16 +88,18 @@ def adapt(backbone: nn.Module, rank: int, alpha: float, targets: Sequence[str], 
                 f"`lora_rank`={rank}: {model_name!r} uses the weights of {name!r} without calling the layer, so an"
                 ' adapter would have no effect. Name other layers, such as `lora_targets=["*attn.proj"]`.'
             )
-        _replace(backbone, name, LoRALinear(layer, rank, alpha))
+        _replace(backbone, name, LoRALinear(linear_layers[name], rank, alpha))
 
 
 def merge(backbone: nn.Module) -> None:
     """Fold all adapters of a backbone into the weights that they adapt."""
+    # A list, because modules are replaced while it is iterated over.
     for name, layer in list(backbone.named_modules()):
         if isinstance(layer, LoRALinear):
             _replace(backbone, name, layer.merged())
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module into a model under the dotted name of another one."""
     owner, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(owner), leaf, module)

@@ -12,9 +12,12 @@ from torch import nn
 
 from lightning_fedhaw.models.messages import listed
 
+State = Mapping[str, Any]
+"""A state dict that was read from a file, whose values need not be tensors."""
+
 
 def create(model_name: str, pretrained: bool, model_kwargs: Mapping[str, Any]) -> nn.Module:
-    """Make a model of timm's without its head.
+    """Create a model of timm's without its head.
 
     Args:
         model_name: A name of ``timm.list_models()``, with or without a tag, or one with a source (``hf-hub:...``).
@@ -34,7 +37,8 @@ def create(model_name: str, pretrained: bool, model_kwargs: Mapping[str, Any]) -
     try:
         return timm.create_model(model_name, pretrained=pretrained, num_classes=0, **model_kwargs)
     except Exception as error:
-        # A download may fail in any way; wrong arguments of the model are told by timm.
+        # A download may fail in any way, by errors of several packages. Where arguments of the model are wrong timm
+        # raises one of these two, whose message says which.
         if not is_remote or isinstance(error, (TypeError, RuntimeError)):
             raise
         raise ConnectionError(
@@ -45,6 +49,7 @@ def create(model_name: str, pretrained: bool, model_kwargs: Mapping[str, Any]) -
 
 
 def _check_name(model_name: str, pretrained: bool) -> None:
+    """Refuse a name that timm does not know, or has no weights for, naming the nearest."""
     import timm
 
     architecture, _, tag = model_name.partition(".")
@@ -67,38 +72,24 @@ def _check_name(model_name: str, pretrained: bool) -> None:
 
 
 def load(backbone: nn.Module, path: str, model_name: str) -> None:
-    """Give a backbone the weights of a file, whose own head is left out.
+    """Load the weights of a file into a backbone; those of a head are left out.
 
     Args:
         backbone: The model; changed in place.
         path: The file: a state dict of the timm model, a Lightning checkpoint, or for some models ``.npz``.
-        model_name: For errors.
+        model_name: The name of the model, for errors.
 
     Raises:
         ValueError: If there is no such file, or it cannot be read, or does not fit.
     """
-    from timm.models import load_checkpoint, load_state_dict
+    from timm.models import load_checkpoint
 
     if not Path(path).is_file():
         raise ValueError(f"`checkpoint_path`: there is no file {path!r}.")
     if path.endswith((".npz", ".npy")):
         load_checkpoint(backbone, path)
         return
-    try:
-        state = load_state_dict(path, weights_only=True)
-    except Exception as error:
-        # What is raised depends on the byte at which the reader stumbles.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"`checkpoint_path`={path!r} could not be read as a state dict of tensors: {reason.rstrip('.')}. Save or"
-            " fetch it again, whole."
-        ) from error
-    if any(name.endswith(".lora_a") for name in state):
-        raise ValueError(
-            f"`checkpoint_path`={path!r} has adapters beside the weights. Fold them in first:"
-            f" `TimmClassifier.load_from_checkpoint({path!r}).merge()`, and save its `backbone.state_dict()`."
-        )
-    state = _without_head(_of_backbone(state), backbone)
+    state = _without_head(_backbone_part(_read(path)), backbone)
     if _misfit(backbone, state):
         # timm's own conversion: older names, position embeddings of other image sizes.
         convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
@@ -113,15 +104,44 @@ def load(backbone: nn.Module, path: str, model_name: str) -> None:
     backbone.load_state_dict(state)
 
 
-def _of_backbone(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Take the backbone's part of a checkpoint of the whole module."""
+def _read(path: str) -> State:
+    """Read a state dict that holds no adapters.
+
+    Raises:
+        ValueError: If it cannot be read, or holds adapters.
+    """
+    from timm.models import load_state_dict
+
+    try:
+        state: State = load_state_dict(path, weights_only=True)
+    except Exception as error:
+        # Which error is raised depends on the byte at which the reader fails.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"`checkpoint_path`={path!r} could not be read as a state dict of tensors: {reason.rstrip('.')}. Save or"
+            " fetch it again, whole."
+        ) from error
+    if any(name.endswith(".lora_a") for name in state):
+        raise ValueError(
+            f"`checkpoint_path`={path!r} has adapters in addition to the weights. Fold them in first:"
+            f" `TimmClassifier.load_from_checkpoint({path!r}).merge()`, and save its `backbone.state_dict()`."
+        )
+    return state
+
+
+def _backbone_part(state: State) -> State:
+    """Return the backbone's part of a checkpoint of the whole module; any other state dict as it is."""
     prefix = "backbone."
     if not any(name.startswith(prefix) for name in state):
         return state
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    part = {}
+    for name, value in state.items():
+        if name.startswith(prefix):
+            part[name.removeprefix(prefix)] = value
+    return part
 
 
-def _without_head(state: Mapping[str, Any], backbone: nn.Module) -> dict[str, Any]:
+def _without_head(state: State, backbone: nn.Module) -> State:
     """Leave out the parameters of the head, by the names that timm has for it."""
     heads = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
     if isinstance(heads, str):
@@ -129,20 +149,20 @@ def _without_head(state: Mapping[str, Any], backbone: nn.Module) -> dict[str, An
     return {name: value for name, value in state.items() if name.rpartition(".")[0] not in heads}
 
 
-def _misfit(backbone: nn.Module, state: Mapping[str, Any]) -> str:
-    """List which names of a state dict are not those of a model; an empty string if all fit."""
+def _misfit(backbone: nn.Module, state: State) -> str:
+    """List which entries of a state dict do not fit a model; return an empty string if all fit."""
     expected = backbone.state_dict()
-    missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected]
-    misshapen = []
+    differences: dict[str, list[str]] = {"missing": [], "unexpected": [], "of another shape": []}
     for name, tensor in expected.items():
         if name not in state:
+            differences["missing"].append(name)
             continue
-        shape = getattr(state[name], "shape", None)
+        # A damaged file may hold something else under the name.
+        shape = getattr(state[name], "shape", "?")
         if shape != tensor.shape:
-            misshapen.append(f"{name} {list('?' if shape is None else shape)} instead of {list(tensor.shape)}")
-    parts = []
-    for label, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
-        if names:
-            parts.append(f"{label}: {listed(names, 'and')}")
-    return "; ".join(parts)
+            differences["of another shape"].append(f"{name} {list(shape)} instead of {list(tensor.shape)}")
+    for name in state:
+        if name not in expected:
+            differences["unexpected"].append(name)
+    phrases = [f"{label}: {listed(names, 'and')}" for label, names in differences.items() if names]
+    return "; ".join(phrases)

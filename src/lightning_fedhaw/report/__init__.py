@@ -1,5 +1,6 @@
-"""What a run tells people.
+"""The reports of a run.
 
-``history`` keeps a run round by round and reads it again; ``run_report`` makes the summary of a finished run,
-``summary`` its table; ``loggers`` gives both to the loggers, and ``plotting`` draws figures.
+``history`` collects a run round by round and reads it again; ``run_report`` makes the summary of a finished run,
+``run_summary`` fills it and the start-up line from a federation, ``summary`` formats its table; ``loggers`` logs both,
+and ``plotting`` draws figures.
 """

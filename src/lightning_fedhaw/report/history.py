@@ -1,34 +1,44 @@
-"""What a run has been, round by round: kept while it trains, in its checkpoints and beside its log, and read again."""
+"""The history of a run, round by round: collected while it trains, saved in checkpoints and logs, and read again."""
 
 from __future__ import annotations
 
 import csv
 import io
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from lightning_fedhaw.federation.federation import Federation
+from lightning_fedhaw.federation.records import Report
 from lightning_fedhaw.keys import KeyedCallback
 from lightning_fedhaw.observer import FederatedCallback
 from lightning_fedhaw.rule import Rule
 
 MOST_CLIENTS = 1000
-LOG, CLIENT_TABLE, WEIGHT_TABLE = "metrics.csv", "per_client.csv", "weights.csv"
+"""Clients up to which weights and labels of each client are collected: a checkpoint grows with rounds times clients."""
+
+LOG = "metrics.csv"
+CLIENT_TABLE = "per_client.csv"
+WEIGHT_TABLE = "weights.csv"
 _LABEL = "label_"
+
+# Weights are stored in float32: a smaller relative change is rounding, and not learned.
+_SMALLEST_CHANGE = 1e-4
 
 
 class RunHistory(KeyedCallback, FederatedCallback):
-    """Keeps what a run logged, for its run summary and its pictures.
+    """Collects what a run logs, for its run summary and its pictures.
 
-    Every federation has one: where nobody gives it as a callback, it is added. It is part of the checkpoints, so a run
-    that goes on has all of it.
+    Every federation has one: a trainer without it gets one added. It is part of the checkpoints, so a resumed run has
+    the history of all its rounds.
 
     Attributes:
         metrics: One mapping a round, of everything callbacks can see at its end but the numbers of single clients.
@@ -50,43 +60,55 @@ class RunHistory(KeyedCallback, FederatedCallback):
         self.clients: dict[str, list[float]] = {}
         self._weights: list[Tensor] = []
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse a trainer that plays no federation."""
-        if not any(isinstance(callback, Rule) for callback in trainer.callbacks):
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a trainer that runs no federation."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set, but not declared
+        if not any(isinstance(callback, Rule) for callback in callbacks):
             raise ValueError(
                 "`RunHistory` keeps what a federation logs. Add a rule such as `FedHAWCallback()`, or remove it."
             )
 
-    def on_federation_start(self, trainer: Any, pl_module: Any, federation: Federation) -> None:
-        """Begin, or go on where the run stands."""
-        rounds, data = trainer.global_step, federation.data
+    def on_federation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, federation: Federation) -> None:
+        """Begin an empty history, or cut or fill the present one to the rounds that are over."""
+        rounds = trainer.global_step
         if rounds == 0:
             self._clear()
-        self.sizes = data.num_examples.tolist()
-        self.labels = data.label_counts() if self._keeps_clients else None
-        absent = torch.full((len(self.sizes),), torch.nan)
-        self.metrics = [*self.metrics[:rounds], *({} for _ in range(rounds - len(self.metrics)))]
-        self._weights = [*self._weights[:rounds], *(absent for _ in range(rounds - len(self._weights)))]
+        self.sizes = federation.data.num_examples.tolist()
+        self.labels = federation.data.label_counts() if self._collects_clients else None
+        # A checkpoint may be older than the history in memory, or have been written without one.
+        self.metrics = self.metrics[:rounds]
+        self._weights = self._weights[:rounds]
+        while len(self.metrics) < rounds:
+            self.metrics.append({})
+        while len(self._weights) < rounds:
+            self._weights.append(self._no_weights())
 
-    def on_round_end(self, trainer: Any, pl_module: Any, report: Any) -> None:
-        """Keep the round's weights."""
-        if self._keeps_clients:
-            row = torch.full((len(self.sizes),), torch.nan)
+    def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: Report) -> None:
+        """Collect the round's aggregation weights."""
+        if self._collects_clients:
+            row = self._no_weights()
             row[list(report.weights)] = torch.tensor(list(report.weights.values()))
             self._weights.append(row)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keep the round's metrics, validation included."""
-        metrics = trainer.callback_metrics.items()
-        self.metrics.append({name: float(value) for name, value in metrics if "/client_" not in name})
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Collect the round's metrics, validation included."""
+        row = {}
+        for name, value in trainer.callback_metrics.items():
+            if "/client_" not in name:
+                row[name] = float(value)
+        self.metrics.append(row)
 
     @property
-    def _keeps_clients(self) -> bool:
+    def _collects_clients(self) -> bool:
         return len(self.sizes) <= MOST_CLIENTS
 
+    def _no_weights(self) -> Tensor:
+        """Return the weights ``[N]`` of a round in which no update was received."""
+        return torch.full((len(self.sizes),), nan)
+
     def curve(self, name: str) -> list[float]:
-        """A metric over rounds; NaN where it was not logged."""
-        return [row.get(name, float("nan")) for row in self.metrics]
+        """Return a metric over rounds; NaN where it was not logged."""
+        return [row.get(name, nan) for row in self.metrics]
 
     @property
     def names(self) -> list[str]:
@@ -99,118 +121,151 @@ class RunHistory(KeyedCallback, FederatedCallback):
 
         Empty with more than 1,000 clients.
         """
-        return torch.stack(self._weights) if self._weights else torch.empty(0, len(self.sizes))
+        if not self._weights:
+            return torch.empty(0, len(self.sizes))
+        return torch.stack(self._weights)
 
     def weight_changes(self) -> Tensor | None:
-        """``[rounds, N]``: each weight by the client's share of the samples received that round, less one.
+        """Compute each weight divided by the client's share of the samples received that round, minus one.
 
-        NaN where a client's update was not received; None if every weight is that share, as in FedAvg, or none was
-        kept.
+        Returns:
+            ``[rounds, N]``, NaN where a client's update was not received; None if every weight is that share, as in
+            FedAvg, or no weights were collected.
         """
+        # In float64, so that the division adds no rounding to the float32 weights.
         weights = self.weights.double()
         sizes = torch.where(weights.isnan(), 0, torch.tensor(self.sizes, dtype=torch.float64))
         changes = weights * sizes.sum(1, keepdim=True) / sizes - 1
-        seen = changes[~changes.isnan()]
-        return changes if seen.numel() and seen.abs().max() > 1e-4 else None
+        received = changes[~changes.isnan()]
+        if received.numel() == 0 or received.abs().max() <= _SMALLEST_CHANGE:
+            return None
+        return changes
 
     def client_table(self, *, labels: bool = False) -> tuple[list[str], list[list[float]]]:
-        """One row per client: its number, its samples, its last weight, and its metrics.
+        """Return one row per client: its number, its samples, its last weight, and its metrics.
 
         Args:
-            labels: Whether samples in each class belong to it.
+            labels: Whether the samples in each class are among the columns.
 
         Returns:
             The columns' names, and the rows.
         """
         columns: dict[str, Sequence[float]] = {"client": range(len(self.sizes)), "samples": self.sizes}
         if self._weights:
-            received = ~self.weights.isnan()
-            last = (received * torch.arange(1, len(received) + 1)[:, None]).argmax(0)
-            columns["weight"] = self.weights.gather(0, last[None])[0].tolist()
+            columns["weight"] = self._last_weights().tolist()
         columns |= self.clients
         if labels and self.labels is not None:
-            columns |= {f"{_LABEL}{c}": each for c, each in enumerate(self.labels.T.tolist())}
-        return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
+            for index, counts in enumerate(self.labels.T.tolist()):
+                columns[f"{_LABEL}{index}"] = counts
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        return list(columns), rows
+
+    def _last_weights(self) -> Tensor:
+        """Return each client's weight ``[N]`` in the last round that received its update; NaN if there is none."""
+        weights = self.weights
+        numbers = torch.arange(1, len(weights) + 1)[:, None]
+        # Rounds without the client's update count 0, so the largest number is that of the last round with it.
+        rounds = (~weights.isnan() * numbers).argmax(0)
+        return weights.gather(0, rounds[None])[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it as tensors and plain values, for a checkpoint."""
-        kept = {"metrics": list(self.metrics), "sizes": list(self.sizes), "clients": dict(self.clients)}
-        return {**kept, "labels": self.labels, "weights": self.weights}
+        """Return everything as tensors and plain values, for a checkpoint."""
+        return {
+            "metrics": list(self.metrics),
+            "sizes": list(self.sizes),
+            "clients": dict(self.clients),
+            "labels": self.labels,
+            "weights": self.weights,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of a checkpoint."""
-        self.metrics, self.sizes = list(state_dict["metrics"]), list(state_dict["sizes"])
-        self.clients, self.labels = dict(state_dict["clients"]), state_dict["labels"]
+        """Take over the state of a checkpoint."""
+        self.metrics = list(state_dict["metrics"])
+        self.sizes = list(state_dict["sizes"])
+        self.clients = dict(state_dict["clients"])
+        self.labels = state_dict["labels"]
         self._weights = list(state_dict["weights"])
 
 
-def keep_history(trainer: Any) -> None:
-    """Give a trainer a history, before the callbacks that write checkpoints, if it has none."""
-    callbacks = trainer.callbacks
-    if not any(isinstance(callback, RunHistory) for callback in callbacks):
-        end = next((i for i, each in enumerate(callbacks) if isinstance(each, Checkpoint)), len(callbacks))
-        callbacks.insert(end, RunHistory())
+def add_history(callbacks: list[pl.Callback]) -> None:
+    """Add a history to a trainer's callbacks, if there is none.
+
+    Args:
+        callbacks: The trainer's own list; changed in place.
+    """
+    if any(isinstance(callback, RunHistory) for callback in callbacks):
+        return
+    # Before the callbacks that write checkpoints, so that a round's metrics are in the checkpoint after it.
+    position = len(callbacks)
+    for index, callback in enumerate(callbacks):
+        if isinstance(callback, Checkpoint):
+            position = index
+            break
+    callbacks.insert(position, RunHistory())
 
 
-def history_of(trainer: Any) -> RunHistory:
-    """A trainer's history."""
-    return next(callback for callback in trainer.callbacks if isinstance(callback, RunHistory))
+def find_history(callbacks: Iterable[pl.Callback]) -> RunHistory:
+    """Return the history among a trainer's callbacks; every federation has one."""
+    return next(callback for callback in callbacks if isinstance(callback, RunHistory))
 
 
 def read_run(path: str | Path) -> RunHistory:
-    """A run from what it left behind.
+    """Read a run from its log or a checkpoint.
 
     Args:
-        path: The folder of a ``CSVLogger``, or a checkpoint, or a folder around one of them. A checkpoint was written
-            before the clients were measured, so their metrics are in the log only.
+        path: The folder of a ``CSVLogger``, or a checkpoint, or a folder around one of them. A checkpoint is written
+            before the clients are evaluated, so their metrics are in the log only.
 
     Raises:
         FileNotFoundError: If there is no such path.
         ValueError: If it is not of a federation, or of several.
     """
-    found = read_runs(path)
-    if len(found) > 1:
-        raise ValueError(f"{str(path)!r} holds {len(found)} runs; give the folder of one, or take `read_runs`.")
-    return found[0]
+    runs = read_runs(path)
+    if len(runs) > 1:
+        raise ValueError(f"{str(path)!r} holds {len(runs)} runs; give the folder of one, or take `read_runs`.")
+    return runs[0]
 
 
 def read_runs(path: str | Path) -> list[RunHistory]:
-    """All runs at or below a path: every log, or, where there is none, the newest checkpoint of each folder.
+    """Read all runs at or below a path: every log, or, where there is none, the newest checkpoint of each folder.
 
     Raises:
         FileNotFoundError: If there is no such path.
         ValueError: If there is no run, or something is not of a federation.
     """
-    where = Path(path)
-    if where.is_file():
-        return [_from_log(where.parent) if where.name == LOG else _from_checkpoint(where)]
-    if not where.is_dir():
+    root = Path(path)
+    if root.is_file():
+        if root.name == LOG:
+            return [_from_log(root.parent)]
+        return [_from_checkpoint(root)]
+    if not root.is_dir():
         raise FileNotFoundError(f"A run is a folder with a `{LOG}`, or a checkpoint; there is no {str(path)!r}.")
-    if logs := sorted(where.rglob(LOG)):
-        return [_from_log(file.parent) for file in logs]
-    newest = {file.parent: file for file in sorted(where.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)}
-    if not newest:
-        there = ", ".join(sorted(each.name for each in where.iterdir())[:8]) or "nothing at all"
+    logs = sorted(root.rglob(LOG))
+    if logs:
+        return [_from_log(log.parent) for log in logs]
+    checkpoints = _newest_checkpoints(root)
+    if not checkpoints:
+        contents = ", ".join(sorted(entry.name for entry in root.iterdir())[:8]) or "nothing at all"
         raise ValueError(
-            f"{str(path)!r} has neither a `{LOG}` nor a checkpoint in it, but {there}. Log with a `CSVLogger`, or give"
-            " the folder of the checkpoints."
+            f"{str(path)!r} has neither a `{LOG}` nor a checkpoint in it, but {contents}. Log with a `CSVLogger`, or"
+            " give the folder of the checkpoints."
         )
-    return [_from_checkpoint(newest[folder]) for folder in sorted(newest)]
+    return [_from_checkpoint(checkpoint) for checkpoint in checkpoints]
+
+
+def _newest_checkpoints(root: Path) -> list[Path]:
+    """Return the newest checkpoint of each folder below a folder, sorted by folder."""
+    newest: dict[Path, Path] = {}
+    for checkpoint in sorted(root.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime):
+        newest[checkpoint.parent] = checkpoint
+    return [newest[folder] for folder in sorted(newest)]
 
 
 def _from_checkpoint(path: Path) -> RunHistory:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if is_zipfile(path) else None
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{str(path)!r} holds more than tensors and plain values, and is not opened for safety. Give the folder"
-            f" of the run's `{LOG}`."
-        ) from error
-    except (RuntimeError, ValueError, EOFError):  # an archive of something else, or with a spoilt byte
-        checkpoint = None
-    if checkpoint is None:
-        raise ValueError(f"{str(path)!r} is no checkpoint. Give a `.ckpt` file, or the folder of the run's `{LOG}`.")
-    states = checkpoint.get("callbacks", {}) if isinstance(checkpoint, Mapping) else {}
+    checkpoint = _load_checkpoint(path)
+    states = {}
+    if isinstance(checkpoint, Mapping):
+        states = checkpoint.get("callbacks", {})
     if RunHistory.key not in states:
         raise ValueError(f"{str(path)!r} was not written by a federation: it holds no history.")
     history = RunHistory()
@@ -218,44 +273,93 @@ def _from_checkpoint(path: Path) -> RunHistory:
     return history
 
 
+def _load_checkpoint(path: Path) -> object:
+    """Load the content of a checkpoint.
+
+    Raises:
+        ValueError: If the file is none, is damaged, or could run code when it is loaded.
+    """
+    message = f"{str(path)!r} is no checkpoint. Give a `.ckpt` file, or the folder of the run's `{LOG}`."
+    # Torch would try to unpickle any other file, and say that it is unsafe instead of that it is no checkpoint.
+    if not is_zipfile(path):
+        raise ValueError(message)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{str(path)!r} holds more than tensors and plain values, and is not opened for safety. Give the folder"
+            f" of the run's `{LOG}`."
+        ) from error
+    except (RuntimeError, ValueError, EOFError) as error:
+        # An archive of something else, or a damaged one.
+        raise ValueError(message) from error
+    if content is None:
+        raise ValueError(message)
+    return content
+
+
 def _from_log(folder: Path) -> RunHistory:
     try:
-        history = _tables(folder)
+        history = _read_tables(folder)
     except (ValueError, LookupError, OverflowError) as error:
         raise ValueError(
             f"The tables in {str(folder)!r} are damaged ({type(error).__name__}: {error}). Give a checkpoint of the"
-            f" run, or take away `{CLIENT_TABLE}` or `{WEIGHT_TABLE}` if it is one of them."
+            f" run, or remove `{CLIENT_TABLE}` or `{WEIGHT_TABLE}` if it is one of them."
         ) from error
     if not history.metrics:
         raise ValueError(f"{str(folder / LOG)!r} holds no metrics: was the run cut off in its first round?")
     return history
 
 
-def _tables(folder: Path) -> RunHistory:
+def _read_tables(folder: Path) -> RunHistory:
     history = RunHistory()
-    for row in _rows(folder / LOG):
-        if row.get("step") is None or any(name.startswith("summary/") for name in row):
-            continue
-        round_idx = int(row.pop("step") or 0)
-        history.metrics += [{} for _ in range(round_idx + 1 - len(history.metrics))]
-        history.metrics[round_idx] |= {k: v for k, v in row.items() if "/client_" not in k and k != "epoch"}
-    if table := list(_rows(folder / CLIENT_TABLE)):
-        history.sizes = [int(row["samples"]) for row in table]
-        counts = [[int(v) for name, v in row.items() if name.startswith(_LABEL)] for row in table]
-        history.labels = torch.tensor(counts) if counts and counts[0] else None
-        names = [n for n in table[0] if n not in ("client", "samples", "weight") and not n.startswith(_LABEL)]
-        history.clients = {name: [row.get(name, torch.nan) for row in table] for name in names}
-    if history.sizes:
-        count = len(history.sizes)
-        rows = ([row.get(f"client_{k}", torch.nan) for k in range(count)] for row in _rows(folder / WEIGHT_TABLE))
-        history._weights = [torch.tensor(row) for row in rows]
+    history.metrics = _read_metrics(folder / LOG)
+    clients = list(_read_numbers(folder / CLIENT_TABLE))
+    if clients:
+        history.sizes = [int(row["samples"]) for row in clients]
+        history.labels = _label_counts(clients)
+        for name in clients[0]:
+            if name not in ("client", "samples", "weight") and not name.startswith(_LABEL):
+                history.clients[name] = [row.get(name, nan) for row in clients]
+        for row in _read_numbers(folder / WEIGHT_TABLE):
+            weights = [row.get(f"client_{client}", nan) for client in range(len(clients))]
+            history._weights.append(torch.tensor(weights))
     return history
 
 
-def _rows(path: Path) -> Iterator[dict[str, float]]:
-    """The numbers of a CSV file, row by row; empty cells, words, and a last line that was cut off are left out."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])):
+def _read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read the metrics of each round, which a ``CSVLogger`` may write in several rows."""
+    metrics: list[dict[str, float]] = []
+    for row in _read_numbers(path):
+        is_of_summary = any(name.startswith("summary/") for name in row)
+        if "step" not in row or is_of_summary:
+            continue
+        round_idx = int(row.pop("step"))
+        while len(metrics) <= round_idx:
+            metrics.append({})
+        for name, value in row.items():
+            if name != "epoch" and "/client_" not in name:
+                metrics[round_idx][name] = value
+    return metrics
+
+
+def _label_counts(clients: Sequence[Mapping[str, float]]) -> Tensor | None:
+    """Return the samples ``[N, C]`` of each client in each class; None if the table of the clients has no labels."""
+    counts = []
+    for row in clients:
+        counts.append([int(value) for name, value in row.items() if name.startswith(_LABEL)])
+    if not counts[0]:
+        return None
+    return torch.tensor(counts)
+
+
+def _read_numbers(path: Path) -> Iterator[dict[str, float]]:
+    """Read the numbers of a CSV file, row by row; empty cells, words, and a last line that was cut off are left out."""
+    text = ""
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    complete_lines = text[: text.rfind("\n") + 1]
+    for row in csv.DictReader(io.StringIO(complete_lines)):
         numbers = {}
         for name, cell in row.items():
             try:

@@ -1,4 +1,4 @@
-"""What loggers are given at the end of a run: its numbers, a table of the clients, and a picture of their weights."""
+"""The final report to the loggers: the numbers of a run, a table of the clients, and a picture of their weights."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import io
 import posixpath
 from collections.abc import Sequence
 from math import isnan
-from typing import Any
 
 import numpy as np
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
 
 from lightning_fedhaw.report.history import CLIENT_TABLE, WEIGHT_TABLE, RunHistory
 from lightning_fedhaw.report.plotting import draw_weights
@@ -21,33 +21,34 @@ _TABLE = "federation/per_client"
 _PICTURE = "federation/weights"
 
 
-def report(loggers: Sequence[Any], history: RunHistory, numbers: dict[str, float], step: int) -> None:
+def report(loggers: Sequence[Logger], history: RunHistory, numbers: dict[str, float], step: int) -> None:
     """Give every logger the numbers of the run, and those that can take them the table of clients and a heat map.
 
-    A ``CSVLogger`` gets both as files beside its ``metrics.csv``. Where matplotlib is missing, or the weights are the
+    A ``CSVLogger`` gets both as files next to its ``metrics.csv``. Where matplotlib is missing, or the weights are the
     shares of samples, there is no picture. No run fails because of its report.
 
     Args:
-        loggers: The trainer's.
-        history: The run.
-        numbers: Those of the run summary.
-        step: The step to file them under.
+        loggers: The trainer's loggers.
+        history: The history of the run.
+        numbers: The numbers of the run summary, by flat names.
+        step: The step under which they are logged.
     """
     for logger in loggers:
         try:
             logger.log_metrics(numbers, step=step)
             logger.save()
-            _report(logger, history, step)
+            _log_clients(logger, history, step)
         except Exception as error:
-            # The run is over and its model is good; a logger may fail in any way, as with a full disk.
+            # The run is over and its model is good, and a logger may fail in any way: full disks, lost connections,
+            # errors of its own. Its failure must not cost the user the model.
             rank_zero_warn(
-                f"The closing numbers, the table of the clients and the picture of their weights could not all be"
-                f" given to the {type(logger).__name__} ({type(error).__name__}: {error})."
+                f"The numbers of the run summary, the table of the clients and the picture of their weights could not"
+                f" all be given to the {type(logger).__name__} ({type(error).__name__}: {error})."
             )
 
 
-def _report(logger: Any, history: RunHistory, step: int) -> None:
-    """Give a logger the table and the picture, in the way that its kind takes them."""
+def _log_clients(logger: Logger, history: RunHistory, step: int) -> None:
+    """Log the table and the picture in the way of the logger's class; other classes have none that is common."""
     if isinstance(logger, CSVLogger):
         _to_csv(logger, history)
     elif isinstance(logger, TensorBoardLogger):
@@ -61,9 +62,10 @@ def _report(logger: Any, history: RunHistory, step: int) -> None:
 def _to_csv(logger: CSVLogger, history: RunHistory) -> None:
     columns, rows = history.client_table(labels=True)
     _write(logger.log_dir, CLIENT_TABLE, columns, rows)
-    if len(history.weights):
-        clients = [f"client_{k}" for k in range(len(history.sizes))]
-        _write(logger.log_dir, WEIGHT_TABLE, clients, history.weights.tolist())
+    weights = history.weights
+    if len(weights):
+        clients = [f"client_{client}" for client in range(len(history.sizes))]
+        _write(logger.log_dir, WEIGHT_TABLE, clients, weights.tolist())
 
 
 def _to_tensorboard(logger: TensorBoardLogger, history: RunHistory, step: int) -> None:
@@ -90,8 +92,12 @@ def _to_mlflow(logger: MLFlowLogger, history: RunHistory) -> None:
         logger.experiment.log_image(logger.run_id, picture, f"{_PICTURE}.png")
 
 
-def _picture(history: RunHistory) -> Any | None:
-    """Draw the heat map, ``[height, width, 3]``; ``None`` where there is nothing to draw, or nothing to draw with."""
+def _picture(history: RunHistory) -> NDArray[np.uint8] | None:
+    """Draw the heat map of the weights as pixels ``[height, width, 3]``.
+
+    Returns:
+        The pixels; ``None`` where the weights are the shares of samples, or matplotlib is missing.
+    """
     if history.weight_changes() is None:
         return None
     try:
@@ -100,7 +106,9 @@ def _picture(history: RunHistory) -> Any | None:
         return None
     figure.set_dpi(120)
     figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
+    pixels: NDArray[np.uint8] = np.asarray(figure.canvas.buffer_rgba())  # type: ignore[attr-defined]
+    # Without the opacity, which not every logger takes; a copy, because the canvas reuses its memory.
+    return pixels[..., :3].copy()
 
 
 def _write(folder: str, name: str, columns: Sequence[str], rows: Sequence[Sequence[float]]) -> None:
@@ -114,16 +122,29 @@ def _csv(columns: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        # An empty cell for what is not a number, which the reader leaves out.
-        writer.writerow(["" if isnan(value) else value for value in row])
+        writer.writerow([_csv_cell(value) for value in row])
     return text.getvalue()
+
+
+def _csv_cell(value: float) -> float | str:
+    """Return an empty cell for NaN, which readers of CSV files take for a missing value."""
+    if isnan(value):
+        return ""
+    return value
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
     lines = [_markdown_line(columns), _markdown_line(["---"] * len(columns))]
     for row in rows:
-        lines.append(_markdown_line([f"{value:.4g}" if isinstance(value, float) else str(value) for value in row]))
+        lines.append(_markdown_line([_markdown_cell(value) for value in row]))
     return "\n".join(lines)
+
+
+def _markdown_cell(value: int | float) -> str:
+    """Format a number: counts in full, measurements to four digits."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
 
 
 def _markdown_line(cells: Sequence[str]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping, Sequence
+from math import isnan, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from lightning_fedhaw.data.preview import draw_histogram
 from lightning_fedhaw.report.history import RunHistory, read_run, read_runs
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -31,9 +33,12 @@ __all__ = [
     "read_runs",
 ]
 
+# Okabe and Ito's palette, which color-blind people can tell apart.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", ":", "-.")
+_MARKED_STYLES = ("o-", "s--", "^:", "D-.")
 _MOST_LABELS = 40
+_BEST_METRICS = ("val_acc", "acc", "val_loss", "loss")
 
 
 def draw_comparison(
@@ -43,13 +48,13 @@ def draw_comparison(
     path: str | Path | None = None,
     metric: str = "val_acc",
 ) -> Figure:
-    """Several runs' metric and scale over rounds, and the weights that one of them learned.
+    """Draw several runs' metric and scale over rounds, and the weights that one of them learned.
 
     Args:
-        runs: What each run logged, by name.
-        learned: The run whose weights are drawn.
+        runs: The history of each run, by name.
+        learned: The name of the run whose weights are drawn.
         sizes: Training samples of each client, ``[N]``.
-        path: Where the picture goes; its suffix chooses the format.
+        path: Where the picture is saved; its suffix chooses the format.
         metric: The metric of the curves.
 
     Raises:
@@ -57,29 +62,33 @@ def draw_comparison(
     """
     figure = _figure(11, 4.8)
     panels = figure.subplot_mosaic([["curves", "heat"], ["scale", "heat"]], width_ratios=(1, 1.1), height_ratios=(2, 1))
-    curves, scale, heat = panels["curves"], panels["scale"], panels["heat"]
+    curves = panels["curves"]
+    scale = panels["scale"]
+    heat = panels["heat"]
     for color, (name, history) in zip(_COLORS, runs.items(), strict=False):
         values = history.curve(metric)
         rounds = range(1, len(values) + 1)
         curves.plot(rounds, values, color=color, label=name, linewidth=2)
-        scales = [1.0 if value != value else value for value in history.curve("scale")]
+        # A rule that learns no scale uses 1, and so does every rule in a round that was skipped.
+        scales = [1.0 if isnan(value) else value for value in history.curve("scale")]
         scale.plot(rounds, scales, color=color, linewidth=2)
     curves.set(ylabel=metric, title=f"{metric} of the global model")
     curves.legend(frameon=False)
     scale.set(xlabel="round", ylabel="scale")
-    _whole_numbers(curves, scale)
+    _use_whole_numbers(curves, scale)
     _tidy(curves, scale)
-    _heat(heat, runs[learned], sizes)
+    _draw_heat_map(heat, runs[learned], sizes)
     heat.set_title(f"weights that {learned} learned")
-    return _saved(figure, path)
+    _save(figure, path)
+    return figure
 
 
 def draw_curves(runs: Mapping[str, RunHistory], path: str | Path | None = None, metric: str = "val_acc") -> Figure:
-    """Many runs' metric over rounds, each labeled at its end, and its mean over the last ten rounds.
+    """Draw many runs' metric over rounds, and its mean over the last ten rounds, sorted.
 
     Args:
-        runs: What each run logged, by name.
-        path: Where the picture goes; its suffix chooses the format.
+        runs: The history of each run, by name.
+        path: Where the picture is saved; its suffix chooses the format.
         metric: The metric of the curves.
 
     Raises:
@@ -87,20 +96,27 @@ def draw_curves(runs: Mapping[str, RunHistory], path: str | Path | None = None, 
     """
     figure = _figure(11, 2.6 + 0.14 * len(runs))
     curves, bars = figure.subplots(1, 2, width_ratios=(1.3, 1))
-    values = {name: history.curve(metric) for name, history in runs.items()}
-    means = {name: sum(curve[-10:]) / len(curve[-10:]) for name, curve in values.items()}
-    order = sorted(means, key=means.__getitem__)
-    for i, name in enumerate(reversed(order)):
-        color, style = _look(i)
+    values = {}
+    means = {}
+    for name, history in runs.items():
+        curve = history.curve(metric)
+        values[name] = curve
+        means[name] = sum(curve[-10:]) / len(curve[-10:])
+    names = sorted(means, key=means.__getitem__)
+    for index, name in enumerate(reversed(names)):
+        color, style = _color_and_style(index)
         curves.plot(range(1, len(values[name]) + 1), values[name], style, color=color, label=name, linewidth=1.5)
-        bars.plot(means[name], len(order) - 1 - i, "o", color=color)
-        bars.hlines(len(order) - 1 - i, min(means.values()), means[name], colors=color, linestyles=style)
+        # The best run is at the top, where the curves' colors begin.
+        height = len(names) - 1 - index
+        bars.plot(means[name], height, "o", color=color)
+        bars.hlines(height, min(means.values()), means[name], colors=color, linestyles=style)
     curves.set(xlabel="round", ylabel=metric, title=f"{metric} of the global model")
     bars.set(title="mean of the last ten rounds", xlabel=metric)
-    bars.set_yticks(range(len(order)), order)
-    _whole_numbers(curves)
+    bars.set_yticks(range(len(names)), names)
+    _use_whole_numbers(curves)
     _tidy(curves, bars)
-    return _saved(figure, path)
+    _save(figure, path)
+    return figure
 
 
 def draw_lines(
@@ -110,27 +126,29 @@ def draw_lines(
     xlabel: str = "",
     ylabel: str = "",
 ) -> Figure:
-    """One line for each of several methods over some quantity.
+    """Draw one line for each of several methods over some quantity.
 
     Args:
-        positions: Where the values belong.
-        lines: As many values for each name.
-        path: Where the picture goes; its suffix chooses the format.
-        xlabel: What the positions are.
-        ylabel: What the values are.
+        positions: The values of the quantity, on the horizontal axis.
+        lines: As many values for each method, by name.
+        path: Where the picture is saved; its suffix chooses the format.
+        xlabel: The label of the positions.
+        ylabel: The label of the values.
 
     Raises:
         ModuleNotFoundError: If matplotlib is missing.
     """
     figure = _figure(7, 4.4)
     axes = figure.subplots()
-    for i, (name, values) in enumerate(lines.items()):
-        style = ("o-", "s--", "^:", "D-.")[i // len(_COLORS) % 4]
-        axes.plot(positions, values, style, color=_COLORS[i % len(_COLORS)], label=name, linewidth=1.5)
+    for index, (name, values) in enumerate(lines.items()):
+        color, _ = _color_and_style(index)
+        style = _MARKED_STYLES[index // len(_COLORS) % len(_MARKED_STYLES)]
+        axes.plot(positions, values, style, color=color, label=name, linewidth=1.5)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(frameon=False)
     _tidy(axes)
-    return _saved(figure, path)
+    _save(figure, path)
+    return figure
 
 
 def draw_bands(
@@ -140,111 +158,167 @@ def draw_bands(
     *,
     log: bool = False,
 ) -> Figure:
-    """Metrics over rounds, a panel for each: means over the runs of a group, and bands of one standard deviation.
+    """Draw metrics over rounds, a panel for each: means over the runs of a group, and bands of one standard deviation.
 
     Args:
         groups: The runs of each method, such as one for each seed, by name.
         metrics: The metrics. Groups that did not log one are absent from its panel.
-        path: Where the picture goes; its suffix chooses the format.
+        path: Where the picture is saved; its suffix chooses the format.
         log: Whether the metrics' axes are logarithmic; values of 0 are left out then.
 
     Raises:
         ModuleNotFoundError: If matplotlib is missing.
     """
     figure = _figure(1.4 + 5.2 * len(metrics), 4.2)
-    for metric, axes in zip(metrics, figure.subplots(1, len(metrics), squeeze=False)[0], strict=True):
-        for i, (name, runs) in enumerate(groups.items()):
-            color, style = _look(i)
-            curves = _aligned([run.curve(metric) for run in runs])
-            rounds = (~curves.isnan()).any(0).nonzero()[:, 0]
-            mean, deviation = _spread(curves[:, rounds])
-            keep = (mean > 0) if log else torch.ones_like(mean, dtype=torch.bool)
-            if not keep.any():
-                continue
-            at, mean, deviation = rounds[keep] + 1, mean[keep], deviation[keep]
-            low = torch.maximum(mean - deviation, mean / 10) if log else mean - deviation
-            axes.plot(at, mean, style, marker="o" if len(at) == 1 else None, color=color, label=name, linewidth=2)
-            if len(runs) > 1:
-                axes.fill_between(at, low, mean + deviation, color=color, alpha=0.18, linewidth=0)
-        axes.set(xlabel="round", title=metric, yscale="log" if log else "linear")
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    scale = "log" if log else "linear"
+    for metric, axes in zip(metrics, panels, strict=True):
+        for index, (name, runs) in enumerate(groups.items()):
+            _draw_band(axes, index, name, [run.curve(metric) for run in runs], log)
+        axes.set(xlabel="round", title=metric, yscale=scale)
         axes.margins(x=0.02)
-        _whole_numbers(axes)
+        _use_whole_numbers(axes)
+        # Without a line there is no legend, and matplotlib would warn.
         if axes.get_lines():
             axes.legend(frameon=False)
         _tidy(axes)
     seeds = max(len(runs) for runs in groups.values())
     if seeds > 1:
         figure.supxlabel(f"mean and standard deviation over up to {seeds} runs", fontsize=9, color="0.4")
-    return _saved(figure, path)
+    _save(figure, path)
+    return figure
+
+
+def _draw_band(axes: Axes, index: int, name: str, curves: Sequence[Sequence[float]], log: bool) -> None:
+    """Draw the mean of some curves and, where there are several, a band of one standard deviation.
+
+    Args:
+        axes: The panel.
+        index: The place of the method among all, which chooses color and style.
+        name: The name of the method.
+        curves: One curve of each run.
+        log: Whether the axis is logarithmic.
+    """
+    color, style = _color_and_style(index)
+    values = _padded(curves)
+    rounds = (~values.isnan()).any(0).nonzero()[:, 0]
+    mean, deviation = _mean_and_deviation(values[:, rounds])
+    if log:
+        is_positive = mean > 0
+        rounds = rounds[is_positive]
+        mean = mean[is_positive]
+        deviation = deviation[is_positive]
+    if len(mean) == 0:
+        return
+    # A curve of a single point has no line to see.
+    marker = "o" if len(mean) == 1 else None
+    axes.plot(rounds + 1, mean, style, marker=marker, color=color, label=name, linewidth=2)
+    if len(curves) > 1:
+        low = mean - deviation
+        if log:
+            # A band that reaches 0 would have no lower edge on a logarithmic axis.
+            low = torch.maximum(low, mean / 10)
+        axes.fill_between(rounds + 1, low, mean + deviation, color=color, alpha=0.18, linewidth=0)
 
 
 def draw_weights(history: RunHistory, path: str | Path | None = None, title: str = "aggregation weights") -> Figure:
-    """Weights over rounds, against each client's share of the samples received that round; largest client on top.
+    """Draw weights over rounds, relative to each client's share of the samples received that round.
+
+    The largest client is on top.
 
     Args:
-        history: The run.
-        path: Where the picture goes; its suffix chooses the format.
-        title: The picture's title.
+        history: The history of the run.
+        path: Where the picture is saved; its suffix chooses the format.
+        title: The title of the picture.
 
     Raises:
         ModuleNotFoundError: If matplotlib is missing.
-        ValueError: If the run kept no weights.
+        ValueError: If the history has no weights.
     """
     if not len(history.weights):
         raise ValueError("The run kept no weights: it has no `weights.csv` and no round, or more than 1,000 clients.")
     figure = _figure(7.2, min(1.8 + 0.24 * len(history.sizes), 8.0))
     axes = figure.subplots()
-    _heat(axes, history, history.sizes)
+    _draw_heat_map(axes, history, history.sizes)
     axes.set_title(title)
-    return _saved(figure, path)
+    _save(figure, path)
+    return figure
 
 
 def draw_clients(groups: Mapping[str, Sequence[RunHistory]], metric: str, path: str | Path | None = None) -> Figure:
-    """A metric of the final model on each client's own data: client by client, and from the worst client to the best.
+    """Draw a metric of the final model on each client's own data: client by client, and from the worst to the best.
 
     Args:
         groups: The runs of each method, by name. The left panel shows the first of each.
         metric: The metric.
-        path: Where the picture goes; its suffix chooses the format.
+        path: Where the picture is saved; its suffix chooses the format.
 
     Raises:
         ModuleNotFoundError: If matplotlib is missing.
         ValueError: If no run has the metric.
     """
-    measured = {name: [run for run in runs if metric in run.clients] for name, runs in groups.items()}
-    measured = {name: runs for name, runs in measured.items() if runs}
+    measured = _runs_with_client_metric(groups, metric)
     if not measured:
-        there = sorted({known for runs in groups.values() for run in runs for known in run.clients})
-        raise ValueError(f"`metric` must be one that was measured on the clients ({_list(there)}), got {metric!r}.")
+        raise ValueError(
+            f"`metric` must be one that was measured on the clients ({_list(_client_metrics(groups))}), got {metric!r}."
+        )
     sizes = max((runs[0].sizes for runs in measured.values()), key=len)
-    figure = _figure(11, min(1.6 + 0.24 * len(sizes), 8.0) if len(sizes) > 12 else 4.2)
-    each, ranked = figure.subplots(1, 2, width_ratios=(1, 1.15))
-    row = {client: i for i, client in enumerate(_largest_first(sizes))}
-    for i, (name, runs) in enumerate(measured.items()):
-        color, style = _look(i)
+    height = 4.2
+    if len(sizes) > 12:
+        height = min(1.6 + 0.24 * len(sizes), 8.0)
+    figure = _figure(11, height)
+    by_client, ranked = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    row_of = {client: row for row, client in enumerate(_largest_first(sizes))}
+    for index, (name, runs) in enumerate(measured.items()):
+        color, style = _color_and_style(index)
         values = runs[0].clients[metric]
-        each.plot(values, [row[k] for k in range(len(values))], "o", color=color, alpha=0.85, markersize=5, label=name)
-        mean, deviation = _spread(_aligned([sorted(run.clients[metric]) for run in runs]))
-        at = 100 * torch.arange(1, len(mean) + 1) / len(mean)
-        ranked.plot(at, mean, style, color=color, linewidth=2, label=name)
+        rows = [row_of[client] for client in range(len(values))]
+        by_client.plot(values, rows, "o", color=color, alpha=0.85, markersize=5, label=name)
+        mean, deviation = _mean_and_deviation(_padded([sorted(run.clients[metric]) for run in runs]))
+        percent = 100 * torch.arange(1, len(mean) + 1) / len(mean)
+        ranked.plot(percent, mean, style, color=color, linewidth=2, label=name)
         if len(runs) > 1:
-            ranked.fill_between(at, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0)
-    _client_ticks(each, sizes)
-    each.set_ylim(len(sizes) - 0.4, -0.6)
-    seeds = max(map(len, measured.values()))
-    each.set(xlabel=metric, title="client by client" + ", first run" * (seeds > 1))
+            ranked.fill_between(percent, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0)
+    _label_clients(by_client, sizes)
+    by_client.set_ylim(len(sizes) - 0.4, -0.6)
+    title = "client by client"
+    if any(len(runs) > 1 for runs in measured.values()):
+        title += ", first run"
+    by_client.set(xlabel=metric, title=title)
     ranked.set(xlabel="clients, worst first, %", ylabel=metric, title="from the worst client to the best")
     ranked.legend(frameon=False)
-    _tidy(each, ranked)
-    return _saved(figure, path)
+    _tidy(by_client, ranked)
+    _save(figure, path)
+    return figure
+
+
+def _runs_with_client_metric(
+    groups: Mapping[str, Sequence[RunHistory]], metric: str
+) -> dict[str, Sequence[RunHistory]]:
+    """Return the runs that measured a metric on each client; groups without such a run are left out."""
+    measured: dict[str, Sequence[RunHistory]] = {}
+    for name, runs in groups.items():
+        runs_with_metric = [run for run in runs if metric in run.clients]
+        if runs_with_metric:
+            measured[name] = runs_with_metric
+    return measured
+
+
+def _client_metrics(groups: Mapping[str, Sequence[RunHistory]]) -> list[str]:
+    """List all metrics that some run measured on each client."""
+    metrics: set[str] = set()
+    for runs in groups.values():
+        for run in runs:
+            metrics |= run.clients.keys()
+    return sorted(metrics)
 
 
 def draw_labels(history: RunHistory, path: str | Path | None = None) -> Figure:
-    """Who owned what: one bar per client with a color for each class, or its size where the labels are not known.
+    """Draw the label histogram of every client, or its size where the labels are not known.
 
     Args:
-        history: The run.
-        path: Where the picture goes; its suffix chooses the format.
+        history: The history of the run.
+        path: Where the picture is saved; its suffix chooses the format.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -255,13 +329,13 @@ def draw_labels(history: RunHistory, path: str | Path | None = None) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
-    """Draw what there is to draw of some runs, and say where it went: the command ``fedhaw plot``.
+    """Draw the pictures of some runs and print their paths: the command ``fedhaw plot``.
 
     Args:
         argv: The command line; that of the process by default.
 
     Returns:
-        The pictures.
+        The paths of the pictures.
     """
     parser = argparse.ArgumentParser(
         prog="fedhaw plot",
@@ -288,66 +362,99 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 
 
 def read_groups(runs: Sequence[str]) -> dict[str, list[RunHistory]]:
-    """Runs by name.
+    """Read runs and group them by name.
 
     Args:
-        runs: Each ``path`` or ``name=path``. Without a name, a path's own is taken, and that of the folder around it
-            where Lightning has numbered the runs. All runs below a path have its name.
+        runs: Each ``path`` or ``name=path``. Without a name, that of the path is used, with that of the folder around
+            it where Lightning has numbered the runs. All runs below a path have its name.
 
     Raises:
         FileNotFoundError: If there is no such path.
         ValueError: If there is no run below it.
     """
     groups: dict[str, list[RunHistory]] = {}
-    for each in runs:
-        name, is_named, path = each.partition("=")
-        if not is_named or "/" in name or Path(each).exists():
-            name, path = "", each
+    for argument in runs:
+        name, separator, path = argument.partition("=")
+        # Paths may hold "=" themselves, as the names of checkpoints do.
+        is_path = not separator or "/" in name or Path(argument).exists()
+        if is_path:
+            name = ""
+            path = argument
         groups.setdefault(name or _name(Path(path)), []).extend(read_runs(path))
     return groups
 
 
 def _name(path: Path) -> str:
-    where = path.resolve()
-    while where.is_file() or where.name == "checkpoints":
-        where = where.parent
-    return (
-        f"{where.parent.name}/{where.name}"
-        if re.fullmatch(r"((version|seed|run)[_-]?)?\d+", where.name)
-        else where.name
-    )
+    """Return the name of a run by the folder that it is in."""
+    folder = path.resolve()
+    while folder.is_file() or folder.name == "checkpoints":
+        folder = folder.parent
+    if re.fullmatch(r"((version|seed|run)[_-]?)?\d+", folder.name):
+        return f"{folder.parent.name}/{folder.name}"
+    return folder.name
 
 
 def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, folder: Path) -> list[Path]:
-    """Everything that some run has the numbers for."""
-    logged = sorted({name for runs in groups.values() for run in runs for name in run.names})
+    """Draw every picture for which some run has the numbers.
+
+    Args:
+        groups: The runs of each method, by name.
+        metric: The metric of the curves; by default an accuracy if one was logged, else a loss.
+        folder: Where the pictures are saved.
+
+    Returns:
+        The paths of the pictures.
+    """
+    runs = [run for group in groups.values() for run in group]
+    logged = sorted(set().union(*(run.names for run in runs)))
     if metric is None:
-        metric = next((n for part in ("val_acc", "acc", "val_loss", "loss") for n in logged if part in n), None)
+        metric = _best_metric(logged)
     if metric is None or metric not in logged:
         raise ValueError(f"`--metric` must be one that the runs logged ({_list(logged)}), got {metric!r}.")
-    pictures = []
+    pictures: list[Path] = []
 
-    def draw(name: str, function: Any, *arguments: Any, **options: Any) -> None:
+    def path_of(name: str) -> Path:
+        """Return the path of the next picture, and add it to the list."""
         pictures.append(folder / f"{re.sub(r'[^A-Za-z0-9.=+-]+', '_', name)}.png")
-        function(*arguments, path=pictures[-1], **options)
+        return pictures[-1]
 
-    draw(metric, draw_bands, groups, [metric])
+    draw_bands(groups, [metric], path_of(metric))
     if "scale" in logged:
-        draw("scale", draw_bands, groups, ["scale"])
-    if hypergradients := [name for name in logged if name.startswith("hypergradient_")]:
-        draw("hypergradients", draw_bands, groups, hypergradients, log=True)
-    if any(metric in run.clients for runs in groups.values() for run in runs):
-        draw(f"{metric}_of_clients", draw_clients, groups, metric)
-    for name, (run, *_) in groups.items():
+        draw_bands(groups, ["scale"], path_of("scale"))
+    hypergradients = [name for name in logged if name.startswith("hypergradient_")]
+    if hypergradients:
+        draw_bands(groups, hypergradients, path_of("hypergradients"), log=True)
+    if any(metric in run.clients for run in runs):
+        draw_clients(groups, metric, path_of(f"{metric}_of_clients"))
+    for name, group in groups.items():
+        # One picture a method: its runs differ by their seeds only.
+        run = group[0]
         if run.sizes:
-            draw(f"{name}_labels", draw_labels, run)
+            draw_labels(run, path_of(f"{name}_labels"))
         if run.weight_changes() is not None:
-            draw(f"{name}_weights", draw_weights, run, title=f"weights that {name} learned")
+            draw_weights(run, path_of(f"{name}_weights"), f"weights that {name} learned")
     return pictures
 
 
-def _figure(width: float, height: float) -> Any:
-    """A figure that belongs to no window and to no global state."""
+def _best_metric(names: Sequence[str]) -> str | None:
+    """Return the first name that is of an accuracy, else of a loss; None if there is neither."""
+    for part in _BEST_METRICS:
+        for name in names:
+            if part in name:
+                return name
+    return None
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Create a figure that belongs to no window and to no global state.
+
+    Args:
+        width: Its width in inches.
+        height: Its height in inches.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -360,50 +467,59 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _saved(figure: Any, path: str | Path | None) -> Figure:
+def _save(figure: Figure, path: str | Path | None) -> None:
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
-    return figure  # type: ignore[no-any-return]
 
 
-def _tidy(*panels: Any) -> None:
+def _tidy(*panels: Axes) -> None:
     for axes in panels:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def _look(i: int) -> tuple[str, str]:
-    """Color and line style of the i-th method."""
-    return _COLORS[i % len(_COLORS)], _STYLES[i // len(_COLORS) % len(_STYLES)]
+def _color_and_style(index: int) -> tuple[str, str]:
+    """Return color and line style of the method with a number: all colors in one style, then in the next."""
+    color = _COLORS[index % len(_COLORS)]
+    style = _STYLES[index // len(_COLORS) % len(_STYLES)]
+    return color, style
 
 
-def _heat(axes: Any, history: RunHistory, sizes: Sequence[int]) -> None:
-    """The change of weights against shares of samples, and its color bar."""
+def _draw_heat_map(axes: Axes, history: RunHistory, sizes: Sequence[int]) -> None:
+    """Draw the change of weights relative to the shares of samples, and its color bar.
+
+    Args:
+        axes: The panel.
+        history: The history of the run.
+        sizes: Training samples of each client, ``[N]``.
+    """
     changes = history.weight_changes()
     if changes is None:
-        changes = torch.where(history.weights.isnan(), torch.nan, 0.0)
-    limit = max(1e-3, changes.nan_to_num(0.0).abs().max().item())
-    order = _largest_first(sizes)
+        # Every weight is its share of the samples: a change of 0 where an update was received.
+        changes = torch.where(history.weights.isnan(), nan, 0.0)
+    # Symmetric around 0, so that white is no change; the smallest range keeps rounding from filling the colors.
+    limit = 100 * max(1e-3, changes.nan_to_num(0.0).abs().max().item())
     image = axes.imshow(
-        changes.T[order].numpy() * 100,
+        changes.T[_largest_first(sizes)].numpy() * 100,
         aspect="auto",
         cmap="RdBu_r",
-        vmin=-100 * limit,
-        vmax=100 * limit,
+        vmin=-limit,
+        vmax=limit,
         interpolation="nearest",
         extent=(0.5, len(changes) + 0.5, len(sizes) - 0.5, -0.5),
     )
     axes.set_facecolor("0.85")
     axes.set(xlabel="round")
-    _whole_numbers(axes)
-    _client_ticks(axes, sizes)
+    _use_whole_numbers(axes)
+    _label_clients(axes, sizes)
     axes.figure.colorbar(image, ax=axes, label="change against the share of samples, %")
 
 
-def _client_ticks(axes: Any, sizes: Sequence[int]) -> None:
-    names = [f"client {k}  ({sizes[k]:,})" for k in _largest_first(sizes)]
+def _label_clients(axes: Axes, sizes: Sequence[int]) -> None:
+    """Label the rows of a panel with the clients and their samples, or say how many there are if they are too many."""
     if len(sizes) <= _MOST_LABELS:
+        names = [f"client {client}  ({sizes[client]:,})" for client in _largest_first(sizes)]
         axes.set_yticks(range(len(sizes)), names)
     else:
         axes.set_yticks([])
@@ -412,27 +528,32 @@ def _client_ticks(axes: Any, sizes: Sequence[int]) -> None:
 
 
 def _largest_first(sizes: Sequence[int]) -> list[int]:
+    """Sort clients by their samples; clients of one size stay in order."""
     return sorted(range(len(sizes)), key=lambda client: -sizes[client])
 
 
-def _whole_numbers(*panels: Any) -> None:
+def _use_whole_numbers(*panels: Axes) -> None:
+    """Label the horizontal axis with whole numbers: there is no round 2.5."""
     from matplotlib.ticker import MaxNLocator
 
     for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
 
 
-def _aligned(curves: Sequence[Sequence[float]]) -> Tensor:
-    """``[runs, rounds]``, short runs filled up with NaN."""
+def _padded(curves: Sequence[Sequence[float]]) -> Tensor:
+    """Stack curves to ``[runs, rounds]``; short ones are filled up with NaN."""
     longest = max(len(curve) for curve in curves)
-    rows = [[*curve, *[torch.nan] * (longest - len(curve))] for curve in curves]
-    return torch.tensor(rows, dtype=torch.float64).reshape(len(curves), longest)
+    stack = torch.full((len(curves), longest), nan, dtype=torch.float64)
+    for row, curve in zip(stack, curves, strict=True):
+        row[: len(curve)] = torch.tensor(curve, dtype=torch.float64)
+    return stack
 
 
-def _spread(curves: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over runs, of those that have a value."""
+def _mean_and_deviation(curves: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation ``[rounds]`` over the runs that have a value, of curves ``[runs, rounds]``."""
     mean = curves.nanmean(0)
-    return mean, (curves - mean).square().nanmean(0).sqrt()
+    deviation = (curves - mean).square().nanmean(0).sqrt()
+    return mean, deviation
 
 
 def _list(names: Sequence[str]) -> str:

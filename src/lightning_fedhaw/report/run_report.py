@@ -11,25 +11,25 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What a run was, what it cost and what came out.
+    """The settings, the costs and the results of a run.
 
     Attributes:
         rule: Name of the aggregation rule.
         channels: Names of the channels, with their links.
         objectives: Names of the client objectives.
         rounds: Rounds that were run.
-        num_clients: Clients that exist.
+        num_clients: N, all clients of the federation.
         num_received: Client updates that the server received, over all rounds.
         num_parameters: Trainable parameters.
         metrics: The last value of each metric that was logged.
-        learned: What the rule learned, by name.
-        channel_numbers: What the channels have to say about the run, such as a privacy bound.
+        learned: The values that the rule learned, by name.
+        channel_numbers: The numbers that channels report of the run, such as a privacy bound.
         client_metrics: For each metric of the final model on the clients' own data: mean, standard deviation and worst
             decile over clients. Empty if the clients were not evaluated.
         has_held_out_data: Whether the clients were evaluated on data held out of training.
         bytes_down: Bytes that were sent to clients.
         bytes_up: Bytes that clients sent.
-        lost_messages: Messages that did not arrive.
+        lost_messages: Messages that were lost, on either link.
         nonfinite_updates: Updates that were left out because they held NaN or infinity.
         skipped_rounds: Rounds without any client update.
         skipped_steps: Local steps that did not step the optimizer.
@@ -44,8 +44,8 @@ class RunRecord:
     num_received: int
     num_parameters: int
     metrics: Mapping[str, float]
-    learned: Mapping[str, Any]
-    channel_numbers: Mapping[str, Any]
+    learned: Mapping[str, float]
+    channel_numbers: Mapping[str, float]
     client_metrics: Mapping[str, Mapping[str, float]]
     has_held_out_data: bool
     bytes_down: int
@@ -58,11 +58,11 @@ class RunRecord:
 
 
 def summary_of(record: RunRecord) -> dict[str, Any]:
-    """Put a record into the form that ``trainer.federation_summary`` shows.
+    """Convert a record to the dictionary that ``trainer.federation_summary`` shows.
 
     Returns:
-        Plain values and mappings. What the rule learned and what the channels say stands among the other entries, and
-        the names of the former are listed under ``"learned"``.
+        Plain values and mappings. The numbers of the rule and of the channels are entries of their own, and the names
+        of the rule's are listed under ``"learned"``.
     """
     return {
         "rule": record.rule,
@@ -70,7 +70,7 @@ def summary_of(record: RunRecord) -> dict[str, Any]:
         "objectives": list(record.objectives),
         "rounds": record.rounds,
         "clients": record.num_clients,
-        # A run of no rounds has no average.
+        # Without a division by zero where no round was run.
         "clients_per_round": record.num_received / max(record.rounds, 1),
         "parameters": record.num_parameters,
         "metrics": dict(record.metrics),
@@ -90,19 +90,21 @@ def summary_of(record: RunRecord) -> dict[str, Any]:
 
 
 def summary_metrics(metrics: Mapping[str, Tensor], internal: Collection[str]) -> dict[str, float]:
-    """Choose the metrics that belong in the run summary.
+    """Select the metrics that belong in the run summary.
 
     Args:
         metrics: Everything that callbacks can see at the end of the run.
-        internal: Names that the rule logs every round, which are of no use without their course.
+        internal: Names that the rule and the round log, whose last values alone say little.
 
     Returns:
-        The others, each once: where Lightning has a metric under its name and under those of its forks for steps and
-        epochs, the name alone is kept.
+        The other metrics, each once: where Lightning has a metric under its own name and under those with the suffixes
+        ``_step`` and ``_epoch``, only its own name is used.
     """
-    forks = {f"{name}{suffix}" for name in metrics for suffix in ("_step", "_epoch")}
-    chosen = {}
+    forks = set()
+    for name in metrics:
+        forks |= {f"{name}_step", f"{name}_epoch"}
+    selected = {}
     for name, value in metrics.items():
         if name not in internal and name not in forks:
-            chosen[name] = float(value)
-    return chosen
+            selected[name] = float(value)
+    return selected

@@ -1,54 +1,72 @@
-"""What is said of a federation before its first round and after its last: the start-up line and the run summary."""
+"""The start-up line of a federation and its run summary, from the objects that hold their numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.objectives.base import ClientObjective
-from lightning_fedhaw.options import repr_settings
+from lightning_fedhaw.options import FederationOptions, repr_settings
 from lightning_fedhaw.report.history import RunHistory
 from lightning_fedhaw.report.run_report import RunRecord, summary_metrics, summary_of
 from lightning_fedhaw.report.summary import client_statistics
 
 
-def start_up_line(federation: Federation, callbacks: Iterable[Any], assumed: Sequence[str], round_idx: int) -> str:
-    """What will happen, and what was assumed because nobody said it.
+def start_up_line(federation: Federation, callbacks: Iterable[Callback], assumed: Sequence[str], round_idx: int) -> str:
+    """Describe in one line what will run, and what is assumed because no argument says it.
 
     Args:
         federation: The federation.
-        callbacks: The trainer's, of which channels and objectives are named.
-        assumed: What was assumed of the data.
-        round_idx: The first round to be played.
+        callbacks: The trainer's callbacks, of which channels and objectives are described.
+        assumed: The assumptions about the split of the data.
+        round_idx: The number of the first round that will run.
     """
-    options, data, layout = federation.options, federation.data, federation.layout
-    cohort = len(federation.cohort(round_idx))
-    assumptions = list(assumed)
-    if options.clients_per_round is None and options.sampler is None:
-        assumptions.append("everyone takes part")
-    if options.local_epochs is None and options.local_steps is None:
-        assumptions.append("one local epoch")
-    down, up = (cohort * federation.message_bytes(link) / 1e6 for link in ("downlink", "uplink"))
-    traffic = f"{down:.3g} MB each way" if down == up else f"{down:.3g} MB down and {up:.3g} MB up"
-    named = [federation.rule.describe()]
-    named += [repr_settings(callback) for callback in callbacks if isinstance(callback, (Channel, ClientObjective))]
+    data = federation.data
+    layout = federation.layout
+    cohort_size = len(federation.cohort(round_idx))
+    parts = [federation.rule.describe()]
+    for callback in callbacks:
+        if isinstance(callback, (Channel, ClientObjective)):
+            parts.append(repr_settings(callback))
     line = (
-        f"Federation: {', '.join(named)}, {data.num_clients} clients with {_range(data.num_examples)} samples,"
-        f" {cohort} a round, batch size {data.settings.batch_size}, {layout.numel:,} parameters, {traffic} a round"
+        f"Federation: {', '.join(parts)}, {data.num_clients} clients with {_range(data.num_examples)} samples,"
+        f" {cohort_size} a round, batch size {data.settings.batch_size}, {layout.numel:,} parameters,"
+        f" {_traffic(federation, cohort_size)} a round"
     )
     if federation.rule.keeps_cohort:
-        kept = cohort * layout.numel * layout.dtype.itemsize
-        line += f", a checkpoint holds {kept / 1e6:.3g} MB of client vectors"
+        megabytes = cohort_size * layout.numel * layout.dtype.itemsize / 1e6
+        line += f", a checkpoint holds {megabytes:.3g} MB of client vectors"
     if federation.ranks.size > 1:
         line += f", {federation.ranks.size} processes"
+    assumptions = [*assumed, *_assumptions(federation.options)]
     if assumptions:
         line += f". Assumed: {'; '.join(assumptions)}"
     return f"{line}."
+
+
+def _traffic(federation: Federation, cohort_size: int) -> str:
+    """Describe how much is sent in a round: one message down and one up for each client that takes part."""
+    down = cohort_size * federation.message_bytes("downlink") / 1e6
+    up = cohort_size * federation.message_bytes("uplink") / 1e6
+    if down == up:
+        return f"{down:.3g} MB each way"
+    return f"{down:.3g} MB down and {up:.3g} MB up"
+
+
+def _assumptions(options: FederationOptions) -> list[str]:
+    """List what is assumed of a round because no argument says it."""
+    assumptions = []
+    if options.clients_per_round is None and options.sampler is None:
+        assumptions.append("all clients participate")
+    if options.local_epochs is None and options.local_steps is None:
+        assumptions.append("one local epoch")
+    return assumptions
 
 
 def evaluate_clients(federation: Federation, history: RunHistory) -> dict[str, dict[str, float]]:
@@ -56,17 +74,18 @@ def evaluate_clients(federation: Federation, history: RunHistory) -> dict[str, d
 
     Args:
         federation: The federation.
-        history: Keeps each client's numbers.
+        history: Receives each client's numbers.
 
     Returns:
-        Each metric's statistics over clients; empty if the evaluation failed.
+        Each metric's statistics over clients; empty if the evaluation failed, of which a warning says why.
     """
     try:
-        values, better = federation.evaluate_clients()
-        statistics = client_statistics(values, better)
-        history.clients = {name: each.tolist() for name, each in values.items()}
+        values, higher_is_better = federation.evaluate_clients()
+        statistics = client_statistics(values, higher_is_better)
+        history.clients = {name: value.tolist() for name, value in values.items()}
     except Exception as error:
-        # The run is over and its model is good; a table without client metrics is better than none.
+        # The run is over and its model is good, and the module's steps, which are the user's, may fail in any way on
+        # a client's data: a summary without client metrics is better than none.
         rank_zero_warn(
             f"The clients could not be evaluated on their own data ({type(error).__name__}: {error}), so the"
             " run summary has no client metrics. `client_eval=False` skips this."
@@ -82,22 +101,26 @@ def run_summary(
     rule_metrics: Collection[str],
     client_metrics: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
-    """The summary of a run as plain values.
+    """Return the summary of a run as plain values.
 
     Args:
         federation: The federation.
-        rounds: Rounds that were played.
-        metrics: What callbacks can see at the end.
+        rounds: Rounds that were run.
+        metrics: Everything that callbacks can see at the end of the run.
         rule_metrics: Names of the rule's and the round's own numbers among them.
-        client_metrics: What :func:`evaluate_clients` found.
+        client_metrics: The statistics over clients that :func:`evaluate_clients` returned.
     """
     rule = federation.rule
     tally = federation.tally
     channels = (*federation.uplink, *federation.downlink)
-    channel_numbers: dict[str, Any] = {}
+    channel_numbers: dict[str, float] = {}
     for channel in channels:
         channel_numbers.update(channel.summary())
-    learned = {name: float(metrics[name]) for name in rule.summary_metrics if name in metrics}
+    learned = {}
+    for name in rule.summary_metrics:
+        if name in metrics:
+            learned[name] = float(metrics[name])
+    learned.update(rule.summary())
     record = RunRecord(
         rule=type(rule).__name__,
         channels=[f"{type(channel).__name__} ({channel.link})" for channel in channels],
@@ -107,7 +130,7 @@ def run_summary(
         num_received=tally.received,
         num_parameters=federation.layout.numel,
         metrics=summary_metrics(metrics, rule_metrics),
-        learned={**learned, **rule.summary()},
+        learned=learned,
         channel_numbers=channel_numbers,
         client_metrics=client_metrics,
         has_held_out_data=bool(federation.options.client_val_fraction),
@@ -123,5 +146,9 @@ def run_summary(
 
 
 def _range(sizes: Tensor) -> str:
-    low, high = int(sizes.min()), int(sizes.max())
-    return f"{low}" if low == high else f"{low} to {high}"
+    """Format the smallest and the largest of some sizes ``[N]``."""
+    smallest = int(sizes.min())
+    largest = int(sizes.max())
+    if smallest == largest:
+        return f"{smallest}"
+    return f"{smallest} to {largest}"

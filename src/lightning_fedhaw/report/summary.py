@@ -1,4 +1,4 @@
-"""The table that a run ends with, and its numbers under flat names."""
+"""The run summary as a table of text, and its numbers under flat names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 _INCIDENTS = ("lost_messages", "nonfinite_updates", "skipped_rounds", "skipped_steps")
 _STATISTICS = ("mean", "std", "worst_decile")
 
+# The shortest abbreviations count as whole words only: "ce" is a part of "performance" too.
 _WORSE_WHEN_HIGHER = re.compile(
     r"loss|err|mse|mae|perplexity|ppl|nll|fid|entropy|distance|divergence"
     r"|(?:^|[_/])(?:ce|bce|wer|cer|kl|brier)(?:$|[_/])",
@@ -29,34 +30,41 @@ def client_statistics(
 
     Args:
         values: ``[N]`` per metric.
-        higher_is_better: What torchmetrics objects say of themselves.
+        higher_is_better: Whether higher is better, for the metrics whose torchmetrics object declares it.
+
+    Returns:
+        For each metric the entries ``mean``, ``std`` and ``worst_decile``.
     """
     statistics = {}
     for name, value in values.items():
-        is_better_when_higher = higher_is_better.get(name, _WORSE_WHEN_HIGHER.search(name) is None)
+        worst_quantile = 0.9
+        if higher_is_better.get(name, _WORSE_WHEN_HIGHER.search(name) is None):
+            worst_quantile = 0.1
         statistics[name] = {
             "mean": value.mean().item(),
+            # All clients are measured, and not a sample of them.
             "std": value.std(unbiased=False).item(),
-            "worst_decile": value.quantile(0.1 if is_better_when_higher else 0.9).item(),
+            "worst_decile": value.quantile(worst_quantile).item(),
         }
     return statistics
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
-    """Format the summary of a run as text."""
+    """Format the summary of a run as tables of text, for the terminal."""
     tables = [_table(("federation", ""), _federation_rows(summary))]
     if summary["client_metrics"]:
         head = f"over {summary['clients']} clients, their {summary['clients_measured_on']}"
         rows = []
         for name, statistics in summary["client_metrics"].items():
-            rows.append((name, *(f"{statistics[key]:.4g}" for key in _STATISTICS)))
+            cells = [f"{statistics[key]:.4g}" for key in _STATISTICS]
+            rows.append((name, *cells))
         tables.append(_table((head, "mean", "std", "worst decile"), rows))
     tables.append(_table(("phase", "seconds", "share"), _phase_rows(summary["seconds"])))
     return "\n".join(tables)
 
 
 def _federation_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """List what the run was, what it cost, and what came out."""
+    """List the settings, the costs and the results of the run."""
     rows = [("rule", str(summary["rule"]))]
     for name in ("channels", "objectives"):
         if summary[name]:
@@ -80,24 +88,34 @@ def _federation_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _phase_rows(seconds: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    # Phases that took no time at all have no share of it either.
+    # Where nothing was measured all shares are 0, without a division by zero.
     total = sum(seconds.values()) or 1.0
-    return [(name, f"{value:.2f}", f"{value / total:.0%}") for name, value in seconds.items()]
+    rows = []
+    for name, value in seconds.items():
+        rows.append((name, f"{value:.2f}", f"{value / total:.0%}"))
+    return rows
 
 
 def flat_numbers(summary: Mapping[str, Any], prefix: str = "summary") -> dict[str, float]:
-    """Give a summary's numbers flat names, for loggers."""
+    """Return the numbers of a summary under flat names, for loggers; entries that are no numbers are left out.
+
+    Args:
+        summary: A summary, or a part of one.
+        prefix: The beginning of the names, before a slash.
+    """
     flat: dict[str, float] = {}
     for name, value in summary.items():
         key = f"{prefix}/{name.replace(' ', '_')}"
         if isinstance(value, Mapping):
             flat |= flat_numbers(value, key)
+        # A boolean is an integer in Python, but no number to plot.
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             flat[key] = float(value)
     return flat
 
 
 def _bytes(count: float) -> str:
+    """Format a number of bytes in decimal units, as networks are measured."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -106,6 +124,7 @@ def _bytes(count: float) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a head and rows of cells in columns, between horizontal rules."""
     widths = []
     for column in zip(head, *rows, strict=True):
         widths.append(max(map(len, column)))
