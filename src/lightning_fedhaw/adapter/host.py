@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, cast, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
