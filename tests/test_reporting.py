@@ -19,7 +19,8 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from federations import QUIET, Classifier, flat, loader, samples, trainer, val_loader
 from lightning_fedhaw import FedAvgCallback, FedHAWCallback, IIDPartitioner
 from lightning_fedhaw.report.history import RunHistory, find_history, read_run, read_runs
-from lightning_fedhaw.report.plotting import draw_bands, draw_clients, draw_weights, main
+from lightning_fedhaw.report.plot_command import main
+from lightning_fedhaw.report.plotting import draw_bands, draw_clients, draw_weights
 from lightning_fedhaw.report.run_report import RunRecord, summary_metrics, summary_of
 from lightning_fedhaw.report.summary import flat_numbers, format_summary
 

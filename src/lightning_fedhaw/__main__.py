@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = list(argv)
     # Imported where they are needed: pictures need matplotlib and no jsonargparse, other commands the reverse.
     if arguments[:1] == ["plot"]:
-        import_module("lightning_fedhaw.report.plotting").main(arguments[1:])
+        import_module("lightning_fedhaw.report.plot_command").main(arguments[1:])
         return 0
     try:
         from lightning_fedhaw.cli import FedhawCommand

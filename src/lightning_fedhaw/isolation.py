@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -44,3 +45,17 @@ def seed_randomness(seed: int, device: torch.device) -> None:
     random.seed(seed)
     # NumPy's legacy generator takes 32 bits.
     np.random.seed(seed & 0xFFFFFFFF)
+
+
+def foreign_random_states() -> tuple[object, ...]:
+    """Return the states of NumPy's and Python's random numbers, in a form that can be compared."""
+    _, keys, *positions = np.random.get_state()
+    return random.getstate(), np.asarray(keys).tobytes(), *positions
+
+
+def torch_random_states(device: torch.device) -> Tensor:
+    """Return the states of torch's random numbers as one tensor."""
+    states = [torch.default_generator.get_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)

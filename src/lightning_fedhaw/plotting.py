@@ -1,6 +1,7 @@
 """Figures of finished runs, under the name that projects import."""
 
 from lightning_fedhaw.report.history import RunHistory, read_run, read_runs
+from lightning_fedhaw.report.plot_command import main
 from lightning_fedhaw.report.plotting import (
     draw_bands,
     draw_clients,
@@ -9,7 +10,6 @@ from lightning_fedhaw.report.plotting import (
     draw_labels,
     draw_lines,
     draw_weights,
-    main,
 )
 
 __all__ = [

@@ -101,3 +101,18 @@ def _agree(a: Tensor | None, b: Tensor | None, allowed: float) -> bool:
     if a.shape != b.shape or not a.is_floating_point():
         return torch.equal(a, b)
     return torch.allclose(a.double().cpu(), b.double().cpu(), rtol=0.0, atol=allowed, equal_nan=True)
+
+
+def number_of_bytes(tensor: Tensor) -> int:
+    """Return the memory that a tensor's elements take."""
+    return tensor.numel() * tensor.element_size()
+
+
+def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a floating-point tensor; any other stays as it is."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def cast_all(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Cast the floating-point tensors among some."""
+    return {name: cast_tensor(tensor, dtype) for name, tensor in tensors.items()}

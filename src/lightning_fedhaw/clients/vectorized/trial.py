@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from lightning.pytorch.plugins import DoublePrecision, Precision
 from torch import Tensor, nn
@@ -18,7 +16,17 @@ from lightning_fedhaw.clients.engine import LocalPlan, states_of
 from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.steps import Host, Terms, loss_of
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep, StepInputs
-from lightning_fedhaw.clients.vectorized.comparison import GRADIENT, LOSS, Values, distance, first_difference, is_finite
+from lightning_fedhaw.clients.vectorized.comparison import (
+    GRADIENT,
+    LOSS,
+    Values,
+    cast_all,
+    cast_tensor,
+    distance,
+    first_difference,
+    is_finite,
+    number_of_bytes,
+)
 from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
 from lightning_fedhaw.clients.vectorized.guard import StepGuard
 from lightning_fedhaw.clients.vectorized.optimizers import row_states
@@ -26,7 +34,7 @@ from lightning_fedhaw.clients.vectorized.recorder import StackRecorder
 from lightning_fedhaw.clients.vectorized.snapshot import Snapshot
 from lightning_fedhaw.clients.vectorized.tracing import LineFinder, explained, quiet_collector, reads_index
 from lightning_fedhaw.data.client_data import ClientData
-from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
+from lightning_fedhaw.isolation import foreign_random_states, isolated_randomness, seed_randomness, torch_random_states
 from lightning_fedhaw.objectives.base import ClientObjective, ClientState
 from lightning_fedhaw.streams import seed_of, stream
 from lightning_fedhaw.vectors.layout import ParameterLayout
@@ -189,15 +197,15 @@ class _Trial:
                 random numbers that no batched call could give each client.
         """
         seed_randomness(self.seeds[row], self.host.device)
-        state_before = _foreign_randomness()
+        state_before = foreign_random_states()
         with _errors_refuse():
             self._run_measured(row)
         change = self.snapshot.changed()
         if change is not None:
             raise NotVectorizableError(change.description + self._line_that(change.has_happened))
-        state_after = _foreign_randomness()
+        state_after = foreign_random_states()
         if state_after != state_before:
-            line = self._line_that(lambda: _foreign_randomness() != state_after)
+            line = self._line_that(lambda: foreign_random_states() != state_after)
             raise NotVectorizableError(f"draws from NumPy's or Python's random numbers, once for all clients{line}")
 
     def _run_measured(self, row: int) -> None:
@@ -209,7 +217,7 @@ class _Trial:
             # ten times the batch.
             seed_randomness(self.seeds[row], self.host.device)
             self._alone(row, nullcontext())
-            self.activations = max(self.activations, 10 * sum(_nbytes(tensor[row]) for tensor in self.batch))
+            self.activations = max(self.activations, 10 * sum(number_of_bytes(tensor[row]) for tensor in self.batch))
 
     def _try_together(self, guard: StepGuard) -> bool:
         """Run the step for both clients at once.
@@ -222,13 +230,13 @@ class _Trial:
         """
         self.snapshot.restore()
         seed_randomness(self.seeds[0], self.host.device)
-        state_before = _torch_randomness(self.host.device)
+        state_before = torch_random_states(self.host.device)
         with _errors_refuse():
             self._together(guard)
         change = self.snapshot.changed()
         if change is not None:
             raise NotVectorizableError(change.description)
-        return not torch.equal(state_before, _torch_randomness(self.host.device))
+        return not torch.equal(state_before, torch_random_states(self.host.device))
 
     def _alone(self, row: int, context: AbstractContextManager[object]) -> Values:
         """Run one client's step in the module itself, and return all its values.
@@ -358,7 +366,7 @@ class _Trial:
         prepared: list[Tensor] = self.host.prepare(data)
         if self.dtype is None:
             return prepared
-        return [_cast(tensor, self.dtype) for tensor in prepared]
+        return [cast_tensor(tensor, self.dtype) for tensor in prepared]
 
     def _generators(self) -> list[torch.Generator]:
         """Make a generator for the dropout masks of each of the two clients."""
@@ -431,8 +439,8 @@ class _Trial:
         original_inputs = (self.vectors, self.starts, self.states, self.batch, self.batch_size)
         self.dtype = dtype
         self.vectors = [vector.to(dtype) for vector in self.vectors]
-        self.starts = _cast_all(self.starts, dtype)
-        self.states = [_cast_all(state, dtype) for state in self.states]
+        self.starts = cast_all(self.starts, dtype)
+        self.states = [cast_all(state, dtype) for state in self.states]
         self.batch = [tensor[:, :size] for tensor in self.batch]
         self.batch_size = size
         try:
@@ -497,9 +505,9 @@ class _Trial:
         # A client's parameters, their copy where rows are picked by index, gradients, and states of the optimizer.
         copies = (3 + max(num_states, 1)) * layout.message_bytes
         vectors = 2 * layout.numel * layout.dtype.itemsize
-        buffers = 2 * sum(_nbytes(buffer) for buffer in layout.tracked_buffers(self.host.module).values())
-        batch = 2 * sum(_nbytes(tensor[0]) for tensor in self.batch)
-        terms = sum(_nbytes(value[0]) for state in self.states for value in state.values())
+        buffers = 2 * sum(number_of_bytes(buffer) for buffer in layout.tracked_buffers(self.host.module).values())
+        batch = 2 * sum(number_of_bytes(tensor[0]) for tensor in self.batch)
+        terms = sum(number_of_bytes(value[0]) for state in self.states for value in state.values())
         # The backward pass needs about as much again as the forward pass has saved.
         total: int = copies + vectors + buffers + batch + terms + 2 * self.activations
         return total
@@ -527,30 +535,3 @@ class _NoLogger:
 
 class _DifferenceError(Exception):
     """The error of two clients at once whose values differ from those alone, or cannot be compared."""
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a floating-point tensor; any other stays as it is."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _cast_all(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
-
-
-def _foreign_randomness() -> tuple[object, ...]:
-    """Return the states of NumPy's and Python's random numbers, in a form that can be compared."""
-    _, keys, *positions = np.random.get_state()
-    return random.getstate(), np.asarray(keys).tobytes(), *positions
-
-
-def _torch_randomness(device: torch.device) -> Tensor:
-    """Return the states of torch's random numbers as one tensor."""
-    states = [torch.default_generator.get_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)
