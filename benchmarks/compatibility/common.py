@@ -1,0 +1,323 @@
+"""Holds a package's own model to the promise that a LightningModule does not change: what every script here shares.
+
+A script says how its package trains, as the package's documentation does it, and `hold` trains it several times from the
+same seed: with the stock `Trainer`; with one client, which must end with the weights of the stock `Trainer`; and with three
+clients through both entry points. One JSON line tells what came of it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from lightning_fedhaw import FedAvgCallback, FederatedTrainer, FedHAWCallback
+from lightning_fedhaw.isolation import seed_randomness
+from lightning_fedhaw.streams import seed_of
+
+SEED = 7
+EPOCHS = 2
+TOLERANCE = 1e-6
+
+NOT_OURS = ("does not have many workers", "`isinstance(treespec, LeafSpec)` is deprecated", "tensorboardX")
+"""Warnings of Lightning itself that say nothing about the package or the federation."""
+
+
+@dataclass
+class Trained:
+    """What a training run left.
+
+    Attributes:
+        trainer: The trainer that was used.
+        module: The module it trained.
+        start: The module's trainable parameters before; None where the package makes them during training.
+    """
+
+    trainer: pl.Trainer
+    module: pl.LightningModule
+    start: dict[str, Tensor] | None = None
+
+
+class LikeOneClient(pl.Callback):
+    """Gives a stock trainer the two things that tell it from a federation of one client; then both must be equal.
+
+    - A client's local training starts each round in a random state of its own, from which dropout and the like draw.
+    - The server adds the clients' displacements, weighted by their numbers of examples, to the model it sent out, and
+      `start + n * (end - start) / n` is not always `end` in floating point. Adam and its kin turn a gradient that is zero
+      but for rounding (a bias in front of a normalization has one) into a whole step, so the last bit may separate two runs.
+
+    Args:
+        examples: The number of training examples, where the training loader does not show it.
+    """
+
+    def __init__(self, examples: int | None = None) -> None:
+        self.examples = examples
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the model."""
+        self.start = [p.detach().clone() for p in pl_module.parameters() if p.requires_grad]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin the epoch in the random state of a client's round."""
+        if batch_idx == 0:
+            seed_randomness(seed_of(SEED, "client", 0, "round", trainer.current_epoch, "model"), torch.device("cpu"))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Round as the server does."""
+        examples = float(self.examples or len(trainer.train_dataloader.dataset))
+        trainable = [p for p in pl_module.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for parameter, start in zip(trainable, self.start, strict=True):
+                total = (parameter - start) * examples
+                parameter.copy_(total * (1.0 / examples) + start)
+
+
+@dataclass
+class Setting:
+    """How to train this time.
+
+    Attributes:
+        trainer_class: The class of the trainer, for packages that let users make it.
+        callbacks: What the one-line change adds to `callbacks=[...]`.
+        comparable: Whether the result is compared with that of the stock trainer, so that whatever counts steps, such
+            as a learning-rate schedule, has to be left out.
+        epochs: Epochs, or rounds.
+    """
+
+    trainer_class: type[pl.Trainer] = pl.Trainer
+    callbacks: list[pl.Callback] = field(default_factory=list)
+    comparable: bool = False
+    epochs: int = EPOCHS
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the trainer, for packages that make it themselves."""
+        return {
+            "max_epochs": self.epochs,
+            "accelerator": "cpu",
+            "devices": 1,
+            "callbacks": list(self.callbacks),
+            "logger": CSVLogger(tempfile.mkdtemp()),
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": tempfile.mkdtemp(),
+        }
+
+    def trainer(self, **more: Any) -> pl.Trainer:
+        """Make the trainer."""
+        arguments = self.arguments
+        callbacks = [*arguments.pop("callbacks"), *more.pop("callbacks", [])]
+        return self.trainer_class(callbacks=callbacks, **{**arguments, **more})
+
+
+Train = Callable[[Setting], Trained]
+
+
+def fitted(setting: Setting, module: pl.LightningModule, *data: Any, more: Mapping[str, Any] = {}, **fit: Any) -> Trained:  # noqa: B006
+    """Train a module as most documentation does: make a trainer, and call `fit`."""
+    start = parameters_of(module)
+    trainer = setting.trainer(**more)
+    trainer.fit(module, *data, **fit)
+    return Trained(trainer, module, start)
+
+
+def parameters_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Copy the trainable parameters, in float64."""
+    return {name: p.detach().double().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def buffers_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Copy the buffers, in float64."""
+    return {name: b.detach().double().clone() for name, b in module.named_buffers()}
+
+
+def largest_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    """Find the largest difference of two sets of tensors.
+
+    Raises:
+        AssertionError: If their names differ.
+    """
+    assert first.keys() == second.keys(), f"other tensors: {sorted(first.keys() ^ second.keys())}"
+    largest = 0.0
+    for name, tensor in first.items():
+        if tensor.numel():
+            largest = max(largest, float((tensor - second[name]).abs().nan_to_num(nan=0.0).max()))
+    return largest
+
+
+def hold(
+    package: str,
+    train: Train,
+    *,
+    as_documented: Train | None = None,
+    own_trainer: bool = True,
+    rule_arguments: Mapping[str, Any] | None = None,
+    why_not_equal: str = "",
+    others: tuple[str, ...] = (),
+) -> None:
+    """Train in all ways and print what came of it as one JSON line.
+
+    Args:
+        package: The package's name in the registry.
+        train: Trains the package's model on its data as the setting says.
+        as_documented: How the package's documentation trains, where `train` had to depart from it.
+        own_trainer: Whether users make the trainer, so that it can be a `FederatedTrainer`.
+        rule_arguments: Further arguments of the rule, such as a partitioner, that the package needs. The last run, as
+            documented and with all defaults of `FedHAWCallback()`, does without.
+        why_not_equal: Why one client alone does not end with the weights of the stock trainer, if that is expected.
+        others: More packages whose versions matter.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    versions = {name: importlib.metadata.version(name) for name in (package, *others, "torch", "lightning")}
+    line: dict[str, Any] = {"package": package, "versions": versions}
+    rule_arguments = dict(rule_arguments or {})
+    if rule_arguments:
+        line["rule arguments"] = {name: str(value) for name, value in rule_arguments.items()}
+    begin = time.process_time()
+    stock = _attempt(line, "stock", lambda: train(Setting(comparable=True)))
+    if stock is None:
+        line.pop("_known", None)
+        print(json.dumps(line))
+        return
+    again = _attempt(line, "stock again", lambda: train(Setting(comparable=True)))
+    if again is not None:
+        line["stock again"] = _compare(stock, again)
+    like_one = _attempt(line, "stock like one client", lambda: train(Setting(callbacks=[LikeOneClient()], comparable=True)))
+
+    def one_client() -> Trained:
+        return train(Setting(callbacks=[FedAvgCallback(num_clients=1, optimizer_state="kept", **rule_arguments)], comparable=True))
+
+    alone = _attempt(line, "one client", one_client)
+    if alone is not None:
+        line["one client"] = _compare(stock, alone)
+        if like_one is not None:
+            line["one client to stock like one client"] = _compare(like_one, alone)
+    if why_not_equal:
+        line["why not equal"] = why_not_equal
+
+    for name, rule in (("FedAvg", FedAvgCallback), ("FedHAW", FedHAWCallback)):
+        key = f"three clients, {name}"
+
+        def by_rule(rule: Any = rule) -> Trained:
+            return train(Setting(callbacks=[rule(num_clients=3, **rule_arguments)]))
+
+        def by_trainer(rule: Any = rule) -> Trained:
+            return train(Setting(_three_clients(rule_arguments), [rule()]))
+
+        federated = _attempt(line, key, by_rule)
+        if federated is not None:
+            line[key] = _outcome(federated)
+        if not own_trainer:
+            continue
+        second = _attempt(line, f"{key}, FederatedTrainer", by_trainer)
+        if second is not None:
+            line[f"{key}, FederatedTrainer"] = _outcome(second)
+        if federated is not None and second is not None:
+            difference = largest_difference(parameters_of(federated.module), parameters_of(second.module))
+            line[f"{key}, FederatedTrainer"]["to the rule in a stock Trainer"] = difference
+
+    default = as_documented or train
+    federated = _attempt(line, "as documented", lambda: default(Setting(callbacks=[FedHAWCallback()])))
+    if federated is not None:
+        line["as documented"] = _outcome(federated)
+    line["seconds of CPU"] = round(time.process_time() - begin, 1)
+    line["as promised"] = _as_promised(line, bool(why_not_equal))
+    line.pop("_known", None)
+    print(json.dumps(line))
+
+
+def _three_clients(rule_arguments: Mapping[str, Any]) -> type[pl.Trainer]:
+    class ThreeClients(FederatedTrainer):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(num_clients=3, **rule_arguments, **arguments)
+
+    return ThreeClients
+
+
+def _attempt(line: dict[str, Any], key: str, run: Callable[[], Any]) -> Any:
+    """Run with the same seed as every other run; keep the sentence of an error, and all warnings of ours."""
+    pl.seed_everything(SEED, verbose=False)
+    with _warnings(line, key):
+        try:
+            return run()
+        except Exception as error:
+            sentence = str(error).split("\n")[0][:400]
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            line.setdefault("errors", {})[key] = f"{type(error).__name__}: {sentence} ({last.filename}:{last.lineno})"
+            logging.getLogger(__name__).debug("".join(traceback.format_exception(error)))
+            return None
+
+
+@contextmanager
+def _warnings(line: dict[str, Any], key: str) -> Iterator[None]:
+    """Keep the warnings that a run with the stock trainer did not give."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    texts = {str(w.message).split("\n")[0][:300] for w in caught}
+    texts = {text for text in texts if not any(part in text for part in NOT_OURS)}
+    known = line.setdefault("_known", set())
+    if key.startswith("stock"):
+        known |= texts
+    for text in sorted(texts - known):
+        keys = line.setdefault("warnings", {}).setdefault(text, [])
+        keys.append(key)
+
+
+def _compare(stock: Trained, other: Trained) -> dict[str, Any]:
+    difference = largest_difference(parameters_of(stock.module), parameters_of(other.module))
+    buffers = largest_difference(buffers_of(stock.module), buffers_of(other.module))
+    result = {"difference": difference, "buffers": buffers, "metrics": _metrics_differ(stock.trainer, other.trainer)}
+    if stock.start is not None:
+        result["moved"] = largest_difference(stock.start, parameters_of(stock.module))
+    return result
+
+
+def _metrics_differ(stock: pl.Trainer, other: pl.Trainer) -> dict[str, Any]:
+    """The metrics that one has and the other lacks, or that differ by more than a millionth part."""
+    before, after = _numbers(stock), _numbers(other)
+    found: dict[str, Any] = {}
+    for name in sorted(before.keys() | after.keys()):
+        if name not in after:
+            found[name] = "missing"
+        elif name in before and abs(before[name] - after[name]) > 1e-5 * max(1.0, abs(before[name])):
+            found[name] = [before[name], after[name]]
+    return found
+
+
+def _numbers(trainer: pl.Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _outcome(trained: Trained) -> dict[str, Any]:
+    summary = trained.trainer.federation_summary  # type: ignore[attr-defined]
+    finite = all(bool(p.isfinite().all()) for p in parameters_of(trained.module).values())
+    return {
+        "rounds": trained.trainer.global_step,
+        "finite": finite,
+        "logged": len(trained.trainer.callback_metrics),
+        "clients measured on": list(summary["client_metrics"]),
+    }
+
+
+def _as_promised(line: dict[str, Any], may_differ: bool) -> bool:
+    if "errors" in line:
+        return False
+    equal = line["one client to stock like one client"]["difference"] <= TOLERANCE
+    finished = all(line[f"three clients, {name}"]["finite"] for name in ("FedAvg", "FedHAW"))
+    return finished and (equal or may_differ)
