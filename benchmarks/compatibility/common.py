@@ -164,6 +164,7 @@ def hold(
     package: str,
     train: Train,
     *,
+    case: str = "",
     as_documented: Train | None = None,
     own_trainer: bool = True,
     rule_arguments: Mapping[str, Any] | None = None,
@@ -175,6 +176,7 @@ def hold(
     Args:
         package: The package's name in the registry.
         train: Trains the package's model on its data as the setting says.
+        case: What is trained, where the script tries several models.
         as_documented: How the package's documentation trains, where `train` had to depart from it.
         own_trainer: Whether users make the trainer, so that it can be a `FederatedTrainer`.
         rule_arguments: Further arguments of the rule, such as a partitioner, that the package needs. The last run, as
@@ -184,7 +186,7 @@ def hold(
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     versions = {name: importlib.metadata.version(name) for name in (package, *others, "torch", "lightning")}
-    line: dict[str, Any] = {"package": package, "versions": versions}
+    line: dict[str, Any] = {"package": package, "case": case, "versions": versions}
     rule_arguments = dict(rule_arguments or {})
     if rule_arguments:
         line["rule arguments"] = {name: str(value) for name, value in rule_arguments.items()}
@@ -295,8 +297,8 @@ def _metrics_differ(stock: pl.Trainer, other: pl.Trainer) -> dict[str, Any]:
     for name in sorted(before.keys() | after.keys()):
         if name not in after:
             found[name] = "missing"
-        elif name in before and abs(before[name] - after[name]) > 1e-5 * max(1.0, abs(before[name])):
-            found[name] = [before[name], after[name]]
+        elif name in before and not abs(before[name] - after[name]) <= 1e-5 * max(1.0, abs(before[name])):
+            found[name] = [str(before[name]), str(after[name])]  # NaN is no JSON
     return found
 
 
