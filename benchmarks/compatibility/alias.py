@@ -1,9 +1,9 @@
 """Lets `pytorch_lightning` be another name of `lightning.pytorch`, for projects that import the former.
 
-Lightning is published under two names, `lightning` (with `lightning.pytorch` and `lightning.fabric`) and `pytorch_lightning`
-(with `lightning_fabric`). They are two copies of the same code, so their classes are not the same: a `Trainer` of one
-refuses a `LightningModule` of the other. `import alias` before the first import of `pytorch_lightning` makes every import
-of it, submodules included, give the modules of `lightning.pytorch`.
+Lightning is published under two names: `lightning` (with `lightning.pytorch` and `lightning.fabric`), and
+`pytorch_lightning` (with `lightning_fabric`). They are two copies of the same code, so their classes differ: a
+`Trainer` of one refuses a `LightningModule` of the other. `import alias` before the first import of `pytorch_lightning`
+makes every import of it, submodules included, give the modules of `lightning.pytorch`.
 """
 
 from __future__ import annotations

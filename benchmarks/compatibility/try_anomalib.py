@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,8 @@ import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib.models import Fre, Ganomaly
-from common import Setting, Trained, hold, parameters_of
+from common import Setting, Trained, hold
 from PIL import Image
-
-from functools import cache
 
 
 @cache
@@ -40,13 +39,19 @@ class SameOrder(Folder):
 def trained_with(setting: Setting, model: torch.nn.Module) -> Trained:
     folder = SameOrder if setting.comparable else Folder
     data = folder(
-        "drawn", normal_dir="good", abnormal_dir="bad", root=images(), train_batch_size=4, eval_batch_size=4, num_workers=0, seed=0
+        "drawn",
+        normal_dir="good",
+        abnormal_dir="bad",
+        root=images(),
+        train_batch_size=4,
+        eval_batch_size=4,
+        num_workers=0,
+        seed=0,
     )
     arguments = {**setting.arguments, "enable_checkpointing": True}
     engine = Engine(**arguments)
-    start = parameters_of(model)
     engine.fit(model=model, datamodule=data)
-    return Trained(engine.trainer, model, start)
+    return Trained(engine.trainer, model)
 
 
 def train(setting: Setting) -> Trained:

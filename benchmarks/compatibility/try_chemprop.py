@@ -20,7 +20,9 @@ def train(setting: Setting) -> Trained:
     predictor = nn.RegressionFFN(output_transform=nn.UnscaleTransform.from_standard_scaler(scaler))
     # Its schedule counts steps, and a round is one step: constant where weights are compared.
     rates = {"init_lr": 1e-3, "max_lr": 1e-3, "final_lr": 1e-3} if setting.comparable else {}
-    model = models.MPNN(nn.BondMessagePassing(), nn.MeanAggregation(), predictor, warmup_epochs=1, batch_norm=True, **rates)
+    model = models.MPNN(
+        nn.BondMessagePassing(), nn.MeanAggregation(), predictor, warmup_epochs=1, batch_norm=True, **rates
+    )
     train_loader = data.build_dataloader(train_set, batch_size=8, shuffle=False)
     val_loader = data.build_dataloader(val_set, batch_size=8, shuffle=False)
     return fitted(setting, model, train_loader, val_loader)

@@ -1,4 +1,4 @@
-"""Darts: its N-BEATS forecaster. It imports `pytorch_lightning`, which `alias` makes another name of `lightning.pytorch`."""
+"""Darts: its N-BEATS forecaster. It imports `pytorch_lightning`; see `alias`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def train(setting: Setting) -> Trained:
         pl_trainer_kwargs=None if by_user else arguments,
     )
     loader = {"shuffle": not setting.comparable}
-    model.fit(series[:80], val_series=series[80:], trainer=setting.trainer() if by_user else None, dataloader_kwargs=loader)
+    model.fit(
+        series[:80], val_series=series[80:], trainer=setting.trainer() if by_user else None, dataloader_kwargs=loader
+    )
     return Trained(model.trainer, model.model)
 
 

@@ -1,4 +1,4 @@
-"""GluonTS: its feed-forward forecaster, by `estimator.train`, and by its LightningModule and windows in a data loader."""
+"""GluonTS: its feed-forward forecaster, by `estimator.train`, and by its LightningModule with a data loader."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ def series() -> ListDataset:
 
 def estimator(**trainer: Any) -> SimpleFeedForwardEstimator:
     return SimpleFeedForwardEstimator(
-        prediction_length=6, context_length=12, hidden_dimensions=[16], batch_size=8, num_batches_per_epoch=10, trainer_kwargs=trainer
+        prediction_length=6,
+        context_length=12,
+        hidden_dimensions=[16],
+        batch_size=8,
+        num_batches_per_epoch=10,
+        trainer_kwargs=trainer,
     )
 
 
@@ -45,7 +50,9 @@ def train(setting: Setting) -> Trained:
     transformed = forecaster.create_transformation().apply(series(), is_train=True)
     splitter = forecaster._create_instance_splitter(module, "training")
     windows = [
-        {name: window[name] for name in TRAINING_INPUT_NAMES} for _ in range(8) for window in splitter.apply(transformed)
+        {name: window[name] for name in TRAINING_INPUT_NAMES}
+        for _ in range(8)
+        for window in splitter.apply(transformed)
     ]
     loader = DataLoader(windows, batch_size=8, shuffle=not setting.comparable, collate_fn=floats)
     return fitted(setting, module, loader)

@@ -1,7 +1,11 @@
-"""Lightly: SimCLR with its projection head, loss and transform, as in its documentation."""
+"""Lightly: SimCLR with its projection head, loss and transform, and its linear classifier.
+
+The classifier is a LightningModule of `pytorch_lightning`, which `alias` makes another name of `lightning.pytorch`.
+"""
 
 from __future__ import annotations
 
+import alias  # noqa: F401  before lightly
 import lightning.pytorch as pl
 import torch
 from common import Setting, Trained, fitted, hold
@@ -9,6 +13,7 @@ from lightly.data import LightlyDataset
 from lightly.loss import NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
 from lightly.transforms import SimCLRTransform
+from lightly.utils.benchmarking import LinearClassifier
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData
@@ -50,5 +55,17 @@ def train(setting: Setting) -> Trained:
     return fitted(setting, SimCLR(), loader)
 
 
+def train_classifier(setting: Setting) -> Trained:
+    images = FakeData(64, (3, 16, 16), 4, transform=ToTensor())
+    loader = DataLoader(images, batch_size=16, shuffle=not setting.comparable)
+    backbone = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    classifier = LinearClassifier(
+        backbone, batch_size_per_device=16, feature_dim=16, num_classes=4, topk=(1, 2), lr=0.1
+    )
+    return fitted(setting, classifier, loader, DataLoader(images, batch_size=16))
+
+
 if __name__ == "__main__":
-    hold("lightly", train)
+    hold("lightly", train, case="SimCLR")
+    schedule = "its schedule counts steps, and a round is one"
+    hold("lightly", train_classifier, case="linear classifier, with the alias", why_not_equal=schedule)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
+
 import lightning.pytorch as pl
 import optuna
 import torch
@@ -39,17 +42,25 @@ def train(setting: Setting) -> Trained:
         train_loader = DataLoader(TensorDataset(x[:128], y[:128]), batch_size=16, shuffle=not setting.comparable)
         val_loader = DataLoader(TensorDataset(x[128:], y[128:]), batch_size=16)
         pruning = PyTorchLightningPruningCallback(trial, monitor="val_loss")
-        trained = fitted(setting, network, train_loader, val_loader, more={"callbacks": [pruning]})
+        trained = fitted(
+            replace(setting, callbacks=deepcopy(setting.callbacks)),
+            network,
+            train_loader,
+            val_loader,
+            more={"callbacks": [pruning]},
+        )
         results.append(trained)
         return float(trained.trainer.callback_metrics["val_loss"])
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # A threshold that no trial reaches; the last study of this file prunes.
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0), pruner=optuna.pruners.ThresholdPruner(upper=9.0))
-    study.optimize(objective, n_trials=1)
-    assert study.trials[0].state.name == "COMPLETE"
-    assert sorted(study.trials[0].intermediate_values) == list(range(setting.epochs))
-    return results[-1]
+    # A loss above the bound prunes: the first study has none, the second one has no other.
+    for bound, state, epochs in ((9.0, "COMPLETE", setting.epochs), (0.0, "PRUNED", 1)):
+        pruner = optuna.pruners.ThresholdPruner(upper=bound)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0), pruner=pruner)
+        study.optimize(objective, n_trials=1)
+        assert study.trials[0].state.name == state
+        assert sorted(study.trials[0].intermediate_values) == list(range(epochs))
+    return results[0]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import anndata
 import numpy as np
 import scvi
 import torch
-from common import SEED, Setting, Trained, hold, parameters_of
+from common import SEED, Setting, Trained, hold
 from scvi.dataloaders import DataSplitter
 from torch.utils.data import DataLoader
 
@@ -40,7 +40,6 @@ def train(setting: Setting, model_class: type[scvi.model.SCVI] = SCVI) -> Traine
     data = anndata.AnnData(generator.poisson(2.0, size=(200, 30)).astype(np.float32))
     model_class.setup_anndata(data)
     model = model_class(data, n_hidden=16, n_latent=4)
-    start = {f"module.{name}": p for name, p in parameters_of(model.module).items()}
     arguments = setting.arguments
     model.train(
         train_size=0.9,
@@ -50,7 +49,7 @@ def train(setting: Setting, model_class: type[scvi.model.SCVI] = SCVI) -> Traine
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    return Trained(model.trainer, model.trainer.lightning_module, start)
+    return Trained(model.trainer, model.trainer.lightning_module)
 
 
 if __name__ == "__main__":

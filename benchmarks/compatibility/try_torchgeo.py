@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import kornia.augmentation as K
 import numpy as np
 import rasterio
-import tempfile
 import torch
 from common import Setting, Trained, fitted, hold
-from pathlib import Path
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchgeo.datamodules import GeoDataModule, NonGeoDataModule
-from torchgeo.datasets import NonGeoDataset, RasterDataset, stack_samples
+from torchgeo.datasets import NonGeoDataset, RasterDataset
 from torchgeo.samplers import GridGeoSampler, RandomBatchGeoSampler
 from torchgeo.trainers import ClassificationTask, SemanticSegmentationTask
 
@@ -56,9 +56,6 @@ class DrawnDataModule(NonGeoDataModule):
 
 def train(setting: Setting) -> Trained:
     task = ClassificationTask(model="mobilenetv3_small_050", in_channels=3, num_classes=4, lr=1e-3, patience=100)
-    for module in task.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 0.1
     return fitted(setting, task, datamodule=DrawnDataModule(setting.comparable))
 
 
@@ -72,7 +69,9 @@ class GeographicDataModule(GeoDataModule):
 
     def setup(self, stage: str) -> None:
         self.train_dataset = self.dataset_class(**self.kwargs)
-        self.train_batch_sampler = RandomBatchGeoSampler(self.train_dataset, self.patch_size, self.batch_size, self.length)
+        self.train_batch_sampler = RandomBatchGeoSampler(
+            self.train_dataset, self.patch_size, self.batch_size, self.length
+        )
         self.val_dataset = self.train_dataset
         self.val_sampler = GridGeoSampler(self.val_dataset, self.patch_size, self.patch_size)
 
