@@ -16,7 +16,7 @@ mkdir -p "$place"
 
 declare -A requirement=(
   [anomalib]=anomalib [chemprop]=chemprop [darts]="darts[torch]" [deeptab]=deeptab [gluonts]="gluonts[torch]"
-  [lightly]=lightly [optuna]="optuna optuna-integration[pytorch_lightning]" [pytorch_forecasting]=pytorch-forecasting
+  [lightly]=lightly [optuna]="optuna optuna-integration" [pytorch_forecasting]=pytorch-forecasting
   [scvi_tools]=scvi-tools [torch_geometric]=torch-geometric [torch_uncertainty]=torch-uncertainty [torchgeo]=torchgeo
 )
 names=("$@")
