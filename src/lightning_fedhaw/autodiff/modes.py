@@ -1,0 +1,450 @@
+"""Derivatives of federated programs: forward, reverse and mixed mode, and what each of them costs."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+from lightning_fedhaw import arguments
+from lightning_fedhaw.autodiff.placement import Placed, mixed_mode, tracing
+from lightning_fedhaw.autodiff.primitives import Clients, DropOuts, Traffic
+from lightning_fedhaw.autodiff.trace import Trace
+
+Mode = Literal["forward", "reverse", "mixed", "auto"]
+Program = Callable[..., Any]
+
+
+class Derivative(NamedTuple):
+    """A program's value, its derivative, and what was sent for both.
+
+    Attributes:
+        value: What the program returned.
+        gradient: The derivative, in the form of the argument that it is taken in. Of a program whose output has the
+            shape ``[o...]``, each leaf ``[a...]`` of the argument has ``[o..., a...]``.
+        traffic: Numbers sent to and by each client.
+        mode: The mode that was used.
+    """
+
+    value: Tensor
+    gradient: Any
+    traffic: Traffic
+    mode: str
+
+
+@dataclass(frozen=True)
+class ModeCost:
+    """What a derivative costs besides the program itself, in numbers per client.
+
+    Attributes:
+        down: Numbers that each client receives.
+        up: Numbers that each client sends.
+        rounds: Communication rounds besides the program's.
+        asks_again: Whether the same clients are asked twice.
+        client_memory: Numbers that a client keeps; ``None`` stands for twice a step's, whatever the number of steps.
+        server_memory: Numbers that the server keeps.
+    """
+
+    down: int
+    up: int
+    rounds: int
+    asks_again: bool
+    client_memory: int | None
+    server_memory: int
+
+
+@dataclass(frozen=True)
+class CostSheet:
+    """What a federated program and its derivative cost.
+
+    Attributes:
+        down: Numbers that each client receives in the program itself.
+        up: Numbers that each client sends in the program itself.
+        rounds: The program's communication rounds.
+        sums_only: Whether the server reads nothing but sums over clients.
+        modes: The cost of each mode.
+
+    ``str()`` gives a table.
+    """
+
+    down: int
+    up: int
+    rounds: int
+    sums_only: bool
+    modes: Mapping[str, ModeCost]
+
+    def cheapest(self, *, reaskable: bool = True) -> str:
+        """Choose the mode with the fewest numbers sent; of equal ones the one that asks nobody again.
+
+        Args:
+            reaskable: Whether the clients of the program can be asked again.
+        """
+        allowed = {name: cost for name, cost in self.modes.items() if reaskable or not cost.asks_again}
+        return min(allowed, key=lambda name: (allowed[name].down + allowed[name].up, allowed[name].asks_again))
+
+    def __str__(self) -> str:
+        head = f"program: {self.down} down, {self.up} up per client, {self.rounds} rounds"
+        lines = [head + ("" if self.sums_only else "; the server reads single messages")]
+        lines.append("mode      down       up  rounds  asks again  client memory  server memory")
+        for name, cost in self.modes.items():
+            memory = "2x a step" if cost.client_memory is None else str(cost.client_memory)
+            asks = "yes" if cost.asks_again else "no"
+            lines.append(
+                f"{name:<8}{cost.down:>6}{cost.up:>9}{cost.rounds:>8}{asks:>12}{memory:>15}{cost.server_memory:>15}"
+            )
+        return "\n".join(lines)
+
+
+class _Call:
+    """A program with its arguments, of which some leaves are differentiated.
+
+    Args:
+        program: The program.
+        wrt: The name of its argument, or several.
+        positional: The positional arguments.
+        named: The keyword arguments.
+
+    Raises:
+        TypeError: If ``wrt`` is no argument, or holds something that has no derivative.
+    """
+
+    def __init__(
+        self, program: Program, wrt: str | Sequence[str], positional: Sequence[Any], named: Mapping[str, Any]
+    ) -> None:
+        bound = inspect.signature(program).bind(*positional, **named)
+        bound.apply_defaults()
+        self.program = program
+        self.bound = bound
+        self.is_single = isinstance(wrt, str)
+        self.names = [wrt] if isinstance(wrt, str) else list(wrt)
+        for name in self.names:
+            if name not in bound.arguments:
+                known = ", ".join(f"`{argument}`" for argument in bound.arguments)
+                raise TypeError(f"`wrt` must name arguments of the program ({known}), got {name!r}.")
+        values = [bound.arguments[name] for name in self.names]
+        self.leaves, self.structure = pytree.tree_flatten(values)
+        self._check_leaves()
+        self.clients = _clients_in(list(bound.arguments.values()))
+
+    def _check_leaves(self) -> None:
+        if not self.leaves:
+            raise TypeError(f"`wrt`={self.names} holds nothing that could be differentiated.")
+        for leaf in self.leaves:
+            if isinstance(leaf, Placed):
+                raise TypeError(
+                    f"`wrt`={self.names} holds a value at the clients. Only server values are differentiated: broadcast"
+                    " them within the program."
+                )
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise TypeError(
+                    f"`wrt`={self.names} must hold floating-point tensors, got {kind}. Integers have no derivative;"
+                    " give a number as `torch.tensor(value)`."
+                )
+
+    @property
+    def size(self) -> int:
+        """How many numbers the derivative is taken in."""
+        return sum(leaf.numel() for leaf in self.leaves)
+
+    def run(self, leaves: Sequence[Tensor]) -> Tensor:
+        """Run the program with other values in place of the differentiated ones.
+
+        Raises:
+            TypeError: If the result is not one tensor at the server.
+        """
+        for name, value in zip(self.names, pytree.tree_unflatten(list(leaves), self.structure), strict=True):
+            self.bound.arguments[name] = value
+        result = self.program(*self.bound.args, **self.bound.kwargs)
+        if not isinstance(result, Tensor):
+            at = "a value at the clients" if isinstance(result, Placed) else type(result).__name__
+            raise TypeError(f"The program must return a tensor at the server, got {at}. Reduce it by `sum` or `mean`.")
+        return result
+
+    def rebuilt(self, gradients: Sequence[Tensor]) -> Any:
+        """Return gradients in the form of the arguments."""
+        values = pytree.tree_unflatten(list(gradients), self.structure)
+        return values[0] if self.is_single else dict(zip(self.names, values, strict=True))
+
+    def refuse_unused(self) -> None:
+        """Refuse a program whose result does not depend on what is differentiated."""
+        raise ValueError(
+            f"The program's result does not depend on `wrt`={self.names}. Name another argument, and look for a"
+            " `.detach()`, a `.item()` or a gradient without `autodiff.gradient` on the way."
+        )
+
+
+def value_and_grad(
+    program: Program,
+    wrt: str | Sequence[str],
+    mode: Mode = "auto",
+    *,
+    reaskable: bool = True,
+    drop_outs: DropOuts | None = None,
+) -> Callable[..., Derivative]:
+    """Make a function that computes a federated program and its gradient.
+
+    Args:
+        program: A function of server values and values at clients that returns a scalar at the server, in any number
+            of rounds, with branches and loops as in ordinary Python.
+        wrt: The name of the argument to differentiate in, or several; server values.
+        mode: ``"forward"``: derivatives travel with values, one pass per number. ``"reverse"``: a second pass asks the
+            clients again. ``"mixed"``: clients send Jacobians, and nobody is asked again. ``"auto"``: the one that
+            sends the fewest numbers.
+        reaskable: Whether ``"auto"`` may ask clients again.
+        drop_outs: Clients that are gone in the reverse pass.
+
+    Returns:
+        A function of the program's arguments.
+
+    Raises:
+        ValueError: If the output is no scalar, does not depend on ``wrt``, or a name is unknown.
+        TypeError: If ``wrt`` is no argument of the program or holds anything but floating-point tensors.
+
+    Example:
+        >>> clients = Clients(range(2))
+        >>> def loss(rate, target):
+        ...     at_clients = broadcast(rate, clients)
+        ...     return mean(map_clients(lambda r, t: (r - t) ** 2, at_clients, target))
+        >>> derivative = value_and_grad(loss, wrt="rate")(torch.tensor(1.0), place([0.0, 2.0], clients))
+        >>> float(derivative.value), float(derivative.gradient), derivative.traffic.rounds
+        (1.0, 0.0, 1)
+    """
+    differentiate = jacobian(program, wrt, mode, reaskable=reaskable, drop_outs=drop_outs)
+
+    def call(*positional: Any, **named: Any) -> Derivative:
+        derivative = differentiate(*positional, **named)
+        if derivative.value.numel() != 1:
+            raise ValueError(
+                f"The program must return a scalar, got the shape {list(derivative.value.shape)}. Reduce it, or take"
+                " `jacobian`."
+            )
+        return derivative
+
+    return call
+
+
+def jacobian(
+    program: Program,
+    wrt: str | Sequence[str],
+    mode: Mode = "auto",
+    *,
+    reaskable: bool = True,
+    drop_outs: DropOuts | None = None,
+) -> Callable[..., Derivative]:
+    """Make a function that computes a federated program and its derivative, whatever the shape of its output.
+
+    Args:
+        program: As for :func:`value_and_grad`, with any server tensor as its output.
+        wrt: As there.
+        mode: As there.
+        reaskable: As there.
+        drop_outs: As there.
+    """
+    arguments.choice("mode", mode, Mode)
+
+    def call(*positional: Any, **named: Any) -> Derivative:
+        chosen: str = mode
+        if chosen == "auto":
+            chosen = cost(program, wrt)(*positional, **named).cheapest(reaskable=reaskable)
+        bound = _Call(program, wrt, positional, named)
+        with _counting(bound.clients, drop_outs) as traffic:
+            value, gradients = _MODES[chosen](bound)
+        return Derivative(value, bound.rebuilt(gradients), traffic, chosen)
+
+    return call
+
+
+def cost(program: Program, wrt: str | Sequence[str]) -> Callable[..., CostSheet]:
+    """Make a function that accounts for a federated program without computing it or asking a client.
+
+    The program runs once on tensors without values, for one client. Branches may depend on Python values, and not on
+    the values of tensors.
+
+    Args:
+        program: As for :func:`value_and_grad`.
+        wrt: As there.
+
+    Raises:
+        ValueError: If a branch depends on the value of a tensor.
+    """
+
+    def call(*positional: Any, **named: Any) -> CostSheet:
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        convert = _converter(fake)
+        fake_positional = [convert(value) for value in positional]
+        fake_named = {name: convert(value) for name, value in named.items()}
+        bound = _Call(program, wrt, fake_positional, fake_named)
+        trace = Trace()
+        try:
+            with _counting(bound.clients, None) as traffic, fake, tracing(trace):
+                leaves = [leaf.detach().requires_grad_() for leaf in bound.leaves]
+                result = bound.run(leaves)
+        except DataDependentOutputException as error:
+            raise ValueError(
+                "The cost of a program that branches on the value of a tensor cannot be known before it is computed."
+                ' Branch on Python values, or give the `mode` instead of `mode="auto"`.'
+            ) from error
+        return _sheet(trace, traffic, inputs=bound.size, outputs=result.numel())
+
+    return call
+
+
+def _converter(fake: FakeTensorMode) -> Callable[[Any], Any]:
+    def convert_leaf(value: Any) -> Any:
+        if isinstance(value, Placed):
+            return Placed(tuple(pytree.tree_map(convert_leaf, each) for each in value.values), value.clients)
+        return fake.from_tensor(value) if isinstance(value, Tensor) else value
+
+    return lambda value: pytree.tree_map(convert_leaf, value)
+
+
+def _sheet(trace: Trace, traffic: Traffic, *, inputs: int, outputs: int) -> CostSheet:
+    """Add up what each mode sends, by the messages of a program.
+
+    Args:
+        trace: The messages.
+        traffic: The program's own.
+        inputs: Numbers that the derivative is taken in, n.
+        outputs: Numbers that the program returns, o.
+    """
+    received = sum(message.numbers for message in trace.broadcasts if message.is_differentiated)
+    sent = sum(message.numbers for message in trace.sums if message.is_differentiated)
+    jacobians = sum(message.numbers * size for message in trace.sums for size in message.sources)
+    rounds = traffic.rounds
+    # Every tangent takes a pass of its own, in which the program's values travel again; the first pass is the program.
+    repeated = inputs - 1
+    forward = ModeCost(
+        down=received * inputs + traffic.down * repeated,
+        up=sent * inputs + traffic.up * repeated,
+        rounds=rounds * repeated,
+        asks_again=False,
+        client_memory=None,
+        server_memory=2 * max((message.numbers for message in (*trace.broadcasts, *trace.sums)), default=0),
+    )
+    reverse = ModeCost(
+        down=sent * outputs,
+        up=received * outputs,
+        rounds=rounds * outputs,
+        asks_again=True,
+        client_memory=trace.tape,
+        server_memory=sum(message.numbers for message in (*trace.broadcasts, *trace.sums)),
+    )
+    mixed = ModeCost(
+        down=0, up=jacobians, rounds=0, asks_again=False, client_memory=trace.tape, server_memory=jacobians
+    )
+    modes = {"forward": forward, "reverse": reverse, "mixed": mixed}
+    return CostSheet(traffic.down, traffic.up, rounds, trace.sums_only, modes)
+
+
+@contextmanager
+def _counting(clients: Sequence[Clients], drop_outs: DropOuts | None) -> Iterator[Traffic]:
+    """Count what is sent, from zero."""
+    traffic = Traffic()
+    before = [(each, each.traffic, each.drop_outs) for each in clients]
+    for each in clients:
+        each.traffic = traffic
+        each.drop_outs = drop_outs
+    try:
+        yield traffic
+    finally:
+        for each, former_traffic, former_drop_outs in before:
+            each.traffic = former_traffic
+            each.drop_outs = former_drop_outs
+
+
+def _clients_in(values: Sequence[Any]) -> list[Clients]:
+    """Find the clients among a program's arguments."""
+    found: dict[int, Clients] = {}
+    for leaf in pytree.tree_leaves(list(values)):
+        clients = leaf.clients if isinstance(leaf, Placed) else leaf
+        if isinstance(clients, Clients):
+            found[id(clients)] = clients
+    return list(found.values())
+
+
+def _forward(call: _Call) -> tuple[Tensor, list[Tensor]]:
+    """Send one tangent after another along with the values."""
+    _load_rules_of_forward_mode()
+    value: Tensor | None = None
+    columns: list[list[Tensor]] = []
+    is_used = False
+    for position, leaf in enumerate(call.leaves):
+        columns.append([])
+        for unit in torch.eye(leaf.numel(), dtype=leaf.dtype, device=leaf.device):
+            with forward_ad.dual_level():
+                leaves = [other.detach() for other in call.leaves]
+                leaves[position] = _dual(leaves[position], unit.reshape(leaf.shape))
+                primal, tangent = _parts(call.run(leaves))
+            is_used = is_used or tangent is not None
+            value = primal.detach()
+            columns[position].append(torch.zeros_like(primal) if tangent is None else tangent.detach())
+    assert value is not None
+    if not is_used:
+        call.refuse_unused()
+    gradients = []
+    for leaf, tangents in zip(call.leaves, columns, strict=True):
+        gradients.append(torch.stack(tangents, dim=-1).reshape(value.shape + leaf.shape))
+    return value, gradients
+
+
+@cache
+def _load_rules_of_forward_mode() -> None:
+    """Import what torch imports when forward mode is first used, without its warning of the way in which it does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+
+def _dual(value: Tensor, tangent: Tensor) -> Tensor:
+    dual: Tensor = forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
+    return dual
+
+
+def _parts(dual: Tensor) -> tuple[Tensor, Tensor | None]:
+    primal, tangent = forward_ad.unpack_dual(dual)  # type: ignore[no-untyped-call]
+    return primal, tangent
+
+
+def _reverse(call: _Call) -> tuple[Tensor, list[Tensor]]:
+    """Keep the tape, and ask the clients again for the derivative."""
+    leaves = [leaf.detach().requires_grad_() for leaf in call.leaves]
+    result = call.run(leaves)
+    if not result.requires_grad:
+        call.refuse_unused()
+    rows: list[list[Tensor]] = [[] for _ in leaves]
+    units = torch.eye(result.numel(), dtype=result.dtype, device=result.device)
+    for unit in units:
+        gradients = torch.autograd.grad(
+            result, leaves, unit.reshape(result.shape), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for collected, gradient in zip(rows, gradients, strict=True):
+            collected.append(gradient)
+    shaped = []
+    for leaf, collected in zip(leaves, rows, strict=True):
+        shaped.append(torch.stack(collected).reshape(result.shape + leaf.shape))
+    return result.detach(), shaped
+
+
+def _mixed(call: _Call) -> tuple[Tensor, list[Tensor]]:
+    """Let clients send Jacobians, and pull back on the server alone."""
+    with mixed_mode():
+        return _reverse(call)
+
+
+_MODES: Mapping[str, Callable[[_Call], tuple[Tensor, list[Tensor]]]] = {
+    "forward": _forward,
+    "reverse": _reverse,
+    "mixed": _mixed,
+}
