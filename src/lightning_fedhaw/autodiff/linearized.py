@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fedhaw.autodiff import tape
 from lightning_fedhaw.autodiff.primitives import Clients, Sum
 from lightning_fedhaw.autodiff.trace import Trace
 
@@ -47,17 +48,19 @@ def linearized_sum(leaves: Sequence[Tensor], sources: Sequence[Source], clients:
         The sum ``[...]``, on the server's tape by the summed Jacobians.
     """
     total: Tensor = Sum.apply(torch.stack([leaf.detach() for leaf in leaves]), clients)
-    used: list[Tensor] = []
-    jacobians: list[Tensor] = []
+    reached = [tape.leaves([leaf]) for leaf in leaves]
+    used = []
     for source in sources:
-        if not any(leaf.requires_grad and _depends(leaf, row) for leaf, row in zip(leaves, source.rows, strict=True)):
-            continue
-        rows = [jacobian(leaf, row) for leaf, row in zip(leaves, source.rows, strict=True)]
-        jacobians.append(Sum.apply(torch.stack(rows), clients))
-        used.append(source.value)
+        if any(id(row) in known for known, row in zip(reached, source.rows, strict=True)):
+            used.append(source)
     if not used:
         return total
-    result: Tensor = Linearized.apply(total, len(used), *used, *jacobians)
+    of_clients = []
+    for position, leaf in enumerate(leaves):
+        of_clients.append(jacobians(leaf, [source.rows[position] for source in used]))
+    summed = [Sum.apply(torch.stack(blocks), clients) for blocks in zip(*of_clients, strict=True)]
+    values = [source.value for source in used]
+    result: Tensor = Linearized.apply(total, len(used), *values, *summed)
     return result
 
 
@@ -70,7 +73,8 @@ def observe_sum(leaf: Tensor, sources: Sequence[Source], clients: Clients, trace
         clients: The clients.
         trace: The account.
     """
-    used = [source.value for source in sources if leaf.requires_grad and _depends(leaf, source.rows[0])]
+    reached = tape.leaves([leaf])
+    used = [source.value for source in sources if id(source.rows[0]) in reached]
     trace.add_sum(leaf, used)
     clients.traffic.count_sum(leaf.numel())
     total = leaf.detach().clone()
@@ -79,63 +83,62 @@ def observe_sum(leaf: Tensor, sources: Sequence[Source], clients: Clients, trace
     return total
 
 
-def _depends(leaf: Tensor, row: Tensor) -> bool:
-    """Whether a message depends on what a client received, by the client's tape alone."""
-    seen: set[Any] = set()
-    waiting = [leaf.grad_fn]
-    if leaf is row:
-        return True
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if getattr(node, "variable", None) is row:
-            return True
-        waiting += [parent for parent, _ in node.next_functions]
-    return False
-
-
-def jacobian(message: Tensor, row: Tensor) -> Tensor:
+def jacobians(message: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
     """Differentiate a client's message in what it received.
 
     Args:
         message: ``b`` numbers.
-        row: ``a`` numbers, a leaf of the client's tape.
+        rows: ``a`` numbers each, leaves of the client's tape.
 
     Returns:
-        ``[b, a]``: row by row by reverse mode or, if the inputs are fewer, column by column by its transpose.
+        ``[b, a]`` for each, in the wider of the two dtypes: row by row by reverse mode or, if the inputs are fewer,
+        column by column by its transpose.
     """
-    outputs, inputs = message.numel(), row.numel()
+    dtypes = [torch.promote_types(message.dtype, row.dtype) for row in rows]
     if not message.requires_grad:
-        return torch.zeros(outputs, inputs, dtype=row.dtype, device=row.device)
-    if outputs <= inputs:
-        basis = torch.eye(outputs, dtype=message.dtype, device=message.device)
-        rows = [_pullback(message, row, unit.reshape(message.shape)).reshape(-1) for unit in basis]
-        return torch.stack(rows)
+        found = [torch.zeros(message.numel(), row.numel(), dtype=row.dtype, device=row.device) for row in rows]
+    elif message.numel() <= sum(row.numel() for row in rows):
+        found = _by_rows(message, rows)
+    else:
+        found = _by_columns(message, rows)
+    return [block.to(dtype) for block, dtype in zip(found, dtypes, strict=True)]
+
+
+def _by_rows(message: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+    collected: list[list[Tensor]] = [[] for _ in rows]
+    for unit in torch.eye(message.numel(), dtype=message.dtype, device=message.device):
+        for block, gradient in zip(collected, _pullback(message, rows, unit.reshape(message.shape)), strict=True):
+            block.append(gradient.reshape(-1))
+    return [torch.stack(block) for block in collected]
+
+
+def _by_columns(message: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
     # J^T u is linear in u, so its derivative along a direction v of the inputs is J v.
     probe = torch.zeros_like(message, requires_grad=True)
-    transposed = _pullback(message, row, probe, create_graph=True)
-    columns = []
-    for unit in torch.eye(inputs, dtype=row.dtype, device=row.device):
-        (column,) = torch.autograd.grad(
-            transposed, probe, unit.reshape(row.shape), retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        columns.append(column.reshape(-1))
-    return torch.stack(columns, dim=1)
+    found = []
+    for row, transposed in zip(rows, _pullback(message, rows, probe, create_graph=True), strict=True):
+        columns = []
+        for unit in torch.eye(row.numel(), dtype=row.dtype, device=row.device):
+            (column,) = torch.autograd.grad(
+                transposed, probe, unit.reshape(row.shape), retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            columns.append(column.reshape(-1))
+        found.append(torch.stack(columns, dim=1))
+    return found
 
 
-def _pullback(message: Tensor, row: Tensor, cotangent: Tensor, *, create_graph: bool = False) -> Tensor:
-    (result,) = torch.autograd.grad(
+def _pullback(
+    message: Tensor, rows: Sequence[Tensor], cotangent: Tensor, *, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(
         message,
-        row,
+        list(rows),
         cotangent,
         retain_graph=True,  # the client's tape may be read again, for another message
         create_graph=create_graph,
         allow_unused=True,
         materialize_grads=True,
     )
-    return result
 
 
 class Linearized(torch.autograd.Function):
@@ -152,14 +155,17 @@ class Linearized(torch.autograd.Function):
             values: The sources, ``a`` numbers each, and then the Jacobians ``[b, a]``; without Jacobians the value
                 only depends on the sources, for a trace.
         """
-        ctx.sources = [value.shape for value in values[:count]]
+        ctx.sources = [(value.shape, value.dtype) for value in values[:count]]
         ctx.save_for_backward(*values[count:])
         return total.clone()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Apply the transposed Jacobians."""
         jacobians = ctx.saved_tensors
         flat = gradients[0].reshape(-1)
-        pulled = [(flat @ matrix).reshape(shape) for matrix, shape in zip(jacobians, ctx.sources, strict=True)]
+        pulled = []
+        for matrix, (shape, dtype) in zip(jacobians, ctx.sources, strict=True):
+            pulled.append((flat.to(matrix.dtype) @ matrix).reshape(shape).to(dtype))
         return None, None, *pulled, *[None] * len(jacobians)

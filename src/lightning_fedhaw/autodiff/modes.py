@@ -13,13 +13,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.autodiff.placement import Placed, mixed_mode, tracing
-from lightning_fedhaw.autodiff.primitives import Clients, DropOuts, Traffic
+from lightning_fedhaw.autodiff import tape
+from lightning_fedhaw.autodiff.placement import Placed, is_differentiated, mixed_mode, tensors_in, tracing
+from lightning_fedhaw.autodiff.primitives import ACCOUNT, Account, DropOuts, Traffic
 from lightning_fedhaw.autodiff.trace import Trace
 
 Mode = Literal["forward", "reverse", "mixed", "auto"]
@@ -91,7 +92,11 @@ class CostSheet:
             reaskable: Whether the clients of the program can be asked again.
         """
         allowed = {name: cost for name, cost in self.modes.items() if reaskable or not cost.asks_again}
-        return min(allowed, key=lambda name: (allowed[name].down + allowed[name].up, allowed[name].asks_again))
+        # Where nothing is sent, reverse mode computes the program once, and forward mode once per number.
+        return min(
+            allowed,
+            key=lambda name: (allowed[name].down + allowed[name].up, allowed[name].asks_again, name != "reverse"),
+        )
 
     def __str__(self) -> str:
         head = f"program: {self.down} down, {self.up} up per client, {self.rounds} rounds"
@@ -128,6 +133,8 @@ class _Call:
         self.bound = bound
         self.is_single = isinstance(wrt, str)
         self.names = [wrt] if isinstance(wrt, str) else list(wrt)
+        if len(set(self.names)) < len(self.names):
+            raise TypeError(f"`wrt` must name each argument once, got {self.names}.")
         for name in self.names:
             if name not in bound.arguments:
                 known = ", ".join(f"`{argument}`" for argument in bound.arguments)
@@ -135,7 +142,7 @@ class _Call:
         values = [bound.arguments[name] for name in self.names]
         self.leaves, self.structure = pytree.tree_flatten(values)
         self._check_leaves()
-        self.clients = _clients_in(list(bound.arguments.values()))
+        self._refuse_nested()
 
     def _check_leaves(self) -> None:
         if not self.leaves:
@@ -152,6 +159,19 @@ class _Call:
                     f"`wrt`={self.names} must hold floating-point tensors, got {kind}. Integers have no derivative;"
                     " give a number as `torch.tensor(value)`."
                 )
+            if leaf.numel() == 0:
+                raise TypeError(f"`wrt`={self.names} holds a tensor without entries, of shape {list(leaf.shape)}.")
+
+    def _refuse_nested(self) -> None:
+        """Refuse a derivative of a derivative, of which ``value_and_grad`` returns numbers only."""
+        if ACCOUNT.get() is None:
+            return
+        if any(is_differentiated(leaf) for leaf in tensors_in(list(self.bound.arguments.values()))):
+            raise TypeError(
+                "`value_and_grad`, `jacobian` and `cost` cannot be differentiated, and are called within a program that"
+                " is. For second derivatives call the program itself, and `torch.autograd.grad(..., create_graph=True)`"
+                " at the server."
+            )
 
     @property
     def size(self) -> int:
@@ -177,12 +197,23 @@ class _Call:
         values = pytree.tree_unflatten(list(gradients), self.structure)
         return values[0] if self.is_single else dict(zip(self.names, values, strict=True))
 
-    def refuse_unused(self) -> None:
-        """Refuse a program whose result does not depend on what is differentiated."""
-        raise ValueError(
-            f"The program's result does not depend on `wrt`={self.names}. Name another argument, and look for a"
-            " `.detach()`, a `.item()` or a gradient without `autodiff.gradient` on the way."
-        )
+    def refuse_unused(self, is_used: Sequence[bool]) -> None:
+        """Refuse a program whose result does not depend on what is differentiated.
+
+        Args:
+            is_used: Of each leaf, whether the result depends on it.
+
+        Raises:
+            ValueError: If an argument has no leaf that is used. Of its leaves, some may be unused: a rate that this
+                call of the program does not need has the derivative 0.
+        """
+        values = pytree.tree_unflatten(list(is_used), self.structure)
+        for name, used in zip(self.names, values, strict=True):
+            if not any(pytree.tree_leaves(used)):
+                raise ValueError(
+                    f"The program's result does not depend on `wrt`={name!r}. Name another argument, and look for a"
+                    " `.detach()`, a `.item()` or a constant on the way."
+                )
 
 
 def value_and_grad(
@@ -259,9 +290,10 @@ def jacobian(
         if chosen == "auto":
             chosen = cost(program, wrt)(*positional, **named).cheapest(reaskable=reaskable)
         bound = _Call(program, wrt, positional, named)
-        with _counting(bound.clients, drop_outs) as traffic:
-            value, gradients = _MODES[chosen](bound)
-        return Derivative(value, bound.rebuilt(gradients), traffic, chosen)
+        account = Account(Traffic(), drop_outs)
+        with account.opened(), _failing_together(account), _differentiable():
+            value, gradients = _MODES[chosen](bound, account)
+        return Derivative(value, bound.rebuilt(gradients), account.traffic, chosen)
 
     return call
 
@@ -277,7 +309,7 @@ def cost(program: Program, wrt: str | Sequence[str]) -> Callable[..., CostSheet]
         wrt: As there.
 
     Raises:
-        ValueError: If a branch depends on the value of a tensor.
+        ValueError: If a branch or a shape depends on the value of a tensor.
     """
 
     def call(*positional: Any, **named: Any) -> CostSheet:
@@ -288,15 +320,17 @@ def cost(program: Program, wrt: str | Sequence[str]) -> Callable[..., CostSheet]
         bound = _Call(program, wrt, fake_positional, fake_named)
         trace = Trace()
         try:
-            with _counting(bound.clients, None) as traffic, fake, tracing(trace):
+            with _differentiable(), fake, tracing(trace):
                 leaves = [leaf.detach().requires_grad_() for leaf in bound.leaves]
-                result = bound.run(leaves)
-        except DataDependentOutputException as error:
+                account = Account(Traffic(), inputs=leaves)
+                with account.opened():
+                    result = bound.run(leaves)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
-                "The cost of a program that branches on the value of a tensor cannot be known before it is computed."
-                ' Branch on Python values, or give the `mode` instead of `mode="auto"`.'
+                "The cost of a program that branches on the value of a tensor, or has shapes that depend on it, cannot"
+                ' be known before it is computed. Branch on Python values, or give the `mode` instead of `mode="auto"`.'
             ) from error
-        return _sheet(trace, traffic, inputs=bound.size, outputs=result.numel())
+        return _sheet(trace, account.traffic, inputs=bound.size, outputs=result.numel())
 
     return call
 
@@ -337,7 +371,7 @@ def _sheet(trace: Trace, traffic: Traffic, *, inputs: int, outputs: int) -> Cost
         down=sent * outputs,
         up=received * outputs,
         rounds=rounds * outputs,
-        asks_again=True,
+        asks_again=rounds > 0,
         client_memory=trace.tape,
         server_memory=sum(message.numbers for message in (*trace.broadcasts, *trace.sums)),
     )
@@ -349,37 +383,31 @@ def _sheet(trace: Trace, traffic: Traffic, *, inputs: int, outputs: int) -> Cost
 
 
 @contextmanager
-def _counting(clients: Sequence[Clients], drop_outs: DropOuts | None) -> Iterator[Traffic]:
-    """Count what is sent, from zero."""
-    traffic = Traffic()
-    before = [(each, each.traffic, each.drop_outs) for each in clients]
-    for each in clients:
-        each.traffic = traffic
-        each.drop_outs = drop_outs
+def _differentiable() -> Iterator[None]:
+    """Keep tapes, whatever surrounds the call: Lightning calls hooks without them."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def _failing_together(account: Account) -> Iterator[None]:
+    """End on every process, or on none."""
     try:
-        yield traffic
-    finally:
-        for each, former_traffic, former_drop_outs in before:
-            each.traffic = former_traffic
-            each.drop_outs = former_drop_outs
+        yield
+        for clients in account.clients[:1]:
+            clients.agree("the end of the derivative")
+    except BaseException as error:
+        for clients in account.clients[:1]:
+            clients.tell(error)
+        raise
 
 
-def _clients_in(values: Sequence[Any]) -> list[Clients]:
-    """Find the clients among a program's arguments."""
-    found: dict[int, Clients] = {}
-    for leaf in pytree.tree_leaves(list(values)):
-        clients = leaf.clients if isinstance(leaf, Placed) else leaf
-        if isinstance(clients, Clients):
-            found[id(clients)] = clients
-    return list(found.values())
-
-
-def _forward(call: _Call) -> tuple[Tensor, list[Tensor]]:
+def _forward(call: _Call, account: Account) -> tuple[Tensor, list[Tensor]]:
     """Send one tangent after another along with the values."""
     _load_rules_of_forward_mode()
     value: Tensor | None = None
     columns: list[list[Tensor]] = []
-    is_used = False
+    is_used = [False] * len(call.leaves)
     for position, leaf in enumerate(call.leaves):
         columns.append([])
         for unit in torch.eye(leaf.numel(), dtype=leaf.dtype, device=leaf.device):
@@ -387,15 +415,17 @@ def _forward(call: _Call) -> tuple[Tensor, list[Tensor]]:
                 leaves = [other.detach() for other in call.leaves]
                 leaves[position] = _dual(leaves[position], unit.reshape(leaf.shape))
                 primal, tangent = _parts(call.run(leaves))
-            is_used = is_used or tangent is not None
             value = primal.detach()
-            columns[position].append(torch.zeros_like(primal) if tangent is None else tangent.detach())
+            if tangent is None:
+                columns[position].append(torch.zeros_like(value))
+            else:
+                is_used[position] = True
+                columns[position].append(tangent.detach())
     assert value is not None
-    if not is_used:
-        call.refuse_unused()
+    call.refuse_unused(is_used)
     gradients = []
     for leaf, tangents in zip(call.leaves, columns, strict=True):
-        gradients.append(torch.stack(tangents, dim=-1).reshape(value.shape + leaf.shape))
+        gradients.append(torch.stack(tangents, dim=-1).reshape(value.shape + leaf.shape).to(leaf.dtype))
     return value, gradients
 
 
@@ -417,12 +447,13 @@ def _parts(dual: Tensor) -> tuple[Tensor, Tensor | None]:
     return primal, tangent
 
 
-def _reverse(call: _Call) -> tuple[Tensor, list[Tensor]]:
+def _reverse(call: _Call, account: Account) -> tuple[Tensor, list[Tensor]]:
     """Keep the tape, and ask the clients again for the derivative."""
     leaves = [leaf.detach().requires_grad_() for leaf in call.leaves]
+    account.inputs = leaves
     result = call.run(leaves)
-    if not result.requires_grad:
-        call.refuse_unused()
+    reached = tape.leaves([result])
+    call.refuse_unused([id(leaf) in reached for leaf in leaves])
     rows: list[list[Tensor]] = [[] for _ in leaves]
     units = torch.eye(result.numel(), dtype=result.dtype, device=result.device)
     for unit in units:
@@ -437,13 +468,13 @@ def _reverse(call: _Call) -> tuple[Tensor, list[Tensor]]:
     return result.detach(), shaped
 
 
-def _mixed(call: _Call) -> tuple[Tensor, list[Tensor]]:
+def _mixed(call: _Call, account: Account) -> tuple[Tensor, list[Tensor]]:
     """Let clients send Jacobians, and pull back on the server alone."""
     with mixed_mode():
-        return _reverse(call)
+        return _reverse(call, account)
 
 
-_MODES: Mapping[str, Callable[[_Call], tuple[Tensor, list[Tensor]]]] = {
+_MODES: Mapping[str, Callable[[_Call, Account], tuple[Tensor, list[Tensor]]]] = {
     "forward": _forward,
     "reverse": _reverse,
     "mixed": _mixed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -11,10 +11,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from lightning_fedhaw.autodiff.linearized import Source, linearized_sum, merged_sources, observe_sum
-from lightning_fedhaw.autodiff.primitives import Broadcast, Clients, Sum
+from lightning_fedhaw.autodiff import tape
+from lightning_fedhaw.autodiff.linearized import Linearized, Source, linearized_sum, merged_sources, observe_sum
+from lightning_fedhaw.autodiff.primitives import ACCOUNT, Broadcast, Clients, Sum
 from lightning_fedhaw.autodiff.trace import Trace
 
 MIXED: ContextVar[bool] = ContextVar("mixed", default=False)
@@ -97,8 +99,9 @@ def broadcast(value: Any, clients: Clients) -> Placed:
         clients: Who receives it.
 
     Raises:
-        TypeError: If the value is at the clients already.
+        TypeError: If the value is at the clients already, or cannot be sent.
     """
+    _admit(clients)
     leaves, structure = pytree.tree_flatten(value)
     rows: list[Sequence[Any]] = []
     sources: list[Source] = []
@@ -106,6 +109,11 @@ def broadcast(value: Any, clients: Clients) -> Placed:
         if isinstance(leaf, Placed):
             _refuse_placed("is broadcast")
         if not isinstance(leaf, Tensor):
+            if not isinstance(leaf, (int, float, complex, str, torch.dtype, torch.device, type(None))):
+                raise TypeError(
+                    f"`broadcast` sends tensors, numbers, and containers of these, got {type(leaf).__name__}. Of a"
+                    " module, send `dict(module.named_parameters())`, and call it by `torch.func.functional_call`."
+                )
             rows.append([leaf] * len(clients.slots_here))
             continue
         received, source = _received(leaf, clients)
@@ -114,6 +122,12 @@ def broadcast(value: Any, clients: Clients) -> Placed:
             sources.append(source)
     values = [pytree.tree_unflatten(list(leaves_of_client), structure) for leaves_of_client in zip(*rows, strict=True)]
     return Placed(tuple(values), clients, tuple(sources))
+
+
+def _admit(clients: Clients) -> None:
+    account = ACCOUNT.get()
+    if account is not None:
+        account.admit(clients)
 
 
 def _received(leaf: Tensor, clients: Clients) -> tuple[Sequence[Tensor], Source | None]:
@@ -142,6 +156,7 @@ def map_clients(function: Callable[..., Any], *placed: Placed) -> Placed:
     Raises:
         TypeError: If an argument is at the server, naming the remedy.
         ValueError: If the arguments are at different clients, or there is none.
+        RuntimeError: If the function takes a gradient that would lose its derivative, or fails on another process.
     """
     if not placed:
         raise ValueError("`map_clients` needs at least one value at the clients, which says who they are.")
@@ -153,16 +168,46 @@ def map_clients(function: Callable[..., Any], *placed: Placed) -> Placed:
             )
         if argument.clients is not placed[0].clients:
             raise ValueError("All arguments of `map_clients` must be at the same `Clients` object.")
-    trace = TRACE.get()
+    clients = placed[0].clients
+    _admit(clients)
+    sources = merged_sources(argument.sources for argument in placed)
+    rows = {id(row) for source in sources for row in source.rows}
+    count = len(placed[0].values)
+    if TRACE.get() is not None:
+        count = 1
     results = []
-    for position in range(1 if trace is not None else len(placed[0].values)):
-        arguments_here = [argument.values[position] for argument in placed]
-        if trace is None:
-            results.append(function(*arguments_here))
-            continue
-        with trace.client_tape():
-            results.append(function(*arguments_here))
-    return Placed(tuple(results), placed[0].clients, merged_sources(argument.sources for argument in placed))
+    with clients.failing_together():
+        for position in range(count):
+            values = [argument.values[position] for argument in placed]
+            results.append(_guarded_call(function, values, rows))
+    trace = TRACE.get()
+    if trace is not None:
+        trace.tape += tape.saved_numbers(tensors_in(results))
+    return Placed(tuple(results), clients, sources)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Collect the tensors in a container."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _guarded_call(function: Callable[..., Any], values: Sequence[Any], sources: Collection[int]) -> Any:
+    """Call a function at a client, and let it forget no derivative.
+
+    Args:
+        function: The function.
+        values: What the client holds.
+        sources: In mixed mode, the ``id`` of the tensors at which the client's own tape begins.
+    """
+    received = []
+    for tensor in tensors_in(values):
+        # Other leaves of a tape are what a client holds: nobody differentiates these.
+        if tensor.requires_grad and (tensor.grad_fn is not None or id(tensor) in sources):
+            received.append(tensor)
+    if not received:
+        return function(*values)
+    with tape.DerivativeGuard(received):
+        return function(*values)
 
 
 def sum(placed: Placed) -> Any:
@@ -176,15 +221,54 @@ def sum(placed: Placed) -> Any:
 
     Raises:
         TypeError: If the value is at the server already, or is no number.
+        ValueError: If clients send values of different forms.
+        RuntimeError: If what a client sends depends on a differentiated value that was never broadcast.
     """
     if not isinstance(placed, Placed):
         raise TypeError(f"`sum` adds a value at the clients, got {type(placed).__name__}, which is at the server.")
-    flattened = [pytree.tree_flatten(value) for value in placed.values]
-    structure = flattened[0][1]
+    _admit(placed.clients)
     totals = []
-    for leaves in zip(*(leaves for leaves, _ in flattened), strict=True):
-        totals.append(_total([_as_tensor(leaf) for leaf in leaves], placed))
+    with placed.clients.failing_together():
+        messages, structure = _messages(placed)
+        for position in range(len(messages[0])):
+            totals.append(_total([message[position] for message in messages], placed))
     return pytree.tree_unflatten(totals, structure)
+
+
+def _messages(placed: Placed) -> tuple[list[list[Tensor]], Any]:
+    """The tensors that each client of this process sends, and their common form."""
+    messages = []
+    forms = []
+    for value in placed.values:
+        leaves, structure = pytree.tree_flatten(value)
+        tensors = [_as_tensor(leaf) for leaf in leaves]
+        _refuse_captured(tensors)
+        messages.append(tensors)
+        forms.append((structure, [(list(tensor.shape), tensor.dtype) for tensor in tensors]))
+    ids = placed.clients.ids_here[: len(forms)]  # a trace has one client only
+    for client, form in zip(ids, forms, strict=True):
+        if form != forms[0]:
+            raise ValueError(
+                "Clients must send the same containers with tensors of the same shapes and dtypes. Client"
+                f" {ids[0]} sends {forms[0][1]}, and client {client} sends {form[1]}."
+            )
+    return messages, forms[0][0]
+
+
+def _refuse_captured(message: Sequence[Tensor]) -> None:
+    """Refuse a message that depends on a server value that did not get to the client by a broadcast."""
+    account = ACCOUNT.get()
+    if account is None or not account.inputs:
+        return
+    inputs = {id(value) for value in account.inputs}
+    for node in tape.nodes(message, lambda node: isinstance(node, Broadcast._backward_cls)):
+        at_server = isinstance(node, (Sum._backward_cls, Linearized._backward_cls))
+        if at_server or id(getattr(node, "variable", None)) in inputs:
+            raise RuntimeError(
+                "What a client sends depends on a differentiated server value that was never sent to it: a client's"
+                " function captures it, or it was placed. Send it with `broadcast(value, clients)` and pass it to"
+                " `map_clients`."
+            )
 
 
 def _as_tensor(leaf: Any) -> Tensor:
@@ -217,7 +301,8 @@ def mean(placed: Placed, weights: Placed | Sequence[float] | None = None) -> Any
         ``sum_k weight_k value_k / sum_k weight_k``, at the server.
 
     Raises:
-        ValueError: If there are not as many weights as clients.
+        TypeError: If the value is at the server already, or the weights are being differentiated at the server.
+        ValueError: If there are not as many weights as clients, or they add up to 0.
     """
     if not isinstance(placed, Placed):
         raise TypeError(f"`mean` averages a value at the clients, got {type(placed).__name__}, which is at the server.")
@@ -227,9 +312,28 @@ def mean(placed: Placed, weights: Placed | Sequence[float] | None = None) -> Any
         total = sum(weights)
         weighted = sum(map_clients(_scaled, placed, weights))
         return pytree.tree_map(lambda leaf: leaf / total, weighted)
-    known = place([float(weight) for weight in weights], placed.clients)
-    weighted = sum(map_clients(_scaled, placed, known))
-    return _scaled(weighted, 1 / math.fsum(float(weight) for weight in weights))
+    known = _known_weights(weights, len(placed.clients))
+    weighted = sum(map_clients(_scaled, placed, place(known, placed.clients)))
+    return _scaled(weighted, 1 / math.fsum(known))
+
+
+def _known_weights(weights: Sequence[float], count: int) -> list[float]:
+    if any(is_differentiated(leaf) for leaf in tensors_in([weights])):
+        raise TypeError(
+            "`weights` of `mean` are numbers that are not differentiated. Where the server chooses them, mix by"
+            " `weighted_sum(placed, weights / weights.sum())`; where clients form them, compute them by `map_clients`."
+        )
+    if len(weights) != count:
+        raise ValueError(f"`weights` must have one entry for each of the {count} clients, got {len(weights)}.")
+    known = [float(weight) for weight in weights]
+    if math.fsum(known) == 0:
+        raise ValueError(f"`weights` must not add up to 0, got {known[:10]}.")
+    return known
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Return whether a derivative is being taken through a tensor, by a tape or by a tangent."""
+    return tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _scaled(value: Any, factor: Any) -> Any:
@@ -252,20 +356,47 @@ def weighted_sum(placed: Placed, weights: Tensor) -> Any:
     Raises:
         ValueError: If the weights have another shape.
     """
+    if not isinstance(placed, Placed):
+        raise TypeError(f"`weighted_sum` mixes a value at the clients, got {type(placed).__name__}.")
     clients = placed.clients
-    if weights.shape != (len(clients),):
-        raise ValueError(f"`weights` must have the shape [{len(clients)}], got {list(weights.shape)}.")
+    if not isinstance(weights, Tensor) or weights.shape != (len(clients),):
+        shape = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"`weights` must have the shape [{len(clients)}], got {shape}.")
     trace = TRACE.get()
     if trace is not None:
         trace.sums_only = False
+    constant = weights
+    if is_differentiated(weights):
+        constant = _primal(weights).detach()
+    total = sum(map_clients(_scaled, placed, place(constant.unbind(0), clients)))
+    if not is_differentiated(weights):
+        return total
+    # The server has the messages, and forms the derivative in the weights by itself: by a term that is zero.
+    change = weights - constant
+    if trace is not None:
+        return pytree.tree_map(lambda leaf: leaf + change.sum(), total)
+    return pytree.tree_map(torch.add, total, _weighted_at_server(placed, change))
+
+
+def _weighted_at_server(placed: Placed, weights: Tensor) -> Any:
+    """Mix messages that the server has, so that nothing is sent in either direction."""
+    clients = placed.clients
+    messages, structure = _messages(placed)
+    mixed = []
     with clients.unaccounted():
-        at_clients = broadcast(weights, clients)
-    slots = Placed(tuple(clients.slots_here), clients)
+        shares = Broadcast.apply(weights, clients)[range(len(clients.slots_here)), clients.slots_here]
+        for leaves in zip(*messages, strict=True):
+            rows = torch.stack(leaves)
+            if MIXED.get():
+                rows = rows.detach()  # the clients' own tapes end at their messages
+            factors = shares.reshape(-1, *[1] * (rows.ndim - 1))
+            mixed.append(Sum.apply(rows * factors, clients))
+    return pytree.tree_unflatten(mixed, structure)
 
-    def weigh(value: Any, every_weight: Tensor, slot: int) -> Any:
-        return _scaled(value, every_weight[slot])
 
-    return sum(map_clients(weigh, placed, at_clients, slots))
+def _primal(value: Tensor) -> Tensor:
+    primal: Tensor = forward_ad.unpack_dual(value).primal  # type: ignore[no-untyped-call]
+    return primal
 
 
 def gradient(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -285,25 +416,10 @@ def gradient(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]
     with torch.enable_grad():
         result = loss(*tracked)
     # Where nothing outside asks for a derivative by a tape, none is kept, and memory does not grow with the steps.
-    is_on_tape = any(value.requires_grad for value in inputs) or depends_on_others(result, tracked)
+    is_on_tape = any(value.requires_grad for value in inputs) or bool(
+        tape.leaves([result]).keys() - {id(value) for value in tracked}
+    )
     return torch.autograd.grad(result, tracked, create_graph=is_on_tape)
-
-
-def depends_on_others(result: Tensor, inputs: Sequence[Tensor]) -> bool:
-    """Return whether a result depends on leaves of a tape besides the inputs."""
-    accumulators = {id(tensor) for tensor in inputs}
-    seen: set[Any] = set()
-    waiting = [result.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in accumulators:
-            return True
-        waiting += [parent for parent, _ in node.next_functions]
-    return False
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -59,12 +60,58 @@ class Traffic:
         self.up += numbers
 
 
+@dataclass
+class Account:
+    """What is counted and simulated while one derivative is computed, for all clients that take part.
+
+    Attributes:
+        traffic: What is sent.
+        drop_outs: Clients that are gone in the reverse pass.
+        inputs: The leaves of the tape that the derivative is taken in; none in forward mode.
+    """
+
+    traffic: Traffic
+    drop_outs: DropOuts | None = None
+    inputs: Sequence[Tensor] = ()
+    _former: list[tuple[Clients, Traffic, DropOuts | None]] = field(default_factory=list)
+
+    @property
+    def clients(self) -> list[Clients]:
+        """Those who take part."""
+        return [clients for clients, _, _ in self._former]
+
+    def admit(self, clients: Clients) -> None:
+        """Let clients take part, when the program first speaks to them."""
+        if any(clients is known for known in self.clients):
+            return
+        self._former.append((clients, clients.traffic, clients.drop_outs))
+        clients.traffic = self.traffic
+        clients.drop_outs = self.drop_outs
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Count for this account, and give the clients back to the former one in the end."""
+        token = ACCOUNT.set(self)
+        try:
+            yield
+        finally:
+            ACCOUNT.reset(token)
+            for clients, traffic, drop_outs in self._former:
+                clients.traffic = traffic
+                clients.drop_outs = drop_outs
+
+
+ACCOUNT: ContextVar[Account | None] = ContextVar("account", default=None)
+"""The account of the derivative that is being computed."""
+
+
 @dataclass(frozen=True)
 class DropOuts:
     """Clients that cannot be reached in the reverse pass, which asks the clients of the program again.
 
     Args:
-        lost: The clients that are gone: the same in every round, or a function of the round's number (from 0).
+        lost: The clients that are gone: the same in every round, or a function of the round's number (from 0): within
+            :func:`unroll` its number, elsewhere that of the communication round.
         policy: ``"raise"``: an error. ``"drop"``: what the others send is summed. ``"reweight"``: that sum is divided
             by the share of the weight that is left, which is unbiased where clients drop out independently of what they
             would send. ``"stored"``: nothing is lost, because the simulator has kept what a client would compute.
@@ -142,6 +189,47 @@ class Clients:
         finally:
             self.is_accounted = before
 
+    def tell(self, error: BaseException) -> None:
+        """Tell the other processes of an error, once: they would wait for this one's sums for ever.
+
+        Raises:
+            BaseException: The error itself, when they know.
+        """
+        if self.ranks.size > 1 and not getattr(error, _IS_TOLD, False):
+            setattr(error, _IS_TOLD, True)
+            self.ranks.exchange(partial(_raise, error))
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Tell the other processes of every error."""
+        try:
+            yield
+        except BaseException as error:
+            self.tell(error)
+            raise
+
+    def agree(self, what: Any) -> None:
+        """Make sure that no process has failed, and that all are at the same point of the program.
+
+        Args:
+            what: What this process is about to do.
+
+        Raises:
+            RuntimeError: If another process has failed, or does something else.
+        """
+        if self.ranks.size == 1:
+            return
+        try:
+            everyone = self.ranks.exchange(lambda: what)
+        except BaseException as error:
+            setattr(error, _IS_TOLD, True)
+            raise
+        if any(each != what for each in everyone):
+            raise RuntimeError(
+                "The processes run different programs, or their clients send messages of different shapes or dtypes:"
+                f" {everyone}. Let no branch of the program depend on what only one process knows."
+            )
+
     def total(self, rows: Tensor) -> Tensor:
         """Sum what the clients send.
 
@@ -150,10 +238,16 @@ class Clients:
 
         Returns:
             ``[...]``, the same on every process.
+
+        Raises:
+            RuntimeError: If another process has failed, or sends something else.
         """
+        if not rows.is_floating_point() and not rows.is_complex():
+            rows = rows.long()  # counts: neither is True + True True, nor may small integers overflow
+        self.agree(f"the sum of {str(rows.dtype).removeprefix('torch.')}{list(rows.shape[1:])}")
         if self.ranks.size == 1 or self.reduction == "fast":
             return self.ranks.sum(_sum_in_order(rows))
-        flat = rows.reshape(len(rows), -1)
+        flat = rows.reshape(len(rows), rows[0].numel())
         total = torch.zeros(flat.shape[1], dtype=rows.dtype, device=rows.device)
         for columns, block in self.ranks.columns(flat, self.owners):
             if block.numel():
@@ -202,9 +296,17 @@ class Clients:
         return rows * mask.reshape(-1, *[1] * (rows.ndim - 1))
 
 
+_IS_TOLD = "is_told_to_all_processes"
+"""Marks an error that the other processes know of."""
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
+
+
 def _sum_in_order(rows: Tensor) -> Tensor:
     """Add rows one after another: the bits depend on their order alone, and not on how a kernel groups them."""
-    total = rows[0].clone()
+    total = rows[0] + 0  # turns -0.0 into 0.0, as adding the zeros of other processes does
     for row in rows[1:]:
         total += row
     return total
@@ -262,13 +364,18 @@ class Sum(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Any) -> None:
-        """Remember the clients."""
-        ctx.clients = inputs[1]  # type: ignore[attr-defined]
+        """Remember the clients, and whether they sent anything."""
+        _, clients = inputs
+        ctx.clients = clients  # type: ignore[attr-defined]
+        ctx.is_accounted = clients.is_accounted  # type: ignore[attr-defined]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, None]:
         """Broadcast the server's cotangent."""
-        return Broadcast.apply(gradients[0], ctx.clients), None
+        if ctx.is_accounted:
+            return Broadcast.apply(gradients[0], ctx.clients), None
+        with ctx.clients.unaccounted():
+            return Broadcast.apply(gradients[0], ctx.clients), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 
@@ -49,17 +47,3 @@ class Trace:
         """Note a sum over clients."""
         sizes = tuple(source.numel() for source in sources)
         self.sums.append(Message(message.numel(), bool(sources), sizes))
-
-    @contextmanager
-    def client_tape(self) -> Iterator[None]:
-        """Count what a client keeps for a reverse pass."""
-        kept: set[int] = set()
-
-        def count(tensor: Tensor) -> Tensor:
-            if id(tensor) not in kept:
-                kept.add(id(tensor))
-                self.tape += tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            yield

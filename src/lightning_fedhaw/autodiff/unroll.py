@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.autodiff.placement import MIXED, depends_on_others
-from lightning_fedhaw.autodiff.primitives import ROUND
+from lightning_fedhaw.autodiff import tape
+from lightning_fedhaw.autodiff.placement import MIXED
+from lightning_fedhaw.autodiff.primitives import ACCOUNT, ROUND
 
 Round = Callable[[Any, Any, int], Any]
 
@@ -105,6 +108,7 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, round_: Round, round_idx: int, structure: Any, ends: _Ends, *leaves: Any) -> tuple[Any, ...]:
         ctx.call = round_, round_idx, structure
+        ctx.surroundings = copy_context()  # the backward pass may run in a thread of torch's own
         ctx.leaves = leaves
         state, hyper = pytree.tree_unflatten(list(leaves), structure)
         outputs, ends.structure = pytree.tree_flatten(_play(round_, state, hyper, round_idx))
@@ -113,28 +117,55 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        round_, round_idx, structure = ctx.call
-        leaves = []
-        for leaf, is_needed in zip(ctx.leaves, ctx.needs_input_grad[4:], strict=True):
-            leaves.append(leaf.detach().requires_grad_() if is_needed else leaf)
-        state, hyper = pytree.tree_unflatten(leaves, structure)
-        with torch.enable_grad():
-            outputs, _ = pytree.tree_flatten(_play(round_, state, hyper, round_idx))
-        inputs = [leaf for leaf, is_needed in zip(leaves, ctx.needs_input_grad[4:], strict=True) if is_needed]
-        on_tape = [position for position, output in enumerate(outputs) if output.requires_grad]
-        _refuse_others([outputs[position] for position in on_tape], inputs)
-        pulled = torch.autograd.grad(
-            [outputs[position] for position in on_tape],
-            inputs,
-            [gradients[position] for position in on_tape],
-            allow_unused=True,
-        )
-        answers = iter(pulled)
-        return None, None, None, None, *[next(answers) if needed else None for needed in ctx.needs_input_grad[4:]]
+        return ctx.surroundings.run(_pull_back, ctx, gradients)  # type: ignore[no-any-return]
+
+
+def _pull_back(ctx: Any, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Compute a round again, with a tape, and its derivative."""
+    round_, round_idx, structure = ctx.call
+    leaves = []
+    for leaf, is_needed in zip(ctx.leaves, ctx.needs_input_grad[4:], strict=True):
+        leaves.append(leaf.detach().requires_grad_() if is_needed else leaf)
+    inputs = [leaf for leaf, is_needed in zip(leaves, ctx.needs_input_grad[4:], strict=True) if is_needed]
+    state, hyper = pytree.tree_unflatten(leaves, structure)
+    with torch.enable_grad(), _also_differentiated(inputs):
+        outputs, _ = pytree.tree_flatten(_play(round_, state, hyper, round_idx))
+    on_tape = []
+    for position, output in enumerate(outputs):
+        if isinstance(output, Tensor) and output.requires_grad:
+            on_tape.append(position)
+    _refuse_others([outputs[position] for position in on_tape], inputs)
+    pulled = torch.autograd.grad(
+        [outputs[position] for position in on_tape],
+        inputs,
+        [gradients[position] for position in on_tape],
+        allow_unused=True,
+    )
+    answers = iter(pulled)
+    return None, None, None, None, *[next(answers) if needed else None for needed in ctx.needs_input_grad[4:]]
+
+
+@contextmanager
+def _also_differentiated(inputs: list[Tensor]) -> Iterator[None]:
+    """Let the account of the derivative know the leaves of a round that is computed again."""
+    account = ACCOUNT.get()
+    if account is None:
+        yield
+        return
+    before = account.inputs
+    account.inputs = [*before, *inputs]
+    try:
+        yield
+    finally:
+        account.inputs = before
 
 
 def _refuse_others(outputs: list[Tensor], inputs: list[Tensor]) -> None:
-    if any(depends_on_others(output, inputs) for output in outputs):
+    others = tape.leaves(outputs).keys() - {id(value) for value in inputs}
+    account = ACCOUNT.get()
+    if account is not None:
+        others &= {id(value) for value in account.inputs}  # what else has a tape is not differentiated
+    if others:
         raise RuntimeError(
             "A checkpointed round depends on differentiated tensors that `unroll` does not know, so their derivative"
             " would be lost. Pass them in `hyper=`."
