@@ -405,3 +405,41 @@ def test_a_failed_derivative_leaves_nothing_behind():
     assert CLIENTS.traffic is before
     assert CLIENTS.is_accounted
     assert derivative(square, "reverse", X).gradient == 24
+
+
+# ---------------------------------------------------------------- accounts
+
+
+def two_arguments(x, y):
+    """Each message depends on one of the arguments, and a message without use travels beside them."""
+    total(lambda x, k: k * x.square(), x)
+    sums = total(lambda a, b, k: {"a": k * a, "b": k * b * b}, x, y)
+    return sums["a"].sum() * sums["b"].sum()
+
+
+ACCOUNTED = {
+    "two arguments": (two_arguments, (torch.ones(2), torch.ones(3)), ("x", "y")),
+    "a horizon": (lambda x: drifting(x, 4, horizon=1) * x, (X,), "x"),
+    "checkpoints": (lambda x: drifting(x, 4, checkpointed=True), (X,), "x"),
+    "checkpoints and a horizon": (lambda x: drifting(x, 4, checkpointed=True, horizon=2) * square(x), (X,), "x"),
+    "several outputs": (lambda x: total(lambda x, k: k * x * x, total(lambda x, k: k * x, x)), (torch.ones(2),), "x"),
+}
+
+
+@each_mode
+@pytest.mark.parametrize("name", ACCOUNTED)
+def test_the_cost_sheet_is_what_is_counted(name, mode):
+    program, values, wrt = ACCOUNTED[name]
+    sheet = ad.cost(program, wrt)(*values)
+    extra = sheet.modes[mode]
+    traffic = ad.jacobian(program, wrt, mode)(*values).traffic
+    assert (traffic.down, traffic.up) == (sheet.down + extra.down, sheet.up + extra.up)
+    assert traffic.rounds == sheet.rounds + extra.rounds
+
+
+def test_checkpoints_keep_the_tape_of_one_round():
+    kept = ad.cost(lambda x: drifting(x, 4), "x")(X).modes["reverse"]
+    again = ad.cost(lambda x: drifting(x, 4, checkpointed=True), "x")(X).modes["reverse"]
+    assert kept.client_memory == 4 * again.client_memory > 0
+    assert again.rounds == 8
+    assert kept.rounds == 4

@@ -74,12 +74,13 @@ def observe_sum(leaf: Tensor, sources: Sequence[Source], clients: Clients, trace
         trace: The account.
     """
     reached = tape.leaves([leaf])
-    used = [source.value for source in sources if id(source.rows[0]) in reached]
-    trace.add_sum(leaf, used)
+    used = [source for source in sources if id(source.rows[0]) in reached]
+    values = [source.value for source in used]
     clients.traffic.count_sum(leaf.numel())
     total = leaf.detach().clone()
     if used:
-        total = Linearized.apply(total, len(used), *used)
+        total = Linearized.apply(total, len(used), *values)
+    trace.add_sum(leaf.numel(), values, [source.rows[0] for source in used], total)
     return total
 
 

@@ -330,7 +330,7 @@ def cost(program: Program, wrt: str | Sequence[str]) -> Callable[..., CostSheet]
                 "The cost of a program that branches on the value of a tensor, or has shapes that depend on it, cannot"
                 ' be known before it is computed. Branch on Python values, or give the `mode` instead of `mode="auto"`.'
             ) from error
-        return _sheet(trace, account.traffic, inputs=bound.size, outputs=result.numel())
+        return _sheet(trace, account.traffic, bound.size, result)
 
     return call
 
@@ -344,42 +344,43 @@ def _converter(fake: FakeTensorMode) -> Callable[[Any], Any]:
     return lambda value: pytree.tree_map(convert_leaf, value)
 
 
-def _sheet(trace: Trace, traffic: Traffic, *, inputs: int, outputs: int) -> CostSheet:
+def _sheet(trace: Trace, traffic: Traffic, inputs: int, result: Tensor) -> CostSheet:
     """Add up what each mode sends, by the messages of a program.
 
     Args:
         trace: The messages.
         traffic: The program's own.
         inputs: Numbers that the derivative is taken in, n.
-        outputs: Numbers that the program returns, o.
+        result: What the program returns.
     """
-    received = sum(message.numbers for message in trace.broadcasts if message.is_differentiated)
-    sent = sum(message.numbers for message in trace.sums if message.is_differentiated)
-    jacobians = sum(message.numbers * size for message in trace.sums for size in message.sources)
-    rounds = traffic.rounds
+    broadcasts = [message for message in trace.messages if not message.is_sum]
+    sums = [message for message in trace.messages if message.is_sum]
+    jacobians = 0
+    for message in sums:
+        jacobians += message.numbers * sum(received.numbers for received in message.broadcasts)
     # Every tangent takes a pass of its own, in which the program's values travel again; the first pass is the program.
     repeated = inputs - 1
     forward = ModeCost(
-        down=received * inputs + traffic.down * repeated,
-        up=sent * inputs + traffic.up * repeated,
-        rounds=rounds * repeated,
+        down=sum(message.numbers * message.inputs for message in broadcasts) + traffic.down * repeated,
+        up=sum(message.numbers * message.inputs for message in sums) + traffic.up * repeated,
+        rounds=traffic.rounds * repeated,
         asks_again=False,
         client_memory=None,
-        server_memory=2 * max((message.numbers for message in (*trace.broadcasts, *trace.sums)), default=0),
+        server_memory=2 * max((message.numbers for message in trace.messages), default=0),
     )
+    in_reverse = trace.reverse_traffic(result, passes=result.numel())
     reverse = ModeCost(
-        down=sent * outputs,
-        up=received * outputs,
-        rounds=rounds * outputs,
-        asks_again=rounds > 0,
-        client_memory=trace.tape,
-        server_memory=sum(message.numbers for message in (*trace.broadcasts, *trace.sums)),
+        down=in_reverse.down - traffic.down,
+        up=in_reverse.up - traffic.up,
+        rounds=in_reverse.rounds - traffic.rounds,
+        asks_again=in_reverse.rounds > traffic.rounds,
+        client_memory=trace.client_memory,
+        server_memory=sum(message.numbers for message in trace.messages),
     )
-    mixed = ModeCost(
-        down=0, up=jacobians, rounds=0, asks_again=False, client_memory=trace.tape, server_memory=jacobians
-    )
+    memory = sum(trace.tape.values())
+    mixed = ModeCost(down=0, up=jacobians, rounds=0, asks_again=False, client_memory=memory, server_memory=jacobians)
     modes = {"forward": forward, "reverse": reverse, "mixed": mixed}
-    return CostSheet(traffic.down, traffic.up, rounds, trace.sums_only, modes)
+    return CostSheet(traffic.down, traffic.up, traffic.rounds, trace.sums_only, modes)
 
 
 @contextmanager

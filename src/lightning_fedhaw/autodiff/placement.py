@@ -135,11 +135,13 @@ def _received(leaf: Tensor, clients: Clients) -> tuple[Sequence[Tensor], Source 
     trace = TRACE.get()
     is_cut = MIXED.get() and leaf.requires_grad
     stacked = Broadcast.apply(leaf.detach() if is_cut else leaf, clients)
-    if trace is not None and clients.is_accounted:
-        trace.add_broadcast(leaf)
+    rows: Sequence[Tensor] = stacked.unbind(0)
+    if is_cut:
+        rows = [row.detach().requires_grad_() for row in rows]
+    if trace is not None:
+        trace.add_broadcast(leaf, rows[0])
     if not is_cut:
-        return stacked.unbind(0), None
-    rows = [row.detach().requires_grad_() for row in stacked]
+        return rows, None
     return rows, Source(leaf, tuple(rows))
 
 
@@ -182,7 +184,7 @@ def map_clients(function: Callable[..., Any], *placed: Placed) -> Placed:
             results.append(_guarded_call(function, values, rows))
     trace = TRACE.get()
     if trace is not None:
-        trace.tape += tape.saved_numbers(tensors_in(results))
+        trace.add_tape(tensors_in(results))
     return Placed(tuple(results), clients, sources)
 
 

@@ -22,7 +22,7 @@ def nodes(values: Iterable[Tensor], is_border: Callable[[Any], bool] = lambda no
         The tape's nodes. A leaf's node has it as its ``variable``.
     """
     seen: set[Any] = set()
-    waiting: list[Any] = [torch.autograd.graph.get_gradient_edge(value).node for value in values if value.requires_grad]
+    waiting = list(last_nodes(values))
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
@@ -31,6 +31,11 @@ def nodes(values: Iterable[Tensor], is_border: Callable[[Any], bool] = lambda no
         yield node
         if not is_border(node):
             waiting += [parent for parent, _ in node.next_functions]
+
+
+def last_nodes(values: Iterable[Tensor]) -> set[Any]:
+    """Collect the operations that some values are the results of; a leaf of the tape has a node, too."""
+    return {torch.autograd.graph.get_gradient_edge(value).node for value in values if value.requires_grad}
 
 
 def leaves(values: Iterable[Tensor]) -> dict[int, Tensor]:
@@ -67,7 +72,7 @@ class DerivativeGuard(TorchFunctionMode):
 
     def __init__(self, received: Sequence[Tensor]) -> None:
         super().__init__()
-        self.received = {torch.autograd.graph.get_gradient_edge(value).node for value in received}
+        self.received = last_nodes(received)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the calls that take gradients; let everything else pass.

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.autodiff import tape
-from lightning_fedhaw.autodiff.placement import MIXED
+from lightning_fedhaw.autodiff.placement import MIXED, TRACE, tensors_in
 from lightning_fedhaw.autodiff.primitives import ACCOUNT, ROUND
 
 Round = Callable[[Any, Any, int], Any]
@@ -53,11 +53,16 @@ def unroll(
     rounds = arguments.integer("rounds", rounds, minimum=1)
     if horizon is not None:
         horizon = arguments.integer("horizon", horizon, minimum=1)
+    trace = TRACE.get()
     is_checkpointed = checkpointed and not MIXED.get() and not _has_tangents((state, hyper))
     for round_idx in range(rounds):
         if horizon is not None and round_idx == rounds - horizon:
             state = pytree.tree_map(_cut, state)
-        if is_checkpointed:
+        if trace is not None and checkpointed:
+            with trace.checkpointed_round() as results:
+                state = _play(round_, state, hyper, round_idx)
+                results += tensors_in(state)
+        elif is_checkpointed:
             state = _checkpointed_round(round_, state, hyper, round_idx)
         else:
             state = _play(round_, state, hyper, round_idx)
