@@ -209,6 +209,23 @@ def test_the_derivative_in_the_weights_alone_is_the_servers_own(mode):
         assert (found.traffic.down, found.traffic.up) == (0, 5) == (sheet.down, sheet.up)
 
 
+@each_mode
+def test_what_a_program_returns_besides_is_not_differentiated(mode):
+    def program(x):
+        kept = ad.map_clients(lambda x, k: {"own": k * x}, ad.broadcast(x, CLIENTS), DATA)
+        return ad.sum(kept)["own"], {"model": x * 3, "kept": kept, "round": 1}
+
+    found = derivative(program, mode, X, has_aux=True)
+    assert (found.value, found.gradient) == (12, 6)
+    assert (found.aux["model"], found.aux["round"]) == (6, 1)
+    assert not found.aux["model"].requires_grad
+    assert [value["own"] for value in found.aux["kept"].values] == [2, 4, 6]
+    again = derivative(lambda x: square(x) + ad.sum(found.aux["kept"])["own"], mode, X)
+    assert (again.value, again.gradient) == (24 + 12, 24), "the next call knows it as a constant"
+    with pytest.raises(TypeError, match="must return `\\(result, aux\\)`, got tensor"):
+        derivative(square, mode, X, has_aux=True)
+
+
 # ---------------------------------------------------------------- rounds
 
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.autodiff import tape
-from lightning_fedhaw.autodiff.placement import Placed, is_differentiated, mixed_mode, tensors_in, tracing
+from lightning_fedhaw.autodiff.placement import Placed, constant, is_differentiated, mixed_mode, tensors_in, tracing
 from lightning_fedhaw.autodiff.primitives import ACCOUNT, Account, DropOuts, Traffic
 from lightning_fedhaw.autodiff.trace import Trace
 
@@ -36,12 +36,14 @@ class Derivative(NamedTuple):
             shape ``[o...]``, each leaf ``[a...]`` of the argument has ``[o..., a...]``.
         traffic: Numbers sent to and by each client.
         mode: The mode that was used.
+        aux: What else the program returned, with ``has_aux``.
     """
 
     value: Tensor
     gradient: Any
     traffic: Traffic
     mode: str
+    aux: Any = None
 
 
 @dataclass(frozen=True)
@@ -119,18 +121,26 @@ class _Call:
         wrt: The name of its argument, or several.
         positional: The positional arguments.
         named: The keyword arguments.
+        has_aux: Whether the program returns something besides its result.
 
     Raises:
         TypeError: If ``wrt`` is no argument, or holds something that has no derivative.
     """
 
     def __init__(
-        self, program: Program, wrt: str | Sequence[str], positional: Sequence[Any], named: Mapping[str, Any]
+        self,
+        program: Program,
+        wrt: str | Sequence[str],
+        positional: Sequence[Any],
+        named: Mapping[str, Any],
+        has_aux: bool,
     ) -> None:
         bound = inspect.signature(program).bind(*positional, **named)
         bound.apply_defaults()
         self.program = program
         self.bound = bound
+        self.has_aux = has_aux
+        self.aux: Any = None
         self.is_single = isinstance(wrt, str)
         self.names = [wrt] if isinstance(wrt, str) else list(wrt)
         if len(set(self.names)) < len(self.names):
@@ -187,6 +197,11 @@ class _Call:
         for name, value in zip(self.names, pytree.tree_unflatten(list(leaves), self.structure), strict=True):
             self.bound.arguments[name] = value
         result = self.program(*self.bound.args, **self.bound.kwargs)
+        if self.has_aux:
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise TypeError(f"With `has_aux=True` the program must return `(result, aux)`, got {result!r:.100}.")
+            self.aux = pytree.tree_map(constant, result[1])
+            result = result[0]
         if not isinstance(result, Tensor):
             at = "a value at the clients" if isinstance(result, Placed) else type(result).__name__
             raise TypeError(f"The program must return a tensor at the server, got {at}. Reduce it by `sum` or `mean`.")
@@ -223,6 +238,7 @@ def value_and_grad(
     *,
     reaskable: bool = True,
     drop_outs: DropOuts | None = None,
+    has_aux: bool = False,
 ) -> Callable[..., Derivative]:
     """Make a function that computes a federated program and its gradient.
 
@@ -235,6 +251,8 @@ def value_and_grad(
             sends the fewest numbers.
         reaskable: Whether ``"auto"`` may ask clients again.
         drop_outs: Clients that are gone in the reverse pass.
+        has_aux: Whether the program returns ``(result, aux)``. What is in ``aux``, such as the new model or what
+            clients keep, is returned as it is and not differentiated.
 
     Returns:
         A function of the program's arguments.
@@ -252,7 +270,7 @@ def value_and_grad(
         >>> float(derivative.value), float(derivative.gradient), derivative.traffic.rounds
         (1.0, 0.0, 1)
     """
-    differentiate = jacobian(program, wrt, mode, reaskable=reaskable, drop_outs=drop_outs)
+    differentiate = jacobian(program, wrt, mode, reaskable=reaskable, drop_outs=drop_outs, has_aux=has_aux)
 
     def call(*positional: Any, **named: Any) -> Derivative:
         derivative = differentiate(*positional, **named)
@@ -273,6 +291,7 @@ def jacobian(
     *,
     reaskable: bool = True,
     drop_outs: DropOuts | None = None,
+    has_aux: bool = False,
 ) -> Callable[..., Derivative]:
     """Make a function that computes a federated program and its derivative, whatever the shape of its output.
 
@@ -282,23 +301,24 @@ def jacobian(
         mode: As there.
         reaskable: As there.
         drop_outs: As there.
+        has_aux: As there.
     """
     arguments.choice("mode", mode, Mode)
 
     def call(*positional: Any, **named: Any) -> Derivative:
         chosen: str = mode
         if chosen == "auto":
-            chosen = cost(program, wrt)(*positional, **named).cheapest(reaskable=reaskable)
-        bound = _Call(program, wrt, positional, named)
+            chosen = cost(program, wrt, has_aux=has_aux)(*positional, **named).cheapest(reaskable=reaskable)
+        bound = _Call(program, wrt, positional, named, has_aux)
         account = Account(Traffic(), drop_outs)
         with account.opened(), _failing_together(account), _differentiable():
             value, gradients = _MODES[chosen](bound, account)
-        return Derivative(value, bound.rebuilt(gradients), account.traffic, chosen)
+        return Derivative(value, bound.rebuilt(gradients), account.traffic, chosen, bound.aux)
 
     return call
 
 
-def cost(program: Program, wrt: str | Sequence[str]) -> Callable[..., CostSheet]:
+def cost(program: Program, wrt: str | Sequence[str], *, has_aux: bool = False) -> Callable[..., CostSheet]:
     """Make a function that accounts for a federated program without computing it or asking a client.
 
     The program runs once on tensors without values, for one client. Branches may depend on Python values, and not on
@@ -307,6 +327,7 @@ def cost(program: Program, wrt: str | Sequence[str]) -> Callable[..., CostSheet]
     Args:
         program: As for :func:`value_and_grad`.
         wrt: As there.
+        has_aux: As there.
 
     Raises:
         ValueError: If a branch or a shape depends on the value of a tensor.
@@ -317,7 +338,7 @@ def cost(program: Program, wrt: str | Sequence[str]) -> Callable[..., CostSheet]
         convert = _converter(fake)
         fake_positional = [convert(value) for value in positional]
         fake_named = {name: convert(value) for name, value in named.items()}
-        bound = _Call(program, wrt, fake_positional, fake_named)
+        bound = _Call(program, wrt, fake_positional, fake_named, has_aux)
         trace = Trace()
         try:
             with _differentiable(), fake, tracing(trace):

@@ -188,6 +188,13 @@ def map_clients(function: Callable[..., Any], *placed: Placed) -> Placed:
     return Placed(tuple(results), clients, sources)
 
 
+def constant(leaf: Any) -> Any:
+    """Return a value without its derivative, at the server or at the clients."""
+    if isinstance(leaf, Placed):
+        return Placed(tuple(pytree.tree_map(constant, value) for value in leaf.values), leaf.clients)
+    return _primal(leaf).detach() if isinstance(leaf, Tensor) else leaf
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """Collect the tensors in a container."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
@@ -367,14 +374,12 @@ def weighted_sum(placed: Placed, weights: Tensor) -> Any:
     trace = TRACE.get()
     if trace is not None:
         trace.sums_only = False
-    constant = weights
-    if is_differentiated(weights):
-        constant = _primal(weights).detach()
-    total = sum(map_clients(_scaled, placed, place(constant.unbind(0), clients)))
+    known = constant(weights)
+    total = sum(map_clients(_scaled, placed, place(known.unbind(0), clients)))
     if not is_differentiated(weights):
         return total
     # The server has the messages, and forms the derivative in the weights by itself: by a term that is zero.
-    change = weights - constant
+    change = weights - known
     if trace is not None:
         return pytree.tree_map(lambda leaf: leaf + change.sum(), total)
     return pytree.tree_map(torch.add, total, _weighted_at_server(placed, change))

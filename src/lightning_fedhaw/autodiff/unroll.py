@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.autodiff import tape
-from lightning_fedhaw.autodiff.placement import MIXED, TRACE, tensors_in
+from lightning_fedhaw.autodiff.placement import MIXED, TRACE, constant, tensors_in
 from lightning_fedhaw.autodiff.primitives import ACCOUNT, ROUND
 
 Round = Callable[[Any, Any, int], Any]
@@ -57,7 +57,7 @@ def unroll(
     is_checkpointed = checkpointed and not MIXED.get() and not _has_tangents((state, hyper))
     for round_idx in range(rounds):
         if horizon is not None and round_idx == rounds - horizon:
-            state = pytree.tree_map(_cut, state)
+            state = pytree.tree_map(constant, state)
         if trace is not None and checkpointed:
             with trace.checkpointed_round() as results:
                 state = _play(round_, state, hyper, round_idx)
@@ -75,14 +75,6 @@ def _play(round_: Round, state: Any, hyper: Any, round_idx: int) -> Any:
         return round_(state, hyper, round_idx)
     finally:
         ROUND.reset(token)
-
-
-def _cut(leaf: Any) -> Any:
-    """Let no derivative go back beyond a value."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    primal: Tensor = forward_ad.unpack_dual(leaf).primal  # type: ignore[no-untyped-call]
-    return primal.detach()
 
 
 def _has_tangents(value: Any) -> bool:
