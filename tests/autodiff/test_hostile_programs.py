@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_fedhaw import autodiff as ad
+from lightning_fedhaw.autodiff import modes
 
 MODES = ("forward", "reverse", "mixed")
 each_mode = pytest.mark.parametrize("mode", MODES)
@@ -460,3 +461,20 @@ def test_checkpoints_keep_the_tape_of_one_round():
     assert kept.client_memory == 4 * again.client_memory > 0
     assert again.rounds == 8
     assert kept.rounds == 4
+
+
+def test_the_automatic_mode_is_decided_once_for_arguments_of_one_form(monkeypatch):
+    accounts = []
+    original = modes.cost
+    monkeypatch.setattr(modes, "cost", lambda *args, **options: accounts.append(1) or original(*args, **options))
+
+    def program(x, data, scale):
+        messages = ad.map_clients(lambda x, k: scale * k * x.square(), ad.broadcast(x, CLIENTS), data)
+        return ad.sum(messages).sum()
+
+    differentiate = ad.value_and_grad(program, "x")
+    for size, scale, modes_sought in ((1, 2, 1), (1, 2, 1), (4, 2, 2), (4, 3, 3), (1, 2, 3)):
+        found = differentiate(torch.ones(size), DATA, scale)
+        assert found.gradient.tolist() == [12.0 * scale] * size
+        assert found.mode == ("mixed" if size == 1 else "reverse")
+        assert len(accounts) == modes_sought

@@ -248,7 +248,7 @@ def value_and_grad(
         wrt: The name of the argument to differentiate in, or several; server values.
         mode: ``"forward"``: derivatives travel with values, one pass per number. ``"reverse"``: a second pass asks the
             clients again. ``"mixed"``: clients send Jacobians, and nobody is asked again. ``"auto"``: the one that
-            sends the fewest numbers.
+            sends the fewest numbers, found by :func:`cost` once for arguments of one form (shapes, and Python values).
         reaskable: Whether ``"auto"`` may ask clients again.
         drop_outs: Clients that are gone in the reverse pass.
         has_aux: Whether the program returns ``(result, aux)``. What is in ``aux``, such as the new model or what
@@ -304,11 +304,16 @@ def jacobian(
         has_aux: As there.
     """
     arguments.choice("mode", mode, Mode)
+    decided: dict[str, str] = {}
 
     def call(*positional: Any, **named: Any) -> Derivative:
         chosen: str = mode
         if chosen == "auto":
-            chosen = cost(program, wrt, has_aux=has_aux)(*positional, **named).cheapest(reaskable=reaskable)
+            form = _form_of((positional, named))
+            if form not in decided:  # an account takes longer than many a derivative
+                sheet = cost(program, wrt, has_aux=has_aux)(*positional, **named)
+                decided[form] = sheet.cheapest(reaskable=reaskable)
+            chosen = decided[form]
         bound = _Call(program, wrt, positional, named, has_aux)
         account = Account(Traffic(), drop_outs)
         with account.opened(), _failing_together(account), _differentiable():
@@ -354,6 +359,20 @@ def cost(program: Program, wrt: str | Sequence[str], *, has_aux: bool = False) -
         return _sheet(trace, account.traffic, bound.size, result)
 
     return call
+
+
+def _form_of(value: Any) -> str:
+    """Describe arguments by what an account depends on: shapes and dtypes of tensors, and other values."""
+    leaves, structure = pytree.tree_flatten(value)
+    forms = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            forms.append(f"{leaf.dtype}{list(leaf.shape)}")
+        elif isinstance(leaf, Placed):
+            forms.append(f"{len(leaf)} of {_form_of(leaf.values[0])}")
+        else:
+            forms.append(f"{leaf!r}")
+    return f"{structure} {forms}"
 
 
 def _converter(fake: FakeTensorMode) -> Callable[[Any], Any]:

@@ -45,7 +45,7 @@ class Traffic:
     up: int = 0
     rounds: int = 0
     missing_weight: list[float] = field(default_factory=list)
-    _is_answered: bool = True
+    _is_answered: bool = field(default=True, repr=False)
 
     def count_broadcast(self, numbers: int) -> None:
         """Count a broadcast of so many numbers."""
