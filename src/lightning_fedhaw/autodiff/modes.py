@@ -262,11 +262,12 @@ def value_and_grad(
         TypeError: If ``wrt`` is no argument of the program or holds anything but floating-point tensors.
 
     Example:
-        >>> clients = Clients(range(2))
+        >>> from lightning_fedhaw import autodiff as ad
+        >>> clients = ad.Clients(range(2))
         >>> def loss(rate, target):
-        ...     at_clients = broadcast(rate, clients)
-        ...     return mean(map_clients(lambda r, t: (r - t) ** 2, at_clients, target))
-        >>> derivative = value_and_grad(loss, wrt="rate")(torch.tensor(1.0), place([0.0, 2.0], clients))
+        ...     at_clients = ad.broadcast(rate, clients)
+        ...     return ad.mean(ad.map_clients(lambda r, t: (r - t) ** 2, at_clients, target))
+        >>> derivative = ad.value_and_grad(loss, wrt="rate")(torch.tensor(1.0), ad.place([0.0, 2.0], clients))
         >>> float(derivative.value), float(derivative.gradient), derivative.traffic.rounds
         (1.0, 0.0, 1)
     """
