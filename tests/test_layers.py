@@ -19,7 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ROWS = {
     1: {"arguments", "notes", "streams", "isolation", "ranks", "keys"},
     2: {"options", "vectors", "cohort", "objectives", "models"},
-    3: {"data", "rule"},
+    3: {"autodiff", "data", "rule"},
     4: {"server", "channel", "clients"},
     5: {"federation"},
     6: {"observer", "report"},
