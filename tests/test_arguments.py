@@ -474,6 +474,14 @@ def test_numbers_are_a_copy():
         (lambda: data.DirichletPartitioner(alfa=0.1), "`DirichletPartitioner` .*; did you mean `alpha`"),
         (lambda: data.UniformSampler(clients_per_rund=2), "`UniformSampler` .*; did you mean `clients_per_round`"),
         (lambda: channel.QuantizationChannel(bit=8), "`QuantizationChannel` .*; did you mean `bits`"),
+        (lambda: channel.GilbertElliott(entr=0.1, leave=0.5), "`GilbertElliott` .*; did you mean `enter`"),
+        (
+            lambda: lightning_fedhaw.FederationOptions(num_client=3),
+            "`FederationOptions` .*; did you mean `num_clients`",
+        ),
+        (lambda: lightning_fedhaw.RoundProgressBar(refresh=3), "`RoundProgressBar` .*; did you mean `refresh_rate`"),
+        (lambda: lightning_fedhaw.TimmClassifier("resnet18", num_class=3), "`TimmClassifier` .*; did you mean `num_cl"),
+        (lambda: data.StanfordDogs("dogs", downlod=True), "`StanfordDogs` .*; did you mean `download`"),
     ],
 )
 def test_an_unknown_argument_is_told_with_the_nearest(make, said):

@@ -11,6 +11,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
 import lightning_fedhaw
 from cli_task import Network, Samples
@@ -226,10 +228,49 @@ def test_channels_and_objectives_are_one_or_several(parser):
     assert several.channel[1].class_path == "lightning_fedhaw.AWGNChannel"
 
 
+NUMBERS = [("5", 5, int), ("1", 1, int), ("1.0", 1.0, float), ("0.5", 0.5, float)]
+
+
+@pytest.mark.parametrize(("text", "value", "kind"), NUMBERS)
+def test_a_number_of_clients_stays_whole_and_a_share_stays_a_share(parser, text, value, kind, tmp_path):
+    """1 is one client, and 1.0 is all of them: by flags (so by W&B's, too), by YAML, and for a sampler."""
+    file = tmp_path / "federation.yaml"
+    file.write_text(f"federation:\n  clients_per_round: {text}\n")
+    sampler = ["--federation.sampler=UniformSampler", f"--federation.sampler.clients_per_round={text}"]
+    by_flag = parser.parse_args([*TASK, f"--federation.clients_per_round={text}"]).federation.clients_per_round
+    by_file = parser.parse_args([*TASK, f"--config={file}"]).federation.clients_per_round
+    of_sampler = parser.parse_args([*TASK, *sampler]).federation.sampler.init_args.clients_per_round
+    for number in (by_flag, by_file, of_sampler):
+        assert number == value
+        assert type(number) is kind
+
+
+@pytest.mark.parametrize(("text", "value", "kind"), NUMBERS)
+def test_a_number_of_clients_stays_whole_in_lightnings_own_command_line(text, value, kind):
+    cli = LightningCLI(
+        BoringModel,
+        BoringDataModule,
+        run=False,
+        args=[
+            *("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.accelerator=cpu"),
+            "--seed_everything=0",
+            "--trainer.callbacks+=lightning_fedhaw.FedAvgCallback",
+            f"--trainer.callbacks.clients_per_round={text}",
+        ],
+    )
+    (rule,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, AggregationRule)]
+    assert rule.options.clients_per_round == value
+    assert type(rule.options.clients_per_round) is kind
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
         (["--rule=FedHAV"], "`--rule`: there is no class `FedHAV`.*Did you mean `FedHAWCallback`?"),
+        (
+            ["--rule=AggregationRule"],
+            "`AggregationRule` is a base class. Give a class that derives from it: Co",
+        ),
         (["--rule=Best"], "There are CoordinateMedianCallback, .*TrimmedMeanCallback"),
         (["--channel+=ErasureChannl"], "Did you mean `ErasureChannel`?"),
         (["--channel=AWGN"], "there is no class `AWGN`.*Did you mean `AWGNChannel`?"),

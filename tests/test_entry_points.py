@@ -6,10 +6,22 @@ import lightning.pytorch as pl
 import pytest
 import pytorch_lightning
 import torch
+import torchmetrics
 from torch.utils.data import DataLoader, TensorDataset
 
 from federations import QUIET, Classifier, flat, loader, samples, trainer, val_loader
-from lightning_fedhaw import FedAvgCallback, FederatedCallback, FederatedDataModule, FederatedTrainer, FedHAWCallback
+from lightning_fedhaw import (
+    ErasureChannel,
+    FedAvgCallback,
+    FederatedCallback,
+    FederatedDataModule,
+    FederatedStrategy,
+    FederatedTrainer,
+    FedHAWCallback,
+    FedProx,
+    RoundProgressBar,
+    RunHistory,
+)
 
 FEDERATION = {"num_clients": 5, "alpha": 0.5, "clients_per_round": 3, "local_epochs": 2, "seed": 4}
 
@@ -179,6 +191,54 @@ def test_pytorch_lightning_objects_get_one_clear_sentence():
         trainer().fit(Other(), loader())
     with pytest.raises(TypeError, match="needs a `lightning.pytorch.Trainer`, got pytorch_lightning"):
         FedHAWCallback().setup(pytorch_lightning.Trainer(**QUIET), None, "fit")
+
+
+class Watcher(FederatedCallback):
+    """Watches rounds."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [ErasureChannel, FedProx, Watcher, RoundProgressBar, RunHistory],
+    ids=lambda make: make.__name__,
+)
+def test_a_part_of_a_federation_needs_a_rule(make):
+    """A stock trainer would train on all data at once and never call it."""
+    without = {**QUIET, "enable_progress_bar": make is RoundProgressBar}
+    part = make() if make is not ErasureChannel else make(0.5)
+    with pytest.raises(ValueError, match=f"`{make.__name__}` has an effect in federated training only.*Add a rule"):
+        pl.Trainer(max_epochs=1, callbacks=[part], **without).fit(Classifier(), loader())
+    pl.Trainer(max_epochs=1, callbacks=[part], **without).validate(Classifier(), val_loader(), verbose=False)
+
+
+def test_a_strategy_without_synchronization_needs_a_rule():
+    trainer = pl.Trainer(max_epochs=1, strategy=FederatedStrategy(), devices=1, **QUIET)
+    try:
+        with pytest.raises(ValueError, match="`FederatedStrategy` has an effect in federated training only"):
+            trainer.fit(Classifier(), loader())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Composed(Classifier):
+    """Logs a metric that is the sum of two others, and these."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = torchmetrics.SumMetric(), torchmetrics.SumMetric()
+        self.total = self.left + self.right
+
+    def training_step(self, batch, batch_idx):
+        self.total.update(len(batch[0]))
+        self.log_dict({"total": self.total, "left": self.left, "right": self.right}, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_metric_composed_of_others_is_read_before_they_are_reset():
+    trainer = pl.Trainer(max_epochs=2, callbacks=[FedAvgCallback(num_clients=3)], **QUIET)
+    trainer.fit(Composed(), loader(120))
+    logged = {name: float(trainer.callback_metrics[name]) for name in ("total", "left", "right")}
+    assert logged == {"total": 240.0, "left": 120.0, "right": 120.0}, "of the last round alone"
 
 
 def test_trainer_and_rule_must_agree():

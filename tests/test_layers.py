@@ -25,7 +25,7 @@ ROWS = {
     6: {"observer", "report"},
     7: {"adapter"},
     8: {"trainer", "aggregation"},
-    10: {"__init__", "plotting", "extending"},
+    10: {"__init__", "alias_pytorch_lightning", "extending", "plotting"},
     11: {"cli_messages"},
     12: {"cli"},
     13: {"__main__"},

@@ -177,7 +177,7 @@ def test_a_spoilt_checkpoint_is_named():
 
 
 def test_a_history_without_a_federation_says_so():
-    with pytest.raises(ValueError, match=r"`RunHistory` keeps what a federation logs. Add a rule"):
+    with pytest.raises(ValueError, match="`RunHistory` has an effect in federated training only"):
         pl.Trainer(max_epochs=1, callbacks=[RunHistory()], **QUIET).fit(Classifier(), loader())
 
 

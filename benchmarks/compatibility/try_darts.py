@@ -1,11 +1,11 @@
-"""Darts: its N-BEATS forecaster. It imports `pytorch_lightning`; see `alias`."""
+"""Darts: its N-BEATS forecaster. It imports `pytorch_lightning`; see `lightning_fedhaw.alias_pytorch_lightning`."""
 
 from __future__ import annotations
 
 import sys
 
 if "--no-alias" not in sys.argv:
-    import alias  # noqa: F401  before darts
+    import lightning_fedhaw.alias_pytorch_lightning  # noqa: F401  before darts
 
 import lightning.pytorch as pl
 import numpy as np

@@ -1,11 +1,10 @@
 """Lightly: SimCLR with its projection head, loss and transform, and its linear classifier.
 
-The classifier is a LightningModule of `pytorch_lightning`, which `alias` makes another name of `lightning.pytorch`.
+The classifier is a LightningModule of `pytorch_lightning`, which the alias makes another name of `lightning.pytorch`.
 """
 
 from __future__ import annotations
 
-import alias  # noqa: F401  before lightly
 import lightning.pytorch as pl
 import torch
 from common import Setting, Trained, fitted, hold
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData
 from torchvision.transforms import ToTensor
+
+import lightning_fedhaw.alias_pytorch_lightning  # noqa: F401  before lightly
 
 
 class SimCLR(pl.LightningModule):

@@ -82,6 +82,8 @@ def sentence(message: str) -> str:
             settings = FEDERATION
         return f"{text}. {_argument_hint(unknown_setting[2], settings)}".strip()
     value = _GIVEN_VALUE.search(message)
+    if value and "but is abstract" in text:
+        return _abstract_class_sentence(text, value[1])
     if value and value[1] not in text:
         return f"{text}, got {value[1]}"
     return text
@@ -99,6 +101,20 @@ def _unknown_class_sentence(text: str, unknown_class: re.Match[str]) -> str:
     hint = _class_hint(unknown_class[1], argument)
     beginning = text[: unknown_class.start()]
     return f"{beginning}there is no class `{unknown_class[1]}`; give a name or an import path. {hint}".strip()
+
+
+def _abstract_class_sentence(text: str, path: str) -> str:
+    """Rewrite an error about a base class that was named instead of one of its subclasses.
+
+    Args:
+        text: The error in one line.
+        path: The name or import path of the class.
+    """
+    argument = text[3:].split("`")[0]
+    base = BASES.get(argument, object)
+    names = [name for name, kind in _public_classes().items() if issubclass(kind, base)]
+    name = path.rpartition(".")[2]
+    return f"`--{argument}`: `{name}` is a base class. Give a class that derives from it: {', '.join(names)}."
 
 
 def _class_argument_hint(class_name: str, name: str) -> str:

@@ -6,8 +6,10 @@ not be resumed. Therefore each class has a key in addition to its name, and the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import lightning.pytorch as pl
 from lightning.pytorch import Callback
 
 from lightning_fedhaw.arguments import NamedArguments
@@ -33,6 +35,9 @@ class KeyedCallback(NamedArguments, Callback):
     key: ClassVar[str]
     """The name of the class in random streams and checkpoints."""
 
+    is_rule: ClassVar[bool] = False
+    """Whether the callback makes a stock trainer run rounds; the others need one that does."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # The qualified name, because classes defined in different functions or classes may have the same name.
@@ -44,7 +49,32 @@ class KeyedCallback(NamedArguments, Callback):
             )
         cls.key = key
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a trainer that would train centrally and ignore the callback."""
+        if stage == "fit":
+            check_has_rule(type(self).__name__, trainer.callbacks)  # type: ignore[attr-defined]
+
     @property
     def state_key(self) -> str:
         """The key under which Lightning keeps the state of the callback in a checkpoint."""
         return type(self).key
+
+
+def check_has_rule(name: str, callbacks: Sequence[Callback]) -> None:
+    """Refuse a part of a federation in a trainer without an aggregation rule.
+
+    Without a rule, a stock trainer trains on all data at once and the part has no effect.
+
+    Args:
+        name: The class of the part.
+        callbacks: All callbacks of its trainer.
+
+    Raises:
+        ValueError: Naming the part and the remedy.
+    """
+    if not any(isinstance(other, KeyedCallback) and other.is_rule for other in callbacks):
+        raise ValueError(
+            f"`{name}` has an effect in federated training only, and `callbacks` has no aggregation rule, so the"
+            " trainer would train on all data at once. Add a rule, such as `FedAvgCallback()`, or remove"
+            f" `{name}`."
+        )

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.records import Report
+from lightning_fedhaw.keys import check_has_rule
 
 
 class FederatedCallback(pl.Callback):
@@ -15,6 +16,11 @@ class FederatedCallback(pl.Callback):
     These hooks observe and must not change anything: weights are determined by rules, messages by channels, and losses
     by client objectives.
     """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a trainer that runs no rounds."""
+        if stage == "fit":
+            check_has_rule(type(self).__name__, trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_federation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, federation: Federation) -> None:
         """Observe the federation, before the first round of a ``fit``.

@@ -25,7 +25,7 @@ STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class FederationOptions:
+class FederationOptions(arguments.NamedArguments):
     """The arguments of a federation: its clients, their sampling and their local training.
 
     The same names are arguments of :class:`~lightning_fedhaw.FederatedTrainer` and of every rule callback. If an

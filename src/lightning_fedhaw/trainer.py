@@ -313,5 +313,6 @@ def _refuse_other_lightning(argument: object) -> None:
             raise TypeError(
                 f"`fit` needs `lightning.pytorch` objects, got {type(argument).__name__}, which is a"
                 f" `pytorch_lightning.{base.__name__}`; the two packages do not mix. Import `lightning.pytorch as pl`"
-                " instead of `pytorch_lightning as pl`."
+                " instead of `pytorch_lightning as pl` or, where another package imports it,"
+                " `lightning_fedhaw.alias_pytorch_lightning` at the top of the program."
             )

@@ -33,7 +33,8 @@ def attach(trainer: object, options: FederationOptions) -> None:
         raise TypeError(
             f"A rule callback needs a `lightning.pytorch.Trainer`, got {type(trainer).__module__}."
             f"{type(trainer).__qualname__}: `pytorch_lightning` and `lightning.pytorch` objects do not mix. Write"
-            " `import lightning.pytorch as pl` instead of `import pytorch_lightning as pl`."
+            " `import lightning.pytorch as pl` instead of `import pytorch_lightning as pl` or, where another package"
+            " imports it, `import lightning_fedhaw.alias_pytorch_lightning` at the top of the program."
         )
     callbacks = callbacks_of(trainer)
     find_rule(callbacks)

@@ -41,6 +41,7 @@ from lightning_fedhaw.adapter.trainer_attributes import (
     publish_summary,
     start_validation_clock,
 )
+from lightning_fedhaw.adapter.units import warn_of_units
 from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.records import Report
@@ -147,6 +148,7 @@ class RoundLoop(_FitLoop):
         super().on_run_start()
         # After the hooks that start a run, because the vectorized engine tries the module's step.
         rank_zero_info(self.current_federation.choose_engine())
+        warn_of_units(self.trainer, -1 if self.max_epochs is None else self.max_epochs)
 
     def _build(self) -> None:
         trainer = self.trainer
@@ -339,9 +341,16 @@ class _RoundEpochLoop(_TrainingEpochLoop):
 
     def _log(self, report: Report) -> None:
         """Log what the clients, the rule and the round reported, as if ``training_step`` had logged it."""
+        module = self.trainer.lightning_module
+        values = {name: _merged_value(logged, module) for name, logged in report.logged.items()}
+        # A metric that is composed of others reads theirs, so none is reset before all have been read.
+        for logged in report.logged.values():
+            metric = _metric_behind(logged, module)
+            if metric is not None:
+                metric.reset()
         for name, logged in report.logged.items():
             options = {option: logged.options[option] for option in ("prog_bar", "logger", "on_step", "on_epoch")}
-            self._log_value(name, _merged_value(logged, self.trainer.lightning_module), options)
+            self._log_value(name, values[name], options)
         in_bar = self._round_loop.current_federation.rule.prog_bar
         self.rule_metrics |= report.metrics.keys()
         for name, value in report.metrics.items():
@@ -382,19 +391,22 @@ def _state_for_second_fit(federation: Federation, previous: Federation) -> dict[
 
 
 def _merged_value(logged: Logged, module: pl.LightningModule) -> float:
-    """Return the value of a logged name over all clients of a round, and reset the metric behind it.
+    """Return the value of a logged name over all clients of a round.
 
     Args:
         logged: The merged record.
         module: The module, in which a record from another process names its metric.
     """
-    metric = logged.metric
+    metric = _metric_behind(logged, module)
     if metric is None:
         return logged.value
-    if isinstance(metric, str):
-        submodule = module.get_submodule(metric)
+    return float(metric.compute())
+
+
+def _metric_behind(logged: Logged, module: pl.LightningModule) -> Metric | None:
+    """Return the metric that was logged under a name; None if a value was."""
+    if isinstance(logged.metric, str):
+        submodule = module.get_submodule(logged.metric)
         assert isinstance(submodule, Metric)
-        metric = submodule
-    value = float(metric.compute())
-    metric.reset()
-    return value
+        return submodule
+    return logged.metric

@@ -13,11 +13,12 @@ from lightning_fedhaw import arguments
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.federation.federation import Federation
+from lightning_fedhaw.keys import check_has_rule
 
 _REFRESH_SECONDS = 0.2
 
 
-class RoundProgressBar(TQDMProgressBar):
+class RoundProgressBar(arguments.NamedArguments, TQDMProgressBar):
     """One bar over all rounds of a fit, with the clients that are training in its description.
 
     Args:
@@ -37,6 +38,12 @@ class RoundProgressBar(TQDMProgressBar):
         self._clients_trained = 0
         self._described_at = 0.0
         self._federation: Federation | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a trainer that runs no rounds."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            check_has_rule(type(self).__name__, callbacks_of(trainer))
 
     def init_train_tqdm(self) -> Tqdm:
         """Create the bar over rounds."""

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, publish_summary
+from lightning_fedhaw.keys import check_has_rule
 from lightning_fedhaw.ranks import Ranks
 
 _START_METHODS = {
@@ -54,6 +55,12 @@ class FederatedStrategy(DDPStrategy):
         if self.threads_per_worker is not None:
             torch.set_num_threads(self.threads_per_worker)
         super().setup_environment()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Refuse to train without rounds: every process would train a model of its own, and never synchronize it."""
+        if trainer.state.fn == "fit":
+            check_has_rule(type(self).__name__, callbacks_of(trainer))
+        super().setup(trainer)
 
     def configure_ddp(self) -> None:
         """Start all processes from the model of process 0, without a wrapper around it."""

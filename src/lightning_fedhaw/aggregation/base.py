@@ -41,6 +41,7 @@ class AggregationRule(Rule, KeyedCallback):
     """
 
     key = "AggregationRule"
+    is_rule = True
 
     arguments_elsewhere: ClassVar[Mapping[str, str]] = {}
     """Arguments that a user may look for here, and the class that takes them instead."""

@@ -19,7 +19,7 @@ from lightning_fedhaw.channel.base import Channel, ChannelContext
 
 
 @dataclass(frozen=True)
-class GilbertElliott:
+class GilbertElliott(arguments.NamedArguments):
     """The Gilbert-Elliott model of burst losses: a Markov chain over rounds with a good and a bad state.
 
     In the long run the link is bad in a share ``enter / (enter + leave)`` of the rounds, and a bad period lasts

@@ -27,7 +27,7 @@ ARCHIVES = {
 Split = Literal["train", "test"]
 
 
-class StanfordDogs(Dataset[tuple[Any, Any]]):
+class StanfordDogs(arguments.NamedArguments, Dataset[tuple[Any, Any]]):
     """Stanford Dogs (Khosla et al., 2011) with its official split: 12,000 training images and 8,580 test images.
 
     The folder has the content of the official archives: ``Images/n02085620-Chihuahua/n02085620_10074.jpg`` and so on,

@@ -46,7 +46,7 @@ class _Backbone(Protocol):
         """Return patterns of parameter names that divide the model into blocks, in one of timm's forms."""
 
 
-class TimmClassifier(pl.LightningModule):
+class TimmClassifier(arguments.NamedArguments, pl.LightningModule):
     """A timm backbone without its own head, and a head for ``num_classes``.
 
     Parameters that do not train are frozen: they have no gradient, are not sent, and their layers stay in evaluation

@@ -20,7 +20,6 @@ from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.records import Report
 from lightning_fedhaw.keys import KeyedCallback
 from lightning_fedhaw.observer import FederatedCallback
-from lightning_fedhaw.rule import Rule
 
 MOST_CLIENTS = 1000
 """Clients up to which weights and labels of each client are collected: a checkpoint grows with rounds times clients."""
@@ -59,14 +58,6 @@ class RunHistory(KeyedCallback, FederatedCallback):
         self.labels: Tensor | None = None
         self.clients: dict[str, list[float]] = {}
         self._weights: list[Tensor] = []
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a trainer that runs no federation."""
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set, but not declared
-        if not any(isinstance(callback, Rule) for callback in callbacks):
-            raise ValueError(
-                "`RunHistory` keeps what a federation logs. Add a rule such as `FedHAWCallback()`, or remove it."
-            )
 
     def on_federation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, federation: Federation) -> None:
         """Begin an empty history, or cut or fill the present one to the rounds that are over."""
