@@ -20,7 +20,7 @@ from lightning_fedhaw.data.samplers import CohortSampler, FullParticipationSampl
 from lightning_fedhaw.data.split import split
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.objectives.base import find_objectives
-from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.options import FederationOptions, patterns_of
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.rule import find_rule
 from lightning_fedhaw.server import Server
@@ -109,7 +109,7 @@ def build_federation(trainer: Any, data: ClientData, options: FederationOptions)
     """
     rule = find_rule(trainer.callbacks)
     check_callbacks(trainer.callbacks)
-    layout = ParameterLayout.of(trainer.lightning_module)
+    layout = ParameterLayout.of(trainer.lightning_module, patterns_of(options.buffers))
     device: torch.device = trainer.strategy.root_device
     data.place(_device_of_data(options.data_device, device, data), channels_last=options.channels_last)
     host = TrainerHost(trainer, data.device)

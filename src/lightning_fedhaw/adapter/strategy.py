@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.ranks import Ranks
+from lightning_fedhaw.vectors.layout import own_memory
 
 _START_METHODS = {
     "federated": ("popen", "starts the script once more for every further process"),
@@ -97,6 +98,7 @@ class _Launcher(_MultiProcessingLauncher):
 
 def share_model(strategy: Any) -> None:
     """Give every process the model of process 0, and leave it as it is: nothing is wrapped around it."""
+    own_memory(strategy.model)
     Ranks.of_group(strategy.root_device).share_model(strategy.model)
 
 
