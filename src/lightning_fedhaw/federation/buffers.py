@@ -82,7 +82,8 @@ class Buffers:
     def _is_averaged(self, name: str) -> bool:
         """Return whether the server combines the clients' buffers under this name."""
         policy = self.policy_of[name]
-        if policy == "local":
+        # The only client's buffers are the server's, as in central training.
+        if policy == "local" and self.data.num_clients > 1:
             # The average of statistics serves to evaluate the global model; other local buffers stay with their client.
             buffer = self.server.buffers[name]
             is_counter = not (buffer.is_floating_point() or buffer.is_complex())
@@ -120,7 +121,7 @@ class Buffers:
         """Return the buffers of an update that training has changed, in host memory."""
         changed = {}
         for name, buffer in update.buffers.items():
-            if not torch.equal(buffer, self.server.buffers[name]):
+            if not _is_same(buffer, self.server.buffers[name]):
                 changed[name] = buffer.cpu()
         return changed
 
@@ -191,9 +192,9 @@ class Buffers:
         for name in self.kinds.unknown:
             if name not in combined or is_named(name, self.policies):
                 continue
-            if not torch.equal(combined[name], self.server.buffers[name]):
+            if not _is_same(combined[name], self.server.buffers[name]):
                 stack = self._stack(name, updates)
-                if not torch.equal(stack, stack[:1].expand_as(stack)):
+                if not _is_same(stack, stack[:1].expand_as(stack)):
                     names.append(name)
         if names:
             self._has_warned = True
@@ -281,6 +282,11 @@ def _cumulative_statistics(norms: Sequence[nn.modules.batchnorm._NormBase]) -> I
         for norm, momentum, training in settings:
             norm.momentum = momentum
             norm.train(training)
+
+
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors hold the same numbers, NaN included."""
+    return torch.equal(first, second) or torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
 def _mean_of_finite(start: Tensor, stack: Tensor, weights: Tensor) -> Tensor:

@@ -503,7 +503,8 @@ class Federation:
 
     def evaluate_clients(self) -> ClientMetrics:
         """Evaluate the global model on every client's own data."""
-        return ClientEvaluation(self.host, self.data, self.ranks, self.seed).evaluate()
+        moving = self.layout.frozen_parameters
+        return ClientEvaluation(self.host, self.data, self.ranks, self.seed, moving).evaluate()
 
     def close(self) -> None:
         """End a run, and release the memory of the model's device.
