@@ -264,6 +264,8 @@ class Server:
             buffer = substitutes.get(name, module_buffer)
             # A copy: a training step changes BatchNorm statistics in place.
             state[f"module.{name}"] = buffer.detach().to(vector.device, copy=True)
+        for name in self.layout.frozen_parameters:
+            state[f"module.{name}"] = nn.Parameter(state[f"module.{name}"], requires_grad=False)
         with self._context(), _without_side_effects(self.module):
             return torch.func.functional_call(_FunctionOf(self.module, function), state, arguments, tie_weights=True)
 

@@ -168,15 +168,18 @@ class Buffers:
         weights = weights / total
         starts = {name: self.server.buffers[name] for name in self._averaged if name not in self.kinds.ranges}
         combined = averaged_buffers(starts, (update.buffers for update in updates), weights)
-        for name in self.kinds.unknown:
-            if name in combined and not all_finite(combined[name]):
-                combined[name] = _mean_of_finite(self.server.buffers[name], self._stack(name, updates), weights)
+        # One read of a constant (a mask, a table), which is equal; a NaN is not.
+        unknown = [name for name in self.kinds.unknown if name in combined]
+        changed = [name for name in unknown if not torch.equal(combined[name], starts[name])]
+        for name in changed:
+            if not all_finite(combined[name]):
+                combined[name] = _mean_of_finite(starts[name], self._stack(name, updates), weights)
         for name in self._averaged:
             if name in self.kinds.minima:
                 combined[name] = self._stack(name, updates).amin(0)
             elif name in self.kinds.maxima:
                 combined[name] = self._stack(name, updates).amax(0)
-        self._warn_of_averages(combined, updates)
+        self._warn_of_averages(changed, updates)
         return {**self.server.buffers, **combined}
 
     def _stack(self, name: str, updates: Sequence[ClientUpdate]) -> Tensor:
@@ -184,18 +187,22 @@ class Buffers:
         start = self.server.buffers[name]
         return torch.stack([update.buffers.get(name, start).to(start.device) for update in updates])
 
-    def _warn_of_averages(self, combined: Mapping[str, Tensor], updates: Sequence[ClientUpdate]) -> None:
-        """Warn once of buffers of an unknown kind in which clients differ, unless a pattern has named them."""
+    def _warn_of_averages(self, changed: Sequence[str], updates: Sequence[ClientUpdate]) -> None:
+        """Warn once of buffers in which clients differ, unless a pattern has named them.
+
+        Args:
+            changed: Buffers of an unknown kind that clients may have changed.
+            updates: The updates that were received from their clients.
+        """
         if self._has_warned:
             return
         names = []
-        for name in self.kinds.unknown:
-            if name not in combined or is_named(name, self.policies):
+        for name in changed:
+            if is_named(name, self.policies):
                 continue
-            if not _is_same(combined[name], self.server.buffers[name]):
-                stack = self._stack(name, updates)
-                if not _is_same(stack, stack[:1].expand_as(stack)):
-                    names.append(name)
+            stack = self._stack(name, updates)
+            if not _is_same(stack, stack[:1].expand_as(stack)):
+                names.append(name)
         if names:
             self._has_warned = True
             rank_zero_warn(
