@@ -219,6 +219,16 @@ def test_each_setting_of_the_federation_has_one_place(parser):
     assert {"rounds", "max_epochs", "precision", "callbacks", "checkpoint_every_n_rounds"} <= set(config.trainer.keys())
 
 
+def test_policies_for_buffers_are_one_or_by_name(parser, tmp_path):
+    def parsed(*args):
+        return parser.parse_args([*TASK, "--rule=FedAvgCallback", *args]).federation.buffers
+
+    assert parsed("--federation.buffers=keep") == "keep"
+    assert parsed('--federation.buffers={"net.*": "local", "*": "keep"}') == {"net.*": "local", "*": "keep"}
+    Path("buffers.yaml").write_text('federation:\n  buffers:\n    "net.*": local\n')
+    assert parsed("--config=buffers.yaml") == {"net.*": "local"}
+
+
 def test_channels_and_objectives_are_one_or_several(parser):
     one = parser.parse_args([*TASK, "--channel=ErasureChannel", "--channel.probability=0.1"])
     several = parser.parse_args(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -14,6 +14,7 @@ from lightning_fedhaw import arguments
 
 OptimizerState = Literal["fresh", "kept"]
 BufferPolicy = Literal["average", "keep", "local", "recalibrate"]
+BufferPolicies = BufferPolicy | Mapping[str, BufferPolicy]
 OnNonfinite = Literal["exclude", "raise"]
 EmptyRound = Literal["skip", "follow"]
 Storage = Literal["auto", "device", "host"]
@@ -49,9 +50,11 @@ class FederationOptions(arguments.NamedArguments):
             checkpoints.
         buffers: How the server updates buffers such as BatchNorm statistics. ``"average"``: floating-point buffers are
             averaged with the rule's normalized weights, of integer buffers the maximum is taken. ``"keep"``: the
-            server's buffers never change. ``"local"``: each client keeps its own; the server's are their average.
-            ``"recalibrate"``: they are recomputed with the new global model on the cohort's training data. Buffers of
-            frozen modules in evaluation mode never change.
+            server's buffers never change. ``"local"``: each client keeps its own; the server's running statistics are
+            their average, to evaluate the global model. ``"recalibrate"``: they are recomputed with the new global
+            model on the cohort's training data. Or a mapping from name patterns to policies, such as
+            ``{"encoder.*": "local"}``: the first match counts, and what none matches is averaged. Frozen tensors may
+            change only if a pattern matches them.
         on_nonfinite: What happens if a client returns NaN or infinity. ``"exclude"``: its update is left out of the
             round, and a warning names the client. ``"raise"``: the run ends with an error.
         empty_round: What happens in a round in which no client update is received. ``"skip"``: nothing changes.
@@ -89,7 +92,7 @@ class FederationOptions(arguments.NamedArguments):
     local_epochs: int | None = None
     local_steps: int | None = None
     optimizer_state: OptimizerState = "fresh"
-    buffers: BufferPolicy = "average"
+    buffers: BufferPolicies = "average"
     on_nonfinite: OnNonfinite = "exclude"
     empty_round: EmptyRound = "skip"
     client_val_fraction: float = 0.0
@@ -168,7 +171,7 @@ class FederationOptions(arguments.NamedArguments):
             "local_epochs": arguments.optional(arguments.integer, "local_epochs", self.local_epochs, minimum=1),
             "local_steps": arguments.optional(arguments.integer, "local_steps", self.local_steps, minimum=1),
             "optimizer_state": arguments.choice("optimizer_state", self.optimizer_state, OptimizerState),
-            "buffers": arguments.choice("buffers", self.buffers, BufferPolicy),
+            "buffers": _checked_policies(self.buffers),
             "on_nonfinite": arguments.choice("on_nonfinite", self.on_nonfinite, OnNonfinite),
             "empty_round": arguments.choice("empty_round", self.empty_round, EmptyRound),
             "client_eval": arguments.flag("client_eval", self.client_eval),
@@ -219,6 +222,24 @@ class FederationOptions(arguments.NamedArguments):
         if self.seed is not None:
             return self.seed
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def patterns_of(buffers: BufferPolicies) -> list[str]:
+    """Return the name patterns of the argument ``buffers``; none if it is one policy for all."""
+    return [] if isinstance(buffers, str) else list(buffers)
+
+
+def _checked_policies(buffers: object) -> BufferPolicies:
+    """Check the argument ``buffers``: a policy, or a mapping from name patterns to policies."""
+    if not isinstance(buffers, Mapping):
+        hint = 'Or give a mapping from name patterns to these, such as `{"encoder.*": "local"}`.'
+        return cast("BufferPolicy", arguments.choice("buffers", buffers, BufferPolicy, hint=hint))
+    if not buffers or not all(isinstance(pattern, str) for pattern in buffers):
+        raise arguments.invalid("buffers", "a policy, or a mapping from one or more name patterns to policies", buffers)
+    policies: dict[str, BufferPolicy] = {}
+    for pattern, policy in buffers.items():
+        policies[str(pattern)] = arguments.choice(f'buffers["{pattern}"]', policy, BufferPolicy)
+    return policies
 
 
 def _is_same(first: object, second: object) -> bool:

@@ -22,7 +22,7 @@ from lightning_fedhaw.data.labels import find_labels
 from lightning_fedhaw.data.tensors import tensors_of
 from lightning_fedhaw.isolation import isolated_randomness
 from lightning_fedhaw.rule import Batch, PredictionFunction
-from lightning_fedhaw.vectors.layout import ParameterLayout
+from lightning_fedhaw.vectors.layout import ParameterLayout, own_memory
 
 
 class Server:
@@ -62,6 +62,7 @@ class Server:
         # Indexing whole tensors gives the batch that the default collation makes of single samples, only faster.
         self._proxy_tensors = tensors_of(proxy_dataset) if collate_fn is default_collate else None
         self._vector = layout.read(layout.tensors(module))  # [P]
+        own_memory(module)
         self.buffers = {name: buffer.detach().clone() for name, buffer in layout.tracked_buffers(module).items()}
 
     def parameters(self) -> Tensor:
@@ -112,7 +113,9 @@ class Server:
         # By name, because this also runs when a fit is interrupted, with other parameters trainable at the moment.
         module_parameters = dict(self.module.named_parameters())
         self.layout.write(parameters, [module_parameters[name] for name in self.layout.names])
-        module_buffers = dict(self.module.named_buffers())
+        module_buffers: dict[str, Tensor] = dict(self.module.named_buffers())
+        for name in self.layout.frozen_parameters:
+            module_buffers[name] = module_parameters[name]
         for name, value in buffers.items():
             if name in module_buffers and module_buffers[name].shape == value.shape:
                 module_buffers[name].copy_(value)
@@ -256,10 +259,13 @@ class Server:
         views = self.layout.views(vector)
         for (name, view), dtype in zip(views.items(), self.layout.dtypes, strict=True):
             state[f"module.{name}"] = view.to(dtype)
-        for name, module_buffer in self.module.named_buffers():
+        module_buffers = {**dict(self.module.named_buffers()), **self.layout.tracked_buffers(self.module)}
+        for name, module_buffer in module_buffers.items():
             buffer = substitutes.get(name, module_buffer)
             # A copy: a training step changes BatchNorm statistics in place.
             state[f"module.{name}"] = buffer.detach().to(vector.device, copy=True)
+        for name in self.layout.frozen_parameters:
+            state[f"module.{name}"] = nn.Parameter(state[f"module.{name}"], requires_grad=False)
         with self._context(), _without_side_effects(self.module):
             return torch.func.functional_call(_FunctionOf(self.module, function), state, arguments, tie_weights=True)
 

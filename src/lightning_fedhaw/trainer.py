@@ -59,9 +59,11 @@ class FederatedTrainer(pl.Trainer):
             checkpoints.
         buffers: How the server updates buffers such as BatchNorm statistics. ``"average"``: floating-point buffers are
             averaged with the rule's normalized weights, of integer buffers the maximum is taken. ``"keep"``: the
-            server's buffers never change. ``"local"``: each client keeps its own; the server's are their average.
-            ``"recalibrate"``: they are recomputed with the new global model on the cohort's training data. Buffers of
-            frozen modules in evaluation mode never change.
+            server's buffers never change. ``"local"``: each client keeps its own; the server's running statistics are
+            their average, to evaluate the global model. ``"recalibrate"``: they are recomputed with the new global
+            model on the cohort's training data. Or a mapping from name patterns to policies, such as
+            ``{"encoder.*": "local"}``: the first match counts, and what none matches is averaged. Frozen tensors may
+            change only if a pattern matches them.
         on_nonfinite: What happens if a client returns NaN or infinity. ``"exclude"``: its update is left out of the
             round, and a warning names the client. ``"raise"``: the run ends with an error.
         empty_round: What happens in a round in which no client update is received. ``"skip"``: nothing changes.
@@ -123,7 +125,8 @@ class FederatedTrainer(pl.Trainer):
         local_epochs: int | None = None,
         local_steps: int | None = None,
         optimizer_state: Literal["fresh", "kept"] = "fresh",
-        buffers: Literal["average", "keep", "local", "recalibrate"] = "average",
+        buffers: Literal["average", "keep", "local", "recalibrate"]
+        | Mapping[str, Literal["average", "keep", "local", "recalibrate"]] = "average",
         on_nonfinite: Literal["exclude", "raise"] = "exclude",
         empty_round: Literal["skip", "follow"] = "skip",
         client_val_fraction: float = 0.0,

@@ -218,7 +218,7 @@ CASES = {
         lambda: Classifier(norm=True, dropout=0.2),
         {"data": DataLoader(samples(132), 8), **IID, "buffers": "local"},
     ),
-    "replaced buffers": (Replaces, {}),
+    "replaced buffers": (Replaces, {"buffers": {"seen": "average"}}),
     "looks at the index": (LooksAtIndex, {"local_epochs": 2}),
     "looks at the index, steps": (LooksAtIndex, {"local_steps": 7}),
     "logs much": (LogsMuch, {}),

@@ -22,7 +22,7 @@ from lightning_fedhaw.data.samplers import CohortSampler, FullParticipationSampl
 from lightning_fedhaw.data.split import split
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.objectives.base import find_objectives
-from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.options import FederationOptions, patterns_of
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.rule import find_rule
 from lightning_fedhaw.server import Server
@@ -114,7 +114,7 @@ def build_federation(trainer: pl.Trainer, data: ClientData, options: FederationO
     callbacks = callbacks_of(trainer)
     rule = find_rule(callbacks)
     check_callbacks(callbacks)
-    layout = ParameterLayout.of(trainer.lightning_module)
+    layout = ParameterLayout.of(trainer.lightning_module, patterns_of(options.buffers))
     device = trainer.strategy.root_device
     data.place(_data_device(options.data_device, device, data), channels_last=options.channels_last)
     host = TrainerHost(trainer, data.device)

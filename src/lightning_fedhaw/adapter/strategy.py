@@ -20,6 +20,7 @@ from lightning_fedhaw import arguments
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, publish_summary
 from lightning_fedhaw.keys import check_has_rule
 from lightning_fedhaw.ranks import Ranks
+from lightning_fedhaw.vectors.layout import own_memory
 
 _START_METHODS = {
     "federated": ("popen", "starts the script once more for every further process"),
@@ -114,6 +115,7 @@ class _Launcher(_MultiProcessingLauncher):
 def share_model(strategy: DDPStrategy) -> None:
     """Give every process the model of process 0, without a wrapper around it."""
     assert strategy.model is not None
+    own_memory(strategy.model)
     Ranks.of_group(strategy.root_device).share_model(strategy.model)
 
 

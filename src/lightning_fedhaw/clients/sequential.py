@@ -19,6 +19,7 @@ from lightning_fedhaw.clients.engine import (
     settings_of,
     states_of,
 )
+from lightning_fedhaw.clients.frozen import FrozenTensors
 from lightning_fedhaw.clients.lr_scale import ScaledOptimizer, ScaledSteps, initial_scale_states
 from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.steps import (
@@ -34,11 +35,13 @@ from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.objectives.base import ClientState
 from lightning_fedhaw.streams import seed_of
-from lightning_fedhaw.vectors.layout import ParameterLayout
 
 
 class SequentialEngine(Engine):
     """The engine that trains clients one by one in the user's module."""
+
+    # Whether a client has trained in this fit.
+    _has_trained = False
 
     def run(self, tasks: Iterable[ClientTask]) -> Generator[ClientUpdate, None, None]:
         """Train the cohort, one client at a time.
@@ -58,20 +61,22 @@ class SequentialEngine(Engine):
             # Before the step is chosen, because hooks on the optimizer rule out plain SGD.
             self._scaled_optimizer = ScaledOptimizer(host.optimizers[0], parameters)
         step = self._make_step()
-        module_state = _ModuleState(host.module, self.layout)
+        module_state = _ModuleState(host.module)
         try:
             with (
                 isolated_randomness(host.device),
                 LogRecorder(host.module, host.callbacks) as recorder,
                 self._memory_format(),
             ):
+                frozen = FrozenTensors(host.module, self.layout, compares_content=not self._has_trained)
                 furthest = begin
                 scales = []
                 for task in tasks:
                     self._load(begin)
                     module_state.restore()
                     update = self._train(task, parameters, step, recorder)
-                    module_state.check(task.client)
+                    frozen.check(task.client)
+                    self._has_trained = True
                     yield update
                     if _progress(host.schedules()) > _progress(furthest.schedules):
                         furthest = self._current_state()
@@ -159,7 +164,7 @@ class SequentialEngine(Engine):
         """Load what a client starts from: parameters, buffers, optimizer states."""
         self.layout.write(task.start, parameters)
         if task.buffers:
-            module_buffers = dict(self.host.module.named_buffers())
+            module_buffers = self.layout.tracked_buffers(self.host.module)
             for name, value in task.buffers.items():
                 module_buffers[name].copy_(value)
         optimizer_states = self.optimizer_states.get(task.client, self.initial_states)
@@ -250,7 +255,9 @@ class SequentialEngine(Engine):
         if not task.buffers:
             return {}
         # Looked up again, because a step may have assigned another tensor to a buffer.
-        module_buffers = dict(self.host.module.named_buffers())
+        module_buffers: dict[str, Tensor] = dict(self.host.module.named_buffers())
+        if self.layout.frozen_parameters:
+            module_buffers.update(self.host.module.named_parameters())
         buffers = {}
         for name, start in task.buffers.items():
             buffers[name] = _same_shape(name, module_buffers.get(name), start)
@@ -276,20 +283,15 @@ def _channels_last(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 class _ModuleState:
     """The state of the module that no client may change for the next one.
 
-    These are training flags, trainability, gradients, and the values of what is frozen.
+    These are training flags, trainability, and gradients.
 
     Args:
         module: The user's module.
-        layout: Its trainable parameters.
     """
 
-    def __init__(self, module: nn.Module, layout: ParameterLayout) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.modes = [(submodule, submodule.training) for submodule in module.modules()]
         self.trainability = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-        # Versions rise with every change in place, so no values have to be copied and compared.
-        self.frozen: dict[str, tuple[Tensor, int]] = {}
-        for name, tensor in layout.frozen_tensors(module).items():
-            self.frozen[name] = (tensor, tensor._version)
 
     def restore(self) -> None:
         """Restore flags and trainability, and clear gradients."""
@@ -300,26 +302,6 @@ class _ModuleState:
             parameter.grad = None
             if parameter.requires_grad != is_trainable:
                 parameter.requires_grad_(is_trainable)
-
-    def check(self, client: int) -> None:
-        """Refuse to continue when a client has changed what is frozen.
-
-        Raises:
-            RuntimeError: Naming the tensor, and a remedy.
-        """
-        for name, (tensor, version) in self.frozen.items():
-            if tensor._version == version:
-                continue
-            if isinstance(tensor, nn.Parameter):
-                kind = "parameter"
-                remedy = "Make it a buffer (`register_buffer`), which `buffers=` takes care of, or trainable."
-            else:
-                kind = "buffer"
-                remedy = "Call `train()` on its module before `fit`, and `buffers=` takes care of it."
-            raise RuntimeError(
-                f"Client {client} changed the frozen {kind} `{name}` in local training. Frozen tensors are not sent to"
-                f" the server, so the change would pass to the next client that trains. {remedy}"
-            )
 
 
 def _same_shape(name: str, end: Tensor | None, start: Tensor) -> Tensor:
@@ -335,7 +317,8 @@ def _same_shape(name: str, end: Tensor | None, start: Tensor) -> Tensor:
         shape = f"of the shape {list(end.shape)}"
     raise ValueError(
         f"Buffer `{name}` of the shape {list(start.shape)} is {shape} after local training, and buffers that change"
-        " their shape cannot be sent. Keep its shape, or hold it in an attribute that is not a buffer."
+        " their shape cannot be sent. Keep its shape, or hold it in an attribute that is not a buffer. If the first"
+        " batch sets the shape, as with observers of quantization, run one batch through the model before `fit`."
     )
 
 

@@ -7,16 +7,19 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.federation.buffer_kinds import BufferKinds
+from lightning_fedhaw.federation.buffer_names import is_named, listed, policies_by_name
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
-from lightning_fedhaw.options import BufferPolicy
+from lightning_fedhaw.options import BufferPolicies, BufferPolicy
 from lightning_fedhaw.rule import RuleOutput
-from lightning_fedhaw.server import Server, averaged_buffers
+from lightning_fedhaw.server import Server, all_finite, averaged_buffers
 from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.memory import HOST
 
@@ -25,82 +28,127 @@ RECALIBRATION_BATCHES = 50
 
 
 class Buffers:
-    """The buffers of clients and server, by the policy that the argument ``buffers`` names.
+    """The buffers of clients and server, by the policies that the argument ``buffers`` names.
+
+    Frozen parameters that a pattern of it matches count as buffers.
 
     Args:
-        policy: The argument ``buffers``.
+        policies: The argument ``buffers``.
         host: The trainer around the federation.
         server: The global model.
         data: The clients' data.
         seed: The federation's seed, for models that draw while buffers are recalibrated.
 
     Attributes:
+        policy_of: The policy of each buffer by name.
+        kinds: The kinds of the buffers.
         local: Each client's own buffers, with ``"local"``, in host memory.
 
     Raises:
-        ValueError: If buffers cannot be recalibrated by the user's module.
+        ValueError: If a pattern matches nothing, or buffers cannot be recalibrated by the user's module.
     """
 
-    def __init__(self, policy: BufferPolicy, host: Host, server: Server, data: ClientData, seed: int) -> None:
-        if policy == "recalibrate" and not host.module.automatic_optimization:
-            raise ValueError(
-                '`buffers="recalibrate"` runs `training_step` without stepping optimizers, which'
-                ' `automatic_optimization=False` does not allow. Use `buffers="average"`.'
-            )
-        self.policy = policy
+    def __init__(self, policies: BufferPolicies, host: Host, server: Server, data: ClientData, seed: int) -> None:
+        self.policies = policies
+        self.policy_of = policies_by_name(policies, server.module, server.layout)
         self.host = host
         self.server = server
         self.data = data
         self.seed = seed
+        self.kinds = BufferKinds(host.module, server.buffers)
         self.local: dict[int, dict[str, Tensor]] = {}
+        self._averaged = [name for name in self.policy_of if self._is_averaged(name)]
+        self._has_warned = False
+        if self._names("recalibrate") or policies == "recalibrate":
+            self._check_recalibration()
+
+    def _check_recalibration(self) -> None:
+        """Refuse to recalibrate where the module does not allow it, or where there is nothing to recompute."""
+        if not self.host.module.automatic_optimization:
+            raise ValueError(
+                '`buffers="recalibrate"` runs `training_step` without stepping optimizers, which'
+                ' `automatic_optimization=False` does not allow. Use `buffers="average"`.'
+            )
+        if self.policies != "recalibrate" and not self.kinds.statistics.intersection(self._names("recalibrate")):
+            raise ValueError(
+                'The policy "recalibrate" recomputes running statistics of normalization layers, and `buffers` names it'
+                f" for {listed(self._names('recalibrate'))} only. Use another policy for them."
+            )
+
+    def _names(self, policy: BufferPolicy) -> list[str]:
+        """List the buffers with a policy."""
+        return [name for name, its_policy in self.policy_of.items() if its_policy == policy]
+
+    def _is_averaged(self, name: str) -> bool:
+        """Return whether the server combines the clients' buffers under this name."""
+        policy = self.policy_of[name]
+        # The only client's buffers are the server's, as in central training.
+        if policy == "local" and self.data.num_clients > 1:
+            # The average of statistics serves to evaluate the global model; other local buffers stay with their client.
+            buffer = self.server.buffers[name]
+            is_counter = not (buffer.is_floating_point() or buffer.is_complex())
+            return name not in self.kinds.derived_names and (is_counter or name in self.kinds.statistics)
+        return policy != "keep"
+
+    @property
+    def remembers(self) -> bool:
+        """Whether clients keep buffers from round to round."""
+        return self.policies == "local" or "local" in self.policy_of.values()
 
     @property
     def message_bytes(self) -> int:
-        """Bytes of buffers that are sent in addition to a model, on either link."""
-        if self.policy in ("keep", "local"):
-            return 0
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.server.buffers.values())
+        """Bytes of buffers that are sent in addition to a model, on either link; those that stay local do not count."""
+        sent = [self.server.buffers[name] for name in (*self._names("average"), *self._names("recalibrate"))]
+        return sum(buffer.numel() * buffer.element_size() for buffer in sent)
 
     @property
     def contents(self) -> list[str]:
         """The kinds of data that clients send, in words."""
-        if self.policy == "keep" or not self.server.buffers:
-            return []
-        return ["buffers"]
+        return ["buffers"] if self._averaged else []
 
     def start(self, client: int) -> Mapping[str, Tensor]:
         """Return the buffers that a client starts from."""
-        return self.local.get(client, self.server.buffers)
+        own = self.local.get(client)
+        if own is None:
+            return self.server.buffers
+        return {**self.server.buffers, **own}
 
     def sent(self, update: ClientUpdate) -> Mapping[str, Tensor]:
-        """Return the buffers of an update that clients send."""
-        if self.policy == "keep":
-            return {}
-        return update.buffers
+        """Return the buffers of an update that count: all except those that the server never changes."""
+        return {name: buffer for name, buffer in update.buffers.items() if self.policy_of[name] != "keep"}
 
     def changed(self, update: ClientUpdate) -> dict[str, Tensor]:
         """Return the buffers of an update that training has changed, in host memory."""
         changed = {}
         for name, buffer in update.buffers.items():
-            if not torch.equal(buffer, self.server.buffers[name]):
+            if not _is_same(buffer, self.server.buffers[name]):
                 changed[name] = buffer.cpu()
         return changed
 
     def remember(self, update: ClientUpdate) -> None:
         """Keep the buffers of a client whose update was received for its next round, with ``"local"``."""
-        if self.policy == "local":
-            self.local[update.client] = {name: buffer.to(HOST) for name, buffer in update.buffers.items()}
+        if not self.remembers:
+            return
+        own = {}
+        for name, buffer in update.buffers.items():
+            if self._is_kept_by_clients(name):
+                own[name] = buffer.to(HOST)
+        self.local[update.client] = own
 
     def load(self, local: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Load clients' own buffers from a checkpoint, except those that are frozen by now."""
+        """Load clients' own buffers from a checkpoint, except those that are frozen or not local by now."""
         self.local = {}
         for client, buffers in local.items():
-            self.local[client] = {name: b for name, b in buffers.items() if name in self.server.layout.buffers}
+            self.local[client] = {name: b for name, b in buffers.items() if self._is_kept_by_clients(name)}
+
+    def _is_kept_by_clients(self, name: str) -> bool:
+        # Derived buffers belong to the weights that a client receives, and not to those that it had before.
+        return self.policy_of.get(name) == "local" and name not in self.kinds.derived_names
 
     def aggregate(
         self, cohort: Cohort, step: RuleOutput, updates: Sequence[ClientUpdate]
     ) -> Mapping[str, Tensor] | None:
-        """Average the received buffers by the rule's weights.
+        """Combine the received buffers: averages by the rule's weights, and the widest range of observers.
 
         Args:
             cohort: The cohort that was aggregated.
@@ -110,14 +158,82 @@ class Buffers:
         Returns:
             The server's new buffers; ``None`` if they do not change.
         """
-        if self.policy == "keep" or not self.server.buffers or not updates:
+        if not self._averaged or not updates:
             return None
         weight_of = dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
         weights = torch.tensor([weight_of[update.client] for update in updates], dtype=torch.float64)
         total = weights.sum()
         if not total > 0:
             return None
-        return averaged_buffers(self.server.buffers, (update.buffers for update in updates), weights / total)
+        weights = weights / total
+        starts = {name: self.server.buffers[name] for name in self._averaged if name not in self.kinds.ranges}
+        combined = averaged_buffers(starts, (update.buffers for update in updates), weights)
+        # One read of a constant (a mask, a table), which is equal; a NaN is not.
+        unknown = [name for name in self.kinds.unknown if name in combined]
+        changed = [name for name in unknown if not torch.equal(combined[name], starts[name])]
+        for name in changed:
+            if not all_finite(combined[name]):
+                combined[name] = _mean_of_finite(starts[name], self._stack(name, updates), weights)
+        for name in self._averaged:
+            if name in self.kinds.minima:
+                combined[name] = self._stack(name, updates).amin(0)
+            elif name in self.kinds.maxima:
+                combined[name] = self._stack(name, updates).amax(0)
+        self._warn_of_averages(changed, updates)
+        return {**self.server.buffers, **combined}
+
+    def _stack(self, name: str, updates: Sequence[ClientUpdate]) -> Tensor:
+        """Stack the clients' buffers under one name, ``[K, *shape]``."""
+        start = self.server.buffers[name]
+        return torch.stack([update.buffers.get(name, start).to(start.device) for update in updates])
+
+    def _warn_of_averages(self, changed: Sequence[str], updates: Sequence[ClientUpdate]) -> None:
+        """Warn once of buffers in which clients differ, unless a pattern has named them.
+
+        Args:
+            changed: Buffers of an unknown kind that clients may have changed.
+            updates: The updates that were received from their clients.
+        """
+        if self._has_warned:
+            return
+        names = []
+        for name in changed:
+            if is_named(name, self.policies):
+                continue
+            stack = self._stack(name, updates)
+            if not _is_same(stack, stack[:1].expand_as(stack)):
+                names.append(name)
+        if names:
+            self._has_warned = True
+            rank_zero_warn(
+                f"Each client changed {listed(names)} in its own way. These buffers are no running statistics of a"
+                " normalization layer, and the server averages them, which is wrong for directions, queues or extremes."
+                f' Choose what is right for each, such as `buffers={{"{names[0]}": "local"}}` (each client keeps its'
+                ' own), "keep" (the server\'s never changes), or "average" (as now, without this warning).'
+            )
+
+    def complete(self, round_idx: int, updates: Sequence[ClientUpdate]) -> None:
+        """Compute the buffers that follow from the new global model, which is in the module.
+
+        Args:
+            round_idx: The round's number.
+            updates: The updates that were received from their clients.
+        """
+        self._derive(updates)
+        if updates and (self.policies == "recalibrate" or self._names("recalibrate")):
+            self.recalibrate(round_idx, [update.client for update in updates])
+
+    @torch.no_grad()
+    def _derive(self, updates: Sequence[ClientUpdate]) -> None:
+        """Compute the buffers that follow from other tensors."""
+        if not self.kinds.derived:
+            return
+        for layer in self.kinds.derived:
+            is_averaged = all(name in self._averaged for name in layer.names)
+            layer.derive(are_clients_own=is_averaged and len(updates) == 1)
+        module_buffers = self.server.layout.tracked_buffers(self.server.module)
+        derived = {name: module_buffers[name].detach().clone() for name in self.kinds.derived_names}
+        self.server.buffers = {**self.server.buffers, **derived}
 
     @torch.no_grad()
     def recalibrate(self, round_idx: int, clients: Sequence[int]) -> None:
@@ -147,9 +263,10 @@ class Buffers:
         self.server.write(self.server.parameters(), self.server.buffers)
 
     def _norms(self) -> list[nn.modules.batchnorm._NormBase]:
-        """List the layers whose running statistics belong to the federation; those of frozen layers do not."""
+        """List the layers whose running statistics are recalibrated; those of frozen layers are not."""
         module = self.host.module
-        buffers = {id(buffer) for buffer in self.server.layout.tracked_buffers(module).values()}
+        tracked = self.server.layout.tracked_buffers(module)
+        buffers = {id(tracked[name]) for name in self._names("recalibrate")}
         norms = []
         for submodule in module.modules():
             if id(getattr(submodule, "running_mean", None)) in buffers and hasattr(submodule, "momentum"):
@@ -172,3 +289,27 @@ def _cumulative_statistics(norms: Sequence[nn.modules.batchnorm._NormBase]) -> I
         for norm, momentum, training in settings:
             norm.momentum = momentum
             norm.train(training)
+
+
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors hold the same numbers, NaN included."""
+    return torch.equal(first, second) or torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
+def _mean_of_finite(start: Tensor, stack: Tensor, weights: Tensor) -> Tensor:
+    """Average a buffer that may have been NaN or infinite before training.
+
+    Args:
+        start: ``[*shape]``, the buffer before training.
+        stack: ``[K, *shape]``, the clients' buffers.
+        weights: ``[K]``, summing to one.
+
+    Returns:
+        The mean of the clients whose element is finite; where none is, the element stays what it was.
+    """
+    dtype = torch.promote_types(start.dtype, torch.float32)
+    is_finite = torch.isfinite(stack)
+    shares = weights.to(start.device, dtype).reshape(-1, *[1] * start.ndim) * is_finite
+    total = shares.sum(0)
+    mean = (torch.where(is_finite, stack, 0).to(dtype) * shares).sum(0) / total
+    return torch.where(total > 0, mean, start.to(dtype)).to(start.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,19 +56,21 @@ class ClientEvaluation:
         data: The clients' data.
         ranks: The processes, each of which evaluates a part of the clients.
         seed: The federation's seed, for models that draw.
+        moving: The names of frozen parameters that a step moves.
     """
 
-    def __init__(self, host: Host, data: ClientData, ranks: Ranks, seed: int) -> None:
+    def __init__(self, host: Host, data: ClientData, ranks: Ranks, seed: int, moving: Sequence[str] = ()) -> None:
         self.host = host
         self.data = data
         self.ranks = ranks
         self.seed = seed
+        self.moving = moving
 
     @torch.no_grad()
     def evaluate(self) -> ClientMetrics:
         """Evaluate the model that is in the module on all clients."""
         module = self.host.module
-        snapshot = ModuleSnapshot(module)
+        snapshot = ModuleSnapshot(module, self.moving)
         # A client is evaluated by one process, so its metrics have nothing to synchronize.
         for metric in metrics_of(module):
             metric.sync_on_compute = False
@@ -120,12 +123,14 @@ class ModuleSnapshot:
 
     Args:
         module: The user's module.
+        moving: The names of frozen parameters that a step moves.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, moving: Sequence[str] = ()) -> None:
         self.module = module
         self.modes = [(submodule, submodule.training) for submodule in module.modules()]
-        self.buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+        tensors = [*module.buffers(), *(module.get_parameter(name) for name in moving)]
+        self.buffers = [(tensor, tensor.detach().clone()) for tensor in tensors]
         self.metrics = [MetricSnapshot(metric) for metric in metrics_of(module)]
         self.containers: dict[str, Any] = {}
         for name, value in vars(module).items():

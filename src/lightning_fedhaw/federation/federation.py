@@ -114,7 +114,7 @@ class Federation:
         clients_remember = self._clients_remember(objectives)
         self.placement = Placement(self.ranks, is_sticky=clients_remember)
         self._prepare_transport(clients_remember)
-        self.screening = Screening(options.on_nonfinite, server, self.buffers, rule, self.transport.uplink)
+        self.screening = Screening(options.on_nonfinite, self.buffers, rule, self.transport.uplink)
         self.run_state = self._make_run_state(objectives)
         self.in_round = False
         self.on_round_start: Callable[[int, list[int]], None] = _ignore
@@ -125,7 +125,7 @@ class Federation:
         """Return whether clients keep any state from round to round."""
         return (
             self.options.optimizer_state == "kept"
-            or self.options.buffers == "local"
+            or self.buffers.remembers
             or any(channel.remembers for channel in self.transport.uplink)
             or any(objective.remembers for objective in objectives)
         )
@@ -441,8 +441,7 @@ class Federation:
         _check_step(step, type(self.rule).__name__, len(cohort))
         self.server.install(step.parameters, self.buffers.aggregate(cohort, step, received.updates))
         self.rule.state = dict(step.state)
-        if self.options.buffers == "recalibrate" and received.updates:
-            self.buffers.recalibrate(plan.round, [update.client for update in received.updates])
+        self.buffers.complete(plan.round, received.updates)
         weights = dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
         return Aggregation(step.metrics, weights)
 
@@ -504,7 +503,8 @@ class Federation:
 
     def evaluate_clients(self) -> ClientMetrics:
         """Evaluate the global model on every client's own data."""
-        return ClientEvaluation(self.host, self.data, self.ranks, self.seed).evaluate()
+        moving = self.layout.frozen_parameters
+        return ClientEvaluation(self.host, self.data, self.ranks, self.seed, moving).evaluate()
 
     def close(self) -> None:
         """End a run, and release the memory of the model's device.

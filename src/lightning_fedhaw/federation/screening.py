@@ -14,7 +14,7 @@ from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.records import Received, RoundPlan
 from lightning_fedhaw.options import OnNonfinite
 from lightning_fedhaw.rule import Rule
-from lightning_fedhaw.server import Server, all_finite
+from lightning_fedhaw.server import all_finite
 
 
 class Screening:
@@ -22,8 +22,7 @@ class Screening:
 
     Args:
         policy: The argument ``on_nonfinite``.
-        server: The global model.
-        buffers: The policy for buffers, which says whether those of an update are sent.
+        buffers: The policies for buffers, which say what a client started from and what it sends.
         rule: The aggregation rule, which may have a hint when training diverges.
         uplink: The channels from clients to server, which may have made an update non-finite.
     """
@@ -31,13 +30,11 @@ class Screening:
     def __init__(
         self,
         policy: OnNonfinite,
-        server: Server,
         buffers: Buffers,
         rule: Rule,
         uplink: Sequence[Channel],
     ) -> None:
         self.policy = policy
-        self.server = server
         self.buffers = buffers
         self.rule = rule
         self.uplink = uplink
@@ -105,7 +102,8 @@ class Screening:
         # Almost always all is finite, which this finds out with one wait for the device.
         if _sums_are_finite([update.displacement, *buffers.values(), *states]):
             return None
-        spoiled = [name for name, buffer in buffers.items() if self._is_spoiled(name, buffer)]
+        start = self.buffers.start(update.client)
+        spoiled = [name for name, buffer in buffers.items() if _is_spoiled(buffer, start[name])]
         if spoiled:
             return f"buffers {spoiled[:3]}"
         if not all_finite(update.displacement):
@@ -114,16 +112,23 @@ class Screening:
             return "states of client objectives"
         return None
 
-    def _is_spoiled(self, name: str, buffer: Tensor) -> bool:
-        """Return whether training put NaN or infinity into a buffer; an attention mask has them from the start."""
-        if not (buffer.is_floating_point() or buffer.is_complex()) or all_finite(buffer):
-            return False
-        return bool((~torch.isfinite(buffer) & (buffer != self.server.buffers[name])).any())
-
 
 def changes_messages(channel: Channel) -> bool:
     """Return whether a channel may change the messages that it delivers."""
     return type(channel).transmit is not Channel.transmit
+
+
+def _is_spoiled(buffer: Tensor, start: Tensor) -> bool:
+    """Return whether training put NaN or infinity into a buffer, which may have had some from the start.
+
+    An attention mask has infinities, and a threshold may be NaN until it is computed.
+    """
+    if not (buffer.is_floating_point() or buffer.is_complex()) or all_finite(buffer):
+        return False
+    start = start.to(buffer.device)
+    # NaN is the number that differs from itself.
+    is_same = (buffer == start) | (buffer.isnan() & start.isnan())
+    return bool((~torch.isfinite(buffer) & ~is_same).any())
 
 
 def _sums_are_finite(tensors: Sequence[Tensor]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,17 @@ class ParameterLayout:
     """The position of each trainable parameter in the flat vector ``[P]``, and the buffers that are sent with it.
 
     Only trainable parameters are exchanged between server and clients, in ``named_parameters()`` order. A frozen
-    backbone is left out, and if it is in evaluation mode, so are its buffers. The flat vector is in at least float32,
-    so a model in ``bf16-true`` has a float32 vector on the server and small updates are not lost.
+    backbone is left out, and if it is in evaluation mode, so are its buffers. Frozen tensors that a step moves all the
+    same (a momentum teacher) are exchanged as buffers are, if a pattern names them. The flat vector is in at least
+    float32, so a model in ``bf16-true`` has a float32 vector on the server and small updates are not lost.
 
     Attributes:
         names: Parameter names.
         shapes: Parameter shapes, in the order of ``names``.
         dtypes: Parameter dtypes as they are in the model, in the order of ``names``.
         dtype: Dtype of the flat vector.
-        buffers: Names of the buffers that training may change.
+        buffers: Names of the buffers that training may change, and of frozen tensors that are exchanged like them.
+        frozen_parameters: Those of ``buffers`` that are frozen parameters.
 
     Example:
         >>> layout = ParameterLayout.of(nn.Linear(2, 3))
@@ -37,14 +40,19 @@ class ParameterLayout:
     dtypes: tuple[torch.dtype, ...]
     dtype: torch.dtype
     buffers: tuple[str, ...] = ()
+    frozen_parameters: tuple[str, ...] = ()
     sizes: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(shape.numel() for shape in self.shapes))
 
     @classmethod
-    def of(cls, module: nn.Module) -> ParameterLayout:
+    def of(cls, module: nn.Module, patterns: Iterable[str] = ()) -> ParameterLayout:
         """Make the layout of a module's trainable parameters.
+
+        Args:
+            module: The module.
+            patterns: Patterns of names. Frozen tensors that one of them matches are exchanged as buffers are.
 
         Raises:
             ValueError: If the module has no trainable parameter, or one that is not a floating-point tensor.
@@ -69,12 +77,15 @@ class ParameterLayout:
         dtype = torch.float32
         for parameter in named.values():
             dtype = torch.promote_types(dtype, parameter.dtype)
+        buffers = [*_tracked_buffers(module)]
+        named_frozen = _matching(_frozen(module, {*named, *buffers}), patterns)
         return cls(
             names=tuple(named),
             shapes=tuple(p.shape for p in named.values()),
             dtypes=tuple(p.dtype for p in named.values()),
             dtype=dtype,
-            buffers=tuple(_tracked_buffers(module)),
+            buffers=(*buffers, *named_frozen),
+            frozen_parameters=tuple(n for n, tensor in named_frozen.items() if isinstance(tensor, nn.Parameter)),
         )
 
     @property
@@ -124,20 +135,15 @@ class ParameterLayout:
         return list(named.values())
 
     def tracked_buffers(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the module's buffers that training may change, in the layout's order."""
+        """Return the module's tensors that are exchanged as buffers, in the layout's order."""
         named = dict(module.named_buffers())
+        for name in self.frozen_parameters:
+            named[name] = module.get_parameter(name)
         return {name: named[name] for name in self.buffers}
 
     def frozen_tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """Return the module's frozen tensors: the parameters and buffers that are not part of the layout."""
-        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        exchanged = {*self.names, *self.buffers}
-        frozen = {}
-        for name, tensor in named.items():
-            # Inference tensors cannot be changed in training.
-            if name not in exchanged and not tensor.is_inference():
-                frozen[name] = tensor
-        return frozen
+        return _frozen(module, {*self.names, *self.buffers})
 
     @torch.no_grad()
     def read(
@@ -205,3 +211,33 @@ def _tracked_buffers(module: nn.Module) -> Mapping[str, Tensor]:
         if not submodule.training and not trainable(submodule):
             frozen |= set(map(id, submodule.buffers(recurse=False)))
     return {name: buffer for name, buffer in module.named_buffers() if id(buffer) not in frozen}
+
+
+def _frozen(module: nn.Module, exchanged: set[str]) -> dict[str, Tensor]:
+    """Return the parameters and buffers that are not among the exchanged ones."""
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    frozen = {}
+    for name, tensor in named.items():
+        # Inference tensors cannot be changed in training.
+        if name not in exchanged and not tensor.is_inference():
+            frozen[name] = tensor
+    return frozen
+
+
+def _matching(named: Mapping[str, Tensor], patterns: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors whose name one of the patterns matches."""
+    wanted = list(patterns)
+    matching = {}
+    for name, tensor in named.items():
+        if any(fnmatchcase(name, pattern) for pattern in wanted):
+            matching[name] = tensor
+    return matching
+
+
+@torch.no_grad()
+def own_memory(module: nn.Module) -> None:
+    """Give every buffer whose elements share memory (``expand``) memory of its own: the others cannot be written."""
+    for buffer in module.buffers():
+        is_expanded = any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
+        if is_expanded and not buffer.is_inference():
+            buffer.data = buffer.clone(memory_format=torch.contiguous_format)

@@ -90,6 +90,8 @@ def probe(
     step = f"`{type(host.module).__name__}.training_step`"
     if host.obstacle is not None:
         raise NotVectorizableError(f"{step} {host.obstacle}")
+    if layout.frozen_parameters:
+        raise NotVectorizableError(f"{step} moves frozen parameters, such as `{layout.frozen_parameters[0]}`")
     if not data.is_sliced:
         raise NotVectorizableError(
             f"the data set {type(data.dataset).__name__} is not tensors in memory (a `TensorDataset` with the default"
