@@ -52,6 +52,7 @@ KEYS = {
     "CoordinateMedianCallback": "MedianCallback",
     "MultiKrumCallback": "MultiKrumCallback",
     "PublishedFedHAWCallback": "PublishedFedHAWCallback",
+    "QFedAvgCallback": "QFedAvgCallback",
     "ScaffoldCallback": "ScaffoldCallback",
     "ServerFineTuningCallback": "ServerFineTuningCallback",
     "TrimmedMeanCallback": "TrimmedMeanCallback",

@@ -172,7 +172,9 @@ class Server:
                 " labels."
             ) from error
 
-    def loss(self, vector: Tensor, batch: Batch, batch_idx: int = 0) -> Tensor:
+    def loss(
+        self, vector: Tensor, batch: Batch, batch_idx: int = 0, *, buffers: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Return the module's training loss at any parameters, differentiable with respect to them.
 
         The module itself does not change: buffers that the step changes are copies, and metrics do not count it.
@@ -181,6 +183,7 @@ class Server:
             vector: ``[P]``.
             batch: A batch as the module's ``training_step`` takes it.
             batch_idx: Its second argument, where it has one.
+            buffers: Buffers to use instead of the module's, by name.
 
         Returns:
             A scalar.
@@ -188,7 +191,7 @@ class Server:
         Raises:
             ValueError: If ``training_step`` returns no loss.
         """
-        output = self._call(_training_step, vector, batch, batch_idx)
+        output = self._call(_training_step, vector, batch, batch_idx, buffers=buffers)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise ValueError("`training_step` must return a loss, or a dict with the key 'loss', got no loss.")
