@@ -72,7 +72,9 @@ KEYS = {
     "AggregateChannel": "SumChannel",
     "ClientObjective": "ClientObjective",
     "FedDynObjective": "FedDyn",
+    "FedNTD": "FedNTD",
     "FedProx": "FedProx",
+    "MOON": "MOON",
     "ScaffoldObjective": "Scaffold",
     "RunHistory": "History",
 }

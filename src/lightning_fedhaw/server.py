@@ -20,7 +20,7 @@ from torchmetrics import Metric
 
 from lightning_fedhaw.data.labels import find_labels
 from lightning_fedhaw.data.tensors import tensors_of
-from lightning_fedhaw.isolation import isolated_randomness
+from lightning_fedhaw.isolation import isolated_randomness, substituted_tensors
 from lightning_fedhaw.rule import Batch, PredictionFunction
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
@@ -258,25 +258,13 @@ class Server:
         state: dict[str, Tensor] = {}
         views = self.layout.views(vector)
         for (name, view), dtype in zip(views.items(), self.layout.dtypes, strict=True):
-            state[f"module.{name}"] = view.to(dtype)
+            state[name] = view.to(dtype)
         for name, module_buffer in self.module.named_buffers():
             buffer = substitutes.get(name, module_buffer)
             # A copy: a training step changes BatchNorm statistics in place.
-            state[f"module.{name}"] = buffer.detach().to(vector.device, copy=True)
-        with self._context(), _without_side_effects(self.module):
-            return torch.func.functional_call(_FunctionOf(self.module, function), state, arguments, tie_weights=True)
-
-
-class _FunctionOf(nn.Module):
-    """A function of a module as a module's ``forward``, which is all that ``functional_call`` can call."""
-
-    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.module = module
-        self.function = function
-
-    def forward(self, *arguments: Any) -> Any:
-        return self.function(self.module, *arguments)
+            state[name] = buffer.detach().to(vector.device, copy=True)
+        with self._context(), _without_side_effects(self.module), substituted_tensors(self.module, state):
+            return function(self.module, *arguments)
 
 
 def _training_step(module: Any, batch: Batch, batch_idx: int) -> Any:
