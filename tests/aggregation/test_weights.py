@@ -169,6 +169,13 @@ def test_buffers_and_channels_go_by_the_same_weights():
     assert module.owner.item() == pytest.approx(0.3 * 1 + 0.3 * 2)
 
 
+def test_the_start_up_line_names_the_weights():
+    assert FedAvgCallback(weights={1: 0.25, 0: 0.75}).describe() == "FedAvgCallback(weights=(0.75, 0.25))"
+    assert FedAvgCallback(weights=[1.0] * 9).describe() == "FedAvgCallback(weights=of 9 clients)"
+    assert FedAvgCallback(weights=float).describe() == "FedAvgCallback(weights=float)"
+    assert FedAvgCallback().describe() == "FedAvgCallback(weighting=examples)"
+
+
 # ---------------------------------------------------------------------- what is refused
 
 

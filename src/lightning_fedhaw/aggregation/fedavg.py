@@ -14,12 +14,16 @@ from torch import Tensor
 from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
+from lightning_fedhaw.options import repr_settings
 from lightning_fedhaw.rule import RuleOutput, ServerView, State
 
 Weighting = Literal["examples", "batches", "uniform"]
 
 Weights = Iterable[float] | Mapping[int, float] | Callable[[ClientUpdate], float]
 """Weights of the user's own: one number per client, a mapping from client to number, or a function of an update."""
+
+LONGEST_LIST = 4
+"""The number of weights up to which the start-up line shows them."""
 
 
 class FedAvgCallback(AggregationRule):
@@ -62,6 +66,18 @@ class FedAvgCallback(AggregationRule):
         if self.weighting == "batches":
             return float(update.num_batches)
         return 1.0
+
+    def describe(self) -> str:
+        """Return the rule and its weights, for the start-up line."""
+        if self.weights is None:
+            return repr_settings(self)
+        shown = None
+        if not callable(self.weights):
+            numbers = [f"{self.weights[client]:.6g}" for client in sorted(self.weights)]
+            shown = f"({', '.join(numbers)})"
+            if len(numbers) > LONGEST_LIST:
+                shown = f"of {len(numbers)} clients"
+        return repr_settings(self, "weighting", weights=shown)
 
     def init(self, start: Tensor, num_examples: Tensor) -> State:
         """Check that there is one weight for each client; there is no state."""
