@@ -49,6 +49,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "NaturalIdPartitioner": {"keys": ["a"]},
     "LabelSwapPartitioner": {"base": data.IIDPartitioner(), "fraction": 0.5},
     "LongTailPartitioner": {"rho": 2.0, "base": data.IIDPartitioner()},
+    "MOON": {"representation": "encoder"},
     "OverTheAirChannel": {"snr_db": 3.0},
     "PacketLossChannel": {"probability": 0.1},
     "DifferentialPrivacyChannel": {"clip": 1.0, "noise_multiplier": 0.5},

@@ -38,6 +38,7 @@ from lightning_fedhaw import (
     KrumCallback,
     MultiKrumCallback,
     PublishedFedHAWCallback,
+    QFedAvgCallback,
     ScaffoldCallback,
     ServerFineTuningCallback,
     TrimmedMeanCallback,
@@ -60,6 +61,8 @@ RULES = {
     "FedAvg": FedAvgCallback,
     "FedAvg uniform": lambda: FedAvgCallback(weighting="uniform"),
     "FedAvg by batches": lambda: FedAvgCallback(weighting="batches"),
+    "FedAvg by own weights": lambda: FedAvgCallback(weights=lambda update: float(update.num_steps)),
+    "q-FedAvg": QFedAvgCallback,
     "FedDyn": FedDynCallback,
     "SCAFFOLD": ScaffoldCallback,
     "FedOpt on SCAFFOLD": lambda: FedOptCallback(rule=ScaffoldCallback(), lr=0.9),
@@ -182,6 +185,7 @@ def cohort(round_idx: int, start: Tensor, clients=(0, 1, 2), order=None, dtype=t
         vectors=ClientVectors(0.1 * torch.stack(rows).to(dtype), start),
         learning_rates=(0.1, 0.1),
         num_batches=torch.tensor([k + 1 for k in clients]),
+        initial_losses=torch.tensor([0.5 * (k + 1) for k in clients], dtype=torch.float64),
     )
 
 

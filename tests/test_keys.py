@@ -52,6 +52,7 @@ KEYS = {
     "CoordinateMedianCallback": "MedianCallback",
     "MultiKrumCallback": "MultiKrumCallback",
     "PublishedFedHAWCallback": "PublishedFedHAWCallback",
+    "QFedAvgCallback": "QFedAvgCallback",
     "ScaffoldCallback": "ScaffoldCallback",
     "ServerFineTuningCallback": "ServerFineTuningCallback",
     "TrimmedMeanCallback": "TrimmedMeanCallback",
@@ -71,7 +72,9 @@ KEYS = {
     "AggregateChannel": "SumChannel",
     "ClientObjective": "ClientObjective",
     "FedDynObjective": "FedDyn",
+    "FedNTD": "FedNTD",
     "FedProx": "FedProx",
+    "MOON": "MOON",
     "ScaffoldObjective": "Scaffold",
     "RunHistory": "History",
 }

@@ -55,7 +55,7 @@ def test_the_bases_are_no_rules(kind):
 
 
 def test_what_editors_and_the_command_line_read_is_the_constructor():
-    assert list(inspect.signature(FedAvgCallback).parameters) == ["weighting", "federation"]
+    assert list(inspect.signature(FedAvgCallback).parameters) == ["weighting", "weights", "federation"]
     kind = type("Mean", (AggregationRule,), {"step": average})
     assert list(inspect.signature(kind).parameters) == ["federation"]
 

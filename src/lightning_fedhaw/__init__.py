@@ -23,6 +23,7 @@ from lightning_fedhaw.aggregation import (
     KrumCallback,
     MultiKrumCallback,
     PublishedFedHAWCallback,
+    QFedAvgCallback,
     ScaffoldCallback,
     ServerFineTuningCallback,
     TrimmedMeanCallback,
@@ -58,7 +59,7 @@ from lightning_fedhaw.data import (
     WeightedSampler,
 )
 from lightning_fedhaw.models.timm_classifier import TimmClassifier
-from lightning_fedhaw.objectives import FedProx
+from lightning_fedhaw.objectives import MOON, FedNTD, FedProx
 from lightning_fedhaw.observer import FederatedCallback
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.report.history import RunHistory
@@ -67,6 +68,7 @@ from lightning_fedhaw.trainer import FederatedTrainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "MOON",
     "AWGNChannel",
     "AvailabilityChannel",
     "BitFlipChannel",
@@ -87,6 +89,7 @@ __all__ = [
     "FedHyperCallback",
     "FedLAWCallback",
     "FedLWSCallback",
+    "FedNTD",
     "FedNovaCallback",
     "FedOptCallback",
     "FedProx",
@@ -111,6 +114,7 @@ __all__ = [
     "OverTheAirChannel",
     "PacketLossChannel",
     "PublishedFedHAWCallback",
+    "QFedAvgCallback",
     "QuantitySkewPartitioner",
     "QuantizationChannel",
     "RoundProgressBar",

@@ -5,6 +5,7 @@ Shapes: N is the number of clients, K the number of clients in the cohort, P the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ class ClientUpdate:
         memory: The state that the client keeps for its next round if the update is received: a kept optimizer state,
             and the states of client objectives.
         num_batches: The number of batches in one pass over its training examples.
+        initial_loss: The mean loss of its training examples at the model it received; NaN unless the rule asks for it.
     """
 
     client: int
@@ -42,6 +44,7 @@ class ClientUpdate:
     logged: Mapping[str, Any] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
     num_batches: int = 0
+    initial_loss: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,12 @@ class Cohort:
         learning_rates: The round's local learning rate of each parameter tensor, in the layout's order.
         buffers: Each client's buffers after training, by name; unchanged ones may be missing.
         num_batches: ``[K]`` int64, the number of batches in one pass over each client's training examples.
+        unnormalized_weights: ``[K]`` float64, what the rule's ``unnormalized_weight`` returned for each client; empty
+            if the rule has none.
+        logged: For each client, the numbers that its ``training_step`` logged, by name, merged over its steps. Empty
+            for a substitute. A logged torchmetrics object is not among them: it is pooled over all clients.
+        initial_losses: ``[K]`` float64, the mean loss of each client's training examples at the model it received; NaN
+            for a substitute. Empty unless the rule sets ``needs_initial_loss``.
     """
 
     round: int
@@ -74,6 +83,9 @@ class Cohort:
     learning_rates: tuple[float, ...] = ()
     buffers: Sequence[Mapping[str, Tensor]] = ()
     num_batches: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    unnormalized_weights: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    logged: Sequence[Mapping[str, float]] = ()
+    initial_losses: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
 
     def __len__(self) -> int:
         return len(self.clients)

@@ -1,14 +1,15 @@
-"""Isolation of global random states: draws of a client's training do not affect the rest of the program."""
+"""Isolation: draws of a client's training, and calls of a module with other tensors, do not affect the rest."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -59,3 +60,33 @@ def torch_random_states(device: torch.device) -> Tensor:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return torch.cat(states)
+
+
+@contextmanager
+def substituted_tensors(module: nn.Module, substitutes: Mapping[str, Tensor]) -> Iterator[None]:
+    """Replace some of a module's parameters and buffers inside the context.
+
+    Tied tensors stay tied. Unlike after ``torch.func.functional_call``, a submodule that is registered under several
+    names has its own tensors back at the end.
+
+    Args:
+        module: The module.
+        substitutes: The tensors to use instead, by the names of ``named_parameters`` and ``named_buffers``.
+    """
+    originals = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    substitute_of = {id(originals[name]): tensor for name, tensor in substitutes.items()}
+    # The values are of other types: a module says that it holds parameters only.
+    replaced: list[tuple[Any, str, Tensor]] = []
+    try:
+        for submodule in module.modules():
+            for holder in (submodule._parameters, submodule._buffers):
+                for name, tensor in holder.items():
+                    if tensor is not None and id(tensor) in substitute_of:
+                        replaced.append((holder, name, tensor))
+        # Each dictionary occurs once here, whatever the number of names of its submodule.
+        for holder, name, tensor in replaced:
+            holder[name] = substitute_of[id(tensor)]
+        yield
+    finally:
+        for holder, name, tensor in replaced:
+            holder[name] = tensor

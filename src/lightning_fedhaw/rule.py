@@ -19,6 +19,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.options import repr_settings
@@ -146,12 +147,17 @@ class Rule(ABC):
     needs_learning_rates: bool = False
     """Whether the rule reads the clients' learning rates; then each trainable parameter needs exactly one optimizer."""
 
+    needs_initial_loss: bool = False
+    """Whether the rule reads ``cohort.initial_losses``, which cost one more forward pass over each client's training
+    data."""
+
     keeps_cohort: bool = False
     """Whether the state holds a cohort's vectors, so that a checkpoint grows with them."""
 
     unnormalized_weight: Callable[[ClientUpdate], float] | None = None
     """A client's weight before normalization, where a rule knows it before the cohort is complete. Then vectors are
-    summed as they arrive and memory does not grow with the cohort."""
+    summed as they arrive and memory does not grow with the cohort. :meth:`step` finds the same numbers in
+    ``cohort.unnormalized_weights``."""
 
     objectives: tuple[ClientObjective, ...] = ()
     """Client objectives that belong to the rule; their state is checkpointed with the rule's."""
@@ -193,6 +199,17 @@ class Rule(ABC):
             state: The state after the last round. Not changed: the new state is part of the output.
             server: The parameter layout, and a loss that is differentiable in the global parameters.
         """
+
+    def weigh(self, update: ClientUpdate) -> float:
+        """Return a client's weight before normalization, checked; 0 for a rule without ``unnormalized_weight``.
+
+        Raises:
+            ValueError: If the weight is not a finite number of at least 0.
+        """
+        if self.unnormalized_weight is None:
+            return 0.0
+        name = f"{type(self).__name__}.unnormalized_weight of client {update.client}"
+        return arguments.number(name, self.unnormalized_weight(update), minimum=0)
 
     def check(self, server: ServerView) -> None:  # noqa: B027 (most rules work with any server)
         """Refuse a server that the rule cannot work with. Called before the first round of a fit.

@@ -20,7 +20,7 @@ from torchmetrics import Metric
 
 from lightning_fedhaw.data.labels import find_labels
 from lightning_fedhaw.data.tensors import tensors_of
-from lightning_fedhaw.isolation import isolated_randomness
+from lightning_fedhaw.isolation import isolated_randomness, substituted_tensors
 from lightning_fedhaw.rule import Batch, PredictionFunction
 from lightning_fedhaw.vectors.layout import ParameterLayout, own_memory
 
@@ -175,7 +175,9 @@ class Server:
                 " labels."
             ) from error
 
-    def loss(self, vector: Tensor, batch: Batch, batch_idx: int = 0) -> Tensor:
+    def loss(
+        self, vector: Tensor, batch: Batch, batch_idx: int = 0, *, buffers: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Return the module's training loss at any parameters, differentiable with respect to them.
 
         The module itself does not change: buffers that the step changes are copies, and metrics do not count it.
@@ -184,6 +186,7 @@ class Server:
             vector: ``[P]``.
             batch: A batch as the module's ``training_step`` takes it.
             batch_idx: Its second argument, where it has one.
+            buffers: Buffers to use instead of the module's, by name.
 
         Returns:
             A scalar.
@@ -191,7 +194,7 @@ class Server:
         Raises:
             ValueError: If ``training_step`` returns no loss.
         """
-        output = self._call(_training_step, vector, batch, batch_idx)
+        output = self._call(_training_step, vector, batch, batch_idx, buffers=buffers)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise ValueError("`training_step` must return a loss, or a dict with the key 'loss', got no loss.")
@@ -258,28 +261,14 @@ class Server:
         state: dict[str, Tensor] = {}
         views = self.layout.views(vector)
         for (name, view), dtype in zip(views.items(), self.layout.dtypes, strict=True):
-            state[f"module.{name}"] = view.to(dtype)
+            state[name] = view.to(dtype)
         module_buffers = {**dict(self.module.named_buffers()), **self.layout.tracked_buffers(self.module)}
         for name, module_buffer in module_buffers.items():
             buffer = substitutes.get(name, module_buffer)
             # A copy: a training step changes BatchNorm statistics in place.
-            state[f"module.{name}"] = buffer.detach().to(vector.device, copy=True)
-        for name in self.layout.frozen_parameters:
-            state[f"module.{name}"] = nn.Parameter(state[f"module.{name}"], requires_grad=False)
-        with self._context(), _without_side_effects(self.module):
-            return torch.func.functional_call(_FunctionOf(self.module, function), state, arguments, tie_weights=True)
-
-
-class _FunctionOf(nn.Module):
-    """A function of a module as a module's ``forward``, which is all that ``functional_call`` can call."""
-
-    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.module = module
-        self.function = function
-
-    def forward(self, *arguments: Any) -> Any:
-        return self.function(self.module, *arguments)
+            state[name] = buffer.detach().to(vector.device, copy=True)
+        with self._context(), _without_side_effects(self.module), substituted_tensors(self.module, state):
+            return function(self.module, *arguments)
 
 
 def _training_step(module: Any, batch: Batch, batch_idx: int) -> Any:

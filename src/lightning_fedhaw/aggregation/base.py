@@ -63,6 +63,26 @@ class AggregationRule(Rule, KeyedCallback):
         for objective in self.objectives:
             objective.on_fit_start(trainer, pl_module)
 
+    def cohort_weights(self, cohort: Cohort) -> Tensor:
+        """Return the weights of a cohort by ``unnormalized_weight``, the same as those of a running sum.
+
+        A rule that averages takes its weights from here, so that a subclass changes them by one method. A rule without
+        ``unnormalized_weight`` weighs clients by their numbers of examples.
+
+        Returns:
+            ``[K]`` float64, summing to one.
+
+        Raises:
+            ZeroDivisionError: If all weights are zero.
+        """
+        if self.unnormalized_weight is None:
+            return normalized(cohort.num_examples)
+        if len(cohort.unnormalized_weights) == len(cohort):
+            return normalized(cohort.unnormalized_weights)
+        # A cohort that was made by hand: the weights are computed from what it holds.
+        weights = [self.weigh(update) for update in _updates_of(cohort)]
+        return normalized(torch.tensor(weights, dtype=torch.float64))
+
 
 def normalized(weights: Tensor) -> Tensor:
     """Scale weights ``[K]`` to sum to one, in float64.
@@ -79,6 +99,25 @@ def normalized(weights: Tensor) -> Tensor:
     return weights / total
 
 
+def common_rate(rates: tuple[float, ...], reader: str, remedy: str) -> float:
+    """Return the learning rate that all parameter tensors share.
+
+    Args:
+        rates: The learning rate of each parameter tensor.
+        reader: What needs one rate, for the message.
+        remedy: What else the user can do, for the message.
+
+    Raises:
+        ValueError: If the rates differ.
+    """
+    if len(set(rates)) != 1:
+        raise ValueError(
+            f"{reader} needs one local learning rate for all parameters, got {sorted(set(rates))}. Give all parameter"
+            f" groups the same rate, or {remedy}."
+        )
+    return rates[0]
+
+
 def client_weights(cohort: Cohort, weighting: Weighting) -> Tensor:
     """Weigh the clients of a cohort by their numbers of examples, or equally.
 
@@ -88,6 +127,19 @@ def client_weights(cohort: Cohort, weighting: Weighting) -> Tensor:
     if weighting == "examples":
         return normalized(cohort.num_examples)
     return normalized(torch.ones(len(cohort)))
+
+
+def _updates_of(cohort: Cohort) -> list[ClientUpdate]:
+    """Return a cohort's clients as updates without vectors, with all numbers that the cohort holds."""
+    counts = zip(cohort.clients.tolist(), cohort.num_examples.tolist(), cohort.num_steps.tolist(), strict=True)
+    updates: list[ClientUpdate] = []
+    for slot, (client, num_examples, num_steps) in enumerate(counts):
+        num_batches = 0
+        if len(cohort.num_batches):
+            num_batches = int(cohort.num_batches[slot])
+        update = ClientUpdate(client, num_examples, num_steps, 0, torch.empty(0), num_batches=num_batches)
+        updates.append(update)
+    return updates
 
 
 def unnormalized_client_weight(update: ClientUpdate, weighting: Weighting) -> float:

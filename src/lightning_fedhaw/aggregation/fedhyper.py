@@ -31,7 +31,6 @@ from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import (
     AggregationRule,
     Weighting,
-    client_weights,
     unnormalized_client_weight,
 )
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
@@ -160,7 +159,7 @@ class FedHyperCallback(AggregationRule):
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Step the rates that the server learns, then aggregate."""
-        weights = client_weights(cohort, self.weighting)  # [K]
+        weights = self.cohort_weights(cohort)  # [K]
         displacement = cohort.vectors.displacements.weighted_sum(weights)  # [P], -D_t
         alpha = state["alpha"]  # []
         beta = state["beta"]  # []

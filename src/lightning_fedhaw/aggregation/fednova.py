@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, normalized
+from lightning_fedhaw.aggregation.base import AggregationRule, common_rate, normalized
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.objectives.local_normalizer import normalizer, sgd_groups
@@ -80,8 +80,12 @@ class FedNovaCallback(AggregationRule):
     def _set_proximal(self, proximal: float) -> None:
         self.proximal = proximal
         self.needs_learning_rates = proximal > 0
-        # A proximal term's normalizer needs the round's learning rate, which comes with the cohort.
-        self.unnormalized_weight = None if proximal > 0 else self._examples_per_work
+        # A proximal term's normalizer needs the round's learning rate, which comes with the cohort: then no weight is
+        # known in advance, unless a subclass defines its own.
+        vars(self).pop("unnormalized_weight", None)
+        has_own_weight = type(self).unnormalized_weight is not FedNovaCallback.unnormalized_weight
+        if proximal > 0 and not has_own_weight:
+            self.unnormalized_weight = None  # type: ignore[assignment]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the proximal factor from the client objectives, and the momentum from the clients' optimizer."""
@@ -99,14 +103,15 @@ class FedNovaCallback(AggregationRule):
                 )
             self.momentum, self.nesterov = momenta.pop()
 
-    def _examples_per_work(self, update: ClientUpdate) -> float:
+    def unnormalized_weight(self, update: ClientUpdate) -> float:
+        """Return the factor ``p_k / A_k`` of a client's update before normalization."""
         work = normalizer(update.num_steps, self.momentum, self.nesterov)
         return update.num_examples / work if work else 0.0
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Average the normalized updates, and step along the average."""
-        weights = normalized(cohort.num_examples)  # [K]
         work = self._work(cohort)  # [K]
+        weights = self._shares(cohort, work)  # [K]
         has_worked = work > 0  # [K]
         if not (weights[has_worked].sum() > 0):
             return RuleOutput(cohort.start.clone(), state, weights, {"tau_eff": 0.0})
@@ -118,22 +123,25 @@ class FedNovaCallback(AggregationRule):
         server_step = cohort.vectors.displacements.weighted_sum(mix)  # [P]
         return RuleOutput(cohort.start + server_step.to(cohort.start), state, weights, {"tau_eff": tau_eff.item()})
 
+    def _shares(self, cohort: Cohort, work: Tensor) -> Tensor:
+        """Return the shares ``p_k``, ``[K]``, from the normalizers ``A_k``, ``[K]``."""
+        has_worked = work > 0  # [K]
+        if self.unnormalized_weight is None or not has_worked.any():
+            return normalized(cohort.num_examples)
+        by_examples = torch.where(has_worked, cohort.num_examples / work, 0.0)  # [K]
+        factors = self.cohort_weights(cohort)  # [K]
+        if torch.equal(factors, normalized(by_examples)):
+            # Not `factors * work`: a client without a step keeps its share.
+            return normalized(cohort.num_examples)
+        return normalized(factors * work)
+
     def _work(self, cohort: Cohort) -> Tensor:
         """Compute the normalizers ``A_k`` of a cohort, ``[K]`` float64."""
         proximal = 0.0
         if self.proximal:
-            proximal = self.proximal * _one_rate(cohort.learning_rates)
+            rate = common_rate(cohort.learning_rates, "FedNova's `proximal`", "leave `proximal` at 0")
+            proximal = self.proximal * rate
         normalizers: list[float] = []
         for num_steps in cohort.num_steps.tolist():
             normalizers.append(normalizer(num_steps, self.momentum, self.nesterov, proximal))
         return torch.tensor(normalizers, dtype=torch.float64)
-
-
-def _one_rate(rates: tuple[float, ...]) -> float:
-    """Return the rate that all parameter tensors share, and refuse different ones."""
-    if len(set(rates)) != 1:
-        raise ValueError(
-            f"FedNova's `proximal` needs one local learning rate for all parameters, got {sorted(set(rates))}. Give all"
-            " parameter groups the same rate, or leave `proximal` at 0."
-        )
-    return rates[0]

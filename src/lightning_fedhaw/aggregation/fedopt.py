@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, normalized
+from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.aggregation.factories import OptimizerFactory, check_optimizer, check_schedule
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.options import FederationOptions, repr_settings, settings_of
@@ -87,19 +87,37 @@ class FedOptCallback(AggregationRule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.rule = rule
-        self.unnormalized_weight = _examples
         self._adopt_inner_needs()
+
+    def unnormalized_weight(self, update: ClientUpdate) -> float:
+        """Return a client's weight before normalization: that of the inner rule, or its number of examples."""
+        if self.rule is None or self.rule.unnormalized_weight is None:
+            return float(update.num_examples)
+        return self.rule.unnormalized_weight(update)
 
     def _adopt_inner_needs(self) -> None:
         """Declare what the inner rule declares, because the round asks this rule only."""
         if self.rule is None:
             return
-        self.unnormalized_weight = self.rule.unnormalized_weight
+        self._adopt_inner_weight(self.rule)
         self.needs_learning_rates = self.rule.needs_learning_rates
+        self.needs_initial_loss = self.rule.needs_initial_loss
         self.keeps_cohort = self.rule.keeps_cohort
         self.objectives = self.rule.objectives
         self.prog_bar = self.rule.prog_bar
         self.summary_metrics = ("server_lr", *self.rule.summary_metrics)
+
+    def _adopt_inner_weight(self, rule: AggregationRule) -> None:
+        """Have no weight that is known in advance where the inner rule has none."""
+        vars(self).pop("unnormalized_weight", None)
+        if rule.unnormalized_weight is not None:
+            return
+        if type(self).unnormalized_weight is not FedOptCallback.unnormalized_weight:
+            raise ValueError(
+                f"`{type(self).__name__}.unnormalized_weight` would be ignored: {type(rule).__name__} computes weights"
+                " from the whole cohort. Override it with an inner rule that averages, such as `FedAvgCallback()`."
+            )
+        self.unnormalized_weight = None  # type: ignore[assignment]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the inner rule check the clients' optimizers."""
@@ -211,7 +229,7 @@ class FedOptCallback(AggregationRule):
     ) -> tuple[Tensor, Tensor, State, dict[str, float]]:
         """Return a displacement ``[P]``, the weights ``[K]`` behind it, and new entries of state and metrics."""
         if self.rule is None:
-            weights = normalized(cohort.num_examples)
+            weights = self.cohort_weights(cohort)
             delta = cohort.vectors.displacements.weighted_sum(weights).to(cohort.start)
             return delta, weights, {}, {}
         proposal = self.rule.step(cohort, state["rule"], server)
@@ -236,10 +254,6 @@ class FedAvgMCallback(FedOptCallback):
     def __init__(self, lr: float = 1.0, momentum: float = 0.9, **options: Any) -> None:
         self.momentum = arguments.number("momentum", momentum, minimum=0, below=1)
         super().__init__(partial(torch.optim.SGD, momentum=self.momentum), lr, **options)
-
-
-def _examples(update: ClientUpdate) -> float:
-    return float(update.num_examples)
 
 
 def _check_inner(rule: AggregationRule, outer: str) -> None:

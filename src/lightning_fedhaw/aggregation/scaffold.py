@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, normalized
+from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.objectives.scaffold import ControlOption, ScaffoldObjective
 from lightning_fedhaw.rule import RuleOutput, ServerView, State
@@ -47,7 +45,7 @@ class ScaffoldCallback(AggregationRule):
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Step along the mean of the displacements."""
-        weights = normalized(torch.ones(len(cohort)))  # [K]
+        weights = self.cohort_weights(cohort)  # [K]
         # Displacements may be stored in host memory or another dtype than the model, and their sum is then too.
         server_step = cohort.vectors.displacements.weighted_sum(self.server_lr * weights)  # [P]
         return RuleOutput(cohort.start + server_step.to(cohort.start), state, weights)

@@ -104,9 +104,15 @@ class ServerTraining(AggregationRule):
             server: The module, and the proxy data.
         """
 
+    def average_weights(self, cohort: Cohort) -> Tensor:
+        """Return the weights of the average ``[K]``: by ``unnormalized_weight`` where a rule has it."""
+        if self.unnormalized_weight is None:
+            return client_weights(cohort, self.weighting)
+        return self.cohort_weights(cohort)
+
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Average the clients' models, then train the average."""
-        weights = client_weights(cohort, self.weighting)  # [K]
+        weights = self.average_weights(cohort)  # [K]
         average = cohort.vectors.weighted_sum(weights)  # [P]
         if not self.server_epochs:
             return RuleOutput(average, state, weights)

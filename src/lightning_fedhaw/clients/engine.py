@@ -173,12 +173,12 @@ class Engine(ABC):
         start = self.layout.views(task.start)
         states = []
         for objective in self.objectives:
-            state = objective.client_state(task.client, start)
+            state = objective.begin_client(task.client, start, task.buffers)
             states.append({name: value.to(self.host.device) for name, value in state.items()})
         return states
 
     def end_objectives(
-        self, task: ClientTask, states: Sequence[ClientState], end: Named, num_steps: int
+        self, task: ClientTask, states: Sequence[ClientState], end: Named, end_buffers: Named, num_steps: int
     ) -> list[ClientState]:
         """Return the client's new state of each objective after its local work.
 
@@ -186,6 +186,7 @@ class Engine(ABC):
             task: The client's task.
             states: The states that :meth:`begin_objectives` returned.
             end: The client's model after training, by name of the parameter.
+            end_buffers: Its buffers after training, by name.
             num_steps: Its optimizer steps.
         """
         if not self.objectives:
@@ -197,7 +198,7 @@ class Engine(ABC):
                 state = dict(state)
                 for name, slope in self.layout.views(self.gradient(task.client, task.start)).items():
                     state[GRADIENT + name] = slope
-            end_states.append(objective.end_client(state, start, end, num_steps))
+            end_states.append(objective.finish_client(state, start, end, end_buffers, num_steps))
         return end_states
 
     def commit(self, update: ClientUpdate) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -84,6 +85,17 @@ def merge(records: Iterable[Mapping[str, Logged]]) -> dict[str, Logged]:
                 logged = merged[name].merged(logged)
             merged[name] = logged
     return merged
+
+
+def values_of(record: Mapping[str, Logged]) -> dict[str, float]:
+    """Return the numbers of a client's record by name, without torchmetrics objects, which all clients share."""
+    values: dict[str, float] = {}
+    for name, logged in record.items():
+        # A mean over no examples (`batch_size=0`) is undefined.
+        is_mean_of_nothing = logged.reduction == "mean" and not logged.weight
+        if logged.metric is None:
+            values[name] = math.nan if is_mean_of_nothing else logged.value
+    return values
 
 
 class LogSettings(NamedTuple):

@@ -33,7 +33,7 @@ from lightning_fedhaw.clients.steps import (
 )
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
-from lightning_fedhaw.objectives.base import ClientState
+from lightning_fedhaw.objectives.base import ClientState, make_watch
 from lightning_fedhaw.streams import seed_of
 
 
@@ -156,7 +156,8 @@ class SequentialEngine(Engine):
         named = dict(zip(self.layout.names, parameters, strict=True))
         terms = None
         if self.objectives:
-            terms = Terms(self.objectives, named, self.layout.views(task.start), states)
+            watch = make_watch(self.objectives, self.host.module, self.host.step_context)
+            terms = Terms(self.objectives, named, self.layout.views(task.start), states, watch)
         counts = self._train_batches(task.client, step, recorder, terms)
         return self._update(task, named, states, counts, recorder)
 
@@ -233,9 +234,10 @@ class SequentialEngine(Engine):
         if self.plan.optimizer_state == "kept":
             optimizer_states = [states_of(optimizer) for optimizer in self.host.optimizers]
         end = {name: parameter.detach() for name, parameter in named.items()}
+        buffers = self._end_buffers(task)
         memory = {
             "optimizers": optimizer_states,
-            "objectives": self.end_objectives(task, states, end, counts.made),
+            "objectives": self.end_objectives(task, states, end, buffers, counts.made),
         }
         displacement = self.layout.read(list(named.values()), out=task.slot()).sub_(task.start)
         return ClientUpdate(
@@ -244,7 +246,7 @@ class SequentialEngine(Engine):
             num_steps=counts.made,
             num_skipped=counts.skipped,
             displacement=displacement,
-            buffers=self._end_buffers(task),
+            buffers=buffers,
             logged=recorder.collect(),
             memory=memory,
             num_batches=self.num_batches(client),

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_fedhaw.data.client_data import Batch
 from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
+from lightning_fedhaw.objectives.view import StepWatch
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
 BatchData = Any
@@ -146,6 +147,7 @@ class Terms:
         parameters: The trainable parameters, by name.
         start: The model the client started from, by name of the parameter.
         states: The client's state, for each objective.
+        watch: Records the calls of a step, for objectives that read them; ``None`` if none does.
 
     Attributes:
         all: Every objective with its state.
@@ -154,10 +156,16 @@ class Terms:
     """
 
     def __init__(
-        self, objectives: Sequence[ClientObjective], parameters: Named, start: Named, states: Sequence[ClientState]
+        self,
+        objectives: Sequence[ClientObjective],
+        parameters: Named,
+        start: Named,
+        states: Sequence[ClientState],
+        watch: StepWatch | None = None,
     ) -> None:
         self.parameters = parameters
         self.start = start
+        self.watch = watch
         self.all: list[Term] = list(zip(objectives, states, strict=True))
         self.closed: list[Term] = []
         self.open: list[Term] = []
@@ -169,8 +177,16 @@ class Terms:
     def added_to(self, loss: Tensor, terms: Sequence[Term]) -> Tensor:
         """Add some of the terms to a loss."""
         for objective, state in terms:
-            loss = loss + objective.penalty(self.parameters, self.start, state)
+            loss = loss + objective.term(self.parameters, self.start, state, self.watch)
         return loss
+
+    def watched(self, forward: Callable[[], StepOutput], batch: BatchData) -> StepOutput:
+        """Call a ``training_step``, and record what objectives read of it."""
+        if self.watch is None:
+            return forward()
+        with self.watch.watching(batch):
+            self.watch.output = forward()
+        return self.watch.output
 
     @torch.no_grad()
     def add_closed_gradients(
@@ -198,6 +214,13 @@ class Terms:
                 sums.append(slope if gradient is None else gradient + slope)
             gradients = sums
         return gradients
+
+
+def _forward(host: Host, data: BatchData, batch_idx: int, terms: Terms | None) -> StepOutput:
+    """Call ``training_step``; with client objectives, record what they read of it."""
+    if terms is None:
+        return host.forward(data, batch_idx)
+    return terms.watched(lambda: host.forward(data, batch_idx), data)
 
 
 class LocalStep(Protocol):
@@ -231,7 +254,7 @@ class PlainSGDStep:
 
     def __call__(self, data: BatchData, batch: Batch, counts: StepCounts, terms: Terms | None) -> None:
         """Train on one batch. Return nothing: where a hook would read the output, this step is not used."""
-        loss, _ = loss_of(self.host.forward(data, batch.index))
+        loss, _ = loss_of(_forward(self.host, data, batch.index, terms))
         if loss is None:
             counts.skipped += 1
             return
@@ -293,7 +316,7 @@ class AutomaticStep:
         outputs: dict[str, object] = {}
 
         def closure() -> Tensor | None:
-            loss, other_outputs = loss_of(host.forward(data, batch.index))
+            loss, other_outputs = loss_of(_forward(host, data, batch.index, terms))
             if batch.index % host.accumulate == 0:
                 host.before_zero_grad(self._wrapped)
                 host.module.optimizer_zero_grad(host.round, batch.index, self._wrapped)

@@ -24,6 +24,7 @@ from lightning_fedhaw.data.samplers import CohortSampler, FullParticipationSampl
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
 from lightning_fedhaw.federation.full_gradient import FullGradient
+from lightning_fedhaw.federation.initial_loss import InitialLosses
 from lightning_fedhaw.federation.memory_advice import memory_advice
 from lightning_fedhaw.federation.placement import Placement
 from lightning_fedhaw.federation.records import (
@@ -34,6 +35,7 @@ from lightning_fedhaw.federation.records import (
     RoundPlan,
     Tally,
     UpdateRecord,
+    cohort_of,
 )
 from lightning_fedhaw.federation.run_state import RunState
 from lightning_fedhaw.federation.screening import Screening
@@ -109,6 +111,7 @@ class Federation:
         self.buffers = Buffers(options.buffers, host, server, data, self.seed)
         self.engine: Engine = SequentialEngine(host, self.layout, data, self._local_plan(limit), objectives)
         self.engine.gradient = FullGradient(host, server, data, self.seed).compute
+        self.initial_losses = InitialLosses(host, server, data, rule, self.buffers, self.seed)
         self.shared_states = SharedStates(objectives, self.layout, data.num_clients, rule, options, self.ranks)
         self.transport = Transport(channels, self.layout, [self.buffers, self.shared_states], self.seed)
         clients_remember = self._clients_remember(objectives)
@@ -347,6 +350,7 @@ class Federation:
                 if reason is not None:
                     excluded.append(reason)
                     continue
+                update = self.initial_losses.added_to(update, plan.models)
                 self.shared_states.collect(update, stores.shared)
                 self.engine.commit(update)
                 self.transport.remember(update, plan.start)
@@ -407,9 +411,7 @@ class Federation:
 
     def _record(self, update: ClientUpdate, store: VectorStore, *, received: bool) -> UpdateRecord:
         """Store an update's vector on this process, and make its record for all processes."""
-        unnormalized_weight = 0.0
-        if self.rule.unnormalized_weight is not None:
-            unnormalized_weight = float(self.rule.unnormalized_weight(update))
+        unnormalized_weight = self.rule.weigh(update)
         store.commit(update, unnormalized_weight)
         rms = self.transport.rms(update) if received else 0.0
         buffers = update.buffers
@@ -456,19 +458,7 @@ class Federation:
             assert isinstance(vectors, AccumulatedVectors)
             with self.tally.phase("channel"):
                 self.transport.superpose(vectors, received.records, round_idx=plan.round, drawn=len(plan.clients))
-        updates = [record.update for record in received.records]
-        return Cohort(
-            round=plan.round,
-            clients=torch.tensor([update.client for update in updates]),
-            num_examples=torch.tensor([update.num_examples for update in updates]),
-            num_steps=torch.tensor([update.num_steps for update in updates]),
-            received=torch.tensor([record.received for record in received.records]),
-            start=plan.start,
-            vectors=vectors,
-            learning_rates=learning_rates,
-            buffers=tuple(update.buffers for update in updates),
-            num_batches=torch.tensor([update.num_batches for update in updates]),
-        )
+        return cohort_of(plan, received, vectors, learning_rates, self.rule)
 
     def _report(self, plan: RoundPlan, received: Received, aggregation: Aggregation) -> Report:
         """Count the costs of the round, and make its report."""

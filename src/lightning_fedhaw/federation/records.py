@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.clients.engine import EndState
-from lightning_fedhaw.clients.records import Logged
-from lightning_fedhaw.cohort import ClientUpdate
+from lightning_fedhaw.clients.records import Logged, values_of
+from lightning_fedhaw.cohort import ClientUpdate, Cohort
+from lightning_fedhaw.rule import Rule
+from lightning_fedhaw.vectors.base import CohortVectors
 
 PHASES = ("broadcast", "local training", "channel", "aggregation", "validation")
 """The phases of a round whose time is measured."""
@@ -146,6 +149,42 @@ class Received:
     def updates(self) -> list[ClientUpdate]:
         """The updates that were received from their clients, without substitutes."""
         return [record.update for record in self.from_clients]
+
+
+def cohort_of(
+    plan: RoundPlan, received: Received, vectors: CohortVectors, learning_rates: tuple[float, ...], rule: Rule
+) -> Cohort:
+    """Make the cohort that a rule reads.
+
+    Args:
+        plan: The plan of the round.
+        received: The updates of all processes.
+        vectors: Their vectors.
+        learning_rates: The local learning rates, where the rule reads them.
+        rule: The rule, which says what else it needs.
+    """
+    updates = [record.update for record in received.records]
+    weights: list[float] = []
+    if rule.unnormalized_weight is not None:
+        weights = [record.unnormalized_weight for record in received.records]
+    losses: list[float] = []
+    if rule.needs_initial_loss:
+        losses = [update.initial_loss for update in updates]
+    return Cohort(
+        round=plan.round,
+        clients=torch.tensor([update.client for update in updates]),
+        num_examples=torch.tensor([update.num_examples for update in updates]),
+        num_steps=torch.tensor([update.num_steps for update in updates]),
+        received=torch.tensor([record.received for record in received.records]),
+        start=plan.start,
+        vectors=vectors,
+        learning_rates=learning_rates,
+        buffers=tuple(update.buffers for update in updates),
+        num_batches=torch.tensor([update.num_batches for update in updates]),
+        logged=tuple(values_of(update.logged) for update in updates),
+        unnormalized_weights=torch.tensor(weights, dtype=torch.float64),
+        initial_losses=torch.tensor(losses, dtype=torch.float64),
+    )
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from difflib import get_close_matches
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.keys import KeyedCallback
+from lightning_fedhaw.objectives.view import FORWARD, StepView, StepWatch
 
 ClientState = dict[str, Tensor]
 Named = Mapping[str, Tensor]
@@ -17,14 +21,21 @@ Named = Mapping[str, Tensor]
 GRADIENT = "gradient of "
 """Prefix of a parameter's name, for its gradient in the state of an objective with ``needs_gradient``."""
 
+START_BUFFER = "start buffer "
+"""Prefix of a buffer's name, for its value at the start of the round in the state of an objective with ``loss``."""
+
+END_BUFFER = "end buffer "
+"""Prefix of a buffer's name, for its value after local training in the state that such an objective ends with."""
+
 
 class ClientObjective(KeyedCallback):
     """Base class of terms that clients add to the loss of their ``training_step``; several terms are summed.
 
     A new objective implements :meth:`penalty`, or :meth:`gradient` if its closed form is known, which is much cheaper
-    than differentiating the term. One with a state per client also implements :meth:`init_client` and
-    :meth:`end_client`. All of these are pure functions of the tensors of one client, for both engines. Only clients
-    whose update was received have a state. It is in host memory, and is checkpointed.
+    than differentiating the term, or :meth:`loss` if the term depends on the batch or on outputs of the module. One
+    with a state per client also implements :meth:`init_client` and :meth:`end_client`. All of these are pure functions
+    of the tensors of one client, for both engines. Only clients whose update was received have a state. It is in host
+    memory, and is checkpointed.
 
     Args:
         name: Distinguishes two objectives of one class in a checkpoint.
@@ -71,6 +82,16 @@ class ClientObjective(KeyedCallback):
         return type(self).gradient is not ClientObjective.gradient
 
     @property
+    def reads_batch(self) -> bool:
+        """Whether the term depends on the batch or on outputs of the module: whether :meth:`loss` is implemented."""
+        return type(self).loss is not ClientObjective.loss
+
+    @property
+    def watched(self) -> Sequence[str]:
+        """The names of submodules whose outputs :meth:`loss` reads; ``"forward"`` is the module's own call."""
+        return ()
+
+    @property
     def remembers(self) -> bool:
         """Whether clients have a state from round to round."""
         kind = type(self)
@@ -94,6 +115,42 @@ class ClientObjective(KeyedCallback):
         # A linear function of the parameters whose gradient is the closed form.
         products = [(parameters[name] * gradient).sum() for name, gradient in gradients.items()]
         return torch.stack(products).sum()
+
+    def loss(self, step: StepView, state: ClientState) -> Tensor:
+        """Return a term that depends on the batch, differentiable in the parameters; instead of :meth:`penalty`.
+
+        Args:
+            step: The batch, the outputs of the submodules that :attr:`watched` names, and the same outputs of other
+                models: of the one that was received, or of any in the client's state.
+            state: The client's state.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            NotImplementedError: If the objective does not implement it.
+        """
+        raise NotImplementedError(f"`{type(self).__name__}` does not implement `loss`.")
+
+    def term(self, parameters: Named, start: Named, state: ClientState, watch: StepWatch | None) -> Tensor:
+        """Return the term in one step: :meth:`loss` where it is implemented, else :meth:`penalty`.
+
+        Args:
+            parameters: The local model's trainable parameters, by name.
+            start: The model from which the client started the round, by name.
+            state: What :meth:`begin_client` returned.
+            watch: The record of the step, for :meth:`loss`.
+        """
+        if not self.reads_batch or watch is None:
+            return self.penalty(parameters, start, state)
+        own_state: ClientState = {}
+        start_buffers: ClientState = {}
+        for name, value in state.items():
+            if name.startswith(START_BUFFER):
+                start_buffers[name.removeprefix(START_BUFFER)] = value
+            else:
+                own_state[name] = value
+        return self.loss(StepView(watch.batch, watch.output, parameters, start, start_buffers, watch), own_state)
 
     def gradient(self, parameters: Named, start: Named, state: ClientState) -> Named:
         """Return the gradient of the term for each parameter, by name; called without autograd.
@@ -129,6 +186,47 @@ class ClientObjective(KeyedCallback):
             The new state; an empty dictionary leaves the old state unchanged.
         """
         return state
+
+    def begin_client(self, client: int, start: Named, buffers: Named) -> ClientState:
+        """Return all tensors that a client's steps need: its state and, for :meth:`loss`, the buffers it starts from.
+
+        Args:
+            client: The client.
+            start: The model from which it starts, by name.
+            buffers: The buffers from which it starts, by name.
+        """
+        state = self.client_state(client, start)
+        if not self.reads_batch:
+            return state
+        return {**state, **{START_BUFFER + name: value for name, value in buffers.items()}}
+
+    def finish_client(
+        self, state: ClientState, start: Named, end: Named, end_buffers: Named, num_steps: int
+    ) -> ClientState:
+        """Return a client's new state by :meth:`end_client`, without the buffers that were lent to it.
+
+        Args:
+            state: What :meth:`begin_client` returned.
+            start: The model from which the client started, by name.
+            end: The model after its last step, by name.
+            end_buffers: The buffers after its last step, by name.
+            num_steps: The number of its optimizer steps.
+        """
+        if not self.reads_batch:
+            return self.end_client(state, start, end, num_steps)
+        lent = {**state, **{END_BUFFER + name: value for name, value in end_buffers.items()}}
+        new_state = self.end_client(lent, start, end, num_steps)
+        lent_names = (START_BUFFER, END_BUFFER)
+        return {name: value for name, value in new_state.items() if not name.startswith(lent_names)}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a module that lacks a submodule that the objective reads.
+
+        Raises:
+            ValueError: Naming the submodule, and those that are there.
+        """
+        for name in self.watched:
+            _check_submodule(self, name, pl_module)
 
     def client_state(self, client: int, start: Named) -> ClientState:
         """Return the state with which a client trains in a round.
@@ -198,6 +296,46 @@ class ClientObjective(KeyedCallback):
         self._states = dict(state_dict.get("clients", {}))
         self.mean = dict(state_dict.get("mean", {}))
         self._broadcast_means = dict(state_dict.get("broadcast_means", {}))
+
+
+def make_watch(
+    objectives: Iterable[ClientObjective],
+    module: torch.nn.Module,
+    context: Callable[[], AbstractContextManager[object]],
+) -> StepWatch | None:
+    """Make the record of a step's calls for the objectives that read them; ``None`` if none does.
+
+    Args:
+        objectives: The client objectives.
+        module: The user's module.
+        context: Gives the context of a training step in the trainer's precision.
+    """
+    readers = [objective for objective in objectives if objective.reads_batch]
+    if not readers:
+        return None
+    names = [name for objective in readers for name in objective.watched]
+    return StepWatch(module, names, context)
+
+
+def _check_submodule(objective: ClientObjective, name: str, module: pl.LightningModule) -> None:
+    owner = type(objective).__name__
+    kind = type(module).__name__
+    if name == FORWARD:
+        if type(module).forward is pl.LightningModule.forward:
+            raise ValueError(
+                f"`{owner}` reads the output of the module's `forward`, and {kind} has none. Define it and call"
+                " `self(...)` in `training_step`, or name the submodule whose output is meant."
+            )
+        return
+    names = [submodule_name for submodule_name, _ in module.named_modules() if submodule_name]
+    if name in names:
+        return
+    similar = get_close_matches(name, names, 1)
+    hint = f"; did you mean '{similar[0]}'?" if similar else "."
+    raise ValueError(
+        f"`{owner}` reads the output of the submodule '{name}', and {kind} has none of that name{hint} It has"
+        f" {', '.join(names[:20])}."
+    )
 
 
 def find_objectives(callbacks: Iterable[object]) -> list[ClientObjective]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_fedhaw.clients.steps import Host, Terms, loss_of
 from lightning_fedhaw.clients.vectorized.guard import StepGuard
 from lightning_fedhaw.clients.vectorized.recorder import StackRecorder
-from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named
+from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named, make_watch
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
 
@@ -113,6 +113,7 @@ class BatchedStep:
         self._buffer_slots = _slots_of(module, "_buffers", list(layout.tracked_buffers(module).values()))
         # A closed objective brings its gradient itself; an open one is part of the loss.
         self._open = [i for i, objective in enumerate(objectives) if not objective.is_closed]
+        self._watch = make_watch(objectives, module, host.step_context)
         self._batched = torch.func.vmap(self._one, randomness="same" if same_draws else "different")
         # `vmap` passes tensors only. Other inputs and outputs of one client's step are attributes during a call.
         self._batch_index = 0
@@ -169,7 +170,6 @@ class BatchedStep:
         parameters = list(islice(remaining, num_parameters))
         buffers = list(islice(remaining, num_buffers))
         batch = list(islice(remaining, num_data))
-        module = self.host.module
         self.guard.ticket = next(remaining)
         self.guard.trainable = frozenset(map(id, parameters))
         with (
@@ -177,7 +177,7 @@ class BatchedStep:
             _substituted(self._buffer_slots, buffers) as read_back,
             self.guard,
         ):
-            output = module.training_step(*self.host.arguments(batch, self._batch_index))
+            output = self._training_step(batch)
             end_buffers = read_back()
         loss, _ = loss_of(output)
         self._has_loss = loss is not None
@@ -197,8 +197,20 @@ class BatchedStep:
             starts = dict(zip(names, islice(remaining, len(names)), strict=True))
             for i, state_names in zip(self._open, self._state_names, strict=True):
                 state = dict(zip(state_names, islice(remaining, len(state_names)), strict=True))
-                loss = loss + self.objectives[i].penalty(named, starts, state)
+                loss = loss + self.objectives[i].term(named, starts, state, self._watch)
+        if self._watch is not None:
+            # Its tensors belong to this call of `vmap`.
+            self._watch.clear()
         return (loss.reshape(()), *replaced, *logged)
+
+    def _training_step(self, batch: list[Tensor]) -> Any:
+        """Call one client's ``training_step``, and record what objectives read of it."""
+        arguments = self.host.arguments(batch, self._batch_index)
+        if self._watch is None:
+            return self.host.module.training_step(*arguments)
+        with self._watch.watching(batch):
+            self._watch.output = self.host.module.training_step(*arguments)
+        return self._watch.output
 
 
 class _Slot(NamedTuple):

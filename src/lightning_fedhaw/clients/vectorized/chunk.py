@@ -349,14 +349,14 @@ class Chunk:
         optimizer_states = []
         if engine.plan.optimizer_state == "kept":
             optimizer_states.append(self.optimizer.states(row))
+        buffers = {}
+        for name, buffer in zip(self.step.buffer_names, self.buffers, strict=True):
+            buffers[name] = buffer[row].clone()
         objective_states = []
         if engine.objectives:
             end = {name: stack[row] for name, stack in zip(engine.layout.names, self.stacks, strict=True)}
             states = [_rows_of(state, row) for state in self.states]
-            objective_states = engine.end_objectives(task, states, end, self.made[row])
-        buffers = {}
-        for name, buffer in zip(self.step.buffer_names, self.buffers, strict=True):
-            buffers[name] = buffer[row].clone()
+            objective_states = engine.end_objectives(task, states, end, buffers, self.made[row])
         return ClientUpdate(
             client=task.client,
             num_examples=len(engine.data.train_indices[task.client]),

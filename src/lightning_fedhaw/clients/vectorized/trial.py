@@ -35,7 +35,7 @@ from lightning_fedhaw.clients.vectorized.snapshot import Snapshot
 from lightning_fedhaw.clients.vectorized.tracing import LineFinder, explained, quiet_collector, reads_index
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.isolation import foreign_random_states, isolated_randomness, seed_randomness, torch_random_states
-from lightning_fedhaw.objectives.base import ClientObjective, ClientState
+from lightning_fedhaw.objectives.base import ClientObjective, ClientState, make_watch
 from lightning_fedhaw.streams import seed_of, stream
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
@@ -151,7 +151,8 @@ class _Trial:
         self.starts = {name: value.expand(2, *value.shape) for name, value in layout.views(start).items()}
         self.states: list[ClientState] = []
         for objective in objectives:
-            state = objective.client_state(largest, layout.views(start))
+            buffers = layout.tracked_buffers(host.module)
+            state = objective.begin_client(largest, layout.views(start), buffers)
             self.states.append({name: torch.stack([value, value]).to(host.device) for name, value in state.items()})
         self.index = 0
         # Set while the step runs in another precision than its own.
@@ -255,12 +256,12 @@ class _Trial:
         with LogRecorder(host.module, host.callbacks) as recorder:
             recorder.batch_size = self.batch_size
             arguments = host.arguments(batch, self.index)
+            terms = self._terms(row)
             with host.step_context(), context:
-                output = host.module.training_step(*arguments)
+                output = terms.watched(lambda: host.module.training_step(*arguments), batch)
             loss, _ = loss_of(output)
             if loss is None:
                 raise RuntimeError("`training_step` returned None")
-            terms = self._terms(row)
             loss = terms.added_to(loss, terms.open)
             gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
             logged = recorder.recorded()
@@ -280,7 +281,8 @@ class _Trial:
         states = []
         for state in self.states:
             states.append({name: value[row] for name, value in state.items()})
-        return Terms(self.objectives, parameters, start, states)
+        watch = make_watch(self.objectives, self.host.module, self.host.step_context)
+        return Terms(self.objectives, parameters, start, states, watch)
 
     @contextmanager
     def _measured(self) -> Iterator[None]:

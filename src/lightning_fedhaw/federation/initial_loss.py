@@ -1,0 +1,76 @@
+"""The loss of each client's training data at the model it received, for rules that ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.clients.steps import Host
+from lightning_fedhaw.cohort import ClientUpdate
+from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.federation.buffers import Buffers
+from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
+from lightning_fedhaw.rule import Rule
+from lightning_fedhaw.server import Server
+from lightning_fedhaw.streams import seed_of
+
+
+class InitialLosses:
+    """The mean loss of a client's training data before local training, which its update brings to the server.
+
+    It is the loss that ``training_step`` returns, with the module in training mode, as in local training. It costs one
+    forward pass over the client's data, one client at a time in both engines, and leaves the module unchanged.
+
+    Args:
+        host: The trainer around the federation.
+        server: The global model, which computes the loss at any parameters.
+        data: The clients' data.
+        rule: The aggregation rule, which says whether it needs the losses.
+        buffers: The policy for buffers, which knows those that a client starts from.
+        seed: The federation's seed, for models that draw.
+    """
+
+    def __init__(self, host: Host, server: Server, data: ClientData, rule: Rule, buffers: Buffers, seed: int) -> None:
+        self.host = host
+        self.server = server
+        self.data = data
+        self.rule = rule
+        self.buffers = buffers
+        self.seed = seed
+
+    def added_to(self, update: ClientUpdate, models: Mapping[int, Tensor]) -> ClientUpdate:
+        """Return a client's update with its initial loss, if the rule needs it.
+
+        Args:
+            update: The client's update.
+            models: The model that each client received, ``[P]``.
+        """
+        if not self.rule.needs_initial_loss:
+            return update
+        return replace(update, initial_loss=self.compute(update.client, models[update.client]))
+
+    def compute(self, client: int, start: Tensor) -> float:
+        """Compute the mean loss of a client over its training data.
+
+        Args:
+            client: The client's number.
+            start: ``[P]``, the model that the client received.
+
+        Raises:
+            ValueError: If ``training_step`` returns no loss.
+        """
+        round_idx = self.host.round
+        total = torch.zeros((), dtype=torch.float64, device=self.host.device)
+        num_samples = 0
+        buffers = self.buffers.start(client)
+        with isolated_randomness(self.host.device), torch.no_grad():
+            seed_randomness(seed_of(self.seed, "client", client, "round", round_idx, "loss"), self.host.device)
+            for batch in self.data.batches(client, round_idx, epochs=1):
+                loss = self.server.loss(start, self.host.prepare(batch.data), batch.index, buffers=buffers)
+                # Added on the device, which is then waited for once.
+                total += loss.double() * batch.size
+                num_samples += batch.size
+        return float(total) / num_samples
