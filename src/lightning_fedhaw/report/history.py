@@ -34,6 +34,7 @@ class RunHistory(KeyedCallback, FederatedCallback):
         metrics: One mapping a round, of everything callbacks can see at its end but the numbers of single clients.
         sizes: Training samples of each client.
         labels: ``[N, C]``, samples of each client in each class, where the data set shows its labels.
+        class_names: The name of each class, where that is not its number.
         clients: Metrics of the final model on each client's own data, ``[N]`` each; empty before the end of ``fit``.
     """
 
@@ -47,6 +48,7 @@ class RunHistory(KeyedCallback, FederatedCallback):
         self.metrics: list[dict[str, float]] = []
         self.sizes: list[int] = []
         self.labels: Tensor | None = None
+        self.class_names: tuple[str, ...] | None = None
         self.clients: dict[str, list[float]] = {}
         self._weights: list[Tensor] = []
 
@@ -63,7 +65,9 @@ class RunHistory(KeyedCallback, FederatedCallback):
         if rounds == 0:
             self._clear()
         self.sizes = data.num_examples.tolist()
-        self.labels = data.label_counts() if self._keeps_clients else None
+        histogram = data.class_histogram() if self._keeps_clients else None
+        self.labels = None if histogram is None else histogram.counts
+        self.class_names = None if histogram is None else histogram.names
         absent = torch.full((len(self.sizes),), torch.nan)
         self.metrics = [*self.metrics[:rounds], *({} for _ in range(rounds - len(self.metrics)))]
         self._weights = [*self._weights[:rounds], *(absent for _ in range(rounds - len(self._weights)))]
@@ -129,18 +133,21 @@ class RunHistory(KeyedCallback, FederatedCallback):
             columns["weight"] = self.weights.gather(0, last[None])[0].tolist()
         columns |= self.clients
         if labels and self.labels is not None:
-            columns |= {f"{_LABEL}{c}": each for c, each in enumerate(self.labels.T.tolist())}
+            names = self.class_names or range(self.labels.shape[1])
+            for name, counts in zip(names, self.labels.T.tolist(), strict=True):
+                columns[f"{_LABEL}{name}"] = counts
         return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """All of it as tensors and plain values, for a checkpoint."""
         kept = {"metrics": list(self.metrics), "sizes": list(self.sizes), "clients": dict(self.clients)}
-        return {**kept, "labels": self.labels, "weights": self.weights}
+        return {**kept, "labels": self.labels, "class_names": self.class_names, "weights": self.weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of a checkpoint."""
         self.metrics, self.sizes = list(state_dict["metrics"]), list(state_dict["sizes"])
         self.clients, self.labels = dict(state_dict["clients"]), state_dict["labels"]
+        self.class_names = state_dict.get("class_names")  # absent from checkpoints of earlier versions
         self._weights = list(state_dict["weights"])
 
 
@@ -243,6 +250,9 @@ def _tables(folder: Path) -> RunHistory:
         history.sizes = [int(row["samples"]) for row in table]
         counts = [[int(v) for name, v in row.items() if name.startswith(_LABEL)] for row in table]
         history.labels = torch.tensor(counts) if counts and counts[0] else None
+        classes = tuple(name.removeprefix(_LABEL) for name in table[0] if name.startswith(_LABEL))
+        if classes != tuple(map(str, range(len(classes)))):
+            history.class_names = classes
         names = [n for n in table[0] if n not in ("client", "samples", "weight") and not n.startswith(_LABEL)]
         history.clients = {name: [row.get(name, torch.nan) for row in table] for name in names}
     if history.sizes:
