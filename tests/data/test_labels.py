@@ -73,7 +73,6 @@ def test_tensor_dataset_without_labels(tensors):
     assert find_labels(TensorDataset(*tensors)) is None
 
 
-@pytest.mark.parametrize("name", ["targets", "labels"])
 class Column:
     """A column as those of pandas: a class of its own, which NumPy can convert."""
 
@@ -87,6 +86,7 @@ class Column:
         return self.array
 
 
+@pytest.mark.parametrize("name", ["targets", "labels"])
 @pytest.mark.parametrize(
     "values",
     [

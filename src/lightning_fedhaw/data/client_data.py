@@ -123,7 +123,7 @@ class ClientData:
         return self._tensors is not None
 
     def sample_hash(self) -> str:
-        """Hash some samples in memory and their weights, by which processes find out whether they have the same data."""
+        """Hash some samples in memory and weights, by which processes find out whether they have the same data."""
         digest = hashlib.blake2b(digest_size=16)
         tensors = [*(self._tensors or ())]
         if self.settings.draws is not None and self.settings.draws.weights is not None:
