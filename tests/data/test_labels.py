@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
+from federations import QUIET, Classifier
+from lightning_fedhaw import FedAvgCallback, FederatedTrainer
 from lightning_fedhaw.data.labels import find_classes, find_labels
 
 X = torch.zeros(4, 2)
@@ -215,3 +218,28 @@ def test_a_name_has_one_number_in_all_members():
     assert find_labels(Subset(joined, [7, 4, 3])).tolist() == [1, 0, 1]
     # Names in one member and numbers in the other are not one set of classes: the samples are read.
     assert find_labels(ConcatDataset([first, Samples(pairs([9] * 2), targets=[0, 1])])).tolist() == [9] * 6
+
+
+def first_items(rows):
+    inputs = torch.stack([inputs for inputs, _ in rows])
+    return inputs, torch.zeros(len(rows), dtype=torch.int64)
+
+
+@pytest.mark.parametrize("second", [(torch.tensor(1), torch.randn(4)), (torch.randn(2), None), [[1, 2, 3], [4, 5]]])
+@pytest.mark.parametrize("entry_point", [1, 2])
+def test_without_class_numbers_the_split_is_iid_and_the_log_says_so(second, entry_point, caplog):
+    def fit(**options):
+        rule = FedAvgCallback(**options) if entry_point == 2 else FedAvgCallback()
+        quiet = {**QUIET, "callbacks": [rule]}
+        runner = (
+            pl.Trainer(max_epochs=1, **quiet) if entry_point == 2 else FederatedTrainer(rounds=1, **options, **quiet)
+        )
+        dataset = Samples([(torch.randn(6), second)] * 40)
+        runner.fit(Classifier(), DataLoader(dataset, batch_size=4, collate_fn=first_items))
+        return runner.fit_loop.federation.data
+
+    assert fit(num_clients=4, client_eval=False).num_examples.tolist() == [10] * 4
+    assert "an IID split, since no labels were found in the data set" in caplog.text
+    with pytest.raises(ValueError, match="`labels` must be given for DirichletPartitioner.* give `labels=`, one entry"):
+        fit(num_clients=4, alpha=0.5)
+    assert fit(num_clients=4, alpha=50.0, labels=[0, 1] * 20, client_eval=False).num_clients == 4

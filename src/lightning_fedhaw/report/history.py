@@ -141,13 +141,15 @@ class RunHistory(KeyedCallback, FederatedCallback):
     def state_dict(self) -> dict[str, Any]:
         """All of it as tensors and plain values, for a checkpoint."""
         kept = {"metrics": list(self.metrics), "sizes": list(self.sizes), "clients": dict(self.clients)}
-        return {**kept, "labels": self.labels, "class_names": self.class_names, "weights": self.weights}
+        if self.class_names is not None:
+            kept["class_names"] = self.class_names
+        return {**kept, "labels": self.labels, "weights": self.weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of a checkpoint."""
         self.metrics, self.sizes = list(state_dict["metrics"]), list(state_dict["sizes"])
         self.clients, self.labels = dict(state_dict["clients"]), state_dict["labels"]
-        self.class_names = state_dict.get("class_names")  # absent from checkpoints of earlier versions
+        self.class_names = state_dict.get("class_names")
         self._weights = list(state_dict["weights"])
 
 
