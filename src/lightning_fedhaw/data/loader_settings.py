@@ -128,7 +128,10 @@ class LoaderSettings:
         if self.template is not None:
             return LoaderCopy(self.template, dataset, batches, generator)
         # Any iterable of lists of indices serves; torch's annotation asks for its own class.
-        return self._over(dataset, cast(Sampler[list[int]], batches), generator)
+        batch_sampler = cast(Sampler[list[int]], batches)
+        if self.bulk:
+            return self._over(dataset, generator, batch_size=None, sampler=batch_sampler)
+        return self._over(dataset, generator, batch_sampler=batch_sampler)
 
     def central_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         """Make a loader of all training data with these settings; not for a loader with a template."""
@@ -140,18 +143,16 @@ class LoaderSettings:
             samples = RandomSampler(cast(Sized, dataset))
         else:
             samples = SequentialSampler(cast(Sized, dataset))
-        return self._over(dataset, BatchSampler(samples, self.batch_size, self.drop_last), None)
-
-    def _over(
-        self, dataset: Dataset[Any], batches: Sampler[list[int]], generator: torch.Generator | None
-    ) -> DataLoader[Any]:
-        """Make a data loader over batches of indices."""
-        samplers: dict[str, Any] = {"batch_sampler": batches}
         if self.bulk:
-            samplers = {"sampler": batches, "batch_size": None}
+            batches = BatchSampler(samples, self.batch_size, self.drop_last)
+            return self._over(dataset, None, batch_size=None, sampler=batches)
+        return self._over(dataset, None, batch_size=self.batch_size, sampler=samples, drop_last=self.drop_last)
+
+    def _over(self, dataset: Dataset[Any], generator: torch.Generator | None, **sampling: object) -> DataLoader[Any]:
+        """Make a data loader over a data set; ``sampling`` are the loader's arguments that say what is in a batch."""
         return DataLoader(
             dataset,
-            **samplers,
+            **cast(Any, sampling),
             collate_fn=self.collate_fn,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,

@@ -195,13 +195,13 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         """Refuse to change the batches or samples of a loader that can only be used as it is."""
         if settings.template is None:
             return
+        remedies = {"batch_size": "set it in the loader", "proxy": "give a data set"}
         for name, value in (("batch_size", self.batch_size), ("proxy", self._proxy)):
             if isinstance(value, int):
                 raise ValueError(
                     f"`{name}`={value} would need another training loader, and the data module's"
                     f" {type(settings.template).__name__}, which makes batches in code of its own, can only be used as"
-                    f" it is. Leave `{name}` out"
-                    + (", and set the loader's." if name == "batch_size" else ", or give a data set.")
+                    f" it is. Leave `{name}` out, or {remedies[name]}."
                 )
 
     def _cut_proxy(self, train: Dataset[Any]) -> None:

@@ -114,6 +114,8 @@ class Sampling:
         """
         if _is_plain(sampler, SubsetRandomSampler):
             chosen = [int(index) for index in cast(SubsetRandomSampler, sampler).indices]
+            if sorted(chosen) == list(range(num_total)):
+                return cls(shuffle=True)
             return cls(shuffle=True, indices=chosen)
         if _is_plain(sampler, WeightedRandomSampler):
             return cls(shuffle=True, draws=_weighted(cast(WeightedRandomSampler, sampler), num_total))
