@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from federations import QUIET, Classifier, flat, loader, momentum, samples, trainer, val_loader
 from lightning_fedhaw import (
@@ -123,6 +123,23 @@ def test_rules_that_train_on_the_server_and_pace_clients(rule):
         return FederatedDataModule(samples(150), batch_size=8, proxy=30, drop_last=True)
 
     same(fit(1, rule(), data=data()), fit(2, rule(), data=data()))
+
+
+class Halved(DataLoader):
+    """Works on batches."""
+
+    def __iter__(self):
+        for x, y in super().__iter__():
+            yield x / 2, y
+
+
+@pytest.mark.parametrize("kind", [DataLoader, Halved])
+def test_samplers_and_loaders_that_say_something(kind):
+    def data():
+        sampler = WeightedRandomSampler((1.0 + samples().tensors[1]).tolist(), 120)
+        return kind(samples(), batch_size=8, sampler=sampler, drop_last=True)
+
+    same(fit(1, FedAvgCallback(), data=data()), fit(2, FedAvgCallback(), data=data()))
 
 
 @pytest.mark.parametrize("rule", [FedAvgCallback, haw], ids=["FedAvg", "FedHAW"])

@@ -15,12 +15,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from torch.utils.data import DataLoader, Dataset
 
 from federations import QUIET, Classifier, flat, loader, samples, trainer, val_loader
 from lightning_fedhaw import FedAvgCallback, FedHAWCallback, IIDPartitioner
 from lightning_fedhaw.report.history import RunHistory, find_history, read_run, read_runs
 from lightning_fedhaw.report.plot_command import main
-from lightning_fedhaw.report.plotting import draw_bands, draw_clients, draw_weights
+from lightning_fedhaw.report.plotting import draw_bands, draw_clients, draw_labels, draw_weights
 from lightning_fedhaw.report.run_report import RunRecord, summary_metrics, summary_of
 from lightning_fedhaw.report.summary import flat_numbers, format_summary
 
@@ -103,6 +104,32 @@ def test_a_run_that_goes_on_has_all_of_its_history():
     again.fit_loop.max_epochs = 5
     again.fit(module, loader(), val_loader())
     assert len(find_history(again.callbacks).metrics) == len(find_history(again.callbacks).weights) == 5
+
+
+class Named(Dataset):
+    """Samples whose classes have names."""
+
+    def __init__(self):
+        self.rows = samples(120)
+        self.targets = ["north, far" if label else "south" for label in self.rows.tensors[1].tolist()]
+
+    def __len__(self):
+        return 120
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def test_names_of_classes_are_kept_in_a_history_and_its_pictures():
+    runner = trainer(rounds=1, alpha=1.0, logger=CSVLogger("logs", name="named"), enable_checkpointing=True)
+    runner.fit(Classifier(), DataLoader(Named(), batch_size=8))
+    history = find_history(runner.callbacks)
+    folder = Path(runner.logger.log_dir)
+    for kept in (history, read_run(folder), read_run(folder / "checkpoints")):
+        assert kept.class_names == ("north, far", "south")
+        assert torch.equal(kept.labels, history.labels)
+        (legend,) = draw_labels(kept).legends
+        assert [text.get_text() for text in legend.get_texts()] == ["north, far", "south"]
 
 
 def test_a_history_is_read_back_from_a_log_and_from_a_checkpoint():

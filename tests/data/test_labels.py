@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from lightning_fedhaw.data.labels import find_labels
+from federations import QUIET, Classifier
+from lightning_fedhaw import FedAvgCallback, FederatedTrainer
+from lightning_fedhaw.data.labels import find_classes, find_labels
 
 X = torch.zeros(4, 2)
 Y = torch.tensor([2, 0, 1, 1])
@@ -54,6 +57,7 @@ def test_given_labels_come_first():
         ([1, 2, 3], ValueError, r"`labels` must have one entry per sample \(4\), got 3"),
         (torch.zeros(4, 2).long(), ValueError, r"`labels` must have one entry per sample \(4\), got shape \[4, 2\]"),
         (torch.rand(4), TypeError, "`labels` must be integers or strings, got dtype float32"),
+        ([[1], [2, 3], [4], [5]], ValueError, r"one entry per sample \(4\), got shape \[4\]"),
         ([1, "a", None, 2], TypeError, "`labels` must be integers or strings, got dtype object"),
     ],
 )
@@ -72,15 +76,48 @@ def test_tensor_dataset_without_labels(tensors):
     assert find_labels(TensorDataset(*tensors)) is None
 
 
+class Column:
+    """A column as those of pandas: a class of its own, which NumPy can convert."""
+
+    def __init__(self, values, dtype):
+        self.array = np.array(values, dtype=dtype)
+
+    def __len__(self):
+        return len(self.array)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
 @pytest.mark.parametrize("name", ["targets", "labels"])
-@pytest.mark.parametrize("values", [Y, Y.numpy(), Y.tolist()])
+@pytest.mark.parametrize(
+    "values",
+    [
+        *(Y, Y[:, None], Y.numpy(), Y.tolist(), tuple(Y.tolist()), list(Y), [np.int64(y) for y in Y.tolist()]),
+        *(Column(Y.tolist(), "int64"), Column(Y.tolist(), "object")),
+    ],
+)
 def test_attributes_are_used_without_reading(name, values):
     dataset = Samples(pairs([9, 9, 9, 9]), **{name: values})
     assert find_labels(dataset).equal(Y)
     assert dataset.read == 0
 
 
-@pytest.mark.parametrize("values", [[1, 2], [[1], [2, 3], [4], [5]], torch.rand(4), "abcd", lambda: Y])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, 2],
+        [[1], [2, 3], [4], [5]],
+        [torch.zeros(1), torch.zeros(2), torch.zeros(3), torch.zeros(4)],
+        [{"box": 1}] * 4,
+        torch.rand(4),
+        torch.rand(4).bfloat16(),
+        "abcd",
+        [f"mask_{number}.png" for number in range(4)],
+        ["a", "a", "b", None],
+        lambda: Y,
+    ],
+)
 def test_attributes_that_are_not_labels_are_passed_over(values):
     assert find_labels(Samples(pairs(Y.tolist()), targets=values)).equal(Y)
     assert find_labels(Samples(pairs([9] * 4), targets=values, labels=Y)).equal(Y)
@@ -118,6 +155,13 @@ def test_reads_the_second_item_of_every_sample(label):
         [torch.zeros(2)] * 2,
         [(torch.zeros(2),)] * 2,
         [{"x": 0, "y": 1}] * 2,
+        pairs([(torch.tensor(1), torch.randn(4))] * 2),
+        pairs([(torch.randn(2), None)] * 2),
+        pairs([[[1, 2, 3], [4, 5]]] * 2),
+        pairs([(1, [1.0, 2.0])] * 2),
+        pairs([{"boxes": torch.zeros(3, 4)}] * 2),
+        pairs([torch.tensor(1.0, dtype=torch.bfloat16)] * 2),
+        [[]] * 2,
     ],
 )
 def test_none_after_the_first_sample(samples):
@@ -148,3 +192,54 @@ def test_reading_leaves_the_random_state_alone():
     before = torch.get_rng_state()
     assert find_labels(Augmented([1, 2])).tolist() == [1, 2]
     assert torch.get_rng_state().equal(before)
+
+
+WORDS = ["dog", "cat", "dog", "cat", "emu", "emu"]
+
+
+@pytest.mark.parametrize("values", [WORDS, tuple(WORDS), np.array(WORDS), Column(WORDS, "object")])
+def test_stored_strings_are_classes_with_names(values):
+    for name in ("targets", "labels"):
+        dataset = Samples(pairs([9] * 6), **{name: values})
+        classes = find_classes(dataset)
+        assert classes.labels.tolist() == [1, 0, 1, 0, 2, 2]
+        assert classes.names == ("cat", "dog", "emu")
+        assert dataset.read == 0
+    assert find_classes(Samples([None] * 6), values).names == ("cat", "dog", "emu")
+    assert find_classes(Samples([None] * 6), [1, 0, 1, 0, 2, 2]).names is None
+
+
+def test_a_name_has_one_number_in_all_members():
+    first = Samples(pairs([9] * 4), targets=["cat", "cat", "dog", "dog"])
+    second = Samples(pairs([9] * 4), targets=["ant", "ant", "dog", "dog"])
+    joined = ConcatDataset([first, second])
+    assert find_classes(joined).names == ("ant", "cat", "dog")
+    assert find_labels(joined).tolist() == [1, 1, 2, 2, 0, 0, 2, 2]
+    assert find_labels(Subset(joined, [7, 4, 3])).tolist() == [1, 0, 1]
+    # Names in one member and numbers in the other are not one set of classes: the samples are read.
+    assert find_labels(ConcatDataset([first, Samples(pairs([9] * 2), targets=[0, 1])])).tolist() == [9] * 6
+
+
+def first_items(rows):
+    inputs = torch.stack([inputs for inputs, _ in rows])
+    return inputs, torch.zeros(len(rows), dtype=torch.int64)
+
+
+@pytest.mark.parametrize("second", [(torch.tensor(1), torch.randn(4)), (torch.randn(2), None), [[1, 2, 3], [4, 5]]])
+@pytest.mark.parametrize("entry_point", [1, 2])
+def test_without_class_numbers_the_split_is_iid_and_the_log_says_so(second, entry_point, caplog):
+    def fit(**options):
+        rule = FedAvgCallback(**options) if entry_point == 2 else FedAvgCallback()
+        quiet = {**QUIET, "callbacks": [rule]}
+        runner = (
+            pl.Trainer(max_epochs=1, **quiet) if entry_point == 2 else FederatedTrainer(rounds=1, **options, **quiet)
+        )
+        dataset = Samples([(torch.randn(6), second)] * 40)
+        runner.fit(Classifier(), DataLoader(dataset, batch_size=4, collate_fn=first_items))
+        return runner.fit_loop.federation.data
+
+    assert fit(num_clients=4, client_eval=False).num_examples.tolist() == [10] * 4
+    assert "an IID split, since no labels were found in the data set" in caplog.text
+    with pytest.raises(ValueError, match="`labels` must be given for DirichletPartitioner.* give `labels=`, one entry"):
+        fit(num_clients=4, alpha=0.5)
+    assert fit(num_clients=4, alpha=50.0, labels=[0, 1] * 20, client_eval=False).num_clients == 4

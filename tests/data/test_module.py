@@ -5,7 +5,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Subset, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from federations import QUIET, Classifier, samples
 from lightning_fedhaw import (
@@ -14,9 +14,12 @@ from lightning_fedhaw import (
     FederatedDataModule,
     FederatedTrainer,
     IIDPartitioner,
+    IndexPartitioner,
 )
-from lightning_fedhaw.data import LabelSwapPartitioner
+from lightning_fedhaw.data import LabelSwapPartitioner, Partition
+from lightning_fedhaw.data.class_histogram import class_histogram
 from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.data.labels import ClassLabels
 from lightning_fedhaw.data.loader_settings import LoaderSettings
 
 
@@ -68,6 +71,63 @@ def test_preview(tmp_path):
     assert runner.fit_loop.federation.data.partition.fingerprint() == data.partition().fingerprint()
 
 
+@pytest.mark.parametrize(
+    ("labels", "columns", "counts"),
+    [
+        ([-1, 0, 1, 1], ["-1", "0", "1"], [[6, 6, 12], [6, 6, 12]]),
+        ([7, 250_000_000, 900_000_123, 7], ["7", "250000000", "900000123"], [[12, 6, 6], [12, 6, 6]]),
+        (["b", "a", "c", "c"], ["a", "b", "c"], [[6, 6, 12], [6, 6, 12]]),
+        ([2, 0, 0, 2], ["0", "1", "2"], [[12, 0, 12], [12, 0, 12]]),
+    ],
+)
+def test_preview_of_labels_of_any_kind(labels, columns, counts, tmp_path):
+    class Rows(torch.utils.data.Dataset):
+        targets = labels * 12
+
+        def __len__(self):
+            return 48
+
+        def __getitem__(self, index):
+            return torch.zeros(6), self.targets[index]
+
+    partitioner = IndexPartitioner([range(24), range(24, 48)])
+    data = FederatedDataModule(Rows(), partitioner=partitioner)
+    header, *rows, _ = data.preview(tmp_path / "clients.png").splitlines()
+    assert header.split() == ["client", "samples", *columns]
+    assert [[int(cell) for cell in row.split()[2:]] for row in rows] == counts
+    assert (tmp_path / "clients.png").stat().st_size > 5000
+    named = data.preview(class_names=["x", "y", "z"]).splitlines()[0]
+    assert named.split() == ["client", "samples", "x", "y", "z"]
+
+
+def test_preview_of_labels_that_are_no_classes_has_the_sizes():
+    numbers = torch.arange(2400) * 1_000_003
+    data = FederatedDataModule(torch.utils.data.TensorDataset(torch.zeros(2400, 1), numbers), num_clients=2)
+    data.partitioner = IIDPartitioner()
+    assert data.preview().splitlines()[0].split() == ["client", "samples", "any"]
+
+
+def test_swapped_labels_of_any_kind_are_counted():
+    labels = torch.tensor([-1, -1, -1, 5] * 6)
+    partition = Partition((torch.arange(12), torch.arange(12, 24)), label_swaps={1: (-1, 5)})
+    counts, names = class_histogram(partition, ClassLabels(labels))
+    assert names == ("-1", "5")
+    assert counts.tolist() == [[9, 3], [3, 9]]
+    # A class that only the swap knows has a column, too.
+    partition = Partition((torch.arange(12), torch.arange(12, 24)), label_swaps={1: (0, 1)})
+    counts, names = class_histogram(partition, ClassLabels(torch.zeros(24, dtype=torch.int64), ("cat",)))
+    assert names == ("cat", "1")
+    assert counts.tolist() == [[12, 0], [0, 12]]
+
+
+def test_the_proxy_set_of_named_classes():
+    dataset = Subset(samples(300), range(300))
+    names = [["a", "b", "c"][label] for label in samples(300).tensors[1].tolist()]
+    data = FederatedDataModule(dataset, num_clients=3, proxy=30, labels=names)
+    assert data.preview().splitlines()[0].split() == ["client", "samples", "a", "b", "c"]
+    assert data.partition().sizes.sum() == 270
+
+
 def test_evaluation_data_is_optional_and_may_be_a_loader():
     data = FederatedDataModule(samples(), batch_size=8, val=DataLoader(samples(9), batch_size=3), test=samples(10))
     assert len(data.val_dataloader()) == 3
@@ -109,13 +169,8 @@ class Stream(IterableDataset):
         (DataLoader(Stream(), batch_size=2), "map-style data set"),
         ({"a": DataLoader(samples()), "b": DataLoader(samples())}, "must be one DataLoader, got dict of several"),
         ([DataLoader(samples()), DataLoader(samples())], "must be one DataLoader, got list of several"),
-        (
-            DataLoader(samples(), sampler=WeightedRandomSampler([1.0] * 120, 120)),
-            "custom sampler WeightedRandomSampler",
-        ),
-        (DataLoader(samples(), sampler=RandomSampler(samples(), replacement=True)), "custom sampler RandomSampler"),
         (DataLoader(samples(), batch_sampler=[[0, 1], [2, 3]]), "custom `batch_sampler` list"),
-        (DataLoader(samples(), batch_size=None), "custom `batch_sampler`"),
+        (DataLoader(samples(), batch_size=None), "`batch_size=None` and a data set whose items are whole batches"),
         (samples(), "must be a `torch.utils.data.DataLoader`, got TensorDataset"),
     ],
 )

@@ -16,10 +16,10 @@ from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, datamodule
 from lightning_fedhaw.adapter.unsupported import check_callbacks
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.data.client_data import ClientData
-from lightning_fedhaw.data.loader_settings import LoaderSettings
+from lightning_fedhaw.data.loader_settings import LoaderSettings, training_samples
 from lightning_fedhaw.data.module import FederatedDataModule
 from lightning_fedhaw.data.samplers import CohortSampler, FullParticipationSampler, UniformSampler
-from lightning_fedhaw.data.split import split
+from lightning_fedhaw.data.split import split_by_classes
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions, patterns_of
@@ -75,24 +75,27 @@ def assign_data(trainer: pl.Trainer, loader: DataLoader[Any], options: Federatio
         options: The federation's arguments, merged with those of the data module.
     """
     settings = LoaderSettings.of(loader)
-    partition, labels, assumed = split(
-        loader.dataset,
+    dataset, labels = training_samples(loader, options.labels, options.partitioner)
+    partition, classes, assumed = split_by_classes(
+        dataset,
         num_clients=options.num_clients,
         alpha=options.alpha,
         partitioner=options.partitioner,
-        labels=options.labels,
+        labels=labels,
         seed=options.resolved_seed,
+        bulk=settings.bulk,
     )
     clients = ClientData(
-        loader.dataset,
+        dataset,
         partition,
         settings,
         seed=options.resolved_seed,
         held_out=options.client_val_fraction,
-        labels=labels,
+        labels=None if classes is None else classes.labels,
+        class_names=None if classes is None else classes.names,
     )
     if partition.dropped:
-        samples = len(loader.dataset)  # type: ignore[arg-type]
+        samples = len(dataset)  # type: ignore[arg-type]
         rank_zero_info(f"The split leaves out {partition.dropped} of {samples} samples, as it is defined.")
     datamodule = datamodule_of(trainer)
     if isinstance(datamodule, FederatedDataModule):
@@ -127,7 +130,7 @@ def build_federation(trainer: pl.Trainer, data: ClientData, options: FederationO
         layout,
         _proxy_dataset(trainer),
         seed=options.resolved_seed,
-        collate_fn=data.settings.collate_fn,
+        collate_fn=data.settings.collate_samples,
         prepare=host.prepare,
         context=host.precision.train_step_context,
     )

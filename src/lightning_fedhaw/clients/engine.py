@@ -153,7 +153,7 @@ class Engine(ABC):
 
     def num_batches(self, client: int) -> int:
         """Return the number of batches in a pass over a client's data."""
-        return self.data.batches_per_pass(len(self.data.train_indices[client]), self.plan.limit)
+        return self.data.batches_per_pass(self.data.samples_per_pass(client), self.plan.limit)
 
     def end_state(self) -> EndState:
         """Return the state of schedules and loss scale after the last run, for the other processes."""

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
+from lightning_fedhaw.data.class_histogram import ClassHistogram, class_histogram
+from lightning_fedhaw.data.labels import ClassLabels
 from lightning_fedhaw.data.loader_settings import LoaderSettings
 from lightning_fedhaw.data.partitioners.partition import Partition, swap_labels
 from lightning_fedhaw.data.tensors import tensors_of
@@ -21,9 +24,6 @@ from lightning_fedhaw.streams import PathPart, stream
 
 _HASHED_ROWS = 1000
 """About how many rows of each tensor are hashed, at most: enough to distinguish two data sets."""
-
-_MOST_CLASSES = 1000
-"""Integers from here on are taken for another quantity than a class: their histogram would be huge and useless."""
 
 
 @dataclass(slots=True)  # not frozen, which would triple the time to construct one, for every batch
@@ -56,6 +56,7 @@ class ClientData:
         seed: The federation's seed.
         held_out: Share of each client's samples that is kept out of training.
         labels: Labels ``[samples]`` of the data set, if they are known.
+        class_names: The name of each class, where labels number names.
     """
 
     def __init__(
@@ -67,21 +68,25 @@ class ClientData:
         seed: int,
         held_out: float = 0.0,
         labels: Tensor | None = None,
+        class_names: tuple[str, ...] | None = None,
     ) -> None:
         self.dataset = dataset
         self.labels = labels
+        self.class_names = class_names
         self.partition = partition
         self.settings = settings
         self.seed = seed
         self._channels_last = False
         self.train_indices, self.held_out_indices = _hold_out(partition.indices, held_out, seed)
+        if settings.draws is not None:
+            settings.draws.check_clients(self.train_indices)
         if settings.drop_last:
             self._check_whole_batches()
 
     def _check_whole_batches(self) -> None:
         """Refuse clients with less than a batch of samples, since incomplete batches are left out."""
         batch_size = self.settings.batch_size
-        short = [client for client, samples in enumerate(self.train_indices) if len(samples) < batch_size]
+        short = [client for client in range(self.num_clients) if self.samples_per_pass(client) < batch_size]
         if short:
             raise ValueError(
                 f"`drop_last=True` leaves clients {short[:10]} without a batch: they have fewer than"
@@ -91,7 +96,7 @@ class ClientData:
     @cached_property
     def _tensors(self) -> tuple[Tensor, ...] | None:
         """The tensors in memory, on the device and in the layout of :meth:`place`; ``None`` if samples are fetched."""
-        if self.settings.collate_fn is not default_collate:
+        if not self.settings.is_default:
             # A custom function may make anything of a list of samples, so it has to receive such a list.
             return None
         return tensors_of(self.dataset)
@@ -106,11 +111,11 @@ class ClientData:
         """``[N]`` int64, training examples of each client."""
         return torch.tensor([len(samples) for samples in self.train_indices])
 
-    def label_counts(self) -> Tensor | None:
-        """Count the samples of each client in each class, ``[N, C]`` int64; None if no class numbers are known."""
-        if self.labels is None or self.labels.min() < 0 or self.labels.max() >= _MOST_CLASSES:
+    def class_histogram(self) -> ClassHistogram | None:
+        """Count the samples of each client in each class; None if no classes are known."""
+        if self.labels is None:
             return None
-        return self.partition.histogram(self.labels)
+        return class_histogram(self.partition, ClassLabels(self.labels, self.class_names))
 
     @property
     def is_sliced(self) -> bool:
@@ -118,9 +123,12 @@ class ClientData:
         return self._tensors is not None
 
     def sample_hash(self) -> str:
-        """Hash some samples in memory, by which processes find out whether they have the same data."""
+        """Hash some samples in memory and weights, by which processes find out whether they have the same data."""
         digest = hashlib.blake2b(digest_size=16)
-        for tensor in self._tensors or ():
+        tensors = [*(self._tensors or ())]
+        if self.settings.draws is not None and self.settings.draws.weights is not None:
+            tensors.append(self.settings.draws.weights)
+        for tensor in tensors:
             step = max(1, len(tensor) // _HASHED_ROWS)
             rows = tensor[::step].contiguous().cpu()
             digest.update(rows.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -215,14 +223,16 @@ class ClientData:
         """
         samples = self.train_indices[client]
         generator = stream(self.seed, "client", client, "round", round_idx, "batches")
-        per_pass = self.batches_per_pass(len(samples), limit)
+        per_pass = self.batches_per_pass(self.samples_per_pass(client), limit)
         passes: Iterable[int] = itertools.count()
         if epochs is not None:
             passes = range(epochs)
         remaining = num_batches
         for _ in passes:
             order = samples
-            if self.settings.shuffle:
+            if self.settings.draws is not None:
+                order = self.settings.draws.order(samples, generator)
+            elif self.settings.shuffle:
                 order = samples.index_select(0, torch.randperm(len(samples), generator=generator))
             count = per_pass
             if remaining is not None:
@@ -279,6 +289,13 @@ class ClientData:
     def _batches_of(self, order: Tensor) -> int:
         """Count the batches that :meth:`_pass` makes of samples; it uses all of them, so the last may be incomplete."""
         return -(-len(order) // self.settings.batch_size)
+
+    def samples_per_pass(self, client: int) -> int:
+        """Count the samples of a client's pass: its training samples, or the draws that a sampler makes of them."""
+        samples = self.train_indices[client]
+        if self.settings.draws is None:
+            return len(samples)
+        return self.settings.draws.count(samples)
 
     def batches_per_pass(self, samples: int, limit: int | float | None = None) -> int:
         """Count the batches of a pass over so many samples, with a limit as in :meth:`orders`."""
@@ -338,11 +355,14 @@ class _SwappedLabels(Dataset[Any]):
         self.swap = swap
 
     def __getitem__(self, index: int) -> Any:
+        # With bulk fetching, a list of indices and an array of labels.
         sample = self.dataset[index]
         label: Any = swap_labels(torch.as_tensor(sample[1]), self.swap)
-        # A Python number remains one, because a collate function may treat tensors differently.
-        if not isinstance(sample[1], Tensor):
-            label = label.item()
+        # A Python number or list remains one, because a collate function may treat tensors differently.
+        if isinstance(sample[1], np.ndarray) and sample[1].ndim:
+            label = label.numpy()
+        elif not isinstance(sample[1], Tensor):
+            label = label.tolist()
         return (sample[0], label, *sample[2:])
 
 

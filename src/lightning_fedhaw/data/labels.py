@@ -1,9 +1,10 @@
-"""The labels of a data set."""
+"""The labels of a data set, and the names of its classes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
-from typing import Any, cast
+from collections.abc import Callable, Sequence, Sized
+from numbers import Integral
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,17 +17,34 @@ from lightning_fedhaw.isolation import isolated_randomness
 _INTEGER_KINDS = "iub"
 """NumPy's codes of the dtypes whose values can be class numbers: signed, unsigned and boolean."""
 
-_TEXT_KINDS = "UO"
-"""NumPy's codes of the dtypes that can hold strings: fixed-width text, and objects."""
+_BULK_SIZE = 1024
+"""Samples that are read at a time from a data set that takes lists of indices."""
+
+_Values = NDArray[Any]
+"""One label per sample, ``[samples]``: int64, or strings."""
+
+
+class ClassLabels(NamedTuple):
+    """The label of every sample.
+
+    Attributes:
+        labels: int64 ``[samples]`` on the CPU.
+        names: The name of each class, by number, where labels are strings; None where they are integers.
+    """
+
+    labels: Tensor
+    names: tuple[str, ...] | None = None
 
 
 def find_labels(dataset: Dataset[object], labels: object | Callable[[Any], object] = None) -> Tensor | None:
     """Find the integer label of every sample, if the data set has labels.
 
     The sources are tried in this order: ``labels``; the second tensor of a ``TensorDataset``; an attribute ``targets``
-    or ``labels`` of the data set; the latter two also inside of ``Subset`` and ``ConcatDataset``. If none of them has
-    labels, the second item of the samples is taken, if it is an integer: this reads **every sample of the data set
-    once**, transforms included, so give ``labels`` where that is slow. The global random states do not change.
+    or ``labels`` of the data set; the latter two also inside of ``Subset`` and ``ConcatDataset``. Such an attribute
+    holds integers, or the names of classes: strings, each of which occurs twice on average or more often, so that file
+    names are no classes. If none of them has labels, the second item of the samples is taken, if it is an integer: this
+    reads **every sample of the data set once**, transforms included, so give ``labels`` where that is slow. The global
+    random states do not change.
 
     Args:
         dataset: A map-style data set.
@@ -40,61 +58,119 @@ def find_labels(dataset: Dataset[object], labels: object | Callable[[Any], objec
         TypeError: If ``labels`` are neither integers nor strings.
         ValueError: If the number of ``labels`` is not the number of samples.
     """
+    classes = find_classes(dataset, labels)
+    if classes is None:
+        return None
+    return classes.labels
+
+
+def find_classes(
+    dataset: Dataset[object], labels: object | Callable[[Any], object] = None, *, bulk: bool = False
+) -> ClassLabels | None:
+    """Find the label of every sample and the names of the classes, as :func:`find_labels` does.
+
+    Args:
+        dataset: A map-style data set.
+        labels: Labels ``[samples]``, or a callable that takes the data set and returns them.
+        bulk: Whether the data set takes lists of indices instead of single ones.
+    """
     if labels is not None:
         values = labels(dataset) if callable(labels) else labels
-        return _checked_labels(values, len(cast(Sized, dataset)))
-    labels_in_memory = stored_labels(dataset)
-    if labels_in_memory is not None:
-        return labels_in_memory
-    return _read_labels(dataset)
+        return _numbered(_checked_values(values, len(cast(Sized, dataset))))
+    stored = stored_classes(dataset)
+    if stored is not None:
+        return stored
+    found = _read_in_bulk(dataset) if bulk else _read_one_by_one(dataset)
+    if found is None:
+        return None
+    return ClassLabels(found)
 
 
-def stored_labels(dataset: object) -> Tensor | None:
-    """Find the labels that a data set stores, without reading a sample.
+def stored_classes(dataset: object) -> ClassLabels | None:
+    """Find the labels that a data set stores, without reading a sample; None if it stores none."""
+    values = _stored_values(dataset)
+    if values is None:
+        return None
+    return _numbered(values)
 
-    Returns:
-        Labels, int64 ``[samples]`` on the CPU; None if the data set stores none.
-    """
+
+def _numbered(values: _Values) -> ClassLabels:
+    """Number strings in sorted order, and keep them as names; integers are labels as they are."""
+    if values.dtype.kind in _INTEGER_KINDS:
+        return ClassLabels(torch.from_numpy(values.astype(np.int64)))
+    names, numbers = np.unique(values, return_inverse=True)
+    return ClassLabels(torch.from_numpy(numbers.astype(np.int64)), tuple(str(name) for name in names))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels that a data set stores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _stored_values(dataset: object) -> _Values | None:
+    """Find the labels that a data set stores, as it stores them."""
     if isinstance(dataset, Subset):
-        labels = stored_labels(dataset.dataset)
-        if labels is None:
+        values = _stored_values(dataset.dataset)
+        if values is None:
             return None
-        return labels[torch.as_tensor(list(dataset.indices), dtype=torch.int64)]
+        return values[np.asarray(list(dataset.indices), dtype=np.int64)]
     if isinstance(dataset, ConcatDataset):
-        return _labels_of_members(dataset)
+        return _values_of_members(dataset)
     if isinstance(dataset, TensorDataset):
         if len(dataset.tensors) < 2:
             return None
-        return _integer_labels(dataset.tensors[1], len(dataset))
+        return _integers(_vector(dataset.tensors[1], len(dataset)))
     if isinstance(dataset, Sized):
-        return _labels_of_attributes(dataset)
+        return _values_of_attributes(dataset)
     return None
 
 
-def _labels_of_members(dataset: ConcatDataset[object]) -> Tensor | None:
-    """Concatenate the stored labels of all members; None if any member stores none."""
-    labels_of_members = []
+def _values_of_members(dataset: ConcatDataset[object]) -> _Values | None:
+    """Concatenate the stored labels of all members; None if any member stores none, or only some store strings."""
+    values_of_members = []
     for member in dataset.datasets:
-        labels = stored_labels(member)
-        if labels is None:
+        values = _stored_values(member)
+        if values is None:
             return None
-        labels_of_members.append(labels)
-    return torch.cat(labels_of_members)
+        values_of_members.append(values)
+    # Joined before they are numbered, so that a name has the same number in all members.
+    if len({values.dtype.kind in _INTEGER_KINDS for values in values_of_members}) > 1:
+        return None
+    return np.concatenate(values_of_members)
 
 
-def _labels_of_attributes(dataset: Sized) -> Tensor | None:
+def _values_of_attributes(dataset: Sized) -> _Values | None:
     """Take the labels from the attributes by which torchvision's data sets store them."""
     for name in ("targets", "labels"):
-        values = getattr(dataset, name, None)
-        if values is None:
+        stored = getattr(dataset, name, None)
+        if stored is None:
             continue
-        labels = _integer_labels(values, len(dataset))
-        if labels is not None:
-            return labels
+        array = _vector(stored, len(dataset))
+        values = _integers(array)
+        if values is None:
+            values = _class_names(array)
+        if values is not None:
+            return values
     return None
 
 
-def _read_labels(dataset: Dataset[object]) -> Tensor | None:
+def _class_names(array: _Values | None) -> _Values | None:
+    """Return strings that can be names of classes; None for anything else, such as the names of files."""
+    strings = _strings(array)
+    if strings is None:
+        return None
+    # Paths of masks and captions are stored under the same attributes, and differ from sample to sample.
+    if 2 * len(set(strings.tolist())) > len(strings):
+        return None
+    return strings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels in samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _read_one_by_one(dataset: Dataset[object]) -> Tensor | None:
     """Read the second item of every sample; None as soon as one is not an integer."""
     if not isinstance(dataset, Sized) or not hasattr(type(dataset), "__getitem__"):
         return None
@@ -102,7 +178,7 @@ def _read_labels(dataset: Dataset[object]) -> Tensor | None:
     # Random transforms draw while samples are read; reading labels must not change what training draws later.
     with isolated_randomness(torch.device("cpu")):
         for index in range(len(dataset)):
-            label = _label_of_sample(dataset[index])
+            label = _label_of(_second_item(dataset[index]))
             if label is None:
                 return None
             labels.append(label)
@@ -111,59 +187,120 @@ def _read_labels(dataset: Dataset[object]) -> Tensor | None:
     return torch.tensor(labels, dtype=torch.int64)
 
 
-def _label_of_sample(sample: object) -> int | None:
-    """Take the second item of a sample; None if there is none, or it is not an integer."""
+def _read_in_bulk(dataset: Dataset[Any]) -> Tensor | None:
+    """Read the second item of all samples, many at a time; None as soon as it is not one integer per sample."""
+    labels = []
+    num_samples = len(cast(Sized, dataset))
+    with isolated_randomness(torch.device("cpu")):
+        for start in range(0, num_samples, _BULK_SIZE):
+            indices = list(range(start, min(start + _BULK_SIZE, num_samples)))
+            values = _integers(_vector(_second_item(dataset[indices]), len(indices)))
+            if values is None:
+                return None
+            labels.append(torch.from_numpy(values))
+    if not labels:
+        return None
+    return torch.cat(labels)
+
+
+def _second_item(sample: object) -> object:
+    """Take the second item of a sample; None if there is none."""
     if not isinstance(sample, (tuple, list)) or len(sample) < 2:
         return None
-    array = _to_numpy(sample[1])
-    if array.ndim == 0 and array.dtype.kind in _INTEGER_KINDS:
+    return cast(object, sample[1])
+
+
+def _label_of(value: object) -> int | None:
+    """Convert one integer to Python's own; None for anything else, such as a box, a mask, a list or a text."""
+    # Only numbers and arrays are converted: nested lists of unequal lengths make no array.
+    if isinstance(value, Integral):
+        return int(value)
+    if not hasattr(value, "__array__"):
+        return None
+    array = _to_numpy(value)
+    if array is not None and array.ndim == 0 and array.dtype.kind in _INTEGER_KINDS:
         return int(array)
     return None
 
 
-def _checked_labels(values: object, num_samples: int) -> Tensor:
-    """Convert the labels that a user gave to int64 ``[num_samples]``, or refuse them."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _checked_values(values: object, num_samples: int) -> _Values:
+    """Convert the labels that a user gave to integers or strings ``[num_samples]``, or refuse them."""
     array = _vector(values)
     if array is None:
-        raise ValueError(
-            f"`labels` must have one entry per sample ({num_samples}), got shape {list(np.shape(cast(Any, values)))}."
-        )
+        raise ValueError(f"`labels` must have one entry per sample ({num_samples}), got shape {list(_shape(values))}.")
     if len(array) != num_samples:
         raise ValueError(f"`labels` must have one entry per sample ({num_samples}), got {len(array)}.")
-    # An array of objects may hold strings, or a mixture of which no classes can be made.
-    if array.dtype.kind in _TEXT_KINDS and all(isinstance(value, str) for value in array):
-        array = np.unique(array, return_inverse=True)[1]
-    if array.dtype.kind not in _INTEGER_KINDS:
-        raise TypeError(
-            f"`labels` must be integers or strings, got dtype {array.dtype}; for a split by classes number the classes,"
-            " for a split without labels use `IIDPartitioner()`."
-        )
-    return torch.from_numpy(array.astype(np.int64))
+    for checked in (_integers(array), _strings(array)):
+        if checked is not None:
+            return checked
+    raise TypeError(
+        f"`labels` must be integers or strings, got dtype {array.dtype}; for a split by classes number the classes,"
+        " for a split without labels use `IIDPartitioner()`."
+    )
 
 
-def _integer_labels(values: object, num_samples: int) -> Tensor | None:
-    """Convert values to int64 ``[num_samples]``; None if they are not one integer per sample."""
-    array = _vector(values)
-    if array is None or len(array) != num_samples or array.dtype.kind not in _INTEGER_KINDS:
+def _integers(array: _Values | None) -> _Values | None:
+    """Convert an array to int64; None if its values are not integers."""
+    if array is None:
         return None
-    return torch.from_numpy(array.astype(np.int64))
+    # A nullable column of pandas is an array of objects.
+    is_boxed = array.dtype.kind == "O" and all(isinstance(value, Integral) for value in array)
+    if array.dtype.kind in _INTEGER_KINDS or is_boxed:
+        return array.astype(np.int64)
+    return None
 
 
-def _vector(values: object) -> NDArray[Any] | None:
-    """Convert values to an array ``[n]``; None if they have any other shape than ``[n]`` or ``[n, 1]``."""
-    try:
-        array = _to_numpy(values)
-    except ValueError:  # a ragged list
+def _strings(array: _Values | None) -> _Values | None:
+    """Return an array of strings; None if any of its values is something else."""
+    if array is None or array.dtype.kind not in "UOT":
         return None
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim != 1:
+    if not all(isinstance(value, str) for value in array):
         return None
     return array
 
 
-def _to_numpy(values: object) -> NDArray[Any]:
-    """Convert values to an array, also a tensor that requires gradients or lies on another device."""
+def _vector(values: object, length: int | None = None) -> _Values | None:
+    """Convert values to an array ``[n]``.
+
+    Args:
+        values: Anything.
+        length: The number of values that are needed.
+
+    Returns:
+        The array; None if the values are no array, have any other shape than ``[n]`` or ``[n, 1]``, or another length.
+    """
+    array = _to_numpy(values)
+    if array is None:
+        return None
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1 or length not in (None, len(array)):
+        return None
+    return array
+
+
+def _to_numpy(values: object) -> _Values | None:
+    """Convert values to an array, also a tensor that requires gradients or lies on another device.
+
+    Returns:
+        The array; None if there is none, as for a ragged list, or for a dtype that only torch has.
+    """
     if isinstance(values, Tensor):
         values = values.detach().cpu()
-    return np.asarray(values)
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _shape(values: object) -> Sequence[int]:
+    """Return the shape of values that are no vector; without one, as that of a ragged list, the number of entries."""
+    array = _to_numpy(values)
+    if array is not None:
+        return array.shape
+    return [len(values)] if isinstance(values, Sized) else []

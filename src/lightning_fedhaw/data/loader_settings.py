@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from typing import Any, cast
@@ -16,8 +16,14 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     SequentialSampler,
+    Subset,
     default_collate,
+    default_convert,
 )
+
+from lightning_fedhaw.data.loader_copy import LoaderCopy, iterates_by_itself
+from lightning_fedhaw.data.partitioners import Partitioner
+from lightning_fedhaw.data.sampling import Draws, Sampling
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,10 @@ class LoaderSettings:
         prefetch_factor: Batches a worker fetches ahead.
         timeout: Seconds to wait for a worker.
         multiprocessing_context: How workers are started.
+        draws: Random draws that are more than a shuffle; None if a pass visits every sample once.
+        bulk: Whether the data set is given the list of a batch's indices at once (``batch_size=None`` with a sampler of
+            batches); then ``collate_fn`` converts what it returns.
+        template: The user's loader, if its class makes batches in code of its own: clients use copies of it.
     """
 
     batch_size: int = 32
@@ -48,6 +58,9 @@ class LoaderSettings:
     prefetch_factor: int | None = None
     timeout: float = 0
     multiprocessing_context: BaseContext | str | None = None
+    draws: Draws | None = None
+    bulk: bool = False
+    template: DataLoader[Any] | None = None
 
     @classmethod
     def of(cls, loader: object) -> LoaderSettings:
@@ -58,12 +71,15 @@ class LoaderSettings:
             ValueError: If it has a custom sampler or batch sampler: a client draws from its own samples only.
         """
         checked = _map_style_loader(loader)
-        batch_size = _batch_size(checked)
-        _check_sampler(checked)
+        batches = _batches_of(checked)
+        sampling = _sampling_of(checked)
+        template = None
+        if iterates_by_itself(checked):
+            template = checked
         return cls(
-            batch_size=batch_size,
-            shuffle=isinstance(checked.sampler, RandomSampler),
-            drop_last=checked.drop_last,
+            batch_size=batches.batch_size,
+            shuffle=sampling.shuffle,
+            drop_last=batches.drop_last,
             collate_fn=checked.collate_fn,
             num_workers=checked.num_workers,
             pin_memory=checked.pin_memory,
@@ -71,7 +87,27 @@ class LoaderSettings:
             prefetch_factor=checked.prefetch_factor,
             timeout=checked.timeout,
             multiprocessing_context=checked.multiprocessing_context,
+            draws=sampling.draws,
+            bulk=checked.batch_sampler is None,
+            template=template,
         )
+
+    @property
+    def is_default(self) -> bool:
+        """Whether batches of tensors in memory are slices of them, because nothing else is done to them."""
+        if self.template is not None:
+            return False
+        if self.bulk:
+            return self.collate_fn is default_convert
+        return self.collate_fn is default_collate
+
+    @property
+    def collate_samples(self) -> Callable[[list[Any]], Any]:
+        """The function that makes a batch of single samples, such as those of a server's proxy set."""
+        if self.bulk:
+            # The loader's own function converts whole batches.
+            return default_collate
+        return self.collate_fn
 
     def num_batches(self, samples: int) -> int:
         """Count the batches of a pass over so many samples."""
@@ -79,7 +115,9 @@ class LoaderSettings:
             return samples // self.batch_size
         return -(-samples // self.batch_size)  # rounded up: the last batch may be incomplete
 
-    def loader(self, dataset: Dataset[Any], batches: list[list[int]], generator: torch.Generator) -> DataLoader[Any]:
+    def loader(
+        self, dataset: Dataset[Any], batches: list[list[int]], generator: torch.Generator
+    ) -> DataLoader[Any] | LoaderCopy:
         """Make a data loader for batches whose samples are drawn already.
 
         Args:
@@ -87,10 +125,34 @@ class LoaderSettings:
             batches: For each batch the indices of its samples.
             generator: The source of the worker processes' seeds.
         """
+        if self.template is not None:
+            return LoaderCopy(self.template, dataset, batches, generator)
+        # Any iterable of lists of indices serves; torch's annotation asks for its own class.
+        batch_sampler = cast(Sampler[list[int]], batches)
+        if self.bulk:
+            return self._over(dataset, generator, batch_size=None, sampler=batch_sampler)
+        return self._over(dataset, generator, batch_sampler=batch_sampler)
+
+    def central_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        """Make a loader of all training data with these settings; not for a loader with a template."""
+        assert self.template is None
+        samples: Sampler[int]
+        if self.draws is not None:
+            samples = self.draws.sampler(cast(Sized, dataset))
+        elif self.shuffle:
+            samples = RandomSampler(cast(Sized, dataset))
+        else:
+            samples = SequentialSampler(cast(Sized, dataset))
+        if self.bulk:
+            batches = BatchSampler(samples, self.batch_size, self.drop_last)
+            return self._over(dataset, None, batch_size=None, sampler=batches)
+        return self._over(dataset, None, batch_size=self.batch_size, sampler=samples, drop_last=self.drop_last)
+
+    def _over(self, dataset: Dataset[Any], generator: torch.Generator | None, **sampling: object) -> DataLoader[Any]:
+        """Make a data loader over a data set; ``sampling`` are the loader's arguments that say what is in a batch."""
         return DataLoader(
             dataset,
-            # Any iterable of lists of indices serves; torch's annotation asks for its own class.
-            batch_sampler=cast(Sampler[list[int]], batches),
+            **cast(Any, sampling),
             collate_fn=self.collate_fn,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
@@ -100,6 +162,43 @@ class LoaderSettings:
             multiprocessing_context=self.multiprocessing_context,
             generator=generator,
         )
+
+
+def training_samples(
+    loader: DataLoader[Any], labels: object, partitioner: Partitioner | None
+) -> tuple[Dataset[Any], object]:
+    """Return the data set that is split over the clients, and its labels.
+
+    Args:
+        loader: A training loader that :meth:`LoaderSettings.of` takes.
+        labels: The argument ``labels``.
+        partitioner: The scheme of the split, if it is known.
+
+    Returns:
+        The loader's data set, or the ``Subset`` of it to which the loader's sampler is restricted; and the labels, of
+        the subset's samples where they were those of all samples.
+
+    Raises:
+        ValueError: If the scheme lists samples, whose numbers would be other ones in the subset.
+    """
+    indices = _sampling_of(loader).indices
+    if indices is None:
+        return loader.dataset, labels
+    num_total = len(cast(Sized, loader.dataset))
+    name = type(_sampler_of(loader)).__name__
+    if partitioner is not None and partitioner.num_clients is not None:
+        raise ValueError(
+            f"`partitioner`={partitioner!r} lists the samples of each client, and the loader's {name} visits"
+            f" {len(indices)} of {num_total} samples only. Give the loader `torch.utils.data.Subset(dataset, indices)`"
+            " with `shuffle=True` instead of the sampler, and the partitioner the samples by their place in the subset."
+        )
+    is_of_all_samples = isinstance(labels, Sized) and len(labels) == num_total
+    if is_of_all_samples and len(indices) != num_total:
+        chosen = cast(Any, labels)
+        # One by one: labels may be a list, an array, a tensor or a column.
+        values = list(chosen)
+        labels = [values[index] for index in indices]
+    return Subset(loader.dataset, indices), labels
 
 
 def _map_style_loader(loader: object) -> DataLoader[Any]:
@@ -123,26 +222,36 @@ def _map_style_loader(loader: object) -> DataLoader[Any]:
     return loader
 
 
-def _batch_size(loader: DataLoader[Any]) -> int:
-    """Return the batch size; refuse a custom batch sampler, since every client draws its own batches."""
-    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
+def _batches_of(loader: DataLoader[Any]) -> BatchSampler:
+    """Return the batch sampler; refuse a custom one, since every client draws its own batches.
+
+    It is that of ``batch_size=``, or was given as ``batch_sampler=``, or with ``batch_size=None`` as ``sampler=``.
+    """
+    batches = loader.batch_sampler
+    if batches is None:
+        batches = loader.sampler
+    is_plain = isinstance(batches, BatchSampler) and type(batches).__iter__ is BatchSampler.__iter__
+    if is_plain:
+        return cast(BatchSampler, batches)
+    if loader.batch_sampler is None:
         raise ValueError(
-            "`train_dataloaders` must make its batches by `batch_size`, got the custom `batch_sampler`"
-            f" {type(loader.batch_sampler).__name__}: every client draws its own batches. Give `batch_size=`."
+            "`train_dataloaders` has `batch_size=None` and a data set whose items are whole batches, which cannot be"
+            " assigned to clients sample by sample. Give a data set of single samples and `batch_size=`; to fetch many"
+            " samples at once, give `sampler=BatchSampler(RandomSampler(dataset), batch_size, drop_last)`."
         )
-    return loader.batch_size
+    raise ValueError(
+        "`train_dataloaders` must make its batches by `batch_size` or a `torch.utils.data.BatchSampler`, got the custom"
+        f" `batch_sampler` {type(batches).__name__}, which draws from all samples and not from those of one client."
+        " Give `batch_size=` and `shuffle=`; to draw some samples more often, as class-balanced samplers do, give"
+        " `sampler=WeightedRandomSampler(weights, num_samples=len(weights))` with one weight per sample."
+    )
 
 
-def _check_sampler(loader: DataLoader[Any]) -> None:
-    """Refuse any sampler that does not visit all samples once, in order or shuffled."""
-    sampler = loader.sampler
-    is_plain = type(sampler) in (RandomSampler, SequentialSampler)
-    if is_plain and isinstance(sampler, RandomSampler):
-        # It can also draw with replacement, or only some of the samples.
-        is_plain = not sampler.replacement and sampler.num_samples == len(cast(Sized, loader.dataset))
-    if not is_plain:
-        raise ValueError(
-            f"`train_dataloaders` must sample with `shuffle=True` or `False`, got the custom sampler"
-            f" {type(sampler).__name__}: every client draws its own samples. Remove `sampler=`; unequal"
-            " clients come from the partitioner."
-        )
+def _sampler_of(loader: DataLoader[Any]) -> Sampler[Any] | Sequence[int]:
+    """Return the sampler of single samples."""
+    return cast("Sampler[Any]", _batches_of(loader).sampler)
+
+
+def _sampling_of(loader: DataLoader[Any]) -> Sampling:
+    """Read the sampler of single samples."""
+    return Sampling.of(cast("Sampler[Any]", _sampler_of(loader)), len(cast(Sized, loader.dataset)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.data.labels import find_labels
-from lightning_fedhaw.data.loader_settings import LoaderSettings
+from lightning_fedhaw.data.class_histogram import MAX_CLASSES, ClassHistogram, class_histogram
+from lightning_fedhaw.data.labels import find_classes
+from lightning_fedhaw.data.loader_settings import LoaderSettings, training_samples
 from lightning_fedhaw.data.partitioners import IndexPartitioner, Partition, Partitioner
 from lightning_fedhaw.data.preview import draw_histogram, format_histogram
-from lightning_fedhaw.data.split import split
+from lightning_fedhaw.data.split import split_by_classes
 from lightning_fedhaw.data.subsets import balanced_subset
 from lightning_fedhaw.options import FederationOptions
 
@@ -99,6 +101,9 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         self.partition_in_use: Partition | None = None
         self._train: Dataset[Any] | None = self._checked_train(train)
         self._proxy_set: Dataset[Any] | None = None
+        # Of an existing data module's training loader, once it is set up.
+        self._source: Dataset[Any] | None = None
+        self._fetches_in_bulk = False
         self._hide_missing_loaders()
 
     def _checked_train(self, train: Any) -> Dataset[Any] | None:
@@ -178,10 +183,26 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
             if self._train is None and stage in (None, "fit"):
                 loader = self.inner.train_dataloader()
                 # Refuse loaders whose data set cannot be split, before its attributes are used.
-                LoaderSettings.of(loader)
-                self._train = loader.dataset
+                settings = LoaderSettings.of(loader)
+                self._fetches_in_bulk = settings.bulk
+                self._source = loader.dataset
+                self._train, self.labels = training_samples(loader, self.labels, self.partitioner)
+                self._check_template(settings)
         if self._train is not None:
             self._cut_proxy(self._train)
+
+    def _check_template(self, settings: LoaderSettings) -> None:
+        """Refuse to change the batches or samples of a loader that can only be used as it is."""
+        if settings.template is None:
+            return
+        remedies = {"batch_size": "set it in the loader", "proxy": "give a data set"}
+        for name, value in (("batch_size", self.batch_size), ("proxy", self._proxy)):
+            if isinstance(value, int):
+                raise ValueError(
+                    f"`{name}`={value} would need another training loader, and the data module's"
+                    f" {type(settings.template).__name__}, which makes batches in code of its own, can only be used as"
+                    f" it is. Leave `{name}` out, or {remedies[name]}."
+                )
 
     def _cut_proxy(self, train: Dataset[Any]) -> None:
         """Cut the proxy set from the training data, once; a proxy data set is taken as it is."""
@@ -190,12 +211,13 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
             return
         if self._proxy_set is not None:
             return
-        labels = find_labels(train, self.labels)
-        if labels is None:
+        classes = find_classes(train, self.labels, bulk=self._fetches_in_bulk)
+        if classes is None:
             raise ValueError(
                 f"`proxy`={self._proxy} is cut with the same number of samples from every class, and no labels were"
                 " found in the data set. Give `labels=`, or a data set as `proxy`."
             )
+        labels = classes.labels
         try:
             chosen, remaining = balanced_subset(labels, self._proxy, seed=self.seed)
         except ValueError as error:
@@ -206,6 +228,8 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         self._proxy_set = Subset(train, chosen.tolist())
         self._train = Subset(train, remaining.tolist())
         self.labels = labels[remaining]
+        if classes.names is not None:
+            self.labels = [classes.names[label] for label in self.labels.tolist()]
 
     @property
     def train_dataset(self) -> Dataset[Any]:
@@ -242,14 +266,16 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         """
         if self.partition_in_use is not None and seed is None:
             return self.partition_in_use
-        partition, _, _ = split(
-            self.train_dataset,
+        train = self.train_dataset  # first, because it sets up an existing data module
+        result = split_by_classes(
+            train,
             num_clients=self.num_clients,
             partitioner=self.partitioner,
             labels=self.labels,
             seed=self.seed if seed is None else seed,
+            bulk=self._fetches_in_bulk,
         )
-        return partition
+        return result.partition
 
     def preview(
         self, path: str | Path | None = None, class_names: Sequence[str] | None = None, seed: int | None = None
@@ -259,19 +285,23 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         Args:
             path: The file in which the picture is saved; its suffix determines the format. Needs matplotlib. Default:
                 no picture.
-            class_names: Names of the classes.
+            class_names: Names of the classes. Default: the labels.
             seed: The federation's seed, if it is not that of the data module.
         """
-        labels = find_labels(self.train_dataset, self.labels)
+        classes = find_classes(self.train_dataset, self.labels, bulk=self._fetches_in_bulk)
         partition = self.partition(seed)
-        if labels is None:
-            histogram = partition.sizes[:, None]  # [N, 1]: all samples count as one class
-            class_names = class_names or ["any"]
-        else:
-            histogram = partition.histogram(labels)
+        histogram = None
+        if classes is not None:
+            # As many columns as there are samples at most: a larger number is no number of a class.
+            most_columns = max(MAX_CLASSES, len(classes.labels))
+            histogram = class_histogram(partition, classes, most_columns=most_columns)
+        if histogram is None:
+            # [N, 1]: all samples count as one class.
+            histogram = ClassHistogram(partition.sizes[:, None], ("any",))
+        class_names = class_names or histogram.names
         if path is not None:
-            draw_histogram(histogram, path, class_names)
-        return format_histogram(histogram, class_names)
+            draw_histogram(histogram.counts, path, class_names)
+        return format_histogram(histogram.counts, class_names)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Loaders
@@ -288,19 +318,17 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
                 **self._loader_options,
             )
         loader: DataLoader[Any] = self.inner.train_dataloader()
-        if self.batch_size is None and self._train is loader.dataset:
+        train = self.train_dataset
+        is_cut = isinstance(self._proxy, int)
+        if self.batch_size is None and not is_cut and self._source is loader.dataset:
             return loader
         settings = LoaderSettings.of(loader)
-        return DataLoader(
-            self.train_dataset,
-            batch_size=self.batch_size or settings.batch_size,
-            shuffle=settings.shuffle,
-            drop_last=settings.drop_last,
-            num_workers=settings.num_workers,
-            pin_memory=settings.pin_memory,
-            collate_fn=settings.collate_fn,
-            worker_init_fn=settings.worker_init_fn,
-        )
+        if settings.template is not None:
+            return loader
+        if is_cut and settings.draws is not None:
+            draws = settings.draws.of_subset(train.indices)  # type: ignore[attr-defined]  # a `Subset`, once it is cut
+            settings = replace(settings, draws=draws)
+        return replace(settings, batch_size=self.batch_size or settings.batch_size).central_loader(train)
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
         """Return loaders of the server's validation data; without ``val``, those of an existing data module."""

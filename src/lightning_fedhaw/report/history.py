@@ -43,6 +43,7 @@ class RunHistory(KeyedCallback, FederatedCallback):
         metrics: One mapping a round, of everything callbacks can see at its end but the numbers of single clients.
         sizes: Training samples of each client.
         labels: ``[N, C]``, samples of each client in each class, where the data set shows its labels.
+        class_names: The name of each class, where that is not its number.
         clients: Metrics of the final model on each client's own data, ``[N]`` each; empty before the end of ``fit``.
     """
 
@@ -56,6 +57,7 @@ class RunHistory(KeyedCallback, FederatedCallback):
         self.metrics: list[dict[str, float]] = []
         self.sizes: list[int] = []
         self.labels: Tensor | None = None
+        self.class_names: tuple[str, ...] | None = None
         self.clients: dict[str, list[float]] = {}
         self._weights: list[Tensor] = []
 
@@ -65,7 +67,12 @@ class RunHistory(KeyedCallback, FederatedCallback):
         if rounds == 0:
             self._clear()
         self.sizes = federation.data.num_examples.tolist()
-        self.labels = federation.data.label_counts() if self._collects_clients else None
+        self.labels = None
+        self.class_names = None
+        histogram = federation.data.class_histogram() if self._collects_clients else None
+        if histogram is not None:
+            self.labels = histogram.counts
+            self.class_names = histogram.names
         # A checkpoint may be older than the history in memory, or have been written without one.
         self.metrics = self.metrics[:rounds]
         self._weights = self._weights[:rounds]
@@ -146,8 +153,9 @@ class RunHistory(KeyedCallback, FederatedCallback):
             columns["weight"] = self._last_weights().tolist()
         columns |= self.clients
         if labels and self.labels is not None:
-            for index, counts in enumerate(self.labels.T.tolist()):
-                columns[f"{_LABEL}{index}"] = counts
+            names = self.class_names or range(self.labels.shape[1])
+            for name, counts in zip(names, self.labels.T.tolist(), strict=True):
+                columns[f"{_LABEL}{name}"] = counts
         rows = [list(row) for row in zip(*columns.values(), strict=True)]
         return list(columns), rows
 
@@ -161,13 +169,16 @@ class RunHistory(KeyedCallback, FederatedCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as tensors and plain values, for a checkpoint."""
-        return {
+        state = {
             "metrics": list(self.metrics),
             "sizes": list(self.sizes),
             "clients": dict(self.clients),
             "labels": self.labels,
             "weights": self.weights,
         }
+        if self.class_names is not None:
+            state["class_names"] = self.class_names
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of a checkpoint."""
@@ -175,6 +186,7 @@ class RunHistory(KeyedCallback, FederatedCallback):
         self.sizes = list(state_dict["sizes"])
         self.clients = dict(state_dict["clients"])
         self.labels = state_dict["labels"]
+        self.class_names = state_dict.get("class_names")
         self._weights = list(state_dict["weights"])
 
 
@@ -309,6 +321,7 @@ def _read_tables(folder: Path) -> RunHistory:
     if clients:
         history.sizes = [int(row["samples"]) for row in clients]
         history.labels = _label_counts(clients)
+        history.class_names = _class_names(clients)
         for name in clients[0]:
             if name not in ("client", "samples", "weight") and not name.startswith(_LABEL):
                 history.clients[name] = [row.get(name, nan) for row in clients]
@@ -342,6 +355,14 @@ def _label_counts(clients: Sequence[Mapping[str, float]]) -> Tensor | None:
     if not counts[0]:
         return None
     return torch.tensor(counts)
+
+
+def _class_names(clients: Sequence[Mapping[str, float]]) -> tuple[str, ...] | None:
+    """Return the names of the classes in the table of the clients; None where they are numbered."""
+    names = tuple(name.removeprefix(_LABEL) for name in clients[0] if name.startswith(_LABEL))
+    if names == tuple(str(number) for number in range(len(names))):
+        return None
+    return names
 
 
 def _read_numbers(path: Path) -> Iterator[dict[str, float]]:

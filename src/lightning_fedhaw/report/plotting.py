@@ -321,7 +321,7 @@ def draw_labels(history: RunHistory, path: str | Path | None = None) -> Figure:
         ImportError: If matplotlib is missing.
     """
     if history.labels is not None:
-        return draw_histogram(history.labels, path)
+        return draw_histogram(history.labels, path, history.class_names)
     return draw_histogram(torch.tensor(history.sizes)[:, None], path, ["any"])
 
 

@@ -95,7 +95,7 @@ def probe(
     if not data.is_sliced:
         raise NotVectorizableError(
             f"the data set {type(data.dataset).__name__} is not tensors in memory (a `TensorDataset` with the default"
-            " `collate_fn`)"
+            " `collate_fn` and a plain `DataLoader`)"
         )
     try:
         names = row_states(host.optimizers[0], states_of(host.optimizers[0]))

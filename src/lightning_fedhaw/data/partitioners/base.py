@@ -106,7 +106,7 @@ class Partitioner(arguments.NamedArguments, ABC):
         if labels is None and self.needs_labels:
             raise ValueError(
                 f"`labels` must be given for {type(self).__name__}, got None (no integer class labels were found in the"
-                " data set); give the labels of all samples, or split without labels: leave `alpha` out, or use"
+                " data set); give `labels=`, one entry per sample, or split without labels: leave `alpha` out, or use"
                 " `IIDPartitioner()`."
             )
         if labels is not None and len(labels) != num_samples:
