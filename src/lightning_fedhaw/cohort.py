@@ -31,6 +31,8 @@ class ClientUpdate:
         memory: The state that the client keeps for its next round if the update is received: a kept optimizer state,
             and the states of client objectives.
         num_batches: The number of batches in one pass over its training examples.
+        lr_scale: The client's own factor on the learning rates, as ``client_lr_scale`` gives it.
+        inverse_probability: The factor on its weight that makes up for its chance of being sampled.
     """
 
     client: int
@@ -42,6 +44,20 @@ class ClientUpdate:
     logged: Mapping[str, Any] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
     num_batches: int = 0
+    lr_scale: float = 1.0
+    inverse_probability: float = 1.0
+
+    @property
+    def example_weight(self) -> float:
+        """The client's weight by examples before normalization: their number, times the inverse probability."""
+        return self.num_examples * self.inverse_probability
+
+
+def factors_of(factors: Sequence[float]) -> Tensor | None:
+    """Return the clients' factors ``[K]`` in float64; ``None`` if all are 1."""
+    if all(factor == 1.0 for factor in factors):
+        return None
+    return torch.tensor(factors, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,9 @@ class Cohort:
         learning_rates: The round's local learning rate of each parameter tensor, in the layout's order.
         buffers: Each client's buffers after training, by name; unchanged ones may be missing.
         num_batches: ``[K]`` int64, the number of batches in one pass over each client's training examples.
+        lr_scales: ``[K]`` float64, each client's own factor on the learning rates; ``None`` if all are 1.
+        inverse_probabilities: ``[K]`` float64, the factors on the clients' weights that make up for unequal chances of
+            being sampled; ``None`` if the chances are equal.
     """
 
     round: int
@@ -74,6 +93,15 @@ class Cohort:
     learning_rates: tuple[float, ...] = ()
     buffers: Sequence[Mapping[str, Tensor]] = ()
     num_batches: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    lr_scales: Tensor | None = None
+    inverse_probabilities: Tensor | None = None
+
+    @property
+    def example_weights(self) -> Tensor:
+        """``[K]``, the clients' weights by examples before normalization; see :class:`ClientUpdate`."""
+        if self.inverse_probabilities is None:
+            return self.num_examples
+        return self.num_examples * self.inverse_probabilities
 
     def __len__(self) -> int:
         return len(self.clients)

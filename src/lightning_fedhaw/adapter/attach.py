@@ -43,6 +43,7 @@ def attach(trainer: Any, options: FederationOptions) -> None:
         never_wrap(trainer.strategy)
     write_atomically(trainer.strategy)
     trainer.federation_summary = {}  # type: ignore[attr-defined]
+    trainer.federation_client = None  # type: ignore[attr-defined]
     trainer.fit_loop.options = trainer.fit_loop.trainer_options.merged(options)
     trainer.federation_options = trainer.fit_loop.options  # type: ignore[attr-defined]
     check_callbacks(cast(Any, trainer).callbacks)
@@ -62,3 +63,4 @@ def install_loops(trainer: pl.Trainer, options: FederationOptions) -> None:
     trainer.validate_loop = SharedEvaluationLoop.of(trainer.validate_loop)
     trainer.test_loop = SharedEvaluationLoop.of(trainer.test_loop)
     trainer.federation_options = options  # type: ignore[attr-defined]
+    trainer.federation_client = None  # type: ignore[attr-defined]

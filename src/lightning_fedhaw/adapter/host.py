@@ -82,6 +82,15 @@ class TrainerHost:
         return any(is_overridden(name, s) for name in _TRANSFER_HOOKS for s in sources if s is not None)
 
     @property
+    def client(self) -> object:
+        """The client at work, as the module finds it in ``trainer.federation_client``."""
+        return self.trainer.federation_client
+
+    @client.setter
+    def client(self, client: object) -> None:
+        self.trainer.federation_client = client
+
+    @property
     def accumulate(self) -> int:
         """Batches behind one optimizer step."""
         return int(self.trainer.accumulate_grad_batches)

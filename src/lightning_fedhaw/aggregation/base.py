@@ -85,12 +85,12 @@ def client_weights(cohort: Cohort, weighting: Weighting) -> Tensor:
         ``[K]`` float64, summing to one.
     """
     if weighting == "examples":
-        return normalized(cohort.num_examples)
+        return normalized(cohort.example_weights)
     return normalized(torch.ones(len(cohort)))
 
 
 def unnormalized_client_weight(update: ClientUpdate, weighting: Weighting) -> float:
     """Return a client's weight of :func:`client_weights` before normalization."""
     if weighting == "examples":
-        return float(update.num_examples)
+        return float(update.example_weight)
     return 1.0

@@ -39,7 +39,7 @@ class FedAvgCallback(AggregationRule):
     def unnormalized_weight(self, update: ClientUpdate) -> float:
         """Return a client's weight before normalization."""
         if self.weighting == "examples":
-            return float(update.num_examples)
+            return float(update.example_weight)
         if self.weighting == "batches":
             return float(update.num_batches)
         return 1.0
@@ -47,7 +47,7 @@ class FedAvgCallback(AggregationRule):
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Average the local models."""
         if self.weighting == "examples":
-            weights = normalized(cohort.num_examples)  # [K]
+            weights = normalized(cohort.example_weights)  # [K]
         elif self.weighting == "batches":
             weights = normalized(cohort.num_batches)  # [K]
         else:

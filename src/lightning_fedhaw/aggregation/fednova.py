@@ -100,17 +100,19 @@ class FedNovaCallback(AggregationRule):
             self.momentum, self.nesterov = momenta.pop()
 
     def _examples_per_work(self, update: ClientUpdate) -> float:
-        work = normalizer(update.num_steps, self.momentum, self.nesterov)
-        return update.num_examples / work if work else 0.0
+        work = normalizer(update.num_steps, self.momentum, self.nesterov) * update.lr_scale
+        return update.example_weight / work if work else 0.0
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Average the normalized updates, and step along the average."""
-        weights = normalized(cohort.num_examples)  # [K]
+        weights = normalized(cohort.example_weights)  # [K]
         work = self._work(cohort)  # [K]
         has_worked = work > 0  # [K]
         if not (weights[has_worked].sum() > 0):
             return RuleOutput(cohort.start.clone(), state, weights, {"tau_eff": 0.0})
-        effective_steps = work if self.tau_eff == "normalizer" else cohort.num_steps.double()  # [K]
+        effective_steps = work  # [K]
+        if self.tau_eff == "steps":
+            effective_steps = cohort.num_steps * _lr_scales(cohort)
         # The mean over the clients that worked, because one without a step must not shorten the steps of the others.
         tau_eff = (weights * effective_steps).sum() / weights[has_worked].sum()  # []
         mix = torch.where(has_worked, tau_eff * weights / work, 0.0)  # [K]
@@ -126,7 +128,15 @@ class FedNovaCallback(AggregationRule):
         normalizers: list[float] = []
         for num_steps in cohort.num_steps.tolist():
             normalizers.append(normalizer(num_steps, self.momentum, self.nesterov, proximal))
-        return torch.tensor(normalizers, dtype=torch.float64)
+        # A client whose learning rates are scaled goes so many times as far with each unit of its work.
+        return torch.tensor(normalizers, dtype=torch.float64) * _lr_scales(cohort)
+
+
+def _lr_scales(cohort: Cohort) -> Tensor:
+    """Return each client's own factor on the learning rates, ``[K]`` float64."""
+    if cohort.lr_scales is None:
+        return torch.ones(len(cohort), dtype=torch.float64)
+    return cohort.lr_scales
 
 
 def _one_rate(rates: tuple[float, ...]) -> float:

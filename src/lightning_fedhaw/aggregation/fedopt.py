@@ -211,7 +211,7 @@ class FedOptCallback(AggregationRule):
     ) -> tuple[Tensor, Tensor, State, dict[str, float]]:
         """Return a displacement ``[P]``, the weights ``[K]`` behind it, and new entries of state and metrics."""
         if self.rule is None:
-            weights = normalized(cohort.num_examples)
+            weights = normalized(cohort.example_weights)
             delta = cohort.vectors.displacements.weighted_sum(weights).to(cohort.start)
             return delta, weights, {}, {}
         proposal = self.rule.step(cohort, state["rule"], server)
@@ -239,7 +239,7 @@ class FedAvgMCallback(FedOptCallback):
 
 
 def _examples(update: ClientUpdate) -> float:
-    return float(update.num_examples)
+    return float(update.example_weight)
 
 
 def _check_inner(rule: AggregationRule, outer: str) -> None:

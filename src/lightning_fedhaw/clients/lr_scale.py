@@ -93,16 +93,16 @@ class ScaledOptimizer:
 
 
 def initial_scale_states(
-    lr_scale: LocalLRScale, clients: Sequence[tuple[Mapping[str, Tensor], int]], rates: Sequence[float]
+    lr_scale: LocalLRScale, clients: Sequence[tuple[Mapping[str, Tensor], int, Sequence[float]]]
 ) -> dict[str, Tensor]:
     """Return the clients' states of the scale when a round begins, ``[clients, ...]`` each.
 
     Args:
         lr_scale: The rule's scale.
-        clients: For each client, the model that it starts from and its number of optimizer steps.
-        rates: The learning rate of each parameter tensor, in the layout's order.
+        clients: For each client, the model that it starts from, its number of optimizer steps, and the learning rate
+            of each parameter tensor in the layout's order.
     """
-    states = [lr_scale.begin(start, num_steps, rates) for start, num_steps in clients]
+    states = [lr_scale.begin(start, num_steps, rates) for start, num_steps, rates in clients]
     stacks = {}
     for name in states[0]:
         stacks[name] = torch.stack([state[name] for state in states])

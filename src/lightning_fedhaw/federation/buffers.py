@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fedhaw.clients.records import LogRecorder
-from lightning_fedhaw.clients.steps import Host
+from lightning_fedhaw.clients.steps import Host, turns
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
@@ -130,8 +130,14 @@ class Buffers:
         module = self.host.module
         norms = self._norms()
         limit = max(1, RECALIBRATION_BATCHES // len(clients))
-        with _cumulative_statistics(norms), isolated_randomness(self.host.device), LogRecorder(module):
+        with (
+            _cumulative_statistics(norms),
+            isolated_randomness(self.host.device),
+            LogRecorder(module),
+            turns(self.host),
+        ):
             for client in clients:
+                self.host.client = client
                 seed_randomness(
                     seed_of(self.seed, "client", client, "round", round_idx, "recalibrate"), self.host.device
                 )

@@ -72,6 +72,7 @@ class RoundPlan:
         start: ``[P]``, the global parameters that are broadcast.
         models: The model ``[P]`` that each client starts from; a client that received nothing and has none is absent.
         lost: The clients whose update will be lost, with the channel that loses it; they do not train.
+        inverse_probabilities: Factors on the clients' weights, where their chances of being sampled are unequal.
     """
 
     round: int
@@ -79,6 +80,11 @@ class RoundPlan:
     start: Tensor
     models: Mapping[int, Tensor]
     lost: Mapping[int, Channel]
+    inverse_probabilities: Mapping[int, float] = field(default_factory=dict)
+
+    def inverse_probability(self, client: int) -> float:
+        """Return the factor on a client's weight."""
+        return self.inverse_probabilities.get(client, 1.0)
 
     @property
     def trainees(self) -> list[int]:
