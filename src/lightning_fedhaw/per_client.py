@@ -37,8 +37,11 @@ def one_or_per_client(check: Callable[..., Checked], name: str, value: Any, **li
     is_scalar = isinstance(value, (str, bytes)) or not hasattr(value, "__iter__")
     if is_scalar or (hasattr(value, "ndim") and value.ndim == 0):
         return check(name, value, **limits)
+    values = arguments.plain_list(value)
+    if not values:
+        return check(name, values, **limits)  # which refuses it
     checked = []
-    for client, own in enumerate(arguments.plain_list(value)):
+    for client, own in enumerate(values):
         checked.append(check(name, own, hint=f"That is the value of client {client}.", **limits))
     return tuple(checked)
 

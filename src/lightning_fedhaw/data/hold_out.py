@@ -67,7 +67,7 @@ class HoldOut(arguments.NamedArguments):
         self.samples = arguments.optional(arguments.integer, "samples", samples, minimum=1)
         self.indices = _checked_indices(indices)
         self.stratify = arguments.flag("stratify", stratify)
-        self.groups = groups
+        self.groups = _checked_groups(groups)
         if self.stratify and groups is not None:
             raise ValueError(
                 "Give `stratify` or `groups`, not both: groups are held out as a whole, whatever their classes."
@@ -157,6 +157,16 @@ class HoldOut(arguments.NamedArguments):
                 " train on; they are evaluated on their training data."
             )
         return held_out
+
+
+def _checked_groups(groups: Any) -> Keys | None:
+    """Refuse what is neither one key per sample nor a function."""
+    if groups is None or callable(groups):
+        return groups
+    if isinstance(groups, (str, bytes)) or not hasattr(groups, "__iter__"):
+        raise arguments.invalid("groups", "one group per sample, or a function of the data set", groups)
+    keys: Keys = arguments.plain_list(groups)
+    return keys
 
 
 def _checked_indices(indices: Any) -> dict[int, list[int]] | None:
