@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from lightning_fedhaw.clients.steps import Host
-from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
+from lightning_fedhaw.clients.vectorized.errors import ASKS_FOR_CLIENT, NotVectorizableError
 
 
-class _ManyClients:
+class ManyClients:
     """A stand-in for the number of the client at work, of which there is no single one: any use of it is an error."""
 
     def _refuse(self, *_: object) -> NoReturn:
-        raise NotVectorizableError("asks `trainer.federation_client` for the client at work, and many train at once")
+        raise NotVectorizableError(ASKS_FOR_CLIENT)
 
     def __getattr__(self, name: str) -> NoReturn:
         self._refuse()
@@ -29,7 +29,7 @@ class _ManyClients:
 @contextmanager
 def many_clients(host: Host) -> Iterator[None]:
     """Let the module ask in vain whose turn it is."""
-    host.client = _ManyClients()
+    host.client = ManyClients()
     try:
         yield
     finally:
