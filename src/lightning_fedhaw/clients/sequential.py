@@ -179,9 +179,8 @@ class SequentialEngine(Engine):
         """Give the client's steps their scale, where the rule has one."""
         if self.lr_scale is None or self._scaled_optimizer is None:
             return
-        rates = self.host.learning_rates(self.layout)
-        client = (self.layout.views(task.start), self.num_steps(task.client), rates)
-        stacks = initial_scale_states(self.lr_scale, [client])
+        client = (self.layout.views(task.start), self.num_steps(task.client))
+        stacks = initial_scale_states(self.lr_scale, [client], self.host.learning_rates(self.layout))
         state = {name: stack[0] for name, stack in stacks.items()}
         self._scaled_optimizer.scaled_steps = ScaledSteps(self.lr_scale, self.layout.names, state)
 

@@ -161,11 +161,15 @@ class HoldOut(arguments.NamedArguments):
 
 def _checked_groups(groups: Any) -> Keys | None:
     """Refuse what is neither one key per sample nor a function."""
-    if groups is None or callable(groups):
-        return groups
+    keys: Keys
+    if groups is None:
+        return None
+    if callable(groups):
+        keys = groups
+        return keys
     if isinstance(groups, (str, bytes)) or not hasattr(groups, "__iter__"):
         raise arguments.invalid("groups", "one group per sample, or a function of the data set", groups)
-    keys: Keys = arguments.plain_list(groups)
+    keys = arguments.plain_list(groups)
     return keys
 
 

@@ -150,16 +150,14 @@ class Chunk:
         engine = self.engine
         layout = engine.layout
         self.scaled_steps: ScaledSteps | None = None
-        self.lr_scales = factors_of([engine.plan.lr_scale_of(client) for client in self.clients])
+        own_scales = [engine.plan.lr_scale_of(client) for client in self.clients]
+        self.lr_scales = factors_of(own_scales)
         if self.lr_scales is not None:
             self.lr_scales = self.lr_scales.to(engine.host.device, engine.layout.dtype)
         if engine.lr_scale is not None:
+            clients = [(layout.views(task.start), engine.num_steps(task.client)) for task in self.tasks]
             rates = engine.host.learning_rates(layout)
-            clients = []
-            for task in self.tasks:
-                own_rates = [rate * engine.plan.lr_scale_of(task.client) for rate in rates]
-                clients.append((layout.views(task.start), engine.num_steps(task.client), own_rates))
-            state = initial_scale_states(engine.lr_scale, clients)
+            state = initial_scale_states(engine.lr_scale, clients, rates, own_scales)
             self.scaled_steps = ScaledSteps(engine.lr_scale, layout.names, state)
 
     def _load_streams(self, first: int) -> None:
