@@ -20,6 +20,8 @@ from lightning_fedhaw import (
     PublishedFedHAWCallback,
     ScaffoldCallback,
 )
+from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
+from lightning_fedhaw.clients.vectorized.turns import ManyClients
 from lightning_fedhaw.data.client_data import pass_lengths
 
 PARTS = IndexPartitioner([range(8), range(8, 20), range(20, 40)])  # 2, 3 and 5 batches of 4
@@ -351,6 +353,16 @@ def test_a_step_that_asks_is_trained_one_client_at_a_time():
     runner = trainer(engine="auto", **options)
     runner.fit(Turns(12), data)
     assert type(runner.fit_loop.federation.engine).__name__ == "SequentialEngine"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [lambda c: c == 3, lambda c: [1.0][c], lambda c: {0: 1.0}.get(c), lambda c: 1 / (c + 1),
+     lambda c: f"{c}", lambda c: isinstance(c, int), bool, lambda c: c % 2],
+)  # fmt: skip
+def test_any_use_of_the_number_is_noticed(ask):
+    with pytest.raises(NotVectorizableError, match="asks `trainer.federation_client`"):
+        ask(ManyClients())
 
 
 def test_a_step_that_asks_late_is_trained_again_one_by_one():
