@@ -187,6 +187,30 @@ def count_or_share(name: str, value: object) -> int | float:
     raise invalid(name, "a whole number of at least 1, or as a float a share of all clients in (0, 1]", value)
 
 
+def passes(name: str, value: object, *, hint: str = "") -> int | float:
+    """Check a number of passes over data: a whole number, or as a float also a fraction.
+
+    Args:
+        name: The argument.
+        value: Its value.
+        hint: A sentence to add to the message.
+
+    Raises:
+        ValueError: If the value is neither.
+
+    Example:
+        >>> passes("local_epochs", 2), passes("local_epochs", 0.25)
+        (2, 0.25)
+    """
+    plain = plain_number(value)
+    if isinstance(plain, int) and plain >= 1:
+        return plain
+    if isinstance(plain, float) and 0 < plain < inf:
+        return plain
+    allowed = "a whole number of at least 1, or as a float a number of passes above 0, such as 0.25"
+    raise invalid(name, f"{allowed}; or one for each client", value, hint)
+
+
 def integers(name: str, values: object, *, minimum: int | None = None, allowed: str, hint: str = "") -> list[int]:
     """Check a list of whole numbers.
 

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 import lightning_fedhaw
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.channel.base import Channel
+from lightning_fedhaw.data.hold_out import HoldOut
 from lightning_fedhaw.data.partitioners import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.objectives.base import ClientObjective
@@ -41,6 +42,7 @@ BASES: dict[str, type] = {
     "data": LightningDataModule,
     "federation.partitioner": Partitioner,
     "federation.sampler": CohortSampler,
+    "federation.client_val": HoldOut,
     "trainer.callbacks": Callback,
 }
 """The class whose subclasses an argument takes by name."""

@@ -33,6 +33,8 @@ class ClientUpdate:
             and the states of client objectives.
         num_batches: The number of batches in one pass over its training examples.
         initial_loss: The mean loss of its training examples at the model it received; NaN unless the rule asks for it.
+        lr_scale: The client's own factor on the learning rates, as ``client_lr_scale`` gives it.
+        inverse_probability: The factor on its weight that makes up for its chance of being sampled.
     """
 
     client: int
@@ -45,6 +47,20 @@ class ClientUpdate:
     memory: Mapping[str, Any] = field(default_factory=dict)
     num_batches: int = 0
     initial_loss: float = math.nan
+    lr_scale: float = 1.0
+    inverse_probability: float = 1.0
+
+    @property
+    def example_weight(self) -> float:
+        """The client's weight by examples before normalization: their number, times the inverse probability."""
+        return self.num_examples * self.inverse_probability
+
+
+def factors_of(factors: Sequence[float]) -> Tensor | None:
+    """Return the clients' factors ``[K]`` in float64; ``None`` if all are 1."""
+    if all(factor == 1.0 for factor in factors):
+        return None
+    return torch.tensor(factors, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,9 @@ class Cohort:
             for a substitute. A logged torchmetrics object is not among them: it is pooled over all clients.
         initial_losses: ``[K]`` float64, the mean loss of each client's training examples at the model it received; NaN
             for a substitute. Empty unless the rule sets ``needs_initial_loss``.
+        lr_scales: ``[K]`` float64, each client's own factor on the learning rates; ``None`` if all are 1.
+        inverse_probabilities: ``[K]`` float64, the factors on the clients' weights that make up for unequal chances of
+            being sampled; ``None`` if the chances are equal.
     """
 
     round: int
@@ -86,6 +105,15 @@ class Cohort:
     unnormalized_weights: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     logged: Sequence[Mapping[str, float]] = ()
     initial_losses: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    lr_scales: Tensor | None = None
+    inverse_probabilities: Tensor | None = None
+
+    @property
+    def example_weights(self) -> Tensor:
+        """``[K]``, the clients' weights by examples before normalization; see :class:`ClientUpdate`."""
+        if self.inverse_probabilities is None:
+            return self.num_examples
+        return self.num_examples * self.inverse_probabilities
 
     def __len__(self) -> int:
         return len(self.clients)

@@ -43,6 +43,15 @@ class FederatedCallback(pl.Callback):
             clients: The K clients of the round.
         """
 
+    def on_client_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, client: int) -> None:
+        """Observe a client before it trains. The vectorized engine starts several clients before the first ends.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module, with the model that the client starts from.
+            client: The client's number.
+        """
+
     def on_client_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: ClientUpdate) -> None:
         """Observe a client's update, after it has passed the channels of the uplink.
 

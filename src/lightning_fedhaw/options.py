@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import arguments, per_client
 
 OptimizerState = Literal["fresh", "kept"]
 BufferPolicy = Literal["average", "keep", "local", "recalibrate"]
@@ -40,11 +40,16 @@ class FederationOptions(arguments.NamedArguments):
         partitioner: How the training data is split over the clients; see ``lightning_fedhaw.data``.
         labels: Labels for a split by labels: an array ``[samples]``, or a callable that takes the dataset. Default: the
             dataset's ``targets`` or ``labels``, else the second item of its samples if that is an integer.
+        min_client_samples: Clients with fewer samples, held-out ones included, are left out, with a warning; the
+            others are numbered anew in their order. Default: 1.
         clients_per_round: Number of clients sampled in each round, or a fraction of N. Default: all clients.
         sampler: Client sampling: selects the clients of each round. Cannot be combined with ``clients_per_round``.
-        local_epochs: Passes that a client makes over its own data in a round. Default: 1.
-        local_steps: Optimizer steps that each client makes in a round, whatever the size of its data. Cannot be
-            combined with ``local_epochs``.
+        local_epochs: Passes that a client makes over its own data in a round; a fraction such as 0.25 is that share of
+            its batches, rounded up. One number, or one for each client: a list, or a mapping from clients. Default: 1.
+        local_steps: Optimizer steps that each client makes in a round, whatever the size of its data. One number, or
+            one for each client. Cannot be combined with ``local_epochs``.
+        client_lr_scale: Factor on a client's learning rates, in all parameter groups, while it trains. One number for
+            each client, or a function of the client's number. Default: 1.
         optimizer_state: ``"fresh"``: a client starts every round with a new optimizer state. ``"kept"``: a client
             resumes the optimizer state (momentum, moments) of its last round, which is held in host memory and in
             checkpoints.
@@ -61,6 +66,8 @@ class FederationOptions(arguments.NamedArguments):
             ``"follow"``: the rule runs on the substitutes of the channel, as in the FedHAW authors' code.
         client_val_fraction: Fraction of each client's data that is held out of training, for the per-client metrics of
             the run summary. With 0 they are computed on the training data, on at most 1,000 samples per client.
+        client_val: What is held out of each client's data, if it is not a random fraction: a ``HoldOut``. Cannot be
+            combined with ``client_val_fraction``.
         client_eval: Whether the final global model is evaluated on each client's data at the end of ``fit``.
         storage: Where the vectors of the cohort are stored. ``"auto"``: not at all if the rule only needs their
             weighted sum, else on the model's device. ``"device"``: on the model's device. ``"host"``: in host memory.
@@ -87,15 +94,18 @@ class FederationOptions(arguments.NamedArguments):
     alpha: float | None = None
     partitioner: Any = None
     labels: Any | Callable[[Any], Any] = None
+    min_client_samples: int | None = None
     clients_per_round: int | float | None = None
     sampler: Any = None
-    local_epochs: int | None = None
-    local_steps: int | None = None
+    local_epochs: int | float | Sequence[int | float] | Mapping[int, int | float] | None = None
+    local_steps: int | Sequence[int] | Mapping[int, int] | None = None
+    client_lr_scale: float | Sequence[float] | Mapping[int, float] | Callable[[int], float] | None = None
     optimizer_state: OptimizerState = "fresh"
     buffers: BufferPolicies = "average"
     on_nonfinite: OnNonfinite = "exclude"
     empty_round: EmptyRound = "skip"
     client_val_fraction: float = 0.0
+    client_val: Any = None
     client_eval: bool = True
     storage: Storage = "auto"
     storage_dtype: torch.dtype | None = None
@@ -123,6 +133,10 @@ class FederationOptions(arguments.NamedArguments):
             raise ValueError(
                 "Give `alpha` or `partitioner`, not both: `alpha` is short for `DirichletPartitioner(alpha)`."
             )
+        if self.client_val is not None and self.client_val_fraction:
+            raise ValueError(
+                "Give `client_val` or `client_val_fraction`, not both: the fraction is short for `HoldOut(fraction)`."
+            )
         return {
             "num_clients": arguments.optional(arguments.integer, "num_clients", self.num_clients, minimum=1),
             "alpha": arguments.optional(
@@ -135,6 +149,17 @@ class FederationOptions(arguments.NamedArguments):
                 "needs_labels",
                 kind="lightning_fedhaw.data.Partitioner",
                 example="IIDPartitioner()",
+            ),
+            "min_client_samples": arguments.optional(
+                arguments.integer, "min_client_samples", self.min_client_samples, minimum=1
+            ),
+            "client_val": arguments.optional(
+                arguments.provider,
+                "client_val",
+                self.client_val,
+                "hold_out",
+                kind="lightning_fedhaw.data.HoldOut",
+                example="HoldOut(samples=20)",
             ),
             "client_val_fraction": arguments.number(
                 "client_val_fraction",
@@ -168,14 +193,31 @@ class FederationOptions(arguments.NamedArguments):
                 kind="lightning_fedhaw.data.CohortSampler",
                 example="UniformSampler(10)",
             ),
-            "local_epochs": arguments.optional(arguments.integer, "local_epochs", self.local_epochs, minimum=1),
-            "local_steps": arguments.optional(arguments.integer, "local_steps", self.local_steps, minimum=1),
+            **self._checked_work(),
             "optimizer_state": arguments.choice("optimizer_state", self.optimizer_state, OptimizerState),
             "buffers": _checked_policies(self.buffers),
             "on_nonfinite": arguments.choice("on_nonfinite", self.on_nonfinite, OnNonfinite),
             "empty_round": arguments.choice("empty_round", self.empty_round, EmptyRound),
             "client_eval": arguments.flag("client_eval", self.client_eval),
         }
+
+    def _checked_work(self) -> dict[str, Any]:
+        """Check what may differ between clients."""
+        values: dict[str, Any] = {"local_epochs": None, "local_steps": None, "client_lr_scale": self.client_lr_scale}
+        if self.local_epochs is not None:
+            values["local_epochs"] = per_client.one_or_per_client(arguments.passes, "local_epochs", self.local_epochs)
+        if self.local_steps is not None:
+            values["local_steps"] = per_client.one_or_per_client(
+                arguments.integer, "local_steps", self.local_steps, minimum=1
+            )
+        if self.client_lr_scale is not None and not callable(self.client_lr_scale):
+            values["client_lr_scale"] = per_client.one_or_per_client(
+                arguments.number, "client_lr_scale", self.client_lr_scale, above=0
+            )
+        if self.num_clients is not None and self.min_client_samples is None:
+            for name, value in values.items():
+                per_client.check_clients(name, value, self.num_clients)
+        return values
 
     def _checked_engine(self) -> dict[str, Any]:
         return {

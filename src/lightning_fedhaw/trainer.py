@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -24,6 +24,7 @@ from lightning_fedhaw.adapter.unsupported import (
     default_accelerator,
 )
 from lightning_fedhaw.channel.base import check_keys
+from lightning_fedhaw.data.hold_out import HoldOut
 from lightning_fedhaw.data.partitioners import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.objectives.base import find_objectives
@@ -49,11 +50,16 @@ class FederatedTrainer(pl.Trainer):
         partitioner: How the training data is split over the clients; see ``lightning_fedhaw.data``.
         labels: Labels for a split by labels: an array ``[samples]``, or a callable that takes the dataset. Default: the
             dataset's ``targets`` or ``labels``, else the second item of its samples if that is an integer.
+        min_client_samples: Clients with fewer samples, held-out ones included, are left out, with a warning; the
+            others are numbered anew in their order. Default: 1.
         clients_per_round: Number of clients sampled in each round, or a fraction of N. Default: all clients.
         sampler: Client sampling: selects the clients of each round. Cannot be combined with ``clients_per_round``.
-        local_epochs: Passes that a client makes over its own data in a round. Default: 1.
-        local_steps: Optimizer steps that each client makes in a round, whatever the size of its data. Cannot be
-            combined with ``local_epochs``.
+        local_epochs: Passes that a client makes over its own data in a round; a fraction such as 0.25 is that share of
+            its batches, rounded up. One number, or one for each client: a list, or a mapping from clients. Default: 1.
+        local_steps: Optimizer steps that each client makes in a round, whatever the size of its data. One number, or
+            one for each client. Cannot be combined with ``local_epochs``.
+        client_lr_scale: Factor on a client's learning rates, in all parameter groups, while it trains. One number for
+            each client, or a function of the client's number. Default: 1.
         optimizer_state: ``"fresh"``: a client starts every round with a new optimizer state. ``"kept"``: a client
             resumes the optimizer state (momentum, moments) of its last round, which is held in host memory and in
             checkpoints.
@@ -70,6 +76,8 @@ class FederatedTrainer(pl.Trainer):
             ``"follow"``: the rule runs on the substitutes of the channel, as in the FedHAW authors' code.
         client_val_fraction: Fraction of each client's data that is held out of training, for the per-client metrics of
             the run summary. With 0 they are computed on the training data, on at most 1,000 samples per client.
+        client_val: What is held out of each client's data, if it is not a random fraction: a ``HoldOut``. Cannot be
+            combined with ``client_val_fraction``.
         client_eval: Whether the final global model is evaluated on each client's data at the end of ``fit``.
         storage: Where the vectors of the cohort are stored. ``"auto"``: not at all if the rule only needs their
             weighted sum, else on the model's device. ``"device"``: on the model's device. ``"host"``: in host memory.
@@ -98,6 +106,7 @@ class FederatedTrainer(pl.Trainer):
     Attributes:
         federation_summary: The run summary as a plain dict, after ``fit``; empty before.
         federation_options: The federation's arguments; from the beginning of ``fit``, including those of the rule.
+        federation_client: The client at work, during local training and the evaluation of clients; else ``None``.
 
     Raises:
         ValueError: If an argument is not supported in federated training.
@@ -111,6 +120,7 @@ class FederatedTrainer(pl.Trainer):
 
     federation_summary: dict[str, Any]
     federation_options: FederationOptions
+    federation_client: int | None
 
     def __init__(
         self,
@@ -120,16 +130,19 @@ class FederatedTrainer(pl.Trainer):
         alpha: float | None = None,
         partitioner: Partitioner | None = None,
         labels: Any = None,
+        min_client_samples: int | None = None,
         clients_per_round: int | float | None = None,
         sampler: CohortSampler | None = None,
-        local_epochs: int | None = None,
-        local_steps: int | None = None,
+        local_epochs: int | float | Sequence[int | float] | Mapping[int, int | float] | None = None,
+        local_steps: int | Sequence[int] | Mapping[int, int] | None = None,
+        client_lr_scale: float | Sequence[float] | Mapping[int, float] | Callable[[int], float] | None = None,
         optimizer_state: Literal["fresh", "kept"] = "fresh",
         buffers: Literal["average", "keep", "local", "recalibrate"]
         | Mapping[str, Literal["average", "keep", "local", "recalibrate"]] = "average",
         on_nonfinite: Literal["exclude", "raise"] = "exclude",
         empty_round: Literal["skip", "follow"] = "skip",
         client_val_fraction: float = 0.0,
+        client_val: HoldOut | None = None,
         client_eval: bool = True,
         storage: Literal["auto", "device", "host"] = "auto",
         storage_dtype: torch.dtype | None = None,
@@ -148,15 +161,18 @@ class FederatedTrainer(pl.Trainer):
             alpha=alpha,
             partitioner=partitioner,
             labels=labels,
+            min_client_samples=min_client_samples,
             clients_per_round=clients_per_round,
             sampler=sampler,
             local_epochs=local_epochs,
             local_steps=local_steps,
+            client_lr_scale=client_lr_scale,
             optimizer_state=optimizer_state,
             buffers=buffers,
             on_nonfinite=on_nonfinite,
             empty_round=empty_round,
             client_val_fraction=client_val_fraction,
+            client_val=client_val,
             client_eval=client_eval,
             storage=storage,
             storage_dtype=storage_dtype,

@@ -1,10 +1,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import permutations
 
 import pytest
 import torch
 
+from federations import loader, train
+from lightning_fedhaw import (
+    FedAvgCallback,
+    FedAvgMCallback,
+    FederatedCallback,
+    FedLWSCallback,
+    FedNovaCallback,
+    IndexPartitioner,
+)
 from lightning_fedhaw.data.samplers import (
     FixedSequenceSampler,
     FullParticipationSampler,
@@ -118,3 +128,81 @@ def test_bad_cohorts(cohorts):
 def test_samplers_compare_by_value():
     assert UniformSampler(2) == UniformSampler(2) != UniformSampler(3)
     assert FixedSequenceSampler([[1, 0]]) == FixedSequenceSampler(([0, 1],))
+
+
+def exact_draws(weights, count):
+    """The probability of each cohort, and of each cohort whose client k came first, by going through all orders."""
+    cohorts, first = Counter(), Counter()
+    for order in permutations(range(len(weights)), count):
+        probability, rest = 1.0, sum(weights)
+        for client in order:
+            probability *= weights[client] / rest
+            rest -= weights[client]
+        cohorts[tuple(sorted(order))] += probability
+        first[tuple(sorted(order)), order[0]] += probability
+    return cohorts, first
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("weights", [None, [1, 1, 5, 2, 2]])
+def test_sizes_are_not_counted_twice(count, weights):
+    sizes = torch.tensor([10, 20, 30, 40, 100])
+    sampler = WeightedSampler(count, weights)
+    drawn_by = weights or sizes.tolist()
+    cohorts, first = exact_draws(drawn_by, count)
+    expected = torch.zeros(5, dtype=torch.float64)
+    shares = torch.zeros(5, dtype=torch.float64)
+    for cohort, probability in cohorts.items():
+        clients = list(cohort)
+        factors = sampler.inverse_probabilities(clients, num_clients=5, sizes=sizes)
+        exact = [first[cohort, k] / probability / (drawn_by[k] / sum(drawn_by)) for k in clients]
+        assert factors.tolist() == pytest.approx(exact, rel=1e-9)
+        expected[clients] += probability * factors
+        weights_of_rule = sizes[clients] * factors
+        shares[clients] += probability * weights_of_rule / weights_of_rule.sum()
+    assert expected.tolist() == pytest.approx([1.0] * 5)
+    if weights is None:
+        assert shares.tolist() == pytest.approx([0.05, 0.10, 0.15, 0.20, 0.50])
+
+
+def test_two_of_three_by_hand():
+    # P(first 0) = 1/2, then 1: 1/4 of 1/2; first 1 (1/4), then 0: 2/3. P({0, 1}) = 1/4 + 1/6 = 5/12.
+    factors = WeightedSampler(2, [2, 1, 1]).inverse_probabilities([0, 1], num_clients=3, sizes=torch.ones(3))
+    assert factors.tolist() == pytest.approx([1 / 2 / (5 / 12), 2 / 3 / (5 / 12)])
+
+
+def test_equal_chances_need_no_factors():
+    for sampler in (FullParticipationSampler(), UniformSampler(2), FixedSequenceSampler([[0]])):
+        assert sampler.inverse_probabilities([0], num_clients=3, sizes=SIZES[:3]) is None
+
+
+@pytest.mark.parametrize("rule", [FedAvgCallback, FedAvgMCallback, FedLWSCallback, FedNovaCallback])
+def test_rules_that_weigh_by_examples_use_the_factors(rule):
+    sizes = [4, 8, 20]
+    sampler = WeightedSampler(2)
+    weights = []
+
+    class Notes(FederatedCallback):
+        def on_round_end(self, trainer, pl_module, report):
+            weights.append(report.weights)
+
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    parts = IndexPartitioner([range(end - size, end) for size, end in zip(sizes, ends, strict=True)])
+    train(data=loader(32), rounds=3, rule=rule(), callbacks=[Notes()], sampler=sampler, alpha=None, num_clients=3,
+          partitioner=parts, client_eval=False)  # fmt: skip
+    for of_round in weights:
+        clients = list(of_round)
+        factors = sampler.inverse_probabilities(clients, num_clients=3, sizes=torch.tensor(sizes))
+        unnormalized = torch.tensor([sizes[client] for client in clients]) * factors
+        assert list(of_round.values()) == pytest.approx((unnormalized / unnormalized.sum()).tolist())
+
+
+def test_weights_of_another_kind_are_not_touched():
+    weights = []
+
+    class Notes(FederatedCallback):
+        def on_round_end(self, trainer, pl_module, report):
+            weights.extend(report.weights.values())
+
+    train(data=loader(32), rounds=2, rule=FedAvgCallback("uniform"), callbacks=[Notes()], sampler=WeightedSampler(2))
+    assert weights == [0.5] * 4

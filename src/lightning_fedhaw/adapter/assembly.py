@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_fedhaw.adapter.host import TrainerHost
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, datamodule_of, is_development_run
 from lightning_fedhaw.adapter.unsupported import check_callbacks
 from lightning_fedhaw.channel.base import Channel
+from lightning_fedhaw.clients.engine import ClientTask
 from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.data.hold_out import HoldOut
+from lightning_fedhaw.data.labels import find_labels
 from lightning_fedhaw.data.loader_settings import LoaderSettings, training_samples
 from lightning_fedhaw.data.module import FederatedDataModule
 from lightning_fedhaw.data.samplers import CohortSampler, FullParticipationSampler, UniformSampler
+from lightning_fedhaw.data.small_clients import large_clients, only
 from lightning_fedhaw.data.split import split_by_classes
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.objectives.base import find_objectives
+from lightning_fedhaw.observer import FederatedCallback
 from lightning_fedhaw.options import FederationOptions, patterns_of
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.rule import find_rule
@@ -85,22 +91,64 @@ def assign_data(trainer: pl.Trainer, loader: DataLoader[Any], options: Federatio
         seed=options.resolved_seed,
         bulk=settings.bulk,
     )
+    if partition.dropped:
+        samples = len(dataset)  # type: ignore[arg-type]
+        rank_zero_info(f"The split leaves out {partition.dropped} of {samples} samples, as it is defined.")
+    num_clients = len(partition.indices)
+    kept: Sequence[int] = range(num_clients)
+    if options.min_client_samples is not None:
+        kept = large_clients(partition, options.min_client_samples)
+        partition = only(partition, kept)
     clients = ClientData(
         dataset,
         partition,
         settings,
         seed=options.resolved_seed,
-        held_out=options.client_val_fraction,
-        labels=None if classes is None else classes.labels,
+        held_out=_hold_out(options),
+        labels=_labels(dataset, None if classes is None else classes.labels, options),
         class_names=None if classes is None else classes.names,
+        evaluation=_evaluation_data(trainer, settings, options.resolved_seed, num_clients, kept),
     )
-    if partition.dropped:
-        samples = len(dataset)  # type: ignore[arg-type]
-        rank_zero_info(f"The split leaves out {partition.dropped} of {samples} samples, as it is defined.")
     datamodule = datamodule_of(trainer)
     if isinstance(datamodule, FederatedDataModule):
         datamodule.partition_in_use = partition
     return AssignedData(clients, assumed)
+
+
+def _hold_out(options: FederationOptions) -> HoldOut | None:
+    """Return what is held out of each client's data; None for nothing."""
+    if options.client_val_fraction:
+        return HoldOut(options.client_val_fraction)
+    held_out: HoldOut | None = options.client_val
+    return held_out
+
+
+def _labels(dataset: Any, labels: Tensor | None, options: FederationOptions) -> Tensor | None:
+    """Return the labels that the split has found, or find them if the held-out part needs them."""
+    if labels is None and options.client_val is not None and options.client_val.stratify:
+        return find_labels(dataset, options.labels)
+    return labels
+
+
+def _evaluation_data(
+    trainer: pl.Trainer, settings: LoaderSettings, seed: int, num_clients: int, kept: Sequence[int]
+) -> ClientData | None:
+    """Return the data sets on which clients are evaluated, where the data module has one for each.
+
+    Args:
+        trainer: The trainer, which has the data module.
+        settings: How batches are made.
+        seed: The federation's seed.
+        num_clients: The number of clients of the split.
+        kept: Those that take part.
+    """
+    datamodule = datamodule_of(trainer)
+    if not isinstance(datamodule, FederatedDataModule):
+        return None
+    datasets = datamodule.evaluation_sets(num_clients)
+    if datasets is None:
+        return None
+    return ClientData.of_sets([datasets[client] for client in kept], settings, seed=seed)
 
 
 def build_federation(trainer: pl.Trainer, data: ClientData, options: FederationOptions) -> Federation:
@@ -120,8 +168,14 @@ def build_federation(trainer: pl.Trainer, data: ClientData, options: FederationO
     layout = ParameterLayout.of(trainer.lightning_module, patterns_of(options.buffers))
     device = trainer.strategy.root_device
     data.place(_data_device(options.data_device, device, data), channels_last=options.channels_last)
-    host = TrainerHost(trainer, data.device)
+    host = TrainerHost(trainer, data.device_of_batches)
     objectives = find_objectives(callbacks)
+    if rule.needs_learning_rates and options.client_lr_scale is not None:
+        raise ValueError(
+            f"`client_lr_scale` gives clients learning rates of their own, and `{type(rule).__name__}` computes with"
+            " one rate for all of them. Leave `client_lr_scale` out, or use a rule that does not read learning rates,"
+            " such as `FedAvgCallback`."
+        )
     if rule.needs_learning_rates or any(objective.needs_learning_rates for objective in objectives):
         # An optimizer without a rate for every parameter is refused now, and not in the middle of a round.
         host.learning_rates(layout)
@@ -195,6 +249,28 @@ def _batch_limit(trainer: pl.Trainer) -> int | float | None:
     if type(limit) is float and limit == 1.0:
         return None
     return limit
+
+
+def client_observer(trainer: pl.Trainer, federation: Federation) -> Callable[[ClientTask], None]:
+    """Call ``on_client_start`` of all callbacks that have it, with the client's model in the module."""
+    hooks = []
+    for callback in callbacks_of(trainer):
+        is_inherited = getattr(type(callback), "on_client_start", None) is FederatedCallback.on_client_start
+        if hasattr(callback, "on_client_start") and not is_inherited:
+            hooks.append(callback.on_client_start)
+
+    def observe(task: ClientTask) -> None:
+        if not hooks:
+            return
+        federation.server.write(task.start, task.buffers)
+        federation.host.client = task.client
+        try:
+            for hook in hooks:
+                hook(trainer, trainer.lightning_module, task.client)
+        finally:
+            federation.host.client = None
+
+    return observe
 
 
 def _sampler(options: FederationOptions) -> CohortSampler:

@@ -10,7 +10,7 @@ from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop
 from lightning_fedhaw.adapter.loop import RoundLoop
 from lightning_fedhaw.adapter.progress import replace_default_bar
 from lightning_fedhaw.adapter.strategy import FederatedStrategy, never_wrap
-from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, publish_options, publish_summary
+from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, publish_client, publish_options, publish_summary
 from lightning_fedhaw.adapter.unsupported import check_callbacks, check_trainer
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.report.history import add_history
@@ -46,6 +46,7 @@ def attach(trainer: object, options: FederationOptions) -> None:
         never_wrap(trainer.strategy)
     write_atomically(trainer.strategy)
     publish_summary(trainer, {})
+    publish_client(trainer, None)
     # Merged with the trainer's own options and not with those in force: a second `fit` may have another rule.
     loop.options = loop.trainer_options.merged(options)
     publish_options(trainer, loop.options)
@@ -66,3 +67,4 @@ def install_loops(trainer: pl.Trainer, options: FederationOptions) -> None:
     trainer.validate_loop = SharedEvaluationLoop.of(trainer.validate_loop)
     trainer.test_loop = SharedEvaluationLoop.of(trainer.test_loop)
     publish_options(trainer, options)
+    publish_client(trainer, None)

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, datamodule_of
+from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, client_of, datamodule_of, publish_client
 from lightning_fedhaw.clients.steps import is_plain_sgd
 from lightning_fedhaw.rule import Rule
 from lightning_fedhaw.server import step_arguments
@@ -107,6 +107,15 @@ class TrainerHost:
             if datamodule is not None and is_overridden(name, datamodule):
                 return name, getattr(datamodule, name)
         return None
+
+    @property
+    def client(self) -> object:
+        """The client at work, as the module finds it in ``trainer.federation_client``."""
+        return client_of(self.trainer)
+
+    @client.setter
+    def client(self, client: object) -> None:
+        publish_client(self.trainer, client)
 
     @property
     def accumulate(self) -> int:

@@ -26,6 +26,7 @@ from lightning_fedhaw.adapter.assembly import (
     AssignedData,
     assign_data,
     build_federation,
+    client_observer,
     observers,
     options_with_datamodule,
     reset,
@@ -160,6 +161,7 @@ class RoundLoop(_FitLoop):
         federation.check_agreement()
         self._reset_or_resume(federation, previous)
         federation.on_round_start = observers(trainer, "on_round_start")
+        federation.on_client_start = client_observer(trainer, federation)
         federation.on_client_end = observers(trainer, "on_client_end")
         federation.on_round_end = observers(trainer, "on_round_end")
         first_round = self.epoch_loop.global_step

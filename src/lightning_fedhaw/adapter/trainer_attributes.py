@@ -66,3 +66,14 @@ def publish_options(trainer: pl.Trainer, options: FederationOptions) -> None:
 def publish_summary(trainer: pl.Trainer, summary: dict[str, Any]) -> None:
     """Let users find the run summary as ``trainer.federation_summary``."""
     trainer.federation_summary = summary  # type: ignore[attr-defined]
+
+
+def publish_client(trainer: pl.Trainer, client: int | None) -> None:
+    """Let users find the client at work as ``trainer.federation_client``; None if there is none, or no single one."""
+    trainer.federation_client = client  # type: ignore[attr-defined]
+
+
+def client_of(trainer: pl.Trainer) -> int | None:
+    """Return the client at work; None if there is none, or no single one."""
+    client: int | None = trainer.federation_client  # type: ignore[attr-defined]
+    return client

@@ -76,7 +76,7 @@ class AggregationRule(Rule, KeyedCallback):
             ZeroDivisionError: If all weights are zero.
         """
         if self.unnormalized_weight is None:
-            return normalized(cohort.num_examples)
+            return normalized(cohort.example_weights)
         if len(cohort.unnormalized_weights) == len(cohort):
             return normalized(cohort.unnormalized_weights)
         # A cohort that was made by hand: the weights are computed from what it holds.
@@ -125,7 +125,7 @@ def client_weights(cohort: Cohort, weighting: Weighting) -> Tensor:
         ``[K]`` float64, summing to one.
     """
     if weighting == "examples":
-        return normalized(cohort.num_examples)
+        return normalized(cohort.example_weights)
     return normalized(torch.ones(len(cohort)))
 
 
@@ -137,7 +137,22 @@ def _updates_of(cohort: Cohort) -> list[ClientUpdate]:
         num_batches = 0
         if len(cohort.num_batches):
             num_batches = int(cohort.num_batches[slot])
-        update = ClientUpdate(client, num_examples, num_steps, 0, torch.empty(0), num_batches=num_batches)
+        lr_scale = 1.0
+        if cohort.lr_scales is not None:
+            lr_scale = float(cohort.lr_scales[slot])
+        inverse_probability = 1.0
+        if cohort.inverse_probabilities is not None:
+            inverse_probability = float(cohort.inverse_probabilities[slot])
+        update = ClientUpdate(
+            client,
+            num_examples,
+            num_steps,
+            0,
+            torch.empty(0),
+            num_batches=num_batches,
+            lr_scale=lr_scale,
+            inverse_probability=inverse_probability,
+        )
         updates.append(update)
     return updates
 
@@ -145,5 +160,5 @@ def _updates_of(cohort: Cohort) -> list[ClientUpdate]:
 def unnormalized_client_weight(update: ClientUpdate, weighting: Weighting) -> float:
     """Return a client's weight of :func:`client_weights` before normalization."""
     if weighting == "examples":
-        return float(update.num_examples)
+        return float(update.example_weight)
     return 1.0

@@ -62,7 +62,7 @@ class FedAvgCallback(AggregationRule):
         if self.weights is not None:
             return self.weights[update.client]
         if self.weighting == "examples":
-            return float(update.num_examples)
+            return float(update.example_weight)
         if self.weighting == "batches":
             return float(update.num_batches)
         return 1.0

@@ -94,7 +94,7 @@ class FedLWSCallback(AggregationRule):
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Average the local models, and shrink the average layer by layer."""
-        weights = normalized(cohort.num_examples)  # [K]
+        weights = normalized(cohort.example_weights)  # [K]
         groups = server.layout.groups()
         updates = cohort.vectors.displacements
         # Displacements may be stored in host memory or another dtype than the model, and their sum is then too.

@@ -105,8 +105,8 @@ class FedNovaCallback(AggregationRule):
 
     def unnormalized_weight(self, update: ClientUpdate) -> float:
         """Return the factor ``p_k / A_k`` of a client's update before normalization."""
-        work = normalizer(update.num_steps, self.momentum, self.nesterov)
-        return update.num_examples / work if work else 0.0
+        work = normalizer(update.num_steps, self.momentum, self.nesterov) * update.lr_scale
+        return update.example_weight / work if work else 0.0
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Average the normalized updates, and step along the average."""
@@ -115,7 +115,9 @@ class FedNovaCallback(AggregationRule):
         has_worked = work > 0  # [K]
         if not (weights[has_worked].sum() > 0):
             return RuleOutput(cohort.start.clone(), state, weights, {"tau_eff": 0.0})
-        effective_steps = work if self.tau_eff == "normalizer" else cohort.num_steps.double()  # [K]
+        effective_steps = work  # [K]
+        if self.tau_eff == "steps":
+            effective_steps = cohort.num_steps * _lr_scales(cohort)
         # The mean over the clients that worked, because one without a step must not shorten the steps of the others.
         tau_eff = (weights * effective_steps).sum() / weights[has_worked].sum()  # []
         mix = torch.where(has_worked, tau_eff * weights / work, 0.0)  # [K]
@@ -127,12 +129,12 @@ class FedNovaCallback(AggregationRule):
         """Return the shares ``p_k``, ``[K]``, from the normalizers ``A_k``, ``[K]``."""
         has_worked = work > 0  # [K]
         if self.unnormalized_weight is None or not has_worked.any():
-            return normalized(cohort.num_examples)
-        by_examples = torch.where(has_worked, cohort.num_examples / work, 0.0)  # [K]
+            return normalized(cohort.example_weights)
+        by_examples = torch.where(has_worked, cohort.example_weights / work, 0.0)  # [K]
         factors = self.cohort_weights(cohort)  # [K]
         if torch.equal(factors, normalized(by_examples)):
             # Not `factors * work`: a client without a step keeps its share.
-            return normalized(cohort.num_examples)
+            return normalized(cohort.example_weights)
         return normalized(factors * work)
 
     def _work(self, cohort: Cohort) -> Tensor:
@@ -144,4 +146,12 @@ class FedNovaCallback(AggregationRule):
         normalizers: list[float] = []
         for num_steps in cohort.num_steps.tolist():
             normalizers.append(normalizer(num_steps, self.momentum, self.nesterov, proximal))
-        return torch.tensor(normalizers, dtype=torch.float64)
+        # A client whose learning rates are scaled goes so many times as far with each unit of its work.
+        return torch.tensor(normalizers, dtype=torch.float64) * _lr_scales(cohort)
+
+
+def _lr_scales(cohort: Cohort) -> Tensor:
+    """Return each client's own factor on the learning rates, ``[K]`` float64."""
+    if cohort.lr_scales is None:
+        return torch.ones(len(cohort), dtype=torch.float64)
+    return cohort.lr_scales

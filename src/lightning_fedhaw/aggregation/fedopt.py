@@ -92,7 +92,7 @@ class FedOptCallback(AggregationRule):
     def unnormalized_weight(self, update: ClientUpdate) -> float:
         """Return a client's weight before normalization: that of the inner rule, or its number of examples."""
         if self.rule is None or self.rule.unnormalized_weight is None:
-            return float(update.num_examples)
+            return float(update.example_weight)
         return self.rule.unnormalized_weight(update)
 
     def _adopt_inner_needs(self) -> None:

@@ -66,7 +66,7 @@ class QFedAvgCallback(AggregationRule):
         powers = torch.where(cohort.received, losses**self.q, 0.0)  # [K]
         if not powers.any():
             # Only substitutes: nothing is known about the clients' losses.
-            weights = normalized(cohort.num_examples)  # [K]
+            weights = normalized(cohort.example_weights)  # [K]
             return RuleOutput(cohort.start.clone(), state, weights, {"server_step": 0.0})
         displacements = cohort.vectors.displacements
         norms = lipschitz * displacements.norms().to(powers)  # [K], of `u_k`

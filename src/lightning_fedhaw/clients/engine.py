@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_fedhaw.clients.plan import LocalPlan
 from lightning_fedhaw.clients.steps import Host, ScheduleStates, parameters_of
 from lightning_fedhaw.cohort import ClientUpdate
-from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.data.client_data import ClientData, pass_lengths
 from lightning_fedhaw.notes import add_note
 from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named
-from lightning_fedhaw.options import OptimizerState
 from lightning_fedhaw.rule import LocalLRScale
 from lightning_fedhaw.vectors.layout import ParameterLayout
 from lightning_fedhaw.vectors.memory import is_out_of_memory
@@ -34,27 +34,6 @@ Settings = list[list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class LocalPlan:
-    """The local work of a client in a round: a number of epochs, or a number of optimizer steps.
-
-    Attributes:
-        epochs: Passes over the client's data; ``None`` where steps are counted.
-        steps: Optimizer steps; ``None`` where epochs are counted.
-        limit: Batches a pass at most: a number, or a share of the pass.
-        optimizer_state: Whether clients keep their optimizer state from round to round.
-        seed: The federation's seed.
-        channels_last: Whether 4-D parameters are laid out channels-last during local training.
-    """
-
-    epochs: int | None
-    steps: int | None
-    limit: int | float | None
-    optimizer_state: OptimizerState
-    seed: int
-    channels_last: bool = False
-
-
-@dataclass(frozen=True)
 class ClientTask:
     """One client's task in a round: the model it received, and where its displacement is written.
 
@@ -64,12 +43,14 @@ class ClientTask:
         buffers: The buffers it starts from.
         slot: Returns the memory ``[P]``, on the model's device, of the next update. An engine that trains one client
             at a time writes the displacement there, which saves a copy.
+        inverse_probability: The factor on its weight, where chances of being sampled are unequal.
     """
 
     client: int
     start: Tensor
     buffers: Mapping[str, Tensor]
     slot: Callable[[], Tensor]
+    inverse_probability: float = 1.0
 
 
 class EndState(NamedTuple):
@@ -139,17 +120,19 @@ class Engine(ABC):
 
     def cost(self, client: int) -> float:
         """Estimate the cost of a client's task: the number of samples in its local work."""
-        if self.plan.steps is not None:
-            return float(self.plan.steps * self.data.settings.batch_size)
-        return float(len(self.data.train_indices[client]) * (self.plan.epochs or 1))
+        steps = self.plan.steps_of(client)
+        if steps is not None:
+            return float(steps * self.data.settings.batch_size)
+        return float(len(self.data.train_indices[client]) * (self.plan.epochs_of(client) or 1))
 
     def num_steps(self, client: int) -> int:
         """Return the number of optimizer steps that the plan gives a client in a round."""
-        if self.plan.steps is not None:
-            return self.plan.steps
+        steps = self.plan.steps_of(client)
+        if steps is not None:
+            return steps
         # Rounded up: the last batches of a pass make a step even if the accumulation window is not full.
-        steps_per_pass = -(-self.num_batches(client) // self.host.accumulate)
-        return steps_per_pass * (self.plan.epochs or 1)
+        batches_of_passes = pass_lengths(self.num_batches(client), self.plan.epochs_of(client) or 1)
+        return sum(-(-batches // self.host.accumulate) for batches in batches_of_passes)
 
     def num_batches(self, client: int) -> int:
         """Return the number of batches in a pass over a client's data."""
@@ -296,16 +279,22 @@ def restore_settings(optimizers: Sequence[Optimizer], settings: Settings) -> Non
                 group[name] = value.to(device, copy=True)
 
 
-def locate(error: BaseException, circumstances: str, batch_size: int, remedy: str = "") -> None:
+def locate(error: BaseException, circumstances: str, batch_size: int, full_batch: int, remedy: str = "") -> None:
     """Add a note to an error that says when in local training it was raised, and what may help.
 
     Args:
         error: The error.
         circumstances: The clients and the round.
         batch_size: The number of samples in the batch.
+        full_batch: The loader's batch size.
         remedy: What may help, as a sentence that begins with a space.
     """
     if batch_size == 1 and not is_out_of_memory(error):
         # Usually BatchNorm, which cannot normalize a single sample.
-        remedy = " Leave such batches out by the loader's `drop_last=True`, or choose another `batch_size`."
+        remedy = (
+            f" Leave such batches out by the loader's `drop_last=True`, together with"
+            f" `min_client_samples={full_batch}`, which leaves out clients that have less than a batch."
+        )
+        if full_batch == 1:
+            remedy = " Choose a larger `batch_size`."
     add_note(error, f"In local training: {circumstances}, a batch of {batch_size}.{remedy}")

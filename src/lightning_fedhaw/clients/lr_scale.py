@@ -93,7 +93,10 @@ class ScaledOptimizer:
 
 
 def initial_scale_states(
-    lr_scale: LocalLRScale, clients: Sequence[tuple[Mapping[str, Tensor], int]], rates: Sequence[float]
+    lr_scale: LocalLRScale,
+    clients: Sequence[tuple[Mapping[str, Tensor], int]],
+    rates: Sequence[float],
+    own_scales: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
     """Return the clients' states of the scale when a round begins, ``[clients, ...]`` each.
 
@@ -101,8 +104,14 @@ def initial_scale_states(
         lr_scale: The rule's scale.
         clients: For each client, the model that it starts from and its number of optimizer steps.
         rates: The learning rate of each parameter tensor, in the layout's order.
+        own_scales: The clients' own factors on the rates; 1 by default.
     """
-    states = [lr_scale.begin(start, num_steps, rates) for start, num_steps in clients]
+    states = []
+    for number, (start, num_steps) in enumerate(clients):
+        own_rates = rates
+        if own_scales is not None:
+            own_rates = [rate * own_scales[number] for rate in rates]
+        states.append(lr_scale.begin(start, num_steps, own_rates))
     stacks = {}
     for name in states[0]:
         stacks[name] = torch.stack([state[name] for state in states])

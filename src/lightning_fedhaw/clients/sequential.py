@@ -21,6 +21,7 @@ from lightning_fedhaw.clients.engine import (
 )
 from lightning_fedhaw.clients.frozen import FrozenTensors
 from lightning_fedhaw.clients.lr_scale import ScaledOptimizer, ScaledSteps, initial_scale_states
+from lightning_fedhaw.clients.rates import scale_rates, unscaled
 from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.steps import (
     AutomaticStep,
@@ -74,16 +75,24 @@ class SequentialEngine(Engine):
                 for task in tasks:
                     self._load(begin)
                     module_state.restore()
+                    host.client = task.client
+                    scale = self.plan.lr_scale_of(task.client)
+                    if scale != 1.0:
+                        scale_rates(host, scale)
                     update = self._train(task, parameters, step, recorder)
                     frozen.check(task.client)
                     self._has_trained = True
                     yield update
+                    host.client = None
                     if _progress(host.schedules()) > _progress(furthest.schedules):
                         furthest = self._current_state()
+                        if scale != 1.0:
+                            furthest = unscaled(furthest, begin, scale)
                     if host.scaler is not None:
                         scales.append(host.scaler.state_dict())
             end = furthest._replace(scales=scales)
         finally:
+            host.client = None
             module_state.restore()
             for optimizer, states in zip(host.optimizers, self.initial_states, strict=True):
                 restore_states(optimizer, states)
@@ -186,13 +195,12 @@ class SequentialEngine(Engine):
         host = self.host
         plan = self.plan
         counts = StepCounts()
-        num_batches = None
-        if plan.steps is not None:
-            num_batches = plan.steps * host.accumulate
+        num_batches = plan.steps_of(client)
+        if num_batches is not None:
+            num_batches = num_batches * host.accumulate
+        epochs = plan.epochs_of(client)
         skips_pass = False
-        for batch in self.data.batches(
-            client, host.round, epochs=plan.epochs, num_batches=num_batches, limit=plan.limit
-        ):
+        for batch in self.data.batches(client, host.round, epochs=epochs, num_batches=num_batches, limit=plan.limit):
             if batch.index == 0:
                 skips_pass = False
             if skips_pass:
@@ -208,7 +216,8 @@ class SequentialEngine(Engine):
                 host.on_batch_end(outputs, data, batch.index)
             except Exception as error:
                 # The user's code may raise anything; the error is raised again, with a note that says where.
-                locate(error, f"client {client}, round {host.round}", batch.size)
+                full_batch = self.data.settings.batch_size
+                locate(error, f"client {client}, round {host.round}", batch.size, full_batch)
                 raise
         return counts
 
@@ -250,6 +259,8 @@ class SequentialEngine(Engine):
             logged=recorder.collect(),
             memory=memory,
             num_batches=self.num_batches(client),
+            lr_scale=self.plan.lr_scale_of(client),
+            inverse_probability=task.inverse_probability,
         )
 
     def _end_buffers(self, task: ClientTask) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any, Protocol, cast
 
@@ -37,6 +37,8 @@ class Host(Protocol):
     module: pl.LightningModule
     scaler: torch.amp.GradScaler | None
     device: torch.device
+    client: object
+    """The client whose data the module is given; ``None`` at other times. The module can ask for it."""
 
     @property
     def callbacks(self) -> Sequence[pl.Callback]:
@@ -111,6 +113,15 @@ class Host(Protocol):
 
     def load_schedules(self, states: ScheduleStates) -> None:
         """Restore the states that :meth:`schedules` returned."""
+
+
+@contextmanager
+def turns(host: Host) -> Iterator[None]:
+    """Let clients take turns inside the context; at its end it is nobody's."""
+    try:
+        yield
+    finally:
+        host.client = None
 
 
 class StepCounts:

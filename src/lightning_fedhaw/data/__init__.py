@@ -2,6 +2,7 @@
 
 from lightning_fedhaw.data.dogs import StanfordDogs
 from lightning_fedhaw.data.features import cache_features
+from lightning_fedhaw.data.hold_out import HoldOut
 from lightning_fedhaw.data.labels import find_labels
 from lightning_fedhaw.data.module import FederatedDataModule
 from lightning_fedhaw.data.partitioners import (
@@ -34,6 +35,7 @@ __all__ = [
     "FederatedDataModule",
     "FixedSequenceSampler",
     "FullParticipationSampler",
+    "HoldOut",
     "HybridDirichletPartitioner",
     "IIDPartitioner",
     "IndexPartitioner",

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from math import ceil
 from typing import Any
 
 import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from lightning_fedhaw.data.class_histogram import ClassHistogram, class_histogram
+from lightning_fedhaw.data.hold_out import HoldOut
 from lightning_fedhaw.data.labels import ClassLabels
 from lightning_fedhaw.data.loader_settings import LoaderSettings
 from lightning_fedhaw.data.partitioners.partition import Partition, swap_labels
@@ -54,9 +56,10 @@ class ClientData:
         partition: The samples of each client.
         settings: How batches are made.
         seed: The federation's seed.
-        held_out: Share of each client's samples that is kept out of training.
+        held_out: What is held out of each client's data; nothing by default.
         labels: Labels ``[samples]`` of the data set, if they are known.
         class_names: The name of each class, where labels number names.
+        evaluation: The clients' own data sets for evaluation, where they have some.
     """
 
     def __init__(
@@ -66,9 +69,10 @@ class ClientData:
         settings: LoaderSettings,
         *,
         seed: int,
-        held_out: float = 0.0,
+        held_out: HoldOut | None = None,
         labels: Tensor | None = None,
         class_names: tuple[str, ...] | None = None,
+        evaluation: ClientData | None = None,
     ) -> None:
         self.dataset = dataset
         self.labels = labels
@@ -77,20 +81,49 @@ class ClientData:
         self.settings = settings
         self.seed = seed
         self._channels_last = False
-        self.train_indices, self.held_out_indices = _hold_out(partition.indices, held_out, seed)
+        self.evaluation = evaluation
+        self.train_indices = tuple(partition.indices)
+        self.held_out_indices = tuple(samples[:0] for samples in partition.indices)
+        if held_out is not None:
+            self.held_out_indices = tuple(
+                held_out.hold_out(partition.indices, seed=seed, dataset=dataset, labels=labels)
+            )
+            self.train_indices = tuple(
+                samples[~torch.isin(samples, held)]
+                for samples, held in zip(partition.indices, self.held_out_indices, strict=True)
+            )
         if settings.draws is not None:
             settings.draws.check_clients(self.train_indices)
         if settings.drop_last:
             self._check_whole_batches()
+
+    @classmethod
+    def of_sets(cls, datasets: Sequence[Dataset[Any]], settings: LoaderSettings, *, seed: int) -> ClientData:
+        """Make the data of clients that have a data set each.
+
+        Args:
+            datasets: One map-style data set per client.
+            settings: How batches are made.
+            seed: The federation's seed.
+        """
+        ends = list(itertools.accumulate(len(dataset) for dataset in datasets))  # type: ignore[arg-type]
+        indices = tuple(torch.arange(begin, end) for begin, end in itertools.pairwise([0, *ends]))
+        # Evaluation uses every sample.
+        return cls(ConcatDataset(datasets), Partition(indices), replace(settings, drop_last=False), seed=seed)
 
     def _check_whole_batches(self) -> None:
         """Refuse clients with less than a batch of samples, since incomplete batches are left out."""
         batch_size = self.settings.batch_size
         short = [client for client in range(self.num_clients) if self.samples_per_pass(client) < batch_size]
         if short:
+            # Of samples before any is held out, which is what `min_client_samples` counts.
+            enough = 1 + max(len(self.partition.indices[client]) for client in short)
+            remedy = f"Leave such clients out by `min_client_samples={enough}`, or set a smaller `batch_size`."
+            if enough > self.partition.sizes.max():
+                remedy = "Set a smaller `batch_size`."
             raise ValueError(
                 f"`drop_last=True` leaves clients {short[:10]} without a batch: they have fewer than"
-                f" `batch_size`={batch_size} samples. Set `drop_last=False` or a smaller `batch_size`."
+                f" `batch_size`={batch_size} training samples. {remedy}"
             )
 
     @cached_property
@@ -143,7 +176,20 @@ class ClientData:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors in memory."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors or ())
+        own = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors or ())
+        return own + (self.evaluation.nbytes if self.evaluation is not None else 0)
+
+    @property
+    def has_held_out_data(self) -> bool:
+        """Whether clients are evaluated on other data than they train on."""
+        return self.evaluation is not None or any(len(samples) for samples in self.held_out_indices)
+
+    @property
+    def device_of_batches(self) -> torch.device | None:
+        """The device of all batches, those for evaluation included; ``None`` if it is not known."""
+        if self.evaluation is not None and self.evaluation.device != self.device:
+            return None
+        return self.device
 
     def place(self, device: torch.device | None = None, *, channels_last: bool = False) -> None:
         """Choose the device of tensors in memory and the layout of batches; the data set itself does not change.
@@ -153,6 +199,8 @@ class ClientData:
             channels_last: Whether 4-D tensors ``[B, C, H, W]`` are laid out channels-last: tensors in memory in this
                 call, other data batch by batch.
         """
+        if self.evaluation is not None:
+            self.evaluation.place(device, channels_last=channels_last)
         placed = None
         if self._tensors is not None:
             placed = tuple(self._placed(tensor, device, channels_last) for tensor in self._tensors)
@@ -175,6 +223,8 @@ class ClientData:
         # The value of the `cached_property`: its next use reads the data set again.
         vars(self).pop("_tensors", None)
         self._channels_last = False
+        if self.evaluation is not None:
+            self.evaluation.release()
 
     def gather(self, index: Tensor) -> list[Tensor]:
         """Take rows of the tensors in memory.
@@ -203,7 +253,7 @@ class ClientData:
         client: int,
         round_idx: int,
         *,
-        epochs: int | None = None,
+        epochs: int | float | None = None,
         num_batches: int | None = None,
         limit: int | float | None = None,
     ) -> Iterator[Tensor]:
@@ -214,7 +264,7 @@ class ClientData:
         Args:
             client: The client's number.
             round_idx: The round's number.
-            epochs: Passes over the client's data; or
+            epochs: Passes over the client's data, the last of which may be a fraction; or
             num_batches: batches in total, over as many passes as that takes.
             limit: Batches in a pass, at most: a number, or a share of the pass.
 
@@ -224,19 +274,18 @@ class ClientData:
         samples = self.train_indices[client]
         generator = stream(self.seed, "client", client, "round", round_idx, "batches")
         per_pass = self.batches_per_pass(self.samples_per_pass(client), limit)
-        passes: Iterable[int] = itertools.count()
+        lengths: Iterable[int] = itertools.repeat(per_pass)
         if epochs is not None:
-            passes = range(epochs)
+            lengths = pass_lengths(per_pass, epochs)
         remaining = num_batches
-        for _ in passes:
+        for count in lengths:
             order = samples
             if self.settings.draws is not None:
                 order = self.settings.draws.order(samples, generator)
             elif self.settings.shuffle:
                 order = samples.index_select(0, torch.randperm(len(samples), generator=generator))
-            count = per_pass
             if remaining is not None:
-                count = min(per_pass, remaining)
+                count = min(count, remaining)
             # With `drop_last` or a limit, a pass does not use all samples.
             yield order[: count * self.settings.batch_size]
             if remaining is not None:
@@ -249,7 +298,7 @@ class ClientData:
         client: int,
         round_idx: int,
         *,
-        epochs: int | None = None,
+        epochs: int | float | None = None,
         num_batches: int | None = None,
         limit: int | float | None = None,
     ) -> Iterator[Batch]:
@@ -268,13 +317,17 @@ class ClientData:
     def evaluation_batches(self, client: int, at_most: int) -> Iterator[Batch]:
         """Make batches to evaluate a model on a client, in the order of the data set.
 
-        They are made of its held-out samples, or of its training samples if none are held out.
+        They are made of its own data set for evaluation; without one of its held-out samples, or of its training
+        samples if none are held out.
 
         Args:
             client: The client's number.
             at_most: The largest number of samples. If there are more, this many are drawn; the draw depends on the
                 client alone.
         """
+        if self.evaluation is not None:
+            yield from self.evaluation.evaluation_batches(client, at_most)
+            return
         samples = self.held_out_indices[client]
         if not len(samples):
             samples = self.train_indices[client]
@@ -347,6 +400,26 @@ class ClientData:
             yield data, len(chunk)
 
 
+def pass_lengths(per_pass: int, epochs: int | float) -> list[int]:
+    """Count the batches of each pass; the last pass of a fractional number of epochs is cut short, rounded up.
+
+    Args:
+        per_pass: Batches of a whole pass.
+        epochs: The number of passes.
+
+    Example:
+        >>> pass_lengths(10, 2), pass_lengths(10, 1.25), pass_lengths(2, 0.25)
+        ([10, 10], [10, 3], [1])
+    """
+    whole = int(epochs)
+    lengths = [per_pass] * whole
+    # Less a little, because 1.1 - 1 is a little more than 0.1, and 0.1 of 10 batches is one.
+    batches = ceil((epochs - whole) * per_pass - 1e-9)
+    if batches:
+        lengths.append(batches)
+    return lengths
+
+
 class _SwappedLabels(Dataset[Any]):
     """The data set of a client in whose labels two classes are swapped."""
 
@@ -378,28 +451,3 @@ def _channels_last(tensor: Tensor) -> Tensor:
     if tensor.ndim != 4:
         return tensor
     return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def _hold_out(indices: Sequence[Tensor], share: float, seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Divide each client's samples into training samples and held-out samples.
-
-    Args:
-        indices: For each client the indices of its samples.
-        share: The share of a client's samples that is held out.
-        seed: The federation's seed.
-
-    Returns:
-        The training indices and the held-out indices of each client.
-    """
-    if share == 0.0:
-        return tuple(indices), tuple(samples[:0] for samples in indices)
-    train = []
-    held_out = []
-    for client, samples in enumerate(indices):
-        # At least one sample is held out, and at least one remains, without which a client could not train.
-        count = max(1, round(share * len(samples)))
-        count = min(count, len(samples) - 1)
-        order = torch.randperm(len(samples), generator=stream(seed, "client", client, "held out"))
-        held_out.append(samples[order[:count].sort().values])
-        train.append(samples[order[count:].sort().values])
-    return tuple(train), tuple(held_out)

@@ -39,8 +39,9 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         num_clients: N. Default: the trainer's or the rule's ``num_clients``, else 10.
         partitioner: How ``train`` is split. Default: a Dirichlet(0.1) split where labels are found, else IID.
         batch_size: Samples in a batch. Default: 32, or that of the existing data module.
-        val: Validation data of the server: a data set, or ready loaders.
-        test: Test data, likewise.
+        val: Validation data: a data set, or ready loaders; or a list with one data set per client. The global model is
+            validated on all of these together, and each client is evaluated on its own after the last round.
+        test: Test data, likewise. Clients are evaluated on their own ``test`` where ``val`` is not theirs.
         proxy: Server data for rules that need some: a data set, or a number of samples that is cut from the training
             data, the same for every class.
         labels: Labels for a label-skewed split: an array ``[samples]``, or a callable that takes the data set.
@@ -69,8 +70,8 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         num_clients: int | None = None,
         partitioner: Partitioner | None = None,
         batch_size: int | None = None,
-        val: Source | None = None,
-        test: Source | None = None,
+        val: Source | Sequence[Dataset[Any]] | None = None,
+        test: Source | Sequence[Dataset[Any]] | None = None,
         proxy: Dataset[Any] | int | None = None,
         *,
         labels: Any = None,
@@ -88,8 +89,9 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         self.partitioner: Partitioner | None = options.partitioner
         self.batch_size = arguments.optional(arguments.integer, "batch_size", batch_size, minimum=1)
         self.labels = labels
-        self._val = val
-        self._test = test
+        self._client_sets = {"val": _client_sets("val", val), "test": _client_sets("test", test)}
+        self._val = _all_together(val, self._client_sets["val"])
+        self._test = _all_together(test, self._client_sets["test"])
         self._proxy = _checked_proxy(proxy)
         self._loader_options: dict[str, Any] = {
             "num_workers": arguments.integer("num_workers", num_workers, minimum=0),
@@ -101,6 +103,8 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         self.partition_in_use: Partition | None = None
         self._train: Dataset[Any] | None = self._checked_train(train)
         self._proxy_set: Dataset[Any] | None = None
+        if self.num_clients is not None:
+            self.evaluation_sets(self.num_clients)
         # Of an existing data module's training loader, once it is set up.
         self._source: Dataset[Any] | None = None
         self._fetches_in_bulk = False
@@ -303,6 +307,23 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
             draw_histogram(histogram.counts, path, class_names)
         return format_histogram(histogram.counts, class_names)
 
+    def evaluation_sets(self, num_clients: int) -> list[Dataset[Any]] | None:
+        """Return the data set on which each client is evaluated: of ``val``, else of ``test``, else None.
+
+        Args:
+            num_clients: The number of clients of the split.
+
+        Raises:
+            ValueError: If there is not one for each client.
+        """
+        for name, datasets in self._client_sets.items():
+            if datasets is not None and len(datasets) != num_clients:
+                raise ValueError(
+                    f"`{name}` must be a data set, loaders, or one data set for each of the {num_clients} clients, got"
+                    f" {len(datasets)}."
+                )
+        return self._client_sets["val"] or self._client_sets["test"]
+
     # -----------------------------------------------------------------------------------------------------------------
     # Loaders
     # -----------------------------------------------------------------------------------------------------------------
@@ -389,6 +410,33 @@ def _checked_proxy(proxy: Any) -> Dataset[Any] | int | None:
         "`proxy` must be a data set with a length, or a whole number of training samples to set aside, got"
         f" {type(proxy).__name__}."
     )
+
+
+def _client_sets(name: str, source: Any) -> list[Dataset[Any]] | None:
+    """Return one data set per client; None where the argument is a data set or loaders.
+
+    Args:
+        name: The argument.
+        source: Its value.
+    """
+    if not isinstance(source, (list, tuple)) or any(isinstance(entry, DataLoader) for entry in source):
+        return None
+    for client, dataset in enumerate(source):
+        is_map_style = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        if not is_map_style or not len(dataset):
+            raise ValueError(
+                f"`{name}` as a list must hold loaders, or one map-style data set with samples per client, got"
+                f" {type(dataset).__name__} for client {client}."
+            )
+    return list(source)
+
+
+def _all_together(source: Any, datasets: Sequence[Dataset[Any]] | None) -> Source | None:
+    """Return the data of all clients where each has a data set, else the source itself."""
+    if datasets is not None:
+        return ConcatDataset(datasets)
+    loaders: Source | None = source
+    return loaders
 
 
 def _map_style(dataset: Any) -> Any:

@@ -37,6 +37,22 @@ class CohortSampler(arguments.NamedArguments, ABC):
             ValueError: If the sampler's arguments do not fit the federation.
         """
 
+    def inverse_probabilities(self, clients: Sequence[int], *, num_clients: int, sizes: Tensor) -> Tensor | None:
+        """Return the factors on the clients' weights that make up for unequal chances of being chosen.
+
+        Rules that weigh clients by their examples multiply these weights by them. In expectation over the draw, a sum
+        over the chosen clients with these factors is the sum over all clients.
+
+        Args:
+            clients: A cohort that :meth:`sample` returned.
+            num_clients: N.
+            sizes: Training samples of each client, ``[N]``.
+
+        Returns:
+            ``[K]`` float64; ``None`` where all clients have the same chance, or where chances are not defined.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class FullParticipationSampler(CohortSampler):
@@ -76,6 +92,10 @@ class UniformSampler(CohortSampler):
 class WeightedSampler(CohortSampler):
     """Each round a random set of clients, drawn one after the other with probabilities in proportion to their weights.
 
+    A rule that also weighs by examples would count sizes twice. So it divides by the probabilities, with the factors of
+    M. N. Murthy: Ordered and Unordered Estimators in Sampling without Replacement. Sankhya 18, 1957. With weights that
+    are the clients' sizes, the expected weight of a client is its share of all examples.
+
     Attributes:
         clients_per_round: As for :class:`UniformSampler`.
         weights: Non-negative weight of each client, ``[N]``; a client of weight 0 is never drawn. Default: the
@@ -99,11 +119,7 @@ class WeightedSampler(CohortSampler):
     def sample(self, round_idx: int, *, num_clients: int, sizes: Tensor, seed: int) -> list[int]:
         """Draw a cohort by weight, without replacement; see :meth:`CohortSampler.sample`."""
         cohort_size = _cohort_size(self.clients_per_round, num_clients)
-        weights = torch.as_tensor(sizes, dtype=torch.float64, device="cpu")
-        if self.weights is not None:
-            weights = torch.tensor(self.weights, dtype=torch.float64)
-        if len(weights) != num_clients:
-            raise ValueError(f"`weights` must have one entry per client ({num_clients}), got {len(weights)}.")
+        weights = self._weights(num_clients, sizes)
         num_positive = int((weights > 0).sum())
         if num_positive < cohort_size:
             raise ValueError(
@@ -113,6 +129,36 @@ class WeightedSampler(CohortSampler):
         generator = stream(seed, "cohort", round_idx)
         clients = torch.multinomial(weights, cohort_size, replacement=False, generator=generator)
         return sorted(clients.tolist())
+
+    def inverse_probabilities(self, clients: Sequence[int], *, num_clients: int, sizes: Tensor) -> Tensor | None:
+        """Return Murthy's factors ``P(S | k is drawn first) / P(S)`` of the clients k in the cohort S.
+
+        See :meth:`CohortSampler.inverse_probabilities`. Their expectation is 1 for every client of positive weight.
+        """
+        probabilities = self._weights(num_clients, sizes)
+        probabilities = probabilities / probabilities.sum()
+        chosen = probabilities[list(clients)]
+        rest = float(probabilities.sum() - chosen.sum())
+        if rest < 1e-12:
+            # All clients were drawn, as they always are.
+            return torch.ones_like(chosen)
+        # Drawing without replacement is a race of clocks that ring at the rates p_k: S are those that rang before the
+        # first of the others, which rings at the rate R. So P(S) is the integral of R exp(-R t) times the product of
+        # 1 - exp(-p_j t) over S, and with k drawn first the factor of k is absent. With the logarithm of R t as the
+        # variable, both integrands are smooth and decay at both ends, where the trapezoidal rule is exact to rounding.
+        time = torch.linspace(-40.0, 4.2, 1000, dtype=torch.float64).exp()
+        rung = -torch.expm1(-time[:, None] * (chosen / rest))  # [times, K]
+        density = torch.softmax(time.log() - time + rung.log().sum(dim=1), dim=0)  # [times]
+        return density @ rung.reciprocal()
+
+    def _weights(self, num_clients: int, sizes: Tensor) -> Tensor:
+        """Return the weight of each client, ``[N]`` float64."""
+        weights = torch.as_tensor(sizes, dtype=torch.float64, device="cpu")
+        if self.weights is not None:
+            weights = torch.tensor(self.weights, dtype=torch.float64)
+        if len(weights) != num_clients:
+            raise ValueError(f"`weights` must have one entry per client ({num_clients}), got {len(weights)}.")
+        return weights
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_fedhaw.clients.records import LogRecorder
-from lightning_fedhaw.clients.steps import Host
+from lightning_fedhaw.clients.steps import Host, turns
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.federation.buffer_kinds import BufferKinds
@@ -246,8 +246,14 @@ class Buffers:
         module = self.host.module
         norms = self._norms()
         limit = max(1, RECALIBRATION_BATCHES // len(clients))
-        with _cumulative_statistics(norms), isolated_randomness(self.host.device), LogRecorder(module):
+        with (
+            _cumulative_statistics(norms),
+            isolated_randomness(self.host.device),
+            LogRecorder(module),
+            turns(self.host),
+        ):
             for client in clients:
+                self.host.client = client
                 seed_randomness(
                     seed_of(self.seed, "client", client, "round", round_idx, "recalibrate"), self.host.device
                 )

@@ -78,6 +78,7 @@ class ClientEvaluation:
         try:
             shares = self.ranks.exchange(self._evaluate_share)
         finally:
+            self.host.client = None
             snapshot.restore()
         return self._merged(shares)
 
@@ -89,6 +90,7 @@ class ClientEvaluation:
             LogRecorder(self.host.module, self.host.callbacks) as recorder,
         ):
             for client in range(self.ranks.rank, self.data.num_clients, self.ranks.size):
+                self.host.client = client
                 seed_randomness(seed_of(self.seed, "client", client, "evaluation"), self.host.device)
                 for batch in self.data.evaluation_batches(client, EVALUATION_CAP):
                     recorder.batch_size = batch.size

@@ -14,13 +14,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_fedhaw.channel.base import Channel, Link
 from lightning_fedhaw.clients.choice import choose
-from lightning_fedhaw.clients.engine import ClientTask, Engine, LocalPlan
+from lightning_fedhaw.clients.engine import ClientTask, Engine
+from lightning_fedhaw.clients.plan import LocalPlan
 from lightning_fedhaw.clients.records import merge
 from lightning_fedhaw.clients.sequential import SequentialEngine
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data.client_data import ClientData
-from lightning_fedhaw.data.samplers import CohortSampler, FullParticipationSampler, UniformSampler
+from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
 from lightning_fedhaw.federation.full_gradient import FullGradient
@@ -38,6 +39,7 @@ from lightning_fedhaw.federation.records import (
     cohort_of,
 )
 from lightning_fedhaw.federation.run_state import RunState
+from lightning_fedhaw.federation.sampling import Sampling
 from lightning_fedhaw.federation.screening import Screening
 from lightning_fedhaw.federation.shared_states import SharedStates
 from lightning_fedhaw.federation.stores import RoundStores, VectorStore, make_store
@@ -78,6 +80,7 @@ class Federation:
         engine: The engine that trains clients; see :meth:`choose_engine`.
         in_round: Whether a round is running, so that the module may hold a client's model.
         on_round_start: Called with the round's number and the clients that were sampled.
+        on_client_start: Called with each task of this process, when an engine asks for it.
         on_client_end: Called with each update of this process.
         on_round_end: Called with the round's report.
     """
@@ -99,17 +102,17 @@ class Federation:
         self.host = host
         self.server = server
         self.data = data
-        self.sampler = sampler
         self.rule = rule
         self.options = options
         self.seed = options.resolved_seed
-        self.cohort_cap = cohort_cap
+        self.sampling = Sampling(sampler, data, self.seed, cohort_cap)
         self.ranks = ranks or Ranks()
         channels = [callback for callback in callbacks if isinstance(callback, Channel)]
         objectives = find_objectives(callbacks)
         _check_objectives(objectives, host)
         self.buffers = Buffers(options.buffers, host, server, data, self.seed)
-        self.engine: Engine = SequentialEngine(host, self.layout, data, self._local_plan(limit), objectives)
+        plan = LocalPlan.of(options, limit, data.num_clients)
+        self.engine: Engine = SequentialEngine(host, self.layout, data, plan, objectives)
         self.engine.gradient = FullGradient(host, server, data, self.seed).compute
         self.initial_losses = InitialLosses(host, server, data, rule, self.buffers, self.seed)
         self.shared_states = SharedStates(objectives, self.layout, data.num_clients, rule, options, self.ranks)
@@ -121,6 +124,7 @@ class Federation:
         self.run_state = self._make_run_state(objectives)
         self.in_round = False
         self.on_round_start: Callable[[int, list[int]], None] = _ignore
+        self.on_client_start: Callable[[ClientTask], None] = _ignore
         self.on_client_end: Callable[[ClientUpdate], None] = _ignore
         self.on_round_end: Callable[[Report], None] = _ignore
 
@@ -138,7 +142,7 @@ class Federation:
         drawn_uniformly = None
         if self.uplink or self.downlink:
             # Only for channels, because it asks the sampler for a cohort.
-            drawn_uniformly = self._uniform_cohort_size()
+            drawn_uniformly = self.sampling.uniform_cohort_size()
         self.transport.prepare(
             self.data.num_examples, self.rule, drawn_uniformly=drawn_uniformly, clients_remember=clients_remember
         )
@@ -213,43 +217,8 @@ class Federation:
         return reason
 
     def cohort(self, round_idx: int) -> list[int]:
-        """Draw the clients of a round.
-
-        Raises:
-            ValueError: If the sampler names a client twice, or one that does not exist.
-        """
-        count = self.data.num_clients
-        sampled = self.sampler.sample(round_idx, num_clients=count, sizes=self.data.num_examples, seed=self.seed)
-        # In ascending order, so that sums over clients do not depend on the sampler's order.
-        clients = sorted(int(client) for client in sampled)
-        if len(set(clients)) != len(clients) or any(not 0 <= client < count for client in clients):
-            raise ValueError(
-                f"`sampler` ({type(self.sampler).__name__}) must name distinct clients of 0 to {count - 1}, got"
-                f" {clients} for round {round_idx}."
-            )
-        return clients[: self.cohort_cap]
-
-    def _local_plan(self, limit: int | float | None) -> LocalPlan:
-        """Return the local work of a client in a round."""
-        epochs = None
-        if self.options.local_steps is None:
-            epochs = self.options.local_epochs or 1
-        return LocalPlan(
-            epochs=epochs,
-            steps=self.options.local_steps,
-            limit=limit,
-            optimizer_state=self.options.optimizer_state,
-            seed=self.seed,
-            channels_last=self.options.channels_last,
-        )
-
-    def _uniform_cohort_size(self) -> int | None:
-        """Return the size of a cohort, if all sets of that size are equally likely; else ``None``."""
-        # A class derived from these may sample in another way.
-        draws_uniformly = type(self.sampler) in (FullParticipationSampler, UniformSampler)
-        if not draws_uniformly or self.cohort_cap is not None:
-            return None
-        return len(self.cohort(0))
+        """Draw the clients of a round; see :meth:`Sampling.cohort`."""
+        return self.sampling.cohort(round_idx)
 
     # ------------------------------------------------------------------ a round
 
@@ -299,7 +268,8 @@ class Federation:
         if self.transport.may_be_outdated:
             self.shared_states.record_broadcast(broadcast.up_to_date)
         lost = self.transport.uplink_outages(round_idx, list(broadcast.models))
-        return RoundPlan(round_idx, clients, start, broadcast.models, lost)
+        factors = self.sampling.inverse_probabilities(clients)
+        return RoundPlan(round_idx, clients, start, broadcast.models, lost, factors)
 
     def _local_lr_scale(self) -> LocalLRScale | None:
         """Return the rule's scale of the clients' learning rates in this round; ``None`` without one.
@@ -370,7 +340,10 @@ class Federation:
         """Yield one task after another, each when the engine asks for it."""
         for client in own_clients:
             if client not in plan.lost:
-                yield ClientTask(client, plan.models[client], self.buffers.start(client), store.slot)
+                buffers = self.buffers.start(client)
+                task = ClientTask(client, plan.models[client], buffers, store.slot, plan.inverse_probability(client))
+                self.on_client_start(task)
+                yield task
 
     def _next_update(self, updates: Generator[ClientUpdate, None, None]) -> ClientUpdate | None:
         """Let the engine train until the next update; ``None`` after the last one."""
@@ -407,6 +380,8 @@ class Federation:
             num_skipped=0,
             displacement=substitute.displacement,
             num_batches=self.engine.num_batches(client),
+            lr_scale=self.engine.plan.lr_scale_of(client),
+            inverse_probability=plan.inverse_probability(client),
         )
 
     def _record(self, update: ClientUpdate, store: VectorStore, *, received: bool) -> UpdateRecord:

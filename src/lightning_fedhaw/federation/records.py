@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.clients.engine import EndState
 from lightning_fedhaw.clients.records import Logged, values_of
-from lightning_fedhaw.cohort import ClientUpdate, Cohort
+from lightning_fedhaw.cohort import ClientUpdate, Cohort, factors_of
 from lightning_fedhaw.rule import Rule
 from lightning_fedhaw.vectors.base import CohortVectors
 
@@ -75,6 +75,7 @@ class RoundPlan:
         start: ``[P]``, the global parameters that are broadcast.
         models: The model ``[P]`` that each client starts from; a client that received nothing and has none is absent.
         lost: The clients whose update will be lost, with the channel that loses it; they do not train.
+        inverse_probabilities: Factors on the clients' weights, where their chances of being sampled are unequal.
     """
 
     round: int
@@ -82,6 +83,11 @@ class RoundPlan:
     start: Tensor
     models: Mapping[int, Tensor]
     lost: Mapping[int, Channel]
+    inverse_probabilities: Mapping[int, float] = field(default_factory=dict)
+
+    def inverse_probability(self, client: int) -> float:
+        """Return the factor on a client's weight."""
+        return self.inverse_probabilities.get(client, 1.0)
 
     @property
     def trainees(self) -> list[int]:
@@ -184,6 +190,8 @@ def cohort_of(
         logged=tuple(values_of(update.logged) for update in updates),
         unnormalized_weights=torch.tensor(weights, dtype=torch.float64),
         initial_losses=torch.tensor(losses, dtype=torch.float64),
+        lr_scales=factors_of([update.lr_scale for update in updates]),
+        inverse_probabilities=factors_of([update.inverse_probability for update in updates]),
     )
 
 

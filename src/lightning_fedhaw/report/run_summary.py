@@ -133,7 +133,7 @@ def run_summary(
         learned=learned,
         channel_numbers=channel_numbers,
         client_metrics=client_metrics,
-        has_held_out_data=bool(federation.options.client_val_fraction),
+        has_held_out_data=federation.data.has_held_out_data,
         bytes_down=tally.bytes_down,
         bytes_up=tally.bytes_up,
         lost_messages=tally.lost_messages,

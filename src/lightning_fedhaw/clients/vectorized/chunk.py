@@ -11,13 +11,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_fedhaw.clients.engine import ClientTask, Engine
 from lightning_fedhaw.clients.lr_scale import ScaledSteps, initial_scale_states
+from lightning_fedhaw.clients.rates import scaled_rates
 from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.clients.steps import parameters_of
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep, StepInputs
 from lightning_fedhaw.clients.vectorized.compiled import CompiledStep
 from lightning_fedhaw.clients.vectorized.optimizers import RowIndex, StackedOptimizer
 from lightning_fedhaw.clients.vectorized.trial import Facts
-from lightning_fedhaw.cohort import ClientUpdate
+from lightning_fedhaw.cohort import ClientUpdate, factors_of
 from lightning_fedhaw.data.partitioners.partition import swap_labels
 from lightning_fedhaw.isolation import seed_randomness
 from lightning_fedhaw.objectives.base import ClientState, Named
@@ -83,7 +84,9 @@ class Chunk:
         round_idx = self.engine.host.round
         orders = []
         for task in tasks:
-            passes = data.orders(task.client, round_idx, epochs=plan.epochs, num_batches=plan.steps, limit=plan.limit)
+            epochs = plan.epochs_of(task.client)
+            num_batches = plan.steps_of(task.client)
+            passes = data.orders(task.client, round_idx, epochs=epochs, num_batches=num_batches, limit=plan.limit)
             orders.append(list(passes))
         totals = [_num_samples(passes) for passes in orders]
         # `sorted` is stable, so that clients with equally many samples stay in the order of the tasks.
@@ -143,13 +146,18 @@ class Chunk:
             self.states.append(stacks)
 
     def _load_lr_scale(self) -> None:
-        """Stack the clients' states of the learning-rate scale, where the rule has one."""
+        """Stack the clients' own factors on the learning rates, and the states of the rule's scale."""
         engine = self.engine
         layout = engine.layout
         self.scaled_steps: ScaledSteps | None = None
+        own_scales = [engine.plan.lr_scale_of(client) for client in self.clients]
+        self.lr_scales = factors_of(own_scales)
+        if self.lr_scales is not None:
+            self.lr_scales = self.lr_scales.to(engine.host.device, engine.layout.dtype)
         if engine.lr_scale is not None:
             clients = [(layout.views(task.start), engine.num_steps(task.client)) for task in self.tasks]
-            state = initial_scale_states(engine.lr_scale, clients, engine.host.learning_rates(layout))
+            rates = engine.host.learning_rates(layout)
+            state = initial_scale_states(engine.lr_scale, clients, rates, own_scales)
             self.scaled_steps = ScaledSteps(engine.lr_scale, layout.names, state)
 
     def _load_streams(self, first: int) -> None:
@@ -312,18 +320,39 @@ class Chunk:
 
     def _step(self, rows: list[int], row_index: RowIndex, gradients: Sequence[Tensor | None]) -> None:
         """Step the optimizer of each client of a call, and scale the step where the rule scales learning rates."""
-        if self.scaled_steps is None:
+        if self.scaled_steps is None and self.lr_scales is None:
             self.optimizer.step(rows, row_index, gradients)
             return
         previous = [stack[row_index].clone() for stack in self.stacks]
         self.optimizer.step(rows, row_index, gradients)
         scaled = [stack[row_index] for stack in self.stacks]
-        gradient_of = dict(zip(self.stack_numbers, gradients, strict=True))
-        in_layout_order = [gradient_of.get(number) for number in range(len(self.stacks))]
-        self.scaled_steps.scale(scaled, previous, in_layout_order, row_index)
+        if self.lr_scales is not None:
+            self._scale_by_client(scaled, previous, row_index)
+        if self.scaled_steps is not None:
+            self._scale_by_rule(scaled, previous, gradients, row_index)
         # Rows that are picked by an index tensor are copies.
         for stack, value in zip(self.stacks, scaled, strict=True):
             stack[row_index] = value
+
+    def _scale_by_client(self, parameters: Sequence[Tensor], previous: Sequence[Tensor], row_index: RowIndex) -> None:
+        """Scale a step by the clients' own factors, which equals a factor on the rates: see ``rates.PROPORTIONAL``."""
+        assert self.lr_scales is not None
+        for parameter, start in zip(parameters, previous, strict=True):
+            weight = self.lr_scales[row_index].view(-1, *[1] * (start.ndim - 1)).to(start.dtype)
+            parameter.copy_(torch.lerp(start, parameter, weight))
+
+    def _scale_by_rule(
+        self,
+        parameters: Sequence[Tensor],
+        previous: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        row_index: RowIndex,
+    ) -> None:
+        """Scale a step by the rule's scale."""
+        assert self.scaled_steps is not None
+        gradient_of = dict(zip(self.stack_numbers, gradients, strict=True))
+        in_layout_order = [gradient_of.get(number) for number in range(len(self.stacks))]
+        self.scaled_steps.scale(parameters, previous, in_layout_order, row_index)
 
     # ------------------------------------------------------------------ the updates
 
@@ -341,6 +370,7 @@ class Chunk:
         for row in self.row_of:
             with torch.no_grad():
                 torch._foreach_copy_(tensors, [stack[row] for stack in stacks])
+            self.engine.host.client = self.clients[row]
             yield self._update(row, logged[row])
 
     def _update(self, row: int, logged: dict[str, Logged]) -> ClientUpdate:
@@ -356,7 +386,9 @@ class Chunk:
         if engine.objectives:
             end = {name: stack[row] for name, stack in zip(engine.layout.names, self.stacks, strict=True)}
             states = [_rows_of(state, row) for state in self.states]
-            objective_states = engine.end_objectives(task, states, end, buffers, self.made[row])
+            # Objectives such as SCAFFOLD's read the rates.
+            with scaled_rates(engine.host, engine.plan.lr_scale_of(task.client)):
+                objective_states = engine.end_objectives(task, states, end, buffers, self.made[row])
         return ClientUpdate(
             client=task.client,
             num_examples=len(engine.data.train_indices[task.client]),
@@ -367,6 +399,8 @@ class Chunk:
             logged=logged,
             memory={"optimizers": optimizer_states, "objectives": objective_states},
             num_batches=engine.num_batches(task.client),
+            lr_scale=engine.plan.lr_scale_of(task.client),
+            inverse_probability=task.inverse_probability,
         )
 
 

@@ -9,7 +9,8 @@ from itertools import chain, islice
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_fedhaw.clients.engine import ClientTask, Engine, LocalPlan, locate, restore_settings, settings_of
+from lightning_fedhaw.clients.engine import ClientTask, Engine, locate, restore_settings, settings_of
+from lightning_fedhaw.clients.plan import LocalPlan
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep
 from lightning_fedhaw.clients.vectorized.chunk import Chunk
@@ -20,6 +21,7 @@ from lightning_fedhaw.clients.vectorized.recorder import StackRecorder
 from lightning_fedhaw.clients.vectorized.snapshot import Attributes
 from lightning_fedhaw.clients.vectorized.tracing import explained, quiet_collector
 from lightning_fedhaw.clients.vectorized.trial import Facts
+from lightning_fedhaw.clients.vectorized.turns import many_clients
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.isolation import isolated_randomness
@@ -105,7 +107,10 @@ class VectorizedEngine(Engine):
                     break
                 trained = self._try(step, chunk_tasks)
                 if trained is not None:
-                    yield from trained.updates()
+                    try:
+                        yield from trained.updates()
+                    finally:
+                        host.client = None
                 else:
                     # Where memory ran out, the chunk is smaller by now. The first part goes to the very front.
                     if chunk_tasks[self.chunk :]:
@@ -135,7 +140,7 @@ class VectorizedEngine(Engine):
         settings = settings_of(optimizers)
         try:
             chunk = Chunk(self, tasks, step, self.facts, self.compiled)
-            with quiet_collector(runs=True):
+            with quiet_collector(runs=True), many_clients(self.host):
                 self._train(chunk)
             if repr(settings_of(optimizers)) != repr(settings):
                 raise NotVectorizableError("changes settings of the optimizer, which all clients share here")
@@ -193,6 +198,7 @@ class VectorizedEngine(Engine):
             error,
             f"{len(tasks)} clients at once ({clients}), round {self.host.round}",
             step.recorder.batch_size,
+            self.data.settings.batch_size,
             ' `engine="sequential"` trains one after another, and takes any step.',
         )
         return False

@@ -1,5 +1,8 @@
 """The error of steps that cannot be vectorized."""
 
+ASKS_FOR_CLIENT = "asks `trainer.federation_client` for the client at work, and many train at once"
+"""The reason of a step that wants to know whose turn it is."""
+
 
 class NotVectorizableError(RuntimeError):
     """The reason why a training step cannot be computed for many clients at once.

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fedhaw.clients.engine import OptimizerStates, ParameterState, device_of_state
+from lightning_fedhaw.clients.plan import LocalPlan
+from lightning_fedhaw.clients.rates import PROPORTIONAL
 from lightning_fedhaw.clients.steps import is_plain_sgd, parameters_of
 from lightning_fedhaw.streams import stream
 
@@ -318,6 +320,19 @@ def row_states(optimizer: Optimizer, initial: OptimizerStates) -> frozenset[str]
         if not _is_row_of(together, alone[row], row, names):
             raise ValueError(f"`{name}` is not element-wise: a parameter's step depends on the others")
     return frozenset(names)
+
+
+def check_scalable(optimizer: Optimizer, plan: LocalPlan) -> None:
+    """Refuse an optimizer whose step may not be proportional to its rate, where clients have rates of their own.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    if plan.lr_scale is not None and type(optimizer) not in PROPORTIONAL:
+        raise ValueError(
+            f"`{type(optimizer).__name__}` may not make steps in proportion to its learning rate, which"
+            " `client_lr_scale` scales"
+        )
 
 
 def _is_row_of(together: _TrialResult, alone: _TrialResult, row: int, row_names: set[str]) -> bool:

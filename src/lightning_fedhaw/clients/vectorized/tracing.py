@@ -17,7 +17,7 @@ import torch
 import torchmetrics
 
 from lightning_fedhaw import streams
-from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
+from lightning_fedhaw.clients.vectorized.errors import ASKS_FOR_CLIENT, NotVectorizableError
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction
@@ -166,6 +166,9 @@ def _described(error: BaseException) -> str:
         )
     if isinstance(error, NotVectorizableError):
         return first_line
+    if "ManyClients" in first_line:
+        # An index of a tensor that is none, which torch does not ask what it is.
+        return ASKS_FOR_CLIENT
     if not first_line:
         return f"raises {type(error).__name__}"
     return f"raises {type(error).__name__}: {first_line[:200]}"

@@ -12,7 +12,8 @@ from lightning.pytorch.plugins import DoublePrecision, Precision
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lightning_fedhaw.clients.engine import LocalPlan, states_of
+from lightning_fedhaw.clients.engine import states_of
+from lightning_fedhaw.clients.plan import LocalPlan
 from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.steps import Host, Terms, loss_of
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep, StepInputs
@@ -29,10 +30,11 @@ from lightning_fedhaw.clients.vectorized.comparison import (
 )
 from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
 from lightning_fedhaw.clients.vectorized.guard import StepGuard
-from lightning_fedhaw.clients.vectorized.optimizers import row_states
+from lightning_fedhaw.clients.vectorized.optimizers import check_scalable, row_states
 from lightning_fedhaw.clients.vectorized.recorder import StackRecorder
 from lightning_fedhaw.clients.vectorized.snapshot import Snapshot
 from lightning_fedhaw.clients.vectorized.tracing import LineFinder, explained, quiet_collector, reads_index
+from lightning_fedhaw.clients.vectorized.turns import many_clients
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.isolation import foreign_random_states, isolated_randomness, seed_randomness, torch_random_states
 from lightning_fedhaw.objectives.base import ClientObjective, ClientState, make_watch
@@ -99,11 +101,12 @@ def probe(
         )
     try:
         names = row_states(host.optimizers[0], states_of(host.optimizers[0]))
+        check_scalable(host.optimizers[0], plan)
     except ValueError as error:
         raise NotVectorizableError(f"the optimizer {error}") from error
     uses_index = reads_index(host.module.training_step)
     snapshot = Snapshot(host.module, host.optimizers, layout)
-    with isolated_randomness(host.device), quiet_collector(), host.logging_to(_NoLogger()):
+    with isolated_randomness(host.device), quiet_collector(), host.logging_to(_NoLogger()), many_clients(host):
         try:
             return _Trial(host, layout, data, plan, objectives, snapshot).facts(names, uses_index)
         except NotVectorizableError as error:
