@@ -52,6 +52,9 @@ class FederationOptions:
             server's buffers never change. ``"local"``: each client keeps its own; the server's are their average.
             ``"recalibrate"``: they are recomputed with the new global model on the cohort's training data. Buffers of
             frozen modules in evaluation mode never change.
+        local_parameters: Trainable parameters that stay with the clients: a name or a pattern such as ``"head.*"``, a
+            list of them, or a callable that takes a name and returns whether it is local. Each client trains and keeps
+            its own, and neither sends nor receives them. The global model keeps their initial values.
         on_nonfinite: What happens if a client returns NaN or infinity. ``"exclude"``: its update is left out of the
             round, and a warning names the client. ``"raise"``: the run ends with an error.
         empty_round: What happens in a round in which no client update is received. ``"skip"``: nothing changes.
@@ -90,6 +93,7 @@ class FederationOptions:
     local_steps: int | None = None
     optimizer_state: OptimizerState = "fresh"
     buffers: BufferPolicy = "average"
+    local_parameters: str | list[str] | Callable[[str], bool] | None = None
     on_nonfinite: OnNonfinite = "exclude"
     empty_round: EmptyRound = "skip"
     client_val_fraction: float = 0.0
@@ -169,6 +173,7 @@ class FederationOptions:
             "local_steps": arguments.optional(arguments.integer, "local_steps", self.local_steps, minimum=1),
             "optimizer_state": arguments.choice("optimizer_state", self.optimizer_state, OptimizerState),
             "buffers": arguments.choice("buffers", self.buffers, BufferPolicy),
+            "local_parameters": arguments.optional(arguments.name_patterns, "local_parameters", self.local_parameters),
             "on_nonfinite": arguments.choice("on_nonfinite", self.on_nonfinite, OnNonfinite),
             "empty_round": arguments.choice("empty_round", self.empty_round, EmptyRound),
             "client_eval": arguments.flag("client_eval", self.client_eval),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -24,6 +25,7 @@ from lightning_fedhaw.adapter.unsupported import (
 from lightning_fedhaw.channel.base import check_keys
 from lightning_fedhaw.data.partitioners import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
+from lightning_fedhaw.federation.clients import FederationClients
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.report.history import keep_history
@@ -60,6 +62,9 @@ class FederatedTrainer(pl.Trainer):
             server's buffers never change. ``"local"``: each client keeps its own; the server's are their average.
             ``"recalibrate"``: they are recomputed with the new global model on the cohort's training data. Buffers of
             frozen modules in evaluation mode never change.
+        local_parameters: Trainable parameters that stay with the clients: a name or a pattern such as ``"head.*"``, a
+            list of them, or a callable that takes a name and returns whether it is local. Each client trains and keeps
+            its own, and neither sends nor receives them. The global model keeps their initial values.
         on_nonfinite: What happens if a client returns NaN or infinity. ``"exclude"``: its update is left out of the
             round, and a warning names the client. ``"raise"``: the run ends with an error.
         empty_round: What happens in a round in which no client update is received. ``"skip"``: nothing changes.
@@ -94,6 +99,7 @@ class FederatedTrainer(pl.Trainer):
     Attributes:
         federation_summary: The run summary as a plain dict, after ``fit``; empty before.
         federation_options: The federation's arguments; from the beginning of ``fit``, including those of the rule.
+        federation_clients: Each client's samples and its own part of the model, from the beginning of ``fit``.
 
     Raises:
         ValueError: If an argument is not supported in federated training.
@@ -107,6 +113,7 @@ class FederatedTrainer(pl.Trainer):
 
     federation_summary: dict[str, Any]
     federation_options: FederationOptions
+    federation_clients: FederationClients
 
     def __init__(
         self,
@@ -122,6 +129,7 @@ class FederatedTrainer(pl.Trainer):
         local_steps: int | None = None,
         optimizer_state: Literal["fresh", "kept"] = "fresh",
         buffers: Literal["average", "keep", "local", "recalibrate"] = "average",
+        local_parameters: str | list[str] | Callable[[str], bool] | None = None,
         on_nonfinite: Literal["exclude", "raise"] = "exclude",
         empty_round: Literal["skip", "follow"] = "skip",
         client_val_fraction: float = 0.0,
@@ -149,6 +157,7 @@ class FederatedTrainer(pl.Trainer):
             local_steps=local_steps,
             optimizer_state=optimizer_state,
             buffers=buffers,
+            local_parameters=local_parameters,
             on_nonfinite=on_nonfinite,
             empty_round=empty_round,
             client_val_fraction=client_val_fraction,

@@ -25,6 +25,7 @@ from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.rule import find_rule
 from lightning_fedhaw.server import Server
 from lightning_fedhaw.vectors.layout import ParameterLayout
+from lightning_fedhaw.vectors.local_names import local_names
 
 DEVELOPMENT_CLIENTS = 2
 """Clients a round with ``fast_dev_run``."""
@@ -109,7 +110,8 @@ def build_federation(trainer: Any, data: ClientData, options: FederationOptions)
     """
     rule = find_rule(trainer.callbacks)
     check_callbacks(trainer.callbacks)
-    layout = ParameterLayout.of(trainer.lightning_module)
+    local = local_names(options.local_parameters, trainer.lightning_module)
+    layout = ParameterLayout.of(trainer.lightning_module, local)
     device: torch.device = trainer.strategy.root_device
     data.place(_device_of_data(options.data_device, device, data), channels_last=options.channels_last)
     host = TrainerHost(trainer, data.device)

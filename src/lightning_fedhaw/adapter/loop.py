@@ -31,6 +31,7 @@ from lightning_fedhaw.adapter.assembly import (
 from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop, same_value
 from lightning_fedhaw.adapter.host import hook_owner
 from lightning_fedhaw.clients.records import Logged
+from lightning_fedhaw.federation.clients import FederationClients
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.records import Report
 from lightning_fedhaw.options import FederationOptions
@@ -139,6 +140,7 @@ class RoundLoop(_FitLoop):
         if options.sampler is not None and self.max_epochs is not None:
             for round_idx in range(first, self.max_epochs):
                 federation.cohort(round_idx)  # a mistake in a late cohort is found before the first
+        trainer.federation_clients = FederationClients(federation)
         observers(trainer, "on_federation_start")(federation)
         rank_zero_info(start_up_line(federation, trainer.callbacks, self._assigned.assumed, first))
 
@@ -191,6 +193,7 @@ class RoundLoop(_FitLoop):
         federation = self.federation
         assert federation is not None
         history = history_of(trainer)
+        federation.run_state.share_own_tensors(federation.engine)
         client_metrics = {}
         if federation.options.client_eval and federation.host.can_evaluate and not trainer.fast_dev_run:
             client_metrics = evaluate_clients(federation, history)

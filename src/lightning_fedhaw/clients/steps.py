@@ -143,7 +143,7 @@ class Terms:
 
     Args:
         objectives: The objectives.
-        parameters: The trainable parameters, by name.
+        parameters: The trainable parameters, by name; without local ones, on which no term acts.
         start: The model the client started from, by name of the parameter.
         states: The client's state, for each objective.
 
@@ -193,6 +193,9 @@ class Terms:
             slopes = transform(objective.gradient)(self.parameters, self.start, state)
             sums: list[Tensor | None] = []
             for parameter, gradient in zip(parameters, gradients, strict=True):
+                if parameter not in self.name_of:
+                    sums.append(gradient)
+                    continue
                 slope = slopes[self.name_of[parameter]].to(parameter.dtype)
                 # A term acts on a parameter even where the loss does not use it.
                 sums.append(slope if gradient is None else gradient + slope)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Subset, default_collate
 
 from lightning_fedhaw.data.loader_settings import LoaderSettings
 from lightning_fedhaw.data.partitioners.partition import Partition, swap_labels
@@ -105,6 +105,18 @@ class ClientData:
     def num_examples(self) -> Tensor:
         """``[N]`` int64, training examples of each client."""
         return torch.tensor([len(samples) for samples in self.train_indices])
+
+    def subset(self, client: int, indices: Tensor) -> Dataset[Any]:
+        """Return some of a client's samples as a data set, with the labels that the client sees.
+
+        Args:
+            client: The client's number.
+            indices: ``[samples]``, indices into the data set.
+        """
+        dataset = self.dataset
+        if client in self.partition.label_swaps:
+            dataset = _SwappedLabels(dataset, self.partition.label_swaps[client])
+        return Subset(dataset, indices.tolist())
 
     def label_counts(self) -> Tensor | None:
         """Count the samples of each client in each class, ``[N, C]`` int64; None if no class numbers are known."""

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_fedhaw.channel.base import Channel, Link
 from lightning_fedhaw.clients.choice import choose
 from lightning_fedhaw.clients.engine import ClientTask, Engine, LocalPlan
+from lightning_fedhaw.clients.local_parameters import LocalParameters
 from lightning_fedhaw.clients.records import merge
 from lightning_fedhaw.clients.sequential import SequentialEngine
 from lightning_fedhaw.clients.steps import Host
@@ -108,7 +109,8 @@ class Federation:
         _check_objectives(objectives, host)
         self.buffers = Buffers(options.buffers, host, server, data, self.seed)
         self.engine: Engine = SequentialEngine(host, self.layout, data, self._local_plan(limit), objectives)
-        self.engine.gradient = FullGradient(host, server, data, self.seed).compute
+        self.engine.local_parameters = LocalParameters(server)
+        self.engine.gradient = FullGradient(host, server, data, self.seed, self.engine.local_parameters).compute
         self.shared_states = SharedStates(objectives, self.layout, data.num_clients, rule, options, self.ranks)
         self.transport = Transport(channels, self.layout, [self.buffers, self.shared_states], self.seed)
         clients_remember = self._clients_remember(objectives)
@@ -126,6 +128,7 @@ class Federation:
         return (
             self.options.optimizer_state == "kept"
             or self.options.buffers == "local"
+            or bool(self.layout.local)
             or any(channel.remembers for channel in self.transport.uplink)
             or any(objective.remembers for objective in objectives)
         )
@@ -503,8 +506,9 @@ class Federation:
     # ------------------------------------------------------------------ the end of a run, and checkpoints
 
     def evaluate_clients(self) -> ClientMetrics:
-        """Evaluate the global model on every client's own data."""
-        return ClientEvaluation(self.host, self.data, self.ranks, self.seed).evaluate()
+        """Evaluate the global model on every client's own data, with the client's own local parameters."""
+        own = self.run_state.own_tensors(self.engine)
+        return ClientEvaluation(self.host, self.data, self.ranks, self.seed, own).evaluate()
 
     def close(self) -> None:
         """End a run, and release the memory of the model's device.

@@ -20,7 +20,8 @@ class RunRecord:
         rounds: Rounds that were run.
         num_clients: Clients that exist.
         num_received: Client updates that the server received, over all rounds.
-        num_parameters: Trainable parameters.
+        num_parameters: Trainable parameters that are exchanged.
+        local_parameters: Names of the parameters that stay with the clients.
         metrics: The last value of each metric that was logged.
         learned: What the rule learned, by name.
         channel_numbers: What the channels have to say about the run, such as a privacy bound.
@@ -43,6 +44,7 @@ class RunRecord:
     num_clients: int
     num_received: int
     num_parameters: int
+    local_parameters: Sequence[str]
     metrics: Mapping[str, float]
     learned: Mapping[str, Any]
     channel_numbers: Mapping[str, Any]
@@ -73,6 +75,7 @@ def summary_of(record: RunRecord) -> dict[str, Any]:
         # A run of no rounds has no average.
         "clients_per_round": record.num_received / max(record.rounds, 1),
         "parameters": record.num_parameters,
+        "local_parameters": list(record.local_parameters),
         "metrics": dict(record.metrics),
         **record.learned,
         "learned": list(record.learned),

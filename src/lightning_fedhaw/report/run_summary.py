@@ -41,6 +41,11 @@ def start_up_line(federation: Federation, callbacks: Iterable[Any], assumed: Seq
         f"Federation: {', '.join(named)}, {data.num_clients} clients with {_range(data.num_examples)} samples,"
         f" {cohort} a round, batch size {data.settings.batch_size}, {layout.numel:,} parameters, {traffic} a round"
     )
+    if layout.local:
+        line += (
+            f", local are {', '.join(layout.local[:5])}{' ...' if len(layout.local) > 5 else ''}: each client has its"
+            " own, and the global model (validation, checkpoints) keeps their initial values"
+        )
     if federation.rule.keeps_cohort:
         kept = cohort * layout.numel * layout.dtype.itemsize
         line += f", a checkpoint holds {kept / 1e6:.3g} MB of client vectors"
@@ -106,6 +111,7 @@ def run_summary(
         num_clients=federation.data.num_clients,
         num_received=tally.received,
         num_parameters=federation.layout.numel,
+        local_parameters=federation.layout.local,
         metrics=summary_metrics(metrics, rule_metrics),
         learned={**learned, **rule.summary()},
         channel_numbers=channel_numbers,

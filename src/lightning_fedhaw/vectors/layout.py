@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ class ParameterLayout:
     """The position of each trainable parameter in the flat vector ``[P]``, and the buffers that are sent with it.
 
     Only trainable parameters are exchanged between server and clients, in ``named_parameters()`` order. A frozen
-    backbone is left out, and if it is in evaluation mode, so are its buffers. The flat vector is in at least float32,
-    so a model in ``bf16-true`` has a float32 vector on the server and small updates are not lost.
+    backbone is left out, and if it is in evaluation mode, so are its buffers. Local parameters, which are trained and
+    stay with their clients, have no place in the vector either. The flat vector is in at least float32, so a model in
+    ``bf16-true`` has a float32 vector on the server and small updates are not lost.
 
     Attributes:
         names: Parameter names.
@@ -23,6 +24,7 @@ class ParameterLayout:
         dtypes: Parameter dtypes as they are in the model, in the order of ``names``.
         dtype: Dtype of the flat vector.
         buffers: Names of the buffers that training may change.
+        local: Names of the local parameters.
 
     Example:
         >>> layout = ParameterLayout.of(nn.Linear(2, 3))
@@ -37,14 +39,19 @@ class ParameterLayout:
     dtypes: tuple[torch.dtype, ...]
     dtype: torch.dtype
     buffers: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
     sizes: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(shape.numel() for shape in self.shapes))
 
     @classmethod
-    def of(cls, module: nn.Module) -> ParameterLayout:
+    def of(cls, module: nn.Module, local: Collection[str] = ()) -> ParameterLayout:
         """Make the layout of a module's trainable parameters.
+
+        Args:
+            module: The module.
+            local: Names of the parameters that stay with their clients.
 
         Raises:
             ValueError: If the module has no trainable parameter, or one that is not a floating-point tensor.
@@ -66,15 +73,17 @@ class ParameterLayout:
                     f"Trainable parameters must be real floating-point tensors; `{name}` is {parameter.dtype}."
                     " Freeze it, or keep it as a buffer."
                 )
+        shared = {name: parameter for name, parameter in named.items() if name not in local}
         dtype = torch.float32
-        for parameter in named.values():
+        for parameter in shared.values():
             dtype = torch.promote_types(dtype, parameter.dtype)
         return cls(
-            names=tuple(named),
-            shapes=tuple(p.shape for p in named.values()),
-            dtypes=tuple(p.dtype for p in named.values()),
+            names=tuple(shared),
+            shapes=tuple(p.shape for p in shared.values()),
+            dtypes=tuple(p.dtype for p in shared.values()),
             dtype=dtype,
             buffers=tuple(_tracked_buffers(module)),
+            local=tuple(name for name in named if name in local),
         )
 
     @property
@@ -106,22 +115,59 @@ class ParameterLayout:
         return views
 
     def tensors(self, module: nn.Module) -> list[nn.Parameter]:
-        """Return the module's trainable parameters in the layout's order.
+        """Return the module's trainable parameters in the layout's order, without the local ones.
+
+        Raises:
+            RuntimeError: If the set of trainable parameters is no longer the one this layout was made from.
+        """
+        return self.trained_tensors(module)[: len(self.names)]
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of all parameters that clients train: those of the vector, then the local ones."""
+        return self.names + self.local
+
+    def trained_tensors(self, module: nn.Module) -> list[nn.Parameter]:
+        """Return all parameters that clients train, in the order of :attr:`trained`.
 
         Raises:
             RuntimeError: If the set of trainable parameters is no longer the one this layout was made from.
         """
         named = trainable(module)
-        if tuple(named) != self.names:
-            removed = sorted(set(self.names) - set(named))
-            added = sorted(set(named) - set(self.names))
+        if named.keys() != set(self.trained):
+            removed = sorted(set(self.trained) - set(named))
+            added = sorted(set(named) - set(self.trained))
             raise RuntimeError(
                 "The set of trainable parameters changed during `fit`"
                 f" (no longer trainable: {removed[:5] or 'none'}; newly trainable: {added[:5] or 'none'}), but clients"
                 " and server must exchange the same parameters. Freeze and unfreeze before `fit`, or call `fit` again"
                 " afterwards."
             )
-        return list(named.values())
+        return [named[name] for name in self.trained]
+
+    def with_local(self, module: nn.Module) -> ParameterLayout:
+        """Return the layout of all that clients train: the local parameters follow the others in its vector."""
+        if not self.local:
+            return self
+        own = self.local_tensors(module).values()
+        dtype = self.dtype
+        for parameter in own:
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        return replace(
+            self,
+            names=self.trained,
+            shapes=self.shapes + tuple(parameter.shape for parameter in own),
+            dtypes=self.dtypes + tuple(parameter.dtype for parameter in own),
+            dtype=dtype,
+            local=(),
+        )
+
+    def local_tensors(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the module's local parameters by name."""
+        if not self.local:
+            return {}
+        named = dict(module.named_parameters())
+        return {name: named[name] for name in self.local}
 
     def tracked_buffers(self, module: nn.Module) -> dict[str, Tensor]:
         """Return the module's buffers that training may change, in the layout's order."""
@@ -131,7 +177,7 @@ class ParameterLayout:
     def frozen_tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """Return the module's frozen tensors: the parameters and buffers that are not part of the layout."""
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        exchanged = {*self.names, *self.buffers}
+        exchanged = {*self.trained, *self.buffers}
         frozen = {}
         for name, tensor in named.items():
             # Inference tensors cannot be changed in training.
