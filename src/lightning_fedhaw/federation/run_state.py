@@ -199,14 +199,16 @@ class RunState:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """The properties in which a run must agree with the checkpoint that it resumes from."""
-        return {
+        fingerprint = {
             "rule": self.rule.resume_key,
             "num_clients": self.data.num_clients,
             "split": self.data.partition.fingerprint(),
             "parameters": self.server.layout.numel,
-            "local_parameters": list(self.server.layout.local) or None,
             "seed": self.seed,
         }
+        if self.server.layout.local:
+            fingerprint["local_parameters"] = list(self.server.layout.local)
+        return fingerprint
 
     @property
     def round_options(self) -> dict[str, Any]:
@@ -280,8 +282,9 @@ class RunState:
         current = self.fingerprint
         changes = []
         for name, words in FINGERPRINT_WORDS.items():
-            if saved.get(name) != current[name]:
-                changes.append(f"{words} was {saved.get(name)!r} there and is {current[name]!r} here")
+            # Without local parameters there is no entry for them.
+            if saved.get(name) != current.get(name):
+                changes.append(f"{words} was {saved.get(name)!r} there and is {current.get(name)!r} here")
         if saved["split"] != current["split"]:
             if scheme != self.data.partition.scheme:
                 changes.append(f"the split was {scheme} there and is {self.data.partition.scheme} here")
