@@ -66,17 +66,19 @@ class FirstTwo(UniformSampler):
         return [0, 1]
 
 
-def play_line(entry: str, rounds: int, engine: str = "sequential", callbacks: Any = (), **options: Any) -> Any:
+def play_line(
+    entry: str, rounds: int, engine: str = "sequential", callbacks: Any = (), module: Any = None, **options: Any
+) -> Any:
     """Train the line by one of the two entry points."""
     arguments = {
         "partitioner": OWNERS, "sampler": FirstTwo(2), "local_parameters": "head.*", "engine": engine, **options,
     }  # fmt: skip
-    rule = FedAvgCallback if options.get("rule") is None else arguments.pop("rule")
+    rule = FedAvgCallback
     if entry == "trainer":
         runner: Any = FederatedTrainer(rounds=rounds, callbacks=[rule(), *callbacks], **arguments, **QUIET)
     else:
         runner = pl.Trainer(max_epochs=rounds, callbacks=[rule(**arguments), *callbacks], **QUIET)
-    module = Line()
+    module = module or Line()
     runner.fit(module, DataLoader(POINTS, batch_size=1))
     return runner, module
 
@@ -110,6 +112,25 @@ def test_fedper_by_hand(entry, engine):
     measured = runner.federation_summary["client_metrics"]["error"]
     assert measured["mean"] == pytest.approx(errors.mean().item())
     assert runner.federation_summary["local_parameters"] == ["head.weight"]
+
+
+class TakesTurns(Line):
+    """FedRep: the first step trains the head, the second one the body."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        if batch_idx == 0:
+            return (self.head(self.body(x).detach()) - y).square().mean() / 2
+        return (self.body(x) * self.head.weight.detach() - y).square().mean() / 2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_fedrep_by_hand(engine):
+    # Client 0: head 2 - 0.5 * 1 = 1.5, then body 1 - 0.5 * (1.5 - 1) 1.5 = 0.625.
+    # Client 1: head 2 + 0.5 * 1 = 2.5, then body 1 + 0.5 * (3 - 2.5) 2.5 = 1.625.
+    runner, module = play_line("trainer", 1, engine, module=TakesTurns(), local_steps=2)
+    assert module.body.weight.item() == 1.125
+    assert [head_of(runner, client) for client in (0, 1)] == [1.5, 2.5]
 
 
 def test_local_parameters_do_not_travel(capsys):
