@@ -217,6 +217,12 @@ def test_each_setting_of_the_federation_has_one_place(parser):
     assert {"rounds", "max_epochs", "precision", "callbacks", "checkpoint_every_n_rounds"} <= set(config.trainer.keys())
 
 
+@pytest.mark.parametrize(("given", "kept"), [("net.3.*", "net.3.*"), ("*.bias", "*.bias"), ("[a.*,b]", ["a.*", "b"])])
+def test_local_parameters_are_one_pattern_or_a_list(parser, given, kept):
+    config = parser.parse_args([*TASK, f"--federation.local_parameters={given}"])
+    assert config.federation.local_parameters == kept
+
+
 def test_channels_and_objectives_are_one_or_several(parser):
     one = parser.parse_args([*TASK, "--channel=ErasureChannel", "--channel.probability=0.1"])
     several = parser.parse_args(

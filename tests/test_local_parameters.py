@@ -225,6 +225,15 @@ def test_a_resumed_run_is_bit_identical(engine, tmp_path):
     assert metrics[0] == metrics[1]
 
 
+def test_a_second_fit_goes_on_with_the_clients_own_parameters():
+    straight, whole = play_line("trainer", 2)
+    runner, module = play_line("trainer", 1)
+    runner.fit_loop.max_epochs = 2
+    runner.fit(module, DataLoader(POINTS, batch_size=1))
+    assert torch.equal(flat(module), flat(whole))
+    assert [head_of(runner, client) for client in (0, 1, 2)] == [head_of(straight, client) for client in (0, 1, 2)]
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_checkpoint_of_other_local_parameters_is_refused(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, filename="kept")

@@ -193,10 +193,12 @@ class Terms:
             slopes = transform(objective.gradient)(self.parameters, self.start, state)
             sums: list[Tensor | None] = []
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                if parameter not in self.name_of:
+                name = self.name_of.get(parameter)
+                if name is None:
+                    # A local parameter.
                     sums.append(gradient)
                     continue
-                slope = slopes[self.name_of[parameter]].to(parameter.dtype)
+                slope = slopes[name].to(parameter.dtype)
                 # A term acts on a parameter even where the loss does not use it.
                 sums.append(slope if gradient is None else gradient + slope)
             gradients = sums
