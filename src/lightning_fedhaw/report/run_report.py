@@ -44,7 +44,7 @@ class RunRecord:
     num_clients: int
     num_received: int
     num_parameters: int
-    local_parameters: Sequence[str]
+    local_parameters: Sequence[str] = ()
     metrics: Mapping[str, float]
     learned: Mapping[str, Any]
     channel_numbers: Mapping[str, Any]
