@@ -111,6 +111,7 @@ WRONG: dict[str, Any] = {
     "LabelSwapPartitioner.labels": (1, 1),
     "lora_targets": "qkv",
     "lr_scheduler": 3,
+    "local_parameters": 3,
     "logits": 3,
     "model_kwargs": 3,
     "optimizer": 3,
@@ -144,7 +145,15 @@ ANYTHING = {
 
 # What the package makes and users read: no user writes these calls.
 RECORDS = {"Arrivals", "Batch", "ClientData", "ClientUpdate", "ClientVectors", "Cohort", "Substitute", "LoaderSettings"}
-RECORDS |= {"ParameterLayout", "MessageSize", "Partition", "RuleOutput", "ChannelContext", "Server"}
+RECORDS |= {
+    "ParameterLayout",
+    "MessageSize",
+    "Partition",
+    "RuleOutput",
+    "ChannelContext",
+    "FederationClients",
+    "Server",
+}
 
 # Reads files when it is made: only what it refuses before that is looked at.
 NEEDS_FILES = {"StanfordDogs"}

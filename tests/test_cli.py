@@ -229,6 +229,12 @@ def test_policies_for_buffers_are_one_or_by_name(parser, tmp_path):
     assert parsed("--config=buffers.yaml") == {"net.*": "local"}
 
 
+@pytest.mark.parametrize(("given", "kept"), [("net.3.*", "net.3.*"), ("*.bias", "*.bias"), ("[a.*,b]", ["a.*", "b"])])
+def test_local_parameters_are_one_pattern_or_a_list(parser, given, kept):
+    config = parser.parse_args([*TASK, f"--federation.local_parameters={given}"])
+    assert config.federation.local_parameters == kept
+
+
 def test_channels_and_objectives_are_one_or_several(parser):
     one = parser.parse_args([*TASK, "--channel=ErasureChannel", "--channel.probability=0.1"])
     several = parser.parse_args(

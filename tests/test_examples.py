@@ -54,3 +54,15 @@ def test_communication_errors(tmp_path):
         assert name in table
     for name in ("communication_errors.png", "communication_errors_rounds.png"):
         assert (tmp_path / "pictures" / name).stat().st_size > 5_000
+
+
+def test_personalization(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "personalization.py"), "--rounds", "2", "--clients", "4"]
+    done = subprocess.run(
+        [*command, "--fine-tuning-epochs", "1"], capture_output=True, text=True, cwd=tmp_path, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("Accuracy on each client's held-out samples") :]
+    for name in ("local only", "global", "fine-tuned", "FedPer"):
+        assert name in table
+    assert len(table.strip().splitlines()) == 3 + 4 + 1

@@ -258,6 +258,21 @@ def plain_list(values: Any) -> list[Any]:
     return list(values)
 
 
+def name_patterns(name: str, value: object) -> str | list[str] | Callable[[str], bool]:
+    """Check what selects names: one pattern of ``fnmatch``, a list of them, or a callable.
+
+    Raises:
+        ValueError: If the value is anything else, an empty text or an empty list.
+    """
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(entry, str) and entry for entry in value):
+        return list(value)
+    if callable(value) and not isinstance(value, (type, torch.nn.Module)):
+        return value
+    raise invalid(name, "a name or a pattern such as 'head.*', a list of them, or a callable that takes a name", value)
+
+
 def bounds_around_one(name: str, value: object) -> tuple[float, float]:
     """Check the smallest and the largest value of a factor: two positive numbers with 1 between them.
 

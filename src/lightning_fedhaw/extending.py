@@ -17,6 +17,7 @@ from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data.partitioners.base import Partitioner
 from lightning_fedhaw.data.partitioners.partition import Partition
 from lightning_fedhaw.data.samplers import CohortSampler
+from lightning_fedhaw.federation.clients import FederationClients
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.objectives.view import StepView
 from lightning_fedhaw.rule import LocalLRScale, Rule, RuleOutput, ServerView
@@ -38,6 +39,7 @@ __all__ = [
     "Cohort",
     "CohortSampler",
     "CohortVectors",
+    "FederationClients",
     "LocalLRScale",
     "MessageSize",
     "ParameterLayout",

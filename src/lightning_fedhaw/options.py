@@ -60,6 +60,9 @@ class FederationOptions(arguments.NamedArguments):
             model on the cohort's training data. Or a mapping from name patterns to policies, such as
             ``{"encoder.*": "local"}``: the first match counts, and what none matches is averaged. Frozen tensors may
             change only if a pattern matches them.
+        local_parameters: Trainable parameters that stay with the clients: a name or a pattern such as ``"head.*"``, a
+            list of them, or a callable that takes a name and returns whether it is local. Each client trains and keeps
+            its own, and neither sends nor receives them. The global model keeps their initial values.
         on_nonfinite: What happens if a client returns NaN or infinity. ``"exclude"``: its update is left out of the
             round, and a warning names the client. ``"raise"``: the run ends with an error.
         empty_round: What happens in a round in which no client update is received. ``"skip"``: nothing changes.
@@ -102,6 +105,7 @@ class FederationOptions(arguments.NamedArguments):
     client_lr_scale: float | Sequence[float] | Mapping[int, float] | Callable[[int], float] | None = None
     optimizer_state: OptimizerState = "fresh"
     buffers: BufferPolicies = "average"
+    local_parameters: str | list[str] | Callable[[str], bool] | None = None
     on_nonfinite: OnNonfinite = "exclude"
     empty_round: EmptyRound = "skip"
     client_val_fraction: float = 0.0
@@ -196,6 +200,7 @@ class FederationOptions(arguments.NamedArguments):
             **self._checked_work(),
             "optimizer_state": arguments.choice("optimizer_state", self.optimizer_state, OptimizerState),
             "buffers": _checked_policies(self.buffers),
+            "local_parameters": arguments.optional(arguments.name_patterns, "local_parameters", self.local_parameters),
             "on_nonfinite": arguments.choice("on_nonfinite", self.on_nonfinite, OnNonfinite),
             "empty_round": arguments.choice("empty_round", self.empty_round, EmptyRound),
             "client_eval": arguments.flag("client_eval", self.client_eval),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from torchmetrics import Metric
@@ -39,6 +40,8 @@ class Server:
 
     Attributes:
         buffers: The global model's buffers that training may change, by name.
+        local_parameters: The global model's values of the parameters that stay with the clients, by name: those that
+            the module had when the federation was built.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Server:
         self._vector = layout.read(layout.tensors(module))  # [P]
         own_memory(module)
         self.buffers = {name: buffer.detach().clone() for name, buffer in layout.tracked_buffers(module).items()}
+        self.local_parameters = {name: p.detach().clone() for name, p in layout.local_tensors(module).items()}
 
     def parameters(self) -> Tensor:
         """Return the global parameters ``[P]``. Read only: a rule returns new ones instead of changing these."""
@@ -106,13 +110,19 @@ class Server:
         """Move parameters and buffers to another device; the module stays where it is."""
         self._vector = self._vector.to(device)
         self.buffers = {name: buffer.to(device) for name, buffer in self.buffers.items()}
+        self.local_parameters = {name: value.to(device) for name, value in self.local_parameters.items()}
 
     @torch.no_grad()
     def write(self, parameters: Tensor, buffers: Mapping[str, Tensor]) -> None:
-        """Write parameters ``[P]`` and buffers into the module without making them the server's."""
+        """Write parameters ``[P]`` and buffers into the module without making them the server's.
+
+        Local parameters get the global model's values.
+        """
         # By name, because this also runs when a fit is interrupted, with other parameters trainable at the moment.
         module_parameters = dict(self.module.named_parameters())
         self.layout.write(parameters, [module_parameters[name] for name in self.layout.names])
+        for name, value in self.local_parameters.items():
+            module_parameters[name].copy_(value)
         module_buffers: dict[str, Tensor] = dict(self.module.named_buffers())
         for name in self.layout.frozen_parameters:
             module_buffers[name] = module_parameters[name]
@@ -152,6 +162,12 @@ class Server:
             raise ValueError(f"`{rule}` works with data of the server's own, and there is none: {remedy}.")
         if len(self.proxy_dataset) == 0:
             raise ValueError(f"`{rule}` works with data of the server's own, and `proxy` is empty: {remedy}.")
+        if self.local_parameters:
+            rank_zero_warn(
+                f"`{rule}` computes with the global model on the server's data, and the global model has the initial"
+                f" values of the local parameters ({', '.join(list(self.local_parameters)[:5])}), not those that"
+                " clients train."
+            )
         labels = find_labels(self.proxy_dataset)
         index = torch.tensor([0, len(self.proxy_dataset) - 1])
         label_range = ""
@@ -176,7 +192,13 @@ class Server:
             ) from error
 
     def loss(
-        self, vector: Tensor, batch: Batch, batch_idx: int = 0, *, buffers: Mapping[str, Tensor] | None = None
+        self,
+        vector: Tensor,
+        batch: Batch,
+        batch_idx: int = 0,
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        local_parameters: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Return the module's training loss at any parameters, differentiable with respect to them.
 
@@ -187,6 +209,7 @@ class Server:
             batch: A batch as the module's ``training_step`` takes it.
             batch_idx: Its second argument, where it has one.
             buffers: Buffers to use instead of the module's, by name.
+            local_parameters: The values of a client that has its own, by name; the global model's by default.
 
         Returns:
             A scalar.
@@ -194,7 +217,9 @@ class Server:
         Raises:
             ValueError: If ``training_step`` returns no loss.
         """
-        output = self._call(_training_step, vector, batch, batch_idx, buffers=buffers)
+        output = self._call(
+            _training_step, vector, batch, batch_idx, buffers=buffers, local_parameters=local_parameters
+        )
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise ValueError("`training_step` must return a loss, or a dict with the key 'loss', got no loss.")
@@ -255,6 +280,7 @@ class Server:
         vector: Tensor,
         *arguments: Any,
         buffers: Mapping[str, Tensor] | None = None,
+        local_parameters: Mapping[str, Tensor] | None = None,
     ) -> Any:
         """Return ``function(module, *arguments)`` with other parameters ``[P]`` and buffers in the module."""
         substitutes = buffers or {}
@@ -262,6 +288,9 @@ class Server:
         views = self.layout.views(vector)
         for (name, view), dtype in zip(views.items(), self.layout.dtypes, strict=True):
             state[name] = view.to(dtype)
+        # Named explicitly, because the module may hold those of the client that trained last.
+        for name, value in (local_parameters or self.local_parameters).items():
+            state[name] = value.to(vector.device)
         module_buffers = {**dict(self.module.named_buffers()), **self.layout.tracked_buffers(self.module)}
         for name, module_buffer in module_buffers.items():
             buffer = substitutes.get(name, module_buffer)

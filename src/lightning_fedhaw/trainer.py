@@ -27,6 +27,7 @@ from lightning_fedhaw.channel.base import check_keys
 from lightning_fedhaw.data.hold_out import HoldOut
 from lightning_fedhaw.data.partitioners import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
+from lightning_fedhaw.federation.clients import FederationClients
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.report.history import add_history
@@ -70,6 +71,9 @@ class FederatedTrainer(pl.Trainer):
             model on the cohort's training data. Or a mapping from name patterns to policies, such as
             ``{"encoder.*": "local"}``: the first match counts, and what none matches is averaged. Frozen tensors may
             change only if a pattern matches them.
+        local_parameters: Trainable parameters that stay with the clients: a name or a pattern such as ``"head.*"``, a
+            list of them, or a callable that takes a name and returns whether it is local. Each client trains and keeps
+            its own, and neither sends nor receives them. The global model keeps their initial values.
         on_nonfinite: What happens if a client returns NaN or infinity. ``"exclude"``: its update is left out of the
             round, and a warning names the client. ``"raise"``: the run ends with an error.
         empty_round: What happens in a round in which no client update is received. ``"skip"``: nothing changes.
@@ -107,6 +111,7 @@ class FederatedTrainer(pl.Trainer):
         federation_summary: The run summary as a plain dict, after ``fit``; empty before.
         federation_options: The federation's arguments; from the beginning of ``fit``, including those of the rule.
         federation_client: The client at work, during local training and the evaluation of clients; else ``None``.
+        federation_clients: Each client's samples and its own part of the model, from the beginning of ``fit``.
 
     Raises:
         ValueError: If an argument is not supported in federated training.
@@ -121,6 +126,7 @@ class FederatedTrainer(pl.Trainer):
     federation_summary: dict[str, Any]
     federation_options: FederationOptions
     federation_client: int | None
+    federation_clients: FederationClients
 
     def __init__(
         self,
@@ -139,6 +145,7 @@ class FederatedTrainer(pl.Trainer):
         optimizer_state: Literal["fresh", "kept"] = "fresh",
         buffers: Literal["average", "keep", "local", "recalibrate"]
         | Mapping[str, Literal["average", "keep", "local", "recalibrate"]] = "average",
+        local_parameters: str | list[str] | Callable[[str], bool] | None = None,
         on_nonfinite: Literal["exclude", "raise"] = "exclude",
         empty_round: Literal["skip", "follow"] = "skip",
         client_val_fraction: float = 0.0,
@@ -169,6 +176,7 @@ class FederatedTrainer(pl.Trainer):
             client_lr_scale=client_lr_scale,
             optimizer_state=optimizer_state,
             buffers=buffers,
+            local_parameters=local_parameters,
             on_nonfinite=on_nonfinite,
             empty_round=empty_round,
             client_val_fraction=client_val_fraction,

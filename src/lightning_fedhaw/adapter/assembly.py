@@ -33,6 +33,7 @@ from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.rule import find_rule
 from lightning_fedhaw.server import Server
 from lightning_fedhaw.vectors.layout import ParameterLayout
+from lightning_fedhaw.vectors.local_names import local_names
 
 DEVELOPMENT_CLIENTS = 2
 """Clients a round with ``fast_dev_run``."""
@@ -165,7 +166,8 @@ def build_federation(trainer: pl.Trainer, data: ClientData, options: FederationO
     callbacks = callbacks_of(trainer)
     rule = find_rule(callbacks)
     check_callbacks(callbacks)
-    layout = ParameterLayout.of(trainer.lightning_module, patterns_of(options.buffers))
+    local = local_names(options.local_parameters, trainer.lightning_module)
+    layout = ParameterLayout.of(trainer.lightning_module, patterns_of(options.buffers), local)
     device = trainer.strategy.root_device
     data.place(_data_device(options.data_device, device, data), channels_last=options.channels_last)
     host = TrainerHost(trainer, data.device_of_batches)

@@ -39,11 +39,13 @@ from lightning_fedhaw.adapter.trainer_attributes import (
     is_validated_by_time,
     log_every_round,
     profiler_of,
+    publish_clients,
     publish_summary,
     start_validation_clock,
 )
 from lightning_fedhaw.adapter.units import warn_of_units
 from lightning_fedhaw.clients.records import Logged
+from lightning_fedhaw.federation.clients import FederationClients
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.records import Report
 from lightning_fedhaw.options import FederationOptions
@@ -169,6 +171,7 @@ class RoundLoop(_FitLoop):
             # A sampler of the user's may fail in a late round: this is found before the first one.
             for round_idx in range(first_round, self.max_epochs):
                 federation.cohort(round_idx)
+        publish_clients(self.trainer, FederationClients(federation))
         observers(trainer, "on_federation_start")(federation)
         rank_zero_info(start_up_line(federation, callbacks_of(trainer), self._assigned.assumed, first_round))
 
@@ -220,6 +223,7 @@ class RoundLoop(_FitLoop):
         trainer = self.trainer
         federation = self.current_federation
         history = find_history(callbacks_of(trainer))
+        federation.run_state.share_own_tensors(federation.engine)
         client_metrics = {}
         if federation.options.client_eval and federation.host.can_evaluate and not is_development_run(trainer):
             client_metrics = evaluate_clients(federation, history)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_fedhaw.clients.local_parameters import LocalParameters
 from lightning_fedhaw.clients.plan import LocalPlan
 from lightning_fedhaw.clients.steps import Host, ScheduleStates, parameters_of
 from lightning_fedhaw.cohort import ClientUpdate
@@ -81,6 +82,7 @@ class Engine(ABC):
         optimizer_states: With ``optimizer_state="kept"``, the states of each client's optimizers.
         initial_states: The optimizers' states that a client without its own starts from: those of the constructors.
         lr_scale: The rule's scale of the clients' learning rates in this round; ``None`` without one.
+        local_parameters: The parameters that stay with the clients.
         gradient: Computes the gradient ``[P]`` of a client's mean loss at parameters ``[P]``, for objectives that need
             it.
     """
@@ -101,6 +103,7 @@ class Engine(ABC):
         self.optimizer_states: dict[int, list[OptimizerStates]] = {}
         self.initial_states = [states_of(optimizer) for optimizer in host.optimizers]
         self.lr_scale: LocalLRScale | None = None
+        self.local_parameters: LocalParameters
         self.gradient: Callable[[int, Tensor], Tensor]
 
     @property
@@ -188,6 +191,7 @@ class Engine(ABC):
         """Keep the state of a client whose update was received, for its next round."""
         if self.plan.optimizer_state == "kept":
             self.optimizer_states[update.client] = update.memory["optimizers"]
+        self.local_parameters.commit(update)
         for objective, state in zip(self.objectives, update.memory["objectives"], strict=True):
             objective.keep_client_state(update.client, state)
 

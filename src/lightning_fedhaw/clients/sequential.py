@@ -20,6 +20,7 @@ from lightning_fedhaw.clients.engine import (
     states_of,
 )
 from lightning_fedhaw.clients.frozen import FrozenTensors
+from lightning_fedhaw.clients.local_parameters import LOCAL_PARAMETERS, in_host_memory
 from lightning_fedhaw.clients.lr_scale import ScaledOptimizer, ScaledSteps, initial_scale_states
 from lightning_fedhaw.clients.rates import scale_rates, unscaled
 from lightning_fedhaw.clients.records import LogRecorder
@@ -173,6 +174,9 @@ class SequentialEngine(Engine):
     def _load_model(self, task: ClientTask, parameters: Sequence[nn.Parameter]) -> None:
         """Load what a client starts from: parameters, buffers, optimizer states."""
         self.layout.write(task.start, parameters)
+        with torch.no_grad():
+            for name, parameter in self.layout.local_tensors(self.host.module).items():
+                parameter.copy_(self.local_parameters.start(task.client)[name])
         if task.buffers:
             module_buffers = self.layout.tracked_buffers(self.host.module)
             for name, value in task.buffers.items():
@@ -233,7 +237,7 @@ class SequentialEngine(Engine):
 
         Args:
             task: The client's task.
-            named: The module's trainable parameters by name.
+            named: The module's trainable parameters by name, without the local ones.
             states: The client's state of each objective when it began.
             counts: Its optimizer steps.
             recorder: Holds what was logged.
@@ -247,6 +251,7 @@ class SequentialEngine(Engine):
         memory = {
             "optimizers": optimizer_states,
             "objectives": self.end_objectives(task, states, end, buffers, counts.made),
+            LOCAL_PARAMETERS: in_host_memory(self.layout.local_tensors(self.host.module).items()),
         }
         displacement = self.layout.read(list(named.values()), out=task.slot()).sub_(task.start)
         return ClientUpdate(

@@ -155,7 +155,7 @@ class Terms:
 
     Args:
         objectives: The objectives.
-        parameters: The trainable parameters, by name.
+        parameters: The trainable parameters, by name; without local ones, on which no term acts.
         start: The model the client started from, by name of the parameter.
         states: The client's state, for each objective.
         watch: Records the calls of a step, for objectives that read them; ``None`` if none does.
@@ -220,7 +220,12 @@ class Terms:
             slopes = transform(objective.gradient)(self.parameters, self.start, state)
             sums: list[Tensor | None] = []
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                slope = slopes[self.name_of[parameter]].to(parameter.dtype)
+                name = self.name_of.get(parameter)
+                if name is None:
+                    # A local parameter.
+                    sums.append(gradient)
+                    continue
+                slope = slopes[name].to(parameter.dtype)
                 # A term acts on a parameter even where the loss does not use it.
                 sums.append(slope if gradient is None else gradient + slope)
             gradients = sums

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_fedhaw.data.class_histogram import ClassHistogram, class_histogram
 from lightning_fedhaw.data.hold_out import HoldOut
@@ -143,6 +143,18 @@ class ClientData:
     def num_examples(self) -> Tensor:
         """``[N]`` int64, training examples of each client."""
         return torch.tensor([len(samples) for samples in self.train_indices])
+
+    def subset(self, client: int, indices: Tensor) -> Dataset[Any]:
+        """Return some of a client's samples as a data set, with the labels that the client sees.
+
+        Args:
+            client: The client's number.
+            indices: ``[samples]``, indices into the data set.
+        """
+        dataset = self.dataset
+        if client in self.partition.label_swaps:
+            dataset = _SwappedLabels(dataset, self.partition.label_swaps[client])
+        return Subset(dataset, indices.tolist())
 
     def class_histogram(self) -> ClassHistogram | None:
         """Count the samples of each client in each class; None if no classes are known."""

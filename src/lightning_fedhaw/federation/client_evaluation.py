@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,21 +56,32 @@ class ClientEvaluation:
         data: The clients' data.
         ranks: The processes, each of which evaluates a part of the clients.
         seed: The federation's seed, for models that draw.
+        own: The parameters and buffers that a client has instead of the global model's, by client and name.
         moving: The names of frozen parameters that a step moves.
     """
 
-    def __init__(self, host: Host, data: ClientData, ranks: Ranks, seed: int, moving: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        host: Host,
+        data: ClientData,
+        ranks: Ranks,
+        seed: int,
+        own: Mapping[int, Mapping[str, Tensor]],
+        moving: Sequence[str] = (),
+    ) -> None:
         self.host = host
         self.data = data
         self.ranks = ranks
         self.seed = seed
         self.moving = moving
+        self.own = own
 
     @torch.no_grad()
     def evaluate(self) -> ClientMetrics:
         """Evaluate the model that is in the module on all clients."""
         module = self.host.module
         snapshot = ModuleSnapshot(module, self.moving)
+        self._global_model = self._tensors_of_which_clients_have_their_own()
         # A client is evaluated by one process, so its metrics have nothing to synchronize.
         for metric in metrics_of(module):
             metric.sync_on_compute = False
@@ -80,6 +91,8 @@ class ClientEvaluation:
         finally:
             self.host.client = None
             snapshot.restore()
+            for tensor, value in self._global_model.values():
+                tensor.copy_(value)
         return self._merged(shares)
 
     def _evaluate_share(self) -> EvaluationShare:
@@ -91,6 +104,7 @@ class ClientEvaluation:
         ):
             for client in range(self.ranks.rank, self.data.num_clients, self.ranks.size):
                 self.host.client = client
+                self._load(client)
                 seed_randomness(seed_of(self.seed, "client", client, "evaluation"), self.host.device)
                 for batch in self.data.evaluation_batches(client, EVALUATION_CAP):
                     recorder.batch_size = batch.size
@@ -103,6 +117,19 @@ class ClientEvaluation:
                         share.higher_is_better[name] = higher_is_better
                 share.rows.append(row)
         return share
+
+    def _load(self, client: int) -> None:
+        """Load a client's own tensors; a client that has none is evaluated with those of the global model."""
+        own = self.own.get(client, {})
+        for name, (tensor, value) in self._global_model.items():
+            tensor.copy_(own.get(name, value))
+
+    def _tensors_of_which_clients_have_their_own(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return these tensors of the module by name, each with a copy of the global model's value."""
+        module = self.host.module
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        names = {name for tensors in self.own.values() for name in tensors}
+        return {name: (named[name], named[name].detach().clone()) for name in sorted(names)}
 
     def _merged(self, shares: list[EvaluationShare]) -> ClientMetrics:
         """Put the processes' clients back into one order."""

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_fedhaw.channel.base import Channel, Link
 from lightning_fedhaw.clients.choice import choose
 from lightning_fedhaw.clients.engine import ClientTask, Engine
+from lightning_fedhaw.clients.local_parameters import LocalParameters
 from lightning_fedhaw.clients.plan import LocalPlan
 from lightning_fedhaw.clients.records import merge
 from lightning_fedhaw.clients.sequential import SequentialEngine
@@ -113,7 +114,8 @@ class Federation:
         self.buffers = Buffers(options.buffers, host, server, data, self.seed)
         plan = LocalPlan.of(options, limit, data.num_clients)
         self.engine: Engine = SequentialEngine(host, self.layout, data, plan, objectives)
-        self.engine.gradient = FullGradient(host, server, data, self.seed).compute
+        self.engine.local_parameters = LocalParameters(server)
+        self.engine.gradient = FullGradient(host, server, data, self.seed, self.engine.local_parameters).compute
         self.initial_losses = InitialLosses(host, server, data, rule, self.buffers, self.seed)
         self.shared_states = SharedStates(objectives, self.layout, data.num_clients, rule, options, self.ranks)
         self.transport = Transport(channels, self.layout, [self.buffers, self.shared_states], self.seed)
@@ -133,6 +135,7 @@ class Federation:
         return (
             self.options.optimizer_state == "kept"
             or self.buffers.remembers
+            or bool(self.layout.local)
             or any(channel.remembers for channel in self.transport.uplink)
             or any(objective.remembers for objective in objectives)
         )
@@ -467,9 +470,10 @@ class Federation:
     # ------------------------------------------------------------------ the end of a run, and checkpoints
 
     def evaluate_clients(self) -> ClientMetrics:
-        """Evaluate the global model on every client's own data."""
+        """Evaluate the global model on every client's own data, with the client's own local parameters."""
+        own = self.run_state.own_tensors(self.engine)
         moving = self.layout.frozen_parameters
-        return ClientEvaluation(self.host, self.data, self.ranks, self.seed, moving).evaluate()
+        return ClientEvaluation(self.host, self.data, self.ranks, self.seed, own, moving).evaluate()
 
     def close(self) -> None:
         """End a run, and release the memory of the model's device.

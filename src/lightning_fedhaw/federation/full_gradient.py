@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_fedhaw.clients.local_parameters import LocalParameters
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
@@ -20,13 +21,17 @@ class FullGradient:
         server: The global model, which computes the loss at any parameters.
         data: The clients' data.
         seed: The federation's seed, for models that draw.
+        local_parameters: The clients' own parameters, with which their loss is computed.
     """
 
-    def __init__(self, host: Host, server: Server, data: ClientData, seed: int) -> None:
+    def __init__(
+        self, host: Host, server: Server, data: ClientData, seed: int, local_parameters: LocalParameters
+    ) -> None:
         self.host = host
         self.server = server
         self.data = data
         self.seed = seed
+        self.local_parameters = local_parameters
 
     def compute(self, client: int, start: Tensor) -> Tensor:
         """Compute the gradient ``[P]`` of a client's mean loss over its training data.
@@ -39,10 +44,11 @@ class FullGradient:
         total = torch.zeros_like(start)
         num_samples = 0
         vector = start.detach().requires_grad_()
+        own = self.local_parameters.start(client)
         with isolated_randomness(self.host.device), torch.enable_grad():
             seed_randomness(seed_of(self.seed, "client", client, "round", round_idx, "gradient"), self.host.device)
             for batch in self.data.batches(client, round_idx, epochs=1):
-                loss = self.server.loss(vector, self.host.prepare(batch.data), batch.index)
+                loss = self.server.loss(vector, self.host.prepare(batch.data), batch.index, local_parameters=own)
                 (gradient,) = torch.autograd.grad(loss, vector)
                 total.add_(gradient, alpha=batch.size)
                 num_samples += batch.size

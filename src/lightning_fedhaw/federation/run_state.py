@@ -36,6 +36,7 @@ FINGERPRINT_WORDS = {
     "num_clients": "`num_clients`",
     "seed": "`seed` (or that of `seed_everything`)",
     "parameters": "the number of trainable parameters",
+    "local_parameters": "the set of local parameters",
 }
 """The entries of a fingerprint, apart from the split, in words."""
 
@@ -70,6 +71,7 @@ class RoundSnapshot:
     Attributes:
         optimizer_states: The optimizer states that clients keep.
         local_buffers: The buffers that clients keep.
+        local_parameters: The parameters that clients keep.
         callbacks: The states of channels and client objectives.
         rule: The state of the aggregation rule.
         parameters: ``[P]``, the global parameters.
@@ -78,6 +80,7 @@ class RoundSnapshot:
 
     optimizer_states: dict[int, OptimizerStates]
     local_buffers: dict[int, dict[str, Tensor]]
+    local_parameters: dict[int, dict[str, Tensor]]
     callbacks: Sequence[CallbackState]
     rule: dict[str, Any]
     parameters: Tensor
@@ -91,11 +94,13 @@ class ProcessMemory:
     Attributes:
         optimizer_states: The optimizer states that clients keep.
         local_buffers: The buffers that clients keep.
+        local_parameters: The parameters that clients keep.
         callbacks: The states of uplink channels and client objectives.
     """
 
     optimizer_states: dict[int, OptimizerStates]
     local_buffers: dict[int, dict[str, Tensor]]
+    local_parameters: dict[int, dict[str, Tensor]]
     callbacks: list[dict[str, Any]]
 
 
@@ -163,6 +168,7 @@ class RunState:
         return RoundSnapshot(
             optimizer_states=dict(engine.optimizer_states),
             local_buffers=dict(self.buffers.local),
+            local_parameters=dict(engine.local_parameters.of_clients),
             callbacks=callbacks,
             rule=self.rule.state,
             parameters=self.server.parameters(),
@@ -178,6 +184,7 @@ class RunState:
         """
         engine.optimizer_states = snapshot.optimizer_states
         self.buffers.local = snapshot.local_buffers
+        engine.local_parameters.of_clients = snapshot.local_parameters
         for saved in snapshot.callbacks:
             saved.callback.load_state_dict(saved.state)
         # The clients that had trained before the failure were counted in the module's metrics.
@@ -192,13 +199,16 @@ class RunState:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """The properties in which a run must agree with the checkpoint that it resumes from."""
-        return {
+        fingerprint = {
             "rule": self.rule.resume_key,
             "num_clients": self.data.num_clients,
             "split": self.data.partition.fingerprint(),
             "parameters": self.server.layout.numel,
             "seed": self.seed,
         }
+        if self.server.layout.local:
+            fingerprint["local_parameters"] = list(self.server.layout.local)
+        return fingerprint
 
     @property
     def round_options(self) -> dict[str, Any]:
@@ -236,6 +246,7 @@ class RunState:
             "round_options": self.round_options,
             "optimizers": dict(engine.optimizer_states),
             "buffers": dict(self.buffers.local),
+            "local_parameters": dict(engine.local_parameters.of_clients),
             "tally": self.tally.state_dict(),
         }
         if not self.server.layout.is_exact:
@@ -256,6 +267,7 @@ class RunState:
         self._warn_of_changes(state["round_options"])
         engine.optimizer_states = dict(state["optimizers"])
         self.buffers.load(state["buffers"])
+        engine.local_parameters.of_clients = dict(state.get("local_parameters", {}))
         self.tally = Tally.from_state(state["tally"])
         if "parameters" in state:
             self.server.install(state["parameters"].to(self.server.parameters()))
@@ -270,8 +282,9 @@ class RunState:
         current = self.fingerprint
         changes = []
         for name, words in FINGERPRINT_WORDS.items():
-            if saved[name] != current[name]:
-                changes.append(f"{words} was {saved[name]!r} there and is {current[name]!r} here")
+            # Without local parameters there is no entry for them.
+            if saved.get(name) != current.get(name):
+                changes.append(f"{words} was {saved.get(name)!r} there and is {current.get(name)!r} here")
         if saved["split"] != current["split"]:
             if scheme != self.data.partition.scheme:
                 changes.append(f"the split was {scheme} there and is {self.data.partition.scheme} here")
@@ -302,12 +315,14 @@ class RunState:
         if self.ranks.size == 1 or not self.placement.is_sticky:
             return
         states = [move_data_to_device(callback.state_dict(), HOST) for callback in self.spread_callbacks]
-        memories = self.ranks.gather_to_first(ProcessMemory(engine.optimizer_states, self.buffers.local, states))
+        own = engine.local_parameters.of_clients
+        memories = self.ranks.gather_to_first(ProcessMemory(engine.optimizer_states, self.buffers.local, own, states))
         if not memories:
             return
         merged = self.placement.merged
         engine.optimizer_states = merged([memory.optimizer_states for memory in memories])
         self.buffers.local = merged([memory.local_buffers for memory in memories])
+        engine.local_parameters.of_clients = merged([memory.local_parameters for memory in memories])
         for position, callback in enumerate(self.spread_callbacks):
             states = [memory.callbacks[position] for memory in memories]
             names = sorted(set().union(*states))
@@ -315,6 +330,35 @@ class RunState:
             for name in names:
                 merged_state[name] = merged([state.get(name) for state in states])
             callback.load_state_dict(merged_state)
+
+    def own_tensors(self, engine: Engine) -> dict[int, dict[str, Tensor]]:
+        """Return what distinguishes each client's model from the global one.
+
+        These are the local parameters that a client has trained and, with ``buffers="local"``, its buffers. Without
+        local parameters nothing distinguishes them: clients are evaluated with the global model.
+
+        Args:
+            engine: The engine, which holds the local parameters.
+        """
+        if not self.server.layout.local:
+            return {}
+        own = {}
+        for client, parameters in engine.local_parameters.of_clients.items():
+            own[client] = {**parameters, **self.buffers.local.get(client, {})}
+        return own
+
+    def share_own_tensors(self, engine: Engine) -> None:
+        """Give every process the local parameters and buffers of all clients, at the end of a run.
+
+        Args:
+            engine: The engine, which holds the local parameters.
+        """
+        is_in_use = bool(self.server.layout.local) or self.buffers.remembers
+        if self.ranks.size == 1 or not is_in_use:
+            return
+        memories = self.ranks.gather((engine.local_parameters.of_clients, self.buffers.local))
+        engine.local_parameters.of_clients = self.placement.merged([parameters for parameters, _ in memories])
+        self.buffers.local = self.placement.merged([buffers for _, buffers in memories])
 
 
 def metrics_of(module: nn.Module) -> list[Metric]:

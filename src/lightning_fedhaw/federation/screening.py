@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedhaw.channel.base import Channel
+from lightning_fedhaw.clients.local_parameters import LOCAL_PARAMETERS
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.records import Received, RoundPlan
@@ -99,8 +100,9 @@ class Screening:
         """Name the content of an update that is not finite; ``None`` if all is finite."""
         buffers = self.buffers.sent(update)
         states = [value for state in update.memory["objectives"] for value in state.values()]
+        local_parameters = list(update.memory[LOCAL_PARAMETERS].values())
         # Almost always all is finite, which this finds out with one wait for the device.
-        if _sums_are_finite([update.displacement, *buffers.values(), *states]):
+        if _sums_are_finite([update.displacement, *buffers.values(), *states, *local_parameters]):
             return None
         start = self.buffers.start(update.client)
         spoiled = [name for name, buffer in buffers.items() if _is_spoiled(buffer, start[name])]
@@ -108,6 +110,8 @@ class Screening:
             return f"buffers {spoiled[:3]}"
         if not all_finite(update.displacement):
             return "parameters"
+        if not all(all_finite(parameter) for parameter in local_parameters):
+            return "local parameters"
         if not all(all_finite(state) for state in states):
             return "states of client objectives"
         return None

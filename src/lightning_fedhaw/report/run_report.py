@@ -20,7 +20,8 @@ class RunRecord:
         rounds: Rounds that were run.
         num_clients: N, all clients of the federation.
         num_received: Client updates that the server received, over all rounds.
-        num_parameters: Trainable parameters.
+        num_parameters: Trainable parameters that are exchanged.
+        local_parameters: Names of the parameters that stay with the clients.
         metrics: The last value of each metric that was logged.
         learned: The values that the rule learned, by name.
         channel_numbers: The numbers that channels report of the run, such as a privacy bound.
@@ -43,6 +44,7 @@ class RunRecord:
     num_clients: int
     num_received: int
     num_parameters: int
+    local_parameters: Sequence[str] = ()
     metrics: Mapping[str, float]
     learned: Mapping[str, float]
     channel_numbers: Mapping[str, float]
@@ -73,6 +75,7 @@ def summary_of(record: RunRecord) -> dict[str, Any]:
         # Without a division by zero where no round was run.
         "clients_per_round": record.num_received / max(record.rounds, 1),
         "parameters": record.num_parameters,
+        "local_parameters": list(record.local_parameters),
         "metrics": dict(record.metrics),
         **record.learned,
         "learned": list(record.learned),

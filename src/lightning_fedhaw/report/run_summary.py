@@ -39,6 +39,11 @@ def start_up_line(federation: Federation, callbacks: Iterable[Callback], assumed
         f" {cohort_size} a round, batch size {data.settings.batch_size}, {layout.numel:,} parameters,"
         f" {_traffic(federation, cohort_size)} a round"
     )
+    if layout.local:
+        line += (
+            f", local are {', '.join(layout.local[:5])}{' ...' if len(layout.local) > 5 else ''}: each client has its"
+            " own, and the global model (validation, checkpoints) keeps their initial values"
+        )
     if federation.rule.keeps_cohort:
         megabytes = cohort_size * layout.numel * layout.dtype.itemsize / 1e6
         line += f", a checkpoint holds {megabytes:.3g} MB of client vectors"
@@ -129,6 +134,7 @@ def run_summary(
         num_clients=federation.data.num_clients,
         num_received=tally.received,
         num_parameters=federation.layout.numel,
+        local_parameters=federation.layout.local,
         metrics=summary_metrics(metrics, rule_metrics),
         learned=learned,
         channel_numbers=channel_numbers,

@@ -54,6 +54,8 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     tables = [_table(("federation", ""), _federation_rows(summary))]
     if summary["client_metrics"]:
         head = f"over {summary['clients']} clients, their {summary['clients_measured_on']}"
+        if summary["local_parameters"]:
+            head += " and local parameters"
         rows = []
         for name, statistics in summary["client_metrics"].items():
             cells = [f"{statistics[key]:.4g}" for key in _STATISTICS]
@@ -73,6 +75,7 @@ def _federation_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("rounds", str(summary["rounds"])),
         ("clients", f"{summary['clients']}, {summary['clients_per_round']:.4g} received a round"),
         ("parameters", f"{summary['parameters']:,}"),
+        *_local_row(summary["local_parameters"]),
         ("sent down / up", f"{_bytes(summary['bytes_down'])} / {_bytes(summary['bytes_up'])}"),
     ]
     incidents = [f"{summary[name]} {name.replace('_', ' ')}" for name in _INCIDENTS if summary[name]]
@@ -85,6 +88,16 @@ def _federation_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, value in summary["metrics"].items():
         rows.append((name, f"{value:.4g}"))
     return rows
+
+
+def _local_row(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Say what the global model has in the place of the parameters that stay with the clients."""
+    if not names:
+        return []
+    shown = ", ".join(names[:2])
+    if len(names) > 2:
+        shown += ", ..."
+    return [("local parameters", f"{shown} (initial in the global model)")]
 
 
 def _phase_rows(seconds: Mapping[str, float]) -> list[tuple[str, str, str]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -16,8 +16,9 @@ class ParameterLayout:
 
     Only trainable parameters are exchanged between server and clients, in ``named_parameters()`` order. A frozen
     backbone is left out, and if it is in evaluation mode, so are its buffers. Frozen tensors that a step moves all the
-    same (a momentum teacher) are exchanged as buffers are, if a pattern names them. The flat vector is in at least
-    float32, so a model in ``bf16-true`` has a float32 vector on the server and small updates are not lost.
+    same (a momentum teacher) are exchanged as buffers are, if a pattern names them. Local parameters, which are trained
+    and stay with their clients, have no place in the vector either. The flat vector is in at least float32, so a model
+    in ``bf16-true`` has a float32 vector on the server and small updates are not lost.
 
     Attributes:
         names: Parameter names.
@@ -26,6 +27,7 @@ class ParameterLayout:
         dtype: Dtype of the flat vector.
         buffers: Names of the buffers that training may change, and of frozen tensors that are exchanged like them.
         frozen_parameters: Those of ``buffers`` that are frozen parameters.
+        local: Names of the local parameters.
 
     Example:
         >>> layout = ParameterLayout.of(nn.Linear(2, 3))
@@ -41,18 +43,20 @@ class ParameterLayout:
     dtype: torch.dtype
     buffers: tuple[str, ...] = ()
     frozen_parameters: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
     sizes: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(shape.numel() for shape in self.shapes))
 
     @classmethod
-    def of(cls, module: nn.Module, patterns: Iterable[str] = ()) -> ParameterLayout:
+    def of(cls, module: nn.Module, patterns: Iterable[str] = (), local: Collection[str] = ()) -> ParameterLayout:
         """Make the layout of a module's trainable parameters.
 
         Args:
             module: The module.
             patterns: Patterns of names. Frozen tensors that one of them matches are exchanged as buffers are.
+            local: Names of the parameters that stay with their clients.
 
         Raises:
             ValueError: If the module has no trainable parameter, or one that is not a floating-point tensor.
@@ -74,18 +78,20 @@ class ParameterLayout:
                     f"Trainable parameters must be real floating-point tensors; `{name}` is {parameter.dtype}."
                     " Freeze it, or keep it as a buffer."
                 )
+        shared = {name: parameter for name, parameter in named.items() if name not in local}
         dtype = torch.float32
-        for parameter in named.values():
+        for parameter in shared.values():
             dtype = torch.promote_types(dtype, parameter.dtype)
         buffers = [*_tracked_buffers(module)]
         named_frozen = _matching(_frozen(module, {*named, *buffers}), patterns)
         return cls(
-            names=tuple(named),
-            shapes=tuple(p.shape for p in named.values()),
-            dtypes=tuple(p.dtype for p in named.values()),
+            names=tuple(shared),
+            shapes=tuple(p.shape for p in shared.values()),
+            dtypes=tuple(p.dtype for p in shared.values()),
             dtype=dtype,
             buffers=(*buffers, *named_frozen),
             frozen_parameters=tuple(n for n, tensor in named_frozen.items() if isinstance(tensor, nn.Parameter)),
+            local=tuple(name for name in named if name in local),
         )
 
     @property
@@ -117,22 +123,59 @@ class ParameterLayout:
         return views
 
     def tensors(self, module: nn.Module) -> list[nn.Parameter]:
-        """Return the module's trainable parameters in the layout's order.
+        """Return the module's trainable parameters in the layout's order, without the local ones.
+
+        Raises:
+            RuntimeError: If the set of trainable parameters is no longer the one this layout was made from.
+        """
+        return self.trained_tensors(module)[: len(self.names)]
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of all parameters that clients train: those of the vector, then the local ones."""
+        return self.names + self.local
+
+    def trained_tensors(self, module: nn.Module) -> list[nn.Parameter]:
+        """Return all parameters that clients train, in the order of :attr:`trained`.
 
         Raises:
             RuntimeError: If the set of trainable parameters is no longer the one this layout was made from.
         """
         named = trainable(module)
-        if tuple(named) != self.names:
-            removed = sorted(set(self.names) - set(named))
-            added = sorted(set(named) - set(self.names))
+        if named.keys() != set(self.trained):
+            removed = sorted(set(self.trained) - set(named))
+            added = sorted(set(named) - set(self.trained))
             raise RuntimeError(
                 "The set of trainable parameters changed during `fit`"
                 f" (no longer trainable: {removed[:5] or 'none'}; newly trainable: {added[:5] or 'none'}), but clients"
                 " and server must exchange the same parameters. Freeze and unfreeze before `fit`, or call `fit` again"
                 " afterwards."
             )
-        return list(named.values())
+        return [named[name] for name in self.trained]
+
+    def with_local(self, module: nn.Module) -> ParameterLayout:
+        """Return the layout of all that clients train: the local parameters follow the others in its vector."""
+        if not self.local:
+            return self
+        own = self.local_tensors(module).values()
+        dtype = self.dtype
+        for parameter in own:
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        return replace(
+            self,
+            names=self.trained,
+            shapes=self.shapes + tuple(parameter.shape for parameter in own),
+            dtypes=self.dtypes + tuple(parameter.dtype for parameter in own),
+            dtype=dtype,
+            local=(),
+        )
+
+    def local_tensors(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the module's local parameters by name."""
+        if not self.local:
+            return {}
+        named = dict(module.named_parameters())
+        return {name: named[name] for name in self.local}
 
     def tracked_buffers(self, module: nn.Module) -> dict[str, Tensor]:
         """Return the module's tensors that are exchanged as buffers, in the layout's order."""
@@ -143,7 +186,7 @@ class ParameterLayout:
 
     def frozen_tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """Return the module's frozen tensors: the parameters and buffers that are not part of the layout."""
-        return _frozen(module, {*self.names, *self.buffers})
+        return _frozen(module, {*self.trained, *self.buffers})
 
     @torch.no_grad()
     def read(

@@ -21,7 +21,7 @@ class StepInputs(NamedTuple):
     """The inputs of one batched call.
 
     Attributes:
-        parameters: ``[rows, *shape]`` each, in the layout's order.
+        parameters: ``[rows, *shape]`` each: all that clients train, in the layout's order.
         buffers: ``[rows, *shape]`` each; changed in place where the step changes its buffers in place.
         batch: ``[rows, batch, ...]`` each.
         batch_index: The second argument of ``training_step``.
@@ -109,7 +109,7 @@ class BatchedStep:
         self.guard = guard
         self.buffer_names = layout.buffers
         module = host.module
-        self._parameter_slots = _slots_of(module, "_parameters", layout.tensors(module))
+        self._parameter_slots = _slots_of(module, "_parameters", layout.trained_tensors(module))
         self._buffer_slots = _slots_of(module, "_buffers", list(layout.tracked_buffers(module).values()))
         # A closed objective brings its gradient itself; an open one is part of the loss.
         self._open = [i for i, objective in enumerate(objectives) if not objective.is_closed]
@@ -158,7 +158,8 @@ class BatchedStep:
         gradients: Sequence[Tensor | None]
         gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
         if inputs.starts is not None:
-            named = dict(zip(self.layout.names, inputs.parameters, strict=True))
+            # Without local parameters, which come last: no term acts on them.
+            named = dict(zip(self.layout.names, inputs.parameters, strict=False))
             terms = Terms(self.objectives, named, inputs.starts, inputs.states)
             gradients = terms.add_closed_gradients(gradients, parameters, torch.func.vmap)
         return Gradients(losses.detach(), gradients, replaced, [value.detach() for value in logged])
@@ -193,7 +194,7 @@ class BatchedStep:
             return (*replaced, *logged)
         if self._open:
             names = self.layout.names
-            named = dict(zip(names, parameters, strict=True))
+            named = dict(zip(names, parameters, strict=False))
             starts = dict(zip(names, islice(remaining, len(names)), strict=True))
             for i, state_names in zip(self._open, self._state_names, strict=True):
                 state = dict(zip(state_names, islice(remaining, len(state_names)), strict=True))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_fedhaw.clients.engine import ClientTask, Engine
+from lightning_fedhaw.clients.local_parameters import LOCAL_PARAMETERS, in_host_memory
 from lightning_fedhaw.clients.lr_scale import ScaledSteps, initial_scale_states
 from lightning_fedhaw.clients.rates import scaled_rates
 from lightning_fedhaw.clients.records import Logged
@@ -117,11 +118,15 @@ class Chunk:
         for view, dtype in zip(layout.views(self.start).values(), layout.dtypes, strict=True):
             # A copy in any case: the stacks are trained in place, and the start is needed afterwards.
             self.stacks.append(view.to(dtype=dtype, memory_format=torch.contiguous_format, copy=True))
+        self.num_shared = len(self.stacks)
+        starts = [engine.local_parameters.start(client) for client in self.clients]
+        for name in layout.local:
+            self.stacks.append(torch.stack([start[name].to(host.device) for start in starts]))
         self.buffers = []
         for name in self.step.buffer_names:
             self.buffers.append(torch.stack([task.buffers[name].to(host.device) for task in self.tasks]))
         optimizer = host.optimizers[0]
-        number_of = {id(parameter): number for number, parameter in enumerate(layout.tensors(host.module))}
+        number_of = {id(parameter): number for number, parameter in enumerate(layout.trained_tensors(host.module))}
         # By position in the optimizer's groups: the parameter's number among the stacks; `None` for a frozen one.
         self.stack_numbers = [number_of.get(id(parameter)) for parameter in parameters_of(optimizer)]
         stacks: list[Tensor | None] = []
@@ -187,7 +192,7 @@ class Chunk:
             self.step.guard.generators = tuple
         layout = self.engine.layout
         self.displacements = torch.empty_like(self.start, memory_format=torch.contiguous_format)
-        torch._foreach_copy_(list(layout.views(self.displacements).values()), self.stacks)
+        torch._foreach_copy_(list(layout.views(self.displacements).values()), self.stacks[: self.num_shared])
         self.displacements.sub_(self.start)
 
     def _calls(self) -> Iterator[_Call]:
@@ -323,15 +328,17 @@ class Chunk:
         if self.scaled_steps is None and self.lr_scales is None:
             self.optimizer.step(rows, row_index, gradients)
             return
-        previous = [stack[row_index].clone() for stack in self.stacks]
+        # Without local parameters, which the rule does not know of.
+        stacks = self.stacks[: self.num_shared]
+        previous = [stack[row_index].clone() for stack in stacks]
         self.optimizer.step(rows, row_index, gradients)
-        scaled = [stack[row_index] for stack in self.stacks]
+        scaled = [stack[row_index] for stack in stacks]
         if self.lr_scales is not None:
             self._scale_by_client(scaled, previous, row_index)
         if self.scaled_steps is not None:
             self._scale_by_rule(scaled, previous, gradients, row_index)
         # Rows that are picked by an index tensor are copies.
-        for stack, value in zip(self.stacks, scaled, strict=True):
+        for stack, value in zip(stacks, scaled, strict=True):
             stack[row_index] = value
 
     def _scale_by_client(self, parameters: Sequence[Tensor], previous: Sequence[Tensor], row_index: RowIndex) -> None:
@@ -364,7 +371,7 @@ class Chunk:
         """
         module = self.engine.host.module
         layout = self.engine.layout
-        tensors = [*layout.tensors(module), *layout.tracked_buffers(module).values()]
+        tensors = [*layout.trained_tensors(module), *layout.tracked_buffers(module).values()]
         stacks = [*self.stacks, *self.buffers]
         logged = self.step.recorder.collect_rows(len(self.tasks))
         for row in self.row_of:
@@ -384,11 +391,17 @@ class Chunk:
             buffers[name] = buffer[row].clone()
         objective_states = []
         if engine.objectives:
-            end = {name: stack[row] for name, stack in zip(engine.layout.names, self.stacks, strict=True)}
+            end = {name: stack[row] for name, stack in zip(engine.layout.names, self.stacks, strict=False)}
             states = [_rows_of(state, row) for state in self.states]
             # Objectives such as SCAFFOLD's read the rates.
             with scaled_rates(engine.host, engine.plan.lr_scale_of(task.client)):
                 objective_states = engine.end_objectives(task, states, end, buffers, self.made[row])
+        own = [(name, stack[row]) for name, stack in zip(engine.layout.trained, self.stacks, strict=True)]
+        memory = {
+            "optimizers": optimizer_states,
+            "objectives": objective_states,
+            LOCAL_PARAMETERS: in_host_memory(own[self.num_shared :]),
+        }
         return ClientUpdate(
             client=task.client,
             num_examples=len(engine.data.train_indices[task.client]),
@@ -397,7 +410,7 @@ class Chunk:
             displacement=self.displacements[row],
             buffers=buffers,
             logged=logged,
-            memory={"optimizers": optimizer_states, "objectives": objective_states},
+            memory=memory,
             num_batches=engine.num_batches(task.client),
             lr_scale=engine.plan.lr_scale_of(task.client),
             inverse_probability=task.inverse_probability,

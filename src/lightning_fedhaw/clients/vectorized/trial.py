@@ -138,24 +138,27 @@ class _Trial:
     ) -> None:
         self.host = host
         self.layout = layout
+        # Like the layout, but local parameters, which are trained as well, have their place at the end of the vector.
+        self.trained = layout.with_local(host.module)
         self.objectives = objectives
         self.snapshot = snapshot
-        self.parameters = layout.tensors(host.module)
+        self.parameters = layout.trained_tensors(host.module)
         self.seeds = [seed_of(plan.seed, "probe", row) for row in (0, 1)]
-        start = layout.read(self.parameters)
-        noise = torch.randn(2, layout.numel, generator=stream(plan.seed, "probe"), dtype=torch.float64)
+        start = self.trained.read(self.parameters)
+        noise = torch.randn(2, self.trained.numel, generator=stream(plan.seed, "probe"), dtype=torch.float64)
         # Different models, close enough to the real one that no value overflows.
-        self.vectors = [layout.rounded(start + 0.01 * row.to(start)) for row in noise]
+        self.vectors = [self.trained.rounded(start + 0.01 * row.to(start)) for row in noise]
         # Different data: those of the largest client, once from its beginning and once from its end.
         largest = int(data.num_examples.argmax())
         indices = data.train_indices[largest]
         self.batch_size = min(data.settings.batch_size, len(indices))
         self.batch = data.gather(torch.stack([indices[: self.batch_size], indices.flip(0)[: self.batch_size]]))
-        self.starts = {name: value.expand(2, *value.shape) for name, value in layout.views(start).items()}
+        shared = layout.views(start[: layout.numel])
+        self.starts = {name: value.expand(2, *value.shape) for name, value in shared.items()}
         self.states: list[ClientState] = []
         for objective in objectives:
             buffers = layout.tracked_buffers(host.module)
-            state = objective.begin_client(largest, layout.views(start), buffers)
+            state = objective.begin_client(largest, shared, buffers)
             self.states.append({name: torch.stack([value, value]).to(host.device) for name, value in state.items()})
         self.index = 0
         # Set while the step runs in another precision than its own.
@@ -253,7 +256,7 @@ class _Trial:
         """
         self.snapshot.restore()
         host = self.host
-        self.layout.write(self.vectors[row], self.parameters)
+        self.trained.write(self.vectors[row], self.parameters)
         self.snapshot.mark()
         batch = self._prepared([tensor[row].clone() for tensor in self.batch])
         with LogRecorder(host.module, host.callbacks) as recorder:
@@ -269,7 +272,7 @@ class _Trial:
             gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
             logged = recorder.recorded()
         values: Values = {LOSS: loss.detach().reshape(())}
-        for name, gradient in zip(self.layout.names, gradients, strict=True):
+        for name, gradient in zip(self.trained.names, gradients, strict=True):
             values[f"{GRADIENT} `{name}`"] = gradient
         for name, buffer in self.layout.tracked_buffers(host.module).items():
             values[f"buffer `{name}`"] = buffer.detach().clone()
@@ -279,7 +282,8 @@ class _Trial:
 
     def _terms(self, row: int) -> Terms:
         """Return the terms that objectives add to one client's loss."""
-        parameters = dict(zip(self.layout.names, self.parameters, strict=True))
+        # Without local parameters, which come last: no term acts on them.
+        parameters = dict(zip(self.layout.names, self.parameters, strict=False))
         start = {name: value[row] for name, value in self.starts.items()}
         states = []
         for state in self.states:
@@ -320,7 +324,9 @@ class _Trial:
         host = self.host
         layout = self.layout
         stacks = []
-        for view, parameter in zip(layout.views(torch.stack(self.vectors)).values(), self.parameters, strict=True):
+        for view, parameter in zip(
+            self.trained.views(torch.stack(self.vectors)).values(), self.parameters, strict=True
+        ):
             stacks.append(view.to(parameter.dtype).requires_grad_())
         buffers = [torch.stack([buffer, buffer]) for buffer in layout.tracked_buffers(host.module).values()]
         generators = self._generators()
@@ -339,7 +345,7 @@ class _Trial:
         values_of_clients = []
         for row in (0, 1):
             values: Values = {LOSS: outputs.losses[row].detach()}
-            for name, gradient in zip(layout.names, gradients, strict=True):
+            for name, gradient in zip(self.trained.names, gradients, strict=True):
                 values[f"{GRADIENT} `{name}`"] = None if gradient is None else gradient[row]
             for name, buffer in zip(step.buffer_names, buffers, strict=True):
                 values[f"buffer `{name}`"] = buffer[row]
@@ -360,7 +366,7 @@ class _Trial:
         """
         gradients: Sequence[Tensor | None]
         gradients = torch.autograd.grad(losses.sum(), [*stacks, *self.parameters], allow_unused=True)
-        for name, gradient in zip(self.layout.names, gradients[len(stacks) :], strict=True):
+        for name, gradient in zip(self.trained.names, gradients[len(stacks) :], strict=True):
             if gradient is not None:
                 raise NotVectorizableError(
                     f"reaches the parameter `{name}` through a list or an object that holds it, and not through the"
@@ -508,7 +514,7 @@ class _Trial:
         Args:
             num_states: The number of the optimizer's states that have the parameter's shape.
         """
-        layout = self.layout
+        layout = self.trained
         # A client's parameters, their copy where rows are picked by index, gradients, and states of the optimizer.
         copies = (3 + max(num_states, 1)) * layout.message_bytes
         vectors = 2 * layout.numel * layout.dtype.itemsize
