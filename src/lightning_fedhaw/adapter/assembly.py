@@ -83,6 +83,10 @@ def assign_data(trainer: pl.Trainer, loader: DataLoader[Any], options: Federatio
         labels=options.labels,
         seed=options.resolved_seed,
     )
+    datamodule = datamodule_of(trainer)
+    evaluation_dataset = None
+    if isinstance(datamodule, FederatedDataModule):
+        evaluation_dataset = datamodule.train_eval_dataset
     clients = ClientData(
         loader.dataset,
         partition,
@@ -90,11 +94,11 @@ def assign_data(trainer: pl.Trainer, loader: DataLoader[Any], options: Federatio
         seed=options.resolved_seed,
         held_out=options.client_val_fraction,
         labels=labels,
+        evaluation_dataset=evaluation_dataset,
     )
     if partition.dropped:
         samples = len(loader.dataset)  # type: ignore[arg-type]
         rank_zero_info(f"The split leaves out {partition.dropped} of {samples} samples, as it is defined.")
-    datamodule = datamodule_of(trainer)
     if isinstance(datamodule, FederatedDataModule):
         datamodule.partition_in_use = partition
     return AssignedData(clients, assumed)

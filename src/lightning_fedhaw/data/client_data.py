@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -56,6 +57,8 @@ class ClientData:
         seed: The federation's seed.
         held_out: Share of each client's samples that is kept out of training.
         labels: Labels ``[samples]`` of the data set, if they are known.
+        evaluation_dataset: The same samples in the same order, as they are read for evaluation. Default: as for
+            training.
     """
 
     def __init__(
@@ -67,8 +70,10 @@ class ClientData:
         seed: int,
         held_out: float = 0.0,
         labels: Tensor | None = None,
+        evaluation_dataset: Dataset[Any] | None = None,
     ) -> None:
         self.dataset = dataset
+        self.evaluation_dataset = evaluation_dataset
         self.labels = labels
         self.partition = partition
         self.settings = settings
@@ -255,6 +260,39 @@ class ClientData:
                 else:
                     yield Batch(data, size, batches_of_task - 1, last=batches_of_task == num_batches)
 
+    def for_evaluation(self, collate_fn: Callable[[list[Any]], Any] | None) -> ClientData:
+        """Return the same clients as they are read for evaluation.
+
+        Args:
+            collate_fn: The function by which validation makes batches; ``None`` for that of training.
+        """
+        dataset = self.dataset
+        if self.evaluation_dataset is not None:
+            dataset = self.evaluation_dataset
+        if collate_fn is None:
+            collate_fn = self.settings.collate_fn
+        if dataset is self.dataset and collate_fn is self.settings.collate_fn:
+            return self
+        channels_last = self._channels_last
+        reader = copy.copy(self)
+        reader.dataset = dataset
+        reader.settings = replace(self.settings, collate_fn=collate_fn)
+        reader.release()
+        reader.place(channels_last=channels_last)
+        return reader
+
+    def _evaluation_samples(self, client: int) -> Tensor:
+        """Return the indices of a client's held-out samples, or of its training samples if none are held out."""
+        samples = self.held_out_indices[client]
+        if len(samples):
+            return samples
+        return self.train_indices[client]
+
+    @property
+    def num_evaluation_examples(self) -> Tensor:
+        """``[N]`` int64, the samples of each client from which those of :meth:`evaluation_batches` are drawn."""
+        return torch.tensor([len(self._evaluation_samples(client)) for client in range(self.num_clients)])
+
     def evaluation_batches(self, client: int, at_most: int) -> Iterator[Batch]:
         """Make batches to evaluate a model on a client, in the order of the data set.
 
@@ -265,9 +303,7 @@ class ClientData:
             at_most: The largest number of samples. If there are more, this many are drawn; the draw depends on the
                 client alone.
         """
-        samples = self.held_out_indices[client]
-        if not len(samples):
-            samples = self.train_indices[client]
+        samples = self._evaluation_samples(client)
         if len(samples) > at_most:
             generator = stream(self.seed, "client", client, "evaluation")
             chosen = torch.randperm(len(samples), generator=generator)[:at_most]
