@@ -392,7 +392,7 @@ def record(**changes: Any) -> RunRecord:
         "learned": {"scale": 0.9},
         "channel_numbers": {},
         "client_metrics": {},
-        "has_held_out_data": False,
+        "measured_on": "training data",
         "bytes_down": 1500,
         "bytes_up": 0,
         "lost_messages": 0,
@@ -418,14 +418,24 @@ def test_the_table_of_a_record():
     assert ["sent", "down", "/", "up", "1.5", "kB", "/", "0", "B"] in lines
     assert ["local", "training", "3.00", "75%"] in lines
     assert not any(line[0] in ("channels", "incidents", "privacy", "over") for line in lines)
-    statistics = {"val_acc": {"mean": 0.5, "std": 0.1, "worst_decile": 0.25}}
+    statistics = {
+        "val_acc": {
+            "validation": 0.6,
+            "mean": 0.5,
+            "weighted_mean": 0.55,
+            "std": 0.1,
+            "worst_decile": 0.25,
+            "undefined": 2,
+        },
+        "auc": {"undefined": 10},
+    }
     table = format_summary(
         summary_of(
             record(
                 channels=["ErasureChannel (uplink)"],
                 channel_numbers={"epsilon": 2.0, "delta": 1e-3},
                 client_metrics=statistics,
-                has_held_out_data=True,
+                measured_on="held-out data, through the training transform",
                 lost_messages=3,
                 skipped_rounds=1,
             )
@@ -436,7 +446,9 @@ def test_the_table_of_a_record():
     assert ["incidents", "3", "lost", "messages,", "1", "skipped", "rounds"] in lines
     assert ["privacy", "of", "a", "client", "epsilon", "2", "at", "delta", "0.001"] in lines
     assert "over 10 clients, their held-out data" in table
-    assert ["val_acc", "0.5", "0.1", "0.25"] in lines
+    assert ["val_acc", "0.6", "0.5", "0.55", "0.1", "0.25"] in lines
+    assert ["auc", "-", "-", "-", "-", "-"] in lines
+    assert " measured through the training transform\n val_acc: 2 of 10 clients undefined\n auc: 10 of 10" in table
 
 
 def test_the_summary_has_each_metric_once_and_none_of_the_rules_internal_ones():

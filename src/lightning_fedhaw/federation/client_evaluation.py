@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, default_collate
 from torchmetrics import Metric
+from torchmetrics.utilities.prints import rank_zero_only
 
 from lightning_fedhaw.clients.records import EvaluationRecorder, Logged
 from lightning_fedhaw.clients.steps import Host, Validation
@@ -101,6 +102,7 @@ class ClientEvaluation:
         """Evaluate every ``size``-th client, beginning with the one of this process's number."""
         share = EvaluationShare()
         with (
+            self.ranks.alone(),
             isolated_randomness(self.host.device),
             EvaluationRecorder(self.host.module, self.host.callbacks) as recorder,
         ):
@@ -186,7 +188,7 @@ def _values_of(records: Mapping[str, Logged], share: EvaluationShare) -> dict[st
     for name, logged in records.items():
         if isinstance(logged.metric, Metric):
             # Not reset here: another logged metric may be computed from this one.
-            values[name] = float(logged.metric.compute())
+            values[name] = _computed(logged.metric)
             higher_is_better = getattr(logged.metric, "higher_is_better", None)
             if higher_is_better is not None:
                 share.higher_is_better[name] = higher_is_better
@@ -198,12 +200,36 @@ def _values_of(records: Mapping[str, Logged], share: EvaluationShare) -> dict[st
     return values
 
 
+def _computed(metric: Metric) -> float:
+    """Compute a metric; NaN where torchmetrics itself calls the value meaningless, such as an AUROC of one class."""
+    with _collected_warnings() as caught:
+        value = float(metric.compute())
+    if any("should be meaningless" in str(warning.message) for warning in caught):
+        return nan
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return value
+
+
+@contextmanager
+def _collected_warnings() -> Iterator[list[warnings.WarningMessage]]:
+    """Collect the warnings inside the context, on every process."""
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    # The values of a client must not depend on the process on which it is evaluated.
+    rank_zero_only.rank = 0  # type: ignore[attr-defined]
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            # Filters of the user's come into effect when the warnings are given again.
+            warnings.simplefilter("always")
+            yield caught
+    finally:
+        rank_zero_only.rank = rank  # type: ignore[attr-defined]
+
+
 @contextmanager
 def _each_warning_once() -> Iterator[None]:
     """Give each warning once at the end, however many clients have caused it."""
-    with warnings.catch_warnings(record=True) as caught:
-        # Not every filter lets them through, but that is decided below.
-        warnings.simplefilter("always")
+    with _collected_warnings() as caught:
         yield
     texts = set()
     for warning in caught:
