@@ -205,7 +205,7 @@ def _copy_array_back(array: np.ndarray[Any, Any], content: np.ndarray[Any, Any])
 
 def _refill(container: Container, content: Container) -> None:
     """Restore a container's items, unless they are unchanged."""
-    if _holds(container, content):
+    if holds(container, content):
         return
     container.clear()
     if isinstance(container, (dict, set)):
@@ -214,10 +214,13 @@ def _refill(container: Container, content: Container) -> None:
         container.extend(content)
 
 
-def _holds(container: Container, content: Container) -> bool:
+def holds(container: Container, content: Container) -> bool:
     """Return whether a container holds these very objects, in this order."""
     if len(container) != len(content):
         return False
+    if not content:
+        # As most are: every layer has a dozen empty dictionaries of hooks.
+        return True
     if isinstance(container, set):
         return set(map(id, container)) == set(map(id, content))
     if isinstance(container, dict) and isinstance(content, dict):

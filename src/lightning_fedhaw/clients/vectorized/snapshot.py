@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_fedhaw.clients.engine import restore_settings, settings_of
-from lightning_fedhaw.clients.vectorized.fingerprint import Fingerprint, Fingerprints, Undo
+from lightning_fedhaw.clients.vectorized.fingerprint import Fingerprint, Fingerprints, Undo, holds
 from lightning_fedhaw.clients.vectorized.tracing import is_users, is_users_class
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
@@ -104,6 +104,8 @@ class Attributes:
     def put_back(self) -> None:
         """Restore everything, where nothing asks for changes afterwards."""
         for owner, values in zip(self.owners, self.values, strict=True):
+            if holds(dict(owner.items()), values):
+                continue
             # A list first: names are removed from what `items` iterates over.
             added = [name for name, _ in owner.items() if name not in values]
             for name in added:
