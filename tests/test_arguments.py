@@ -129,6 +129,7 @@ WRONG: dict[str, Any] = {
     "target_transform": 3,
     "trace": [[2.0]],
     "train": 3,
+    "train_eval": 3,
     "trainable": None,
     "transform": 3,
     "weights": [-1.0],

@@ -369,7 +369,7 @@ def test_other_values_are_refused(choice):
 
 def test_the_layout_of_local_parameters():
     module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    layout = ParameterLayout.of(module, ["0.bias"])
+    layout = ParameterLayout.of(module, local=["0.bias"])
     assert layout.names == ("0.weight", "1.weight", "1.bias")
     assert (layout.numel, layout.trained[-1], layout.with_local(module).numel) == (10, "0.bias", 13)
     assert list(layout.local_tensors(module)) == ["0.bias"]

@@ -11,6 +11,7 @@ from typing import Any
 from zipfile import ZipFile
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -179,7 +180,7 @@ def test_a_run_that_was_cut_off_is_read_as_far_as_it_goes():
     whole = read_run(folder)
     for name in ("metrics.csv", "per_client.csv", "weights.csv"):
         text = (folder / name).read_text()
-        for length in (0, 3, len(text) // 2, len(text) - 2):
+        for length in (0, 3, 3 * len(text) // 4, len(text) - 2):
             (folder / name).write_text(text[:length])
             if name == "metrics.csv" and length < 4:
                 with pytest.raises(ValueError, match="holds no metrics"):
@@ -380,7 +381,9 @@ def test_bands_are_means_and_deviations_over_runs_of_any_length(logs):
     assert line.get_ydata().tolist() == pytest.approx([(a[0] + b[0]) / 2, (a[1] + b[1]) / 2, b[2]])
     (band,) = axes.collections
     edge = band.get_paths()[0].vertices
-    assert edge[:, 1].max() == pytest.approx(max((x + y) / 2 + abs(x - y) / 2 for x, y in zip(a, b, strict=False)))
+    # The deviation of two numbers, with n - 1, is their distance over the root of two; a single run has no band.
+    upper = [(x + y) / 2 + abs(x - y) / 2**0.5 for x, y in zip(a, b, strict=False)]
+    assert np.nanmax(edge[:, 1]) == pytest.approx(max(upper))
 
 
 def test_the_heat_map_shows_changes_of_the_largest_client_on_top(logs):
@@ -399,6 +402,10 @@ def test_clients_are_drawn_by_name_and_by_rank(logs):
     each, ranked = draw_clients({"FedHAW": [run]}, "val_acc").axes
     assert each.get_lines()[0].get_xdata().tolist() == pytest.approx(run.clients["val_acc"])
     assert ranked.get_lines()[0].get_ydata().tolist() == pytest.approx(sorted(run.clients["val_acc"]))
+    run.clients["val_acc"][1] = float("nan")
+    _, ranked = draw_clients({"FedHAW": [run]}, "val_acc").axes
+    defined = [value for client, value in enumerate(run.clients["val_acc"]) if client != 1]
+    assert ranked.get_lines()[0].get_ydata().tolist() == pytest.approx(sorted(defined))
     with pytest.raises(ValueError, match=r"measured on the clients \(`val_acc`, `val_loss`\), got 'acc'"):
         draw_clients({"FedHAW": [run]}, "acc")
 
@@ -419,7 +426,7 @@ def record(**changes: Any) -> RunRecord:
         "learned": {"scale": 0.9},
         "channel_numbers": {},
         "client_metrics": {},
-        "has_held_out_data": False,
+        "measured_on": "training data",
         "bytes_down": 1500,
         "bytes_up": 0,
         "lost_messages": 0,
@@ -445,14 +452,24 @@ def test_the_table_of_a_record():
     assert ["sent", "down", "/", "up", "1.5", "kB", "/", "0", "B"] in lines
     assert ["local", "training", "3.00", "75%"] in lines
     assert not any(line[0] in ("channels", "incidents", "privacy", "over") for line in lines)
-    statistics = {"val_acc": {"mean": 0.5, "std": 0.1, "worst_decile": 0.25}}
+    statistics = {
+        "val_acc": {
+            "validation": 0.6,
+            "mean": 0.5,
+            "weighted_mean": 0.55,
+            "std": 0.1,
+            "worst_decile": 0.25,
+            "undefined": 2,
+        },
+        "auc": {"undefined": 10},
+    }
     table = format_summary(
         summary_of(
             record(
                 channels=["ErasureChannel (uplink)"],
                 channel_numbers={"epsilon": 2.0, "delta": 1e-3},
                 client_metrics=statistics,
-                has_held_out_data=True,
+                measured_on="held-out data, through the training transform",
                 lost_messages=3,
                 skipped_rounds=1,
             )
@@ -463,7 +480,9 @@ def test_the_table_of_a_record():
     assert ["incidents", "3", "lost", "messages,", "1", "skipped", "rounds"] in lines
     assert ["privacy", "of", "a", "client", "epsilon", "2", "at", "delta", "0.001"] in lines
     assert "over 10 clients, their held-out data" in table
-    assert ["val_acc", "0.5", "0.1", "0.25"] in lines
+    assert ["val_acc", "0.6", "0.5", "0.55", "0.1", "0.25"] in lines
+    assert ["auc", "-", "-", "-", "-", "-"] in lines
+    assert " measured through the training transform\n val_acc: 2 of 10 clients undefined\n auc: 10 of 10" in table
 
 
 def test_the_summary_has_each_metric_once_and_none_of_the_rules_internal_ones():

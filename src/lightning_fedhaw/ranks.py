@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -69,6 +69,29 @@ class Ranks:
                 " its own output for the reason). Start the run again with `fit(ckpt_path=...)`, which resumes it from"
                 " the last checkpoint; on CPUs the results are bit-identical to those of an uninterrupted run."
             ) from error
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let this process be the only one for other libraries inside the context.
+
+        A metric or a module that would exchange something with all processes there works with its own values: the
+        others may be busy with something else, and would never answer. All processes have to enter the context.
+        """
+        if self.size == 1:
+            yield
+            return
+        all_processes = dist.group.WORLD
+        with self._communication():
+            # Every process takes part in making every group.
+            groups = [dist.new_group([rank]) for rank in range(self.size)]
+        # That of another process is a number here.
+        own_group = cast(dist.ProcessGroup, groups[self.rank])
+        dist.group.WORLD = own_group
+        try:
+            yield
+        finally:
+            dist.group.WORLD = all_processes
+            dist.destroy_process_group(own_group)
 
     # ------------------------------------------------------------------ objects
 

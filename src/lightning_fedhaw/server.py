@@ -296,6 +296,9 @@ class Server:
             buffer = substitutes.get(name, module_buffer)
             # A copy: a training step changes BatchNorm statistics in place.
             state[name] = buffer.detach().to(vector.device, copy=True)
+        for name in self.layout.frozen_parameters:
+            # A step that moves a teacher may assign it again, which a module allows to a parameter only.
+            state[name] = nn.Parameter(state[name], requires_grad=False)
         with self._context(), _without_side_effects(self.module), substituted_tensors(self.module, state):
             return function(self.module, *arguments)
 

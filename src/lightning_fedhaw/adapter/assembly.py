@@ -100,6 +100,10 @@ def assign_data(trainer: pl.Trainer, loader: DataLoader[Any], options: Federatio
     if options.min_client_samples is not None:
         kept = large_clients(partition, options.min_client_samples)
         partition = only(partition, kept)
+    datamodule = datamodule_of(trainer)
+    evaluation_dataset = None
+    if isinstance(datamodule, FederatedDataModule):
+        evaluation_dataset = datamodule.train_eval_dataset
     clients = ClientData(
         dataset,
         partition,
@@ -109,8 +113,8 @@ def assign_data(trainer: pl.Trainer, loader: DataLoader[Any], options: Federatio
         labels=_labels(dataset, None if classes is None else classes.labels, options),
         class_names=None if classes is None else classes.names,
         evaluation=_evaluation_data(trainer, settings, options.resolved_seed, num_clients, kept),
+        evaluation_dataset=evaluation_dataset,
     )
-    datamodule = datamodule_of(trainer)
     if isinstance(datamodule, FederatedDataModule):
         datamodule.partition_in_use = partition
     return AssignedData(clients, assumed)

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_fedhaw.adapter.client_validation import ClientValidation
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, client_of, datamodule_of, publish_client
 from lightning_fedhaw.clients.steps import is_plain_sgd
 from lightning_fedhaw.rule import Rule
@@ -64,7 +65,6 @@ class TrainerHost:
         self.callbacks = [callback for callback in callbacks_of(trainer) if not isinstance(callback, Rule)]
         self.precision = trainer.strategy.precision_plugin
         self.scaler: torch.amp.GradScaler | None = getattr(self.precision, "scaler", None)
-        self.has_validation = is_overridden("validation_step", self.module)
         self._is_plain = type(self.precision) is Precision
         self._hooks = {name: self._user_hooks(name) for name in (*_BATCH_HOOKS, "on_before_zero_grad")}
         self._module_hooks = {name for name in _STEP_HOOKS if is_overridden(name, self.module)}
@@ -130,7 +130,7 @@ class TrainerHost:
     @property
     def can_evaluate(self) -> bool:
         """Whether a client's data can be run through the module without training on it."""
-        return self.has_validation or bool(self.module.automatic_optimization)
+        return is_overridden("validation_step", self.module) or bool(self.module.automatic_optimization)
 
     @property
     def is_plain_sgd(self) -> bool:
@@ -204,6 +204,10 @@ class TrainerHost:
         """Convert a batch to the precision and move it to the device, through the module's transfer hooks."""
         if self._moves_nothing:
             return data
+        return self.transfer(data)
+
+    def transfer(self, data: Any) -> Any:
+        """Convert a batch to the precision and move it, wherever it is."""
         data = self.precision.convert_input(data)
         data = self.module._on_before_batch_transfer(data, dataloader_idx=0)
         return self.strategy.batch_to_device(data, dataloader_idx=0)
@@ -298,12 +302,10 @@ class TrainerHost:
         finally:
             self.trainer.loggers = originals
 
-    def evaluate(self, data: Any, batch_idx: int) -> Any:
-        """Call ``validation_step``; ``training_step`` where there is none."""
-        if not self.has_validation:
-            return self.forward(data, batch_idx)
-        with self.precision.val_step_context():
-            return self.module.validation_step(*step_arguments(self.module.validation_step, data, batch_idx))
+    @property
+    def validation(self) -> ClientValidation:
+        """The validation of clients one by one."""
+        return ClientValidation(self.trainer, self.transfer, self.forward, self.logging_to)
 
     def schedules(self) -> list[dict[str, Any]]:
         """Return the states of learning-rate schedules that the module steps itself."""

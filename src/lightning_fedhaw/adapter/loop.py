@@ -226,7 +226,10 @@ class RoundLoop(_FitLoop):
         federation.run_state.share_own_tensors(federation.engine)
         client_metrics = {}
         if federation.options.client_eval and federation.host.can_evaluate and not is_development_run(trainer):
-            client_metrics = evaluate_clients(federation, history)
+            validated = {}
+            if self.epoch_loop.val_loop._combined_loader is not None:
+                validated = trainer.callback_metrics
+            client_metrics = evaluate_clients(federation, history, validated)
         rounds = self.epoch_loop.global_step
         summary = run_summary(
             federation, rounds, trainer.callback_metrics, self.epoch_loop.rule_metrics, client_metrics

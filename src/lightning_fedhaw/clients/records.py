@@ -216,7 +216,7 @@ class LogRecorder:
             return
         entry = self._entries.get(name)
         if entry is None:
-            _check(name, on_step, on_epoch, enable_graph)
+            self._check(name, on_step, on_epoch, enable_graph)
             entry = self._entries[name] = LoggedValues(settings, [], [])
         elif entry.settings != settings:
             raise ValueError(
@@ -226,6 +226,17 @@ class LogRecorder:
             batch_size = self.batch_size
         entry.values.append(self._number(name, value))
         entry.weights.append(float(batch_size))
+
+    @staticmethod
+    def _check(name: str, on_step: bool | None, on_epoch: bool | None, enable_graph: bool) -> None:
+        """Refuse arguments of ``self.log`` that make no sense, or none while clients train."""
+        if on_step is False and not on_epoch:
+            raise ValueError(f"`self.log({name!r}, on_step=False, on_epoch=False)` logs nothing; set one of them.")
+        if enable_graph:
+            raise ValueError(
+                f"`self.log({name!r}, enable_graph=True)` is not supported: what clients log is merged once a round,"
+                " when their graphs are gone. Remove it."
+            )
 
     def _number(self, name: str, value: object) -> Number:
         """Return a logged value as a number that no later change reaches.
@@ -277,6 +288,14 @@ class LogRecorder:
         return collected
 
 
+class EvaluationRecorder(LogRecorder):
+    """A replacement of ``LightningModule.log`` while clients are evaluated."""
+
+    @staticmethod
+    def _check(name: str, on_step: bool | None, on_epoch: bool | None, enable_graph: bool) -> None:
+        """Take all arguments: in a validation values are logged for the epoch by default, and there is no graph."""
+
+
 _TOTALS: dict[Reduction, Callable[[Tensor, list[float]], Tensor]] = {
     "mean": lambda values, weights: values @ values.new_tensor(weights),
     "sum": lambda values, weights: values.sum(),
@@ -295,14 +314,3 @@ def _stack(values: list[Number]) -> Tensor:
     if are_alike and len(tensors) == len(values):
         return torch.stack(tensors).double()
     return torch.stack([torch.as_tensor(value, device=first.device).double() for value in values])
-
-
-def _check(name: str, on_step: bool | None, on_epoch: bool | None, enable_graph: bool) -> None:
-    """Refuse arguments of ``self.log`` that make no sense, or none while clients train."""
-    if on_step is False and not on_epoch:
-        raise ValueError(f"`self.log({name!r}, on_step=False, on_epoch=False)` logs nothing; set one of them.")
-    if enable_graph:
-        raise ValueError(
-            f"`self.log({name!r}, enable_graph=True)` is not supported: what clients log is merged once a round, when"
-            " their graphs are gone. Remove it."
-        )

@@ -31,6 +31,29 @@ Term = tuple[ClientObjective, ClientState]
 """A client objective, with the state in which one client uses it."""
 
 
+class Validation(Protocol):
+    """What the evaluation of clients needs of the trainer around it; the hooks of a stock validation are called."""
+
+    @property
+    def collate_fn(self) -> Callable[[list[Any]], BatchData] | None:
+        """The function by which validation makes batches; ``None`` if there is no validation, or it makes none."""
+
+    def stage(self) -> AbstractContextManager[None]:
+        """Return a context in which the trainer validates, and logs nothing."""
+
+    def start(self) -> None:
+        """Put the module into evaluation mode, and call the hooks at the start of a validation."""
+
+    def step(self, data: BatchData, batch_idx: int) -> None:
+        """Move a batch to the device and run it through ``validation_step``, between its hooks."""
+
+    def epoch_end(self) -> None:
+        """Call the hook in which a module logs what it has collected."""
+
+    def end(self) -> None:
+        """Call the hook at the end of a validation."""
+
+
 class Host(Protocol):
     """What an engine needs of the trainer around it; the round loop provides it."""
 
@@ -105,8 +128,9 @@ class Host(Protocol):
     def logging_to(self, logger: object) -> AbstractContextManager[None]:
         """Replace the trainer's loggers by another one inside the context."""
 
-    def evaluate(self, data: BatchData, batch_idx: int) -> StepOutput:
-        """Call ``validation_step``; ``training_step`` where there is none."""
+    @property
+    def validation(self) -> Validation:
+        """The validation of clients one by one."""
 
     def schedules(self) -> ScheduleStates:
         """Return the states of learning-rate schedules that the module steps itself."""

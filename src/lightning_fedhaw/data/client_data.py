@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
@@ -60,6 +61,8 @@ class ClientData:
         labels: Labels ``[samples]`` of the data set, if they are known.
         class_names: The name of each class, where labels number names.
         evaluation: The clients' own data sets for evaluation, where they have some.
+        evaluation_dataset: The same samples in the same order, as they are read for evaluation. Default: as for
+            training.
     """
 
     def __init__(
@@ -73,8 +76,10 @@ class ClientData:
         labels: Tensor | None = None,
         class_names: tuple[str, ...] | None = None,
         evaluation: ClientData | None = None,
+        evaluation_dataset: Dataset[Any] | None = None,
     ) -> None:
         self.dataset = dataset
+        self.evaluation_dataset = evaluation_dataset
         self.labels = labels
         self.class_names = class_names
         self.partition = partition
@@ -326,6 +331,45 @@ class ClientData:
                 else:
                     yield Batch(data, size, batches_of_task - 1, last=batches_of_task == num_batches)
 
+    def for_evaluation(self, collate_fn: Callable[[list[Any]], Any] | None) -> ClientData:
+        """Return the same clients as they are read for evaluation.
+
+        Args:
+            collate_fn: The function by which validation makes batches; ``None`` for that of training.
+        """
+        if self.evaluation is not None:
+            reader = copy.copy(self)
+            reader.evaluation = self.evaluation.for_evaluation(collate_fn)
+            return reader
+        dataset = self.dataset
+        if self.evaluation_dataset is not None:
+            dataset = self.evaluation_dataset
+        if collate_fn is None:
+            collate_fn = self.settings.collate_fn
+        if dataset is self.dataset and collate_fn is self.settings.collate_fn:
+            return self
+        channels_last = self._channels_last
+        reader = copy.copy(self)
+        reader.dataset = dataset
+        reader.settings = replace(self.settings, collate_fn=collate_fn)
+        reader.release()
+        reader.place(channels_last=channels_last)
+        return reader
+
+    def _evaluation_samples(self, client: int) -> Tensor:
+        """Return the indices of a client's held-out samples, or of its training samples if none are held out."""
+        samples = self.held_out_indices[client]
+        if len(samples):
+            return samples
+        return self.train_indices[client]
+
+    @property
+    def num_evaluation_examples(self) -> Tensor:
+        """``[N]`` int64, the samples of each client from which those of :meth:`evaluation_batches` are drawn."""
+        if self.evaluation is not None:
+            return self.evaluation.num_evaluation_examples
+        return torch.tensor([len(self._evaluation_samples(client)) for client in range(self.num_clients)])
+
     def evaluation_batches(self, client: int, at_most: int) -> Iterator[Batch]:
         """Make batches to evaluate a model on a client, in the order of the data set.
 
@@ -340,9 +384,7 @@ class ClientData:
         if self.evaluation is not None:
             yield from self.evaluation.evaluation_batches(client, at_most)
             return
-        samples = self.held_out_indices[client]
-        if not len(samples):
-            samples = self.train_indices[client]
+        samples = self._evaluation_samples(client)
         if len(samples) > at_most:
             generator = stream(self.seed, "client", client, "evaluation")
             chosen = torch.randperm(len(samples), generator=generator)[:at_most]

@@ -42,6 +42,9 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         val: Validation data: a data set, or ready loaders; or a list with one data set per client. The global model is
             validated on all of these together, and each client is evaluated on its own after the last round.
         test: Test data, likewise. Clients are evaluated on their own ``test`` where ``val`` is not theirs.
+        train_eval: The samples of ``train`` as they are read for evaluation, in the same order: a data set without
+            random augmentation, or a list with one data set per client. The clients' metrics at the end of ``fit`` are
+            measured on it. Default: ``train`` itself.
         proxy: Server data for rules that need some: a data set, or a number of samples that is cut from the training
             data, the same for every class.
         labels: Labels for a label-skewed split: an array ``[samples]``, or a callable that takes the data set.
@@ -74,6 +77,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         test: Source | Sequence[Dataset[Any]] | None = None,
         proxy: Dataset[Any] | int | None = None,
         *,
+        train_eval: Dataset[Any] | Sequence[Dataset[Any]] | None = None,
         labels: Any = None,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -102,6 +106,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         self.seed = options.resolved_seed
         self.partition_in_use: Partition | None = None
         self._train: Dataset[Any] | None = self._checked_train(train)
+        self._train_eval = _checked_train_eval(train_eval, train)
         self._proxy_set: Dataset[Any] | None = None
         if self.num_clients is not None:
             self.evaluation_sets(self.num_clients)
@@ -231,6 +236,9 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
             ) from error
         self._proxy_set = Subset(train, chosen.tolist())
         self._train = Subset(train, remaining.tolist())
+        if self._train_eval is not None:
+            _check_same_length(self._train_eval, train)
+            self._train_eval = Subset(self._train_eval, remaining.tolist())
         self.labels = labels[remaining]
         if classes.names is not None:
             self.labels = [classes.names[label] for label in self.labels.tolist()]
@@ -248,6 +256,14 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
             self._cut_proxy(self._train)
         assert self._train is not None
         return self._train
+
+    @property
+    def train_eval_dataset(self) -> Dataset[Any] | None:
+        """The training data of all clients as it is read for evaluation, without the proxy set; None if not given."""
+        train = self.train_dataset
+        if self._train_eval is not None:
+            _check_same_length(self._train_eval, train)
+        return self._train_eval
 
     @property
     def proxy_dataset(self) -> Dataset[Any] | None:
@@ -439,11 +455,39 @@ def _all_together(source: Any, datasets: Sequence[Dataset[Any]] | None) -> Sourc
     return loaders
 
 
-def _map_style(dataset: Any) -> Any:
+def _checked_train_eval(train_eval: Any, train: Any) -> Dataset[Any] | None:
+    """Check the argument ``train_eval``: data sets in the form of ``train``, with as many samples."""
+    if train_eval is None:
+        return None
+    if isinstance(train, (list, tuple)) and isinstance(train_eval, (list, tuple)):
+        lengths = [len(_map_style(dataset)) for dataset in train]
+        lengths_here = [len(_map_style(dataset, "train_eval")) for dataset in train_eval]
+        if lengths_here != lengths:
+            raise ValueError(
+                f"`train_eval` must have a data set for each of `train`, with as many samples ({lengths[:10]}), got"
+                f" {lengths_here[:10]}. Make them of the same files, with the transform for evaluation."
+            )
+        return ConcatDataset(train_eval)
+    dataset: Dataset[Any] = _map_style(train_eval, "train_eval")
+    if not isinstance(train, (list, tuple, pl.LightningDataModule)):
+        _check_same_length(dataset, train)
+    return dataset
+
+
+def _check_same_length(train_eval: Any, train: Any) -> None:
+    """Refuse a data set for evaluation that does not have the samples of the training data."""
+    if len(train_eval) != len(train):
+        raise ValueError(
+            f"`train_eval` must have the {len(train)} samples of `train`, in the same order, got {len(train_eval)}."
+            " Make it of the same files, with the transform for evaluation."
+        )
+
+
+def _map_style(dataset: Any, argument: str = "train") -> Any:
     """Refuse a data set that is not map-style."""
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise TypeError(
-            "`train` must be a map-style data set (with `__getitem__` and `__len__`), a list of such, one per client,"
-            f" or a LightningDataModule, got {type(dataset).__name__}."
+            f"`{argument}` must be a map-style data set (with `__getitem__` and `__len__`), a list of such, one per"
+            f" client, or a LightningDataModule, got {type(dataset).__name__}."
         )
     return dataset

@@ -271,7 +271,7 @@ def draw_clients(groups: Mapping[str, Sequence[RunHistory]], metric: str, path: 
         values = runs[0].clients[metric]
         rows = [row_of[client] for client in range(len(values))]
         by_client.plot(values, rows, "o", color=color, alpha=0.85, markersize=5, label=name)
-        mean, deviation = _mean_and_deviation(_padded([sorted(run.clients[metric]) for run in runs]))
+        mean, deviation = _mean_and_deviation(_padded([_sorted_values(run.clients[metric]) for run in runs]))
         percent = 100 * torch.arange(1, len(mean) + 1) / len(mean)
         ranked.plot(percent, mean, style, color=color, linewidth=2, label=name)
         if len(runs) > 1:
@@ -429,10 +429,19 @@ def _padded(curves: Sequence[Sequence[float]]) -> Tensor:
     return stack
 
 
+def _sorted_values(values: Sequence[float]) -> list[float]:
+    """Sort values, without those of clients for which a metric is undefined."""
+    return sorted(value for value in values if not isnan(value))
+
+
 def _mean_and_deviation(curves: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation ``[rounds]`` over the runs that have a value, of curves ``[runs, rounds]``."""
+    """Return mean and standard deviation ``[rounds]`` over the runs that have a value, of curves ``[runs, rounds]``.
+
+    The deviation is that of a sample, with n - 1; it is NaN where a single run has a value.
+    """
     mean = curves.nanmean(0)
-    deviation = (curves - mean).square().nanmean(0).sqrt()
+    counts = (~curves.isnan()).sum(0)
+    deviation = ((curves - mean).square().nansum(0) / (counts - 1)).sqrt()
     return mean, deviation
 
 

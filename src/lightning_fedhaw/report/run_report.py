@@ -25,9 +25,9 @@ class RunRecord:
         metrics: The last value of each metric that was logged.
         learned: The values that the rule learned, by name.
         channel_numbers: The numbers that channels report of the run, such as a privacy bound.
-        client_metrics: For each metric of the final model on the clients' own data: mean, standard deviation and worst
-            decile over clients. Empty if the clients were not evaluated.
-        has_held_out_data: Whether the clients were evaluated on data held out of training.
+        client_metrics: For each metric of the final model on the clients' own data the statistics over clients. Empty
+            if the clients were not evaluated.
+        measured_on: The data that clients are evaluated on, and how it is read.
         bytes_down: Bytes that were sent to clients.
         bytes_up: Bytes that clients sent.
         lost_messages: Messages that were lost, on either link.
@@ -49,7 +49,7 @@ class RunRecord:
     learned: Mapping[str, float]
     channel_numbers: Mapping[str, float]
     client_metrics: Mapping[str, Mapping[str, float]]
-    has_held_out_data: bool
+    measured_on: str
     bytes_down: int
     bytes_up: int
     lost_messages: int
@@ -81,7 +81,7 @@ def summary_of(record: RunRecord) -> dict[str, Any]:
         "learned": list(record.learned),
         **record.channel_numbers,
         "client_metrics": dict(record.client_metrics),
-        "clients_measured_on": "held-out data" if record.has_held_out_data else "training data",
+        "clients_measured_on": record.measured_on,
         "bytes_down": record.bytes_down,
         "bytes_up": record.bytes_up,
         "lost_messages": record.lost_messages,

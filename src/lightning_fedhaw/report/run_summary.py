@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedhaw.channel.base import Channel
+from lightning_fedhaw.federation.client_evaluation import measured_on
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.options import FederationOptions, repr_settings
@@ -74,20 +75,26 @@ def _assumptions(options: FederationOptions) -> list[str]:
     return assumptions
 
 
-def evaluate_clients(federation: Federation, history: RunHistory) -> dict[str, dict[str, float]]:
+def evaluate_clients(
+    federation: Federation, history: RunHistory, validated: Mapping[str, Tensor]
+) -> dict[str, dict[str, float]]:
     """Evaluate the final global model on each client's own data.
 
     Args:
         federation: The federation.
         history: Receives each client's numbers.
+        validated: What the last validation of the global model logged; empty if there was none.
 
     Returns:
         Each metric's statistics over clients; empty if the evaluation failed, of which a warning says why.
     """
     try:
-        values, higher_is_better = federation.evaluate_clients()
-        statistics = client_statistics(values, higher_is_better)
-        history.clients = {name: value.tolist() for name, value in values.items()}
+        metrics = federation.evaluate_clients()
+        statistics = client_statistics(metrics, validated)
+        history.clients = {}
+        for name, values in metrics.values.items():
+            if not values.isnan().all():
+                history.clients[name] = values.tolist()
     except Exception as error:
         # The run is over and its model is good, and the module's steps, which are the user's, may fail in any way on
         # a client's data: a summary without client metrics is better than none.
@@ -139,7 +146,7 @@ def run_summary(
         learned=learned,
         channel_numbers=channel_numbers,
         client_metrics=client_metrics,
-        has_held_out_data=federation.data.has_held_out_data,
+        measured_on=measured_on(federation.data, federation.host.validation.collate_fn),
         bytes_down=tally.bytes_down,
         bytes_up=tally.bytes_up,
         lost_messages=tally.lost_messages,

@@ -8,8 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_fedhaw.federation.client_evaluation import ClientMetrics
+
 _INCIDENTS = ("lost_messages", "nonfinite_updates", "skipped_rounds", "skipped_steps")
-_STATISTICS = ("mean", "std", "worst_decile")
+STATISTICS = {
+    "validation": "validation",
+    "mean": "mean",
+    "weighted_mean": "weighted",
+    "std": "std",
+    "worst_decile": "worst decile",
+}
+"""The statistics of a metric over clients, with the heads of their columns. ``validation`` is none of clients: it is
+the metric of the global model on the validation data, over all its samples at once."""
 
 # The shortest abbreviations count as whole words only: "ce" is a part of "performance" too.
 _WORSE_WHEN_HIGHER = re.compile(
@@ -19,33 +29,45 @@ _WORSE_WHEN_HIGHER = re.compile(
 )
 
 
-def client_statistics(
-    values: Mapping[str, Tensor], higher_is_better: Mapping[str, bool]
-) -> dict[str, dict[str, float]]:
-    """Compute mean, standard deviation and worst decile over clients.
+def client_statistics(metrics: ClientMetrics, validated: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Compute the statistics of each metric over the clients where it is defined, and count the others.
 
     The worst decile is the value that a tenth of the clients does not reach: the 10th percentile where higher is
     better, the 90th where lower is. Where a metric does not say which, its name decides: losses and errors are better
     when lower.
 
     Args:
-        values: ``[N]`` per metric.
-        higher_is_better: Whether higher is better, for the metrics whose torchmetrics object declares it.
+        metrics: The metrics of all clients, NaN where one is undefined.
+        validated: What the last validation of the global model logged.
 
     Returns:
-        For each metric the entries ``mean``, ``std`` and ``worst_decile``.
+        For each metric the entries of ``STATISTICS``, without those that have no value, and ``undefined``, the number
+        of clients that are left out.
     """
     statistics = {}
-    for name, value in values.items():
-        worst_quantile = 0.9
-        if higher_is_better.get(name, _WORSE_WHEN_HIGHER.search(name) is None):
-            worst_quantile = 0.1
-        statistics[name] = {
-            "mean": value.mean().item(),
-            # All clients are measured, and not a sample of them.
-            "std": value.std(unbiased=False).item(),
-            "worst_decile": value.quantile(worst_quantile).item(),
-        }
+    for name, values in metrics.values.items():
+        is_defined = ~values.isnan()
+        entries = {}
+        if name in validated and not validated[name].isnan():
+            entries["validation"] = float(validated[name])
+        if is_defined.any():
+            worst_quantile = 0.9
+            if metrics.higher_is_better.get(name, _WORSE_WHEN_HIGHER.search(name) is None):
+                worst_quantile = 0.1
+            entries |= _statistics_of(values[is_defined], metrics.num_examples[is_defined], worst_quantile)
+        entries["undefined"] = int((~is_defined).sum())
+        statistics[name] = entries
+    return statistics
+
+
+def _statistics_of(values: Tensor, num_examples: Tensor, worst_quantile: float) -> dict[str, float]:
+    """Compute the statistics of values ``[K]`` over clients with so many examples ``[K]``."""
+    weights = num_examples.double() / num_examples.sum()
+    statistics = {"mean": values.mean().item(), "weighted_mean": weights.dot(values.double()).item()}
+    # The sample standard deviation, with n - 1, has no value for a single client.
+    if len(values) > 1:
+        statistics["std"] = values.std().item()
+    statistics["worst_decile"] = values.quantile(worst_quantile).item()
     return statistics
 
 
@@ -53,16 +75,42 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     """Format the summary of a run as tables of text, for the terminal."""
     tables = [_table(("federation", ""), _federation_rows(summary))]
     if summary["client_metrics"]:
-        head = f"over {summary['clients']} clients, their {summary['clients_measured_on']}"
-        if summary["local_parameters"]:
-            head += " and local parameters"
-        rows = []
-        for name, statistics in summary["client_metrics"].items():
-            cells = [f"{statistics[key]:.4g}" for key in _STATISTICS]
-            rows.append((name, *cells))
-        tables.append(_table((head, "mean", "std", "worst decile"), rows))
+        tables.append(_client_table(summary))
+        tables += _client_notes(summary)
     tables.append(_table(("phase", "seconds", "share"), _phase_rows(summary["seconds"])))
     return "\n".join(tables)
+
+
+def _client_table(summary: Mapping[str, Any]) -> str:
+    """Lay out the statistics over clients, without columns that are empty."""
+    statistics = summary["client_metrics"]
+    keys = []
+    for key in STATISTICS:
+        if any(key in entries for entries in statistics.values()):
+            keys.append(key)
+    rows = []
+    for name, entries in statistics.items():
+        cells = []
+        for key in keys:
+            cells.append(f"{entries[key]:.4g}" if key in entries else "-")
+        rows.append((name, *cells))
+    samples, _, _ = summary["clients_measured_on"].partition(", ")
+    head = f"over {summary['clients']} clients, their {samples}"
+    if summary["local_parameters"]:
+        head += " and local parameters"
+    return _table((head, *(STATISTICS[key] for key in keys)), rows)
+
+
+def _client_notes(summary: Mapping[str, Any]) -> list[str]:
+    """Say how the clients' samples were read, and for how many clients a metric is undefined."""
+    notes = []
+    _, _, reading = summary["clients_measured_on"].partition(", ")
+    if reading:
+        notes.append(f" measured {reading}")
+    for name, entries in summary["client_metrics"].items():
+        if entries["undefined"]:
+            notes.append(f" {name}: {entries['undefined']} of {summary['clients']} clients undefined")
+    return notes
 
 
 def _federation_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -48,14 +48,20 @@ class Fingerprints:
         module_tensors: Tensors that are compared elsewhere: the module's parameters and buffers.
         undo: Receives a function for each value that restores its present content; none are made without it.
         copies_tensors: Whether that includes tensors and arrays, of which copies are kept.
+        looks_into: Whether the attributes of an object are looked at. Default: those of any but a few large kinds.
     """
 
     def __init__(
-        self, module_tensors: Iterable[Tensor], undo: list[Undo] | None = None, copies_tensors: bool = True
+        self,
+        module_tensors: Iterable[Tensor],
+        undo: list[Undo] | None = None,
+        copies_tensors: bool = True,
+        looks_into: Callable[[object], bool] | None = None,
     ) -> None:
         self.module_tensors = {id(tensor) for tensor in module_tensors}
         self.undo = undo
         self.copies_tensors = copies_tensors
+        self.looks_into = looks_into or is_plain_object
 
     def of(self, value: object, depth: int = MAX_DEPTH) -> Fingerprint:
         """Return the fingerprint of a value.
@@ -80,7 +86,7 @@ class Fingerprints:
         if isinstance(value, nn.Module) and not isinstance(value, Metric):
             # One that a list hides from the module, such as a teacher; else its tensors are the module's own.
             return id(value), tuple(self.of(tensor) for tensor in (*value.parameters(), *value.buffers()))
-        if depth and (isinstance(value, Metric) or _is_plain_object(value)):
+        if depth and (isinstance(value, Metric) or self.looks_into(value)):
             return self._of_object(value, depth)
         return id(value)
 
@@ -155,7 +161,7 @@ def _items_of(container: Container) -> Container:
     return list(container)
 
 
-def _is_plain_object(value: object) -> bool:
+def is_plain_object(value: object) -> bool:
     """Return whether an object keeps its state in attributes that a step of the user's may change."""
     if isinstance(value, (type, nn.Module, FunctionType, MethodType, ModuleType)):
         return False
@@ -199,7 +205,7 @@ def _copy_array_back(array: np.ndarray[Any, Any], content: np.ndarray[Any, Any])
 
 def _refill(container: Container, content: Container) -> None:
     """Restore a container's items, unless they are unchanged."""
-    if _holds(container, content):
+    if holds(container, content):
         return
     container.clear()
     if isinstance(container, (dict, set)):
@@ -208,10 +214,13 @@ def _refill(container: Container, content: Container) -> None:
         container.extend(content)
 
 
-def _holds(container: Container, content: Container) -> bool:
+def holds(container: Container, content: Container) -> bool:
     """Return whether a container holds these very objects, in this order."""
     if len(container) != len(content):
         return False
+    if not content:
+        # As most are: every layer has a dozen empty dictionaries of hooks.
+        return True
     if isinstance(container, set):
         return set(map(id, container)) == set(map(id, content))
     if isinstance(container, dict) and isinstance(content, dict):

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import CellType, CodeType, FunctionType
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_fedhaw.clients.engine import restore_settings, settings_of
-from lightning_fedhaw.clients.vectorized.fingerprint import Fingerprint, Fingerprints, Undo
+from lightning_fedhaw.clients.vectorized.fingerprint import Fingerprint, Fingerprints, Undo, holds
 from lightning_fedhaw.clients.vectorized.tracing import is_users, is_users_class
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
@@ -41,18 +41,34 @@ class Attributes:
     Args:
         module: The module.
         copies_tensors: Whether tensors and arrays among them are restored, too.
+        globals_too: Whether the globals are among them, and the variables around the step.
+        looks_into: Whether the attributes of an object are looked at. Default: those of any but a few large kinds.
+        left_out: Tensors of which no copies are kept.
     """
 
-    def __init__(self, module: nn.Module, copies_tensors: bool = True) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        copies_tensors: bool = True,
+        *,
+        globals_too: bool = True,
+        looks_into: Callable[[object], bool] | None = None,
+        left_out: Iterable[Tensor] = (),
+    ) -> None:
         self.module = module
+        self.left_out = tuple(left_out)
         self.copies_tensors = copies_tensors
-        self.owners = list(_owners(module))
+        self.looks_into = looks_into
+        self.owners = list(_layers_and_classes(module))
+        if globals_too:
+            self.owners += _namespaces(module)
         self.values = [dict(owner.items()) for owner in self.owners]
         self._undo: list[Undo] = []
         self._fingerprints = self._take_fingerprints(self._undo)
 
     def _reader(self, undo: list[Undo] | None = None) -> Fingerprints:
-        return Fingerprints((*self.module.parameters(), *self.module.buffers()), undo, self.copies_tensors)
+        other_tensors = (*self.module.parameters(), *self.module.buffers(), *self.left_out)
+        return Fingerprints(other_tensors, undo, self.copies_tensors, self.looks_into)
 
     def _take_fingerprints(self, undo: list[Undo] | None = None) -> list[dict[str, Fingerprint]]:
         """Take the fingerprints of all attributes, by owner and name."""
@@ -81,7 +97,15 @@ class Attributes:
 
     def restore(self) -> None:
         """Restore everything."""
+        self.put_back()
+        # Restored tensors have new versions, and with them new fingerprints.
+        self._fingerprints = self._take_fingerprints()
+
+    def put_back(self) -> None:
+        """Restore everything, where nothing asks for changes afterwards."""
         for owner, values in zip(self.owners, self.values, strict=True):
+            if holds(dict(owner.items()), values):
+                continue
             # A list first: names are removed from what `items` iterates over.
             added = [name for name, _ in owner.items() if name not in values]
             for name in added:
@@ -90,8 +114,6 @@ class Attributes:
                 owner.put(name, value)
         for undo in self._undo:
             undo()
-        # Restored tensors have new versions, and with them new fingerprints.
-        self._fingerprints = self._take_fingerprints()
 
 
 class Snapshot:
@@ -386,14 +408,13 @@ class _Closure(_Owner):
         return f"changes the variable `{name}` around it"
 
 
-def _owners(module: nn.Module) -> Iterator[_Owner]:
-    """Yield all owners of values that a step may change."""
+def _layers_and_classes(module: nn.Module) -> Iterator[_Owner]:
+    """Yield the layers of a module and the user's classes of it, whose attributes a step may change."""
     for path, submodule in module.named_modules():
         yield _Owner(submodule, path)
     for base in type(module).__mro__:
         if is_users_class(base):
             yield _Class(base)
-    yield from _namespaces(module)
 
 
 def _namespaces(module: nn.Module) -> Iterator[_Owner]:
