@@ -26,6 +26,9 @@ from lightning_fedhaw import (
     ServerFineTuningCallback,
 )
 
+# Whose turn it was is averaged on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:Each client changed")
+
 SHARES = [0.4, 0.3, 0.3]
 OWNERS = torch.tensor([0] * 5 + [1] * 10 + [2] * 85)
 PATHS = {
