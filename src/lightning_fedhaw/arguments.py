@@ -197,10 +197,6 @@ def passes(name: str, value: object, *, hint: str = "") -> int | float:
 
     Raises:
         ValueError: If the value is neither.
-
-    Example:
-        >>> passes("local_epochs", 2), passes("local_epochs", 0.25)
-        (2, 0.25)
     """
     plain = plain_number(value)
     if isinstance(plain, int) and plain >= 1:
