@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,8 +15,11 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_fedhaw.clients.steps import is_plain_sgd
+from lightning_fedhaw.adapter.client_pass import client_pass
+from lightning_fedhaw.clients.steps import BatchProgress, is_plain_sgd
+from lightning_fedhaw.clients.vectorized.snapshot import names_in_step
 from lightning_fedhaw.rule import Rule
 from lightning_fedhaw.server import step_arguments
 from lightning_fedhaw.vectors.layout import ParameterLayout
@@ -33,6 +37,8 @@ _STEP_HOOKS = (
     "configure_gradient_clipping",
 )
 _PRECISIONS = (Precision, DoublePrecision, HalfPrecision, MixedPrecision)
+# What the trainer says of the batches of the client at work.
+_CLIENT_NAMES = {"is_last_batch", "num_training_batches"}
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -142,6 +148,8 @@ class TrainerHost:
             return "has backward hooks on its layers"
         if self.accumulate != 1:
             return f"accumulates gradients (`accumulate_grad_batches={self.accumulate}`)"
+        for name in sorted(_CLIENT_NAMES & names_in_step(module)):
+            return f"asks for `{name}`, which differs from client to client{_place(module.training_step)}"
         if self.scaler is not None or type(self.precision) not in _PRECISIONS:
             return f"trains in the precision {self.trainer.precision} ({type(self.precision).__name__})"
         return None
@@ -246,17 +254,40 @@ class TrainerHost:
         with self.precision.val_step_context():
             return self.module.validation_step(*step_arguments(self.module.validation_step, data, batch_idx))
 
+    def client_pass(self, num_batches: int) -> AbstractContextManager[BatchProgress]:
+        """Let the trainer's numbers of batches be those of one client inside the context."""
+        return client_pass(self.trainer, num_batches)
+
+    @cached_property
+    def _schedulers(self) -> list[Any]:
+        """The learning-rate schedules that the module can step itself, in a fixed order.
+
+        Looked up when the first client trains: by then every hook that makes one has been called.
+        """
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        for submodule in self.module.modules():
+            for value in vars(submodule).values():
+                schedulers += _schedulers_in(value)
+        return list({id(scheduler): scheduler for scheduler in schedulers}.values())
+
     def schedules(self) -> list[dict[str, Any]]:
-        """The states of learning-rate schedules that the module steps itself."""
-        if self.module.automatic_optimization:
-            return []
-        return [dict(config.scheduler.state_dict()) for config in self.trainer.lr_scheduler_configs]
+        """The states of learning-rate schedules that the module can step itself."""
+        return [dict(scheduler.state_dict()) for scheduler in self._schedulers]
 
     def load_schedules(self, states: list[dict[str, Any]]) -> None:
         """Put such states back."""
-        if states:
-            for config, state in zip(self.trainer.lr_scheduler_configs, states, strict=True):
-                config.scheduler.load_state_dict(dict(state))
+        for scheduler, state in zip(self._schedulers, states, strict=True):
+            scheduler.load_state_dict(dict(state))
+
+
+def _schedulers_in(value: Any) -> list[Any]:
+    """The learning-rate schedules in an attribute: the value itself, or those in a list or dict."""
+    values = [value]
+    if isinstance(value, dict):
+        values = list(value.values())
+    elif isinstance(value, (list, tuple)):
+        values = list(value)
+    return [value for value in values if isinstance(value, (LRScheduler, ReduceLROnPlateau))]
 
 
 def _place(function: Callable[..., Any]) -> str:

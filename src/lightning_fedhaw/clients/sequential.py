@@ -23,6 +23,7 @@ from lightning_fedhaw.clients.lr_scale import ScaledOptimizer, ScaledSteps, init
 from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.steps import (
     AutomaticStep,
+    BatchProgress,
     LocalStep,
     ManualStep,
     PlainSGDStep,
@@ -142,6 +143,7 @@ class SequentialEngine(Engine):
         self, task: ClientTask, parameters: Sequence[nn.Parameter], step: LocalStep, recorder: LogRecorder
     ) -> ClientUpdate:
         """Train one client, and return its update."""
+        host = self.host
         self._load_model(task, parameters)
         # Only now, so that a client's draws do not depend on the clients before it.
         seed = seed_of(self.plan.seed, "client", task.client, "round", self.host.round, "model")
@@ -152,7 +154,8 @@ class SequentialEngine(Engine):
         terms = None
         if self.objectives:
             terms = Terms(self.objectives, named, self.layout.views(task.start), states)
-        counts = self._train_batches(task.client, step, recorder, terms)
+        with host.client_pass(self.num_batches(task.client)) as progress:
+            counts = self._train_batches(task.client, step, recorder, terms, progress)
         return self._update(task, named, states, counts, recorder)
 
     def _load_model(self, task: ClientTask, parameters: Sequence[nn.Parameter]) -> None:
@@ -175,7 +178,9 @@ class SequentialEngine(Engine):
         state = {name: stack[0] for name, stack in stacks.items()}
         self._scaled_optimizer.scaled_steps = ScaledSteps(self.lr_scale, self.layout.names, state)
 
-    def _train_batches(self, client: int, step: LocalStep, recorder: LogRecorder, terms: Terms | None) -> StepCounts:
+    def _train_batches(
+        self, client: int, step: LocalStep, recorder: LogRecorder, terms: Terms | None, progress: BatchProgress
+    ) -> StepCounts:
         """Train the module on a client's batches, and count the optimizer steps."""
         host = self.host
         plan = self.plan
@@ -191,6 +196,8 @@ class SequentialEngine(Engine):
                 skips_pass = False
             if skips_pass:
                 continue
+            if batch.ends_task:
+                progress.is_last_batch = True
             data = host.prepare(batch.data)
             recorder.batch_size = batch.size
             # As in Lightning, a hook that returns -1 ends the epoch, which here is the pass over the client's data.

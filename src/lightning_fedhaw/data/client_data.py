@@ -35,12 +35,14 @@ class Batch:
         size: Number of samples.
         index: Its number from 0: within the local epoch, or within the task where a task is counted in steps.
         last: Whether it is the last one of that local epoch or task.
+        ends_task: Whether it is the last one of the task.
     """
 
     data: Any
     size: int
     index: int
     last: bool
+    ends_task: bool = False
 
 
 class ClientData:
@@ -251,9 +253,11 @@ class ClientData:
             for index, (data, size) in enumerate(self._pass(client, order, "round", round_idx, "workers", epoch)):
                 batches_of_task += 1
                 if num_batches is None:
-                    yield Batch(data, size, index, last=index + 1 == count)
+                    last = index + 1 == count
+                    yield Batch(data, size, index, last, ends_task=last and epoch + 1 == epochs)
                 else:
-                    yield Batch(data, size, batches_of_task - 1, last=batches_of_task == num_batches)
+                    last = batches_of_task == num_batches
+                    yield Batch(data, size, batches_of_task - 1, last, ends_task=last)
 
     def evaluation_batches(self, client: int, at_most: int) -> Iterator[Batch]:
         """Make batches to evaluate a model on a client, in the order of the data set.

@@ -70,7 +70,10 @@ class Buffers:
 
     def start(self, client: int) -> Mapping[str, Tensor]:
         """Return the buffers that a client starts from."""
-        return self.local.get(client, self.server.buffers)
+        if client not in self.local:
+            return self.server.buffers
+        own = self.local[client]
+        return {name: own.get(name, buffer) for name, buffer in self.server.buffers.items()}
 
     def sent(self, update: ClientUpdate) -> Mapping[str, Tensor]:
         """Return the buffers of an update that clients send."""
@@ -90,6 +93,13 @@ class Buffers:
         """Keep the buffers of a client whose update was received for its next round, with ``"local"``."""
         if self.policy == "local":
             self.local[update.client] = {name: buffer.to(HOST) for name, buffer in update.buffers.items()}
+
+    def reset_local(self, names: Sequence[str]) -> None:
+        """Let all clients start from the server's buffers with these names, where they have kept their own."""
+        if not names:
+            return
+        for client, own in self.local.items():
+            self.local[client] = {name: buffer for name, buffer in own.items() if name not in names}
 
     def load(self, local: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Load clients' own buffers from a checkpoint, except those that are frozen by now."""

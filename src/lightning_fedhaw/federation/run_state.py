@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.rule import Rule
-from lightning_fedhaw.server import Server
+from lightning_fedhaw.server import ModuleChanges, Server
 from lightning_fedhaw.vectors.memory import HOST
 
 OptimizerStates = list[dict[int, dict[str, Any]]]
@@ -146,6 +148,34 @@ class RunState:
         self.spread_callbacks: list[Stateful] = [*transport.uplink, *objectives]
         self.callbacks: list[Stateful] = [*transport.uplink, *transport.downlink, *objectives]
 
+    # ------------------------------------------------------------------ changes between rounds
+
+    def adopt_changes(self) -> None:
+        """Make what the user's code changed in the module since the last round a part of the global model.
+
+        Raises:
+            RuntimeError: If processes have made different changes.
+        """
+        changes = self.server.present()
+        if self.ranks.size > 1:
+            self._check_changes(changes)
+        self.server.adopt(changes)
+        self.buffers.reset_local(changes.names)
+
+    def _check_changes(self, changes: ModuleChanges) -> None:
+        """Refuse changes of the global model that are not the same on all processes."""
+        tensors = {**self.server.layout.views(changes.parameters), **changes.buffers}
+        checksums = self.ranks.gather({name: _checksum(tensors[name]) for name in changes.names})
+        for rank, other in enumerate(checksums):
+            different = [name for name in {**checksums[0], **other} if checksums[0].get(name) != other.get(name)]
+            if different:
+                raise RuntimeError(
+                    f"Between two rounds `{different[0]}` was changed in the module, and not to the same values on"
+                    f" processes 0 and {rank}. Every process holds the global model, so a hook that changes it must do"
+                    " so on all of them, and with the same numbers: without `rank_zero_only`, and with draws that are"
+                    " seeded."
+                )
+
     # ------------------------------------------------------------------ the undo of a round
 
     def snapshot(self, engine: Engine) -> RoundSnapshot:
@@ -239,7 +269,7 @@ class RunState:
             "tally": self.tally.state_dict(),
         }
         if not self.server.layout.is_exact:
-            state["parameters"] = self.server.parameters().cpu()
+            state["parameters"] = self.server.present().parameters.cpu()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], engine: Engine) -> None:
@@ -315,6 +345,12 @@ class RunState:
             for name in names:
                 merged_state[name] = merged([state.get(name) for state in states])
             callback.load_state_dict(merged_state)
+
+
+def _checksum(tensor: Tensor) -> str:
+    """Return a checksum of a tensor's bytes."""
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(content.numpy().data).hexdigest()
 
 
 def metrics_of(module: nn.Module) -> list[Metric]:
