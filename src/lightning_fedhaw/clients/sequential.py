@@ -60,6 +60,7 @@ class SequentialEngine(Engine):
             self._scaled_optimizer = ScaledOptimizer(host.optimizers[0], parameters)
         step = self._make_step()
         module_state = _ModuleState(host.module, self.layout)
+        self.attributes.begin()
         try:
             with (
                 isolated_randomness(host.device),
@@ -81,6 +82,7 @@ class SequentialEngine(Engine):
             end = furthest._replace(scales=scales)
         finally:
             module_state.restore()
+            self.attributes.restore()
             for optimizer, states in zip(host.optimizers, self.initial_states, strict=True):
                 restore_states(optimizer, states)
             step.close()
@@ -96,10 +98,11 @@ class SequentialEngine(Engine):
 
     def end_state(self) -> EndState:
         """Return settings and schedules of the furthest client, and all clients' loss scales."""
-        return self._end_state
+        return self._end_state._replace(attributes=self.attributes.pending)
 
     def restore_end_state(self, end_states: Sequence[EndState]) -> None:
         """Load the furthest schedule and the smallest loss scale of all processes."""
+        super().restore_end_state(end_states)
         furthest = max(end_states, key=lambda state: _progress(state.schedules))
         restore_settings(self.host.optimizers, furthest.settings)
         self.host.load_schedules(furthest.schedules)
@@ -115,7 +118,7 @@ class SequentialEngine(Engine):
         scales = []
         if self.host.scaler is not None:
             scales.append(self.host.scaler.state_dict())
-        return EndState(settings_of(self.host.optimizers), self.host.schedules(), scales)
+        return EndState(settings_of(self.host.optimizers), self.host.schedules(), scales, {})
 
     def _load(self, state: EndState) -> None:
         """Let a client start with the settings, schedules and loss scale of the round."""
@@ -144,6 +147,7 @@ class SequentialEngine(Engine):
     ) -> ClientUpdate:
         """Train one client, and return its update."""
         host = self.host
+        self.attributes.load(task.client)
         self._load_model(task, parameters)
         # Only now, so that a client's draws do not depend on the clients before it.
         seed = seed_of(self.plan.seed, "client", task.client, "round", self.host.round, "model")
@@ -236,6 +240,8 @@ class SequentialEngine(Engine):
             optimizer_states = [states_of(optimizer) for optimizer in self.host.optimizers]
         end = {name: parameter.detach() for name, parameter in named.items()}
         memory = {
+            # The first, because an objective may call the module's step.
+            "attributes": self.attributes.changes(),
             "optimizers": optimizer_states,
             "objectives": self.end_objectives(task, states, end, counts.made),
         }

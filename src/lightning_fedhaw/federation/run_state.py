@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_fedhaw.clients.attributes import AttributeState
 from lightning_fedhaw.clients.engine import Engine
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.federation.buffers import Buffers
@@ -71,6 +72,7 @@ class RoundSnapshot:
 
     Attributes:
         optimizer_states: The optimizer states that clients keep.
+        attributes: The attributes of the module that clients keep.
         local_buffers: The buffers that clients keep.
         callbacks: The states of channels and client objectives.
         rule: The state of the aggregation rule.
@@ -79,6 +81,7 @@ class RoundSnapshot:
     """
 
     optimizer_states: dict[int, OptimizerStates]
+    attributes: AttributeState
     local_buffers: dict[int, dict[str, Tensor]]
     callbacks: Sequence[CallbackState]
     rule: dict[str, Any]
@@ -192,6 +195,7 @@ class RunState:
             callbacks.append(CallbackState(callback, state))
         return RoundSnapshot(
             optimizer_states=dict(engine.optimizer_states),
+            attributes=engine.attributes.snapshot(),
             local_buffers=dict(self.buffers.local),
             callbacks=callbacks,
             rule=self.rule.state,
@@ -207,6 +211,7 @@ class RunState:
             snapshot: The state from before the round.
         """
         engine.optimizer_states = snapshot.optimizer_states
+        engine.attributes.undo(snapshot.attributes)
         self.buffers.local = snapshot.local_buffers
         for saved in snapshot.callbacks:
             saved.callback.load_state_dict(saved.state)
@@ -265,6 +270,7 @@ class RunState:
             "scheme": self.data.partition.scheme,
             "round_options": self.round_options,
             "optimizers": dict(engine.optimizer_states),
+            "attributes": engine.attributes.state_dict(),
             "buffers": dict(self.buffers.local),
             "tally": self.tally.state_dict(),
         }
@@ -285,6 +291,9 @@ class RunState:
         self._check_fingerprint(state["fingerprint"], state["scheme"])
         self._warn_of_changes(state["round_options"])
         engine.optimizer_states = dict(state["optimizers"])
+        # A checkpoint of an earlier version has none.
+        if "attributes" in state:
+            engine.attributes.load_state_dict(state["attributes"])
         self.buffers.load(state["buffers"])
         self.tally = Tally.from_state(state["tally"])
         if "parameters" in state:
