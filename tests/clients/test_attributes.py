@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from federations import QUIET, Classifier, flat, samples, trainer
-from lightning_fedhaw import FedAvgCallback, FederatedTrainer, IIDPartitioner
+from lightning_fedhaw import FedAvgCallback, FederatedCallback, FederatedTrainer, IIDPartitioner
 from lightning_fedhaw.clients.packed import are_same, pack, unpack
 from lightning_fedhaw.data import FixedSequenceSampler
 
@@ -195,6 +195,23 @@ def test_a_failed_round_is_undone():
     assert LOG == SECOND * 3
     fit(straight)
     assert torch.equal(flat(module), flat(straight))
+
+
+def test_an_observer_that_fails_after_the_aggregation_undoes_what_was_shown():
+    class Fails(FederatedCallback):
+        def on_round_end(self, trainer, pl_module, report):
+            if report.round == 1:
+                raise RuntimeError("boom")
+
+    module = Remembers()
+    with pytest.raises(RuntimeError, match="boom"):
+        fit(module, callbacks=[Fails()])
+    assert (module.steps, module.cache) == (2, {"seen": [0, 1] * 3})
+
+
+def test_steps_that_the_server_makes_are_nobodys():
+    fit(Remembers(), rounds=2, buffers="recalibrate")
+    assert [entry for entry in LOG if entry[0] == 1][:6] == SECOND * 3
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")

@@ -83,7 +83,9 @@ class ClientAttributes:
         self.state = AttributeState({}, {}, {})
         self.pending: dict[int, Changes] = {}
         self._watcher: Watcher | None = None
+        # By layer and name; from the end of training on, with what the round shows.
         self._begin: dict[str, dict[str, Watched]] = {}
+        self._replaced: dict[str, Watched | None] = {}
         self._loaded: dict[str, Watched] = {}
         self._warned: set[str] = set()
 
@@ -149,7 +151,7 @@ class ClientAttributes:
         return None
 
     def restore(self) -> None:
-        """Put the module's attributes back to what they were when the round began."""
+        """Put the module's attributes back: to what they were when the round began, or to what it shows at its end."""
         if self._watcher is None:
             return
         for path, begin in self._begin.items():
@@ -192,8 +194,19 @@ class ClientAttributes:
             shown[name] = self._packed(name)
             if not are_same(found, shown[name]):
                 first.setdefault(name, found)
+            self._replace_begin(name)
         self.state = AttributeState(kept, first, shown)
         self._warn_of_memory(len(clients), names)
+
+    def _replace_begin(self, name: str) -> None:
+        """Let :meth:`restore` put back the value that an attribute has now."""
+        path = name.rpartition(".")[0]
+        if self._watcher is None or path not in self._begin:
+            return
+        begin = self._begin[path]
+        self._replaced[name] = begin.pop(_last(name), None)
+        if _last(name) in self._holder(name):
+            begin[_last(name)] = self._watcher.watch(self._holder(name)[_last(name)])
 
     def _show(self, name: str, gains: Sequence[Gain | None]) -> None:
         """Show together what several clients have added to an attribute."""
@@ -220,11 +233,18 @@ class ClientAttributes:
     def snapshot(self) -> AttributeState:
         """Return the state before a round, which :meth:`undo` takes."""
         self._begin = {}
+        self._replaced = {}
         self.pending = {}
         return self.state
 
     def undo(self, state: AttributeState) -> None:
         """Undo a round that failed."""
+        for name, watched in self._replaced.items():
+            begin = self._begin[name.rpartition(".")[0]]
+            begin.pop(_last(name), None)
+            if watched is not None:
+                begin[_last(name)] = watched
+        self._replaced = {}
         self.restore()
         self.state = state
 

@@ -284,6 +284,8 @@ class Federation:
         with self.tally.phase("aggregation"):
             aggregation = self._aggregate(plan, received, stores.displacements)
             self.shared_states.aggregate(plan.start, stores.shared, received.from_clients)
+        # A rule on the server, or the recalibration of buffers, may have run the module's step.
+        self.engine.attributes.restore()
         report = self._report(plan, received, aggregation)
         self.on_round_end(report)
         return report
