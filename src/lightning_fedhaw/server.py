@@ -130,12 +130,11 @@ class Server:
             # A parameter of another shape has no place in the vector.
             if name in self.buffers or in_module[name].shape == written[name].shape:
                 changed.append(name)
-        parameters = self._vector
-        buffers = self.buffers
-        if changed:
-            # The rule, and the undo of a round, may hold the old ones.
-            parameters = parameters.clone()
-            buffers = dict(buffers)
+        if not changed:
+            return ModuleChanges(changed, self._vector, self.buffers)
+        # Copies, because the rule and the undo of a round may hold the old ones.
+        parameters = self._vector.clone()
+        buffers = dict(self.buffers)
         targets = self.layout.views(parameters)
         for name in changed:
             present = in_module[name].detach()
@@ -445,17 +444,14 @@ def _changed(present: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> li
         written: What the server wrote. A tensor that is no longer in the module is not listed.
     """
     names = [name for name in written if name in present]
-    different = []
-    devices = {present[name].device.type for name in names}
-    if devices - {"cpu"}:
+    if any(not present[name].is_cpu for name in names):
         # One answer for all of them: on other devices every answer is waited for.
-        flags = []
-        for name in names:
-            flags.append(_equal(written[name], present[name]).logical_not().any())
+        flags = [_equal(written[name], present[name]).logical_not().any() for name in names]
         names = [name for name, flag in zip(names, torch.stack(flags).tolist(), strict=True) if flag]
+    different = []
     for name in names:
         tensor = written[name]
-        other = present[name].detach().to(tensor)
+        other = present[name].to(tensor)
         if not torch.equal(tensor, other) and not _equal(tensor, other).all():
             different.append(name)
     return different
@@ -465,7 +461,7 @@ def _equal(tensor: Tensor, other: Tensor) -> Tensor:
     """Return where two tensors hold the same number, NaN included; nowhere if their shapes differ."""
     if tensor.shape != other.shape:
         return torch.zeros((), dtype=torch.bool)
-    other = other.detach().to(tensor)
+    other = other.to(tensor)
     # NaN is the number that differs from itself.
     return tensor.eq(other) | (tensor.ne(tensor) & other.ne(other))
 
