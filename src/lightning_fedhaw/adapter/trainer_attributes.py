@@ -68,12 +68,12 @@ def publish_summary(trainer: pl.Trainer, summary: dict[str, Any]) -> None:
     trainer.federation_summary = summary  # type: ignore[attr-defined]
 
 
-def publish_client(trainer: pl.Trainer, client: int | None) -> None:
+def publish_client(trainer: pl.Trainer, client: object) -> None:
     """Let users find the client at work as ``trainer.federation_client``; None if there is none, or no single one."""
     trainer.federation_client = client  # type: ignore[attr-defined]
 
 
-def client_of(trainer: pl.Trainer) -> int | None:
-    """Return the client at work; None if there is none, or no single one."""
-    client: int | None = trainer.federation_client  # type: ignore[attr-defined]
+def client_of(trainer: pl.Trainer) -> object:
+    """Return the client at work; None if there is none, and while many train at once an object that notices its use."""
+    client: object = trainer.federation_client  # type: ignore[attr-defined]
     return client

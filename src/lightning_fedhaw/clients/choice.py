@@ -115,6 +115,7 @@ def _vectorized(
     )
     # States that a checkpoint was loaded into.
     engine.optimizer_states = sequential.optimizer_states
+    engine.attributes = sequential.attributes
     engine.gradient = sequential.gradient
     return engine
 
