@@ -41,7 +41,7 @@ class HoldOut(arguments.NamedArguments):
 
     Example:
         >>> clients = [torch.arange(10), torch.arange(10, 14)]
-        >>> [len(held) for held in HoldOut(0.2).hold_out(clients, seed=0)]
+        >>> list(map(len, HoldOut(0.2).hold_out(clients, seed=0)))
         [2, 1]
         >>> HoldOut(indices={1: [12, 13]}).hold_out(clients, seed=0)[1].tolist()
         [12, 13]
