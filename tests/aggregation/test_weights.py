@@ -182,7 +182,9 @@ def test_the_start_up_line_names_the_weights():
 # ---------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("weights", [[0.5, -0.1], [0.5, float("nan")], [0.0, 0.0], {0: float("inf")}, {}, [], "abc", 1])
+@pytest.mark.parametrize(
+    "weights", [[0.5, -0.1], [0.5, float("nan")], [0.0, 0.0], {0: float("inf")}, {}, [], "abc", 1, {1, 2}]
+)
 def test_numbers_that_are_no_weights(weights):
     with pytest.raises(ValueError, match="`weights` must be finite numbers of at least 0, one per client and not all"):
         FedAvgCallback(weights=weights)
