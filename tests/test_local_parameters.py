@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,12 +14,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from federations import QUIET, Classifier, flat, loader, momentum, train, val_loader
 from lightning_fedhaw import (
+    MOON,
     ErasureChannel,
     FedAvgCallback,
     FederatedDataModule,
     FederatedTrainer,
     FedHyperCallback,
     FedLAWCallback,
+    FedNTD,
     FedProx,
     IndexPartitioner,
     LabelSwapPartitioner,
@@ -26,7 +29,9 @@ from lightning_fedhaw import (
     UniformSampler,
 )
 from lightning_fedhaw.extending import ParameterLayout
-from lightning_fedhaw.objectives import ScaffoldObjective
+from lightning_fedhaw.objectives import ClientObjective, ScaffoldObjective
+from lightning_fedhaw.objectives.base import ClientState
+from lightning_fedhaw.objectives.view import StepView
 
 ENGINES = ("sequential", "vectorized")
 HEAD = "net.3.*"
@@ -187,6 +192,102 @@ def test_objectives_act_on_the_shared_parameters_only():
     for engine in ENGINES:
         runner, _ = hold(engine)
         assert [head_of(runner, client) for client in (0, 1)] == [1.5, 2.5]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_clients_own_rate_moves_its_local_parameters_too(engine):
+    # With prediction p = head * body = 2, the gradients are (p - y) head for the body and (p - y) body for the head.
+    #   client 0, y = 1, rate 0.5: body 1 - 0.5 * 2 = 0, head 2 - 0.5 * 1 = 1.5.
+    #   client 1, y = 3, rate 0.25: body 1 + 0.25 * 2 = 1.5, head 2 + 0.25 * 1 = 2.25.
+    runner, module = play_line("trainer", 1, engine, client_lr_scale=[1.0, 0.5, 1.0])
+    assert module.body.weight.item() == 0.75
+    assert [head_of(runner, client) for client in (0, 1, 2)] == [1.5, 2.25, 2.0]
+
+
+class StartOutputs(ClientObjective):
+    """Notes the prediction of the model that a client started from, in every step; the term is zero."""
+
+    key = "StartOutputs"
+    watched = ("forward",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[float] = []
+
+    def loss(self, step: StepView, state: ClientState) -> torch.Tensor:
+        self.outputs.append(step.result_at_start("forward").item())
+        return 0.0 * step.result("forward").sum()
+
+
+class Forward(Line):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+    def error(self, batch: Any) -> torch.Tensor:
+        x, y = batch
+        return (self(x) - y).square().mean() / 2
+
+
+def test_the_model_that_a_client_started_from_has_the_local_parameters_that_it_started_with():
+    objective = StartOutputs()
+    runner, module = play_line("trainer", 1, callbacks=[objective], module=Forward(), local_steps=2)
+    # Body 1 and head 2 in both steps of both clients, whose heads move in the first one.
+    assert objective.outputs == [2.0] * 4
+    assert [head_of(runner, client) for client in (0, 1)] != [2.0, 2.0]
+    # In the second round client 0 starts from the averaged body and its own head.
+    objective = StartOutputs()
+    heads = [head_of(runner, client) for client in (0, 1)]
+    expected = [module.body.weight.item() * head for head in heads for _ in range(2)]
+    play_line("trainer", 2, callbacks=[objective], module=Forward(), local_steps=2)
+    assert objective.outputs[4:] == pytest.approx(expected)
+
+
+def classes_of(batch: Any) -> torch.Tensor:
+    return batch[1][:, 0].long() - 1
+
+
+class Encoded(Forward):
+    """Representations with a second feature, so that their direction depends on the encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(1, 2)
+        self.head = nn.Linear(2, 3)
+        for number, parameter in enumerate(self.parameters()):
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), classes_of(batch))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("local", ["body.bias", "head.*"])
+@pytest.mark.parametrize("objective", [MOON("forward"), FedNTD(labels=classes_of)], ids=["MOON", "FedNTD"])
+def test_both_engines_agree_on_terms_that_run_other_models(objective, local):
+    ends = []
+    for engine in ENGINES:
+        runner, module = play_line(
+            "trainer", 3, engine, [copy.deepcopy(objective)], Encoded(), local_steps=3, local_parameters=local
+        )
+        own = runner.federation_clients.own_state(1)
+        ends.append(torch.cat([flat(module), *[value.flatten() for value in own.values()]]))
+    torch.testing.assert_close(ends[1], ends[0])
+
+
+@pytest.mark.parametrize("adapt", ["SL", "CL"])
+def test_a_rule_that_scales_the_rates_scales_shared_parameters_in_both_engines(adapt):
+    ends = []
+    for engine in ENGINES:
+        module = Line()
+        rule = FedHyperCallback(
+            adapt, partitioner=OWNERS, sampler=FirstTwo(2), local_parameters="head.*", engine=engine, local_steps=3
+        )
+        runner = pl.Trainer(max_epochs=2, callbacks=[rule], **QUIET)
+        runner.fit(module, DataLoader(POINTS, batch_size=1))
+        ends.append([module.body.weight.item(), head_of(runner, 0), head_of(runner, 1)])
+    assert ends[1] == pytest.approx(ends[0])
 
 
 def test_full_gradients_are_those_of_the_clients_own_model():
@@ -406,3 +507,17 @@ def test_a_clients_samples_have_the_labels_that_it_trains_on():
         for position, index in enumerate(runner.federation_clients.train_indices[client].tolist()):
             label = int(samples[index][1])
             assert int(train_set[position][1]) == {0: 2, 1: 1, 2: 0}[label]
+
+
+def test_held_out_samples_are_read_as_for_evaluation():
+    read_for_training = TensorDataset(torch.zeros(12, 6), torch.arange(12) % 3)
+    read_for_evaluation = TensorDataset(torch.ones(12, 6), torch.arange(12) % 3)
+    swapped = LabelSwapPartitioner(IndexPartitioner([range(6), range(6, 12)]), fraction=1.0, labels=(0, 1))
+    data = FederatedDataModule(read_for_training, partitioner=swapped, batch_size=2, train_eval=read_for_evaluation)
+    runner = FederatedTrainer(rounds=1, client_val_fraction=0.5, callbacks=[FedAvgCallback()], **QUIET)
+    runner.fit(Classifier(), data)
+    clients = runner.federation_clients
+    assert [x.sum().item() for x, _ in clients.train_set(1)] == [0.0] * 3
+    assert [x.sum().item() for x, _ in clients.held_out_set(1)] == [6.0] * 3
+    labels = [[1, 0, 2][index % 3] for index in clients.held_out_indices[1].tolist()]
+    assert [int(y) for _, y in clients.held_out_set(1)] == labels

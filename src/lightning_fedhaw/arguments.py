@@ -318,7 +318,8 @@ def _float_tensor(value: object) -> Tensor | None:
             return None
         # A copy, so that later changes of the array do not change the setting.
         return tensor.detach().to("cpu", torch.float64, copy=True)
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+    # A set has no order, so it does not say which number is whose.
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, set, frozenset)):
         entries = [_plain_float(entry) for entry in value]
         if None in entries:
             return None

@@ -34,7 +34,8 @@ def one_or_per_client(check: Callable[..., Checked], name: str, value: Any, **li
                 raise arguments.invalid(name, "a mapping from client numbers to values", value)
             by_client[number_of_client] = check(name, own, hint=f"That is the value of client {client}.", **limits)
         return by_client
-    is_scalar = isinstance(value, (str, bytes)) or not hasattr(value, "__iter__")
+    # A set has no order, so it does not say which value is whose.
+    is_scalar = isinstance(value, (str, bytes, set, frozenset)) or not hasattr(value, "__iter__")
     if is_scalar or (hasattr(value, "ndim") and value.ndim == 0):
         return check(name, value, **limits)
     values = arguments.plain_list(value)

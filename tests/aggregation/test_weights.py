@@ -182,7 +182,9 @@ def test_the_start_up_line_names_the_weights():
 # ---------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("weights", [[0.5, -0.1], [0.5, float("nan")], [0.0, 0.0], {0: float("inf")}, {}, [], "abc", 1])
+@pytest.mark.parametrize(
+    "weights", [[0.5, -0.1], [0.5, float("nan")], [0.0, 0.0], {0: float("inf")}, {}, [], "abc", 1, {1, 2}]
+)
 def test_numbers_that_are_no_weights(weights):
     with pytest.raises(ValueError, match="`weights` must be finite numbers of at least 0, one per client and not all"):
         FedAvgCallback(weights=weights)
@@ -222,8 +224,12 @@ def test_a_method_that_returns_no_weight(weight, storage):
 
 @pytest.mark.parametrize("storage", ["auto", "host"])
 def test_weights_that_are_all_zero_in_a_round(storage):
-    with pytest.raises(ZeroDivisionError, match=r"Aggregation weights must have a positive sum, got \[0.0, 0.0\]"):
+    with pytest.raises(
+        ZeroDivisionError, match=r"Aggregation weights must have a positive sum, got \[0.0, 0.0\]"
+    ) as caught:
         fit(FedAvgCallback(weights=[0, 0, 1]), storage=storage, sampler=FixedSequenceSampler([[0, 1]]))
+    # Before Python 3.11 a note is a part of the message.
+    assert "`weights` gives 0 to every client" in "".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
 
 
 def test_a_method_that_would_be_ignored():

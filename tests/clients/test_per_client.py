@@ -142,6 +142,7 @@ def test_accumulation_windows_end_with_a_pass():
         ),
         ({"local_steps": {"a": 1}}, "`local_steps` must be a mapping from client numbers to values"),
         ({"local_steps": [1, 2.5]}, "`local_steps` must be a whole number of at least 1, got 2.5. That is"),
+        ({"local_epochs": {1, 2}}, r"`local_epochs` must be .* got \{1, 2\}"),
         ({"client_lr_scale": 0}, "`client_lr_scale` must be a finite number above 0, got 0."),
         ({"client_lr_scale": [1.0, float("nan")]}, "`client_lr_scale` must be .* That is the value of client 1."),
     ],

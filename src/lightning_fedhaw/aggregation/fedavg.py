@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
+from lightning_fedhaw.notes import add_note
 from lightning_fedhaw.options import repr_settings
 from lightning_fedhaw.rule import RuleOutput, ServerView, State
 
@@ -21,6 +22,12 @@ Weighting = Literal["examples", "batches", "uniform"]
 
 Weights = Iterable[float] | Mapping[int, float] | Callable[[ClientUpdate], float]
 """Weights of the user's own: one number per client, a mapping from client to number, or a function of an update."""
+
+NO_WEIGHT = (
+    "`weights` gives 0 to every client whose update was received in this round. Give one of them a weight above 0, or"
+    " leave clients without a weight out of the rounds by `sampler=`."
+)
+"""The note to the error of a round without any weight."""
 
 LONGEST_LIST = 4
 """The number of weights up to which the start-up line shows them."""
@@ -89,7 +96,12 @@ class FedAvgCallback(AggregationRule):
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Average the local models."""
-        weights = self.cohort_weights(cohort)  # [K]
+        try:
+            weights = self.cohort_weights(cohort)  # [K]
+        except ZeroDivisionError as error:
+            if self.weights is not None:
+                add_note(error, NO_WEIGHT)
+            raise
         return RuleOutput(parameters=cohort.vectors.weighted_sum(weights), state=state, weights=weights)
 
 

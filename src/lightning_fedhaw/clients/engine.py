@@ -166,9 +166,13 @@ class Engine(ABC):
         if not self.objectives:
             return []
         start = self.layout.views(task.start)
+        # Local parameters are like buffers to a term: it does not act on them, but another model is run with its own.
+        kept = dict(task.buffers)
+        if self.layout.local:
+            kept.update(self.local_parameters.start(task.client))
         states = []
         for objective in self.objectives:
-            state = objective.begin_client(task.client, start, task.buffers)
+            state = objective.begin_client(task.client, start, kept)
             states.append({name: value.to(self.host.device) for name, value in state.items()})
         return states
 
@@ -181,7 +185,7 @@ class Engine(ABC):
             task: The client's task.
             states: The states that :meth:`begin_objectives` returned.
             end: The client's model after training, by name of the parameter.
-            end_buffers: Its buffers after training, by name.
+            end_buffers: Its buffers and local parameters after training, by name.
             num_steps: Its optimizer steps.
         """
         if not self.objectives:

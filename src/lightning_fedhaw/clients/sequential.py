@@ -259,12 +259,13 @@ class SequentialEngine(Engine):
             optimizer_states = [states_of(optimizer) for optimizer in self.host.optimizers]
         end = {name: parameter.detach() for name, parameter in named.items()}
         buffers = self._end_buffers(task)
+        own = in_host_memory(self.layout.local_tensors(self.host.module).items())
         memory = {
             # The first, because an objective may call the module's step.
             "attributes": self.attributes.changes(),
             "optimizers": optimizer_states,
-            "objectives": self.end_objectives(task, states, end, buffers, counts.made),
-            LOCAL_PARAMETERS: in_host_memory(self.layout.local_tensors(self.host.module).items()),
+            "objectives": self.end_objectives(task, states, end, {**buffers, **own}, counts.made),
+            LOCAL_PARAMETERS: own,
         }
         displacement = self.layout.read(list(named.values()), out=task.slot()).sub_(task.start)
         return ClientUpdate(

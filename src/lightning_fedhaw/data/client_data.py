@@ -151,14 +151,17 @@ class ClientData:
         """``[N]`` int64, training examples of each client."""
         return torch.tensor([len(samples) for samples in self.train_indices])
 
-    def subset(self, client: int, indices: Tensor) -> Dataset[Any]:
+    def subset(self, client: int, indices: Tensor, *, for_evaluation: bool = False) -> Dataset[Any]:
         """Return some of a client's samples as a data set, with the labels that the client sees.
 
         Args:
             client: The client's number.
             indices: ``[samples]``, indices into the data set.
+            for_evaluation: Whether the samples are read as for evaluation, where that is another way.
         """
         dataset = self.dataset
+        if for_evaluation and self.evaluation_dataset is not None:
+            dataset = self.evaluation_dataset
         if client in self.partition.label_swaps:
             dataset = _SwappedLabels(dataset, self.partition.label_swaps[client])
         return Subset(dataset, indices.tolist())

@@ -21,8 +21,8 @@ class FederationClients:
 
     Attributes:
         train_indices: For each client ``[samples]`` int64, the indices of its training samples in the training data.
-        held_out_indices: For each client the indices of the samples that ``client_val_fraction`` holds out; its
-            training never sees them.
+        held_out_indices: For each client the indices of the samples that ``client_val_fraction`` or ``client_val``
+            holds out; its training never sees them.
     """
 
     def __init__(self, federation: Federation) -> None:
@@ -42,12 +42,14 @@ class FederationClients:
         return self._federation.data.subset(client, self.train_indices[client])
 
     def held_out_set(self, client: int) -> Dataset[Any]:
-        """Return a client's held-out samples as a data set; it is empty without ``client_val_fraction``.
+        """Return a client's held-out samples as a data set, read as ``train_eval`` reads them if it is given.
+
+        It is empty without ``client_val_fraction`` or ``client_val``.
 
         Args:
             client: The client's number.
         """
-        return self._federation.data.subset(client, self.held_out_indices[client])
+        return self._federation.data.subset(client, self.held_out_indices[client], for_evaluation=True)
 
     def own_state(self, client: int) -> dict[str, Tensor]:
         """Return a client's own part of the model, which makes it that client's model.

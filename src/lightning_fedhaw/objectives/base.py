@@ -188,12 +188,12 @@ class ClientObjective(KeyedCallback):
         return state
 
     def begin_client(self, client: int, start: Named, buffers: Named) -> ClientState:
-        """Return all tensors that a client's steps need: its state and, for :meth:`loss`, the buffers it starts from.
+        """Return all tensors that a client's steps need: its state and, for :meth:`loss`, what else it starts from.
 
         Args:
             client: The client.
             start: The model from which it starts, by name.
-            buffers: The buffers from which it starts, by name.
+            buffers: The buffers and local parameters from which it starts, by name.
         """
         state = self.client_state(client, start)
         if not self.reads_batch:
@@ -209,7 +209,7 @@ class ClientObjective(KeyedCallback):
             state: What :meth:`begin_client` returned.
             start: The model from which the client started, by name.
             end: The model after its last step, by name.
-            end_buffers: The buffers after its last step, by name.
+            end_buffers: The buffers and local parameters after its last step, by name.
             num_steps: The number of its optimizer steps.
         """
         if not self.reads_batch:

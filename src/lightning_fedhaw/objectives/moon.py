@@ -23,9 +23,9 @@ from lightning_fedhaw.objectives.view import StepView
 class MOON(ClientObjective):
     """The model-contrastive term, added to the loss of ``training_step``.
 
-    The client's state is its model after its last local training, with its buffers. A client that takes part for the
-    first time has none: the model that it received is used instead, with which the term has no gradient. The term costs
-    two more forward passes per step, through both models in evaluation mode.
+    The client's state is its model after its last local training, with its buffers and local parameters. A client that
+    takes part for the first time has none: the model that it received is used instead, with which the term has no
+    gradient. The term costs two more forward passes per step, through both models in evaluation mode.
 
     Args:
         representation: The name of the submodule whose output is the representation ``[batch, ...]``, such as an

@@ -102,7 +102,8 @@ class StepWatch:
         Args:
             name: The submodule's name, or ``"forward"``.
             parameters: The other model's trainable parameters, by name.
-            buffers: The other model's buffers, by name; the module's own for those that are missing.
+            buffers: The other model's buffers and local parameters, by name; the module's own buffers for those that
+                are missing.
 
         Raises:
             ValueError: If the call cannot be repeated because its inputs depend on the model that trains.
@@ -179,7 +180,7 @@ class StepView(NamedTuple):
         output: What ``training_step`` returned.
         parameters: The local model's trainable parameters, by name.
         start: The model from which the client started the round, by name.
-        start_buffers: The buffers from which the client started the round, by name.
+        start_buffers: The buffers from which the client started the round, and its local parameters, by name.
         watch: The record of the step's calls.
     """
 

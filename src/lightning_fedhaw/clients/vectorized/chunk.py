@@ -328,17 +328,17 @@ class Chunk:
         if self.scaled_steps is None and self.lr_scales is None:
             self.optimizer.step(rows, row_index, gradients)
             return
-        # Without local parameters, which the rule does not know of.
-        stacks = self.stacks[: self.num_shared]
-        previous = [stack[row_index].clone() for stack in stacks]
+        previous = [stack[row_index].clone() for stack in self.stacks]
         self.optimizer.step(rows, row_index, gradients)
-        scaled = [stack[row_index] for stack in stacks]
+        scaled = [stack[row_index] for stack in self.stacks]
         if self.lr_scales is not None:
             self._scale_by_client(scaled, previous, row_index)
         if self.scaled_steps is not None:
-            self._scale_by_rule(scaled, previous, gradients, row_index)
+            # Without local parameters, which come last and of which the rule does not know.
+            count = self.num_shared
+            self._scale_by_rule(scaled[:count], previous[:count], gradients, row_index)
         # Rows that are picked by an index tensor are copies.
-        for stack, value in zip(stacks, scaled, strict=True):
+        for stack, value in zip(self.stacks, scaled, strict=True):
             stack[row_index] = value
 
     def _scale_by_client(self, parameters: Sequence[Tensor], previous: Sequence[Tensor], row_index: RowIndex) -> None:
@@ -358,7 +358,7 @@ class Chunk:
         """Scale a step by the rule's scale."""
         assert self.scaled_steps is not None
         gradient_of = dict(zip(self.stack_numbers, gradients, strict=True))
-        in_layout_order = [gradient_of.get(number) for number in range(len(self.stacks))]
+        in_layout_order = [gradient_of.get(number) for number in range(len(parameters))]
         self.scaled_steps.scale(parameters, previous, in_layout_order, row_index)
 
     # ------------------------------------------------------------------ the updates
@@ -389,18 +389,19 @@ class Chunk:
         buffers = {}
         for name, buffer in zip(self.step.buffer_names, self.buffers, strict=True):
             buffers[name] = buffer[row].clone()
+        own_stacks = self.stacks[self.num_shared :]
+        own = {name: stack[row] for name, stack in zip(engine.layout.local, own_stacks, strict=True)}
         objective_states = []
         if engine.objectives:
             end = {name: stack[row] for name, stack in zip(engine.layout.names, self.stacks, strict=False)}
             states = [_rows_of(state, row) for state in self.states]
             # Objectives such as SCAFFOLD's read the rates.
             with scaled_rates(engine.host, engine.plan.lr_scale_of(task.client)):
-                objective_states = engine.end_objectives(task, states, end, buffers, self.made[row])
-        own = [(name, stack[row]) for name, stack in zip(engine.layout.trained, self.stacks, strict=True)]
+                objective_states = engine.end_objectives(task, states, end, {**buffers, **own}, self.made[row])
         memory = {
             "optimizers": optimizer_states,
             "objectives": objective_states,
-            LOCAL_PARAMETERS: in_host_memory(own[self.num_shared :]),
+            LOCAL_PARAMETERS: in_host_memory(own.items()),
         }
         return ClientUpdate(
             client=task.client,

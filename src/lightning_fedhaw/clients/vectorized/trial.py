@@ -155,10 +155,13 @@ class _Trial:
         self.batch = data.gather(torch.stack([indices[: self.batch_size], indices.flip(0)[: self.batch_size]]))
         shared = layout.views(start[: layout.numel])
         self.starts = {name: value.expand(2, *value.shape) for name, value in shared.items()}
+        # What the clients keep, as `Engine.begin_objectives` passes it on.
+        kept: dict[str, Tensor] = dict(layout.tracked_buffers(host.module))
+        for name, parameter in layout.local_tensors(host.module).items():
+            kept[name] = parameter.detach()
         self.states: list[ClientState] = []
         for objective in objectives:
-            buffers = layout.tracked_buffers(host.module)
-            state = objective.begin_client(largest, shared, buffers)
+            state = objective.begin_client(largest, shared, kept)
             self.states.append({name: torch.stack([value, value]).to(host.device) for name, value in state.items()})
         self.index = 0
         # Set while the step runs in another precision than its own.
