@@ -437,9 +437,7 @@ def provider(name: str, value: Value, attribute: str, *, kind: str, example: str
 
 def _call_hint(value: object) -> str:
     """Return the remedy if a class was given instead of an instance."""
-    if isinstance(value, type):
-        return f"Write `{value.__name__}(...)`."
-    return ""
+    return f"Write `{value.__name__}(...)`." if isinstance(value, type) else ""
 
 
 def optional(

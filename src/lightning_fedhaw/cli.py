@@ -238,7 +238,7 @@ def _refusal(error: BaseException) -> BaseException | None:
     cause: BaseException | None = error
     while cause is not None:
         frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
-        if any(frame.f_code is Federation.play.__code__ for frame in frames):
+        if any(frame.f_code is Federation.run_round.__code__ for frame in frames):
             return None
         # The last frame is where it was raised.
         if frames and str(frames[-1].f_globals["__name__"]).startswith("lightning_fedhaw."):

@@ -52,7 +52,7 @@ class FederatedTrainer(pl.Trainer):
         labels: Labels for a split by labels: an array ``[samples]``, or a callable that takes the dataset. Default: the
             dataset's ``targets`` or ``labels``, else the second item of its samples if that is an integer.
         min_client_samples: Clients with fewer samples, held-out ones included, are left out, with a warning; the
-            others are numbered anew in their order. Default: 1.
+            others are renumbered in their order. Default: 1.
         clients_per_round: Number of clients sampled in each round, or a fraction of N. Default: all clients.
         sampler: Client sampling: selects the clients of each round. Cannot be combined with ``clients_per_round``.
         local_epochs: Passes that a client makes over its own data in a round; a fraction such as 0.25 is that share of

@@ -215,7 +215,7 @@ class RoundLoop(_FitLoop):
 
     def run_round(self) -> Report:
         """Run one communication round, without validation."""
-        return self.current_federation.play(self.epoch_loop.global_step)
+        return self.current_federation.run_round(self.epoch_loop.global_step)
 
     def on_run_end(self) -> None:
         """Evaluate the clients, and report the run summary."""

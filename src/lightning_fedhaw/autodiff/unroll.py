@@ -60,16 +60,16 @@ def unroll(
             state = pytree.tree_map(constant, state)
         if trace is not None and checkpointed:
             with trace.checkpointed_round() as results:
-                state = _play(round_, state, hyper, round_idx)
+                state = _run(round_, state, hyper, round_idx)
                 results += tensors_in(state)
         elif is_checkpointed:
             state = _checkpointed_round(round_, state, hyper, round_idx)
         else:
-            state = _play(round_, state, hyper, round_idx)
+            state = _run(round_, state, hyper, round_idx)
     return state
 
 
-def _play(round_: Round, state: Any, hyper: Any, round_idx: int) -> Any:
+def _run(round_: Round, state: Any, hyper: Any, round_idx: int) -> Any:
     token = ROUND.set(round_idx)
     try:
         return round_(state, hyper, round_idx)
@@ -108,7 +108,7 @@ class _Checkpoint(torch.autograd.Function):
         ctx.surroundings = copy_context()  # the backward pass may run in a thread of torch's own
         ctx.leaves = leaves
         state, hyper = pytree.tree_unflatten(list(leaves), structure)
-        outputs, ends.structure = pytree.tree_flatten(_play(round_, state, hyper, round_idx))
+        outputs, ends.structure = pytree.tree_flatten(_run(round_, state, hyper, round_idx))
         return tuple(outputs)
 
     @staticmethod
@@ -126,7 +126,7 @@ def _pull_back(ctx: Any, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
     inputs = [leaf for leaf, is_needed in zip(leaves, ctx.needs_input_grad[4:], strict=True) if is_needed]
     state, hyper = pytree.tree_unflatten(leaves, structure)
     with torch.enable_grad(), _also_differentiated(inputs):
-        outputs, _ = pytree.tree_flatten(_play(round_, state, hyper, round_idx))
+        outputs, _ = pytree.tree_flatten(_run(round_, state, hyper, round_idx))
     on_tape = []
     for position, output in enumerate(outputs):
         if isinstance(output, Tensor) and output.requires_grad:

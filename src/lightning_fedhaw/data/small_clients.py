@@ -39,7 +39,7 @@ def large_clients(partition: Partition, minimum: int) -> list[int]:
 
 
 def only(partition: Partition, clients: Sequence[int]) -> Partition:
-    """Return the partition of some of the clients, who are numbered anew in their order.
+    """Return the partition of some of the clients, who are renumbered in their order.
 
     Args:
         partition: The split.

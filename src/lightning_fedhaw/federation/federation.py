@@ -63,7 +63,7 @@ _NO_VECTOR = torch.empty(0)
 class Federation:
     """The federation of a run, which runs its rounds.
 
-    The order of a round is here, in :meth:`_play`. The state of its steps is kept by collaborators.
+    The order of a round is here, in :meth:`_run_round`. The state of its steps is kept by collaborators.
 
     Args:
         host: The trainer around it.
@@ -225,7 +225,7 @@ class Federation:
 
     # ------------------------------------------------------------------ a round
 
-    def play(self, round_idx: int) -> Report:
+    def run_round(self, round_idx: int) -> Report:
         """Run one communication round. If it fails, it is undone.
 
         Raises:
@@ -238,7 +238,7 @@ class Federation:
         snapshot = self.run_state.snapshot(self.engine)
         self.in_round = True
         try:
-            return self._play(round_idx, clients)
+            return self._run_round(round_idx, clients)
         except BaseException as error:
             # An interrupted round (Ctrl+C) is undone like one that failed.
             if is_out_of_memory(error):
@@ -248,7 +248,7 @@ class Federation:
         finally:
             self.in_round = False
 
-    def _play(self, round_idx: int, clients: Sequence[int]) -> Report:
+    def _run_round(self, round_idx: int, clients: Sequence[int]) -> Report:
         with self.tally.phase("broadcast"):
             plan = self._broadcast(round_idx, clients)
             own_clients = self.placement.assign(plan.slots, self.engine.cost)
@@ -523,6 +523,11 @@ def _check_step(step: Any, rule: str, clients: int) -> None:
     if not isinstance(step, RuleOutput):
         raise TypeError(
             f"`{rule}.step` must return a `RuleOutput(parameters, state, weights)`, got {type(step).__name__}."
+        )
+    if not isinstance(step.state, Mapping):
+        raise TypeError(
+            f"`{rule}.step` must return the rule's state as a dictionary, got {type(step.state).__name__}. A rule without"
+            " state returns the one that it was given."
         )
     if step.weights.shape != (clients,):
         raise ValueError(

@@ -135,3 +135,12 @@ class _BatchedMasks(torch.autograd.Function):
     def vmap(info: object, in_dims: object, ticket: Tensor, draw: _Draw) -> tuple[Tensor, int]:
         """Draw the stack of masks, whose axis of clients is the first."""
         return draw.masks(), 0
+
+
+class NoLogger:
+    """A substitute for the logger during the trial, which refuses calls: there would be one for all clients."""
+
+    def __getattr__(self, name: str) -> object:
+        raise NotVectorizableError(
+            f"calls the logger itself (`{name}`), once for all clients at once; `self.log` is called for each"
+        )

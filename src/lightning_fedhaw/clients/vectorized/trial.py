@@ -29,7 +29,7 @@ from lightning_fedhaw.clients.vectorized.comparison import (
     number_of_bytes,
 )
 from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
-from lightning_fedhaw.clients.vectorized.guard import StepGuard
+from lightning_fedhaw.clients.vectorized.guard import NoLogger, StepGuard
 from lightning_fedhaw.clients.vectorized.optimizers import check_scalable, row_states
 from lightning_fedhaw.clients.vectorized.recorder import StackRecorder
 from lightning_fedhaw.clients.vectorized.snapshot import Snapshot
@@ -106,7 +106,7 @@ def probe(
         raise NotVectorizableError(f"the optimizer {error}") from error
     uses_index = reads_index(host.module.training_step)
     snapshot = Snapshot(host.module, host.optimizers, layout)
-    with isolated_randomness(host.device), quiet_collector(), host.logging_to(_NoLogger()), many_clients(host):
+    with isolated_randomness(host.device), quiet_collector(), host.logging_to(NoLogger()), many_clients(host):
         try:
             return _Trial(host, layout, data, plan, objectives, snapshot).facts(names, uses_index)
         except NotVectorizableError as error:
@@ -538,15 +538,6 @@ def _errors_refuse() -> Iterator[None]:
         # The user's code may raise anything, and so may torch for operations that cannot be batched. If the error is
         # the step's own, the sequential engine will raise it again.
         raise NotVectorizableError(explained(error)) from error
-
-
-class _NoLogger:
-    """A substitute for the logger during the trial, which refuses calls: there would be one for all clients."""
-
-    def __getattr__(self, name: str) -> object:
-        raise NotVectorizableError(
-            f"calls the logger itself (`{name}`), once for all clients at once; `self.log` is called for each"
-        )
 
 
 class _DifferenceError(Exception):
