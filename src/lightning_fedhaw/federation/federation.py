@@ -526,8 +526,8 @@ def _check_step(step: Any, rule: str, clients: int) -> None:
         )
     if not isinstance(step.state, Mapping):
         raise TypeError(
-            f"`{rule}.step` must return the rule's state as a dictionary, got {type(step.state).__name__}. A rule without"
-            " state returns the one that it was given."
+            f"`{rule}.step` must return the rule's state as a dictionary, got {type(step.state).__name__}. A rule"
+            " without state returns the one that it was given."
         )
     if step.weights.shape != (clients,):
         raise ValueError(
