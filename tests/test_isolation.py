@@ -250,16 +250,17 @@ class Feedback(Channel):
         self.held = dict(state_dict["held"])
 
 
+PLAYED = []
+"""The steps of all clients in round 1; not in the module, whose attributes are a client's own."""
+
+
 class Crashes(Classifier):
     """Breaks once, in the middle of round 1, after clients have come back."""
 
-    broken = False
-
     def on_train_batch_start(self, batch, batch_idx):
-        if self.trainer.global_step == 1 and not self.broken:
-            self.steps = getattr(self, "steps", 0) + 1
-            if self.steps == 9:
-                self.broken = True
+        if self.trainer.global_step == 1 and len(PLAYED) < 9:
+            PLAYED.append(batch_idx)
+            if len(PLAYED) == 9:
                 raise RuntimeError("pulled the plug")
 
 
@@ -287,6 +288,7 @@ def test_a_round_that_is_interrupted_can_be_played_again(arguments):
 
     straight, module = run(Classifier)
     straight.fit(module, loader())
+    PLAYED.clear()
     crashing, other = run(Crashes)
     with pytest.raises(RuntimeError, match="pulled the plug"):
         crashing.fit(other, loader())
@@ -613,16 +615,18 @@ def test_an_observer_that_fails_after_the_aggregation_undoes_the_round():
 
 
 def test_a_failed_round_puts_schedules_of_manual_optimization_back():
+    # Not in the module, whose attributes are a client's own.
+    calls = []
+
     def make(breaks):
         class Steps(Classifier):
             def __init__(self):
                 super().__init__()
                 self.automatic_optimization = False
-                self.calls = 0
 
             def training_step(self, batch, batch_idx):
-                self.calls += 1
-                if breaks and self.calls == 25:
+                calls.append(breaks)
+                if breaks and calls.count(True) == 25:
                     raise RuntimeError("pulled the plug")
                 optimizer = self.optimizers()
                 optimizer.zero_grad()

@@ -47,6 +47,12 @@ def table() -> dict[str, str]:
 ROWS = table()
 
 
+class Counter:
+    """Counts the steps of all clients: a plain attribute of the module would be a client's own."""
+
+    steps = 0
+
+
 class Module(Classifier):
     """A classifier that brings its data, counts local steps and notes the models that it was validated with."""
 
@@ -54,11 +60,15 @@ class Module(Classifier):
         super().__init__(optimizer)
         self.learning_rate, self.batch_size = 0.1, 8
         self.backbone = self.net[0]
-        self.steps = 0
+        self.counter = Counter()
         self.validated: list[torch.Tensor] = []
 
+    @property
+    def steps(self):
+        return self.counter.steps
+
     def training_step(self, batch, batch_idx):
-        self.steps += 1
+        self.counter.steps += 1
         return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch, batch_idx):

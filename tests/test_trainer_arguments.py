@@ -9,6 +9,7 @@ import math
 import os
 import re
 import warnings
+from collections import UserDict, UserList
 from collections.abc import Callable
 from dataclasses import fields
 from datetime import timedelta
@@ -61,11 +62,11 @@ class Watched(Classifier):
 
     def __init__(self, optimizer: Any = None) -> None:
         super().__init__(optimizer)
-        self.steps: list[tuple[int, int]] = []  # round and batch index of every local step
+        # Of all clients together: plain attributes, lists and dicts would be a client's own.
+        self.steps: UserList[tuple[int, int]] = UserList()  # round and batch index of every local step
         self.validated: list[int] = []  # rounds that were over at every validation
         self.evaluated: dict[str, int] = {"sanity": 0, "fit": 0, "validate": 0, "test": 0, "predict": 0}
-        self.seen: dict[str, Any] = {}
-        self.optimizer_steps = 0
+        self.seen: UserDict[str, Any] = UserDict(optimizer_steps=0)
 
     def training_step(self, batch, batch_idx):
         self.steps.append((self.trainer.global_step, batch_idx))
@@ -108,7 +109,7 @@ class CountsOptimizerSteps(Watched):
         return optimizer
 
     def _count(self, *_: Any) -> None:
-        self.optimizer_steps += 1
+        self.seen["optimizer_steps"] += 1
 
 
 def train_loader() -> DataLoader:
@@ -494,7 +495,7 @@ def enable_model_summary(door: int) -> None:
 def accumulate_grad_batches(door: int) -> None:
     for window, steps in ((1, 4), (2, 2), (3, 2), (4, 1), (9, 1)):
         trainer, module = play(door, CountsOptimizerSteps(), accumulate_grad_batches=window)
-        assert module.optimizer_steps == 3 * CLIENTS * steps
+        assert module.seen["optimizer_steps"] == 3 * CLIENTS * steps
         assert module.steps_by_round == [CLIENTS * BATCHES] * 3
         assert trainer.global_step == trainer.estimated_stepping_batches == 3
     # All of a client's batches behind one step, and equal clients: one step down the gradient of all data.

@@ -26,6 +26,21 @@ from lightning_fedhaw.rule import Batch, PredictionFunction
 from lightning_fedhaw.vectors.layout import ParameterLayout, own_memory
 
 
+@dataclass(frozen=True)
+class ModuleChanges:
+    """The changes of the global model that the user's code has made in the module between two rounds.
+
+    Attributes:
+        names: The parameters and buffers that were changed.
+        parameters: ``[P]``, with the changes.
+        buffers: The buffers by name, with the changes.
+    """
+
+    names: Sequence[str]
+    parameters: Tensor
+    buffers: Mapping[str, Tensor]
+
+
 class Server:
     """The global parameters and buffers, and the user's module that they are written into.
 
@@ -105,6 +120,41 @@ class Server:
         self._vector = parameters
         self.buffers = buffers
         self.write(parameters, buffers)
+
+    @torch.no_grad()
+    def present(self) -> ModuleChanges:
+        """Return the model that is in the module, and what of it is not what the server has written there.
+
+        Where the module still holds a parameter as the server's vector was rounded for it, the vector keeps its
+        precision.
+        """
+        written = {**self.layout.views(self.layout.rounded(self._vector)), **self.buffers}
+        in_module = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        changed = []
+        for name in _changed(in_module, written):
+            # A parameter of another shape has no place in the vector.
+            if name in self.buffers or in_module[name].shape == written[name].shape:
+                changed.append(name)
+        if not changed:
+            return ModuleChanges(changed, self._vector, self.buffers)
+        # Copies, because the rule and the undo of a round may hold the old ones.
+        parameters = self._vector.clone()
+        buffers = dict(self.buffers)
+        targets = self.layout.views(parameters)
+        for name in changed:
+            present = in_module[name].detach()
+            if name in buffers:
+                buffers[name] = present.clone()
+            else:
+                present = present.to(parameters)
+                targets[name].copy_(torch.where(present == written[name], targets[name], present))
+        return ModuleChanges(changed, parameters, buffers)
+
+    def adopt(self, changes: ModuleChanges) -> None:
+        """Make the model that is in the module the server's."""
+        if changes.names:
+            self._vector = changes.parameters
+            self.buffers = dict(changes.buffers)
 
     def move(self, device: torch.device) -> None:
         """Move parameters and buffers to another device; the module stays where it is."""
@@ -411,6 +461,36 @@ def all_finite(tensor: Tensor) -> bool:
     if torch.isfinite(tensor.sum()):
         return True
     return bool(torch.isfinite(tensor).all())
+
+
+def _changed(present: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> list[str]:
+    """List the tensors that are not what was written.
+
+    Args:
+        present: The tensors of the module.
+        written: What the server wrote. A tensor that is no longer in the module is not listed.
+    """
+    names = [name for name in written if name in present]
+    if any(not present[name].is_cpu for name in names):
+        # One answer for all of them: on other devices every answer is waited for.
+        flags = [_equal(written[name], present[name]).logical_not().any() for name in names]
+        names = [name for name, flag in zip(names, torch.stack(flags).tolist(), strict=True) if flag]
+    different = []
+    for name in names:
+        tensor = written[name]
+        other = present[name].to(tensor)
+        if not torch.equal(tensor, other) and not _equal(tensor, other).all():
+            different.append(name)
+    return different
+
+
+def _equal(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return where two tensors hold the same number, NaN included; nowhere if their shapes differ."""
+    if tensor.shape != other.shape:
+        return torch.zeros((), dtype=torch.bool)
+    other = other.to(tensor)
+    # NaN is the number that differs from itself.
+    return tensor.eq(other) | (tensor.ne(tensor) & other.ne(other))
 
 
 def _ignore(*_: object, **__: object) -> None:

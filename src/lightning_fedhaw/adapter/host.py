@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -15,10 +16,13 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lightning_fedhaw.adapter.client_pass import client_pass
 from lightning_fedhaw.adapter.client_validation import ClientValidation
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, client_of, datamodule_of, publish_client
-from lightning_fedhaw.clients.steps import is_plain_sgd
+from lightning_fedhaw.clients.steps import BatchProgress, is_plain_sgd
+from lightning_fedhaw.clients.vectorized.snapshot import names_in_step
 from lightning_fedhaw.rule import Rule
 from lightning_fedhaw.server import step_arguments
 from lightning_fedhaw.vectors.layout import ParameterLayout
@@ -38,6 +42,8 @@ _STEP_HOOKS = (
 # The module has some of these hooks alone.
 _CALLBACK_STEP_HOOKS = tuple(name for name in _STEP_HOOKS if hasattr(pl.Callback, name))
 _PRECISIONS = (Precision, DoublePrecision, HalfPrecision, MixedPrecision)
+# What the trainer says of the batches of the client at work.
+_CLIENT_NAMES = {"is_last_batch", "num_training_batches"}
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -164,7 +170,12 @@ class TrainerHost:
         """
         if not self.module.automatic_optimization:
             return f"optimizes manually{_place(self.module.training_step)}"
-        return self._hook_obstacle() or self._optimizer_obstacle() or self._precision_obstacle()
+        return (
+            self._hook_obstacle()
+            or self._optimizer_obstacle()
+            or self._batch_number_obstacle()
+            or self._precision_obstacle()
+        )
 
     def _hook_obstacle(self) -> str | None:
         if self._module_hooks:
@@ -193,6 +204,11 @@ class TrainerHost:
                 return "has backward hooks on its layers"
         if self.accumulate != 1:
             return f"accumulates gradients (`accumulate_grad_batches={self.accumulate}`)"
+        return None
+
+    def _batch_number_obstacle(self) -> str | None:
+        for name in sorted(_CLIENT_NAMES & names_in_step(self.module)):
+            return f"asks for `{name}`, which differs from client to client{_place(self.module.training_step)}"
         return None
 
     def _precision_obstacle(self) -> str | None:
@@ -307,17 +323,40 @@ class TrainerHost:
         """The validation of clients one by one."""
         return ClientValidation(self.trainer, self.transfer, self.forward, self.logging_to)
 
+    def client_pass(self, num_batches: int) -> AbstractContextManager[BatchProgress]:
+        """Let the trainer's numbers of batches be those of one client inside the context."""
+        return client_pass(self.trainer, num_batches)
+
+    @cached_property
+    def _schedulers(self) -> list[Any]:
+        """The learning-rate schedules that the module can step itself, in a fixed order.
+
+        Looked up when the first client trains: by then every hook that makes one has been called.
+        """
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        for submodule in self.module.modules():
+            for value in vars(submodule).values():
+                schedulers += _schedulers_in(value)
+        return list({id(scheduler): scheduler for scheduler in schedulers}.values())
+
     def schedules(self) -> list[dict[str, Any]]:
-        """Return the states of learning-rate schedules that the module steps itself."""
-        if self.module.automatic_optimization:
-            return []
-        return [dict(config.scheduler.state_dict()) for config in self.trainer.lr_scheduler_configs]
+        """Return the states of learning-rate schedules that the module can step itself."""
+        return [dict(scheduler.state_dict()) for scheduler in self._schedulers]
 
     def load_schedules(self, states: list[dict[str, Any]]) -> None:
         """Restore the states that :meth:`schedules` returned."""
-        if states:
-            for config, state in zip(self.trainer.lr_scheduler_configs, states, strict=True):
-                config.scheduler.load_state_dict(dict(state))
+        for scheduler, state in zip(self._schedulers, states, strict=True):
+            scheduler.load_state_dict(dict(state))
+
+
+def _schedulers_in(value: Any) -> list[Any]:
+    """List the learning-rate schedules in an attribute: the value itself, or those in a list or dict."""
+    values = [value]
+    if isinstance(value, dict):
+        values = list(value.values())
+    elif isinstance(value, (list, tuple)):
+        values = list(value)
+    return [value for value in values if isinstance(value, (LRScheduler, ReduceLROnPlateau))]
 
 
 def _place(function: Callable[..., Any]) -> str:

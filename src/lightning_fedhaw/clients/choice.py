@@ -116,6 +116,7 @@ def _vectorized(
     # States that a checkpoint was loaded into.
     engine.optimizer_states = sequential.optimizer_states
     engine.local_parameters = sequential.local_parameters
+    engine.attributes = sequential.attributes
     engine.gradient = sequential.gradient
     return engine
 

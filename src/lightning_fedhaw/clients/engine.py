@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_fedhaw.clients.attributes import Changes, ClientAttributes
 from lightning_fedhaw.clients.local_parameters import LocalParameters
 from lightning_fedhaw.clients.plan import LocalPlan
 from lightning_fedhaw.clients.steps import Host, ScheduleStates, parameters_of
@@ -61,11 +62,13 @@ class EndState(NamedTuple):
         settings: The options of the optimizers' parameter groups.
         schedules: The states of the learning-rate schedules that the module steps itself.
         scales: The state of the loss scaler after each client.
+        attributes: The changes of the module's attributes by each client whose update was received.
     """
 
     settings: Settings
     schedules: ScheduleStates
     scales: list[dict[str, Any]]
+    attributes: dict[int, Changes]
 
 
 class Engine(ABC):
@@ -81,6 +84,7 @@ class Engine(ABC):
     Attributes:
         optimizer_states: With ``optimizer_state="kept"``, the states of each client's optimizers.
         initial_states: The optimizers' states that a client without its own starts from: those of the constructors.
+        attributes: The attributes of the module that clients keep.
         lr_scale: The rule's scale of the clients' learning rates in this round; ``None`` without one.
         local_parameters: The parameters that stay with the clients.
         gradient: Computes the gradient ``[P]`` of a client's mean loss at parameters ``[P]``, for objectives that need
@@ -102,6 +106,7 @@ class Engine(ABC):
         self.objectives = objectives
         self.optimizer_states: dict[int, list[OptimizerStates]] = {}
         self.initial_states = [states_of(optimizer) for optimizer in host.optimizers]
+        self.attributes = ClientAttributes(host.module, host.device)
         self.lr_scale: LocalLRScale | None = None
         self.local_parameters: LocalParameters
         self.gradient: Callable[[int, Tensor], Tensor]
@@ -143,10 +148,14 @@ class Engine(ABC):
 
     def end_state(self) -> EndState:
         """Return the state of schedules and loss scale after the last run, for the other processes."""
-        return EndState([], [], [])
+        return EndState([], [], [], self.attributes.pending)
 
-    def restore_end_state(self, end_states: Sequence[EndState]) -> None:  # noqa: B027 (most engines have none)
+    def restore_end_state(self, end_states: Sequence[EndState]) -> None:
         """Merge the end states of all processes, and continue from the result in the next round."""
+        pending: dict[int, Changes] = {}
+        for state in end_states:
+            pending.update(state.attributes)
+        self.attributes.finish(pending)
 
     def close(self) -> None:
         """Release what is needed during a round only."""
@@ -192,6 +201,7 @@ class Engine(ABC):
         if self.plan.optimizer_state == "kept":
             self.optimizer_states[update.client] = update.memory["optimizers"]
         self.local_parameters.commit(update)
+        self.attributes.pending[update.client] = update.memory.get("attributes", {})
         for objective, state in zip(self.objectives, update.memory["objectives"], strict=True):
             objective.keep_client_state(update.client, state)
 

@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import add
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
@@ -151,6 +152,22 @@ class LoggedValues(NamedTuple):
     weights: list[float]
 
 
+class _RecordedLog(partial[None]):
+    """The ``log`` of a module and of callbacks while clients train.
+
+    The module may be copied or pickled meanwhile, as it may in a stock trainer. The copy has the ``log`` of its class.
+
+    Attributes:
+        module: The module.
+    """
+
+    module: nn.Module
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Evaluated when the copy has no attributes yet. Only a builtin, so that a file needs nothing of this package.
+        return getattr, (self.module, "log")
+
+
 Recorder = TypeVar("Recorder", bound="LogRecorder")
 
 
@@ -177,8 +194,10 @@ class LogRecorder:
     def __enter__(self: Recorder) -> Recorder:
         # A `log` in the object's own dict is the user's replacement; the method of the class needs no copy.
         self._replaced_logs = [owner.__dict__.get("log") for owner in self._redirected]
+        log = _RecordedLog(self.log)
+        log.module = self._redirected[0]
         for owner in self._redirected:
-            owner.log = self.log
+            owner.log = log
         return self
 
     def __exit__(self, *_: object) -> None:

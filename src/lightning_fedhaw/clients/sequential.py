@@ -26,6 +26,7 @@ from lightning_fedhaw.clients.rates import scale_rates, unscaled
 from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.steps import (
     AutomaticStep,
+    BatchProgress,
     LocalStep,
     ManualStep,
     PlainSGDStep,
@@ -64,6 +65,7 @@ class SequentialEngine(Engine):
             self._scaled_optimizer = ScaledOptimizer(host.optimizers[0], parameters)
         step = self._make_step()
         module_state = _ModuleState(host.module)
+        self.attributes.begin()
         try:
             with (
                 isolated_randomness(host.device),
@@ -95,6 +97,7 @@ class SequentialEngine(Engine):
         finally:
             host.client = None
             module_state.restore()
+            self.attributes.restore()
             for optimizer, states in zip(host.optimizers, self.initial_states, strict=True):
                 restore_states(optimizer, states)
             step.close()
@@ -110,10 +113,11 @@ class SequentialEngine(Engine):
 
     def end_state(self) -> EndState:
         """Return settings and schedules of the furthest client, and all clients' loss scales."""
-        return self._end_state
+        return self._end_state._replace(attributes=self.attributes.pending)
 
     def restore_end_state(self, end_states: Sequence[EndState]) -> None:
         """Load the furthest schedule and the smallest loss scale of all processes."""
+        super().restore_end_state(end_states)
         furthest = max(end_states, key=lambda state: _progress(state.schedules))
         restore_settings(self.host.optimizers, furthest.settings)
         self.host.load_schedules(furthest.schedules)
@@ -129,7 +133,7 @@ class SequentialEngine(Engine):
         scales = []
         if self.host.scaler is not None:
             scales.append(self.host.scaler.state_dict())
-        return EndState(settings_of(self.host.optimizers), self.host.schedules(), scales)
+        return EndState(settings_of(self.host.optimizers), self.host.schedules(), scales, {})
 
     def _load(self, state: EndState) -> None:
         """Let a client start with the settings, schedules and loss scale of the round."""
@@ -157,6 +161,8 @@ class SequentialEngine(Engine):
         self, task: ClientTask, parameters: Sequence[nn.Parameter], step: LocalStep, recorder: LogRecorder
     ) -> ClientUpdate:
         """Train one client, and return its update."""
+        host = self.host
+        self.attributes.load(task.client)
         self._load_model(task, parameters)
         # Only now, so that a client's draws do not depend on the clients before it.
         seed = seed_of(self.plan.seed, "client", task.client, "round", self.host.round, "model")
@@ -166,9 +172,10 @@ class SequentialEngine(Engine):
         named = dict(zip(self.layout.names, parameters, strict=True))
         terms = None
         if self.objectives:
-            watch = make_watch(self.objectives, self.host.module, self.host.step_context)
+            watch = make_watch(self.objectives, host.module, host.step_context)
             terms = Terms(self.objectives, named, self.layout.views(task.start), states, watch)
-        counts = self._train_batches(task.client, step, recorder, terms)
+        with host.client_pass(self.num_batches(task.client)) as progress:
+            counts = self._train_batches(task.client, step, recorder, terms, progress)
         return self._update(task, named, states, counts, recorder)
 
     def _load_model(self, task: ClientTask, parameters: Sequence[nn.Parameter]) -> None:
@@ -194,7 +201,9 @@ class SequentialEngine(Engine):
         state = {name: stack[0] for name, stack in stacks.items()}
         self._scaled_optimizer.scaled_steps = ScaledSteps(self.lr_scale, self.layout.names, state)
 
-    def _train_batches(self, client: int, step: LocalStep, recorder: LogRecorder, terms: Terms | None) -> StepCounts:
+    def _train_batches(
+        self, client: int, step: LocalStep, recorder: LogRecorder, terms: Terms | None, progress: BatchProgress
+    ) -> StepCounts:
         """Train the module on a client's batches, and count the optimizer steps."""
         host = self.host
         plan = self.plan
@@ -209,6 +218,8 @@ class SequentialEngine(Engine):
                 skips_pass = False
             if skips_pass:
                 continue
+            if batch.ends_task:
+                progress.is_last_batch = True
             data = host.prepare(batch.data)
             recorder.batch_size = batch.size
             # As in Lightning, a hook that returns -1 ends the epoch, which here is the pass over the client's data.
@@ -249,6 +260,8 @@ class SequentialEngine(Engine):
         end = {name: parameter.detach() for name, parameter in named.items()}
         buffers = self._end_buffers(task)
         memory = {
+            # The first, because an objective may call the module's step.
+            "attributes": self.attributes.changes(),
             "optimizers": optimizer_states,
             "objectives": self.end_objectives(task, states, end, buffers, counts.made),
             LOCAL_PARAMETERS: in_host_memory(self.layout.local_tensors(self.host.module).items()),

@@ -54,6 +54,16 @@ class Validation(Protocol):
         """Call the hook at the end of a validation."""
 
 
+class BatchProgress(Protocol):
+    """The part of the trainer's progress that says whether this is the last batch.
+
+    Attributes:
+        is_last_batch: What ``trainer.is_last_batch`` returns.
+    """
+
+    is_last_batch: bool
+
+
 class Host(Protocol):
     """What an engine needs of the trainer around it; the round loop provides it."""
 
@@ -131,6 +141,13 @@ class Host(Protocol):
     @property
     def validation(self) -> Validation:
         """The validation of clients one by one."""
+
+    def client_pass(self, num_batches: int) -> AbstractContextManager[BatchProgress]:
+        """Let the trainer's numbers of batches be those of one client inside the context.
+
+        Args:
+            num_batches: The number of batches in a pass over the client's data.
+        """
 
     def schedules(self) -> ScheduleStates:
         """Return the states of learning-rate schedules that the module steps itself."""

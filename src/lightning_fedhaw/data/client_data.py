@@ -38,12 +38,14 @@ class Batch:
         size: Number of samples.
         index: Its number from 0: within the local epoch, or within the task where a task is counted in steps.
         last: Whether it is the last one of that local epoch or task.
+        ends_task: Whether it is the last one of the task.
     """
 
     data: Any
     size: int
     index: int
     last: bool
+    ends_task: bool = False
 
 
 class ClientData:
@@ -321,15 +323,20 @@ class ClientData:
     ) -> Iterator[Batch]:
         """Make a client's batches of one round; the arguments are those of :meth:`orders`."""
         batches_of_task = 0
+        total = num_batches
+        if epochs is not None:
+            per_pass = self.batches_per_pass(self.samples_per_pass(client), limit)
+            total = sum(pass_lengths(per_pass, epochs))
         orders = self.orders(client, round_idx, epochs=epochs, num_batches=num_batches, limit=limit)
         for epoch, order in enumerate(orders):
             count = self._batches_of(order)
             for index, (data, size) in enumerate(self._pass(client, order, "round", round_idx, "workers", epoch)):
                 batches_of_task += 1
+                ends_task = batches_of_task == total
                 if num_batches is None:
-                    yield Batch(data, size, index, last=index + 1 == count)
+                    yield Batch(data, size, index, last=index + 1 == count, ends_task=ends_task)
                 else:
-                    yield Batch(data, size, batches_of_task - 1, last=batches_of_task == num_batches)
+                    yield Batch(data, size, batches_of_task - 1, last=ends_task, ends_task=ends_task)
 
     def for_evaluation(self, collate_fn: Callable[[list[Any]], Any] | None) -> ClientData:
         """Return the same clients as they are read for evaluation.

@@ -135,6 +135,13 @@ class Buffers:
                 own[name] = buffer.to(HOST)
         self.local[update.client] = own
 
+    def reset_local(self, names: Sequence[str]) -> None:
+        """Let all clients start from the server's buffers with these names, where they have kept their own."""
+        if not names:
+            return
+        for client, own in self.local.items():
+            self.local[client] = {name: buffer for name, buffer in own.items() if name not in names}
+
     def load(self, local: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Load clients' own buffers from a checkpoint, except those that are frozen or not local by now."""
         self.local = {}

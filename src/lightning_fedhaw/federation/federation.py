@@ -232,10 +232,13 @@ class Federation:
             FloatingPointError: If a client returns NaN or infinity and ``on_nonfinite="raise"``, or if every client
                 that was received does.
         """
+        clients = self.cohort(round_idx)
+        self.on_round_start(round_idx, clients)
+        self.run_state.adopt_changes()
         snapshot = self.run_state.snapshot(self.engine)
         self.in_round = True
         try:
-            return self._play(round_idx)
+            return self._play(round_idx, clients)
         except BaseException as error:
             # An interrupted round (Ctrl+C) is undone like one that failed.
             if is_out_of_memory(error):
@@ -245,10 +248,8 @@ class Federation:
         finally:
             self.in_round = False
 
-    def _play(self, round_idx: int) -> Report:
-        clients = self.cohort(round_idx)
+    def _play(self, round_idx: int, clients: Sequence[int]) -> Report:
         with self.tally.phase("broadcast"):
-            self.on_round_start(round_idx, clients)
             plan = self._broadcast(round_idx, clients)
             own_clients = self.placement.assign(plan.slots, self.engine.cost)
         self.engine.lr_scale = self._local_lr_scale()
@@ -258,6 +259,8 @@ class Federation:
         with self.tally.phase("aggregation"):
             aggregation = self._aggregate(plan, received, stores.displacements)
             self.shared_states.aggregate(plan.start, stores.shared, received.from_clients)
+        # A rule on the server, or the recalibration of buffers, may have run the module's step.
+        self.engine.attributes.restore()
         report = self._report(plan, received, aggregation)
         self.on_round_end(report)
         return report

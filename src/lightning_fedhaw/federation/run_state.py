@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_fedhaw.clients.attributes import AttributeState
 from lightning_fedhaw.clients.engine import Engine
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.federation.buffers import Buffers
@@ -22,7 +25,7 @@ from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.rule import Rule
-from lightning_fedhaw.server import Server
+from lightning_fedhaw.server import ModuleChanges, Server
 from lightning_fedhaw.vectors.memory import HOST
 
 OptimizerStates = list[dict[int, dict[str, Any]]]
@@ -70,6 +73,7 @@ class RoundSnapshot:
 
     Attributes:
         optimizer_states: The optimizer states that clients keep.
+        attributes: The attributes of the module that clients keep.
         local_buffers: The buffers that clients keep.
         local_parameters: The parameters that clients keep.
         callbacks: The states of channels and client objectives.
@@ -79,6 +83,7 @@ class RoundSnapshot:
     """
 
     optimizer_states: dict[int, OptimizerStates]
+    attributes: AttributeState
     local_buffers: dict[int, dict[str, Tensor]]
     local_parameters: dict[int, dict[str, Tensor]]
     callbacks: Sequence[CallbackState]
@@ -151,6 +156,34 @@ class RunState:
         self.spread_callbacks: list[Stateful] = [*transport.uplink, *objectives]
         self.callbacks: list[Stateful] = [*transport.uplink, *transport.downlink, *objectives]
 
+    # ------------------------------------------------------------------ changes between rounds
+
+    def adopt_changes(self) -> None:
+        """Make what the user's code changed in the module since the last round a part of the global model.
+
+        Raises:
+            RuntimeError: If processes have made different changes.
+        """
+        changes = self.server.present()
+        if self.ranks.size > 1:
+            self._check_changes(changes)
+        self.server.adopt(changes)
+        self.buffers.reset_local(changes.names)
+
+    def _check_changes(self, changes: ModuleChanges) -> None:
+        """Refuse changes of the global model that are not the same on all processes."""
+        tensors = {**self.server.layout.views(changes.parameters), **changes.buffers}
+        checksums = self.ranks.gather({name: _checksum(tensors[name]) for name in changes.names})
+        for rank, other in enumerate(checksums):
+            different = [name for name in {**checksums[0], **other} if checksums[0].get(name) != other.get(name)]
+            if different:
+                raise RuntimeError(
+                    f"Between two rounds `{different[0]}` was changed in the module, and not to the same values on"
+                    f" processes 0 and {rank}. Every process holds the global model, so a hook that changes it must do"
+                    " so on all of them, and with the same numbers: without `rank_zero_only`, and with draws that are"
+                    " seeded."
+                )
+
     # ------------------------------------------------------------------ the undo of a round
 
     def snapshot(self, engine: Engine) -> RoundSnapshot:
@@ -167,6 +200,7 @@ class RunState:
             callbacks.append(CallbackState(callback, state))
         return RoundSnapshot(
             optimizer_states=dict(engine.optimizer_states),
+            attributes=engine.attributes.snapshot(),
             local_buffers=dict(self.buffers.local),
             local_parameters=dict(engine.local_parameters.of_clients),
             callbacks=callbacks,
@@ -183,6 +217,7 @@ class RunState:
             snapshot: The state from before the round.
         """
         engine.optimizer_states = snapshot.optimizer_states
+        engine.attributes.undo(snapshot.attributes)
         self.buffers.local = snapshot.local_buffers
         engine.local_parameters.of_clients = snapshot.local_parameters
         for saved in snapshot.callbacks:
@@ -245,12 +280,13 @@ class RunState:
             "scheme": self.data.partition.scheme,
             "round_options": self.round_options,
             "optimizers": dict(engine.optimizer_states),
+            "attributes": engine.attributes.state_dict(),
             "buffers": dict(self.buffers.local),
             "local_parameters": dict(engine.local_parameters.of_clients),
             "tally": self.tally.state_dict(),
         }
         if not self.server.layout.is_exact:
-            state["parameters"] = self.server.parameters().cpu()
+            state["parameters"] = self.server.present().parameters.cpu()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], engine: Engine) -> None:
@@ -266,6 +302,9 @@ class RunState:
         self._check_fingerprint(state["fingerprint"], state["scheme"])
         self._warn_of_changes(state["round_options"])
         engine.optimizer_states = dict(state["optimizers"])
+        # A checkpoint of an earlier version has none.
+        if "attributes" in state:
+            engine.attributes.load_state_dict(state["attributes"])
         self.buffers.load(state["buffers"])
         engine.local_parameters.of_clients = dict(state.get("local_parameters", {}))
         self.tally = Tally.from_state(state["tally"])
@@ -359,6 +398,12 @@ class RunState:
         memories = self.ranks.gather((engine.local_parameters.of_clients, self.buffers.local))
         engine.local_parameters.of_clients = self.placement.merged([parameters for parameters, _ in memories])
         self.buffers.local = self.placement.merged([buffers for _, buffers in memories])
+
+
+def _checksum(tensor: Tensor) -> str:
+    """Return a checksum of a tensor's bytes."""
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(content.numpy().data).hexdigest()
 
 
 def metrics_of(module: nn.Module) -> list[Metric]:

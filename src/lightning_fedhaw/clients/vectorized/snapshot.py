@@ -419,11 +419,21 @@ def _layers_and_classes(module: nn.Module) -> Iterator[_Owner]:
 
 def _namespaces(module: nn.Module) -> Iterator[_Owner]:
     """Yield globals and closures of ``training_step`` and of the user's functions that it calls by their names."""
+    # One owner for each Python module, however many of its functions are called.
+    globals_of: dict[int, _Globals] = {}
+    for function in _functions(module):
+        if function.__closure__:
+            yield _Closure(function.__code__.co_freevars, function.__closure__)
+        namespace = globals_of.setdefault(id(function.__globals__), _Globals(function.__globals__, set()))
+        namespace.names |= _names(function.__code__) & function.__globals__.keys()
+    yield from globals_of.values()
+
+
+def _functions(module: nn.Module) -> Iterator[FunctionType]:
+    """Yield ``training_step``, and the user's functions that it calls by their names."""
     step: Any = module.training_step
     pending = [inspect.unwrap(getattr(step, "__func__", step))]
     visited = set()
-    # One owner for each Python module, however many of its functions are called.
-    globals_of: dict[int, _Globals] = {}
     while pending:
         function = pending.pop()
         if not isinstance(function, FunctionType) or function in visited:
@@ -431,18 +441,21 @@ def _namespaces(module: nn.Module) -> Iterator[_Owner]:
         if not is_users(function.__code__.co_filename):
             continue
         visited.add(function)
-        if function.__closure__:
-            yield _Closure(function.__code__.co_freevars, function.__closure__)
-        namespace = globals_of.setdefault(id(function.__globals__), _Globals(function.__globals__, set()))
+        yield function
         for name in _names(function.__code__):
             # A name may be that of a global, of a method, or of both.
             value: Any
             for value in (function.__globals__.get(name), inspect.getattr_static(module, name, None)):
                 if isinstance(value, FunctionType):
                     pending.append(cast(FunctionType, inspect.unwrap(value)))
-            if name in function.__globals__:
-                namespace.names.add(name)
-    yield from globals_of.values()
+
+
+def names_in_step(module: nn.Module) -> set[str]:
+    """Return all names that ``training_step`` uses, and the user's functions that it calls by their names."""
+    names = set()
+    for function in _functions(module):
+        names |= _names(function.__code__)
+    return names
 
 
 def _names(code: CodeType) -> set[str]:
