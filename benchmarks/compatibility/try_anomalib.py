@@ -68,5 +68,5 @@ def train_adversarial(setting: Setting) -> Trained:
 
 
 if __name__ == "__main__":
-    hold("anomalib", train, case="FRE", own_trainer=False, rule_arguments={"buffers": "keep"})
-    hold("anomalib", train_adversarial, case="GANomaly", own_trainer=False, rule_arguments={"buffers": "keep"})
+    hold("anomalib", train, case="FRE", own_trainer=False)
+    hold("anomalib", train_adversarial, case="GANomaly", own_trainer=False)

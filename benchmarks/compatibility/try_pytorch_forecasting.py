@@ -9,7 +9,6 @@ from pytorch_forecasting import TemporalFusionTransformer, TimeSeriesDataSet
 from pytorch_forecasting.data import GroupNormalizer
 from pytorch_forecasting.metrics import QuantileLoss
 
-from lightning_fedhaw import IIDPartitioner
 
 
 def series() -> pd.DataFrame:
@@ -56,5 +55,5 @@ def train(setting: Setting) -> Trained:
 
 
 if __name__ == "__main__":
-    # Without a partitioner labels are looked for in the samples, whose second item is the pair (target, weight).
-    hold("pytorch-forecasting", train, rule_arguments={"partitioner": IIDPartitioner()})
+
+    hold("pytorch-forecasting", train)
