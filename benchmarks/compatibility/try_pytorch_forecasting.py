@@ -10,7 +10,6 @@ from pytorch_forecasting.data import GroupNormalizer
 from pytorch_forecasting.metrics import QuantileLoss
 
 
-
 def series() -> pd.DataFrame:
     generator = np.random.default_rng(0)
     rows = [
@@ -55,5 +54,4 @@ def train(setting: Setting) -> Trained:
 
 
 if __name__ == "__main__":
-
     hold("pytorch-forecasting", train)

@@ -1,5 +1,6 @@
 """Attributes of a module that training changes belong to the client that trains."""
 
+import warnings
 from collections import defaultdict
 
 import lightning.pytorch as pl
@@ -147,6 +148,19 @@ def test_a_value_that_a_hook_sets_between_rounds_is_everybodys():
 
     fit(Resets(), rounds=3)
     assert [steps for epoch, steps, *_ in LOG if epoch == 2] == [100, 101] * 3
+
+
+def test_a_class_that_is_looked_up_in_the_first_step_is_no_state():
+    class Lazy(Classifier):
+        output_class = None
+
+        def training_step(self, batch, batch_idx):
+            self.output_class = self.output_class or dict
+            return self.output_class(loss=super().training_step(batch, batch_idx))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(Lazy(), rounds=2)
 
 
 def test_what_cannot_be_kept_is_named_once():

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from numbers import Number
 from operator import is_
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -138,6 +139,9 @@ class ClientAttributes:
 
     def _change(self, name: str, start: Watched, present: Any) -> Change | None:
         """Pack a change; ``None``, with a warning, if the value cannot be kept."""
+        if isinstance(present, (type, FunctionType)):
+            # A class or a function that a step looks up lazily is no state, and the next client's step looks it up again.
+            return None
         try:
             return Change(_packed_value(present), _gain(start.value, present, start.items()))
         except NotPlainError as error:
