@@ -140,7 +140,7 @@ class ClientAttributes:
     def _change(self, name: str, start: Watched, present: Any) -> Change | None:
         """Pack a change; ``None``, with a warning, if the value cannot be kept."""
         if isinstance(present, (type, FunctionType)):
-            # A class or a function that a step looks up lazily is no state, and the next client's step looks it up again.
+            # What a step looks up lazily is no state: the next client's step looks it up again.
             return None
         try:
             return Change(_packed_value(present), _gain(start.value, present, start.items()))
