@@ -283,6 +283,26 @@ def test_a_buffer_that_was_not_finite_before_training_is_no_divergence():
     assert again.net.weight.item() == 4.0
 
 
+class Calibrated(Threshold):
+    """Validation computes the threshold, and every step makes it unknown again."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def on_validation_epoch_end(self):
+        self.threshold.fill_(0.5)
+
+
+def test_a_threshold_that_is_nan_until_validation_may_be_nan_again():
+    """The sanity check of validation sets it before the first round."""
+    module = Calibrated(lambda y: float("nan"))
+    data = TensorDataset(torch.ones(8, 1), torch.ones(8, 1))
+    runner = pl.Trainer(max_epochs=2, callbacks=[FedAvgCallback(num_clients=2)], **QUIET)
+    runner.fit(module, DataLoader(data, batch_size=4), DataLoader(data, batch_size=4))
+    assert runner.federation_summary["nonfinite_updates"] == 0
+    assert module.threshold.tolist() == [0.5, 0.5]
+
+
 def test_what_clients_compute_for_such_a_buffer_is_averaged():
     module = Threshold(lambda y: y)
     unequal(1, module, buffers={"threshold": "average"})

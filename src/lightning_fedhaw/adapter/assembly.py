@@ -156,13 +156,16 @@ def _evaluation_data(
     return ClientData.of_sets([datasets[client] for client in kept], settings, seed=seed)
 
 
-def build_federation(trainer: pl.Trainer, data: ClientData, options: FederationOptions) -> Federation:
+def build_federation(
+    trainer: pl.Trainer, data: ClientData, options: FederationOptions, nonfinite_buffers: frozenset[str] = frozenset()
+) -> Federation:
     """Build the federation of a run, on the trainer's device.
 
     Args:
         trainer: The trainer; its callbacks hold the rule, channels and objectives.
         data: The clients' data; moved to the device that the options name.
         options: The federation's arguments, merged with those of the data module.
+        nonfinite_buffers: Names of buffers that were NaN or infinite when ``fit`` was called.
 
     Raises:
         ValueError: If rule, module, data and options do not fit together.
@@ -174,7 +177,7 @@ def build_federation(trainer: pl.Trainer, data: ClientData, options: FederationO
     layout = ParameterLayout.of(trainer.lightning_module, patterns_of(options.buffers), local)
     device = trainer.strategy.root_device
     data.place(_data_device(options.data_device, device, data), channels_last=options.channels_last)
-    host = TrainerHost(trainer, data.device_of_batches)
+    host = TrainerHost(trainer, data.device_of_batches, nonfinite_buffers)
     objectives = find_objectives(callbacks)
     if rule.needs_learning_rates and options.client_lr_scale is not None:
         raise ValueError(

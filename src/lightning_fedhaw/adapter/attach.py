@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_fedhaw.adapter.checkpoint import write_atomically
 from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop
@@ -15,6 +17,7 @@ from lightning_fedhaw.adapter.unsupported import check_callbacks, check_trainer
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.report.history import add_history
 from lightning_fedhaw.rule import find_rule
+from lightning_fedhaw.server import all_finite
 
 
 def attach(trainer: object, options: FederationOptions) -> None:
@@ -45,6 +48,8 @@ def attach(trainer: object, options: FederationOptions) -> None:
     if isinstance(trainer.strategy, DDPStrategy) and not isinstance(trainer.strategy, FederatedStrategy):
         never_wrap(trainer.strategy)
     write_atomically(trainer.strategy)
+    # Now, and not when the federation is built: the sanity check of validation may set them before.
+    loop.nonfinite_buffers = _nonfinite_buffers(trainer.lightning_module)
     publish_summary(trainer, {})
     publish_client(trainer, None)
     # Merged with the trainer's own options and not with those in force: a second `fit` may have another rule.
@@ -68,3 +73,14 @@ def install_loops(trainer: pl.Trainer, options: FederationOptions) -> None:
     trainer.test_loop = SharedEvaluationLoop.of(trainer.test_loop)
     publish_options(trainer, options)
     publish_client(trainer, None)
+
+
+def _nonfinite_buffers(module: nn.Module) -> frozenset[str]:
+    """Return the names of the buffers that hold NaN or infinity."""
+    names = []
+    for name, buffer in module.named_buffers():
+        # Buffers of lazy layers and on the meta device have no values yet.
+        has_values = not is_lazy(buffer) and not buffer.is_meta
+        if has_values and not all_finite(buffer):
+            names.append(name)
+    return frozenset(names)

@@ -55,14 +55,21 @@ class TrainerHost:
     Args:
         trainer: The trainer.
         data_device: Where training data in memory is kept; ``None`` where it is read sample by sample.
+        nonfinite_buffers: Names of buffers that were NaN or infinite when ``fit`` was called.
 
     Raises:
         ValueError: If ``training_step`` reads its own batches, or an optimizer has parameters that are not the
             module's.
     """
 
-    def __init__(self, trainer: pl.Trainer, data_device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        data_device: torch.device | None = None,
+        nonfinite_buffers: frozenset[str] = frozenset(),
+    ) -> None:
         self.trainer = trainer
+        self.nonfinite_buffers = nonfinite_buffers
         self.module = trainer.lightning_module
         self.strategy = trainer.strategy
         self.device = trainer.strategy.root_device

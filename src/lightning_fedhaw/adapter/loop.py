@@ -81,6 +81,8 @@ class RoundLoop(_FitLoop):
         self.epoch_loop.val_loop = SharedEvaluationLoop.of(stock.epoch_loop.val_loop)
         self._data_source = stock._data_source
         self.trainer_options = options
+        # Names of buffers that were NaN or infinite when `fit` was called, such as thresholds that validation computes.
+        self.nonfinite_buffers: frozenset[str] = frozenset()
         self.options = options
         log_every_round(trainer)
         self.federation: Federation | None = None
@@ -158,7 +160,7 @@ class RoundLoop(_FitLoop):
         assert self._assigned is not None
         previous = self.federation
         options = options_with_datamodule(trainer, self.options)
-        federation = build_federation(trainer, self._assigned.clients, options)
+        federation = build_federation(trainer, self._assigned.clients, options, self.nonfinite_buffers)
         self.federation = federation
         federation.check_agreement()
         self._reset_or_resume(federation, previous)

@@ -70,6 +70,8 @@ class Host(Protocol):
     module: pl.LightningModule
     scaler: torch.amp.GradScaler | None
     device: torch.device
+    nonfinite_buffers: frozenset[str]
+    """Names of buffers that were NaN or infinite when ``fit`` was called, and may be so again."""
     client: object
     """The client whose data the module is given; ``None`` at other times. The module can ask for it."""
 

@@ -105,7 +105,8 @@ class Screening:
         if _sums_are_finite([update.displacement, *buffers.values(), *states, *local_parameters]):
             return None
         start = self.buffers.start(update.client)
-        spoiled = [name for name, buffer in buffers.items() if _is_spoiled(buffer, start[name])]
+        exempt = self.buffers.host.nonfinite_buffers
+        spoiled = [n for n, buffer in buffers.items() if n not in exempt and _is_spoiled(buffer, start[n])]
         if spoiled:
             return f"buffers {spoiled[:3]}"
         if not all_finite(update.displacement):
