@@ -133,16 +133,7 @@ class BreaksOnce(Classifier):
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
-        return loss * float("nan") if self.trainer.current_epoch == 1 and self.client == 1 else loss
-
-
-class Tells(FederatedCallback):
-    def on_round_start(self, trainer, pl_module, round_idx, clients):
-        pl_module.turn = iter(clients)
-        pl_module.client = next(pl_module.turn)
-
-    def on_client_end(self, trainer, pl_module, update):
-        pl_module.client = next(pl_module.turn, None)
+        return loss * float("nan") if self.trainer.current_epoch == 1 and self.trainer.federation_client == 1 else loss
 
 
 class Spoils(AWGNChannel):
@@ -157,7 +148,7 @@ def test_a_client_that_fails_keeps_what_it_held_and_who_never_came_holds_nothing
     channel = SparsificationChannel(0.2)
     held = Held(channel)
     lost = ErasureChannel([0.0, 0.0, 0.0, 1.0])
-    train(BreaksOnce(), rounds=3, callbacks=[channel, Spoils(0.0), lost, held, Tells()], engine="sequential")
+    train(BreaksOnce(), rounds=3, callbacks=[channel, Spoils(0.0), lost, held], engine="sequential")
     assert [set(each) for each in held.rounds] == [{0, 1, 2}] * 3
     for client, is_moved in ((0, True), (1, False), (2, False)):
         assert torch.equal(held.rounds[0][client], held.rounds[1][client]) != is_moved

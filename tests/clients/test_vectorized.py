@@ -552,7 +552,7 @@ def test_auto_falls_back_and_nothing_of_the_trial_is_left(name, monkeypatch, cap
     assert torch.equal(flat(module), flat(other))
     for attribute in ("losses", "steps"):
         a, b = getattr(module, attribute, []), getattr(other, attribute, [])
-        assert a == b if isinstance(a, int) else len(a) == len(b)
+        assert a == b if isinstance(a, (int, float)) else len(a) == len(b)
     assert not isinstance(auto.fit_loop.federation.engine, vectorized.VectorizedEngine)
 
 

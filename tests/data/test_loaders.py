@@ -30,6 +30,7 @@ from lightning_fedhaw import (
 )
 from lightning_fedhaw.data import LabelSwapPartitioner, Partition
 from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.data.hold_out import HoldOut
 from lightning_fedhaw.data.loader_settings import LoaderSettings
 
 X = torch.arange(12.0)[:, None]
@@ -38,7 +39,8 @@ PARTITION = Partition((torch.arange(4), torch.arange(4, 12)))  # four samples, a
 
 
 def assigned(loader, seed=0, partition=PARTITION, held_out=0.0):
-    return ClientData(loader.dataset, partition, LoaderSettings.of(loader), seed=seed, held_out=held_out)
+    part = HoldOut(held_out) if held_out else None
+    return ClientData(loader.dataset, partition, LoaderSettings.of(loader), seed=seed, held_out=part)
 
 
 def drawn(data, client, round_idx=0, **work):

@@ -226,7 +226,7 @@ def test_labels_from_elsewhere():
     module = Named()
     shifted = TensorDataset(DATA.tensors[0], DATA.tensors[1] + 1)
     rule = FedAvgCallback(partitioner=IndexPartitioner(OWN), client_eval=False)
-    callbacks = [rule, FedNTD(0.7, 2.0, labels=lambda batch: batch[1] - 1)]
+    callbacks = [rule, FedNTD(0.7, 2.0, targets=lambda batch: batch[1] - 1)]
     pl.Trainer(max_epochs=2, callbacks=callbacks, **QUIET).fit(module, DataLoader(shifted, batch_size=4))
     expected = federation(lambda *inputs: once(ntd, *inputs))
     torch.testing.assert_close(flat(module), flat(expected), rtol=0, atol=1e-9)
@@ -398,11 +398,11 @@ class Pairs(Net):
         (FedNTD, Twice, "which `training_step` called 2 times"),
         (FedNTD, Pairs, "must be a tensor, got tuple"),
         (
-            lambda: FedNTD(labels=lambda batch: batch[0]),
+            lambda: FedNTD(targets=lambda batch: batch[0]),
             Net,
             r"labels \[batch\], got \[4, 3\] and \[4, 6\]",
         ),
-        (lambda: FedNTD(labels=lambda batch: batch[1] + 0.5), Net, r"and \[4\] \(torch.float32\)"),
+        (lambda: FedNTD(targets=lambda batch: batch[1] + 0.5), Net, r"and \[4\] \(torch.float32\)"),
     ],
 )
 def test_what_does_not_fit_is_said(make, module, sentence):
@@ -434,7 +434,7 @@ def test_a_batch_without_labels():
 
     rule = FedAvgCallback(partitioner=IndexPartitioner(OWN), client_eval=False)
     trainer = pl.Trainer(max_epochs=1, callbacks=[rule, FedNTD()], **QUIET)
-    with pytest.raises(ValueError, match=r"the batch has no second item that is a tensor. Give `FedNTD\(labels="):
+    with pytest.raises(ValueError, match=r"the batch has no second item that is a tensor. Give `FedNTD\(targets="):
         trainer.fit(Unlabeled(), DataLoader(TensorDataset(DATA.tensors[0]), batch_size=4))
 
 

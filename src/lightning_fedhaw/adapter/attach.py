@@ -20,11 +20,12 @@ from lightning_fedhaw.rule import find_rule
 from lightning_fedhaw.server import all_finite
 
 
-def attach(trainer: object, options: FederationOptions) -> None:
+def attach(trainer: object, module: pl.LightningModule, options: FederationOptions) -> None:
     """Replace a trainer's fit loop by the round loop, or merge a rule's options into the round loop that it has.
 
     Args:
         trainer: A ``lightning.pytorch.Trainer``.
+        module: The module that it will train.
         options: The federation's arguments as the rule was given them.
 
     Raises:
@@ -49,7 +50,7 @@ def attach(trainer: object, options: FederationOptions) -> None:
         never_wrap(trainer.strategy)
     write_atomically(trainer.strategy)
     # Now, and not when the federation is built: the sanity check of validation may set them before.
-    loop.nonfinite_buffers = _nonfinite_buffers(trainer.lightning_module)
+    loop.nonfinite_buffers = _nonfinite_buffers(module)
     publish_summary(trainer, {})
     publish_client(trainer, None)
     # Merged with the trainer's own options and not with those in force: a second `fit` may have another rule.

@@ -56,7 +56,7 @@ class AggregationRule(Rule, KeyedCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make a stock trainer run rounds, and give any trainer the federation's arguments."""
         if stage == "fit":
-            attach(trainer, self.options)
+            attach(trainer, pl_module, self.options)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the rule's client objectives check the clients' optimizers."""

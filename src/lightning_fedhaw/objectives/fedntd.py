@@ -35,13 +35,13 @@ class FedNTD(ClientObjective):
         tau: The temperature of both softmaxes, above 0.
         logits: What gives the logits ``[batch, classes]``: ``"forward"``, the module's own call ``self(...)``, or the
             name of a submodule. ``training_step`` has to call it once.
-        labels: ``labels(batch)`` returns the true classes ``[batch]``. Default: the second item of the batch.
+        targets: ``targets(batch)`` returns the true classes ``[batch]``. Default: the second item of the batch.
         name: Distinguishes two objectives of one class in a checkpoint.
 
     Raises:
         ValueError: If an argument is not one of the allowed values; when ``fit`` begins, if the module has no such
             submodule; in training, if logits and labels do not have these shapes.
-        TypeError: If ``labels`` is not callable.
+        TypeError: If ``targets`` is not callable.
     """
 
     key = "FedNTD"
@@ -52,14 +52,14 @@ class FedNTD(ClientObjective):
         tau: float = 1.0,
         *,
         logits: str = FORWARD,
-        labels: Callable[[Any], Tensor] | None = None,
+        targets: Callable[[Any], Tensor] | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
         self.beta = arguments.number("beta", beta, minimum=0)
         self.tau = arguments.number("tau", tau, above=0)
         self.logits = arguments.text("logits", logits)
-        self.labels = arguments.optional(arguments.function, "labels", labels, "labels(batch)")
+        self.targets = arguments.optional(arguments.function, "targets", targets, "targets(batch)")
 
     @property
     def watched(self) -> Sequence[str]:
@@ -74,14 +74,14 @@ class FedNTD(ClientObjective):
         return self.beta * not_true_divergence(logits, received_logits, labels, self.tau)
 
     def _labels_of(self, batch: Any) -> Tensor:
-        if self.labels is not None:
-            labels: Tensor = self.labels(batch)
+        if self.targets is not None:
+            labels: Tensor = self.targets(batch)
             return labels
         if isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[1], Tensor):
             return batch[1]
         raise ValueError(
             "`FedNTD` needs the true classes, and the batch has no second item that is a tensor. Give"
-            " `FedNTD(labels=lambda batch: ...)`."
+            " `FedNTD(targets=lambda batch: ...)`."
         )
 
     @staticmethod
@@ -97,7 +97,7 @@ class FedNTD(ClientObjective):
         raise ValueError(
             "`FedNTD` needs logits [batch, classes] of at least two classes and whole-number labels [batch], got"
             f" {list(logits.shape)} and {list(labels.shape)} ({labels.dtype}). Name what gives the logits by"
-            " `FedNTD(logits=...)`, and the labels by `labels=`."
+            " `FedNTD(logits=...)`, and the labels by `targets=`."
         )
 
 
