@@ -133,6 +133,7 @@ WRONG: dict[str, Any] = {
     "trainable": None,
     "transform": 3,
     "weights": [-1.0],
+    "targets": 3,
 }
 
 # Arguments that take anything, each with the reason.

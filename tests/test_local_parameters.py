@@ -264,7 +264,7 @@ class Encoded(Forward):
 
 
 @pytest.mark.parametrize("local", ["body.bias", "head.*"])
-@pytest.mark.parametrize("objective", [MOON("forward"), FedNTD(labels=classes_of)], ids=["MOON", "FedNTD"])
+@pytest.mark.parametrize("objective", [MOON("forward"), FedNTD(targets=classes_of)], ids=["MOON", "FedNTD"])
 def test_both_engines_agree_on_terms_that_run_other_models(objective, local):
     ends = []
     for engine in ENGINES:
