@@ -14,14 +14,6 @@ MODES = ("forward", "reverse", "mixed")
 each_mode = pytest.mark.parametrize("mode", MODES)
 
 
-@pytest.fixture(autouse=True)
-def _in_float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 def distance(x, target):
     return 0.5 * (x - target).square().sum()
 

@@ -14,14 +14,6 @@ MODES = ("forward", "reverse", "mixed")
 each_mode = pytest.mark.parametrize("mode", MODES)
 
 
-@pytest.fixture(autouse=True)
-def _in_float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 CLIENTS = ad.Clients(range(3))
 DATA = ad.place([1.0, 2.0, 3.0], CLIENTS)
 X = torch.tensor(2.0, dtype=torch.float64)

@@ -24,7 +24,7 @@ from lightning_fedhaw.data.loader_settings import LoaderSettings, training_sampl
 from lightning_fedhaw.data.module import FederatedDataModule
 from lightning_fedhaw.data.samplers import CohortSampler, FullParticipationSampler, UniformSampler
 from lightning_fedhaw.data.small_clients import large_clients, only
-from lightning_fedhaw.data.split import split_by_classes
+from lightning_fedhaw.data.split import split
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.observer import FederatedCallback
@@ -83,7 +83,7 @@ def assign_data(trainer: pl.Trainer, loader: DataLoader[Any], options: Federatio
     """
     settings = LoaderSettings.of(loader)
     dataset, labels = training_samples(loader, options.labels, options.partitioner)
-    partition, classes, assumed = split_by_classes(
+    partition, classes, assumed = split(
         dataset,
         num_clients=options.num_clients,
         alpha=options.alpha,

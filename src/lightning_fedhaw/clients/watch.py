@@ -143,8 +143,10 @@ class Watcher:
 
     def added(self, path: str, before: Mapping[str, Watched]) -> list[str]:
         """List the attributes that a layer has got since then, without those that its class computes and keeps."""
-        owner = type(self.module.get_submodule(path))
         names = [name for name in self.names(path) if name not in before]
+        if not names:
+            return names  # as almost always: the layer need not be looked up
+        owner = type(self.module.get_submodule(path))
         return [name for name in names if not isinstance(getattr(owner, name, None), cached_property)]
 
     def watch_all(self) -> dict[str, dict[str, Watched]]:

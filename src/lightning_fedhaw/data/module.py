@@ -18,7 +18,7 @@ from lightning_fedhaw.data.labels import find_classes
 from lightning_fedhaw.data.loader_settings import LoaderSettings, training_samples
 from lightning_fedhaw.data.partitioners import IndexPartitioner, Partition, Partitioner
 from lightning_fedhaw.data.preview import draw_histogram, format_histogram
-from lightning_fedhaw.data.split import split_by_classes
+from lightning_fedhaw.data.split import split
 from lightning_fedhaw.data.subsets import balanced_subset
 from lightning_fedhaw.options import FederationOptions
 
@@ -287,7 +287,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         if self.partition_in_use is not None and seed is None:
             return self.partition_in_use
         train = self.train_dataset  # first, because it sets up an existing data module
-        result = split_by_classes(
+        result = split(
             train,
             num_clients=self.num_clients,
             partitioner=self.partitioner,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sized
 from typing import NamedTuple, cast
 
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_fedhaw.data.labels import ClassLabels, find_classes, stored_classes
@@ -37,7 +36,8 @@ def split(
     partitioner: Partitioner | None = None,
     labels: object = None,
     seed: int = 0,
-) -> tuple[Partition, Tensor | None, list[str]]:
+    bulk: bool = False,
+) -> Split:
     """Split a data set over clients.
 
     Defaults are ten clients, and a Dirichlet split of concentration 0.1 where labels are found, else an IID split.
@@ -50,43 +50,10 @@ def split(
         partitioner: The scheme of the split.
         labels: As in :func:`~lightning_fedhaw.data.find_labels`.
         seed: The federation's seed.
-
-    Returns:
-        The partition; the labels ``[samples]`` where they were needed or are stored; and one phrase for each default
-        that was used.
+        bulk: Whether the data set takes lists of indices instead of single ones.
 
     Raises:
         ValueError: If an explicit split is impossible, or needs labels and none are found.
-    """
-    result = split_by_classes(
-        dataset, num_clients=num_clients, alpha=alpha, partitioner=partitioner, labels=labels, seed=seed
-    )
-    known_labels = None
-    if result.classes is not None:
-        known_labels = result.classes.labels
-    return result.partition, known_labels, result.assumptions
-
-
-def split_by_classes(
-    dataset: Dataset[object],
-    *,
-    num_clients: int | None = None,
-    alpha: float | None = None,
-    partitioner: Partitioner | None = None,
-    labels: object = None,
-    seed: int = 0,
-    bulk: bool = False,
-) -> Split:
-    """Split a data set over clients as :func:`split` does, and keep the names of the classes.
-
-    Args:
-        dataset: A map-style data set.
-        num_clients: N.
-        alpha: Short for ``DirichletPartitioner(alpha)``.
-        partitioner: The scheme of the split.
-        labels: As in :func:`~lightning_fedhaw.data.find_labels`.
-        seed: The federation's seed.
-        bulk: Whether the data set takes lists of indices instead of single ones.
     """
     if partitioner is None and alpha is not None:
         partitioner = DirichletPartitioner(alpha)
