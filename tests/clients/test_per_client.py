@@ -241,7 +241,7 @@ def test_fednova_normalizes_by_steps_times_rate(tau_eff):
 
 
 def test_a_rule_that_computes_with_one_rate_is_refused():
-    with pytest.raises(ValueError, match="`PublishedFedHAWCallback` computes with one rate for all"):
+    with pytest.raises(ValueError, match="`PublishedFedHAWCallback` as it is set here computes with one rate for all"):
         play(rule=PublishedFedHAWCallback(0.1, 0.1, normalize_by="lr*steps"), client_lr_scale=2.0)
 
 

@@ -173,6 +173,8 @@ def test_clients_have_data_sets_of_their_own(name, door):
     runner, _ = play(module_data, door)
     for client, own in enumerate(sets):
         assert EVALUATED[client] == own.tensors[0][:, 0].tolist()
+        held_out = runner.federation_clients.held_out_set(client)
+        assert [float(x[0]) for x, _ in held_out] == own.tensors[0][:, 0].tolist()
     everything = [value for own in sets for value in own.tensors[0][:, 0].tolist()]
     if name == "val":
         assert EVALUATED[None] == everything

@@ -181,9 +181,9 @@ def build_federation(
     objectives = find_objectives(callbacks)
     if rule.needs_learning_rates and options.client_lr_scale is not None:
         raise ValueError(
-            f"`client_lr_scale` gives clients learning rates of their own, and `{type(rule).__name__}` computes with"
-            " one rate for all of them. Leave `client_lr_scale` out, or use a rule that does not read learning rates,"
-            " such as `FedAvgCallback`."
+            f"`client_lr_scale` gives clients learning rates of their own, and `{type(rule).__name__}` as it"
+            " is set here computes with one rate for all of them (FedNova does so for a proximal term). Leave"
+            " `client_lr_scale` out, or use a rule that does not read learning rates, such as `FedAvgCallback`."
         )
     if rule.needs_learning_rates or any(objective.needs_learning_rates for objective in objectives):
         # An optimizer without a rate for every parameter is refused now, and not in the middle of a round.

@@ -44,11 +44,15 @@ class FederationClients:
     def held_out_set(self, client: int) -> Dataset[Any]:
         """Return a client's held-out samples as a data set, read as ``train_eval`` reads them if it is given.
 
-        It is empty without ``client_val_fraction`` or ``client_val``.
+        Where the data module's ``val`` or ``test`` has a data set for each client, it is the client's. Else it is empty
+        without ``client_val_fraction`` or ``client_val``.
 
         Args:
             client: The client's number.
         """
+        evaluation = self._federation.data.evaluation
+        if evaluation is not None:
+            return evaluation.subset(client, evaluation.train_indices[client])
         return self._federation.data.subset(client, self.held_out_indices[client], for_evaluation=True)
 
     def own_state(self, client: int) -> dict[str, Tensor]:
