@@ -14,11 +14,19 @@ def pytest_configure(config):
         config.option.randomly_reset_seed = False
 
 
+ENVIRONMENT = {"WANDB_MODE": "offline", **os.environ}
+"""The environment in which every test starts."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Start from the same state whatever ran before, fixtures of a whole module included."""
-    os.environ.pop("PL_GLOBAL_SEED", None)  # `seed_everything` leaves it behind, and it is the default seed
-    os.environ.setdefault("WANDB_MODE", "offline")
+    # `seed_everything` leaves the default seed behind, and a launcher of processes `LOCAL_RANK`, with which the next
+    # one would wait for processes that it does not start.
+    for name in set(os.environ) - set(ENVIRONMENT):
+        if not name.startswith("PYTEST_"):
+            del os.environ[name]
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if not name.startswith("PYTEST_")})
     torch.set_num_threads(1)
     torch.manual_seed(0)
     np.random.seed(0)
