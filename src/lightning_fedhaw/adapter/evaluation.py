@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -251,8 +252,7 @@ def _num_examples(batch: Any) -> int:
     """Count the examples in a batch; 1 where they cannot be counted, which gives all batches the same weight."""
     try:
         return int(extract_batch_size(batch))
-    except Exception:
-        # A batch may be of any type of the user's, and fail in any way where it is searched for tensors.
+    except (MisconfigurationException, RecursionError):  # no tensor was found in it
         return 1
 
 

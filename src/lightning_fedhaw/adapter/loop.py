@@ -7,7 +7,6 @@ early stopping, validation and resuming keep their meaning, and ``global_step`` 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 

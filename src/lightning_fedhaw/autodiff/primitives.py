@@ -221,7 +221,7 @@ class Clients:
             return
         try:
             everyone = self.ranks.exchange(lambda: what)
-        except BaseException as error:
+        except RuntimeError as error:  # another process has failed, and every process knows
             setattr(error, _IS_TOLD, True)
             raise
         if any(each != what for each in everyone):

@@ -140,17 +140,16 @@ def slower(engine: Engine, cohort: int, processes: int = 1) -> str | None:
     if parameters > limit:
         return f"{parameters:,} parameters are more than {limit:,}"
     convolved = parameters * engine.data.settings.batch_size
-    if is_cpu and convolved > MAX_CONVOLVED and _trains_convolutions(engine.host.module):
+    if is_cpu and convolved > MAX_CONVOLVED and _has_trainable(engine.host.module, nn.modules.conv._ConvNd):
         return f"it has convolutions, and parameters times batch size are {convolved:,}: over {MAX_CONVOLVED:,}"
+    if is_cpu and _has_trainable(engine.host.module, nn.LSTM):
+        return "an `nn.LSTM` has a fast kernel of its own on the CPU, which a batched step cannot use"
     return None
 
 
-def _trains_convolutions(module: nn.Module) -> bool:
-    """Return whether a convolution is trained. A frozen one has one weight for all clients, and gets a larger batch."""
-    for submodule in module.modules():
-        if isinstance(submodule, nn.modules.conv._ConvNd) and trainable(submodule):
-            return True
-    return False
+def _has_trainable(module: nn.Module, layer: type[nn.Module]) -> bool:
+    """Return whether a layer of a type is trained. A frozen one has one weight for all clients and a larger batch."""
+    return any(isinstance(submodule, layer) and trainable(submodule) for submodule in module.modules())
 
 
 def _trial_reason(facts: Facts, chunk_memory: int | None) -> str | None:

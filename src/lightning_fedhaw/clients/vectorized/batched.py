@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_fedhaw.clients.steps import Host, Terms, loss_of
 from lightning_fedhaw.clients.vectorized.guard import StepGuard
 from lightning_fedhaw.clients.vectorized.recorder import StackRecorder
+from lightning_fedhaw.clients.vectorized.recurrent import following_parameters
 from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named, make_watch
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
@@ -110,6 +111,7 @@ class BatchedStep:
         self.buffer_names = layout.buffers
         module = host.module
         self._parameter_slots = _slots_of(module, "_parameters", layout.trained_tensors(module))
+        self._recurrent_layers = [layer for layer in module.modules() if isinstance(layer, nn.RNNBase)]
         self._buffer_slots = _slots_of(module, "_buffers", list(layout.tracked_buffers(module).values()))
         # A closed objective brings its gradient itself; an open one is part of the loss.
         self._open = [i for i, objective in enumerate(objectives) if not objective.is_closed]
@@ -176,6 +178,7 @@ class BatchedStep:
         with (
             _substituted(self._parameter_slots, parameters),
             _substituted(self._buffer_slots, buffers) as read_back,
+            following_parameters(self._recurrent_layers),
             self.guard,
         ):
             output = self._training_step(batch)

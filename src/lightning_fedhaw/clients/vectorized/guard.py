@@ -1,9 +1,10 @@
-"""Corrections to a batched call: dropout masks, embeddings, and whether a parameter is trainable."""
+"""Corrections to a batched call: dropout masks, embeddings, recurrent layers, and whether a parameter is trainable."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,14 +13,16 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
+from lightning_fedhaw.clients.vectorized.recurrent import CELLS, run_layers
 
 
 class StepGuard(TorchFunctionMode):
     """A context for one client's step, in a batched call or alone.
 
     Each client is given the dropout masks that it would draw if it trained alone on the CPU, also outside of a batched
-    call and on any device. Embedding options that batching silently gets wrong are refused. The clients' parameters
-    say that they require gradients, which no tensor says inside of a batched call.
+    call and on any device. Recurrent layers are computed step by step, because their kernels cannot be batched.
+    Embedding options that batching silently gets wrong are refused. The clients' parameters say that they require
+    gradients, which no tensor says inside of a batched call.
 
     Attributes:
         generators: Returns a generator for each client of the current call.
@@ -40,6 +43,8 @@ class StepGuard(TorchFunctionMode):
     ) -> object:
         if func in _GUARDED:
             func = getattr(self, _GUARDED[func])
+        elif func in CELLS:
+            func = partial(self._recurrent, func)
         return func(*args, **(kwargs or {}))
 
     def _requires_grad(self, tensor: Tensor) -> bool:
@@ -65,6 +70,21 @@ class StepGuard(TorchFunctionMode):
                 raise NotVectorizableError(f"looks up an embedding with `{option}`, which a batched call gets wrong")
         return function(*args, **kwargs)
 
+    def _recurrent(self, kernel: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+        """Run recurrent layers; the arguments are those of the kernel.
+
+        Raises:
+            NotVectorizableError: For packed sequences in a batched call.
+        """
+        # For packed sequences the kernels take the sizes of the batches, too, and what follows comes one place later.
+        is_packed = not isinstance(args[3], bool)
+        if self.ticket is None and (is_packed or not _drops_between_layers(*args[4:7])):
+            outputs: tuple[Tensor, ...] = kernel(*args)
+            return outputs
+        if is_packed:
+            raise NotVectorizableError("packs sequences, whose lengths would have to be the same for all clients")
+        return run_layers(CELLS[kernel], self._dropout, *args)
+
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         """Drop elements by a mask of the client's own generator; the arguments are those of ``F.dropout``."""
         if not training or p == 0 or not input.numel():
@@ -78,6 +98,10 @@ class StepGuard(TorchFunctionMode):
         if self.ticket is None:
             return multiply(input, draw.masks()[0])
         return multiply(input, _BatchedMasks.apply(self.ticket, draw))
+
+
+def _drops_between_layers(num_layers: int, p: float, training: bool) -> bool:
+    return num_layers > 1 and training and p > 0
 
 
 _GUARDED: dict[Any, str] = {
