@@ -39,8 +39,15 @@ def angles(updates: CohortVectors, shares: Tensor) -> Tensor:
         ``[K]`` float64 in [0, pi]; a right angle where the update or the average is zero.
     """
     average = updates.weighted_sum(shares)  # [P]
-    products_of_norms = updates.norms() * dot(average, average).sqrt()  # [K]
+    norms = updates.norms()  # [K]
+    products_of_norms = norms * dot(average, average).sqrt()  # [K]
     cosines = torch.where(products_of_norms > 0, updates.inner(average) / products_of_norms, 0.0)  # [K]
+    if not torch.isfinite(cosines).all():
+        # Numbers that float64 cannot square: the same with an average of length one.
+        unit = average / average.abs().max()  # [P]
+        unit = unit / dot(unit, unit).sqrt().to(unit)  # [P]
+        # What is still not finite has no direction that can be measured, like a zero update.
+        cosines = (updates.inner(unit) / norms).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # [K]
     # Rounding may take a cosine beyond 1, where `arccos` is NaN.
     return cosines.clamp(-1, 1).arccos()
 
