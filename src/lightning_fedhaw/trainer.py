@@ -80,7 +80,7 @@ class FederatedTrainer(pl.Trainer):
             received update held NaN or infinity. Rounds whose messages were all lost do not count. A round in which
             more than half of the clients trained, and all of them failed, ends it at once.
         empty_round: What happens in a round in which no client update is received. ``"skip"``: nothing changes.
-            ``"follow"``: the rule runs on the substitutes of the channel, as in the FedHAW authors' code.
+            ``"follow"``: a rule that takes the substitutes of the channel runs on them, as in the FedHAW authors' code.
         client_val_fraction: Fraction of each client's data that is held out of training, for the per-client metrics of
             the run summary. With 0 they are computed on the training data, on at most 1,000 samples per client.
         client_val: What is held out of each client's data, if it is not a random fraction: a ``HoldOut``. Cannot be

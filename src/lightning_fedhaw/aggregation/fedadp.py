@@ -113,15 +113,14 @@ class FedAdpCallback(AggregationRule):
         vectors = cohort.vectors
         clients = cohort.clients  # [K]
         round_angles = angles(vectors.displacements, normalized(cohort.num_examples))  # [K]
-        is_smoothed = cohort.received | self.smooth_substitutes  # [K]
-        smooth_angles = self._smoothed(round_angles, is_smoothed, cohort, state)  # [K]
+        smooth_angles = self._smoothed(round_angles, cohort, state)  # [K]
         heights = gompertz(smooth_angles, self.gompertz)  # [K]
         # The largest height is subtracted so that `exp` cannot overflow; it cancels in the normalization.
         weights = normalized(cohort.num_examples * (heights - heights.max()).exp())  # [K]
         new_angles = state["angles"].clone()  # [N]
-        new_angles[clients[is_smoothed]] = smooth_angles[is_smoothed]
+        new_angles[clients] = smooth_angles
         new_counts = state["counts"].clone()  # [N]
-        new_counts[clients[is_smoothed]] += 1
+        new_counts[clients] += 1
         return RuleOutput(
             parameters=vectors.weighted_sum(weights),
             state={"angles": new_angles, "counts": new_counts},
@@ -135,24 +134,19 @@ class FedAdpCallback(AggregationRule):
             },
         )
 
-    def _smoothed(self, round_angles: Tensor, is_smoothed: Tensor, cohort: Cohort, state: State) -> Tensor:
-        """Average the clients' angles over rounds.
+    def _smoothed(self, round_angles: Tensor, cohort: Cohort, state: State) -> Tensor:
+        """Average the clients' angles over rounds, this one included.
 
         Args:
             round_angles: ``[K]``, the angles of this round.
-            is_smoothed: ``[K]`` bool, whether this round's angle enters the client's average.
             cohort: The updates that the server received.
             state: The rule's state. Not changed.
 
         Returns:
             ``[K]``.
         """
-        counts = state["counts"][cohort.clients]  # [K]
+        rounds = state["counts"][cohort.clients] + 1  # [K]
         averages = state["angles"][cohort.clients]  # [K]
-        rounds = counts + 1  # [K]
         if self.smooth_by == "rounds":
-            rounds = torch.full_like(counts, cohort.round + 1)  # [K]
-        with_this_round = ((rounds - 1) * averages + round_angles) / rounds  # [K]
-        # A client whose update was never received has no average: it is weighted by its substitute's angle.
-        without_this_round = torch.where(counts > 0, averages, round_angles)  # [K]
-        return torch.where(is_smoothed, with_this_round, without_this_round)
+            rounds = torch.full_like(rounds, cohort.round + 1)  # [K]
+        return ((rounds - 1) * averages + round_angles) / rounds
