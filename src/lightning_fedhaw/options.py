@@ -65,8 +65,11 @@ class FederationOptions(arguments.NamedArguments):
             its own, and neither sends nor receives them. The global model keeps their initial values.
         on_nonfinite: What happens if a client returns NaN or infinity. ``"exclude"``: its update is left out of the
             round, and a warning names the client. ``"raise"``: the run ends with an error.
+        max_nonfinite_rounds: End the run after this many rounds in a row in which something was received, and every
+            received update held NaN or infinity. Rounds whose messages were all lost do not count. A round in which
+            more than half of the clients trained, and all of them failed, ends it at once.
         empty_round: What happens in a round in which no client update is received. ``"skip"``: nothing changes.
-            ``"follow"``: the rule runs on the substitutes of the channel, as in the FedHAW authors' code.
+            ``"follow"``: a rule that takes the substitutes of the channel runs on them, as in the FedHAW authors' code.
         client_val_fraction: Fraction of each client's data that is held out of training, for the per-client metrics of
             the run summary. With 0 they are computed on the training data, on at most 1,000 samples per client.
         client_val: What is held out of each client's data, if it is not a random fraction: a ``HoldOut``. Cannot be
@@ -107,6 +110,7 @@ class FederationOptions(arguments.NamedArguments):
     buffers: BufferPolicies = "average"
     local_parameters: str | list[str] | Callable[[str], bool] | None = None
     on_nonfinite: OnNonfinite = "exclude"
+    max_nonfinite_rounds: int = 20
     empty_round: EmptyRound = "skip"
     client_val_fraction: float = 0.0
     client_val: Any = None
@@ -202,6 +206,7 @@ class FederationOptions(arguments.NamedArguments):
             "buffers": _checked_policies(self.buffers),
             "local_parameters": arguments.optional(arguments.name_patterns, "local_parameters", self.local_parameters),
             "on_nonfinite": arguments.choice("on_nonfinite", self.on_nonfinite, OnNonfinite),
+            "max_nonfinite_rounds": arguments.integer("max_nonfinite_rounds", self.max_nonfinite_rounds, minimum=1),
             "empty_round": arguments.choice("empty_round", self.empty_round, EmptyRound),
             "client_eval": arguments.flag("client_eval", self.client_eval),
         }

@@ -76,8 +76,11 @@ class FederatedTrainer(pl.Trainer):
             its own, and neither sends nor receives them. The global model keeps their initial values.
         on_nonfinite: What happens if a client returns NaN or infinity. ``"exclude"``: its update is left out of the
             round, and a warning names the client. ``"raise"``: the run ends with an error.
+        max_nonfinite_rounds: End the run after this many rounds in a row in which something was received, and every
+            received update held NaN or infinity. Rounds whose messages were all lost do not count. A round in which
+            more than half of the clients trained, and all of them failed, ends it at once.
         empty_round: What happens in a round in which no client update is received. ``"skip"``: nothing changes.
-            ``"follow"``: the rule runs on the substitutes of the channel, as in the FedHAW authors' code.
+            ``"follow"``: a rule that takes the substitutes of the channel runs on them, as in the FedHAW authors' code.
         client_val_fraction: Fraction of each client's data that is held out of training, for the per-client metrics of
             the run summary. With 0 they are computed on the training data, on at most 1,000 samples per client.
         client_val: What is held out of each client's data, if it is not a random fraction: a ``HoldOut``. Cannot be
@@ -147,6 +150,7 @@ class FederatedTrainer(pl.Trainer):
         | Mapping[str, Literal["average", "keep", "local", "recalibrate"]] = "average",
         local_parameters: str | list[str] | Callable[[str], bool] | None = None,
         on_nonfinite: Literal["exclude", "raise"] = "exclude",
+        max_nonfinite_rounds: int = 20,
         empty_round: Literal["skip", "follow"] = "skip",
         client_val_fraction: float = 0.0,
         client_val: HoldOut | None = None,
@@ -178,6 +182,7 @@ class FederatedTrainer(pl.Trainer):
             buffers=buffers,
             local_parameters=local_parameters,
             on_nonfinite=on_nonfinite,
+            max_nonfinite_rounds=max_nonfinite_rounds,
             empty_round=empty_round,
             client_val_fraction=client_val_fraction,
             client_val=client_val,

@@ -159,6 +159,7 @@ PUBLISHED = {
     "pseudo_gradient": "plain",
     "normalize_by": "lr",
     "learning_rate": 0.1,
+    "takes_substitutes": False,
 }
 
 

@@ -39,8 +39,15 @@ def angles(updates: CohortVectors, shares: Tensor) -> Tensor:
         ``[K]`` float64 in [0, pi]; a right angle where the update or the average is zero.
     """
     average = updates.weighted_sum(shares)  # [P]
-    products_of_norms = updates.norms() * dot(average, average).sqrt()  # [K]
+    norms = updates.norms()  # [K]
+    products_of_norms = norms * dot(average, average).sqrt()  # [K]
     cosines = torch.where(products_of_norms > 0, updates.inner(average) / products_of_norms, 0.0)  # [K]
+    if not torch.isfinite(cosines).all():
+        # Numbers that float64 cannot square: the same with an average of length one.
+        unit = average / average.abs().max()  # [P]
+        unit = unit / dot(unit, unit).sqrt().to(unit)  # [P]
+        # What is still not finite has no direction that can be measured, like a zero update.
+        cosines = (updates.inner(unit) / norms).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # [K]
     # Rounding may take a cosine beyond 1, where `arccos` is NaN.
     return cosines.clamp(-1, 1).arccos()
 
@@ -64,8 +71,9 @@ class FedAdpCallback(AggregationRule):
         smooth_by: ``"participations"``: a client's angles are averaged over the rounds in which its update was
             received, as published.
             ``"rounds"``: over all rounds, whether the client took part or not, as in FedHAW's authors' code.
-        smooth_substitutes: Whether the angle of a substitute for an update that was not received is averaged too, as
-            in that code: a zero update has a right angle.
+        smooth_substitutes: Whether a substitute for an update that was not received counts as what its client sent,
+            in its smoothed angle as in the average, as in that code: a zero update has a right angle. Otherwise only
+            received updates count.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
@@ -91,6 +99,7 @@ class FedAdpCallback(AggregationRule):
         self.gompertz = arguments.number("gompertz", gompertz, minimum=0)
         self.smooth_by = arguments.choice("smooth_by", smooth_by, Smoothing)
         self.smooth_substitutes = arguments.flag("smooth_substitutes", smooth_substitutes)
+        self.takes_substitutes = self.smooth_substitutes
 
     def init(self, start: Tensor, num_examples: Tensor) -> State:
         """Return angles and counts of zero."""
@@ -104,15 +113,14 @@ class FedAdpCallback(AggregationRule):
         vectors = cohort.vectors
         clients = cohort.clients  # [K]
         round_angles = angles(vectors.displacements, normalized(cohort.num_examples))  # [K]
-        is_smoothed = cohort.received | self.smooth_substitutes  # [K]
-        smooth_angles = self._smoothed(round_angles, is_smoothed, cohort, state)  # [K]
+        smooth_angles = self._smoothed(round_angles, cohort, state)  # [K]
         heights = gompertz(smooth_angles, self.gompertz)  # [K]
         # The largest height is subtracted so that `exp` cannot overflow; it cancels in the normalization.
         weights = normalized(cohort.num_examples * (heights - heights.max()).exp())  # [K]
         new_angles = state["angles"].clone()  # [N]
-        new_angles[clients[is_smoothed]] = smooth_angles[is_smoothed]
+        new_angles[clients] = smooth_angles
         new_counts = state["counts"].clone()  # [N]
-        new_counts[clients[is_smoothed]] += 1
+        new_counts[clients] += 1
         return RuleOutput(
             parameters=vectors.weighted_sum(weights),
             state={"angles": new_angles, "counts": new_counts},
@@ -126,24 +134,19 @@ class FedAdpCallback(AggregationRule):
             },
         )
 
-    def _smoothed(self, round_angles: Tensor, is_smoothed: Tensor, cohort: Cohort, state: State) -> Tensor:
-        """Average the clients' angles over rounds.
+    def _smoothed(self, round_angles: Tensor, cohort: Cohort, state: State) -> Tensor:
+        """Average the clients' angles over rounds, this one included.
 
         Args:
             round_angles: ``[K]``, the angles of this round.
-            is_smoothed: ``[K]`` bool, whether this round's angle enters the client's average.
             cohort: The updates that the server received.
             state: The rule's state. Not changed.
 
         Returns:
             ``[K]``.
         """
-        counts = state["counts"][cohort.clients]  # [K]
+        rounds = state["counts"][cohort.clients] + 1  # [K]
         averages = state["angles"][cohort.clients]  # [K]
-        rounds = counts + 1  # [K]
         if self.smooth_by == "rounds":
-            rounds = torch.full_like(counts, cohort.round + 1)  # [K]
-        with_this_round = ((rounds - 1) * averages + round_angles) / rounds  # [K]
-        # A client whose update was never received has no average: it is weighted by its substitute's angle.
-        without_this_round = torch.where(counts > 0, averages, round_angles)  # [K]
-        return torch.where(is_smoothed, with_this_round, without_this_round)
+            rounds = torch.full_like(rounds, cohort.round + 1)  # [K]
+        return ((rounds - 1) * averages + round_angles) / rounds

@@ -150,7 +150,8 @@ class FedHAWCallback(HypergradientRule):
     prog_bar = ("scale", "server_step")
 
     arguments_elsewhere = dict.fromkeys(
-        ("jacobian", "gamma_for_lambda", "pseudo_gradient", "normalize_by", "learning_rate"), "PublishedFedHAWCallback"
+        ("jacobian", "gamma_for_lambda", "pseudo_gradient", "normalize_by", "learning_rate", "takes_substitutes"),
+        "PublishedFedHAWCallback",
     )
 
     def __init__(

@@ -28,6 +28,7 @@ from lightning_fedhaw.aggregation.base import AggregationRule, normalized
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.rule import RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.base import CohortVectors
+from lightning_fedhaw.vectors.kernels import dot
 
 
 def trimmed_mean(values: Tensor, cut: int) -> Tensor:
@@ -57,7 +58,7 @@ def krum_scores(vectors: CohortVectors, num_byzantine: int) -> Tensor:
     """Sum the squared distances of each vector to its ``K - num_byzantine - 2`` nearest others.
 
     Returns:
-        ``[K]`` float64.
+        ``[K]`` float64; infinite for a vector that is farther from its neighbors than float64 can square.
     """
     products = vectors.gram()  # [K, K]
     # Exactly symmetric, because two vectors that are each other's nearest must have equal scores.
@@ -65,41 +66,98 @@ def krum_scores(vectors: CohortVectors, num_byzantine: int) -> Tensor:
     squares = products.diagonal()  # [K]
     # Rounding may take the difference of nearly equal vectors below zero.
     distances = (squares[:, None] + squares - 2 * products).clamp(min=0)  # [K, K], squared
+    # A square that overflows leaves NaN, and both mean that the two are far apart.
+    distances = distances.nan_to_num(nan=torch.inf, posinf=torch.inf)
     distances.fill_diagonal_(torch.inf)  # a vector is not its own neighbor
     num_neighbors = len(vectors) - num_byzantine - 2
     return distances.sort(1).values[:, :num_neighbors].sum(1)
 
 
+def weighted_median(values: Tensor, shares: Tensor) -> Tensor:
+    """Compute the weighted median of each column: half of the weight is not below it, and half not above.
+
+    Args:
+        values: ``[K, columns]``. The columns may be sorted in place.
+        shares: ``[K]``, the weights of the rows; sums to one.
+
+    Returns:
+        ``[columns]``; with equal weights and an even K the mean of the two middle numbers.
+    """
+    num_rows = len(values)
+    if (shares == shares[0]).all():
+        return trimmed_mean(values, (num_rows - 1) // 2)
+    ordered, order = values.sort(0)  # [K, columns] each
+    weight_up_to = shares.to(values)[order].cumsum(0)  # [K, columns]
+    # Rounding may leave the whole weight below one, but never below a half.
+    middle = (weight_up_to < 0.5).sum(0).clamp(max=num_rows - 1)  # [columns]
+    return ordered.gather(0, middle[None])[0]
+
+
 def geometric_median_weights(
     vectors: CohortVectors, shares: Tensor, smoothing: float, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, int]:
-    """Find the mix that is the geometric median, by the smoothed Weiszfeld algorithm.
+    """Find the mix that is the geometric median, by the Weiszfeld algorithm.
+
+    It starts from the coordinate median, which no minority can move away, and not from the mean, from which a step
+    covers only a part of the way back however far it is. Vectors at the center itself are treated as in Y. Vardi,
+    C.-H. Zhang: The Multivariate L1-Median and Associated Data Depth. PNAS, 2000.
 
     Args:
         vectors: K displacements.
         shares: ``[K]`` float64, the weights of the distances; sums to one.
-        smoothing: The least distance: smaller ones count as this.
+        smoothing: Vectors that are not farther than this from the center are at the center.
         tolerance: The iteration ends when no weight changes by more.
         max_iterations: The largest number of iterations, each of which passes over the vectors twice.
 
     Returns:
         ``[K]`` float64 summing to one, and the number of iterations.
     """
+    center = vectors.map_columns(lambda values: weighted_median(values, shares))  # [P]
     weights = shares  # [K]
-    change = torch.inf
     iterations = 0
-    while change > tolerance and iterations < max_iterations:
-        center = vectors.weighted_sum(weights)  # [P]
-        distances = vectors.distances(center)  # [K]
-        new_weights = normalized(shares / distances.clamp(min=smoothing))  # [K]
+    while True:
+        new_weights = _weiszfeld_weights(vectors, center, shares, smoothing)  # [K]
         change = (new_weights - weights).abs().max().item()
         weights = new_weights
         iterations += 1
-    return weights, iterations
+        # The first weights have no earlier ones of their own to be compared with.
+        has_converged = iterations > 1 and change <= tolerance
+        if has_converged or iterations == max_iterations:
+            return weights, iterations
+        center = vectors.weighted_sum(weights)  # [P]
+
+
+def _weiszfeld_weights(vectors: CohortVectors, center: Tensor, shares: Tensor, smoothing: float) -> Tensor:
+    """Return the weights ``[K]`` of the mix that is nearer to the geometric median than the center is.
+
+    Args:
+        vectors: K displacements.
+        center: ``[P]``.
+        shares: ``[K]`` float64, the weights of the distances; sums to one.
+        smoothing: Vectors that are not farther than this from the center are at the center.
+    """
+    distances = vectors.distances(center)  # [K]
+    is_near = distances <= smoothing  # [K]
+    pulls = torch.where(is_near, 0.0, shares / distances.clamp(min=smoothing))  # [K]
+    total_pull = pulls.sum()  # []
+    if not is_near.any():
+        return pulls / total_pull
+    near_share = shares[is_near].sum()  # []
+    near_weights = torch.where(is_near, shares, 0.0) / near_share  # [K]
+    if not total_pull > 0:
+        return near_weights
+    far_weights = pulls / total_pull  # [K]
+    step = vectors.weighted_sum(far_weights) - center  # [P]
+    force = total_pull * dot(step, step).sqrt()  # []
+    # The others pull the center away from the vectors at it with this force, and these hold it with their share.
+    hold = (near_share / force).clamp(max=1.0)  # []
+    return (1 - hold) * far_weights + hold * near_weights
 
 
 class _RobustRule(AggregationRule):
     """A rule with a number of clients that may be wrong."""
+
+    takes_substitutes = False
 
     def __init__(self, num_byzantine: int, **federation: Any) -> None:
         super().__init__(**federation)
@@ -137,10 +195,11 @@ class TrimmedMeanCallback(_RobustRule):
 
     def __init__(self, num_byzantine: int = 1, **federation: Any) -> None:
         super().__init__(num_byzantine, **federation)
+        self.min_updates = 2 * self.num_byzantine + 1
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Compute the trimmed mean."""
-        self._check_clients(cohort, 2 * self.num_byzantine + 1)
+        self._check_clients(cohort, self.min_updates)
         return _trimmed(cohort, state, self.num_byzantine)
 
 
@@ -155,6 +214,8 @@ class CoordinateMedianCallback(AggregationRule):
     """
 
     key = "MedianCallback"
+
+    takes_substitutes = False
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Compute the median."""
@@ -181,6 +242,7 @@ class MultiKrumCallback(_RobustRule):
     def __init__(self, num_byzantine: int = 1, keep: int | None = None, **federation: Any) -> None:
         super().__init__(num_byzantine, **federation)
         self.keep = arguments.optional(arguments.integer, "keep", keep, minimum=1)
+        self.min_updates = max(2 * self.num_byzantine + 3, self.num_byzantine + (self.keep or 0))
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Choose clients, and average their models."""
@@ -224,7 +286,8 @@ class GeometricMedianCallback(AggregationRule):
     It is a weighted average, and buffers are averaged with its weights.
 
     Args:
-        smoothing: The least distance: smaller ones count as this, so that no weight becomes infinite.
+        smoothing: Models that are not farther than this from the present point count as equal to it, so that no weight
+            becomes infinite.
         tolerance: The iteration ends when no client's weight changes by more.
         max_iterations: The largest number of iterations, each of which passes over the cohort's vectors twice. The log
             has the number as ``iterations``; if it is this one, the weights may not have converged.
@@ -235,6 +298,8 @@ class GeometricMedianCallback(AggregationRule):
     """
 
     key = "GeometricMedianCallback"
+
+    takes_substitutes = False
 
     summary_metrics = ("iterations", "weight/max")
 

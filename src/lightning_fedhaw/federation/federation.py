@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_fedhaw.channel.base import Channel, Link
 from lightning_fedhaw.clients.choice import choose
@@ -122,7 +121,7 @@ class Federation:
         clients_remember = self._clients_remember(objectives)
         self.placement = Placement(self.ranks, is_sticky=clients_remember)
         self._prepare_transport(clients_remember)
-        self.screening = Screening(options.on_nonfinite, self.buffers, rule, self.transport.uplink)
+        self.screening = Screening(options, self.buffers, rule, self.transport.uplink)
         self.run_state = self._make_run_state(objectives)
         self.in_round = False
         self.on_round_start: Callable[[int, list[int]], None] = _ignore
@@ -160,6 +159,7 @@ class Federation:
             transport=self.transport,
             objectives=objectives,
             placement=self.placement,
+            screening=self.screening,
             ranks=self.ranks,
             seed=self.seed,
         )
@@ -230,7 +230,7 @@ class Federation:
 
         Raises:
             FloatingPointError: If a client returns NaN or infinity and ``on_nonfinite="raise"``, or if every client
-                that was received does.
+                that was received does, in this round or in too many rounds in a row.
         """
         clients = self.cohort(round_idx)
         self.on_round_start(round_idx, clients)
@@ -304,7 +304,9 @@ class Federation:
         shares = self.ranks.exchange(lambda: self._train_share(plan, own_clients, stores))
         self.engine.restore_end_state([share.end_state for share in shares])
         records = [record for share in shares for record in share.records]
-        excluded = [sentence for share in shares for sentence in share.excluded]
+        excluded: dict[int, str] = {}
+        for share in shares:
+            excluded.update(share.excluded)
         # The same order for any number of processes.
         slot_of = {client: slot for slot, client in enumerate(plan.slots)}
         records.sort(key=lambda record: slot_of[record.update.client])
@@ -314,17 +316,17 @@ class Federation:
     def _train_share(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores) -> LocalResults:
         """Do this process's part of a round: local training, the uplink, and substitutes for lost messages."""
         records: list[UpdateRecord] = []
-        excluded: list[str] = []
+        excluded: dict[int, str] = {}
         with closing(self.engine.run(self._tasks(plan, own_clients, stores.displacements))) as updates:
             while True:
                 update = self._next_update(updates)
                 if update is None:
                     break
                 with self.tally.phase("channel"):
-                    reason = self._send_up(plan.round, update)
+                    reason = self._send_up(plan.round, update, stores.displacements)
                 self.on_client_end(update)
                 if reason is not None:
-                    excluded.append(reason)
+                    excluded[update.client] = reason
                     continue
                 update = self.initial_losses.added_to(update, plan.models)
                 self.shared_states.collect(update, stores.shared)
@@ -356,25 +358,24 @@ class Federation:
         with self.tally.phase("local training"):
             return next(updates, None)
 
-    def _send_up(self, round_idx: int, update: ClientUpdate) -> str | None:
+    def _send_up(self, round_idx: int, update: ClientUpdate, store: VectorStore) -> str | None:
         """Send an update through the uplink.
 
         Returns:
-            A sentence, if the update is not finite before or after; else ``None``.
+            A sentence, if the update is not finite before or after, or if the store cannot hold it; else ``None``.
         """
         # A client that failed changes no channel's state.
         reason = self.screening.nonfinite_reason(round_idx, update)
         if reason is not None:
             return reason
-        is_changed = self.transport.transmit(round_idx, update)
-        if not is_changed:
-            return None
-        # A channel may have made a finite update non-finite.
-        return self.screening.nonfinite_reason(round_idx, update, " (they were finite when it sent them)")
+        if self.transport.transmit(round_idx, update):
+            # A channel may have made a finite update non-finite.
+            reason = self.screening.nonfinite_reason(round_idx, update, " (they were finite when it sent them)")
+        return reason or self.screening.misfit_reason(round_idx, update, store)
 
     def _substitute(self, plan: RoundPlan, client: int) -> ClientUpdate | None:
-        """Make the substitute for a client's lost update, if its channel provides one."""
-        if client not in plan.lost:
+        """Make the substitute for a client's lost update, if its channel provides one and the rule takes it."""
+        if client not in plan.lost or not self.rule.takes_substitutes:
             return None
         substitute = plan.lost[client].substitute(client, plan.start)
         if substitute is None:
@@ -407,11 +408,7 @@ class Federation:
 
     def _aggregate(self, plan: RoundPlan, received: Received, store: VectorStore) -> Aggregation:
         """Let the rule compute a new global model from the cohort, and install it."""
-        if not received.records or (not received.from_clients and self.options.empty_round == "skip"):
-            rank_zero_warn(
-                f"No client update was received in round {plan.round}: the global model and the rule's state stay as"
-                " they were."
-            )
+        if self.screening.must_skip(plan, received):
             self.tally.skipped_rounds += 1
             # The module may hold a client's model.
             self.server.write(self.server.parameters(), self.server.buffers)

@@ -125,12 +125,12 @@ class LocalResults:
 
     Attributes:
         records: One record per update, in the order of the process's rows.
-        excluded: A sentence for each client whose update was excluded.
+        excluded: The clients whose update was excluded, with a sentence for each.
         end_state: The state of schedules and loss scale after its clients.
     """
 
     records: list[UpdateRecord]
-    excluded: list[str]
+    excluded: dict[int, str]
     end_state: EndState
 
 
@@ -140,11 +140,11 @@ class Received:
 
     Attributes:
         records: One record per update, in the cohort's order, with the substitutes of channels.
-        excluded: A sentence for each client whose update was excluded.
+        excluded: The clients whose update was excluded, with a sentence for each.
     """
 
     records: Sequence[UpdateRecord]
-    excluded: Sequence[str]
+    excluded: Mapping[int, str]
 
     @property
     def from_clients(self) -> list[UpdateRecord]:

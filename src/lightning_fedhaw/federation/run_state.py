@@ -20,6 +20,7 @@ from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.placement import Placement
 from lightning_fedhaw.federation.records import Tally
+from lightning_fedhaw.federation.screening import Screening
 from lightning_fedhaw.federation.transport import Transport
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.options import FederationOptions
@@ -80,6 +81,7 @@ class RoundSnapshot:
         rule: The state of the aggregation rule.
         parameters: ``[P]``, the global parameters.
         buffers: The global buffers.
+        nonfinite_rounds: The rounds in a row whose received updates were all excluded.
     """
 
     optimizer_states: dict[int, OptimizerStates]
@@ -90,6 +92,7 @@ class RoundSnapshot:
     rule: dict[str, Any]
     parameters: Tensor
     buffers: dict[str, Tensor]
+    nonfinite_rounds: int
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class RunState:
         transport: The channels.
         objectives: The client objectives.
         placement: The process of each client.
+        screening: The screening of updates, which counts rounds.
         ranks: The processes.
         seed: The federation's seed.
 
@@ -139,6 +143,7 @@ class RunState:
         transport: Transport,
         objectives: Sequence[ClientObjective],
         placement: Placement,
+        screening: Screening,
         ranks: Ranks,
         seed: int,
     ) -> None:
@@ -148,6 +153,7 @@ class RunState:
         self.options = options
         self.buffers = buffers
         self.placement = placement
+        self.screening = screening
         self.ranks = ranks
         self.seed = seed
         self.tally = Tally()
@@ -207,6 +213,7 @@ class RunState:
             rule=self.rule.state,
             parameters=self.server.parameters(),
             buffers=self.server.buffers,
+            nonfinite_rounds=self.screening.nonfinite_rounds,
         )
 
     def restore(self, engine: Engine, snapshot: RoundSnapshot) -> None:
@@ -226,6 +233,7 @@ class RunState:
         for metric in metrics_of(self.server.module):
             metric.reset()
         self.rule.state = snapshot.rule
+        self.screening.nonfinite_rounds = snapshot.nonfinite_rounds
         # The module may hold the model of the client that failed.
         self.server.put_back(snapshot.parameters, snapshot.buffers)
 
@@ -285,6 +293,8 @@ class RunState:
             "local_parameters": dict(engine.local_parameters.of_clients),
             "tally": self.tally.state_dict(),
         }
+        if self.screening.nonfinite_rounds:
+            state["nonfinite_rounds"] = self.screening.nonfinite_rounds
         if not self.server.layout.is_exact:
             state["parameters"] = self.server.present().parameters.cpu()
         return state
@@ -308,6 +318,8 @@ class RunState:
         self.buffers.load(state["buffers"])
         engine.local_parameters.of_clients = dict(state.get("local_parameters", {}))
         self.tally = Tally.from_state(state["tally"])
+        # A checkpoint has no entry if the last round was a good one.
+        self.screening.nonfinite_rounds = state.get("nonfinite_rounds", 0)
         if "parameters" in state:
             self.server.install(state["parameters"].to(self.server.parameters()))
 

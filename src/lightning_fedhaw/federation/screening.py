@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedhaw.channel.base import Channel
@@ -13,7 +12,9 @@ from lightning_fedhaw.clients.local_parameters import LOCAL_PARAMETERS
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.records import Received, RoundPlan
-from lightning_fedhaw.options import OnNonfinite
+from lightning_fedhaw.federation.repeated import RepeatedWarnings
+from lightning_fedhaw.federation.stores import VectorStore
+from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.rule import Rule
 from lightning_fedhaw.server import all_finite
 
@@ -22,23 +23,29 @@ class Screening:
     """The screening of every update, and of all that a round has received.
 
     Args:
-        policy: The argument ``on_nonfinite``.
+        options: The federation's arguments: which updates are excluded, and which rounds are skipped or end the run.
         buffers: The policies for buffers, which say what a client started from and what it sends.
-        rule: The aggregation rule, which may have a hint when training diverges.
+        rule: The aggregation rule, which says what a round needs and may have a hint when training diverges.
         uplink: The channels from clients to server, which may have made an update non-finite.
+
+    Attributes:
+        nonfinite_rounds: The last rounds in a row whose received updates were all excluded. Rounds in which nothing was
+            received are not counted. It is undone with a round that fails, and part of a checkpoint.
     """
 
     def __init__(
         self,
-        policy: OnNonfinite,
+        options: FederationOptions,
         buffers: Buffers,
         rule: Rule,
         uplink: Sequence[Channel],
     ) -> None:
-        self.policy = policy
+        self.options = options
         self.buffers = buffers
         self.rule = rule
         self.uplink = uplink
+        self.nonfinite_rounds = 0
+        self.warnings = RepeatedWarnings()
 
     def nonfinite_reason(self, round_idx: int, update: ClientUpdate, circumstance: str = "") -> str | None:
         """Say why an update has to be excluded.
@@ -58,12 +65,34 @@ class Screening:
         if content is None:
             return None
         sentence = f"Client {update.client} returned non-finite {content} in round {round_idx}{circumstance}"
-        if self.policy == "raise":
+        self._check_policy(sentence)
+        return sentence
+
+    def misfit_reason(self, round_idx: int, update: ClientUpdate, store: VectorStore) -> str | None:
+        """Say why an update has to be excluded that is finite, but not in the dtype in which it would be stored.
+
+        Returns:
+            A sentence; ``None`` if it can be stored.
+
+        Raises:
+            FloatingPointError: If it cannot and ``on_nonfinite="raise"``.
+        """
+        if store.fits(update):
+            return None
+        sentence = (
+            f"The update of client {update.client} in round {round_idx} does not fit into"
+            f" `storage_dtype`={self.options.storage_dtype} (torch.bfloat16 has nearly the range of float32)"
+        )
+        self._check_policy(sentence)
+        return sentence
+
+    def _check_policy(self, sentence: str) -> None:
+        """End the run because of one update, if the user wants that."""
+        if self.options.on_nonfinite == "raise":
             raise FloatingPointError(
                 f'{sentence}, and `on_nonfinite="raise"` ends the run. Lower the local learning rate, clip gradients,'
                 ' or set `on_nonfinite="exclude"`.'
             )
-        return sentence
 
     def check_round(self, plan: RoundPlan, received: Received) -> None:
         """Warn of excluded updates, and end the run where training has diverged.
@@ -73,21 +102,61 @@ class Screening:
             received: The updates that were received.
 
         Raises:
-            FloatingPointError: If nothing was received because every update was excluded.
+            FloatingPointError: If nothing was received because every update was excluded, in this round or in
+                ``max_nonfinite_rounds`` rounds in a row.
         """
-        for sentence in received.excluded:
-            rank_zero_warn(f"{sentence} and was left out of the aggregation.")
+        for client, sentence in received.excluded.items():
+            self.warnings.warn(f"client {client}", f"{sentence} and was left out of the aggregation.")
         updates = received.updates
+        self._count_round(received)
         # If channels lost most of the cohort, the few clients that trained may be the few that always fail.
         if not updates and len(plan.trainees) > len(plan.clients) / 2:
-            raise FloatingPointError(
-                f"Every client of round {plan.round} returned non-finite values, so training has diverged"
-                f" ({received.excluded[0]}). The global model is the one before this round. Lower the local learning"
-                f" rate, or clip gradients (`gradient_clip_val=1.0`).{self.rule.divergence_hint()}"
-                f"{self._channel_advice()}"
+            raise self._divergence(f"Every client of round {plan.round} returned non-finite values", received)
+        if self.nonfinite_rounds >= self.options.max_nonfinite_rounds:
+            raise self._divergence(
+                f"In {self.nonfinite_rounds} rounds in a row, up to round {plan.round}, every client whose update was"
+                " received returned non-finite values",
+                received,
             )
         if updates and not any(update.num_steps for update in updates):
-            rank_zero_warn(f"No client made an optimizer step in round {plan.round}; `training_step` may return None.")
+            self.warnings.warn(
+                "no step",
+                f"No client made an optimizer step in round {plan.round}; `training_step` may return None.",
+            )
+
+    def _count_round(self, received: Received) -> None:
+        """Count the rounds in a row whose received updates were all excluded; lost messages say nothing."""
+        if received.updates:
+            self.nonfinite_rounds = 0
+        elif received.excluded:
+            self.nonfinite_rounds += 1
+
+    def _divergence(self, finding: str, received: Received) -> FloatingPointError:
+        """Make the error of a run that has diverged."""
+        example = next(iter(received.excluded.values()))
+        return FloatingPointError(
+            f"{finding}, so training has diverged ({example}). The global model is the one before this round. Lower the"
+            f" local learning rate, or clip gradients (`gradient_clip_val=1.0`).{self.rule.divergence_hint()}"
+            f"{self._channel_advice()}"
+        )
+
+    def must_skip(self, plan: RoundPlan, received: Received) -> bool:
+        """Return whether a round has too few updates for the rule, and warn of it."""
+        shortage = None
+        needed = self.rule.min_updates
+        if not received.records or (not received.from_clients and self.options.empty_round == "skip"):
+            shortage = "No client update was received"
+        elif len(received.records) < needed <= len(plan.clients):
+            # If too few clients were sampled, it is no accident of this round, and the rule refuses the cohort.
+            rule = type(self.rule.base_rule).__name__
+            shortage = f"{len(received.records)} updates were received of the {needed} that `{rule}` needs"
+        if shortage is None:
+            return False
+        self.warnings.warn(
+            "skipped",
+            f"{shortage} in round {plan.round}: the global model and the rule's state stay as they were.",
+        )
+        return True
 
     def _channel_advice(self) -> str:
         """Name the channels that change what clients send."""

@@ -36,6 +36,10 @@ class VectorStore(ABC):
         """Return memory ``[P]`` on the model's device, to which the next displacement may be written."""
         return self.scratch
 
+    def fits(self, update: ClientUpdate) -> bool:
+        """Return whether the store can hold an update; by default any."""
+        return True
+
     @abstractmethod
     def commit(self, update: ClientUpdate, weight: float) -> None:
         """Store an update, whose displacement is in the slot or elsewhere.
@@ -82,11 +86,18 @@ class RowStore(VectorStore):
             return self.matrix[self.count]
         return self.scratch
 
+    def fits(self, update: ClientUpdate) -> bool:
+        """Return whether the largest number of an update is finite in ``storage_dtype``."""
+        if self.matrix.dtype == update.displacement.dtype:
+            return True
+        largest = torch.linalg.vector_norm(update.displacement, torch.inf)
+        return bool(torch.isfinite(largest.to(self.matrix.dtype)))
+
     def commit(self, update: ClientUpdate, weight: float) -> None:
         """Store an update's displacement as the next row.
 
         Raises:
-            FloatingPointError: If it does not fit into ``storage_dtype``.
+            FloatingPointError: If it does not fit into ``storage_dtype``, as the substitute of a channel may not.
         """
         row = self.matrix[self.count]
         if update.displacement.data_ptr() != row.data_ptr():

@@ -181,13 +181,37 @@ class ClientVectors(CohortVectors):
             return row_sums(write_squares, len(self), begin, end, self.matrix, self._working_dtype)
 
         if groups is None:
-            return squared_distances(slice(None)).sqrt().cpu()
+            return self._without_overflow(squared_distances(slice(None)).sqrt().cpu(), center, [slice(None)])
         totals = []
         for slices in groups.values():
             squares = torch.stack([squared_distances(columns) for columns in slices])
             totals.append(squares.sum(0))
         # Moved to the CPU once, for all groups.
-        return torch.stack(totals).sqrt().cpu()
+        lengths = torch.stack(totals).sqrt().cpu()
+        for row, slices in zip(lengths, groups.values(), strict=True):
+            self._without_overflow(row, center, slices)
+        return lengths
+
+    def _without_overflow(self, lengths: Tensor, center: Tensor | None, slices: Sequence[slice]) -> Tensor:
+        """Compute those distances ``[K]`` again, in place, whose square is infinite even in float64."""
+        if self._working_dtype != torch.float64:
+            # The square of any float32 number is a number of float64.
+            return lengths
+        for k in lengths.isinf().nonzero().flatten().tolist():
+            pieces = []
+            for columns in slices:
+                # Half of each, because the difference itself may overflow.
+                half = self.matrix[k, columns].double() / 2
+                if self.start is not None:
+                    half += self.start[columns].to(half) / 2
+                if center is not None:
+                    half -= center[columns].to(half) / 2
+                pieces.append(half)
+            halves = torch.cat(pieces)
+            largest = halves.abs().amax()
+            if torch.isfinite(largest):
+                lengths[k] = 2 * largest * torch.linalg.vector_norm(halves / largest)
+        return lengths
 
     def gather(self) -> Tensor:
         """Copy all vectors into one new matrix ``[K, P]``, for rules that need every value at once."""
