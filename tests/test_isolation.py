@@ -323,13 +323,17 @@ def test_a_client_that_failed_once_comes_back_with_the_state_it_had():
     assert runner.federation_summary["nonfinite_updates"] == 1
 
 
-def test_a_checkpoint_in_the_middle_of_a_client_is_refused():
+def test_a_checkpoint_in_the_middle_of_a_client_holds_the_global_model():
+    start = Classifier()
+
     class Saves(Classifier):
         def on_train_batch_end(self, *_):
             self.trainer.save_checkpoint("middle.ckpt")
 
-    with pytest.raises(RuntimeError, match="while a client trains"):
-        trainer().fit(Saves(), loader())
+    trainer(rounds=1).fit(Saves(), loader())
+    saved = torch.load("middle.ckpt", weights_only=True)["state_dict"]
+    for name, parameter in start.named_parameters():
+        assert torch.equal(saved[name], parameter), name
 
 
 # ---------------------------------------------------------------------- the closing evaluation

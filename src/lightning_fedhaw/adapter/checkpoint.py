@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_fedhaw.adapter.trainer_attributes import is_development_run
 
@@ -51,7 +52,7 @@ def write_atomically(strategy: Strategy) -> None:
 
 
 class RoundCheckpoint(ModelCheckpoint):
-    """A callback that keeps the latest checkpoint, written every so many rounds and after the last one.
+    """A callback that keeps the latest checkpoint, written every so many rounds, after the last one and on SIGTERM.
 
     ``last.ckpt`` is the same.
 
@@ -77,6 +78,16 @@ class RoundCheckpoint(ModelCheckpoint):
             # Lightning's own method would write `last.ckpt`, and a development run writes nothing.
             return
         super().on_train_end(trainer, pl_module)
+        self._save_rest(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Save the full rounds since the last checkpoint, if the run was asked to end (SIGTERM)."""
+        super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, SIGTERMException) and not is_development_run(trainer):
+            self._save_rest(trainer)
+
+    def _save_rest(self, trainer: pl.Trainer) -> None:
+        """Save the rounds since the last checkpoint."""
         is_saved = trainer.global_step <= self._last_global_step_saved
         if not is_saved and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
@@ -69,6 +70,7 @@ class TrainerHost:
         nonfinite_buffers: frozenset[str] = frozenset(),
     ) -> None:
         self.trainer = trainer
+        self._signals = trainer._signal_connector
         self.nonfinite_buffers = nonfinite_buffers
         self.module = trainer.lightning_module
         self.strategy = trainer.strategy
@@ -240,6 +242,15 @@ class TrainerHost:
         if self._takes_index:
             return (data, batch_idx)
         return (data,)
+
+    def stop_if_asked(self) -> None:
+        """End the run, if this process was asked to end (SIGTERM).
+
+        Raises:
+            SIGTERMException: If it was.
+        """
+        if self._signals.received_sigterm:
+            raise SIGTERMException
 
     def on_batch_start(self, data: Any, batch_idx: int) -> bool:
         """Call the hooks before a local step; return whether the module asks to skip the rest of the pass."""

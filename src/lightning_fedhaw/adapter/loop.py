@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchmetrics import Metric
 
+from lightning_fedhaw.adapter.any_moment import GATE, BetweenRounds, Counters, counters_of, in_use
 from lightning_fedhaw.adapter.assembly import (
     AssignedData,
     assign_data,
@@ -47,6 +48,7 @@ from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.federation.clients import FederationClients
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.records import Report
+from lightning_fedhaw.federation.run_state import RoundSnapshot
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.report.history import find_history
 from lightning_fedhaw.report.loggers import report
@@ -69,6 +71,8 @@ class RoundLoop(_FitLoop):
     Attributes:
         options: The federation's arguments in force: those of the trainer, merged with those of the rule.
         federation: The federation of the present or the last ``fit``.
+        between_rounds: Until a round, its validation and its hooks are over, the state after the round before it.
+        is_counted: Whether the round is over, so that hooks may save the present state.
     """
 
     def __init__(self, trainer: pl.Trainer, options: FederationOptions) -> None:
@@ -85,6 +89,10 @@ class RoundLoop(_FitLoop):
         self.options = options
         log_every_round(trainer)
         self.federation: Federation | None = None
+        self.between_rounds: BetweenRounds | None = None
+        self.is_counted = False
+        # While a round is about to begin, the counters of before: Lightning sets them to zero one by one.
+        self._counters: Counters = {}
         self._federation_state: dict[str, Any] | None = None
         self._assigned: AssignedData | None = None
 
@@ -146,6 +154,11 @@ class RoundLoop(_FitLoop):
             self.federation.close()
         release()
 
+    def teardown(self) -> None:
+        """Finish, after callbacks have saved what was left of an interrupted run."""
+        self.between_rounds = None
+        super().teardown()
+
     def on_run_start(self) -> None:
         """Build the federation, or resume it from the checkpoint."""
         self._build()
@@ -164,6 +177,7 @@ class RoundLoop(_FitLoop):
         federation.check_agreement()
         self._reset_or_resume(federation, previous)
         federation.on_round_start = observers(trainer, "on_round_start")
+        federation.on_snapshot = self._remember
         federation.on_client_start = client_observer(trainer, federation)
         federation.on_client_end = observers(trainer, "on_client_end")
         federation.on_round_end = observers(trainer, "on_round_end")
@@ -208,6 +222,20 @@ class RoundLoop(_FitLoop):
         """Return False: with ``max_steps`` too, a step is a whole epoch, and a resumed run continues its count."""
         return False
 
+    def on_advance_start(self) -> None:
+        """Begin an epoch."""
+        self._counters = counters_of(self)
+        super().on_advance_start()
+
+    def on_advance_end(self) -> None:
+        """End an epoch: from here on a checkpoint holds the state after its round, whoever asks for it."""
+        try:
+            super().on_advance_end()
+        finally:
+            # It may end in Lightning's exception for SIGTERM, when the epoch is complete.
+            if self.epoch_progress.current.completed == self.epoch_progress.current.ready:
+                self.between_rounds = None
+
     def advance(self) -> None:
         """Run one round, and its validation."""
         with profiler_of(self.trainer).profile("run_training_epoch"):
@@ -217,6 +245,17 @@ class RoundLoop(_FitLoop):
     def run_round(self) -> Report:
         """Run one communication round, without validation."""
         return self.current_federation.run_round(self.epoch_loop.global_step)
+
+    def _remember(self, snapshot: RoundSnapshot) -> None:
+        """Let checkpoints hold the present state from here on."""
+        if self.current_federation.ranks.size > 1:
+            # What clients keep is on all processes, which do not write a checkpoint together in the middle of a round.
+            return
+        between_rounds = BetweenRounds.now(self.trainer, self.current_federation, snapshot)
+        with GATE:
+            self.is_counted = False
+            self.between_rounds = between_rounds
+            self._counters = {}
 
     def on_run_end(self) -> None:
         """Evaluate the clients, and report the run summary."""
@@ -250,15 +289,29 @@ class RoundLoop(_FitLoop):
             RuntimeError: If a client is training.
         """
         state = super().on_save_checkpoint()
+        between_rounds = in_use()
+        if between_rounds is not None:
+            state["federation"] = between_rounds.federation_state()
+            return state
         if self.federation is not None:
             if self.federation.in_round:
                 raise RuntimeError(
-                    "A checkpoint was asked for while a client trains, when the module holds that client's model. Save"
+                    "A checkpoint was asked for while clients train on several processes, which hold their states. Save"
                     " between rounds: in `on_train_epoch_end`, or with `ModelCheckpoint`."
                 )
             state["federation"] = self.federation.state_dict()
         # The file is put together in memory; it may have the blocks that no round needs at present.
         release()
+        return state
+
+    def state_dict(self, destination: dict[str, Any] | None = None, prefix: str = "") -> dict[str, Any]:
+        """Return the state of this loop and its children."""
+        state: dict[str, Any] = super().state_dict(destination, prefix)
+        between_rounds = in_use()
+        counters = self._counters
+        if between_rounds is not None:
+            counters = between_rounds.counters
+        state.update((f"{prefix}{name}", counts) for name, counts in counters.items())
         return state
 
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
@@ -323,6 +376,7 @@ class _RoundEpochLoop(_TrainingEpochLoop):
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
         self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         self._log(report)
+        self._round_loop.is_counted = True
         self._call_lightning_callbacks("on_train_batch_end", None, None, 0)
         connector.on_batch_end()
         self.batch_progress.increment_completed()

@@ -214,6 +214,7 @@ class SequentialEngine(Engine):
         epochs = plan.epochs_of(client)
         skips_pass = False
         for batch in self.data.batches(client, host.round, epochs=epochs, num_batches=num_batches, limit=plan.limit):
+            host.stop_if_asked()
             if batch.index == 0:
                 skips_pass = False
             if skips_pass:

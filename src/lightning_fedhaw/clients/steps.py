@@ -113,6 +113,9 @@ class Host(Protocol):
     def arguments(self, data: BatchData, batch_idx: int) -> tuple[object, ...]:
         """Return the arguments of ``training_step``, whose ``batch_idx`` is optional."""
 
+    def stop_if_asked(self) -> None:
+        """Raise an error if the process was asked to end, between two batches."""
+
     def on_batch_start(self, data: BatchData, batch_idx: int) -> bool:
         """Call the hooks before a local step; true if the module asks to skip the remaining batches of the pass."""
 

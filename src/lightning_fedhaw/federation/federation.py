@@ -38,7 +38,7 @@ from lightning_fedhaw.federation.records import (
     UpdateRecord,
     cohort_of,
 )
-from lightning_fedhaw.federation.run_state import RunState
+from lightning_fedhaw.federation.run_state import RoundSnapshot, RunState
 from lightning_fedhaw.federation.sampling import Sampling
 from lightning_fedhaw.federation.screening import Screening
 from lightning_fedhaw.federation.shared_states import SharedStates
@@ -80,6 +80,7 @@ class Federation:
         engine: The engine that trains clients; see :meth:`choose_engine`.
         in_round: Whether a round is running, so that the module may hold a client's model.
         on_round_start: Called with the round's number and the clients that were sampled.
+        on_snapshot: Called with what the undo of the round restores, before anything changes.
         on_client_start: Called with each task of this process, when an engine asks for it.
         on_client_end: Called with each update of this process.
         on_round_end: Called with the round's report.
@@ -125,6 +126,7 @@ class Federation:
         self.run_state = self._make_run_state(objectives)
         self.in_round = False
         self.on_round_start: Callable[[int, list[int]], None] = _ignore
+        self.on_snapshot: Callable[[RoundSnapshot], None] = _ignore
         self.on_client_start: Callable[[ClientTask], None] = _ignore
         self.on_client_end: Callable[[ClientUpdate], None] = _ignore
         self.on_round_end: Callable[[Report], None] = _ignore
@@ -236,6 +238,7 @@ class Federation:
         self.on_round_start(round_idx, clients)
         self.run_state.adopt_changes()
         snapshot = self.run_state.snapshot(self.engine)
+        self.on_snapshot(snapshot)
         self.in_round = True
         try:
             return self._run_round(round_idx, clients)

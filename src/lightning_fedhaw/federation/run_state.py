@@ -82,6 +82,8 @@ class RoundSnapshot:
         parameters: ``[P]``, the global parameters.
         buffers: The global buffers.
         nonfinite_rounds: The rounds in a row whose received updates were all excluded.
+        attributes_entry: The attributes as an entry of a checkpoint, with the values that the module showed.
+        tally: The costs and incidents of the earlier rounds, as an entry of a checkpoint.
     """
 
     optimizer_states: dict[int, OptimizerStates]
@@ -93,6 +95,26 @@ class RoundSnapshot:
     parameters: Tensor
     buffers: dict[str, Tensor]
     nonfinite_rounds: int
+    attributes_entry: dict[str, Any]
+    tally: dict[str, Any]
+
+    def state_of(self, callback: object) -> dict[str, Any] | None:
+        """Return the state of a channel, a client objective or the rule for a checkpoint; None for another object."""
+        for saved in self.callbacks:
+            if saved.callback is callback:
+                return saved.state
+        if not isinstance(callback, Rule):
+            return None
+        # Copies, because the rule and its objectives are at work.
+        rule = copy.copy(callback)
+        rule.state = self.rule
+        objectives = []
+        for objective in callback.objectives:
+            objective_before = copy.copy(objective)
+            objective_before.load_state_dict(self.state_of(objective) or {})
+            objectives.append(objective_before)
+        rule.objectives = tuple(objectives)
+        return rule.state_dict()
 
 
 @dataclass(frozen=True)
@@ -214,6 +236,8 @@ class RunState:
             parameters=self.server.parameters(),
             buffers=self.server.buffers,
             nonfinite_rounds=self.screening.nonfinite_rounds,
+            attributes_entry=engine.attributes.state_dict(),
+            tally=self.tally.state_dict(),
         )
 
     def restore(self, engine: Engine, snapshot: RoundSnapshot) -> None:
@@ -284,9 +308,7 @@ class RunState:
         """
         self._collect(engine)
         state: dict[str, Any] = {
-            "fingerprint": self.fingerprint,
-            "scheme": self.data.partition.scheme,
-            "round_options": self.round_options,
+            **self._resume_keys,
             "optimizers": dict(engine.optimizer_states),
             "attributes": engine.attributes.state_dict(),
             "buffers": dict(self.buffers.local),
@@ -298,6 +320,50 @@ class RunState:
         if not self.server.layout.is_exact:
             state["parameters"] = self.server.present().parameters.cpu()
         return state
+
+    def state_before(self, snapshot: RoundSnapshot) -> dict[str, Any]:
+        """Return what :meth:`state_dict` returned before a round that is running; in one process only.
+
+        Args:
+            snapshot: The state from before the round.
+        """
+        state: dict[str, Any] = {
+            **self._resume_keys,
+            "optimizers": snapshot.optimizer_states,
+            "attributes": snapshot.attributes_entry,
+            "buffers": snapshot.local_buffers,
+            "local_parameters": snapshot.local_parameters,
+            "tally": snapshot.tally,
+        }
+        if snapshot.nonfinite_rounds:
+            state["nonfinite_rounds"] = snapshot.nonfinite_rounds
+        if not self.server.layout.is_exact:
+            state["parameters"] = snapshot.parameters.cpu()
+        return state
+
+    def model_before(self, snapshot: RoundSnapshot) -> dict[str, Tensor]:
+        """Return the global model before a round as the module held it: parameters and buffers by name, as copies.
+
+        Args:
+            snapshot: The state from before the round.
+        """
+        layout = self.server.layout
+        model = {}
+        views = layout.views(snapshot.parameters.detach())
+        for dtype, (name, value) in zip(layout.dtypes, views.items(), strict=True):
+            model[name] = value.to(dtype, copy=True)
+        for name, value in {**self.server.local_parameters, **snapshot.buffers}.items():
+            model[name] = value.clone()
+        return model
+
+    @property
+    def _resume_keys(self) -> dict[str, Any]:
+        """The entries of a checkpoint that a run compares with its own before it goes on from there."""
+        return {
+            "fingerprint": self.fingerprint,
+            "scheme": self.data.partition.scheme,
+            "round_options": self.round_options,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], engine: Engine) -> None:
         """Resume from a checkpoint.

@@ -94,7 +94,9 @@ class RunHistory(KeyedCallback, FederatedCallback):
         for name, value in trainer.callback_metrics.items():
             if "/client_" not in name:
                 row[name] = float(value)
-        self.metrics.append(row)
+        # A resumed run that was cut off in the validation of a round has a row for it already.
+        earlier = trainer.global_step - 1
+        self.metrics = [*self.metrics[:earlier], row]
 
     @property
     def _collects_clients(self) -> bool:

@@ -186,6 +186,7 @@ class Chunk:
         """Train all clients to the end of their local work."""
         try:
             for call in self._calls():
+                self.engine.host.stop_if_asked()
                 self._make(call)
         finally:
             # Otherwise chunk and step refer to each other, and their memory waits for a garbage collection.
