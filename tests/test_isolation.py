@@ -460,6 +460,7 @@ def test_what_a_channel_returns_is_checked():
         trainer(callbacks=[Listed()]).fit(Classifier(), loader())
 
 
+@pytest.mark.filterwarnings("ignore:The update of client . in round 0 does not fit")
 def test_an_update_that_does_not_fit_into_the_storage_is_named():
     module = Classifier(lambda p: torch.optim.SGD(p, lr=1e6))
     with pytest.raises(FloatingPointError, match=r"does not fit into `storage_dtype`=torch\.float16"):

@@ -16,7 +16,7 @@ from lightning_fedhaw import (
     MultiKrumCallback,
     TrimmedMeanCallback,
 )
-from lightning_fedhaw.aggregation.robust import geometric_median_weights, krum_scores, weighted_median
+from lightning_fedhaw.aggregation.robust import central_vector, geometric_median_weights, krum_scores
 from lightning_fedhaw.extending import Channel, ClientVectors, Cohort, ParameterLayout
 from lightning_fedhaw.server import Server
 
@@ -118,27 +118,37 @@ def test_liars_with_few_examples_may_be_the_majority_for_the_geometric_median():
         assert (end - honest.mean(0)).norm() <= 2 * (1 - share) / (1 - 2 * share) * farthest
 
 
-def test_the_weighted_median_by_hand():
-    values = torch.tensor([[5.0, 1.0], [1.0, 2.0], [3.0, 3.0]])
-    shares = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    # In order: 1 (0.5), 3 (0.8), 5 (1.0); and 1 (0.2), 2 (0.7), 3 (1.0).
-    assert weighted_median(values.clone(), shares).tolist() == [1.0, 2.0]
-    equal = torch.full((3,), 1 / 3, dtype=torch.float64)
-    assert weighted_median(values.clone(), equal).tolist() == [3.0, 2.0]
+def test_the_central_vector_by_hand():
+    # On a line at 0, 1, 3, 4 and 100, where half of the equal weights is three of five. The distances to the third
+    # nearest, oneself included, are 3, 2, 2, 3 and 97, and the first of equals counts.
+    line = ClientVectors(torch.tensor([[0.0], [1.0], [3.0], [4.0], [100.0]], dtype=torch.float64))
+    assert central_vector(line, torch.full((5,), 0.2, dtype=torch.float64)) == 1
+    # With most of the weight, the last has it within a ball of no size.
+    assert central_vector(line, torch.tensor([0.1, 0.1, 0.1, 0.1, 0.6], dtype=torch.float64)) == 4
 
 
-def test_a_coordinate_median_that_is_a_client_holds_nothing_back():
-    # The coordinate median of these is the first. The others pull with two forces of 1/3 at a right angle, more than
-    # its share of 1/3 can hold, so the median is the Fermat point, whose coordinates are (3 - sqrt 3) / 6.
+def test_liars_of_different_sizes_do_not_hide_each_other():
+    displacements = federation_of_liars(same, 3e38, 5, 0)
+    for liar, size in enumerate((1e3, 1e10, 1e20, 1e30)):
+        displacements[liar] = size
+    end = GeometricMedianCallback().step(cohort(displacements), {}, SERVER).parameters
+    honest = START + displacements[5:]
+    assert (end - honest.mean(0)).norm() < 12 * (honest - honest.mean(0)).norm(dim=1).max()
+
+
+def test_a_start_at_a_client_holds_nothing_back():
+    # Each corner is as central as the others, and the first is the start. The others pull with two forces of 1/3 at a
+    # right angle, more than its share of 1/3 can hold, so the median is the Fermat point: both are (3 - sqrt 3) / 6.
     triangle = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     third = torch.full((3,), 1 / 3, dtype=torch.float64)
     weights, iterations = geometric_median_weights(ClientVectors(triangle), third, 1e-6, 1e-4, 20)
     assert (weights @ triangle).tolist() == pytest.approx([(3 - 3**0.5) / 6] * 2, abs=1e-3)
     assert iterations < 20
-    # With nearly half of the weight at the first, it can.
+    # With half of the weight at the first, it can.
     shares = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
-    weights, _ = geometric_median_weights(ClientVectors(triangle), shares, 1e-6, 1e-4, 20)
+    weights, iterations = geometric_median_weights(ClientVectors(triangle), shares, 1e-6, 1e-4, 20)
     assert weights.tolist() == [1.0, 0.0, 0.0]
+    assert iterations == 1
 
 
 def test_numbers_that_float64_cannot_square():

@@ -149,5 +149,5 @@ class FedAdpCallback(AggregationRule):
         averages = state["angles"][cohort.clients]  # [K]
         if self.smooth_by == "rounds":
             rounds = torch.full_like(rounds, cohort.round + 1)  # [K]
-        smoothed: Tensor = ((rounds - 1) * averages + round_angles) / rounds
+        smoothed: Tensor = ((rounds - 1) * averages + round_angles) / rounds  # [K]
         return smoothed

@@ -54,43 +54,51 @@ def trimmed_mean(values: Tensor, cut: int) -> Tensor:
     return values[cut : num_rows - cut].mean(0)
 
 
-def krum_scores(vectors: CohortVectors, num_byzantine: int) -> Tensor:
-    """Sum the squared distances of each vector to its ``K - num_byzantine - 2`` nearest others.
+def squared_distances(vectors: CohortVectors) -> Tensor:
+    """Compute the squared distances of all pairs of vectors.
 
     Returns:
-        ``[K]`` float64; infinite for a vector that is farther from its neighbors than float64 can square.
+        ``[K, K]`` float64, symmetric; infinite where float64 cannot hold the square.
     """
     products = vectors.gram()  # [K, K]
     # Exactly symmetric, because two vectors that are each other's nearest must have equal scores.
     products = (products + products.T) / 2
     squares = products.diagonal()  # [K]
     # Rounding may take the difference of nearly equal vectors below zero.
-    distances = (squares[:, None] + squares - 2 * products).clamp(min=0)  # [K, K], squared
+    distances = (squares[:, None] + squares - 2 * products).clamp(min=0)  # [K, K]
     # A square that overflows leaves NaN, and both mean that the two are far apart.
-    distances = distances.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return distances.nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def krum_scores(vectors: CohortVectors, num_byzantine: int) -> Tensor:
+    """Sum the squared distances of each vector to its ``K - num_byzantine - 2`` nearest others.
+
+    Returns:
+        ``[K]`` float64; infinite for a vector that is farther from its neighbors than float64 can square.
+    """
+    distances = squared_distances(vectors)  # [K, K]
     distances.fill_diagonal_(torch.inf)  # a vector is not its own neighbor
     num_neighbors = len(vectors) - num_byzantine - 2
     return distances.sort(1).values[:, :num_neighbors].sum(1)
 
 
-def weighted_median(values: Tensor, shares: Tensor) -> Tensor:
-    """Compute the weighted median of each column: half of the weight is not below it, and half not above.
+def central_vector(vectors: CohortVectors, shares: Tensor) -> int:
+    """Find the vector around which the smallest ball contains half of the weight.
+
+    If wrong vectors have less than half of it, that ball contains a right one, and is not larger than the ball around
+    any right one that contains all right ones. So this vector is near the right ones, however far the wrong ones are.
 
     Args:
-        values: ``[K, columns]``. The columns may be sorted in place.
-        shares: ``[K]``, the weights of the rows; sums to one.
-
-    Returns:
-        ``[columns]``; with equal weights and an even K the mean of the two middle numbers.
+        vectors: K vectors.
+        shares: ``[K]`` float64, their weights; sums to one.
     """
-    num_rows = len(values)
-    if (shares == shares[0]).all():
-        return trimmed_mean(values, (num_rows - 1) // 2)
-    ordered, order = values.sort(0)  # [K, columns] each
-    weight_up_to = shares.to(values)[order].cumsum(0)  # [K, columns]
-    # Rounding may leave the whole weight below one, but never below a half.
-    middle = (weight_up_to < 0.5).sum(0).clamp(max=num_rows - 1)  # [columns]
-    return ordered.gather(0, middle[None])[0]
+    distances = squared_distances(vectors)  # [K, K]
+    distances.fill_diagonal_(0.0)  # each ball contains its center
+    ordered, order = distances.sort(1)  # [K, K] each
+    weight_within = shares[order].cumsum(1)  # [K, K]
+    outermost = (weight_within < 0.5).sum(1).clamp(max=len(vectors) - 1)  # [K]
+    radii = ordered.gather(1, outermost[:, None])[:, 0]  # [K], squared
+    return int(radii.argmin())
 
 
 def geometric_median_weights(
@@ -98,7 +106,7 @@ def geometric_median_weights(
 ) -> tuple[Tensor, int]:
     """Find the mix that is the geometric median, by the Weiszfeld algorithm.
 
-    It starts from the coordinate median, which no minority can move away, and not from the mean, from which a step
+    It starts from the :func:`central_vector`, which no minority can move away, and not from the mean, from which a step
     covers only a part of the way back however far it is. Vectors at the center itself are treated as in Y. Vardi,
     C.-H. Zhang: The Multivariate L1-Median and Associated Data Depth. PNAS, 2000.
 
@@ -112,19 +120,17 @@ def geometric_median_weights(
     Returns:
         ``[K]`` float64 summing to one, and the number of iterations.
     """
-    center = vectors.map_columns(lambda values: weighted_median(values, shares))  # [P]
-    weights = shares  # [K]
+    weights = torch.zeros_like(shares)  # [K]
+    weights[central_vector(vectors, shares)] = 1.0
+    change = torch.inf
     iterations = 0
-    while True:
+    while change > tolerance and iterations < max_iterations:
+        center = vectors.weighted_sum(weights)  # [P]
         new_weights = _weiszfeld_weights(vectors, center, shares, smoothing)  # [K]
         change = (new_weights - weights).abs().max().item()
         weights = new_weights
         iterations += 1
-        # The first weights have no earlier ones of their own to be compared with.
-        has_converged = iterations > 1 and change <= tolerance
-        if has_converged or iterations == max_iterations:
-            return weights, iterations
-        center = vectors.weighted_sum(weights)  # [P]
+    return weights, iterations
 
 
 def _weiszfeld_weights(vectors: CohortVectors, center: Tensor, shares: Tensor, smoothing: float) -> Tensor:
