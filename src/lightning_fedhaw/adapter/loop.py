@@ -250,6 +250,7 @@ class RoundLoop(_FitLoop):
         """Let checkpoints hold the present state from here on."""
         if self.current_federation.ranks.size > 1:
             # What clients keep is on all processes, which do not write a checkpoint together in the middle of a round.
+            self._counters = {}
             return
         between_rounds = BetweenRounds.now(self.trainer, self.current_federation, snapshot)
         with GATE:
