@@ -13,9 +13,100 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 T = TypeVar("T")
+
+SIGTERM_EXIT_CODE = 128 + 15
+"""What a process returns that SIGTERM has ended, as a shell reports it."""
+
+
+class CheckpointRequested(BaseException):
+    """Interrupts a round, so that a checkpoint can be written; all processes raise it together."""
+
+
+class Requests:
+    """What this process was asked for by a signal or by another process, until all processes answer together.
+
+    Several processes cannot answer in a signal handler: each is somewhere else, and waits for the others. So a handler
+    leaves the request here, and it is sent along with the next message that all processes exchange anyway.
+
+    Attributes:
+        end: ``"SIGTERM"`` or ``"SIGINT"`` once the run is to end.
+        is_ending: Whether all processes know, and end.
+        checkpoint: Whether a checkpoint is to be written within the round.
+        num_checkpoints: How many of those requests have been answered.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all requests, when another run begins."""
+        self.end: str | None = None
+        self.is_ending = False
+        self.checkpoint = False
+        self.num_checkpoints = 0
+
+    @property
+    def must_end(self) -> bool:
+        """Whether the run is to end, and does not yet."""
+        return self.end is not None and not self.is_ending
+
+    def ask_to_end(self, reason: str) -> None:
+        """Ask for the end of the run; the first reason counts."""
+        if self.end is None:
+            self.end = reason
+
+    def raise_if_any(self) -> None:
+        """Interrupt this process's share of a round, between two batches.
+
+        Raises:
+            SIGTERMException: After SIGTERM.
+            KeyboardInterrupt: After Ctrl+C.
+            CheckpointRequested: If a checkpoint was asked for.
+        """
+        if self.must_end:
+            raise self._error()
+        if self.checkpoint:
+            raise CheckpointRequested
+
+    def end_together(self, reasons: Sequence[str | None]) -> None:
+        """End the run, if any process was asked to. All processes call this at the same point.
+
+        Args:
+            reasons: ``end`` of every process.
+
+        Raises:
+            SIGTERMException: After SIGTERM.
+            KeyboardInterrupt: After Ctrl+C.
+        """
+        if self.is_ending:
+            return
+        for reason in reasons:
+            if reason is not None:
+                self.end = reason
+                self.end_now()
+
+    def end_now(self) -> None:
+        """End the run on this process; the others end too, or have ended."""
+        self.is_ending = True
+        raise self._error()
+
+    def _error(self) -> BaseException:
+        if self.end == "SIGTERM":
+            return SIGTERMException(SIGTERM_EXIT_CODE)
+        return KeyboardInterrupt()
+
+    def answer_checkpoint(self) -> None:
+        """Note that a checkpoint is written. All processes call this at the same point."""
+        self.checkpoint = False
+        self.num_checkpoints += 1
+
+
+REQUESTS = Requests()
+"""The requests to this process: of all its trainers, because signals are sent to a process."""
 
 
 BLOCK = 1 << 18
@@ -59,11 +150,14 @@ class Ranks:
         return self.rank == 0
 
     @contextmanager
-    def _communication(self) -> Iterator[None]:
+    def communication(self) -> Iterator[None]:
         """Explain the errors that the backend raises if another process has ended."""
         try:
             yield
         except RuntimeError as error:
+            if REQUESTS.must_end:
+                # The others have ended before.
+                REQUESTS.end_now()
             raise RuntimeError(
                 f"Process {self.rank} of {self.size} lost contact with the others: one of them died or was stopped (see"
                 " its own output for the reason). Start the run again with `fit(ckpt_path=...)`, which resumes it from"
@@ -81,7 +175,7 @@ class Ranks:
             yield
             return
         all_processes = dist.group.WORLD
-        with self._communication():
+        with self.communication():
             # Every process takes part in making every group.
             groups = [dist.new_group([rank]) for rank in range(self.size)]
         # That of another process is a number here.
@@ -98,16 +192,23 @@ class Ranks:
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, by rank, on every process.
 
+        This is also where processes learn that one of them was asked to end, and end together.
+
         Args:
             value: The value of this process; it is pickled.
+
+        Raises:
+            SIGTERMException: If one of the processes was asked to end by SIGTERM.
+            KeyboardInterrupt: If one of the processes was asked to end by Ctrl+C.
         """
         if self.size == 1:
             return [value]
-        # `None` only until the call below has filled in the values.
-        values: list[Any] = [None] * self.size
-        with self._communication():
-            dist.all_gather_object(values, value)
-        return values
+        # `None` only until the call below has filled in the messages.
+        messages: list[Any] = [None] * self.size
+        with self.communication():
+            dist.all_gather_object(messages, (value, REQUESTS.end))
+        REQUESTS.end_together([end for _, end in messages])
+        return [other_value for other_value, _ in messages]
 
     def gather_to_first(self, value: T) -> list[T]:
         """Return the values of all processes, by rank, on process 0, and an empty list on the others.
@@ -118,7 +219,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_first else None
-        with self._communication():
+        with self.communication():
             dist.gather_object(value, values)
         return values or []
 
@@ -130,6 +231,7 @@ class Ranks:
 
         Raises:
             RuntimeError: If the work failed on another process. The process on which it failed raises the error itself.
+            CheckpointRequested: If the work was interrupted for a checkpoint, on any process.
         """
         if self.size == 1:
             return [work()]
@@ -140,26 +242,34 @@ class Ranks:
         except BaseException as error:
             # Any error, an interrupt included: the other processes wait for this one's outcome, and would wait forever.
             failure = error
-        message = None if failure is None else f"{type(failure).__name__}: {failure}"
+            if isinstance(error, KeyboardInterrupt):
+                # All of them end in the same way.
+                REQUESTS.ask_to_end("SIGINT")
+        is_interrupted = isinstance(failure, CheckpointRequested)
+        message = None
+        if failure is not None and not is_interrupted:
+            message = f"{type(failure).__name__}: {failure}"
         try:
             try:
-                outcomes = self.gather((result, message))
+                outcomes = self.gather((result, message, is_interrupted))
             except RuntimeError:
                 # Contact was lost as well, but the own failure is the reason that the user can act on.
                 if failure is not None:
                     raise failure from None
                 raise
-            if failure is not None:
+            if failure is not None and not is_interrupted:
                 raise failure
         finally:
             # The traceback of the error refers to this frame; without this the frame would refer back to the error, and
             # everything in its frames would stay in memory until a garbage collection.
             failure = None
         results = []
-        for rank, (other_result, other_message) in enumerate(outcomes):
+        for rank, (other_result, other_message, _) in enumerate(outcomes):
             if other_message is not None:
                 raise RuntimeError(f"Process {rank} of {self.size} failed, so this one stopped too: {other_message}")
             results.append(other_result)
+        if any(was_interrupted for _, _, was_interrupted in outcomes):
+            raise CheckpointRequested
         return results
 
     # ------------------------------------------------------------------ tensors
@@ -173,7 +283,7 @@ class Ranks:
         if self.size == 1:
             return tensor
         total = tensor.to(self.device).contiguous()
-        with self._communication():
+        with self.communication():
             dist.all_reduce(total)
         # `to` and `contiguous` return the tensor itself if there is nothing to do: then the sum is in place already.
         if total.data_ptr() != tensor.data_ptr():
@@ -188,7 +298,7 @@ class Ranks:
         """
         if self.size == 1:
             return
-        with torch.no_grad(), self._communication():
+        with torch.no_grad(), self.communication():
             for tensor in (*module.parameters(), *module.buffers()):
                 message = tensor.detach().to(self.device).contiguous()
                 dist.broadcast(message, 0)
@@ -205,7 +315,7 @@ class Ranks:
             ``[K, P]`` in host memory on process 0, and ``[0, P]`` on the others.
         """
         if not self.is_first:
-            with self._communication():
+            with self.communication():
                 for row in rows:
                     dist.send(row.to(self.device).contiguous(), 0)
             return rows[:0].cpu()
@@ -218,7 +328,7 @@ class Ranks:
             if owner == self.rank:
                 matrix[slot] = next(local_rows)
                 continue
-            with self._communication():
+            with self.communication():
                 dist.recv(message, owner)
             matrix[slot] = message
         return matrix
@@ -251,7 +361,7 @@ class Ranks:
             sent = torch.cat([rows[:, columns].reshape(-1) for columns in ranges]).to(self.device).view(torch.uint8)
             width = widths[self.rank]
             received = torch.empty(len(owners) * width, dtype=dtype, device=self.device)
-            with self._communication():
+            with self.communication():
                 dist.all_to_all_single(
                     received.view(torch.uint8),
                     sent,

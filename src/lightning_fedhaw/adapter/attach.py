@@ -12,7 +12,8 @@ from lightning_fedhaw.adapter.checkpoint import write_atomically
 from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop
 from lightning_fedhaw.adapter.loop import RoundLoop
 from lightning_fedhaw.adapter.progress import replace_default_bar
-from lightning_fedhaw.adapter.strategy import FederatedStrategy, never_wrap
+from lightning_fedhaw.adapter.stopping import answer_together
+from lightning_fedhaw.adapter.strategy import FederatedStrategy, explain_lost_contact, never_wrap
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, publish_client, publish_options, publish_summary
 from lightning_fedhaw.adapter.unsupported import check_callbacks, check_trainer
 from lightning_fedhaw.options import FederationOptions
@@ -49,8 +50,10 @@ def attach(trainer: object, module: pl.LightningModule, options: FederationOptio
         trainer.fit_loop = loop
     if isinstance(trainer.strategy, DDPStrategy) and not isinstance(trainer.strategy, FederatedStrategy):
         never_wrap(trainer.strategy)
+        explain_lost_contact(trainer.strategy)
     write_atomically(trainer.strategy)
     save_at_any_moment(trainer)
+    answer_together(trainer)
     # Now, and not when the federation is built: the sanity check of validation may set them before.
     loop.nonfinite_buffers = _nonfinite_buffers(module)
     publish_summary(trainer, {})

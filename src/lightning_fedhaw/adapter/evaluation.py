@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torchmetrics import Metric
 
-from lightning_fedhaw.ranks import Ranks
+from lightning_fedhaw.ranks import REQUESTS, Ranks
 
 Value = TypeVar("Value")
 
@@ -111,6 +111,9 @@ class SharedEvaluationLoop(_EvaluationLoop):
         if not isinstance(results, _Recorder):
             super()._evaluation_step(batch, batch_idx, dataloader_idx, *args)
             return
+        if REQUESTS.must_end:
+            # The loop leaves the other batches out and goes on to the exchange of what was logged, in which all end.
+            raise StopIteration
         if self._is_sharded:
             # The number that the batch has in the whole loader, which hooks and steps of a single process see.
             batch_idx = batch_idx * self._ranks.size + self._ranks.rank

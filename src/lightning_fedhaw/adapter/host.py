@@ -24,6 +24,7 @@ from lightning_fedhaw.adapter.client_validation import ClientValidation
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, client_of, datamodule_of, publish_client
 from lightning_fedhaw.clients.steps import BatchProgress, is_plain_sgd
 from lightning_fedhaw.clients.vectorized.snapshot import names_in_step
+from lightning_fedhaw.ranks import REQUESTS
 from lightning_fedhaw.rule import Rule
 from lightning_fedhaw.server import step_arguments
 from lightning_fedhaw.vectors.layout import ParameterLayout
@@ -244,13 +245,16 @@ class TrainerHost:
         return (data,)
 
     def stop_if_asked(self) -> None:
-        """End the run, if this process was asked to end (SIGTERM).
+        """Interrupt the round, if this process was asked to end, or one of several processes for a checkpoint.
 
         Raises:
-            SIGTERMException: If it was.
+            SIGTERMException: After SIGTERM.
+            KeyboardInterrupt: After Ctrl+C, with several processes.
+            CheckpointRequested: If a checkpoint was asked for, with several processes.
         """
         if self._signals.received_sigterm:
             raise SIGTERMException
+        REQUESTS.raise_if_any()
 
     def on_batch_start(self, data: Any, batch_idx: int) -> bool:
         """Call the hooks before a local step; return whether the module asks to skip the rest of the pass."""

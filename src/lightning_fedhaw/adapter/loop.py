@@ -33,6 +33,7 @@ from lightning_fedhaw.adapter.assembly import (
 )
 from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop, same_value
 from lightning_fedhaw.adapter.host import hook_owner
+from lightning_fedhaw.adapter.stopping import ending_together, save_and_requeue
 from lightning_fedhaw.adapter.trainer_attributes import (
     callbacks_of,
     is_development_run,
@@ -50,6 +51,7 @@ from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.records import Report
 from lightning_fedhaw.federation.run_state import RoundSnapshot
 from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.ranks import CheckpointRequested
 from lightning_fedhaw.report.history import find_history
 from lightning_fedhaw.report.loggers import report
 from lightning_fedhaw.report.run_summary import evaluate_clients, run_summary, start_up_line
@@ -139,7 +141,8 @@ class RoundLoop(_FitLoop):
     def run(self) -> None:
         """Run the rounds, and leave nothing on the device, however they end."""
         try:
-            super().run()
+            with ending_together(self.trainer):
+                super().run()
         except BaseException:
             # A device that has failed may fail here again, and the first error is the one that says why.
             with suppress(RuntimeError):
@@ -243,8 +246,12 @@ class RoundLoop(_FitLoop):
             self.epoch_loop.run(None)  # type: ignore[arg-type]
 
     def run_round(self) -> Report:
-        """Run one communication round, without validation."""
-        return self.current_federation.run_round(self.epoch_loop.global_step)
+        """Run one communication round, without validation, and again if several processes save within it."""
+        while True:
+            try:
+                return self.current_federation.run_round(self.epoch_loop.global_step)
+            except CheckpointRequested:
+                save_and_requeue(self.trainer)
 
     def _remember(self, snapshot: RoundSnapshot) -> None:
         """Let checkpoints hold the present state from here on."""

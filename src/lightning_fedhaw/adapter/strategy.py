@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -17,10 +17,13 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_fedhaw import arguments
+from lightning_fedhaw.adapter.stopping import handle_as_before, waiting_for_processes
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, publish_summary
 from lightning_fedhaw.keys import check_has_rule
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.vectors.layout import own_memory
+
+Value = TypeVar("Value")
 
 _START_METHODS = {
     "federated": ("popen", "starts the script once more for every further process"),
@@ -67,6 +70,25 @@ class FederatedStrategy(DDPStrategy):
         """Start all processes from the model of process 0, without a wrapper around it."""
         share_model(self)
 
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for all processes, and explain the error if one of them has ended."""
+        with Ranks.of_group(self.root_device).communication():
+            super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: Value, src: int = 0) -> Value:
+        """Return the object of one process on all of them, and explain the error if one of them has ended."""
+        with Ranks.of_group(self.root_device).communication():
+            return super().broadcast(obj, src)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint, unless this process has only waited for those of a run that has failed.
+
+        Its module is as it was before the run, and the file may be one that the run has left (`OnExceptionCheckpoint`).
+        """
+        if isinstance(self._launcher, _Launcher) and self._launcher.has_failed:
+            return
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
     def _configure_launcher(self) -> None:
         super()._configure_launcher()
         if isinstance(self._launcher, _MultiProcessingLauncher):
@@ -85,6 +107,20 @@ class _Launcher(_MultiProcessingLauncher):
     """A launcher that also returns the run summary and the states of callbacks to the process that called ``fit``."""
 
     _states: bytes = b""
+    has_failed = False
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Run a function in processes, to which this one passes on the signals that it gets."""
+        self.has_failed = True
+        with waiting_for_processes(self):
+            results = super().launch(function, *args, trainer=trainer, **kwargs)
+        self.has_failed = False
+        return results
+
+    def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
+        self.has_failed = False
+        handle_as_before()
+        super()._wrapping_function(*args, **kwargs)
 
     def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> Any:
         # On all processes, because a callback may gather its state from all of them.
@@ -122,6 +158,20 @@ def share_model(strategy: DDPStrategy) -> None:
 def never_wrap(strategy: DDPStrategy) -> None:
     """Keep a stock strategy from wrapping the model: its gradient synchronization would mix the clients."""
     strategy.configure_ddp = partial(share_model, strategy)  # type: ignore[method-assign]
+
+
+def explain_lost_contact(strategy: DDPStrategy) -> None:
+    """Explain the errors in a stock strategy's communication if another process has ended."""
+    if "barrier" in vars(strategy):
+        # In an earlier `fit`.
+        return
+    strategy.barrier = partial(_explained, strategy, strategy.barrier)  # type: ignore[method-assign]
+    strategy.broadcast = partial(_explained, strategy, strategy.broadcast)  # type: ignore[method-assign]
+
+
+def _explained(strategy: DDPStrategy, communicate: Callable[..., Value], *args: Any, **kwargs: Any) -> Value:
+    with Ranks.of_group(strategy.root_device).communication():
+        return communicate(*args, **kwargs)
 
 
 def check_world_size(processes: int) -> None:
