@@ -79,6 +79,14 @@ def test_last_is_the_latest_whatever_the_run_is_resumed_from(source, kind):
         assert rounds_in_files() == {"last.ckpt": rounds, f"round={rounds}.ckpt": rounds}
 
 
+def test_several_processes_agree_on_the_files():
+    place = {"devices": 2, "strategy": "federated_notebook"}
+    fit(1, **place)
+    fit(2, str(FOLDER / "round=1.ckpt"), **place)
+    fit(3, str(LAST))
+    assert rounds_in_files() == {"last.ckpt": 3, "round=3.ckpt": 3}
+
+
 def test_a_run_from_an_older_file_goes_on_beside_the_newer_one_until_it_has_passed_it():
     fit(2)
     shutil.copy(FOLDER / "round=2.ckpt", "two.ckpt")

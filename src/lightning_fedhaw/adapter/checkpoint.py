@@ -33,6 +33,10 @@ PARTS_OF_A_RUN = (*PARTS_OF_A_MODEL, "loops", "callbacks", "optimizer_states", "
 """What a checkpoint must hold to resume its run."""
 
 
+LAUNCHER_FILE = ".temp.ckpt"
+"""The name of a file in which Lightning's launchers bring the weights home from other processes, and nothing else."""
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """A writer of checkpoints that leaves the previous file in place if the process is killed while it writes.
 
@@ -91,6 +95,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             content = load_checked(file, name, weights_only=weights_only is not False, map_location=map_location)
         if not isinstance(content, dict):
             raise ValueError(f"{name!r} is no checkpoint: it holds a {type(content).__name__}.")
+        if Path(name).name == LAUNCHER_FILE:
+            return content
         missing = [part for part in self.required if part not in content]
         if missing:
             raise ValueError(

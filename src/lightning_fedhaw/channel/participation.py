@@ -6,6 +6,7 @@ import warnings
 from math import cos, pi
 from pathlib import Path
 from pickle import UnpicklingError
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.channel.base import Channel, ChannelContext, Fallback
+
+_DAMAGES = (ValueError, EOFError, OSError, SyntaxError, TokenError, MemoryError, RecursionError, UnpicklingError)
+"""What numpy raises depends on the byte at which it fails; a spoilt size asks for too much memory."""
 
 
 class StragglerChannel(Channel):
@@ -214,8 +218,7 @@ def _load_table(path: Path) -> NDArray[np.float64]:
             # An empty text is refused below, with the shape [0, 1].
             warnings.filterwarnings("ignore", message="loadtxt: input contained no data")
             return _read_table(path)
-    except (ValueError, EOFError, OSError, SyntaxError, MemoryError, RecursionError, UnpicklingError) as error:
-        # Which error is raised depends on the byte at which numpy fails; a spoilt size asks for too much memory.
+    except _DAMAGES as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"`trace`: {str(path)!r} is no table of numbers, or damaged: {reason.rstrip('.')}. Give a `.npy` file, or a"
