@@ -290,7 +290,7 @@ class RunState:
         state: dict[str, Any] = {
             "format": FORMAT,
             "run_id": self.run,
-            "parts": self.parts,
+            "channels_and_objectives": self.parts,
             "fingerprint": self.fingerprint,
             "scheme": self.data.partition.scheme,
             "round_options": self.round_options,
@@ -367,7 +367,7 @@ class RunState:
                 changes.append(f"`{name}` from {value} to {current[name]}")
         if changes:
             rank_zero_warn(f"The run is resumed with other settings of a round: {', '.join(changes)}.")
-        parts = describe_parts(state.get("parts", self.parts), self.parts, source)
+        parts = describe_parts(state.get("channels_and_objectives", self.parts), self.parts, source)
         if parts:
             rank_zero_warn(parts)
 
