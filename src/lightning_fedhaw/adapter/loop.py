@@ -32,6 +32,7 @@ from lightning_fedhaw.adapter.assembly import (
     reset,
 )
 from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop, same_value
+from lightning_fedhaw.adapter.exact_restore import restore_exactly
 from lightning_fedhaw.adapter.host import hook_owner
 from lightning_fedhaw.adapter.trainer_attributes import (
     callbacks_of,
@@ -264,6 +265,7 @@ class RoundLoop(_FitLoop):
 
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
         """Keep the federation's state until the federation is built."""
+        restore_exactly(self.trainer)
         self._federation_state = state_dict.get("federation")
         super().on_load_checkpoint(state_dict)
 
