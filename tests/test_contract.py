@@ -47,6 +47,7 @@ from lightning_fedhaw.extending import Channel, ClientUpdate, ClientVectors, Coh
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
 from lightning_fedhaw.vectors.distributed import SpreadVectors
+from resuming import check_resume
 
 P = 7
 
@@ -511,3 +512,25 @@ def test_a_round_in_which_all_clients_return_nan_ends_the_run_and_loses_nothing(
     ((parameters, state),) = diary.pages
     assert torch.equal(flat(module), parameters)
     assert_same(rule.state, state)
+
+
+# ---------------------------------------------------------------------- runs that are stopped and resumed
+
+
+PRECISIONS = ("32-true", "64-true", "bf16-true", "bf16-mixed")
+
+
+@pytest.mark.filterwarnings("ignore:The `srun`", "ignore:.*bf16")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("engine", ["sequential", "vectorized"])
+@every_name
+def test_a_run_that_is_resumed_gives_the_bits_of_one_that_was_not(name, precision, engine):
+    stop = 1 + PRECISIONS.index(precision) % 2
+    check_resume(lambda: [RULES[name]()], small(name), stop, precision=precision, engine=engine)
+
+
+def small(name):
+    """Two batches for each of four clients."""
+    if hasattr(RULES[name](), "server_epochs"):
+        return FederatedDataModule(samples(70), batch_size=8, proxy=10)
+    return loader(60)

@@ -80,6 +80,7 @@ class RoundSnapshot:
         rule: The state of the aggregation rule.
         parameters: ``[P]``, the global parameters.
         buffers: The global buffers.
+        tally: The costs and incidents of the earlier rounds.
     """
 
     optimizer_states: dict[int, OptimizerStates]
@@ -90,6 +91,7 @@ class RoundSnapshot:
     rule: dict[str, Any]
     parameters: Tensor
     buffers: dict[str, Tensor]
+    tally: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ class RunState:
             rule=self.rule.state,
             parameters=self.server.parameters(),
             buffers=self.server.buffers,
+            tally=self.tally.state_dict(),
         )
 
     def restore(self, engine: Engine, snapshot: RoundSnapshot) -> None:
@@ -226,6 +229,7 @@ class RunState:
         for metric in metrics_of(self.server.module):
             metric.reset()
         self.rule.state = snapshot.rule
+        self.tally = Tally.from_state(snapshot.tally)
         # The module may hold the model of the client that failed.
         self.server.put_back(snapshot.parameters, snapshot.buffers)
 
