@@ -114,9 +114,9 @@ class RunHistory(KeyedCallback, FederatedCallback):
             weights[list(report.weights)] = torch.tensor(list(report.weights.values()))
             self._weights.append(weights)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add the validation to the round's row, before callbacks write checkpoints."""
-        if trainer.sanity_checking or not self.metrics:
+    def add_validation(self, trainer: pl.Trainer) -> None:
+        """Add the validation to the round's row, before any callback can write a checkpoint or fail."""
+        if not self.metrics:
             return
         # The row has precedence: Lightning still shows the previous round's mean of what is logged for an epoch.
         self.metrics[-1] = {**_of_all_clients(trainer.callback_metrics), **self.metrics[-1]}
