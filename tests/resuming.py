@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,13 @@ from federations import Classifier, trainer
 from lightning_fedhaw.extending import ClientVectors
 
 ROUNDS = 3
+COMBINATIONS = tuple(itertools.product(("sequential", "vectorized"), ("32-true", "64-true", "bf16-true", "bf16-mixed")))
+"""Engines and precisions."""
+
+
+def rotated(names: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Return each name with one engine and precision, all of which occur among several names."""
+    return [(name, *combination) for name, combination in zip(names, itertools.cycle(COMBINATIONS))]
 
 
 class Scheduled(Classifier):
@@ -71,15 +79,19 @@ def end_of(callbacks: Sequence[pl.Callback], data: Any, ckpt_path: str | None = 
     }
 
 
-def check_resume(make: Callable[[], Sequence[pl.Callback]], data: Any, stop: int, **options: Any) -> None:
-    """Compare a run that was stopped after some rounds, and resumed, with the same run without a break.
+def check_resume(make: Callable[[], Sequence[pl.Callback]], data: Any, **options: Any) -> None:
+    """Compare a run that was stopped and resumed with the same run without a break.
+
+    It is stopped after the first round with precisions of the model, and after the second one otherwise.
 
     Args:
         make: Makes the callbacks; the first is the rule.
         data: The data.
-        stop: The rounds before the stop.
         options: Those of the trainer.
     """
+    stop = 2
+    if options["precision"] in ("64-true", "bf16-true"):
+        stop = 1
     straight = end_of([*make(), SaveAfter(stop)], data, **options)
     resumed = end_of([*make(), SaveAfter(0)], data, "stopped.ckpt", **options)
     assert_same(straight, resumed)

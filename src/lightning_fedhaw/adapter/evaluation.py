@@ -135,7 +135,7 @@ class SharedEvaluationLoop(_EvaluationLoop):
     def _on_evaluation_end(self, *args: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            find_history(callbacks_of(trainer)).add_validation(trainer)
+            find_history(callbacks_of(trainer)).add_validation(trainer.callback_metrics)
         super()._on_evaluation_end(*args, **kwargs)
 
     def _store_dataloader_outputs(self) -> None:

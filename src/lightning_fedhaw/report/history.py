@@ -114,12 +114,16 @@ class RunHistory(KeyedCallback, FederatedCallback):
             weights[list(report.weights)] = torch.tensor(list(report.weights.values()))
             self._weights.append(weights)
 
-    def add_validation(self, trainer: pl.Trainer) -> None:
-        """Add the validation to the round's row, before any callback can write a checkpoint or fail."""
+    def add_validation(self, shown: Mapping[str, Tensor]) -> None:
+        """Add the validation to the round's row, before any callback can write a checkpoint or fail.
+
+        Args:
+            shown: Everything that callbacks can see after the validation.
+        """
         if not self.metrics:
             return
         # The row has precedence: Lightning still shows the previous round's mean of what is logged for an epoch.
-        self.metrics[-1] = {**_of_all_clients(trainer.callback_metrics), **self.metrics[-1]}
+        self.metrics[-1] = {**_of_all_clients(shown), **self.metrics[-1]}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complete the round's row by everything that callbacks can see at the end of the epoch."""
