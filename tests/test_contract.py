@@ -47,6 +47,7 @@ from lightning_fedhaw.extending import Channel, ClientUpdate, ClientVectors, Coh
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
 from lightning_fedhaw.vectors.distributed import SpreadVectors
+from resuming import COMBINATIONS, check_resume, rotated
 
 P = 7
 
@@ -511,3 +512,21 @@ def test_a_round_in_which_all_clients_return_nan_ends_the_run_and_loses_nothing(
     ((parameters, state),) = diary.pages
     assert torch.equal(flat(module), parameters)
     assert_same(rule.state, state)
+
+
+# ---------------------------------------------------------------------- runs that are stopped and resumed
+
+
+READERS = ("SCAFFOLD", "FedNova", "FedHyper G+CL", "FedHAW published by steps")
+"""Rules that read the clients' optimizers."""
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "precision"),
+    sorted({*rotated(RULES), *((name, *combination) for name in READERS for combination in COMBINATIONS)}),
+)
+def test_a_run_that_is_resumed_gives_the_bits_of_one_that_was_not(name, engine, precision):
+    data = loader(60)
+    if hasattr(RULES[name](), "server_epochs"):
+        data = FederatedDataModule(samples(70), batch_size=8, proxy=10)
+    check_resume(lambda: [RULES[name]()], data, engine=engine, precision=precision)

@@ -19,6 +19,7 @@ from lightning_fedhaw.data.partitioners.partition import Partition
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.federation.clients import FederationClients
 from lightning_fedhaw.objectives.base import ClientObjective
+from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.objectives.view import StepView
 from lightning_fedhaw.rule import LocalLRScale, Rule, RuleOutput, ServerView
 from lightning_fedhaw.streams import stream
@@ -41,6 +42,7 @@ __all__ = [
     "CohortVectors",
     "FederationClients",
     "LocalLRScale",
+    "LocalTraining",
     "MessageSize",
     "ParameterLayout",
     "Partition",

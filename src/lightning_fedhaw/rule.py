@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_fedhaw import arguments
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.objectives.base import ClientObjective
+from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.options import repr_settings
 from lightning_fedhaw.vectors.client_vectors import ClientVectors
 from lightning_fedhaw.vectors.layout import ParameterLayout
@@ -217,6 +218,20 @@ class Rule(ABC):
             return 0.0
         name = f"{type(self).__name__}.unnormalized_weight of client {update.client}"
         return arguments.number(name, self.unnormalized_weight(update), minimum=0)
+
+    def read_local_training(self, local_training: LocalTraining) -> None:  # noqa: B027 (most rules read nothing)
+        """Read what is needed of the clients' optimizers and of the module; by default nothing.
+
+        Called when a ``fit`` begins, once a checkpoint has been restored, and again before every round, because
+        schedules change the settings of optimizers. What is read in ``setup`` or ``on_fit_start`` would be that of
+        before the checkpoint.
+
+        Args:
+            local_training: How clients train.
+
+        Raises:
+            ValueError: If it cannot be worked with.
+        """
 
     def check(self, server: ServerView) -> None:  # noqa: B027 (most rules work with any server)
         """Refuse a server that the rule cannot work with. Called before the first round of a fit.

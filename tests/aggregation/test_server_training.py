@@ -15,6 +15,7 @@ from lightning_fedhaw import (
     FedBECallback,
     FedDFCallback,
     FederatedDataModule,
+    FedHAWCallback,
     FedLAWCallback,
     ServerFineTuningCallback,
 )
@@ -154,6 +155,34 @@ def test_predictions_of_other_parameters_and_buffers():
     assert not torch.equal(server.predict(vector, [x, y], buffers=buffers, training=True), found)
     with pytest.raises(TypeError, match="predictions must be a tensor"):
         server.predict(vector, [x, y], lambda m, batch: (1, 2))
+
+
+class FrozenBackbone(Model):
+    """A backbone as pretrained ones are used: without gradients, in evaluation mode, with statistics of other data."""
+
+    def __init__(self):
+        super().__init__(norm=True, dropout=0.2)
+        self.net[:2].requires_grad_(False).eval()
+        self.net[1].running_mean.fill_(3.0)
+        self.seen = []
+        for layer in (self.net[1], self.net[3]):
+            layer.register_forward_pre_hook(lambda layer, _: self.seen.append((type(layer).__name__, layer.training)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [*RULES.values(), partial(FedLAWCallback, server_epochs=2), FedHAWCallback],
+    ids=[*RULES.keys(), "FedLAW", "FedHAW"],
+)
+@pytest.mark.parametrize("buffers", ["average", "recalibrate"])
+def test_frozen_layers_stay_in_the_mode_in_which_they_were(make, buffers):
+    module = FrozenBackbone()
+    modes = [layer.training for layer in module.modules()]
+    fit(make(), module, rounds=2, buffers=buffers, engine="sequential")
+    assert ("BatchNorm1d", True) not in module.seen
+    assert {("BatchNorm1d", False), ("Dropout", True)} <= set(module.seen)
+    assert torch.equal(module.net[1].running_mean, torch.full((8,), 3.0))
+    assert [layer.training for layer in module.modules()] == modes
 
 
 def test_what_a_training_step_logs_and_counts_goes_nowhere():

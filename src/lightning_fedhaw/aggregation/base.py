@@ -62,7 +62,7 @@ class AggregationRule(Rule, KeyedCallback):
             check_files(trainer.strategy, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the rule's client objectives check the clients' optimizers."""
+        """Call the hook of the rule's client objectives, which are no callbacks of the trainer."""
         for objective in self.objectives:
             objective.on_fit_start(trainer, pl_module)
 

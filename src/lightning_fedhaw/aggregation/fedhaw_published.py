@@ -37,7 +37,6 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -52,6 +51,7 @@ from lightning_fedhaw.aggregation.hypergradient import (
     scale_and_weight_metrics,
 )
 from lightning_fedhaw.cohort import Cohort
+from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.rule import RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.kernels import dot
 
@@ -190,11 +190,11 @@ class PublishedFedHAWCallback(HypergradientRule):
         """Whether the local learning rate is read from the clients' optimizer."""
         return self.learning_rate is None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def read_local_training(self, local_training: LocalTraining) -> None:
         """Choose the hyper-optimizer by the clients' optimizer, if it was not given and the choice depends on that."""
-        super().on_fit_start(trainer, pl_module)
         if self._chooses_hyper_optimizer:
-            clients_use_sgd = all(isinstance(optimizer, torch.optim.SGD) for optimizer in trainer.optimizers)
+            optimizers = local_training.optimizers
+            clients_use_sgd = all(isinstance(optimizer, torch.optim.SGD) for optimizer in optimizers)
             self.hyper_optimizer = torch.optim.SGD if clients_use_sgd else torch.optim.Adam
 
     @property
@@ -202,7 +202,7 @@ class PublishedFedHAWCallback(HypergradientRule):
         """The settings that the hyper-optimizer's memory depends on; step sizes may change."""
         optimizer_name = getattr(self.hyper_optimizer, "__name__", "given")
         if self._chooses_hyper_optimizer:
-            # The choice itself is not known before `on_fit_start`, and the same clients lead to the same choice.
+            # The choice itself is not known before `fit`, and the same clients lead to the same choice.
             optimizer_name = "chosen"
         return f"{type(self).key}(normalize_by={self.normalize_by}, hyper_optimizer={optimizer_name})"
 

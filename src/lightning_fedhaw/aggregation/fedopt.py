@@ -29,6 +29,7 @@ from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.aggregation.factories import OptimizerFactory, check_optimizer, check_schedule
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
+from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.options import FederationOptions, repr_settings, settings_of
 from lightning_fedhaw.rule import LocalLRScale, Rule, RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.layout import ParameterLayout
@@ -122,9 +123,14 @@ class FedOptCallback(AggregationRule):
         self.unnormalized_weight = None  # type: ignore[assignment]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the inner rule check the clients' optimizers."""
+        """Call the inner rule's hook, which is no callback of the trainer."""
         if self.rule is not None:
             self.rule.on_fit_start(trainer, pl_module)
+
+    def read_local_training(self, local_training: LocalTraining) -> None:
+        """Let the inner rule read what it needs."""
+        if self.rule is not None:
+            self.rule.read_local_training(local_training)
             # Again, because some rules know their needs only now, such as FedNova with a proximal term.
             self._adopt_inner_needs()
 

@@ -47,6 +47,7 @@ from lightning_fedhaw.federation.transport import Transport
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.notes import add_note
 from lightning_fedhaw.objectives.base import ClientObjective, find_objectives
+from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.rule import LocalLRScale, Rule, RuleOutput
@@ -72,6 +73,7 @@ class Federation:
         rule: How the server aggregates.
         callbacks: The trainer's callbacks, from which channels and client objectives are selected in list order.
         options: The federation's arguments.
+        local_training: How clients train, for the rule and the objectives.
         limit: Batches a local pass at most.
         cohort_cap: Clients a round at most, for a development run.
         ranks: The processes that share the work; this one alone by default.
@@ -96,6 +98,7 @@ class Federation:
         callbacks: Sequence[Any],
         options: FederationOptions,
         *,
+        local_training: LocalTraining,
         limit: int | float | None = None,
         cohort_cap: int | None = None,
         ranks: Ranks | None = None,
@@ -105,6 +108,7 @@ class Federation:
         self.data = data
         self.rule = rule
         self.options = options
+        self.local_training = local_training
         self.seed = options.resolved_seed
         self.sampling = Sampling(sampler, data, self.seed, cohort_cap)
         self.ranks = ranks or Ranks()
@@ -237,6 +241,7 @@ class Federation:
         clients = self.cohort(round_idx)
         self.on_round_start(round_idx, clients)
         self.run_state.adopt_changes()
+        self.local_training.show(self.rule, *self.engine.objectives)
         snapshot = self.run_state.snapshot(self.engine)
         self.on_snapshot(snapshot)
         self.in_round = True

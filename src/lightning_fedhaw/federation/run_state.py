@@ -265,6 +265,7 @@ class RunState:
             metric.reset()
         self.rule.state = snapshot.rule
         self.screening.nonfinite_rounds = snapshot.nonfinite_rounds
+        self.tally = Tally.from_state(snapshot.tally)
         # The module may hold the model of the client that failed.
         self.server.put_back(snapshot.parameters, snapshot.buffers)
 

@@ -35,6 +35,20 @@ _LABEL = "label_"
 _SMALLEST_CHANGE = 1e-4
 
 
+def is_of_a_client(name: str) -> bool:
+    """Return whether a metric is of a single client, such as its weight in a round."""
+    return "/client_" in name
+
+
+def _of_all_clients(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Return metrics as numbers, without those of single clients."""
+    numbers = {}
+    for name, value in metrics.items():
+        if not is_of_a_client(name):
+            numbers[name] = float(value)
+    return numbers
+
+
 class RunHistory(KeyedCallback, FederatedCallback):
     """Collects what a run logs, for its run summary and its pictures.
 
@@ -76,29 +90,47 @@ class RunHistory(KeyedCallback, FederatedCallback):
             self.labels = histogram.counts
             self.class_names = histogram.names
         # A checkpoint may be older than the history in memory, or have been written without one.
+        self._cut_or_fill(rounds)
+
+    def _cut_or_fill(self, rounds: int) -> None:
+        """Have one row for each of some rounds."""
         self.metrics = self.metrics[:rounds]
         self._weights = self._weights[:rounds]
         while len(self.metrics) < rounds:
             self.metrics.append({})
-        while len(self._weights) < rounds:
-            self._weights.append(self._no_weights())
-
-    def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: Report) -> None:
-        """Collect the round's aggregation weights."""
         if self._collects_clients:
-            row = self._no_weights()
-            row[list(report.weights)] = torch.tensor(list(report.weights.values()))
-            self._weights.append(row)
+            while len(self._weights) < rounds:
+                self._weights.append(self._no_weights())
+
+    def add_round(self, report: Report, logged: Mapping[str, float]) -> None:
+        """Begin the row of a round that is over and counted, so that nothing of it can be undone any more.
+
+        Args:
+            report: The round's report.
+            logged: What it logged, under the names in ``trainer.callback_metrics``.
+        """
+        self._cut_or_fill(report.round)
+        self.metrics.append(_of_all_clients(logged))
+        if self._collects_clients:
+            weights = self._no_weights()
+            weights[list(report.weights)] = torch.tensor(list(report.weights.values()))
+            self._weights.append(weights)
+
+    def add_validation(self, shown: Mapping[str, Tensor]) -> None:
+        """Add the validation to the round's row, before any callback can write a checkpoint or fail.
+
+        Args:
+            shown: Everything that callbacks can see after the validation.
+        """
+        if not self.metrics:
+            return
+        # The row has precedence: Lightning still shows the previous round's mean of what is logged for an epoch.
+        self.metrics[-1] = {**_of_all_clients(shown), **self.metrics[-1]}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Collect the round's metrics, validation included."""
-        row = {}
-        for name, value in trainer.callback_metrics.items():
-            if "/client_" not in name:
-                row[name] = float(value)
-        # A resumed run that was cut off in the validation of a round has a row for it already.
-        earlier = trainer.global_step - 1
-        self.metrics = [*self.metrics[:earlier], row]
+        """Complete the round's row by everything that callbacks can see at the end of the epoch."""
+        if self.metrics:
+            self.metrics[-1].update(_of_all_clients(trainer.callback_metrics))
 
     @property
     def _collects_clients(self) -> bool:
@@ -174,7 +206,8 @@ class RunHistory(KeyedCallback, FederatedCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return everything as tensors and plain values, for a checkpoint."""
         state = {
-            "metrics": list(self.metrics),
+            # Copies, because the last row is completed later.
+            "metrics": [dict(row) for row in self.metrics],
             "sizes": list(self.sizes),
             "clients": dict(self.clients),
             "labels": self.labels,
