@@ -134,7 +134,7 @@ class WriteWatch:
 
 
 def kill(number: int, random: Random, folder: Path) -> Outcome:
-    """Kill a run, half of the times within a write of a checkpoint, go on, and compare with a run that was not killed."""
+    """Kill a run, half of the times within a write of a checkpoint, go on, and compare with a run left alone."""
     in_write = number // 2 % 2 == 1
     plan = plan_of(number, random)
     begin = time.monotonic()
