@@ -55,7 +55,7 @@ class Teller(pl.Callback):
             self.process.tell()
 
 
-def plan_of(number: int, random: Random, pause: float = 0.0) -> Plan:
+def plan_of(number: int, random: Random) -> Plan:
     """Choose the federation of a trial: its number walks through engines, rules and schedules."""
     federation: dict[str, Any] = {
         "num_clients": CLIENTS,
@@ -79,7 +79,6 @@ def plan_of(number: int, random: Random, pause: float = 0.0) -> Plan:
             "optimizer": optimizer,
             "norm": random.random() < 0.5,
             "hidden": random.choice([8, 500]),
-            "pause": pause,
         },
         federation=federation,
         drops_last=True,
@@ -211,6 +210,7 @@ SLURM = {
     "SLURM_NODELIST": "localhost",
 }
 STEP_SECONDS = 0.002
+LONG_STEP_SECONDS = 0.01
 
 
 def slurm_job(plan: Plan, folder: Path) -> Callable[[Forked], None]:
@@ -226,11 +226,12 @@ def slurm_job(plan: Plan, folder: Path) -> Callable[[Forked], None]:
 
 def preemption(number: int, random: Random, folder: Path) -> Outcome:
     """Preempt a Slurm job by SIGUSR1: it saves, is queued again, and ends as if nothing had happened."""
-    plan = plan_of(number, random, STEP_SECONDS)
+    plan = plan_of(number, random)
     plan.is_stock = random.random() < 0.3
     begin = time.monotonic()
     straight = train(plan, folder / "whole", [])
     moment = random.uniform(0, 0.8) * (time.monotonic() - begin)
+    plan.model["pause"] = STEP_SECONDS
     for attempt in range(TRIES):
         home = folder / f"job {attempt}"
         add_scontrol(home)
@@ -273,6 +274,7 @@ def after_preemption(plan: Plan, folder: Path, straight: Record) -> Outcome:
     """Start the job again, as Slurm would, and compare."""
     if not list(folder.glob("hpc_ckpt_*.ckpt")):
         return Outcome(False, "requeued, not saved", str(plan))
+    plan.model["pause"] = 0.0
     again = Forked(lambda me: slurm_end(plan, folder, me, straight), folder / "again").wait(LONGEST_RUN)
     if again.timed_out or again.error:
         return Outcome(False, "the requeued job failed", f"{again.error} (timed out: {again.timed_out}). {plan}")
@@ -319,9 +321,11 @@ def rank_job(plan: Plan, folder: Path, rank: int, port: int) -> Callable[[Forked
 
 def termination(number: int, random: Random, folder: Path) -> Outcome:
     """Ask two processes to end while a client trains: both do, soon, and what they leave goes on."""
-    plan = plan_of(number, random, 0.01)
+    plan = plan_of(number, random)
     plan.federation["reduction"] = "ordered"
     straight = train(plan, folder / "whole", [])
+    # A step that waits changes no bits: it only makes sure that the signal comes while a client trains.
+    plan.model["pause"] = LONG_STEP_SECONDS
     home = folder / "two"
     port = free_port()
     processes = [Forked(rank_job(plan, home, rank, port), home / str(rank)) for rank in range(2)]
@@ -348,6 +352,7 @@ def after_termination(plan: Plan, folder: Path, straight: Record, situation: str
     left = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     if not left:
         return Outcome(False, "ended without a checkpoint", situation)
+    plan.model["pause"] = 0.0
     difference = first_difference(straight, train(plan, folder / "one", [], left[-1]))
     if difference:
         return Outcome(False, "differs", f"from {left[-1].name}: {difference}. {situation}")
