@@ -129,7 +129,9 @@ def stepped(parameters: Any) -> Any:
 
 def annealed(parameters: Any) -> Any:
     optimizer = Adam(parameters, lr=0.02)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": CosineAnnealingLR(optimizer, 6), "interval": "step"}}
+    # Above 0, because some rules divide by the rate.
+    schedule = CosineAnnealingLR(optimizer, 6, eta_min=0.002)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 OPTIMIZERS = {function.__name__: function for function in (sgd, momentum, adam, adamw, stepped, annealed)}

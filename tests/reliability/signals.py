@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from reliability.endings import Outcome
@@ -185,7 +186,11 @@ def after_kill(plan: Plan, folder: Path, straight: Record) -> Outcome:
     """Go on with what a killed run has left, and compare."""
     latest = folder / "checkpoints/last.ckpt"
     begun = latest if latest.exists() else None
+    rounds = rounds_of(begun)
     resumed = train(plan, folder, [], begun)
+    if rounds == ROUNDS:
+        # No round was left to play, so nothing was logged.
+        del straight["metrics"], resumed["metrics"]
     difference = first_difference(straight, resumed)
     if difference:
         return Outcome(False, "differs", f"{difference}. {plan}")
@@ -193,6 +198,11 @@ def after_kill(plan: Plan, folder: Path, straight: Record) -> Outcome:
     if names != ["last.ckpt", f"round={ROUNDS}.ckpt"]:
         return Outcome(False, "files are left behind", f"{names}. {plan}")
     return Outcome(True, "identical" if begun else "identical, from the beginning")
+
+
+def rounds_of(path: Path | None) -> int:
+    """Return the rounds that a checkpoint holds; 0 without one."""
+    return 0 if path is None else int(torch.load(path, weights_only=True)["global_step"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
