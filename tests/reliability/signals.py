@@ -41,7 +41,7 @@ NEEDS_SGD = ("scaffold II", "fedopt on scaffold", "fednova")
 
 
 class Teller(pl.Callback):
-    """Tells the parent process that a fit has begun, or that its first round is over."""
+    """Tells the parent process that a fit has begun, or that two rounds are over."""
 
     def __init__(self, process: Forked, *, after_round: bool = False) -> None:
         self.process = process
@@ -52,7 +52,8 @@ class Teller(pl.Callback):
             self.process.tell()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.after_round and trainer.current_epoch == 0:
+        # The second round, so that the checkpoint of the first has been written, whatever order callbacks have.
+        if self.after_round and trainer.current_epoch == 1:
             self.process.tell()
 
 
@@ -93,13 +94,13 @@ def train(plan: Plan, folder: Path, callbacks: list[Any], ckpt_path: Path | None
     return record_of(trainer, folder / "checkpoints/last.ckpt")
 
 
-def trainer_of(plan: Plan, folder: Path, callbacks: list[Any], every: int = 1, **others: Any) -> pl.Trainer:
-    """Create a trainer that keeps its latest checkpoint."""
+def trainer_of(plan: Plan, folder: Path, callbacks: list[Any], **others: Any) -> pl.Trainer:
+    """Create a trainer that keeps the checkpoint of the latest round."""
     common = {"enable_checkpointing": True, "default_root_dir": folder, **others}
     if plan.is_stock:
-        latest = ModelCheckpoint(folder / "checkpoints", save_last=True, every_n_epochs=every)
+        latest = ModelCheckpoint(folder / "checkpoints", save_last=True)
         return plan.trainer(ROUNDS, [*callbacks, latest], **common)
-    return plan.trainer(ROUNDS, callbacks, checkpoint_every_n_rounds=every, **common)
+    return plan.trainer(ROUNDS, callbacks, checkpoint_every_n_rounds=1, **common)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,8 +311,8 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def rank_job(plan: Plan, folder: Path, rank: int, port: int) -> Callable[[Forked], None]:
-    """Return the job of one of two processes that a launcher has started."""
+def rank_job(plan: Plan, folder: Path, rank: int, port: int, saves: bool) -> Callable[[Forked], None]:
+    """Return the job of one of two processes that a launcher has started; ``saves``: also when it is interrupted."""
 
     def job(me: Forked) -> None:
         os.environ |= {
@@ -322,8 +323,10 @@ def rank_job(plan: Plan, folder: Path, rank: int, port: int) -> Callable[[Forked
             "LOCAL_RANK": str(rank),
             "GLOO_SOCKET_IFNAME": "lo",
         }
-        callbacks = [OnExceptionCheckpoint(folder / "checkpoints", "interrupted"), Teller(me, after_round=True)]
-        trainer = trainer_of(plan, folder, callbacks, every=3, devices=2)
+        callbacks: list[Any] = [Teller(me, after_round=True)]
+        if saves:
+            callbacks.append(OnExceptionCheckpoint(folder / "checkpoints", "interrupted"))
+        trainer = trainer_of(plan, folder, callbacks, devices=2)
         trainer.fit(plan.net(), plan.data())
 
     return job
@@ -338,7 +341,8 @@ def termination(number: int, random: Random, folder: Path) -> Outcome:
     plan.model["pause"] = LONG_STEP_SECONDS
     home = folder / "two"
     port = free_port()
-    processes = [Forked(rank_job(plan, home, rank, port), home / str(rank)) for rank in range(2)]
+    saves = random.random() < 0.5
+    processes = [Forked(rank_job(plan, home, rank, port, saves), home / str(rank)) for rank in range(2)]
     if not all(process.listen(LONGEST_RUN) for process in processes):
         endings = [process.wait(0) for process in processes]
         return Outcome(False, "two processes did not begin", f"{[ending.error for ending in endings]}. {plan}")
