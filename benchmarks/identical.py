@@ -124,8 +124,8 @@ BATCH = 14
 SIDE = 8
 """Height and width of an image."""
 
-NOT_RECORDED = ("ModelCheckpoint", "scheme", "seconds")
-"""Keys of a checkpoint or a log that hold paths, descriptions and times, and no results."""
+NOT_RECORDED = ("ModelCheckpoint", "format", "parts", "run_id", "scheme", "seconds")
+"""Keys of a checkpoint or a log that hold paths, names, descriptions and times, and no results."""
 
 Record = dict[str, str]
 

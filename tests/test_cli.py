@@ -229,6 +229,23 @@ def test_policies_for_buffers_are_one_or_by_name(parser, tmp_path):
     assert parsed("--config=buffers.yaml") == {"net.*": "local"}
 
 
+@pytest.mark.parametrize("link", ["[*{0}, *{0}, *{0}, *{0}]", "{{<<: [*{0}, *{0}, *{0}, *{0}]}}", "[*{0}, *{1}]"])
+def test_anchors_that_repeat_each_other_without_end_are_refused(parser, link, capsys):
+    lines = ["a0: &a0 {x: 1}"]
+    for number in range(1, 20):
+        lines.append(f"a{number}: &a{number} " + link.format(f"a{number - 1}", f"a{number}"))
+    Path("bomb.yaml").write_text("\n".join(lines))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--config=bomb.yaml"])
+    assert "its anchors repeat each other to more than 1,000,000 values" in capsys.readouterr().err
+
+
+def test_ordinary_anchors_are_read(parser):
+    Path("anchors.yaml").write_text("federation:\n  local_parameters: &names [a.*, b]\n  buffers: keep\n")
+    config = parser.parse_args([*TASK, "--rule=FedAvgCallback", "--config=anchors.yaml"])
+    assert config.federation.local_parameters == ["a.*", "b"]
+
+
 @pytest.mark.parametrize(("given", "kept"), [("net.3.*", "net.3.*"), ("*.bias", "*.bias"), ("[a.*,b]", ["a.*", "b"])])
 def test_local_parameters_are_one_pattern_or_a_list(parser, given, kept):
     config = parser.parse_args([*TASK, f"--federation.local_parameters={given}"])

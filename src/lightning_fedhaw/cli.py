@@ -18,9 +18,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.cli_messages import FEDERATION, GROUPS, TRAINER, sentence
+from lightning_fedhaw.cli_yaml import limit_yaml
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.trainer import FederatedTrainer
 
+limit_yaml()
 register_type(torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), lambda name: getattr(torch, name))
 
 

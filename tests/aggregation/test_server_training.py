@@ -18,7 +18,7 @@ from lightning_fedhaw import (
     FedLAWCallback,
     ServerFineTuningCallback,
 )
-from lightning_fedhaw.aggregation.fedbe import swag
+from lightning_fedhaw.aggregation.fedbe import _sampled_model, swag
 from lightning_fedhaw.aggregation.proxy import batches
 from lightning_fedhaw.aggregation.servertraining import divergence, ensemble
 from lightning_fedhaw.extending import ParameterLayout
@@ -85,6 +85,29 @@ def test_a_sample_of_a_tensor():
     assert swag(tensor([[3.0, 4.0], [0.0, 0.0]]), tensor([0.0, 0.0])) is None
     # All clients agree: the variance is at its floor.
     assert swag(tensor([[1.0, 0.0], [1.0, 0.0]]), tensor([1.0, 0.0]))[0].item() == pytest.approx(1 + 0.1 * 1e-5**0.5)
+
+
+def test_fedbe_takes_a_parameter_without_dimensions():
+    """Four clients moved it by 1: the sample moves by 1 + 0.1 sqrt(1e-5) e."""
+
+    class Scaled(Model):
+        def __init__(self):
+            super().__init__()
+            self.temperature = torch.nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x):
+            return self.net(x) * self.temperature
+
+    layout = ParameterLayout.of(Scaled())
+    start = torch.zeros(layout.numel)
+    noise = torch.full((layout.numel,), 2.0)
+    drawn = layout.views(_sampled_model(start, start, torch.ones(4, layout.numel), noise, layout))["temperature"]
+    assert drawn.shape == ()
+    assert drawn.item() == pytest.approx(1 + 0.1 * 1e-5**0.5 * 2)
+    data = FederatedDataModule(samples(), proxy=samples(20, seed=2), batch_size=8)
+    runner, module = train(Scaled(), data, rounds=1, rule=FedBECallback(2))
+    assert runner.global_step == 1
+    assert module.temperature.item() != 1
 
 
 def test_batches_are_as_equal_as_can_be_and_drawn_by_name():

@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_fedhaw.adapter.checkpoint import write_atomically
+from lightning_fedhaw.adapter.checkpoint import check_files
 from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop
 from lightning_fedhaw.adapter.loop import RoundLoop
 from lightning_fedhaw.adapter.progress import replace_default_bar
@@ -48,7 +48,7 @@ def attach(trainer: object, module: pl.LightningModule, options: FederationOptio
         trainer.fit_loop = loop
     if isinstance(trainer.strategy, DDPStrategy) and not isinstance(trainer.strategy, FederatedStrategy):
         never_wrap(trainer.strategy)
-    write_atomically(trainer.strategy)
+    check_files(trainer.strategy, "fit")
     # Now, and not when the federation is built: the sanity check of validation may set them before.
     loop.nonfinite_buffers = _nonfinite_buffers(module)
     publish_summary(trainer, {})

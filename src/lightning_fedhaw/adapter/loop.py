@@ -31,6 +31,7 @@ from lightning_fedhaw.adapter.assembly import (
     options_with_datamodule,
     reset,
 )
+from lightning_fedhaw.adapter.checkpoint_folder import warn_of_other_runs
 from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop, same_value
 from lightning_fedhaw.adapter.host import hook_owner
 from lightning_fedhaw.adapter.trainer_attributes import (
@@ -190,9 +191,11 @@ class RoundLoop(_FitLoop):
         if self.epoch_loop.global_step == 0:
             reset(federation, self.trainer)
         elif self._federation_state is not None:
-            federation.load_state_dict(self._federation_state)
+            path = self.trainer.ckpt_path
+            federation.load_state_dict(self._federation_state, f"The checkpoint {str(path)!r}")
+            warn_of_other_runs(path, federation.run_state.run)
         elif previous is not None:
-            federation.load_state_dict(_state_for_second_fit(federation, previous))
+            federation.load_state_dict(_state_for_second_fit(federation, previous), "The earlier `fit`")
         else:
             raise ValueError(
                 f"`ckpt_path`={str(self.trainer.ckpt_path)!r} was not written by a federation, so there are no rounds"
@@ -266,6 +269,22 @@ class RoundLoop(_FitLoop):
         """Keep the federation's state until the federation is built."""
         self._federation_state = state_dict.get("federation")
         super().on_load_checkpoint(state_dict)
+
+    def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
+        """Load the progress of a checkpoint, and refuse one that has run more rounds than the run is to have.
+
+        Raises:
+            ValueError: If it has.
+        """
+        super().load_state_dict(state_dict, prefix)
+        rounds = self.epoch_loop.global_step
+        # A checkpoint of another trainer counts other steps, and is refused when the federation is built.
+        is_over = self.max_epochs is not None and -1 < self.max_epochs < rounds
+        if self._federation_state is not None and is_over:
+            raise ValueError(
+                f"The checkpoint {str(self.trainer.ckpt_path)!r} has run {rounds} rounds, and `rounds` is"
+                f" {self.max_epochs}. It counts those before the checkpoint too: set it to more than {rounds} to go on."
+            )
 
 
 class _RoundEpochLoop(_TrainingEpochLoop):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.adapter.attach import attach
+from lightning_fedhaw.adapter.checkpoint import check_files
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.keys import KeyedCallback
 from lightning_fedhaw.options import FederationOptions
@@ -57,6 +58,8 @@ class AggregationRule(Rule, KeyedCallback):
         """Make a stock trainer run rounds, and give any trainer the federation's arguments."""
         if stage == "fit":
             attach(trainer, pl_module, self.options)
+        else:
+            check_files(trainer.strategy, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the rule's client objectives check the clients' optimizers."""

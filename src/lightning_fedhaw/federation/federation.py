@@ -494,13 +494,13 @@ class Federation:
         """Return everything that is not in the module, the rule or another callback: plain values and tensors."""
         return self.run_state.state_dict(self.engine)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a checkpoint.
+    def load_state_dict(self, state: Mapping[str, Any], source: str) -> None:
+        """Resume from a checkpoint, whose name is ``source``.
 
         Raises:
-            ValueError: If it is of another federation.
+            ValueError: If it is of another federation, or cannot be read.
         """
-        self.run_state.load_state_dict(state, self.engine)
+        self.run_state.load_state_dict(state, self.engine, source)
 
 
 def _ignore(*arguments: object) -> None:

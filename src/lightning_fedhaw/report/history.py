@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import nan
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import lightning.pytorch as pl
 import torch
@@ -18,11 +16,15 @@ from torch import Tensor
 
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.records import Report
+from lightning_fedhaw.files import load_checked
 from lightning_fedhaw.keys import KeyedCallback
 from lightning_fedhaw.observer import FederatedCallback
 
 MOST_CLIENTS = 1000
 """Clients up to which weights and labels of each client are collected: a checkpoint grows with rounds times clients."""
+
+MOST_ROUNDS = 1_000_000
+"""A round number from which a log is taken for damaged: one spoilt number would fill the memory with empty rounds."""
 
 LOG = "metrics.csv"
 CLIENT_TABLE = "per_client.csv"
@@ -282,29 +284,18 @@ def _load_checkpoint(path: Path) -> object:
     Raises:
         ValueError: If the file is none, is damaged, or could run code when it is loaded.
     """
-    message = f"{str(path)!r} is no checkpoint. Give a `.ckpt` file, or the folder of the run's `{LOG}`."
-    # Torch would try to unpickle any other file, and say that it is unsafe instead of that it is no checkpoint.
-    if not is_zipfile(path):
-        raise ValueError(message)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{str(path)!r} holds more than tensors and plain values, and is not opened for safety. Give the folder"
-            f" of the run's `{LOG}`."
-        ) from error
-    except (RuntimeError, ValueError, EOFError) as error:
-        # An archive of something else, or a damaged one.
-        raise ValueError(message) from error
-    if content is None:
-        raise ValueError(message)
+        with path.open("rb") as file:
+            content = load_checked(file, str(path))
+    except ValueError as error:
+        raise ValueError(f"{error} Give another `.ckpt` file, or the folder of the run's `{LOG}`.") from error
     return content
 
 
 def _from_log(folder: Path) -> RunHistory:
     try:
         history = _read_tables(folder)
-    except (ValueError, LookupError, OverflowError) as error:
+    except (ValueError, LookupError, OverflowError, csv.Error) as error:
         raise ValueError(
             f"The tables in {str(folder)!r} are damaged ({type(error).__name__}: {error}). Give a checkpoint of the"
             f" run, or remove `{CLIENT_TABLE}` or `{WEIGHT_TABLE}` if it is one of them."
@@ -339,6 +330,8 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
         if "step" not in row or is_of_summary:
             continue
         round_idx = int(row.pop("step"))
+        if not 0 <= round_idx < MOST_ROUNDS:
+            raise ValueError(f"`{LOG}` has a round number {round_idx}")
         while len(metrics) <= round_idx:
             metrics.append({})
         for name, value in row.items():
