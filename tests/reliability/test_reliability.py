@@ -24,9 +24,11 @@ pytestmark = [
 
 # Of each kind the numbers of some trials that take little time; the rest is the full campaign's.
 TRIALS = {
-    "kills": [4],
+    "kills": [6],
     "resumes": [0, 1],
     "configurations": list(range(8)),
+    "flips": [0],
+    "cuts": [1],
     "liars": [11, 23],
 }
 
