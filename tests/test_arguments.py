@@ -149,6 +149,7 @@ ANYTHING = {
 RECORDS = {"Arrivals", "Batch", "ClientData", "ClientUpdate", "ClientVectors", "Cohort", "Substitute", "LoaderSettings"}
 RECORDS |= {
     "ParameterLayout",
+    "ProbeResult",
     "MessageSize",
     "Partition",
     "RuleOutput",

@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # one way. The table in docs/architecture.md is this one.
 ROWS = {
     1: {"arguments", "per_client", "notes", "streams", "isolation", "ranks", "keys"},
-    2: {"options", "vectors", "cohort", "objectives", "models"},
+    2: {"options", "vectors", "cohort", "objectives", "models", "probe"},
     3: {"autodiff", "data", "rule"},
     4: {"server", "channel", "clients"},
     5: {"federation"},

@@ -63,6 +63,7 @@ from lightning_fedhaw.models.timm_classifier import TimmClassifier
 from lightning_fedhaw.objectives import MOON, FedNTD, FedProx
 from lightning_fedhaw.observer import FederatedCallback
 from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.probe import Probe
 from lightning_fedhaw.report.history import RunHistory
 from lightning_fedhaw.trainer import FederatedTrainer
 
@@ -115,6 +116,7 @@ __all__ = [
     "NaturalIdPartitioner",
     "OverTheAirChannel",
     "PacketLossChannel",
+    "Probe",
     "PublishedFedHAWCallback",
     "QFedAvgCallback",
     "QuantitySkewPartitioner",

@@ -259,6 +259,11 @@ class FedAvgMCallback(FedOptCallback):
 def _check_inner(rule: AggregationRule, outer: str) -> None:
     """Refuse an inner rule that is no rule, or that has arguments of the federation."""
     arguments.instance("rule", rule, AggregationRule, example="FedAvgCallback()")
+    if rule.probe is not None:
+        raise ValueError(
+            f"`rule` ({type(rule).__name__}) learns by a probe at the model that it proposes, and {outer} makes another"
+            " model of its proposal. Give the rule to the trainer instead, or leave its probe out."
+        )
     # The federation is built from the options of the outer rule, so those of the inner one would be ignored.
     if rule.options != FederationOptions():
         raise ValueError(

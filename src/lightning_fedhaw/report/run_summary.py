@@ -18,6 +18,9 @@ from lightning_fedhaw.report.history import RunHistory
 from lightning_fedhaw.report.run_report import RunRecord, summary_metrics, summary_of
 from lightning_fedhaw.report.summary import client_statistics
 
+PROBE_COUNTS = ("probe_answers", "probe_rounds", "skipped_probes")
+"""What is counted of a rule's probe."""
+
 
 def start_up_line(federation: Federation, callbacks: Iterable[Callback], assumed: Sequence[str], round_idx: int) -> str:
     """Describe in one line what will run, and what is assumed because no argument says it.
@@ -133,6 +136,9 @@ def run_summary(
         if name in metrics:
             learned[name] = float(metrics[name])
     learned.update(rule.summary())
+    probe = {}
+    if rule.probe is not None:
+        probe = {name: getattr(tally, name) for name in PROBE_COUNTS}
     record = RunRecord(
         rule=type(rule).__name__,
         channels=[f"{type(channel).__name__} ({channel.link})" for channel in channels],
@@ -154,6 +160,7 @@ def run_summary(
         skipped_rounds=tally.skipped_rounds,
         skipped_steps=tally.skipped_steps,
         seconds=tally.seconds,
+        probe=probe,
     )
     return summary_of(record)
 
