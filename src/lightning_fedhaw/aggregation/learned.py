@@ -97,7 +97,7 @@ class Learned:
     ) -> None:
         self.starts = dict(starts)
         self.hyper_lr = arguments.number("hyper_lr", hyper_lr, minimum=0)
-        check_optimizer("hyper_optimizer", hyper_optimizer, self.hyper_lr)
+        self._hyper_kind = type(check_optimizer("hyper_optimizer", hyper_optimizer, self.hyper_lr)).__name__
         self.hyper_optimizer = hyper_optimizer
         self.bounds: dict[str, Bounds] = dict(domains or {})
         for name, given in _by_name("bounds", bounds, starts).items():
@@ -126,9 +126,8 @@ class Learned:
     @property
     def resume_key(self) -> str:
         """The settings that the state depends on; rates and bounds may change."""
-        factory = getattr(self.hyper_optimizer, "func", self.hyper_optimizer)
         links = ", ".join(f"{name} by {link}" for name, link in self.links.items())
-        return f"hyper_optimizer={getattr(factory, '__name__', 'given')}, {links}"
+        return f"hyper_optimizer={self._hyper_kind}, {links}"
 
     def init(self) -> State:
         """Return the numbers before the first round, as their links' inverses ``[]`` in float64."""

@@ -21,6 +21,9 @@ from lightning_fedhaw.vectors.base import CohortVectors
 PHASES = ("broadcast", "local training", "channel", "aggregation", "validation")
 """The phases of a round whose time is measured."""
 
+PROBE_COUNTS = ("probe_answers", "probe_rounds", "skipped_probes")
+"""What is counted of a rule's probe."""
+
 
 @dataclass
 class Tally:
@@ -62,8 +65,12 @@ class Tally:
             self.seconds[name] += time.perf_counter() - begin
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of all numbers, for a checkpoint."""
-        return {**vars(self), "seconds": dict(self.seconds)}
+        """Return a copy of all numbers, for a checkpoint; those of a probe only if there was one."""
+        state = {**vars(self), "seconds": dict(self.seconds)}
+        for name in PROBE_COUNTS:
+            if not state[name]:
+                del state[name]
+        return state
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Tally:
