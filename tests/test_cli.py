@@ -480,3 +480,22 @@ def test_the_command_lists_plot(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main([f"--config={tmp_path}/empty.yaml", "plot"])
     assert "`plot` comes first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["FedAvgMCallback", "FedOptCallback"])
+def test_what_a_rule_learns_and_whom_it_asks(parser, kind):
+    given = [
+        f"--rule={kind}",
+        '--rule.learn=["lr"]',
+        "--rule.probe=lightning_fedhaw.Probe",
+        "--rule.probe.source=validation",
+        "--rule.hyper_optimizer=torch.optim.Adam",
+        '--rule.bounds={"lr": [0.1, 2.0]}',
+        '--rule.links={"lr": "exp"}',
+    ]
+    written = parser.dump(parser.parse_args([*TASK, *given]), skip_none=False)
+    rule = parser.instantiate_classes(parser.parse_string(written))["rule"]
+    assert rule.learn == ("lr",)
+    assert rule.probe.source == "validation"
+    assert "hyper_optimizer=Adam, lr by exp" in rule.resume_key
+    assert rule.learned.bounds == {"lr": (0.1, 2.0)}

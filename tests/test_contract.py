@@ -36,7 +36,9 @@ from lightning_fedhaw import (
     GeometricMedianCallback,
     IndexPartitioner,
     KrumCallback,
+    LearnedWeightingCallback,
     MultiKrumCallback,
+    Probe,
     PublishedFedHAWCallback,
     QFedAvgCallback,
     ScaffoldCallback,
@@ -56,6 +58,9 @@ def logits(module, batch):
     return module.net(batch[0])
 
 
+THE_COHORT = Probe("cohort")
+"""A probe of the round's own clients: what is lost or drawn for a round is so for its probe."""
+
 FEW = {"server_epochs": 4, "lr": 0.05}
 by_steps = partial(PublishedFedHAWCallback, lr_gamma=0.01, lr_lambda=0.1, normalize_by="lr*steps")
 RULES = {
@@ -71,6 +76,7 @@ RULES = {
     "FedHAW all learned": lambda: FedHAWCallback(lr_gamma=2.0, lr_lambda=1.0),
     "FedHAW published by steps": by_steps,
     "FedHAW published exact": lambda: PublishedFedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-3, jacobian="exact"),
+    "FedHAW published with a probe": lambda: by_steps(probe=Probe("cohort", form="sequential")),
     "FedHAW published": lambda: PublishedFedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-3),
     "FedHAW published plain": lambda: by_steps(pseudo_gradient="plain"),
     "FedHAW published Adam": lambda: by_steps(hyper_optimizer=torch.optim.Adam),
@@ -84,6 +90,14 @@ RULES = {
     "FedOpt scheduled": lambda: FedOptCallback(
         partial(torch.optim.SGD, momentum=0.9, nesterov=True),
         lr_scheduler=partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[1, 2]),
+    ),
+    "FedOpt that learns": lambda: FedOptCallback(torch.optim.AdamW, lr=0.05, learn=("lr", "beta1"), probe=THE_COHORT),
+    "FedAvgM that learns": lambda: FedAvgMCallback(
+        learn=("lr", "momentum"), hyper_optimizer=torch.optim.Adam, probe=THE_COHORT
+    ),
+    "learned weighting": lambda: LearnedWeightingCallback(probe=THE_COHORT),
+    "learned weighting by sigmoid": lambda: LearnedWeightingCallback(
+        0.5, link="sigmoid", bounds=(0.1, 0.9), probe=THE_COHORT
     ),
     "FedOpt on FedAdp": lambda: FedOptCallback(torch.optim.Adagrad, lr=0.1, rule=FedAdpCallback()),
     "FedOpt on FedHAW": lambda: FedOptCallback(rule=FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1), lr=0.9),
@@ -120,7 +134,7 @@ RULES = {
 }
 UNIFORM = {"FedAvg uniform", "FedHyper uniform", "SCAFFOLD"}
 FIRST_ROUND_IS_FEDAVG = {
-    *("FedAvg", "FedAvg by batches", *UNIFORM, "FedOpt", "FedAvgM"),
+    *("FedAvg", "FedAvg by batches", *UNIFORM, "FedOpt", "FedAvgM", "FedAvgM that learns", "learned weighting"),
     *(name for name in RULES if name.startswith(("FedHAW", "FedHyper"))),
 }
 NEEDS_CLIENTS = {"trimmed mean": 3, "Krum": 3, "Multi-Krum": 3}
@@ -138,6 +152,9 @@ NEUTRAL = {
     "FedOpt": (FedOptCallback, FedAvgCallback),
     "FedOpt on a rule": (lambda: FedOptCallback(rule=FedAvgCallback("uniform")), lambda: FedAvgCallback("uniform")),
     "FedAvgM without momentum": (lambda: FedAvgMCallback(momentum=0.0), FedAvgCallback),
+    "learned weighting by examples": (LearnedWeightingCallback, FedAvgCallback),
+    "learned weighting, uniform": (lambda: LearnedWeightingCallback(0.0), lambda: FedAvgCallback("uniform")),
+    "FedOpt that learns nothing new": (lambda: FedOptCallback(learn=("lr",)), FedAvgCallback),
     "FedAdp without angles": (lambda: FedAdpCallback(gompertz=0.0), FedAvgCallback),
     "FedLWS without shrinking": (lambda: FedLWSCallback(beta=0.0, tau_min=0.0), FedAvgCallback),
     "trimmed mean of all": (lambda: TrimmedMeanCallback(0), lambda: FedAvgCallback("uniform")),
@@ -446,6 +463,7 @@ class WithoutOne:
         return [client for client in range(num_clients) if client != 1]
 
 
+@pytest.mark.filterwarnings("ignore:Client 1 answered the probe")
 @every_name
 def test_a_nan_is_reported_and_never_averaged_in(name):
     ends, broken = [], {"num_clients": None, "alpha": None, "client_eval": False}
@@ -485,6 +503,7 @@ class Diary(FederatedCallback):
         self.pages.append((flat(pl_module), copy.deepcopy(self.rule.state)))
 
 
+@pytest.mark.filterwarnings("ignore:No finite answer of the probe was received in round 1")
 @every_name
 def test_a_round_in_which_all_clients_are_lost_loses_nothing(name):
     module, rule = Classifier(), RULES[name]()

@@ -21,6 +21,7 @@ from lightning_fedhaw.aggregation import (
     FedYogiCallback,
     GeometricMedianCallback,
     KrumCallback,
+    LearnedWeightingCallback,
     MultiKrumCallback,
     PublishedFedHAWCallback,
     QFedAvgCallback,
@@ -63,6 +64,7 @@ from lightning_fedhaw.models.timm_classifier import TimmClassifier
 from lightning_fedhaw.objectives import MOON, FedNTD, FedProx
 from lightning_fedhaw.observer import FederatedCallback
 from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.probe import Probe
 from lightning_fedhaw.report.history import RunHistory
 from lightning_fedhaw.trainer import FederatedTrainer
 
@@ -110,11 +112,13 @@ __all__ = [
     "IndexPartitioner",
     "KrumCallback",
     "LabelSwapPartitioner",
+    "LearnedWeightingCallback",
     "LongTailPartitioner",
     "MultiKrumCallback",
     "NaturalIdPartitioner",
     "OverTheAirChannel",
     "PacketLossChannel",
+    "Probe",
     "PublishedFedHAWCallback",
     "QFedAvgCallback",
     "QuantitySkewPartitioner",

@@ -21,6 +21,7 @@ from lightning_fedhaw.federation.clients import FederationClients
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.objectives.view import StepView
+from lightning_fedhaw.probe import ProbeResult
 from lightning_fedhaw.rule import LocalLRScale, Rule, RuleOutput, ServerView
 from lightning_fedhaw.streams import stream
 from lightning_fedhaw.vectors.base import CohortVectors
@@ -47,6 +48,7 @@ __all__ = [
     "ParameterLayout",
     "Partition",
     "Partitioner",
+    "ProbeResult",
     "Rule",
     "RuleOutput",
     "ServerView",

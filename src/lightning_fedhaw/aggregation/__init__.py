@@ -14,6 +14,7 @@ from lightning_fedhaw.aggregation.fedlaw import FedLAWCallback
 from lightning_fedhaw.aggregation.fedlws import FedLWSCallback
 from lightning_fedhaw.aggregation.fednova import FedNovaCallback
 from lightning_fedhaw.aggregation.fedopt import FedAvgMCallback, FedOptCallback
+from lightning_fedhaw.aggregation.learned_weighting import LearnedWeightingCallback
 from lightning_fedhaw.aggregation.qfedavg import QFedAvgCallback
 from lightning_fedhaw.aggregation.robust import (
     CoordinateMedianCallback,
@@ -46,6 +47,7 @@ __all__ = [
     "FedYogiCallback",
     "GeometricMedianCallback",
     "KrumCallback",
+    "LearnedWeightingCallback",
     "LocalLRScale",
     "MultiKrumCallback",
     "PublishedFedHAWCallback",

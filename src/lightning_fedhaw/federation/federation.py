@@ -28,6 +28,7 @@ from lightning_fedhaw.federation.full_gradient import FullGradient
 from lightning_fedhaw.federation.initial_loss import InitialLosses
 from lightning_fedhaw.federation.memory_advice import memory_advice
 from lightning_fedhaw.federation.placement import Placement
+from lightning_fedhaw.federation.probing import Probed, Probing
 from lightning_fedhaw.federation.records import (
     Aggregation,
     LocalResults,
@@ -127,6 +128,7 @@ class Federation:
         self.placement = Placement(self.ranks, is_sticky=clients_remember)
         self._prepare_transport(clients_remember)
         self.screening = Screening(options, self.buffers, rule, self.transport.uplink)
+        self.probing = Probing(host, server, rule, options, self.buffers, self.placement, self.transport, self.sampling)
         self.run_state = self._make_run_state(objectives)
         self.in_round = False
         self.on_round_start: Callable[[int, list[int]], None] = _ignore
@@ -264,12 +266,14 @@ class Federation:
         stores = self._make_stores(plan, capacity=len(own_clients))
         received = self._train(plan, own_clients, stores)
         self.screening.check_round(plan, received)
+        probed = self.probing.at_start(plan, self.engine, self.tally)
         with self.tally.phase("aggregation"):
             aggregation = self._aggregate(plan, received, stores.displacements)
             self.shared_states.aggregate(plan.start, stores.shared, received.from_clients)
+        probed = self.probing.at_end(plan, self.engine, self.tally, aggregation.metrics, probed)
         # A rule on the server, or the recalibration of buffers, may have run the module's step.
         self.engine.attributes.restore()
-        report = self._report(plan, received, aggregation)
+        report = self._report(plan, received, aggregation, probed)
         self.on_round_end(report)
         return report
 
@@ -446,16 +450,16 @@ class Federation:
                 self.transport.superpose(vectors, received.records, round_idx=plan.round, drawn=len(plan.clients))
         return cohort_of(plan, received, vectors, learning_rates, self.rule)
 
-    def _report(self, plan: RoundPlan, received: Received, aggregation: Aggregation) -> Report:
+    def _report(self, plan: RoundPlan, received: Received, aggregation: Aggregation, probed: Probed) -> Report:
         """Count the costs of the round, and make its report."""
         updates = received.updates
         lr_scale_bytes = 0
         if self.engine.lr_scale is not None:
             lr_scale_bytes = self.engine.lr_scale.numbers_sent * self.layout.dtype.itemsize
-        bytes_down = (
-            self.transport.sent_bytes("downlink", plan.round, plan.clients) + len(plan.clients) * lr_scale_bytes
-        )
+        bytes_down = self.transport.sent_bytes("downlink", plan.round, plan.clients)
+        bytes_down += len(plan.clients) * lr_scale_bytes + probed.bytes_down
         bytes_up = self.transport.sent_bytes("uplink", plan.round, [update.client for update in updates])
+        bytes_up += probed.bytes_up
         self.tally.bytes_down += bytes_down
         self.tally.bytes_up += bytes_up
         self.tally.received += len(updates)
@@ -463,6 +467,7 @@ class Federation:
         self.tally.skipped_steps += sum(update.num_skipped for update in updates)
         metrics = {
             **aggregation.metrics,
+            **probed.metrics,
             "clients_received": float(len(updates)),
             "bytes_down": float(bytes_down),
             "bytes_up": float(bytes_up),
