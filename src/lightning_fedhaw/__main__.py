@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         import_module("lightning_fedhaw.report.plot_command").main(arguments[1:])
         return 0
     if arguments[:1] == ["compare"]:
-        status: int = import_module("lightning_fedhaw.comparing").main(arguments[1:])
+        status: int = import_module("lightning_fedhaw.comparing.command").main(arguments[1:])
         return status
     try:
         from lightning_fedhaw.cli import FedhawCommand

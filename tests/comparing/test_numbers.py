@@ -4,6 +4,7 @@ from math import nan, sqrt
 
 import pytest
 
+from lightning_fedhaw.comparing.plan import file_name
 from lightning_fedhaw.comparing.statistics import differences, differences_over_groups, groups_of, numbers_of, summarize
 from lightning_fedhaw.comparing.tables import differences_table, results_json, results_table, runs_csv
 
@@ -102,3 +103,9 @@ def test_numbers_for_other_programs():
         "count": 2,
     }
     assert numbers["rounds_to_target"]["mean"] is None
+
+
+def test_long_names_of_files_are_shortened_and_stay_apart():
+    assert file_name("a b(c=0.5)") == "a_b_c=0.5"
+    names = {file_name("x" * 300 + end) for end in "ab"}
+    assert [len(name) for name in names] == [120, 120]

@@ -170,12 +170,12 @@ def cell_of(name: str, source: Callable[[], Arrays], lr: float, **options: Any) 
 
 def digits(lr: float = 0.05, **options: Any) -> Cell:
     """Return scikit-learn's digits: 1,437 images of 8x8 pixels; 360 are for the test."""
-    return cell_of("digits", _digits, lr, **{"hidden": (128, 128), "batch_size": 16, "alpha": 0.1, **options})
+    return cell_of("digits", load_digits, lr, **{"hidden": (128, 128), "batch_size": 16, "alpha": 0.1, **options})
 
 
 def mislabeled_digits(lr: float = 0.05, **options: Any) -> Cell:
     """Return the digits in an even split, where three of ten clients have random labels."""
-    partitioner = IndexPartitioner(_owners(_digits().y))
+    partitioner = IndexPartitioner(_owners(load_digits().y))
     return cell_of(
         "mislabeled_digits",
         _mislabeled_digits,
@@ -191,7 +191,9 @@ def wine(lr: float = 0.05, **options: Any) -> Cell:
 
 def breast_cancer(lr: float = 0.02, **options: Any) -> Cell:
     """Return scikit-learn's breast cancer: 569 samples of 30 numbers, two classes, ten clients."""
-    return cell_of("breast_cancer", _breast_cancer, lr, **{"hidden": (32,), "batch_size": 8, "alpha": 0.3, **options})
+    return cell_of(
+        "breast_cancer", load_breast_cancer, lr, **{"hidden": (32,), "batch_size": 8, "alpha": 0.3, **options}
+    )
 
 
 def diabetes(lr: float = 0.02, **options: Any) -> Cell:
@@ -273,7 +275,8 @@ def _scikit_learn() -> Any:
 
 
 @lru_cache
-def _digits() -> Arrays:
+def load_digits() -> Arrays:
+    """Return scikit-learn's digits."""
     pixels, labels = _scikit_learn().load_digits(return_X_y=True)
     return _split(pixels / 16, labels)
 
@@ -286,7 +289,7 @@ def _owners(labels: Tensor) -> list[list[int]]:
 
 @lru_cache
 def _mislabeled_digits() -> Arrays:
-    arrays = _digits()
+    arrays = load_digits()
     labels = arrays.y.clone()
     owners = _owners(labels)
     draw = np.random.default_rng(1)
@@ -302,7 +305,8 @@ def _wine() -> Arrays:
 
 
 @lru_cache
-def _breast_cancer() -> Arrays:
+def load_breast_cancer() -> Arrays:
+    """Return scikit-learn's breast cancer."""
     x, y = _scikit_learn().load_breast_cancer(return_X_y=True)
     return _split((x - x.mean(0)) / x.std(0), y)
 

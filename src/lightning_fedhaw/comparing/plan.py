@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,9 @@ CALLBACKS = ("errors", "channel", "objective")
 
 SETTINGS = (*CALLBACKS, *OPTIONS)
 """All settings that may vary, besides ``model.NAME`` and ``data.NAME``."""
+
+_LONGEST_NAME = 120
+"""Characters of a file's name; file systems allow about 255, with a suffix."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,15 @@ class RunPlan:
         """The folder of the method's runs below that of the comparison; each seed has its own in it."""
         settings = "_".join(f"{name}={_plain(value)}" for name, value in self.settings)
         parts = [self.cell.label, *([settings] if settings else []), self.method.label]
-        return "/".join(re.sub(r"[^A-Za-z0-9.=+-]+", "_", part).strip("_") for part in parts)
+        return "/".join(file_name(part) for part in parts)
+
+
+def file_name(text: str) -> str:
+    """Return a text as a file system takes it; of a long one, a beginning and a checksum."""
+    name = re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_")
+    if len(name) > _LONGEST_NAME:
+        return f"{name[: _LONGEST_NAME - 9]}_{zlib.crc32(text.encode()):08x}"
+    return name
 
 
 def key_of(description: Mapping[str, Any]) -> str:

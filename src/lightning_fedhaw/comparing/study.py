@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lightning_fedhaw.comparing.plan import (
     build_method,
     build_setting,
     check_settings,
+    file_name,
     plan_runs,
     recipes,
 )
@@ -31,7 +32,7 @@ from lightning_fedhaw.comparing.statistics import Group, groups_of
 from lightning_fedhaw.comparing.tables import FORMATS, differences_table, results_json, results_table, runs_csv
 from lightning_fedhaw.isolation import isolated_randomness
 from lightning_fedhaw.options import FederationOptions
-from lightning_fedhaw.report.history import RunHistory, read_run
+from lightning_fedhaw.report.history import RunHistory
 from lightning_fedhaw.report.plotting import draw_bands
 
 _SUFFIXES = {"text": "txt", "markdown": "md", "latex": "tex"}
@@ -88,10 +89,15 @@ class Comparison:
         return differences_table(self.groups, self.reference, arguments.choice("style", style, FORMATS))
 
     def histories(self, group: Group) -> dict[str, list[RunHistory]]:
-        """Read the logs of a group's runs, by method."""
+        """Return the curves of a group's runs, by method, for the functions of ``lightning_fedhaw.plotting``."""
         histories: dict[str, list[RunHistory]] = {}
         for method, records in group.records.items():
-            histories[method] = [read_run(self.output / record["log"]) for record in records.values()]
+            histories[method] = []
+            for record in records.values():
+                # Of the record and not of the log, which another run of the same label may have replaced.
+                history = RunHistory()
+                history.metrics = [{group.metric: value} for value in record["curve"]]
+                histories[method].append(history)
         return histories
 
     def draw(self, formats: Sequence[str] = ("png", "pdf")) -> list[Path]:
@@ -109,7 +115,7 @@ class Comparison:
         paths = []
         for group in self.groups:
             histories = self.histories(group)
-            name = re.sub(r"[^A-Za-z0-9.=+-]+", "_", group.title)
+            name = file_name(group.title)
             for suffix in formats:
                 path = self.output / f"curves_{name}.{suffix}"
                 draw_bands(histories, [group.metric], path)
@@ -179,7 +185,7 @@ def compare(
         target: A value of the metric; the table gets the rounds that a method needs to reach it.
         reference: The method that the others are compared with. Default: the first.
         accelerator: As of the trainer.
-        progress: Called with one line after each run.
+        progress: Called with one line after each run. Without it, a warning tells of runs that failed.
 
     Returns:
         The results; tables and numbers are written to ``output`` too, pictures by :meth:`Comparison.draw`.
@@ -191,9 +197,9 @@ def compare(
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     results = compare(["FedAvg", "FedHAW"], "synthetic(clients=4)", seeds=[0], rounds=2, output=folder)
-        >>> [record["run"]["method"] for record in results.records]
-        ['FedAvg', 'FedHAW']
+        ...     results = compare(("FedAvg", "FedHAW"), "synthetic(clients=4)", seeds=(0,), rounds=2, output=folder)
+        >>> len(results.records)
+        2
     """
     plans = _checked_plans(rules, cells, seeds, rounds, settings or {}, baselines, accelerator, metric)
     arguments.integer("jobs", jobs, minimum=1)
@@ -204,6 +210,12 @@ def compare(
     folder = Path(output)
     journal = Journal(folder)
     failures = _run_missing(plans, journal, folder, jobs, progress)
+    if failures and progress is None:
+        warnings.warn(
+            f"{len(failures)} of {len(plans)} runs failed and are missing in the tables, the first with"
+            f" {failures[0].error} The attribute `failures` has them all.",
+            stacklevel=2,
+        )
     records = []
     for plan in plans:
         record = journal.get(plan.key)
