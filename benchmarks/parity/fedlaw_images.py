@@ -7,7 +7,7 @@ images make it ask for a larger model. This experiment runs FedLAW of ``mnist.py
     python benchmarks/parity/fedlaw_images.py --data SPLIT.npz
     python benchmarks/parity/fedlaw_images.py --data SPLIT.npz --errors 0.2 0.8 --rounds 200 --seeds 0 1 2
 
-``SPLIT.npz`` is the file of ``mnist.py``. With 30 rounds, the default, a run takes about a minute of one core. Every
+``SPLIT.npz`` is the file of ``mnist.py``. With 30 rounds, the default, a run takes about two minutes of one core. Every
 run is written to ``--out`` when it is finished and is not repeated. Prints a table as Markdown: accuracy on test images
 that are scaled as the proxy images, the scale that the server learned, and the Euclidean norm of the model.
 """
