@@ -469,13 +469,15 @@ def test_from_the_first_round_on_an_error_keeps_its_traceback():
         run("fit", *SHORT, *QUIETLY, "--rule=test_cli.Surprises")
 
 
-def test_the_command_lists_plot(capsys, tmp_path):
+def test_the_command_lists_plot_and_compare(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main([])
-    assert "{fit,validate,test,predict,plot}" in capsys.readouterr().err
+    assert "{fit,validate,test,predict,plot" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert re.search(r"plot +Draw pictures", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(r"plot +Draw pictures", printed)
+    assert re.search(r"compare +Compare rules", printed)
     (tmp_path / "empty.yaml").write_text("{}")
     with pytest.raises(SystemExit):
         main([f"--config={tmp_path}/empty.yaml", "plot"])

@@ -26,7 +26,7 @@ ROWS = {
     7: {"adapter"},
     8: {"trainer", "aggregation"},
     10: {"__init__", "alias_pytorch_lightning", "extending", "plotting"},
-    11: {"cli_messages", "cli_yaml"},
+    11: {"cli_messages", "cli_yaml", "comparing"},
     12: {"cli"},
     13: {"__main__"},
 }

@@ -29,6 +29,11 @@ _WORSE_WHEN_HIGHER = re.compile(
 )
 
 
+def is_better_when_higher(metric: str) -> bool:
+    """Return whether a higher value of a metric is better, by its name."""
+    return _WORSE_WHEN_HIGHER.search(metric) is None
+
+
 def client_statistics(metrics: ClientMetrics, validated: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     """Compute the statistics of each metric over the clients where it is defined, and count the others.
 
@@ -52,7 +57,7 @@ def client_statistics(metrics: ClientMetrics, validated: Mapping[str, Tensor]) -
             entries["validation"] = float(validated[name])
         if is_defined.any():
             worst_quantile = 0.9
-            if metrics.higher_is_better.get(name, _WORSE_WHEN_HIGHER.search(name) is None):
+            if metrics.higher_is_better.get(name, is_better_when_higher(name)):
                 worst_quantile = 0.1
             entries |= _statistics_of(values[is_defined], metrics.num_examples[is_defined], worst_quantile)
         entries["undefined"] = int((~is_defined).sum())
