@@ -68,11 +68,13 @@ from lightning_fedhaw import (
     FedAdpCallback,
     FedAvgCallback,
     FedAvgMCallback,
+    FedAWACallback,
     FedBECallback,
     FedDFCallback,
     FedDynCallback,
     FederatedDataModule,
     FederatedTrainer,
+    FedExPCallback,
     FedHAWCallback,
     FedHyperCallback,
     FedLAWCallback,
@@ -80,6 +82,7 @@ from lightning_fedhaw import (
     FedNovaCallback,
     FedOptCallback,
     FedProx,
+    FedVGCallback,
     FedYogiCallback,
     GeometricMedianCallback,
     GilbertElliott,
@@ -430,6 +433,9 @@ add("rule/fedhyper G+CL", partial(FedHyperCallback, "G+CL", normalize_by="norms"
 add("rule/fedadp", FedAdpCallback)
 add("rule/fedadp, rounds", partial(FedAdpCallback, 2.0, smooth_by="rounds", smooth_substitutes=True), LOSSY)
 add("rule/fedlws", FedLWSCallback)
+add("rule/fedexp", FedExPCallback)
+add("rule/fedawa", partial(FedAWACallback, 0.1, server_epochs=2), LOSSY)
+add("rule/fedvg", partial(FedVGCallback, batch_size=8), data=with_proxy)
 add("rule/fednova", FedNovaCallback, model=partial(Classifier, momentum))
 add("rule/fednova, fedprox", partial(FedNovaCallback, tau_eff="steps"), partial(FedProx, 0.1), local_epochs=2)
 add("rule/scaffold II", ScaffoldCallback, LOSSY)

@@ -21,17 +21,20 @@ from lightning_fedhaw import (
     FedAdpCallback,
     FedAvgCallback,
     FedAvgMCallback,
+    FedAWACallback,
     FedBECallback,
     FedDFCallback,
     FedDynCallback,
     FederatedCallback,
     FederatedDataModule,
+    FedExPCallback,
     FedHAWCallback,
     FedHyperCallback,
     FedLAWCallback,
     FedLWSCallback,
     FedNovaCallback,
     FedOptCallback,
+    FedVGCallback,
     FedYogiCallback,
     GeometricMedianCallback,
     IndexPartitioner,
@@ -93,6 +96,12 @@ RULES = {
     "FedYogi": FedYogiCallback,
     "FedAdp": FedAdpCallback,
     "FedAdp of the code": lambda: FedAdpCallback(smooth_by="rounds", smooth_substitutes=True),
+    "FedExP": FedExPCallback,
+    "FedExP uniform": lambda: FedExPCallback(eps=0.0, weighting="uniform"),
+    "FedAWA": FedAWACallback,
+    "FedAWA in several steps": lambda: FedAWACallback(0.1, server_epochs=3, optimizer=torch.optim.SGD),
+    "FedVG": FedVGCallback,
+    "FedVG with examples": lambda: FedVGCallback(order=2.0, examples=0.5),
     "FedLWS": FedLWSCallback,
     "FedLWS unbounded": lambda: FedLWSCallback(beta=0.1, tau_min=0.0, tau_max=float("inf")),
     "FedNova": FedNovaCallback,
@@ -138,6 +147,8 @@ NEUTRAL = {
     "FedOpt on a rule": (lambda: FedOptCallback(rule=FedAvgCallback("uniform")), lambda: FedAvgCallback("uniform")),
     "FedAvgM without momentum": (lambda: FedAvgMCallback(momentum=0.0), FedAvgCallback),
     "FedAdp without angles": (lambda: FedAdpCallback(gompertz=0.0), FedAvgCallback),
+    "FedAWA without steps": (lambda: FedAWACallback(server_epochs=0), FedAvgCallback),
+    "FedVG by examples alone": (lambda: FedVGCallback(examples=1.0), FedAvgCallback),
     "FedLWS without shrinking": (lambda: FedLWSCallback(beta=0.0, tau_min=0.0), FedAvgCallback),
     "trimmed mean of all": (lambda: TrimmedMeanCallback(0), lambda: FedAvgCallback("uniform")),
     "Multi-Krum of all": (lambda: MultiKrumCallback(0, keep=3), lambda: FedAvgCallback("uniform")),
@@ -379,7 +390,9 @@ def test_rows_on_several_processes_give_what_one_gives(tmp_path):
 
 
 def data_for(rule):
-    return FederatedDataModule(samples(150), batch_size=8, proxy=30) if hasattr(rule, "server_epochs") else loader()
+    if hasattr(rule, "server_epochs") or isinstance(rule, FedVGCallback):
+        return FederatedDataModule(samples(150), batch_size=8, proxy=30)
+    return loader()
 
 
 @every_name
