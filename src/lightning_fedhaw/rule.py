@@ -154,6 +154,13 @@ class Rule(ABC):
     keeps_cohort: bool = False
     """Whether the state holds a cohort's vectors, so that a checkpoint grows with them."""
 
+    takes_substitutes: bool = True
+    """Whether a channel's substitute for a lost update is in the cohort. A rule that compares clients, or that learns
+    what they are worth, sets it to false, because a substitute says nothing about its client: it is left out."""
+
+    min_updates: int = 1
+    """The updates that a round needs. A round that losses leave with fewer is skipped, like one without any."""
+
     unnormalized_weight: Callable[[ClientUpdate], float] | None = None
     """A client's weight before normalization, where a rule knows it before the cohort is complete. Then vectors are
     summed as they arrive and memory does not grow with the cohort. :meth:`step` finds the same numbers in

@@ -64,8 +64,9 @@ class FedAdpCallback(AggregationRule):
         smooth_by: ``"participations"``: a client's angles are averaged over the rounds in which its update was
             received, as published.
             ``"rounds"``: over all rounds, whether the client took part or not, as in FedHAW's authors' code.
-        smooth_substitutes: Whether the angle of a substitute for an update that was not received is averaged too, as
-            in that code: a zero update has a right angle.
+        smooth_substitutes: Whether a substitute for an update that was not received counts as what its client sent,
+            in its smoothed angle as in the average, as in that code: a zero update has a right angle. Otherwise only
+            received updates count.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
@@ -91,6 +92,7 @@ class FedAdpCallback(AggregationRule):
         self.gompertz = arguments.number("gompertz", gompertz, minimum=0)
         self.smooth_by = arguments.choice("smooth_by", smooth_by, Smoothing)
         self.smooth_substitutes = arguments.flag("smooth_substitutes", smooth_substitutes)
+        self.takes_substitutes = self.smooth_substitutes
 
     def init(self, start: Tensor, num_examples: Tensor) -> State:
         """Return angles and counts of zero."""

@@ -125,6 +125,8 @@ class PublishedFedHAWCallback(HypergradientRule):
             ``torch.optim.Adam``: a client's displacement is then not in the units of a gradient, and a step that does
             not depend on units keeps the step sizes meaningful.
         memory: Where the previous cohort's models are kept: on the model's ``"device"``, or in ``"host"`` memory.
+        takes_substitutes: Whether a channel's substitute for a lost update counts as what its client sent, in the
+            hypergradients as in the average, as in the authors' code. Otherwise only received updates count.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
@@ -160,9 +162,11 @@ class PublishedFedHAWCallback(HypergradientRule):
         scale_bounds: tuple[float, float] | None = None,
         hyper_optimizer: OptimizerFactory | None = None,
         memory: Memory = "device",
+        takes_substitutes: bool = True,
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
+        self.takes_substitutes = arguments.flag("takes_substitutes", takes_substitutes)
         self.lr_gamma = arguments.number("lr_gamma", lr_gamma, minimum=0)
         self.lr_lambda = arguments.number("lr_lambda", lr_lambda, minimum=0)
         self.jacobian: Jacobian = arguments.choice("jacobian", jacobian, Jacobian)

@@ -162,6 +162,8 @@ class FedLAWCallback(AggregationRule):
                 f'`server_epochs` must be at least {2 * (SWA_START + 1)} with `learn="in_stages"`, whose weights are'
                 f" averaged from the {SWA_START + 1}th epoch of their half on, got {self.server_epochs}."
             )
+        # If nothing is learned, it is FedAvg, and has FedAvg's cohort.
+        self.takes_substitutes = not self._learns
 
     @property
     def _learns(self) -> bool:

@@ -82,6 +82,8 @@ class FedLWSCallback(AggregationRule):
 
     key = "FedLWSCallback"
 
+    takes_substitutes = False
+
     summary_metrics = ("shrink/min", "shrink/mean")
 
     def __init__(self, beta: float = 0.03, *, tau_min: float = 0.01, tau_max: float = 0.2, **federation: Any) -> None:

@@ -103,6 +103,8 @@ class FedOptCallback(AggregationRule):
         self.needs_learning_rates = self.rule.needs_learning_rates
         self.needs_initial_loss = self.rule.needs_initial_loss
         self.keeps_cohort = self.rule.keeps_cohort
+        self.takes_substitutes = self.rule.takes_substitutes
+        self.min_updates = self.rule.min_updates
         self.objectives = self.rule.objectives
         self.prog_bar = self.rule.prog_bar
         self.summary_metrics = ("server_lr", *self.rule.summary_metrics)

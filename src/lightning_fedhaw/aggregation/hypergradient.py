@@ -92,6 +92,8 @@ class HypergradientRule(AggregationRule):
 
     keeps_cohort = True
 
+    takes_substitutes = False
+
     @property
     def scale(self) -> float:
         """The current scale, ``exp(gamma)``; 1 before the first round."""

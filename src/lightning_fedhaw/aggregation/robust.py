@@ -101,6 +101,8 @@ def geometric_median_weights(
 class _RobustRule(AggregationRule):
     """A rule with a number of clients that may be wrong."""
 
+    takes_substitutes = False
+
     def __init__(self, num_byzantine: int, **federation: Any) -> None:
         super().__init__(**federation)
         self.num_byzantine = arguments.integer("num_byzantine", num_byzantine, minimum=0)
@@ -137,10 +139,11 @@ class TrimmedMeanCallback(_RobustRule):
 
     def __init__(self, num_byzantine: int = 1, **federation: Any) -> None:
         super().__init__(num_byzantine, **federation)
+        self.min_updates = 2 * self.num_byzantine + 1
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Compute the trimmed mean."""
-        self._check_clients(cohort, 2 * self.num_byzantine + 1)
+        self._check_clients(cohort, self.min_updates)
         return _trimmed(cohort, state, self.num_byzantine)
 
 
@@ -155,6 +158,8 @@ class CoordinateMedianCallback(AggregationRule):
     """
 
     key = "MedianCallback"
+
+    takes_substitutes = False
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Compute the median."""
@@ -181,6 +186,7 @@ class MultiKrumCallback(_RobustRule):
     def __init__(self, num_byzantine: int = 1, keep: int | None = None, **federation: Any) -> None:
         super().__init__(num_byzantine, **federation)
         self.keep = arguments.optional(arguments.integer, "keep", keep, minimum=1)
+        self.min_updates = max(2 * self.num_byzantine + 3, self.num_byzantine + (self.keep or 0))
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Choose clients, and average their models."""
@@ -235,6 +241,8 @@ class GeometricMedianCallback(AggregationRule):
     """
 
     key = "GeometricMedianCallback"
+
+    takes_substitutes = False
 
     summary_metrics = ("iterations", "weight/max")
 

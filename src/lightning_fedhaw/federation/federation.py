@@ -373,8 +373,8 @@ class Federation:
         return self.screening.nonfinite_reason(round_idx, update, " (they were finite when it sent them)")
 
     def _substitute(self, plan: RoundPlan, client: int) -> ClientUpdate | None:
-        """Make the substitute for a client's lost update, if its channel provides one."""
-        if client not in plan.lost:
+        """Make the substitute for a client's lost update, if its channel provides one and the rule takes it."""
+        if client not in plan.lost or not self.rule.takes_substitutes:
             return None
         substitute = plan.lost[client].substitute(client, plan.start)
         if substitute is None:
@@ -407,10 +407,10 @@ class Federation:
 
     def _aggregate(self, plan: RoundPlan, received: Received, store: VectorStore) -> Aggregation:
         """Let the rule compute a new global model from the cohort, and install it."""
-        if not received.records or (not received.from_clients and self.options.empty_round == "skip"):
+        shortage = self._shortage(plan, received)
+        if shortage is not None:
             rank_zero_warn(
-                f"No client update was received in round {plan.round}: the global model and the rule's state stay as"
-                " they were."
+                f"{shortage} in round {plan.round}: the global model and the rule's state stay as they were."
             )
             self.tally.skipped_rounds += 1
             # The module may hold a client's model.
@@ -427,6 +427,17 @@ class Federation:
         self.buffers.complete(plan.round, received.updates)
         weights = dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
         return Aggregation(step.metrics, weights)
+
+    def _shortage(self, plan: RoundPlan, received: Received) -> str | None:
+        """Say why a round has to be skipped; ``None`` if enough was received."""
+        if not received.records or (not received.from_clients and self.options.empty_round == "skip"):
+            return "No client update was received"
+        needed = self.rule.min_updates
+        # If too few clients were sampled, it is no accident of this round, and the rule refuses the cohort.
+        if len(received.records) < needed <= len(plan.clients):
+            rule = type(self.rule.base_rule).__name__
+            return f"{len(received.records)} updates were received of the {needed} that `{rule}` needs"
+        return None
 
     def _receive(self, plan: RoundPlan, received: Received, store: VectorStore) -> Cohort:
         """Make the cohort that the rule reads from the updates that the server has received."""
