@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -79,7 +80,7 @@ RULES = {
     "FedHAW published bounded": lambda: by_steps(scale_bounds=(0.99, 1.01)),
     "FedHAW published on host": lambda: by_steps(memory="host"),
     "FedHAW bounded": lambda: FedHAWCallback(scale_bounds=(0.99, 1.01), step_bounds=(1.0, 2.0)),
-    "FedHAW Adam": lambda: FedHAWCallback(hyper_optimizer=torch.optim.Adam),
+    "FedHAW Adam": lambda: FedHAWCallback(lr_lambda=0.3, hyper_optimizer=torch.optim.Adam),
     "FedHAW on host": lambda: FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1, memory="host"),
     "FedOpt": FedOptCallback,
     "FedOpt AdamW": lambda: FedOptCallback(partial(torch.optim.AdamW, weight_decay=0.01), lr=0.05),
@@ -134,7 +135,10 @@ FIRST_ROUND_IS_FEDAVG = {
 NEEDS_CLIENTS = {"trimmed mean": 3, "Krum": 3, "Multi-Krum": 3}
 NEUTRAL = {
     "FedAvg": (FedAvgCallback, FedAvgCallback),
-    "FedHAW without steps": (lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, lr_step=0.0), FedAvgCallback),
+    "FedHAW without steps": (
+        lambda: FedHAWCallback(lr_gamma=0.0, lr_step=0.0, momentum=0.0, damping=math.inf),
+        FedAvgCallback,
+    ),
     "FedHAW published without steps": (
         lambda: PublishedFedHAWCallback(lr_gamma=0.0, lr_lambda=0.0),
         FedAvgCallback,

@@ -113,7 +113,7 @@ def test_a_circle_would_be_found():
     assert circle({"a": {"a"}})
 
 
-SHARED_BY_RULES = {"__init__", "base", "factories", "fedopt", "hypergradient", "proxy", "servertraining"}
+SHARED_BY_RULES = {"__init__", "base", "factories", "fedopt", "guard", "hypergradient", "proxy", "servertraining"}
 
 
 def test_rules_do_not_import_each_other():

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, normalized
+from lightning_fedhaw.aggregation.base import normalized
 from lightning_fedhaw.aggregation.factories import OptimizerFactory, check_optimizer
+from lightning_fedhaw.aggregation.guard import GuardedRule
 from lightning_fedhaw.aggregation.hypergradient import learned_logits
 from lightning_fedhaw.aggregation.proxy import ADAM
 from lightning_fedhaw.cohort import Cohort
@@ -69,7 +70,7 @@ def share_gradient(updates: CohortVectors, shares: Tensor, distances: Tensor) ->
     return distances + spread - updates.inner(pull)
 
 
-class FedAWACallback(AggregationRule):
+class FedAWACallback(GuardedRule):
     """Learn each client's weight so that the weighted updates agree with their mean.
 
     Args:
@@ -77,6 +78,8 @@ class FedAWACallback(AggregationRule):
         server_epochs: Steps of the optimizer in a round; 0 is FedAvg.
         optimizer: Makes it from ``([logits], lr=...)``, new in every round. Default: ``Adam(betas=(0.5, 0.999))``, with
             which a single step moves every logit by ``lr``.
+        guard: Whether the plain average replaces a model that has collapsed, as in :class:`FedHAWCallback`. Default:
+            no, as published.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
@@ -89,16 +92,29 @@ class FedAWACallback(AggregationRule):
 
     key = "FedAWACallback"
 
+    takes_substitutes = False
+
     summary_metrics = ("weight/min", "weight/max")
 
     def __init__(
-        self, lr: float = 1e-3, *, server_epochs: int = 1, optimizer: OptimizerFactory = ADAM, **federation: Any
+        self,
+        lr: float = 1e-3,
+        *,
+        server_epochs: int = 1,
+        optimizer: OptimizerFactory = ADAM,
+        guard: bool = False,
+        **federation: Any,
     ) -> None:
         super().__init__(**federation)
         self.lr = arguments.number("lr", lr, above=0)
         self.server_epochs = arguments.integer("server_epochs", server_epochs, minimum=0)
         check_optimizer("optimizer", optimizer, self.lr)
         self.optimizer = optimizer
+        self.guard = arguments.flag("guard", guard)
+
+    def summary(self) -> dict[str, float]:
+        """Return the rounds in which the guard stepped in."""
+        return self.guard_summary()
 
     def init(self, start: Tensor, num_examples: Tensor) -> State:
         """Return logits with which the weights are those of FedAvg."""
@@ -113,7 +129,8 @@ class FedAWACallback(AggregationRule):
             "weight/max": weights.max().item(),
             "weight/effective_clients": (1 / weights.square().sum()).item(),
         }
-        return RuleOutput(cohort.vectors.weighted_sum(weights), {"logits": logits}, weights, metrics)
+        output = RuleOutput(cohort.vectors.weighted_sum(weights), {"logits": logits}, weights, metrics)
+        return self.guarded(output, cohort, state, server)
 
     def _learned(self, cohort: Cohort, logits: Tensor) -> Tensor:
         """Return the logits ``[N]`` after this round's steps; those of absent clients stay."""

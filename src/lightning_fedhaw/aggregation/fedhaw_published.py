@@ -127,6 +127,8 @@ class PublishedFedHAWCallback(HypergradientRule):
         memory: Where the previous cohort's models are kept: on the model's ``"device"``, or in ``"host"`` memory.
         takes_substitutes: Whether a channel's substitute for a lost update counts as what its client sent, in the
             hypergradients as in the average, as in the authors' code. Otherwise only received updates count.
+        guard: Whether the plain average replaces a model that has collapsed, as in :class:`FedHAWCallback`. Default:
+            no, as published.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
@@ -147,7 +149,7 @@ class PublishedFedHAWCallback(HypergradientRule):
 
     prog_bar = ("scale",)
 
-    arguments_elsewhere = dict.fromkeys(("lr_step", "step_bounds"), "FedHAWCallback")
+    arguments_elsewhere = dict.fromkeys(("lr_step", "step_bounds", "momentum", "damping"), "FedHAWCallback")
 
     def __init__(
         self,
@@ -163,10 +165,12 @@ class PublishedFedHAWCallback(HypergradientRule):
         hyper_optimizer: OptimizerFactory | None = None,
         memory: Memory = "device",
         takes_substitutes: bool = True,
+        guard: bool = False,
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
         self.takes_substitutes = arguments.flag("takes_substitutes", takes_substitutes)
+        self.guard = arguments.flag("guard", guard)
         self.lr_gamma = arguments.number("lr_gamma", lr_gamma, minimum=0)
         self.lr_lambda = arguments.number("lr_lambda", lr_lambda, minimum=0)
         self.jacobian: Jacobian = arguments.choice("jacobian", jacobian, Jacobian)
@@ -219,6 +223,7 @@ class PublishedFedHAWCallback(HypergradientRule):
         """Take one hypergradient step if there was a previous cohort, then aggregate."""
         vectors = cohort.vectors
         # Not a deep copy: entries are replaced, and the tensors in them never changed.
+        before = state
         state = dict(state)
         previous_scale = state["gamma"].exp().item()
         metrics: dict[str, float] = {"hypergradient_gamma": 0.0, "hypergradient_lambda": 0.0}
@@ -230,7 +235,8 @@ class PublishedFedHAWCallback(HypergradientRule):
         state["previous"] = vectors.to(self.memory_device(cohort.start))
         metrics |= scale_and_weight_metrics(state["gamma"], state["lambda_"], cohort.clients, weights)
         _warn_if_scale_becomes_unusual(previous_scale, scale.item(), cohort.round)
-        return RuleOutput(vectors.weighted_sum(scale * weights), state, weights, metrics)
+        output = RuleOutput(vectors.weighted_sum(scale * weights), state, weights, metrics)
+        return self.guarded(output, cohort, before, server)
 
     def _hyper_step(self, cohort: Cohort, state: State, server: ServerView) -> tuple[State, dict[str, float]]:
         """Step the log-scale and the previous cohort's logits; return the new state and numbers for the log."""

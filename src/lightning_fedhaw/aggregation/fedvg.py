@@ -67,6 +67,8 @@ class FedVGCallback(AggregationRule):
 
     key = "FedVGCallback"
 
+    takes_substitutes = False
+
     summary_metrics = ("weight/min", "weight/max")
 
     def __init__(self, order: float = 1.0, *, examples: float = 0.0, batch_size: int = 128, **federation: Any) -> None:
