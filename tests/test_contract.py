@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,17 +22,20 @@ from lightning_fedhaw import (
     FedAdpCallback,
     FedAvgCallback,
     FedAvgMCallback,
+    FedAWACallback,
     FedBECallback,
     FedDFCallback,
     FedDynCallback,
     FederatedCallback,
     FederatedDataModule,
+    FedExPCallback,
     FedHAWCallback,
     FedHyperCallback,
     FedLAWCallback,
     FedLWSCallback,
     FedNovaCallback,
     FedOptCallback,
+    FedVGCallback,
     FedYogiCallback,
     GeometricMedianCallback,
     IndexPartitioner,
@@ -83,7 +87,7 @@ RULES = {
     "FedHAW published bounded": lambda: by_steps(scale_bounds=(0.99, 1.01)),
     "FedHAW published on host": lambda: by_steps(memory="host"),
     "FedHAW bounded": lambda: FedHAWCallback(scale_bounds=(0.99, 1.01), step_bounds=(1.0, 2.0)),
-    "FedHAW Adam": lambda: FedHAWCallback(hyper_optimizer=torch.optim.Adam),
+    "FedHAW Adam": lambda: FedHAWCallback(lr_lambda=0.3, hyper_optimizer=torch.optim.Adam),
     "FedHAW on host": lambda: FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1, memory="host"),
     "FedOpt": FedOptCallback,
     "FedOpt AdamW": lambda: FedOptCallback(partial(torch.optim.AdamW, weight_decay=0.01), lr=0.05),
@@ -108,6 +112,12 @@ RULES = {
     "FedYogi": FedYogiCallback,
     "FedAdp": FedAdpCallback,
     "FedAdp of the code": lambda: FedAdpCallback(smooth_by="rounds", smooth_substitutes=True),
+    "FedExP": FedExPCallback,
+    "FedExP uniform": lambda: FedExPCallback(eps=0.0, weighting="uniform"),
+    "FedAWA": FedAWACallback,
+    "FedAWA in several steps": lambda: FedAWACallback(0.1, server_epochs=3, optimizer=torch.optim.SGD),
+    "FedVG": FedVGCallback,
+    "FedVG with examples": lambda: FedVGCallback(order=2.0, examples=0.5),
     "FedLWS": FedLWSCallback,
     "FedLWS unbounded": lambda: FedLWSCallback(beta=0.1, tau_min=0.0, tau_max=float("inf")),
     "FedNova": FedNovaCallback,
@@ -140,7 +150,10 @@ FIRST_ROUND_IS_FEDAVG = {
 NEEDS_CLIENTS = {"trimmed mean": 3, "Krum": 3, "Multi-Krum": 3}
 NEUTRAL = {
     "FedAvg": (FedAvgCallback, FedAvgCallback),
-    "FedHAW without steps": (lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, lr_step=0.0), FedAvgCallback),
+    "FedHAW without steps": (
+        lambda: FedHAWCallback(lr_gamma=0.0, lr_step=0.0, momentum=0.0, damping=math.inf),
+        FedAvgCallback,
+    ),
     "FedHAW published without steps": (
         lambda: PublishedFedHAWCallback(lr_gamma=0.0, lr_lambda=0.0),
         FedAvgCallback,
@@ -156,6 +169,8 @@ NEUTRAL = {
     "learned weighting, uniform": (lambda: LearnedWeightingCallback(0.0), lambda: FedAvgCallback("uniform")),
     "FedOpt that learns nothing new": (lambda: FedOptCallback(learn=("lr",)), FedAvgCallback),
     "FedAdp without angles": (lambda: FedAdpCallback(gompertz=0.0), FedAvgCallback),
+    "FedAWA without steps": (lambda: FedAWACallback(server_epochs=0), FedAvgCallback),
+    "FedVG by examples alone": (lambda: FedVGCallback(examples=1.0), FedAvgCallback),
     "FedLWS without shrinking": (lambda: FedLWSCallback(beta=0.0, tau_min=0.0), FedAvgCallback),
     "trimmed mean of all": (lambda: TrimmedMeanCallback(0), lambda: FedAvgCallback("uniform")),
     "Multi-Krum of all": (lambda: MultiKrumCallback(0, keep=3), lambda: FedAvgCallback("uniform")),
@@ -397,7 +412,9 @@ def test_rows_on_several_processes_give_what_one_gives(tmp_path):
 
 
 def data_for(rule):
-    return FederatedDataModule(samples(150), batch_size=8, proxy=30) if hasattr(rule, "server_epochs") else loader()
+    if hasattr(rule, "server_epochs") or isinstance(rule, FedVGCallback):
+        return FederatedDataModule(samples(150), batch_size=8, proxy=30)
+    return loader()
 
 
 @every_name

@@ -118,6 +118,7 @@ SHARED_BY_RULES = {
     "base",
     "factories",
     "fedopt",
+    "guard",
     "hypergradient",
     "learned",
     "proxy",

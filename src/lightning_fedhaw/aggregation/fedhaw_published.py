@@ -132,6 +132,8 @@ class PublishedFedHAWCallback(HypergradientRule):
         probe: A second cohort whose gradient replaces the pseudo-gradient, such as ``Probe()``. Then steps are those of
             the true hypergradients, for which ``pseudo_gradient``, ``normalize_by`` and ``learning_rate`` are not
             needed. Default: none, as published.
+        guard: Whether the plain average replaces a model that has collapsed, as in :class:`FedHAWCallback`. Default:
+            no, as published.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
@@ -152,7 +154,7 @@ class PublishedFedHAWCallback(HypergradientRule):
 
     prog_bar = ("scale",)
 
-    arguments_elsewhere = dict.fromkeys(("lr_step", "step_bounds"), "FedHAWCallback")
+    arguments_elsewhere = dict.fromkeys(("lr_step", "step_bounds", "momentum", "damping"), "FedHAWCallback")
 
     def __init__(
         self,
@@ -169,11 +171,13 @@ class PublishedFedHAWCallback(HypergradientRule):
         memory: Memory = "device",
         takes_substitutes: bool = True,
         probe: Probe | None = None,
+        guard: bool = False,
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
         self.takes_substitutes = arguments.flag("takes_substitutes", takes_substitutes)
         self.probe = arguments.optional(arguments.instance, "probe", probe, Probe, example='Probe("validation")')
+        self.guard = arguments.flag("guard", guard)
         self.lr_gamma = arguments.number("lr_gamma", lr_gamma, minimum=0)
         self.lr_lambda = arguments.number("lr_lambda", lr_lambda, minimum=0)
         self.jacobian: Jacobian = arguments.choice("jacobian", jacobian, Jacobian)
@@ -226,6 +230,7 @@ class PublishedFedHAWCallback(HypergradientRule):
         """Take one hypergradient step if there was a previous cohort, then aggregate."""
         vectors = cohort.vectors
         # Not a deep copy: entries are replaced, and the tensors in them never changed.
+        before = state
         state = dict(state)
         previous_scale = state["gamma"].exp().item()
         metrics: dict[str, float] = {"hypergradient_gamma": 0.0, "hypergradient_lambda": 0.0}
@@ -242,7 +247,8 @@ class PublishedFedHAWCallback(HypergradientRule):
         state["previous"] = vectors.to(self.memory_device(cohort.start))
         metrics |= scale_and_weight_metrics(state["gamma"], state["lambda_"], cohort.clients, weights)
         _warn_if_scale_becomes_unusual(previous_scale, scale.item(), cohort.round)
-        return RuleOutput(vectors.weighted_sum(scale * weights), state, weights, metrics)
+        output = RuleOutput(vectors.weighted_sum(scale * weights), state, weights, metrics)
+        return self.guarded(output, cohort, before, server)
 
     def learn_from(self, probe: ProbeResult, state: State, server: ServerView) -> tuple[State, Mapping[str, float]]:
         """Take one hypergradient step with the true gradient, if there was a previous cohort."""
