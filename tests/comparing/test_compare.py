@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from cli_task import Samples
 from comparison_task import Half, small
+from federations import Classifier
 from lightning_fedhaw import ErasureChannel, FedAvgCallback, FedHAWCallback
 from lightning_fedhaw.comparing import Cell, compare
 from lightning_fedhaw.comparing.cells import merged_options
 from lightning_fedhaw.comparing.federations import CELLS
+from lightning_fedhaw.comparing.plan import Recipe
 from lightning_fedhaw.plotting import read_run
 
 SHORT = {"rounds": 2, "seeds": [0]}
@@ -63,6 +66,20 @@ def test_finished_runs_are_not_repeated(tmp_path):
     assert [record["run"]["settings"] for record in more.records] == [{"local_epochs": 1}, {"local_epochs": 2}]
     assert more.records[0]["curve"] == first.records[0]["curve"]
     assert more.records[1]["curve"] != first.records[0]["curve"]
+
+
+def test_a_cell_of_functions_is_the_same_in_another_process():
+    """What identifies a run must not hold the address of an object."""
+
+    def identity():
+        def source():
+            return None
+
+        options = {"labels": source, "num_clients": 4}
+        return Recipe("x", Cell("x", partial(Classifier, partial(source)), partial(Samples, source), options)).identity
+
+    assert identity() == identity()
+    assert " at 0x" not in identity()
 
 
 def test_a_damaged_record_is_told_by_its_line(tmp_path):
@@ -116,8 +133,7 @@ def test_the_baselines(tmp_path):
 
 def test_a_run_that_fails_leaves_the_others(tmp_path):
     rules = ["FedAvg", "comparison_task.Broken", "comparison_task.Runaway"]
-    with pytest.warns(UserWarning, match="1 of 3 runs failed and are missing in the tables, the first with Zero"):
-        results = compare(rules, small(), output=tmp_path, rounds=3, seeds=[0])
+    results = compare(rules, small(), output=tmp_path, rounds=3, seeds=[0], progress=print)
     assert [failure.error for failure in results.failures] == ["ZeroDivisionError: no step"]
     assert "in step" in results.failures[0].details
     runaway = results.records[1]
@@ -204,6 +220,7 @@ def test_a_cell_creates_its_objects_anew():
 
 
 def test_a_metric_that_is_not_logged_is_a_failure_that_names_those_that_are(tmp_path):
-    results = compare("FedAvg", small(), metric="val_f1", output=tmp_path, progress=print, **SHORT)
+    with pytest.warns(UserWarning, match="1 of 1 runs failed and are missing in the tables, the first with ValueError"):
+        results = compare("FedAvg", small(), metric="val_f1", output=tmp_path, **SHORT)
     assert "`metric` must be one that `small` logs" in results.failures[0].error
     assert "val_acc" in results.failures[0].error

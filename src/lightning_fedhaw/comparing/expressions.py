@@ -11,7 +11,7 @@ import ast
 import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +19,8 @@ import lightning_fedhaw
 
 _ENDINGS = ("Callback", "Channel", "Partitioner", "Sampler")
 """What a name of this package may be written without."""
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 _LABELED = re.compile(r"\s*([^=(\[{'\"]+?)\s*=\s*(?!=)(.+)", re.DOTALL)
 
@@ -209,8 +211,15 @@ def name_of(value: Callable[..., Any]) -> str:
     function = getattr(value, "func", value)
     path = f"{function.__module__}.{function.__qualname__}"
     named = getattr(value, "keywords", {})
-    arguments = [repr(argument) for argument in getattr(value, "args", ())]
-    arguments += [f"{name}={argument!r}" for name, argument in named.items()]
+    arguments = [described(argument) for argument in getattr(value, "args", ())]
+    arguments += [f"{name}={described(argument)}" for name, argument in named.items()]
     if arguments:
         return f"{path}({', '.join(arguments)})"
     return path
+
+
+def described(value: Any) -> str:
+    """Describe a value in the same words in every process: without the addresses of objects."""
+    if isinstance(value, partial) or hasattr(value, "__qualname__"):
+        return name_of(value)
+    return _ADDRESS.sub("", repr(value))

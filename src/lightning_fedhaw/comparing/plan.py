@@ -136,9 +136,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
-    if callable(value) and hasattr(value, "__qualname__"):
-        return expressions.name_of(value)
-    return repr(value)
+    return expressions.described(value)
 
 
 # ---------------------------------------------------------------------- from recipes to objects
