@@ -68,11 +68,13 @@ from lightning_fedhaw import (
     FedAdpCallback,
     FedAvgCallback,
     FedAvgMCallback,
+    FedAWACallback,
     FedBECallback,
     FedDFCallback,
     FedDynCallback,
     FederatedDataModule,
     FederatedTrainer,
+    FedExPCallback,
     FedHAWCallback,
     FedHyperCallback,
     FedLAWCallback,
@@ -80,6 +82,7 @@ from lightning_fedhaw import (
     FedNovaCallback,
     FedOptCallback,
     FedProx,
+    FedVGCallback,
     FedYogiCallback,
     GeometricMedianCallback,
     GilbertElliott,
@@ -124,8 +127,8 @@ BATCH = 14
 SIDE = 8
 """Height and width of an image."""
 
-NOT_RECORDED = ("ModelCheckpoint", "scheme", "seconds")
-"""Keys of a checkpoint or a log that hold paths, descriptions and times, and no results."""
+NOT_RECORDED = ("ModelCheckpoint", "channels_and_objectives", "format", "run_id", "scheme", "seconds")
+"""Keys of a checkpoint or a log that hold paths, names, descriptions and times, and no results."""
 
 Record = dict[str, str]
 
@@ -410,8 +413,10 @@ add("rule/fedavg", FedAvgCallback)
 add("rule/fedavg, batches", partial(FedAvgCallback, "batches"))
 add("rule/fedavg, uniform", partial(FedAvgCallback, "uniform"))
 add("rule/fedhaw", FREE)
-add("rule/fedhaw, no weights", partial(FREE, lr_lambda=0.0))
-add("rule/fedhaw, no scale, host, Adam", partial(FREE, lr_gamma=0.0, memory="host", hyper_optimizer=Adam))
+add("rule/fedhaw, weights", partial(FREE, lr_lambda=0.3))
+add(
+    "rule/fedhaw, no scale, host, Adam", partial(FREE, lr_gamma=0.0, lr_lambda=0.3, memory="host", hyper_optimizer=Adam)
+)
 add("rule/fedhaw, bounds", partial(FREE, scale_bounds=(0.5, 2.0), step_bounds=(1.0, 2.0)))
 add("rule/published fedhaw", PUBLISHED)
 add("rule/published fedhaw, exact", partial(PUBLISHED, jacobian="exact", scale_bounds=(0.9, 1.1)))
@@ -430,6 +435,9 @@ add("rule/fedhyper G+CL", partial(FedHyperCallback, "G+CL", normalize_by="norms"
 add("rule/fedadp", FedAdpCallback)
 add("rule/fedadp, rounds", partial(FedAdpCallback, 2.0, smooth_by="rounds", smooth_substitutes=True), LOSSY)
 add("rule/fedlws", FedLWSCallback)
+add("rule/fedexp", FedExPCallback)
+add("rule/fedawa", partial(FedAWACallback, 0.1, server_epochs=2), LOSSY)
+add("rule/fedvg", partial(FedVGCallback, batch_size=8), data=with_proxy)
 add("rule/fednova", FedNovaCallback, model=partial(Classifier, momentum))
 add("rule/fednova, fedprox", partial(FedNovaCallback, tau_eff="steps"), partial(FedProx, 0.1), local_epochs=2)
 add("rule/scaffold II", ScaffoldCallback, LOSSY)

@@ -1,29 +1,21 @@
 """Compare the scale-free FedHAW, which needs no tuning, with FedAvg and the tuned published rule.
 
-    python benchmarks/scale_free.py --data SPLIT.npz [--seeds 0 1 2 3 4]
+    python benchmarks/scale_free.py --data SPLIT.npz [--seeds 0 1 2 3 4] [--jobs 2]
 
 ``SPLIT.npz`` is the file of ``parity/mnist.py``. The cells of the study are federations in four families: MNIST with
 the authors' split, the digits of scikit-learn, Synthetic(1, 1), and a small CNN. They vary one thing at a time: a small
 and a well-tuned local learning rate, local epochs, batch size, optimizer, partial participation, mislabeled clients.
 
 Every run has 40 rounds, and its score is the mean test accuracy of the last ten. The published rule uses the best of
-five step sizes on seed 0, for each cell separately. The scale-free rule has one setting for all cells. Every run is
-stored as a JSON file in ``--out`` and is not repeated, so an interrupted study can be resumed. ``--report-only``
-creates the table and the picture from the stored runs.
+five step sizes on seed 0, for each cell separately. The scale-free rule has one setting for all cells. Runs are made by
+``lightning_fedhaw.comparing``: finished ones are kept in ``--out`` and not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import itertools
-import json
-import logging
-import os
-import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -37,17 +29,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fedhaw import (
-    DirichletPartitioner,
-    FedAvgCallback,
-    FederatedTrainer,
-    FedHAWCallback,
-    IndexPartitioner,
-    PublishedFedHAWCallback,
-)
+from lightning_fedhaw import DirichletPartitioner, IndexPartitioner
+from lightning_fedhaw.comparing import Cell, Comparison, compare
 from lightning_fedhaw.data import Partitioner
-from lightning_fedhaw.extending import AggregationRule
-from lightning_fedhaw.report.history import RunHistory
 
 ROUNDS = 40
 LAST = 10
@@ -56,17 +40,8 @@ RATES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 Data = tuple[TensorDataset, TensorDataset, Partitioner]
 
-
-def published(rate: float) -> AggregationRule:
-    return PublishedFedHAWCallback(lr_gamma=rate, lr_lambda=10 * rate)
-
-
-RULES: dict[str, Callable[[], AggregationRule]] = {
-    "FedAvg": FedAvgCallback,
-    **{f"published {rate:g}": partial(published, rate) for rate in RATES},
-    "default": FedHAWCallback,
-    "lr_gamma=0": partial(FedHAWCallback, lr_gamma=0.0),
-}
+RULES = {"FedAvg": "FedAvg", "default": "FedHAW", "lr_gamma=0": "FedHAW(lr_gamma=0.0)"}
+PUBLISHED = {f"published {rate:g}": f"PublishedFedHAW(lr_gamma={rate:g}, lr_lambda={10 * rate:g})" for rate in RATES}
 TUNED = "published, tuned"
 SHOWN = ["FedAvg", TUNED, "default", "lr_gamma=0"]
 
@@ -167,7 +142,7 @@ def logistic() -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Federation:
     """A federation and its local training."""
 
     data: Callable[..., Data]
@@ -178,33 +153,38 @@ class Cell:
     optimizer: type[torch.optim.Optimizer] = torch.optim.SGD
     clients_per_round: int | None = None
 
+    def load(self, path: Path) -> Data:
+        """Return the data, from a file or without one."""
+        from_file = self.data in (mnist, pictures)
+        return self.data(path) if from_file else self.data()
+
 
 IMAGES, SMALL = partial(mlp, 784, 128), partial(mlp, 64, 64)
-CELLS = {
-    "MNIST, SGD 0.001": Cell(mnist, IMAGES, 0.001, batch_size=64),
-    "MNIST, SGD 0.05": Cell(mnist, IMAGES, 0.05, batch_size=64),
-    "MNIST, SGD 0.05, E=5": Cell(mnist, IMAGES, 0.05, epochs=5, batch_size=64),
-    "MNIST, SGD 0.02, batch 10": Cell(mnist, IMAGES, 0.02, batch_size=10),
-    "MNIST, Adam 0.001": Cell(mnist, IMAGES, 0.001, batch_size=64, optimizer=torch.optim.Adam),
-    "digits, SGD 0.01": Cell(digits, SMALL, 0.01),
-    "digits, SGD 0.2": Cell(digits, SMALL, 0.2),
-    "digits, SGD 0.2, E=5": Cell(digits, SMALL, 0.2, epochs=5),
-    "digits, 3 of 10 mislabeled": Cell(mislabeled, SMALL, 0.2, epochs=3),
-    "Synthetic, SGD 0.001": Cell(synthetic, logistic, 0.001, batch_size=10),
-    "Synthetic, SGD 0.02": Cell(synthetic, logistic, 0.02, batch_size=10),
-    "Synthetic, SGD 0.02, 6 of 30": Cell(synthetic, logistic, 0.02, batch_size=10, clients_per_round=6),
-    "CNN, SGD 0.005": Cell(pictures, cnn, 0.005),
-    "CNN, SGD 0.1": Cell(pictures, cnn, 0.1),
-    "CNN, Adam 0.002": Cell(pictures, cnn, 0.002, optimizer=torch.optim.Adam),
+FEDERATIONS = {
+    "MNIST, SGD 0.001": Federation(mnist, IMAGES, 0.001, batch_size=64),
+    "MNIST, SGD 0.05": Federation(mnist, IMAGES, 0.05, batch_size=64),
+    "MNIST, SGD 0.05, E=5": Federation(mnist, IMAGES, 0.05, epochs=5, batch_size=64),
+    "MNIST, SGD 0.02, batch 10": Federation(mnist, IMAGES, 0.02, batch_size=10),
+    "MNIST, Adam 0.001": Federation(mnist, IMAGES, 0.001, batch_size=64, optimizer=torch.optim.Adam),
+    "digits, SGD 0.01": Federation(digits, SMALL, 0.01),
+    "digits, SGD 0.2": Federation(digits, SMALL, 0.2),
+    "digits, SGD 0.2, E=5": Federation(digits, SMALL, 0.2, epochs=5),
+    "digits, 3 of 10 mislabeled": Federation(mislabeled, SMALL, 0.2, epochs=3),
+    "Synthetic, SGD 0.001": Federation(synthetic, logistic, 0.001, batch_size=10),
+    "Synthetic, SGD 0.02": Federation(synthetic, logistic, 0.02, batch_size=10),
+    "Synthetic, SGD 0.02, 6 of 30": Federation(synthetic, logistic, 0.02, batch_size=10, clients_per_round=6),
+    "CNN, SGD 0.005": Federation(pictures, cnn, 0.005),
+    "CNN, SGD 0.1": Federation(pictures, cnn, 0.1),
+    "CNN, Adam 0.002": Federation(pictures, cnn, 0.002, optimizer=torch.optim.Adam),
 }
 
 
 class Model(pl.LightningModule):
-    """The model of a cell, with its optimizer."""
+    """The model of a federation, with its optimizer."""
 
-    def __init__(self, cell: Cell) -> None:
+    def __init__(self, federation: Federation) -> None:
         super().__init__()
-        self.net, self.cell = cell.model(), cell
+        self.net, self.federation = federation.model(), federation
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return cross_entropy(self.net(batch[0]), batch[1])
@@ -213,107 +193,67 @@ class Model(pl.LightningModule):
         self.log("val_acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.cell.optimizer(self.parameters(), lr=self.cell.lr)  # type: ignore[call-arg]
+        return self.federation.optimizer(self.parameters(), lr=self.federation.lr)  # type: ignore[call-arg]
 
 
-def run(cell: Cell, rule: str, seed: int, path: Path) -> dict[str, Any]:
-    """Run a federation; a run that diverges keeps its last accuracy."""
-    from_file = cell.data in (mnist, pictures)
-    train, test, partitioner = cell.data(path) if from_file else cell.data()
-    torch.manual_seed(seed)
-    history = RunHistory()
-    trainer = FederatedTrainer(
-        rounds=ROUNDS,
-        local_epochs=cell.epochs,
-        clients_per_round=cell.clients_per_round,
-        num_clients=partitioner.num_clients or 10,
-        partitioner=partitioner,
-        seed=seed,
-        callbacks=[RULES[rule](), history],
-        client_eval=False,
-        num_sanity_val_steps=0,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    begin = time.perf_counter()
-    diverged = False
-    loaders = DataLoader(train, batch_size=cell.batch_size, shuffle=True), DataLoader(test, batch_size=1000)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            trainer.fit(Model(cell), *loaders)
-    except FloatingPointError:
-        diverged = True
-    accuracy = [float(value) for value in history.curve("val_acc")]
-    accuracy += [accuracy[-1] if accuracy else 0.0] * (ROUNDS - len(accuracy))
-    return {"accuracy": accuracy, "diverged": diverged, "seconds": time.perf_counter() - begin}
+class Samples(pl.LightningDataModule):
+    """The data of a federation."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        super().__init__()
+        self.batch_size = FEDERATIONS[name].batch_size
+        self.samples, self.test, _ = FEDERATIONS[name].load(path)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.samples, batch_size=self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.test, batch_size=1000)
+
+
+def cell(name: str, path: Path) -> Cell:
+    """Return a federation as a cell of a comparison."""
+    federation = FEDERATIONS[name]
+    _, _, partitioner = federation.load(path)
+    options: dict[str, Any] = {"local_epochs": federation.epochs, "clients_per_round": federation.clients_per_round}
+    options |= {"num_clients": partitioner.num_clients or 10, "partitioner": partitioner}
+    return Cell(name, partial(Model, federation), partial(Samples, name, path), options, "val_acc")
 
 
 # ---------------------------------------------------------------------- the study
 
 
-class Study:
-    """The runs by cell, rule and seed, each in a file."""
-
-    def __init__(self, out: Path, data: Path, run_missing: bool) -> None:
-        self.out, self.data, self.run_missing = out, data, run_missing
-
-    def get(self, cell: str, rule: str, seed: int) -> dict[str, Any] | None:
-        """Return a stored run; run it if it is missing and ``run_missing`` is true."""
-        name = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{cell}-{rule}-{seed}")
-        path = self.out / f"{name}.json"
-        if not path.exists():
-            if not self.run_missing:
-                return None
-            result = run(CELLS[cell], rule, seed, self.data)
-            print(f"{cell}, {rule}, seed {seed}: {_score(result):.2f} in {result['seconds']:.0f} s", flush=True)
-            unfinished = path.with_suffix(f".{os.getpid()}")
-            unfinished.write_text(json.dumps(result))
-            os.replace(unfinished, path)
-        stored: dict[str, Any] = json.loads(path.read_text())
-        return stored
-
-    def tuned(self, cell: str) -> str | None:
-        """Return the published rule with the best step size on seed 0."""
-        found = {rule: self.get(cell, rule, 0) for rule in (f"published {rate:g}" for rate in RATES)}
-        scores = {rule: _score(result) for rule, result in found.items() if result is not None}
-        return max(scores, key=lambda rule: scores[rule]) if len(scores) == len(RATES) else None
-
-    def row(self, cell: str, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
-        """Return the finished runs of a cell, by column of the table."""
-        runs = {}
-        for shown in SHOWN:
-            rule = self.tuned(cell) if shown == TUNED else shown
-            if rule is not None:
-                runs[shown] = [r for seed in seeds if (r := self.get(cell, rule, seed)) is not None]
-        return runs
+def scores_of(comparison: Comparison) -> dict[str, np.ndarray]:
+    """Return the scores ``[seeds]`` in percent of a comparison on one cell, by method."""
+    scores: dict[str, list[float]] = {}
+    for record in comparison.records:
+        scores.setdefault(record["run"]["method"], []).append(100 * float(np.mean(record["curve"][-LAST:])))
+    return {method: np.array(values) for method, values in scores.items()}
 
 
-def _score(result: dict[str, Any]) -> float:
-    return float(100 * np.mean(result["accuracy"][-LAST:]))
+def study(name: str, args: argparse.Namespace) -> tuple[dict[str, np.ndarray], str]:
+    """Run a federation, and return its scores ``[seeds]`` by column of the table, and the best published rule."""
+    play = partial(compare, cells=cell(name, args.data), rounds=ROUNDS, output=args.out, jobs=args.jobs, progress=print)
+    rates = scores_of(play(PUBLISHED, seeds=args.seeds[:1]))
+    best = max(rates, key=lambda method: rates[method][0])
+    scores = scores_of(play({**RULES, best: PUBLISHED[best]}, seeds=args.seeds))
+    scores[TUNED] = scores.pop(best)
+    return scores, best.removeprefix("published ")
 
 
-def table(study: Study, seeds: list[int]) -> tuple[str, dict[str, dict[str, np.ndarray]]]:
-    """Return the Markdown table, and the accuracies ``[seeds]`` by cell and rule."""
+def table(results: dict[str, tuple[dict[str, np.ndarray], str]]) -> str:
+    """Return the Markdown table."""
     lines = ["| cell | " + " | ".join(SHOWN) + " | best published rate |", "|---|" + "---:|" * (len(SHOWN) + 1)]
-    scores: dict[str, dict[str, np.ndarray]] = {}
-    for cell in CELLS:
-        runs = study.row(cell, seeds)
-        scores[cell] = {name: np.array([_score(r) for r in results]) for name, results in runs.items() if results}
-        cells = []
-        for name in SHOWN:
-            values = scores[cell].get(name)
-            if values is None:
-                cells.append("")
-                continue
-            spread = values.std(ddof=1) if len(values) > 1 else 0.0
-            lost = sum(r["diverged"] for r in runs[name])
-            cells.append(f"{values.mean():.1f} ± {spread:.1f}" + (f" ({lost} diverged)" if lost else ""))
-        best = (study.tuned(cell) or "").removeprefix("published ")
-        lines.append(f"| {cell} | " + " | ".join(cells) + f" | {best} |")
-    return "\n".join(lines) + "\n", scores
+    for name, (scores, best) in results.items():
+        columns = [spread(scores[method]) for method in SHOWN]
+        lines.append(f"| {name} | " + " | ".join(columns) + f" | {best} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: Sequence[float] | np.ndarray) -> str:
+    """Format mean and sample standard deviation."""
+    deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return f"{np.mean(values):.1f} ± {deviation:.1f}"
 
 
 def draw(scores: dict[str, dict[str, np.ndarray]], path: Path) -> None:
@@ -357,23 +297,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the split of MNIST, an npz file")
     parser.add_argument("--out", type=Path, default=Path("outputs/scale_free"), help="folder of the finished runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--cells", nargs="+", choices=FEDERATIONS, default=list(FEDERATIONS), metavar="CELL")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that run at the same time")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/scale_free.md"))
     parser.add_argument("--picture", type=Path, default=Path("docs/images/scale_free.png"))
-    parser.add_argument("--report-only", action="store_true", help="run nothing, report the stored runs")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    args.out.mkdir(parents=True, exist_ok=True)
-    if not args.report_only:
-        study = Study(args.out, args.data, run_missing=True)
-        for seed in args.seeds:  # one seed at a time, so that there are early results for every cell
-            for cell in CELLS:
-                study.row(cell, [seed])
-    markdown, scores = table(Study(args.out, args.data, run_missing=False), args.seeds)
+    results = {name: study(name, args) for name in args.cells}
+    markdown = table(results)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(markdown)
-    draw(scores, args.picture)
+    draw({name: scores for name, (scores, _) in results.items()}, args.picture)
     print(markdown)
 
 

@@ -12,42 +12,23 @@ the last ten rounds for each method and maximal rate, and draws it, with the cur
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import lightning.pytorch as pl
-from compare_rules import RULES, federation_parser, load, mean_of_last, print_table, run, silence
+from compare_rules import RULES, federation_parser, run
 
-import lightning_fedhaw as fed
-from lightning_fedhaw.extending import AggregationRule
+from lightning_fedhaw.comparing import Comparison
 from lightning_fedhaw.plotting import RunHistory, draw_curves, draw_lines
 
-Method = Callable[[], tuple[AggregationRule, list[pl.Callback]]]
-
-
-Accuracies = Mapping[str, Sequence[float]]
-
-
-def method(rule: str, *objectives: Callable[[], fed.FedProx]) -> Method:
-    """Return a function that creates a rule of ``compare_rules.py`` and objectives for one run."""
-    return lambda: (RULES[rule](), [objective() for objective in objectives])
-
-
-METHODS: dict[str, Method] = {
-    "FedAvg": method("FedAvg"),
-    "FedHyper G": method("FedHyper G"),
-    "FedLWS": method("FedLWS"),
-    "FedLAW": method("FedLAW"),
-    "FedAdp": method("FedAdp"),
-    "FedHAW": method("FedHAW"),
-    "FedProx": method("FedAvg", lambda: fed.FedProx(1e-3)),
-    "FedProx + HAW": method("FedHAW", lambda: fed.FedProx(1e-3)),
-}
+METHODS = {name: RULES[name] for name in ("FedAvg", "FedHyper G", "FedLWS", "FedLAW", "FedAdp", "FedHAW")}
+METHODS |= {"FedProx": "FedAvg + FedProx(mu=0.001)", "FedProx + HAW": "FedHAW + FedProx(mu=0.001)"}
 
 
 def draw(
-    errors: Sequence[float], accuracies: Accuracies, worst_runs: Mapping[str, RunHistory], folder: Path
+    errors: Sequence[float],
+    accuracies: Mapping[str, Sequence[float]],
+    worst_runs: Mapping[str, RunHistory],
+    folder: Path,
 ) -> list[Path]:
     """Draw accuracy over error rates, and over rounds at the highest rate.
 
@@ -68,7 +49,19 @@ def draw(
     return [over_errors, over_rounds]
 
 
-def main(argv: list[str] | None = None) -> dict[str, dict[float, RunHistory]]:
+def print_table(table: Sequence[Sequence[str]]) -> None:
+    """Print rows under a head, in aligned columns."""
+    widths = []
+    for column in zip(*table, strict=True):
+        widths.append(max(len(cell) for cell in column))
+    for row in table:
+        cells = [f"{row[0]:<{widths[0]}}"]
+        for cell, width in zip(row[1:], widths[1:], strict=True):
+            cells.append(f"{cell:>{width}}")
+        print(*cells)
+
+
+def main(argv: list[str] | None = None) -> Comparison:
     parser = federation_parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--errors", nargs="+", type=float, default=[0.0, 0.2, 0.5, 0.8], help="largest error rates")
@@ -78,34 +71,27 @@ def main(argv: list[str] | None = None) -> dict[str, dict[float, RunHistory]]:
     )
     parser.add_argument("--legacy-seed", type=int, help="draw as the authors' code does from this seed")
     args = parser.parse_args(argv)
-    silence()
-    warnings.filterwarnings("ignore", message="No client update was received in round")
 
-    split = load(args.data, args.folder)
     errors = sorted(args.errors)
-    runs: dict[str, dict[float, RunHistory]] = {}
-    accuracies: dict[str, list[float]] = {}
-    table = [["method"]]
+    channels = []
     for error in errors:
-        table[0].append(f"errors up to {error:g}")
-    for name in args.methods:
-        runs[name] = {}
-        accuracies[name] = []
-        for error in errors:
-            print(f"\n{name}, errors up to {error:g}")
-            rule, objectives = METHODS[name]()
-            channel = fed.ErasureChannel(max_probability=error, legacy_seed=args.legacy_seed, fallback=args.fallback)
-            history, _ = run(rule, split, args, channel, *objectives)
-            runs[name][error] = history
-            accuracies[name].append(mean_of_last(history.curve("val_acc")))
-        table.append([name])
-        for accuracy in accuracies[name]:
-            table[-1].append(f"{accuracy:.1%}")
+        arguments = f"max_probability={error:g}, legacy_seed={args.legacy_seed}, fallback={args.fallback!r}"
+        channels.append(f"ErasureChannel({arguments})")
+    results = run({name: METHODS[name] for name in args.methods}, args, channel=channels)
+
+    accuracies: dict[str, list[float]] = {name: [] for name in args.methods}
+    for group in results.groups:  # one for each error rate
+        for name in args.methods:
+            accuracies[name].append(group.numbers(name)["last_ten"][0])
+    table = [["method", *(f"errors up to {error:g}" for error in errors)]]
+    for name, values in accuracies.items():
+        table.append([name, *(f"{value:.1%}" for value in values)])
+    print()
     print_table(table)
-    worst_runs = {name: histories[errors[-1]] for name, histories in runs.items()}
+    worst_runs = {name: runs[0] for name, runs in results.histories(results.groups[-1]).items()}
     for picture in draw(errors, accuracies, worst_runs, args.output):
         print(f"picture: {picture}")
-    return runs
+    return results
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> dict[str, RunHistory]:
 
     histories: dict[str, RunHistory] = {}
     rows = []
-    for name, rule in {"FedAvg": FedAvgCallback(), "FedHAW": FedHAWCallback()}.items():
+    for name, rule in {"FedAvg": FedAvgCallback(), "FedHAW": FedHAWCallback(lr_lambda=0.3)}.items():
         print(f"\n{name}")
         histories[name] = run(rule, args)
         accuracy = histories[name].curve("val_acc")

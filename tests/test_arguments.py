@@ -88,8 +88,8 @@ SAMPLES: dict[str, float] = {
     "truncation": 0.5,
 }
 
-NEGATIVE = {"snr_db", "rounds"}
-"""Numbers that may be negative: decibels, and -1 rounds, which is no limit."""
+NEGATIVE = {"snr_db", "rounds", "exponent"}
+"""Numbers that may be negative: decibels, -1 rounds, which is no limit, and the exponent of a weight."""
 
 INFINITE = {"snr_db", "deadline", "k_factor", "clip", "tau_max"}
 """Numbers that may be infinite: no noise, no deadline, no fading, no clipping, no bound."""
@@ -134,6 +134,10 @@ WRONG: dict[str, Any] = {
     "transform": 3,
     "weights": [-1.0],
     "targets": 3,
+    "bounds": 3,
+    "learn": 3,
+    "links": 3,
+    "probe": 3,
 }
 
 # Arguments that take anything, each with the reason.
@@ -149,6 +153,7 @@ ANYTHING = {
 RECORDS = {"Arrivals", "Batch", "ClientData", "ClientUpdate", "ClientVectors", "Cohort", "Substitute", "LoaderSettings"}
 RECORDS |= {
     "ParameterLayout",
+    "ProbeResult",
     "MessageSize",
     "Partition",
     "RuleOutput",

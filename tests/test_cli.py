@@ -229,6 +229,23 @@ def test_policies_for_buffers_are_one_or_by_name(parser, tmp_path):
     assert parsed("--config=buffers.yaml") == {"net.*": "local"}
 
 
+@pytest.mark.parametrize("link", ["[*{0}, *{0}, *{0}, *{0}]", "{{<<: [*{0}, *{0}, *{0}, *{0}]}}", "[*{0}, *{1}]"])
+def test_anchors_that_repeat_each_other_without_end_are_refused(parser, link, capsys):
+    lines = ["a0: &a0 {x: 1}"]
+    for number in range(1, 20):
+        lines.append(f"a{number}: &a{number} " + link.format(f"a{number - 1}", f"a{number}"))
+    Path("bomb.yaml").write_text("\n".join(lines))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--config=bomb.yaml"])
+    assert "its anchors repeat each other to more than 1,000,000 values" in capsys.readouterr().err
+
+
+def test_ordinary_anchors_are_read(parser):
+    Path("anchors.yaml").write_text("federation:\n  local_parameters: &names [a.*, b]\n  buffers: keep\n")
+    config = parser.parse_args([*TASK, "--rule=FedAvgCallback", "--config=anchors.yaml"])
+    assert config.federation.local_parameters == ["a.*", "b"]
+
+
 @pytest.mark.parametrize(("given", "kept"), [("net.3.*", "net.3.*"), ("*.bias", "*.bias"), ("[a.*,b]", ["a.*", "b"])])
 def test_local_parameters_are_one_pattern_or_a_list(parser, given, kept):
     config = parser.parse_args([*TASK, f"--federation.local_parameters={given}"])
@@ -452,14 +469,35 @@ def test_from_the_first_round_on_an_error_keeps_its_traceback():
         run("fit", *SHORT, *QUIETLY, "--rule=test_cli.Surprises")
 
 
-def test_the_command_lists_plot(capsys, tmp_path):
+def test_the_command_lists_plot_and_compare(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main([])
-    assert "{fit,validate,test,predict,plot}" in capsys.readouterr().err
+    assert "{fit,validate,test,predict,plot" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert re.search(r"plot +Draw pictures", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(r"plot +Draw pictures", printed)
+    assert re.search(r"compare +Compare rules", printed)
     (tmp_path / "empty.yaml").write_text("{}")
     with pytest.raises(SystemExit):
         main([f"--config={tmp_path}/empty.yaml", "plot"])
     assert "`plot` comes first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["FedAvgMCallback", "FedOptCallback"])
+def test_what_a_rule_learns_and_whom_it_asks(parser, kind):
+    given = [
+        f"--rule={kind}",
+        '--rule.learn=["lr"]',
+        "--rule.probe=lightning_fedhaw.Probe",
+        "--rule.probe.source=validation",
+        "--rule.hyper_optimizer=torch.optim.Adam",
+        '--rule.bounds={"lr": [0.1, 2.0]}',
+        '--rule.links={"lr": "exp"}',
+    ]
+    written = parser.dump(parser.parse_args([*TASK, *given]), skip_none=False)
+    rule = parser.instantiate_classes(parser.parse_string(written))["rule"]
+    assert rule.learn == ("lr",)
+    assert rule.probe.source == "validation"
+    assert "hyper_optimizer=Adam, lr by exp" in rule.resume_key
+    assert rule.learned.bounds == {"lr": (0.1, 2.0)}

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,22 +22,27 @@ from lightning_fedhaw import (
     FedAdpCallback,
     FedAvgCallback,
     FedAvgMCallback,
+    FedAWACallback,
     FedBECallback,
     FedDFCallback,
     FedDynCallback,
     FederatedCallback,
     FederatedDataModule,
+    FedExPCallback,
     FedHAWCallback,
     FedHyperCallback,
     FedLAWCallback,
     FedLWSCallback,
     FedNovaCallback,
     FedOptCallback,
+    FedVGCallback,
     FedYogiCallback,
     GeometricMedianCallback,
     IndexPartitioner,
     KrumCallback,
+    LearnedWeightingCallback,
     MultiKrumCallback,
+    Probe,
     PublishedFedHAWCallback,
     QFedAvgCallback,
     ScaffoldCallback,
@@ -47,6 +53,7 @@ from lightning_fedhaw.extending import Channel, ClientUpdate, ClientVectors, Coh
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
 from lightning_fedhaw.vectors.distributed import SpreadVectors
+from resuming import COMBINATIONS, check_resume, rotated
 
 P = 7
 
@@ -54,6 +61,9 @@ P = 7
 def logits(module, batch):
     return module.net(batch[0])
 
+
+THE_COHORT = Probe("cohort")
+"""A probe of the round's own clients: what is lost or drawn for a round is so for its probe."""
 
 FEW = {"server_epochs": 4, "lr": 0.05}
 by_steps = partial(PublishedFedHAWCallback, lr_gamma=0.01, lr_lambda=0.1, normalize_by="lr*steps")
@@ -70,19 +80,28 @@ RULES = {
     "FedHAW all learned": lambda: FedHAWCallback(lr_gamma=2.0, lr_lambda=1.0),
     "FedHAW published by steps": by_steps,
     "FedHAW published exact": lambda: PublishedFedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-3, jacobian="exact"),
+    "FedHAW published with a probe": lambda: by_steps(probe=Probe("cohort", form="sequential")),
     "FedHAW published": lambda: PublishedFedHAWCallback(lr_gamma=1e-4, lr_lambda=1e-3),
     "FedHAW published plain": lambda: by_steps(pseudo_gradient="plain"),
     "FedHAW published Adam": lambda: by_steps(hyper_optimizer=torch.optim.Adam),
     "FedHAW published bounded": lambda: by_steps(scale_bounds=(0.99, 1.01)),
     "FedHAW published on host": lambda: by_steps(memory="host"),
     "FedHAW bounded": lambda: FedHAWCallback(scale_bounds=(0.99, 1.01), step_bounds=(1.0, 2.0)),
-    "FedHAW Adam": lambda: FedHAWCallback(hyper_optimizer=torch.optim.Adam),
+    "FedHAW Adam": lambda: FedHAWCallback(lr_lambda=0.3, hyper_optimizer=torch.optim.Adam),
     "FedHAW on host": lambda: FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1, memory="host"),
     "FedOpt": FedOptCallback,
     "FedOpt AdamW": lambda: FedOptCallback(partial(torch.optim.AdamW, weight_decay=0.01), lr=0.05),
     "FedOpt scheduled": lambda: FedOptCallback(
         partial(torch.optim.SGD, momentum=0.9, nesterov=True),
         lr_scheduler=partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[1, 2]),
+    ),
+    "FedOpt that learns": lambda: FedOptCallback(torch.optim.AdamW, lr=0.05, learn=("lr", "beta1"), probe=THE_COHORT),
+    "FedAvgM that learns": lambda: FedAvgMCallback(
+        learn=("lr", "momentum"), hyper_optimizer=torch.optim.Adam, probe=THE_COHORT
+    ),
+    "learned weighting": lambda: LearnedWeightingCallback(probe=THE_COHORT),
+    "learned weighting by sigmoid": lambda: LearnedWeightingCallback(
+        0.5, link="sigmoid", bounds=(0.1, 0.9), probe=THE_COHORT
     ),
     "FedOpt on FedAdp": lambda: FedOptCallback(torch.optim.Adagrad, lr=0.1, rule=FedAdpCallback()),
     "FedOpt on FedHAW": lambda: FedOptCallback(rule=FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1), lr=0.9),
@@ -93,6 +112,12 @@ RULES = {
     "FedYogi": FedYogiCallback,
     "FedAdp": FedAdpCallback,
     "FedAdp of the code": lambda: FedAdpCallback(smooth_by="rounds", smooth_substitutes=True),
+    "FedExP": FedExPCallback,
+    "FedExP uniform": lambda: FedExPCallback(eps=0.0, weighting="uniform"),
+    "FedAWA": FedAWACallback,
+    "FedAWA in several steps": lambda: FedAWACallback(0.1, server_epochs=3, optimizer=torch.optim.SGD),
+    "FedVG": FedVGCallback,
+    "FedVG with examples": lambda: FedVGCallback(order=2.0, examples=0.5),
     "FedLWS": FedLWSCallback,
     "FedLWS unbounded": lambda: FedLWSCallback(beta=0.1, tau_min=0.0, tau_max=float("inf")),
     "FedNova": FedNovaCallback,
@@ -119,13 +144,16 @@ RULES = {
 }
 UNIFORM = {"FedAvg uniform", "FedHyper uniform", "SCAFFOLD"}
 FIRST_ROUND_IS_FEDAVG = {
-    *("FedAvg", "FedAvg by batches", *UNIFORM, "FedOpt", "FedAvgM"),
+    *("FedAvg", "FedAvg by batches", *UNIFORM, "FedOpt", "FedAvgM", "FedAvgM that learns", "learned weighting"),
     *(name for name in RULES if name.startswith(("FedHAW", "FedHyper"))),
 }
 NEEDS_CLIENTS = {"trimmed mean": 3, "Krum": 3, "Multi-Krum": 3}
 NEUTRAL = {
     "FedAvg": (FedAvgCallback, FedAvgCallback),
-    "FedHAW without steps": (lambda: FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, lr_step=0.0), FedAvgCallback),
+    "FedHAW without steps": (
+        lambda: FedHAWCallback(lr_gamma=0.0, lr_step=0.0, momentum=0.0, damping=math.inf),
+        FedAvgCallback,
+    ),
     "FedHAW published without steps": (
         lambda: PublishedFedHAWCallback(lr_gamma=0.0, lr_lambda=0.0),
         FedAvgCallback,
@@ -137,7 +165,12 @@ NEUTRAL = {
     "FedOpt": (FedOptCallback, FedAvgCallback),
     "FedOpt on a rule": (lambda: FedOptCallback(rule=FedAvgCallback("uniform")), lambda: FedAvgCallback("uniform")),
     "FedAvgM without momentum": (lambda: FedAvgMCallback(momentum=0.0), FedAvgCallback),
+    "learned weighting by examples": (LearnedWeightingCallback, FedAvgCallback),
+    "learned weighting, uniform": (lambda: LearnedWeightingCallback(0.0), lambda: FedAvgCallback("uniform")),
+    "FedOpt that learns nothing new": (lambda: FedOptCallback(learn=("lr",)), FedAvgCallback),
     "FedAdp without angles": (lambda: FedAdpCallback(gompertz=0.0), FedAvgCallback),
+    "FedAWA without steps": (lambda: FedAWACallback(server_epochs=0), FedAvgCallback),
+    "FedVG by examples alone": (lambda: FedVGCallback(examples=1.0), FedAvgCallback),
     "FedLWS without shrinking": (lambda: FedLWSCallback(beta=0.0, tau_min=0.0), FedAvgCallback),
     "trimmed mean of all": (lambda: TrimmedMeanCallback(0), lambda: FedAvgCallback("uniform")),
     "Multi-Krum of all": (lambda: MultiKrumCallback(0, keep=3), lambda: FedAvgCallback("uniform")),
@@ -379,7 +412,9 @@ def test_rows_on_several_processes_give_what_one_gives(tmp_path):
 
 
 def data_for(rule):
-    return FederatedDataModule(samples(150), batch_size=8, proxy=30) if hasattr(rule, "server_epochs") else loader()
+    if hasattr(rule, "server_epochs") or isinstance(rule, FedVGCallback):
+        return FederatedDataModule(samples(150), batch_size=8, proxy=30)
+    return loader()
 
 
 @every_name
@@ -445,6 +480,7 @@ class WithoutOne:
         return [client for client in range(num_clients) if client != 1]
 
 
+@pytest.mark.filterwarnings("ignore:Client 1 answered the probe")
 @every_name
 def test_a_nan_is_reported_and_never_averaged_in(name):
     ends, broken = [], {"num_clients": None, "alpha": None, "client_eval": False}
@@ -484,6 +520,7 @@ class Diary(FederatedCallback):
         self.pages.append((flat(pl_module), copy.deepcopy(self.rule.state)))
 
 
+@pytest.mark.filterwarnings("ignore:No finite answer of the probe was received in round 1")
 @every_name
 def test_a_round_in_which_all_clients_are_lost_loses_nothing(name):
     module, rule = Classifier(), RULES[name]()
@@ -511,3 +548,21 @@ def test_a_round_in_which_all_clients_return_nan_ends_the_run_and_loses_nothing(
     ((parameters, state),) = diary.pages
     assert torch.equal(flat(module), parameters)
     assert_same(rule.state, state)
+
+
+# ---------------------------------------------------------------------- runs that are stopped and resumed
+
+
+READERS = ("SCAFFOLD", "FedNova", "FedHyper G+CL", "FedHAW published by steps")
+"""Rules that read the clients' optimizers."""
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "precision"),
+    sorted({*rotated(RULES), *((name, *combination) for name in READERS for combination in COMBINATIONS)}),
+)
+def test_a_run_that_is_resumed_gives_the_bits_of_one_that_was_not(name, engine, precision):
+    data = loader(60)
+    if hasattr(RULES[name](), "server_epochs"):
+        data = FederatedDataModule(samples(70), batch_size=8, proxy=10)
+    check_resume(lambda: [RULES[name]()], data, engine=engine, precision=precision)

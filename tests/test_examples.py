@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -66,3 +68,17 @@ def test_personalization(tmp_path):
     for name in ("local only", "global", "fine-tuned", "FedPer"):
         assert name in table
     assert len(table.strip().splitlines()) == 3 + 4 + 1
+
+
+@pytest.mark.parametrize("name", ["learned_server_optimizer", "learned_weighting"])
+def test_what_is_learned(name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), "--rounds", "2", "--output", "pictures"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "learned" in done.stdout
+    assert (tmp_path / "pictures" / f"{name}.png").stat().st_size > 5_000

@@ -148,9 +148,24 @@ def test_fast_sums_agree_closely(rule):
     assert torch.allclose(flat(one[1]), flat(two[1]), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("storage", [{"storage": "host"}, {"storage_dtype": torch.bfloat16}], ids=["host", "bf16"])
-def test_wherever_vectors_are_kept(storage):
-    same(fit(1, **storage), fit(2, **storage))
+STORAGE = {
+    "host": {"storage": "host"},
+    "bf16": {"storage_dtype": torch.bfloat16},
+    "bf16 in rows": {"storage_dtype": torch.bfloat16, "storage": "device"},
+}
+
+
+@pytest.mark.parametrize("storage", STORAGE.values(), ids=STORAGE.keys())
+@pytest.mark.parametrize(
+    ("processes", "parts"),
+    [
+        (2, lambda: {"rule": haw()}),
+        (3, lambda: {"rule": FedAvgCallback(), "callbacks": [ScaffoldObjective()], "module": Classifier()}),
+    ],
+    ids=["rows", "a sum and a shared state"],
+)
+def test_wherever_vectors_are_kept(processes, parts, storage):
+    same(fit(1, rounds=2, **parts(), **storage), fit(processes, rounds=2, **parts(), **storage))
 
 
 def test_through_the_second_door_with_a_stock_strategy():

@@ -197,6 +197,34 @@ def test_a_run_that_was_cut_off_is_read_as_far_as_it_goes():
         read_run(folder)
 
 
+@pytest.mark.parametrize("table", ["metrics.csv", "per_client.csv"])
+def test_a_huge_cell_is_damage(table):
+    Path("run").mkdir()
+    Path("run/metrics.csv").write_text("step,loss\n0,1.5\n")
+    Path("run", table).write_text("step,samples\n0,1\n1," + "9" * 200_000 + "\n")
+    with pytest.raises(ValueError, match=r"The tables in 'run' are damaged \(.*Give a checkpoint"):
+        read_run("run")
+    with pytest.raises(SystemExit):
+        main(["run"])
+
+
+@pytest.mark.parametrize("step", ["1000000000", "-1", "inf"])
+def test_a_spoilt_round_number_does_not_fill_the_memory(step):
+    Path("metrics.csv").write_text(f"step,loss\n0,1.5\n{step},1.4\n2,1.3\n")
+    with pytest.raises(ValueError, match=r"The tables in '.' are damaged .* Give a checkpoint"):
+        read_run("metrics.csv")
+
+
+def test_a_damaged_checkpoint_is_not_drawn():
+    play(enable_checkpointing=True)
+    (path,) = Path("checkpoints").glob("*.ckpt")
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(b"History") + 1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"is damaged: its record .* Give another `.ckpt` file, or the folder"):
+        read_run(path)
+
+
 def test_a_spoilt_checkpoint_is_named():
     with ZipFile("other.ckpt", "w") as archive:
         archive.writestr("a", "b")

@@ -231,11 +231,13 @@ def _scaled(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).flatten(1).float() / 127.5 - 1
 
 
-def run(variant: str, seed: int, rounds: int, lr: float, errors: float, data: Data) -> list[Round]:
+def run(
+    variant: str, seed: int, rounds: int, lr: float, errors: float, data: Data, *observers: pl.Callback
+) -> list[Round]:
     """Train one variant with one seed; the initial model and the clients' batches depend on the seed alone."""
     torch.manual_seed(seed)
     recorder = Recorder(f"{variant}, seed {seed},")
-    callbacks: list[pl.Callback] = [VARIANTS[variant](), recorder]
+    callbacks: list[pl.Callback] = [VARIANTS[variant](), recorder, *observers]
     if variant in PROXIMAL:
         callbacks.append(FedProx(1e-3))
     if errors:

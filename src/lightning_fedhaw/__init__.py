@@ -9,18 +9,22 @@ from lightning_fedhaw.aggregation import (
     FedAdpCallback,
     FedAvgCallback,
     FedAvgMCallback,
+    FedAWACallback,
     FedBECallback,
     FedDFCallback,
     FedDynCallback,
+    FedExPCallback,
     FedHAWCallback,
     FedHyperCallback,
     FedLAWCallback,
     FedLWSCallback,
     FedNovaCallback,
     FedOptCallback,
+    FedVGCallback,
     FedYogiCallback,
     GeometricMedianCallback,
     KrumCallback,
+    LearnedWeightingCallback,
     MultiKrumCallback,
     PublishedFedHAWCallback,
     QFedAvgCallback,
@@ -63,6 +67,7 @@ from lightning_fedhaw.models.timm_classifier import TimmClassifier
 from lightning_fedhaw.objectives import MOON, FedNTD, FedProx
 from lightning_fedhaw.observer import FederatedCallback
 from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.probe import Probe
 from lightning_fedhaw.report.history import RunHistory
 from lightning_fedhaw.trainer import FederatedTrainer
 
@@ -78,6 +83,7 @@ __all__ = [
     "DirichletPartitioner",
     "ErasureChannel",
     "FadingChannel",
+    "FedAWACallback",
     "FedAdagradCallback",
     "FedAdamCallback",
     "FedAdpCallback",
@@ -86,6 +92,7 @@ __all__ = [
     "FedBECallback",
     "FedDFCallback",
     "FedDynCallback",
+    "FedExPCallback",
     "FedHAWCallback",
     "FedHyperCallback",
     "FedLAWCallback",
@@ -94,6 +101,7 @@ __all__ = [
     "FedNovaCallback",
     "FedOptCallback",
     "FedProx",
+    "FedVGCallback",
     "FedYogiCallback",
     "FederatedCallback",
     "FederatedDataModule",
@@ -110,11 +118,13 @@ __all__ = [
     "IndexPartitioner",
     "KrumCallback",
     "LabelSwapPartitioner",
+    "LearnedWeightingCallback",
     "LongTailPartitioner",
     "MultiKrumCallback",
     "NaturalIdPartitioner",
     "OverTheAirChannel",
     "PacketLossChannel",
+    "Probe",
     "PublishedFedHAWCallback",
     "QFedAvgCallback",
     "QuantitySkewPartitioner",

@@ -10,7 +10,7 @@ DESCRIPTION = "Any LightningModule as a federation, from flags and YAML files."
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run ``fedhaw fit|validate|test|predict`` (:class:`~lightning_fedhaw.cli.FederatedCLI`) or ``fedhaw plot``.
+    """Run ``fedhaw fit|validate|test|predict`` (:class:`~lightning_fedhaw.cli.FederatedCLI`), ``plot`` or ``compare``.
 
     Modules in the working directory can be named in class paths, as with ``python -m``.
 
@@ -27,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[:1] == ["plot"]:
         import_module("lightning_fedhaw.report.plot_command").main(arguments[1:])
         return 0
+    if arguments[:1] == ["compare"]:
+        status: int = import_module("lightning_fedhaw.comparing.command").main(arguments[1:])
+        return status
     try:
         from lightning_fedhaw.cli import FedhawCommand
     except ModuleNotFoundError as error:

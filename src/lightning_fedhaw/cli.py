@@ -18,9 +18,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.cli_messages import FEDERATION, GROUPS, TRAINER, sentence
+from lightning_fedhaw.cli_yaml import limit_yaml
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.trainer import FederatedTrainer
 
+limit_yaml()
 register_type(torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), lambda name: getattr(torch, name))
 
 
@@ -201,22 +203,31 @@ class FederatedCLI(LightningCLI):
         return trainer
 
 
+_FURTHER_COMMANDS = {
+    "plot": "Draw pictures of finished runs.",
+    "compare": "Compare rules on the same federations, over seeds and settings.",
+}
+"""Commands with parsers of their own, and their purposes."""
+
+
 class FedhawCommand(FederatedCLI):
-    """The command ``fedhaw``, which lists ``plot`` among its subcommands."""
+    """The command ``fedhaw``, which lists ``plot`` and ``compare`` among its subcommands."""
 
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
     ) -> None:
-        """Add ``plot`` to the list of the subcommands, for ``--help``; :mod:`lightning_fedhaw.__main__` runs it."""
+        """Add commands to the list of the subcommands, for ``--help``; :mod:`lightning_fedhaw.__main__` runs them."""
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         assert isinstance(self.parser, FederatedArgumentParser)
-        self.parser.commands.add_subcommand("plot", ArgumentParser(), help="Draw pictures of finished runs.")
+        for name, purpose in _FURTHER_COMMANDS.items():
+            self.parser.commands.add_subcommand(name, ArgumentParser(), help=purpose)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuse ``plot`` where it does not come first."""
+        """Refuse these commands where they do not come first."""
         super().parse_arguments(parser, args)
-        if self.config["subcommand"] == "plot":
-            parser.error("`plot` comes first, and its options follow: `fedhaw plot --help` lists them.")
+        name = self.config["subcommand"]
+        if name in _FURTHER_COMMANDS:
+            parser.error(f"`{name}` comes first, and its options follow: `fedhaw {name} --help` lists them.")
 
 
 def _entry(cli: LightningCLI, config: Any, key: str) -> Any:

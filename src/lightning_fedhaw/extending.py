@@ -19,7 +19,9 @@ from lightning_fedhaw.data.partitioners.partition import Partition
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.federation.clients import FederationClients
 from lightning_fedhaw.objectives.base import ClientObjective
+from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.objectives.view import StepView
+from lightning_fedhaw.probe import ProbeResult
 from lightning_fedhaw.rule import LocalLRScale, Rule, RuleOutput, ServerView
 from lightning_fedhaw.streams import stream
 from lightning_fedhaw.vectors.base import CohortVectors
@@ -41,10 +43,12 @@ __all__ = [
     "CohortVectors",
     "FederationClients",
     "LocalLRScale",
+    "LocalTraining",
     "MessageSize",
     "ParameterLayout",
     "Partition",
     "Partitioner",
+    "ProbeResult",
     "Rule",
     "RuleOutput",
     "ServerView",

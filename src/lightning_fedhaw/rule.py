@@ -22,7 +22,9 @@ from torch import Tensor
 from lightning_fedhaw import arguments
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.objectives.base import ClientObjective
+from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.options import repr_settings
+from lightning_fedhaw.probe import Probe, ProbeResult
 from lightning_fedhaw.vectors.client_vectors import ClientVectors
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
@@ -169,6 +171,9 @@ class Rule(ABC):
     objectives: tuple[ClientObjective, ...] = ()
     """Client objectives that belong to the rule; their state is checkpointed with the rule's."""
 
+    probe: Probe | None = None
+    """The second cohort whose loss and gradient :meth:`learn_from` receives; ``None`` for a rule that asks nobody."""
+
     prog_bar: Sequence[str] = ()
     """Names among the rule's metrics that the progress bar shows."""
 
@@ -207,6 +212,23 @@ class Rule(ABC):
             server: The parameter layout, and a loss that is differentiable in the global parameters.
         """
 
+    def learn_from(self, probe: ProbeResult, state: State, server: ServerView) -> tuple[State, Mapping[str, float]]:
+        """Learn from the gradient of the loss at the model that the last :meth:`step` has made.
+
+        Called once a round if :attr:`probe` is set: before the round's step with ``form="parallel"``, after it with
+        ``form="sequential"``. Either way, the gradient is that at the model of the last step before the call, so a rule
+        does not need to know the form: it keeps the derivatives of its step in the state and multiplies them here.
+
+        Args:
+            probe: The answers of the second cohort.
+            state: The state after the last round or step. Not changed: the new state is returned.
+            server: The parameter layout.
+
+        Returns:
+            The new state, and numbers for the log.
+        """
+        raise NotImplementedError(f"`{type(self).__name__}` sets `probe` and does not implement `learn_from`.")
+
     def weigh(self, update: ClientUpdate) -> float:
         """Return a client's weight before normalization, checked; 0 for a rule without ``unnormalized_weight``.
 
@@ -217,6 +239,20 @@ class Rule(ABC):
             return 0.0
         name = f"{type(self).__name__}.unnormalized_weight of client {update.client}"
         return arguments.number(name, self.unnormalized_weight(update), minimum=0)
+
+    def read_local_training(self, local_training: LocalTraining) -> None:  # noqa: B027 (most rules read nothing)
+        """Read what is needed of the clients' optimizers and of the module; by default nothing.
+
+        Called when a ``fit`` begins, once a checkpoint has been restored, and again before every round, because
+        schedules change the settings of optimizers. What is read in ``setup`` or ``on_fit_start`` would be that of
+        before the checkpoint.
+
+        Args:
+            local_training: How clients train.
+
+        Raises:
+            ValueError: If it cannot be worked with.
+        """
 
     def check(self, server: ServerView) -> None:  # noqa: B027 (most rules work with any server)
         """Refuse a server that the rule cannot work with. Called before the first round of a fit.

@@ -294,7 +294,8 @@ class Server:
             function: ``function(module, batch)`` returns the predictions. Default: the module's ``forward`` of the
                 batch, of its first element where it is a tuple or a list.
             buffers: Buffers to use instead of the module's, by name.
-            training: Whether the module is in training mode.
+            training: Whether the module is in the modes in which clients train it, so that frozen layers that are in
+                evaluation mode stay in it; otherwise the whole module is in evaluation mode.
 
         Returns:
             ``[batch, ...]``.
@@ -304,7 +305,8 @@ class Server:
         """
         modes = [(submodule, submodule.training) for submodule in self.module.modules()]
         try:
-            self.module.train(training)
+            if not training:
+                self.module.eval()
             predictions = self._call(function or _forward, vector, batch, buffers=buffers)
         finally:
             for submodule, mode in modes:

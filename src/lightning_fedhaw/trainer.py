@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.adapter.attach import install_loops
-from lightning_fedhaw.adapter.checkpoint import RoundCheckpoint, write_atomically
+from lightning_fedhaw.adapter.checkpoint import RoundCheckpoint, check_files
 from lightning_fedhaw.adapter.progress import replace_default_bar
 from lightning_fedhaw.adapter.strategy import check_world_size, default_strategy
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of
@@ -208,7 +208,7 @@ class FederatedTrainer(pl.Trainer):
         super().__init__(**kwargs)
         _refuse_silent_bf16(kwargs.get("precision"), self.precision)
         install_loops(self, options)
-        write_atomically(self.strategy)
+        check_files(self.strategy, "validate")
         self.federation_summary = {}
         check_world_size(self.num_devices * self.num_nodes)
         check_trainer(self, sync_batchnorm=bool(kwargs.get("sync_batchnorm")))

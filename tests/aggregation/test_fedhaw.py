@@ -13,7 +13,14 @@ from torch import Tensor
 
 from aggregation.test_fedhaw_published import make_cohort, make_server
 from lightning_fedhaw import FedHAWCallback, PublishedFedHAWCallback
-from lightning_fedhaw.aggregation.fedhaw import next_scale, next_server_step, weight_hypergradient
+from lightning_fedhaw.aggregation.fedhaw import (
+    conditioned,
+    longest_step,
+    looked_ahead,
+    next_scale,
+    next_server_step,
+    weight_hypergradient,
+)
 from lightning_fedhaw.arguments import constructor_names
 from lightning_fedhaw.extending import RuleOutput
 
@@ -23,6 +30,9 @@ FIRST = [[2.0, 0.0], [1.0, 1.0]]
 THEN = [[1.25, 1.75], [2.25, 1.75]]
 
 few = settings(max_examples=25, deadline=None)
+
+PLAIN: dict[str, Any] = {"momentum": 0.0, "damping": math.inf}
+"""Each round's own mean is the direction."""
 
 
 def played(
@@ -55,15 +65,50 @@ def close(found: Tensor, *expected: float) -> None:
 
 
 def test_two_rounds_by_hand():
-    rule = FedHAWCallback(lr_gamma=0.05, lr_lambda=0.5, lr_step=0.3)
+    rule = FedHAWCallback(lr_gamma=0.05, lr_lambda=0.5, lr_step=0.3, **PLAIN)
     first, then = played(rule, displaced(FIRST, START), displaced(THEN, [1.25, 0.75]))
     close(first.parameters, 1.25, 0.75)  # FedAvg
     assert first.metrics["server_step"] == 1.0
     close(then.state["beta"], 0.2846049894)  # cosine 0.9486833
-    close(then.state["gamma"], 0.0527785225)  # growth exp(beta) 1.6875 / 2.125
+    close(then.state["gamma"], 0.05 * 1.6875 / 2.125)
     close(then.state["lambda_"], -1.4050443611, -0.2689320725)
     close(then.weights, 0.2430348644, 0.7569651356)
-    close(then.parameters, 2.3784625282, 2.1919234707)
+    close(then.parameters, 2.3475720932, 2.1634557237)
+
+
+def test_the_momentum_by_hand():
+    """Displacements (1, 0) and (0, 1) with momentum 1/2: the mean is (1/4, 1/2), and (1/3, 2/3) without its start."""
+    then = played(FedHAWCallback(lr_gamma=0.0, momentum=0.5, damping=math.inf), [[1.0, 0.0]], [[0.0, 1.0]], sizes=[1])[
+        -1
+    ]
+    close(then.state["momentum"], 0.25, 0.5)
+    close(looked_ahead(tensor(0.0, 1.0), then.state["momentum"], 0.5, 2), 1 / 6, 5 / 6)
+    assert then.state["beta"] == 0
+    close(then.parameters, 2 + 1 / 6, 5 / 6)
+
+
+def test_parameters_that_move_little_move_as_far_as_others():
+    """Sizes 1 and 7 have the root mean square 5; with a fifth of it added they are 2 and 8."""
+    length = math.hypot(3 / 2, 4 / 8)
+    found = conditioned(tensor(3.0, 4.0), tensor(1.0, 49.0), 0.2)
+    close(found, 5 * 1.5 / length, 5 * 0.5 / length)
+    close(conditioned(tensor(3.0, 4.0), tensor(0.0, 0.0), 0.2), 3.0, 4.0)
+    close(conditioned(tensor(3.0, 4.0), tensor(1.0, 49.0), math.inf), 3.0, 4.0)
+
+
+def test_squares_are_of_all_rounds():
+    """Squares 4 and 0 of the first round, 1 and 1 of the second: 0.9 x 0.1 x 4 + 0.1 and 0.1."""
+    then = played(FedHAWCallback(), [[2.0, 0.0]], [[1.0, -1.0]], sizes=[1])[-1]
+    close(then.state["squares"], 0.46, 0.1)
+
+
+def test_the_longest_step():
+    assert longest_step(10.0, 0.1, 3) == pytest.approx(5.0)  # a twentieth of a hundredfold
+    assert longest_step(100.0, 0.1, 40) == pytest.approx(12.5)  # a quarter of a twentieth of a thousandfold
+    assert longest_step(10.0, 10.0, 1) == 1.0
+    assert longest_step(0.0, 1.0, 4) == 4.0  # a model that starts at zero
+    assert longest_step(0.0, 1.0, 400) == 10.0
+    assert longest_step(1.0, 0.0, 4) == math.inf
 
 
 def test_a_step_falls_faster_than_it_grows_and_stays_in_its_bounds():
@@ -71,7 +116,7 @@ def test_a_step_falls_faster_than_it_grows_and_stays_in_its_bounds():
     close(next_server_step(0 * one, 0.5 * one, 0.3), 0.15)
     close(next_server_step(2 * one, -0.5 * one, 0.3), 1.5)
     close(next_server_step(0 * one, -one, 0.3), 0.0)
-    close(next_server_step(math.log(8) * one, one, 0.3), math.log(8))
+    close(next_server_step(math.log(64) * one, one, 0.3), math.log(64))
     close(next_server_step(0 * one, -0.5 * one, 0.3, bounds=(0.1, 2.0)), -0.5)
 
 
@@ -106,7 +151,7 @@ def test_weights_are_in_the_order_of_agreement(seed):
 
 
 def test_without_step_sizes_it_is_fedavg():
-    rule = FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, lr_step=0.0)
+    rule = FedHAWCallback(lr_gamma=0.0, lr_lambda=0.0, lr_step=0.0, **PLAIN)
     moves = displaced(FIRST, START)
     for step, w in zip(played(rule, moves, moves), ([1.25, 0.75], [1.5, 1.5]), strict=True):
         close(step.parameters, *w)
@@ -114,7 +159,8 @@ def test_without_step_sizes_it_is_fedavg():
 
 def test_weights_that_are_not_learned_keep_no_models():
     state = played(FedHAWCallback(lr_lambda=0.0), displaced(FIRST, START))[-1].state
-    assert set(state) == {"gamma", "beta", "lambda_", "direction"}
+    kept = {"gamma", "beta", "lambda_", "rounds", "direction", "momentum", "squares", "guard"}
+    assert set(state) == kept
     state = played(FedHAWCallback(lr_lambda=0.3), displaced(FIRST, START))[-1].state
     assert {"previous", "previous_clients"} < set(state)
 
@@ -123,7 +169,7 @@ def test_weights_that_are_not_learned_keep_no_models():
 def test_a_round_in_which_nothing_moves_changes_nothing(still):
     rounds = [displaced(FIRST, START), displaced(FIRST, START)]
     rounds[still] = [[0.0, 0.0], [0.0, 0.0]]
-    last = played(FedHAWCallback(lr_gamma=0.0, lr_lambda=1.0), *rounds)[-1]
+    last = played(FedHAWCallback(lr_gamma=0.0, lr_lambda=1.0, **PLAIN), *rounds)[-1]
     assert last.state["beta"] == 0
     assert last.metrics["agreement"] == 0
     close(last.weights, 0.25, 0.75)
@@ -146,6 +192,9 @@ def test_a_model_that_is_zero_has_no_growth():
         ({"lr_gamma": -1e-3}, "`lr_gamma` must be a finite number of at least 0, got -0.001"),
         ({"lr_lambda": math.nan}, "`lr_lambda`"),
         ({"memory": "disk"}, "`memory`"),
+        ({"momentum": 1.0}, "`momentum`"),
+        ({"damping": 0.0}, "`damping`"),
+        ({"guard": 1}, "`guard`"),
     ],
 )
 def test_the_constructor_names_what_is_wrong(kwargs, names):
@@ -180,8 +229,10 @@ def test_an_argument_belongs_to_one_rule_or_to_both():
 
 def test_the_defaults():
     rule = FedHAWCallback()
-    assert (rule.lr_gamma, rule.lr_lambda, rule.lr_step) == (0.5, 0.3, 0.3)
-    assert (rule.scale_bounds, rule.step_bounds) == ((0.9, 1.1), (1.0, 8.0))
+    assert (rule.lr_gamma, rule.lr_lambda, rule.lr_step) == (1.0, 0.0, 0.5)
+    assert (rule.momentum, rule.damping, rule.guard) == (0.8, 0.25, True)
+    assert not rule.keeps_cohort
+    assert (rule.scale_bounds, rule.step_bounds) == ((0.9, 1.1), (1.0, 64.0))
     assert rule.hyper_optimizer is torch.optim.SGD
     assert not rule.needs_learning_rates
 
@@ -209,7 +260,7 @@ def test_the_scale_is_advised_against_where_its_bounds_are_wide():
     rule = FedHAWCallback(scale_bounds=(0.1, 10.0))
     rule.state = {"gamma": tensor(math.log(3.0))[0]}
     assert rule.divergence_hint() == (
-        " FedHAW's scale stands at 3, and it multiplies the model every round: lower `lr_gamma` (0.5), or narrow"
+        " FedHAW's scale stands at 3, and it multiplies the model every round: lower `lr_gamma` (1.0), or narrow"
         " `scale_bounds` (0.1, 10.0)."
     )
     rule.state = {"gamma": tensor(0.1)[0]}

@@ -15,10 +15,11 @@ from lightning_fedhaw import (
     FedBECallback,
     FedDFCallback,
     FederatedDataModule,
+    FedHAWCallback,
     FedLAWCallback,
     ServerFineTuningCallback,
 )
-from lightning_fedhaw.aggregation.fedbe import swag
+from lightning_fedhaw.aggregation.fedbe import _sampled_model, swag
 from lightning_fedhaw.aggregation.proxy import batches
 from lightning_fedhaw.aggregation.servertraining import divergence, ensemble
 from lightning_fedhaw.extending import ParameterLayout
@@ -87,6 +88,29 @@ def test_a_sample_of_a_tensor():
     assert swag(tensor([[1.0, 0.0], [1.0, 0.0]]), tensor([1.0, 0.0]))[0].item() == pytest.approx(1 + 0.1 * 1e-5**0.5)
 
 
+def test_fedbe_takes_a_parameter_without_dimensions():
+    """Four clients moved it by 1: the sample moves by 1 + 0.1 sqrt(1e-5) e."""
+
+    class Scaled(Model):
+        def __init__(self):
+            super().__init__()
+            self.temperature = torch.nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x):
+            return self.net(x) * self.temperature
+
+    layout = ParameterLayout.of(Scaled())
+    start = torch.zeros(layout.numel)
+    noise = torch.full((layout.numel,), 2.0)
+    drawn = layout.views(_sampled_model(start, start, torch.ones(4, layout.numel), noise, layout))["temperature"]
+    assert drawn.shape == ()
+    assert drawn.item() == pytest.approx(1 + 0.1 * 1e-5**0.5 * 2)
+    data = FederatedDataModule(samples(), proxy=samples(20, seed=2), batch_size=8)
+    runner, module = train(Scaled(), data, rounds=1, rule=FedBECallback(2))
+    assert runner.global_step == 1
+    assert module.temperature.item() != 1
+
+
 def test_batches_are_as_equal_as_can_be_and_drawn_by_name():
     class View:
         seed, proxy_dataset = 0, range(9)
@@ -131,6 +155,34 @@ def test_predictions_of_other_parameters_and_buffers():
     assert not torch.equal(server.predict(vector, [x, y], buffers=buffers, training=True), found)
     with pytest.raises(TypeError, match="predictions must be a tensor"):
         server.predict(vector, [x, y], lambda m, batch: (1, 2))
+
+
+class FrozenBackbone(Model):
+    """A backbone as pretrained ones are used: without gradients, in evaluation mode, with statistics of other data."""
+
+    def __init__(self):
+        super().__init__(norm=True, dropout=0.2)
+        self.net[:2].requires_grad_(False).eval()
+        self.net[1].running_mean.fill_(3.0)
+        self.seen = []
+        for layer in (self.net[1], self.net[3]):
+            layer.register_forward_pre_hook(lambda layer, _: self.seen.append((type(layer).__name__, layer.training)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [*RULES.values(), partial(FedLAWCallback, server_epochs=2), FedHAWCallback],
+    ids=[*RULES.keys(), "FedLAW", "FedHAW"],
+)
+@pytest.mark.parametrize("buffers", ["average", "recalibrate"])
+def test_frozen_layers_stay_in_the_mode_in_which_they_were(make, buffers):
+    module = FrozenBackbone()
+    modes = [layer.training for layer in module.modules()]
+    fit(make(), module, rounds=2, buffers=buffers, engine="sequential")
+    assert ("BatchNorm1d", True) not in module.seen
+    assert {("BatchNorm1d", False), ("Dropout", True)} <= set(module.seen)
+    assert torch.equal(module.net[1].running_mean, torch.full((8,), 3.0))
+    assert [layer.training for layer in module.modules()] == modes
 
 
 def test_what_a_training_step_logs_and_counts_goes_nowhere():

@@ -9,7 +9,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from channel_contexts import prepared
 from federations import Classifier, flat, loader, train, trainer
@@ -34,6 +33,7 @@ from lightning_fedhaw import (
 )
 from lightning_fedhaw.channel import AggregateChannel
 from lightning_fedhaw.extending import Channel
+from resuming import check_resume, rotated
 
 pytestmark = pytest.mark.filterwarnings("ignore:No client update was received in round")
 
@@ -197,16 +197,9 @@ def test_it_changes_neither_cohorts_nor_batches_nor_the_first_model(make):
     assert other.batches == {key: plain.batches[key] for key in other.batches}
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
-@every_channel
-def test_a_run_goes_on_to_the_bit_after_every_round(make, tmp_path):
-    options = {"rule": uniform(), "rounds": 4, "client_eval": False}
-    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
-    _, straight = train(callbacks=[make(), keep], **{**options, "enable_checkpointing": True})
-    for stop in (1, 2, 3):
-        module = Classifier()
-        trainer(callbacks=[make()], **options).fit(module, loader(), ckpt_path=tmp_path / f"step={stop}.ckpt")
-        assert torch.equal(flat(module), flat(straight)), stop
+@pytest.mark.parametrize(("name", "engine", "precision"), rotated(ACTIVE))
+def test_a_run_that_is_resumed_gives_the_bits_of_one_that_was_not(name, engine, precision):
+    check_resume(lambda: [uniform(), ACTIVE[name]()], loader(60), engine=engine, precision=precision)
 
 
 @every_channel

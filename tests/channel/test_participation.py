@@ -1,5 +1,6 @@
 """Stragglers and availability."""
 
+from contextlib import suppress
 from math import cos, erf, log, pi
 
 import numpy as np
@@ -64,6 +65,35 @@ def test_phases_are_drawn_once():
     assert torch.allclose(at[0] + at[1], torch.ones(200).double(), atol=1e-9)
     assert at[0].min() < 0.15
     assert at[0].max() > 0.85
+
+
+def test_a_damaged_trace_is_named(tmp_path):
+    """At whichever byte the file is cut off, and wherever a bit of its header is flipped."""
+    path = tmp_path / "trace.npy"
+    np.save(path, np.ones((3, 4)))
+    whole = path.read_bytes()
+    for length in range(0, len(whole) - 1, 9):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"`trace`: '.*trace.npy' is no table of numbers, or damaged: "):
+            AvailabilityChannel(path)
+    for place in range(128):
+        damaged = bytearray(whole)
+        damaged[place] ^= 8
+        path.write_bytes(damaged)
+        # Some bits are part of blanks, or of an order of the same ones.
+        with suppress(ValueError):
+            assert AvailabilityChannel(path).trace.sum() == 12
+    np.savez(tmp_path / "several.npz", a=np.ones(2))
+    (tmp_path / "words.txt").write_text("a b")
+    (tmp_path / "ragged.txt").write_text("1 0\n1")
+    for name in ("several.npz", "words.txt", "ragged.txt"):
+        with pytest.raises(ValueError, match=f"`trace`: '.*{name}' is no table of numbers"):
+            AvailabilityChannel(tmp_path / name)
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match="`trace` must be a table"):
+        AvailabilityChannel(tmp_path / "empty.txt")
+    with pytest.raises(FileNotFoundError, match="`trace`: there is no file 'none.npy'"):
+        AvailabilityChannel("none.npy")
 
 
 TRACE = [[1, 0, 1, 1], [0, 1, 1, 0], [1, 1, 1, 1]]

@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_fedhaw.data.features.os.fsync", full)
+        patch.setattr("lightning_fedhaw.files.os.fsync", full)
         with pytest.raises(OSError, match="No space left"):
             cached(Network(), Images(), tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -27,7 +27,8 @@ from lightning_fedhaw import (
 )
 from lightning_fedhaw.extending import Channel, ClientObjective
 from lightning_fedhaw.federation.full_gradient import FullGradient
-from lightning_fedhaw.objectives import FedDynObjective, ScaffoldObjective
+from lightning_fedhaw.objectives import MOON, FedDynObjective, FedNTD, ScaffoldObjective
+from resuming import COMBINATIONS, check_resume, rotated
 
 # ---------------------------------------------------------------------- quadratics
 
@@ -340,7 +341,16 @@ OBJECTIVES = {
     "SCAFFOLD": ScaffoldObjective,
     "SCAFFOLD I": lambda: ScaffoldObjective("I"),
 }
+RESUMED = {**OBJECTIVES, "MOON": lambda: MOON("net.0"), "FedNTD": FedNTD}
 every_objective = pytest.mark.parametrize("make", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "precision"),
+    sorted({*rotated(RESUMED), *(("SCAFFOLD", *combination) for combination in COMBINATIONS)}),
+)
+def test_a_run_that_is_resumed_gives_the_bits_of_one_that_was_not(name, engine, precision):
+    check_resume(lambda: [FedAvgCallback(), RESUMED[name]()], loader(60), engine=engine, precision=precision)
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorized"])

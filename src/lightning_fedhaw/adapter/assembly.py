@@ -27,6 +27,7 @@ from lightning_fedhaw.data.small_clients import large_clients, only
 from lightning_fedhaw.data.split import split
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.objectives.base import find_objectives
+from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.observer import FederatedCallback
 from lightning_fedhaw.options import FederationOptions, patterns_of
 from lightning_fedhaw.ranks import Ranks
@@ -179,6 +180,10 @@ def build_federation(
     data.place(_data_device(options.data_device, device, data), channels_last=options.channels_last)
     host = TrainerHost(trainer, data.device_of_batches, nonfinite_buffers)
     objectives = find_objectives(callbacks)
+    proximal = sum((objective.proximal for objective in objectives), 0.0)
+    local_training = LocalTraining(host.module, host.optimizers, proximal, options.optimizer_state)
+    # Before the rule is asked what it needs, which may depend on it.
+    local_training.show(rule, *objectives)
     if rule.needs_learning_rates and options.client_lr_scale is not None:
         raise ValueError(
             f"`client_lr_scale` gives clients learning rates of their own, and `{type(rule).__name__}` as it"
@@ -210,6 +215,7 @@ def build_federation(
         callbacks,
         options,
         limit=_batch_limit(trainer),
+        local_training=local_training,
         cohort_cap=cohort_cap,
         ranks=Ranks.of_group(device),
     )

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_fedhaw.adapter.any_moment import save_at_any_moment
-from lightning_fedhaw.adapter.checkpoint import write_atomically
+from lightning_fedhaw.adapter.checkpoint import check_files
 from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop
 from lightning_fedhaw.adapter.loop import RoundLoop
 from lightning_fedhaw.adapter.progress import replace_default_bar
@@ -51,9 +51,9 @@ def attach(trainer: object, module: pl.LightningModule, options: FederationOptio
     if isinstance(trainer.strategy, DDPStrategy) and not isinstance(trainer.strategy, FederatedStrategy):
         never_wrap(trainer.strategy)
         explain_lost_contact(trainer.strategy)
-    write_atomically(trainer.strategy)
     save_at_any_moment(trainer)
     answer_together(trainer)
+    check_files(trainer.strategy, "fit")
     # Now, and not when the federation is built: the sanity check of validation may set them before.
     loop.nonfinite_buffers = _nonfinite_buffers(module)
     publish_summary(trainer, {})

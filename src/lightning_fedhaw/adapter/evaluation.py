@@ -17,13 +17,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torchmetrics import Metric
 
+from lightning_fedhaw.adapter.trainer_attributes import callbacks_of
 from lightning_fedhaw.ranks import REQUESTS, Ranks
+from lightning_fedhaw.report.history import find_history
 
 Value = TypeVar("Value")
 
@@ -89,6 +92,18 @@ class SharedEvaluationLoop(_EvaluationLoop):
                 return False
         return True
 
+    def run(self) -> Any:
+        """Evaluate; if that fails, leave nothing of it to the next validation of the same trainer."""
+        modes = [(submodule, submodule.training) for submodule in self.trainer.lightning_module.modules()]
+        try:
+            return super().run()
+        except BaseException:
+            # The next mean would include what was logged so far, and clients would train in evaluation mode.
+            self._results.reset()
+            for submodule, mode in modes:
+                submodule.training = mode
+            raise
+
     def on_run_start(self) -> None:
         """Start to record what is logged."""
         if self._ranks.size > 1:
@@ -120,6 +135,12 @@ class SharedEvaluationLoop(_EvaluationLoop):
         with results.recording(batch_idx):
             super()._evaluation_step(batch, batch_idx, dataloader_idx, *args)
         results.count(batch)
+
+    def _on_evaluation_end(self, *args: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            find_history(callbacks_of(trainer)).add_validation(trainer.callback_metrics)
+        super()._on_evaluation_end(*args, **kwargs)
 
     def _store_dataloader_outputs(self) -> None:
         if isinstance(self._results, _Recorder):

@@ -7,6 +7,7 @@ early stopping, validation and resuming keep their meaning, and ``global_step`` 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -31,8 +32,12 @@ from lightning_fedhaw.adapter.assembly import (
     options_with_datamodule,
     reset,
 )
+from lightning_fedhaw.adapter.checkpoint_folder import warn_of_other_runs
 from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop, same_value
+from lightning_fedhaw.adapter.exact_restore import restore_exactly
 from lightning_fedhaw.adapter.host import hook_owner
+from lightning_fedhaw.adapter.restart import is_validated, settle
+from lightning_fedhaw.adapter.round_log import as_logged, forget_earlier_rounds, names_for_callbacks
 from lightning_fedhaw.adapter.stopping import ending_together, save_and_requeue
 from lightning_fedhaw.adapter.trainer_attributes import (
     callbacks_of,
@@ -162,6 +167,11 @@ class RoundLoop(_FitLoop):
         self.between_rounds = None
         super().teardown()
 
+    def reset(self) -> None:
+        """Begin where the last full round ended."""
+        settle(self)
+        super().reset()
+
     def on_run_start(self) -> None:
         """Build the federation, or resume it from the checkpoint."""
         self._build()
@@ -206,9 +216,11 @@ class RoundLoop(_FitLoop):
         if self.epoch_loop.global_step == 0:
             reset(federation, self.trainer)
         elif self._federation_state is not None:
-            federation.load_state_dict(self._federation_state)
+            path = self.trainer.ckpt_path
+            federation.load_state_dict(self._federation_state, f"The checkpoint {str(path)!r}")
+            warn_of_other_runs(path, federation.run_state.run)
         elif previous is not None:
-            federation.load_state_dict(_state_for_second_fit(federation, previous))
+            federation.load_state_dict(_state_for_second_fit(federation, previous), "The earlier `fit`")
         else:
             raise ValueError(
                 f"`ckpt_path`={str(self.trainer.ckpt_path)!r} was not written by a federation, so there are no rounds"
@@ -324,8 +336,25 @@ class RoundLoop(_FitLoop):
 
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
         """Keep the federation's state until the federation is built."""
+        restore_exactly(self.trainer)
         self._federation_state = state_dict.get("federation")
         super().on_load_checkpoint(state_dict)
+
+    def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
+        """Load the progress of a checkpoint, and refuse one that has run more rounds than the run is to have.
+
+        Raises:
+            ValueError: If it has.
+        """
+        super().load_state_dict(state_dict, prefix)
+        rounds = self.epoch_loop.global_step
+        # A checkpoint of another trainer counts other steps, and is refused when the federation is built.
+        is_over = self.max_epochs is not None and -1 < self.max_epochs < rounds
+        if self._federation_state is not None and is_over:
+            raise ValueError(
+                f"The checkpoint {str(self.trainer.ckpt_path)!r} has run {rounds} rounds, and `rounds` is"
+                f" {self.max_epochs}. It counts those before the checkpoint too: set it to more than {rounds} to go on."
+            )
 
 
 class _RoundEpochLoop(_TrainingEpochLoop):
@@ -357,15 +386,12 @@ class _RoundEpochLoop(_TrainingEpochLoop):
 
     def advance(self, data_fetcher: _DataFetcher | None) -> None:
         """Run a round and log it."""
-        # A resumed run may have been cut off in or before a validation, which is all that is left of its round.
-        if self.restarting and self._should_check_val_fx(data_fetcher):  # type: ignore[arg-type]
-            if self.val_loop.restarted_mid_evaluation:
-                return
-            if self.restarted_on_last:
-                self._skip_next_val = True
-                return
-            self.val_loop.increment_progress_to_evaluation_end()
+        # A validation that was cut off begins again.
         self.val_loop.restarting = False
+        if self.restarting:
+            # The round is over, and at most its validation is left.
+            self._skip_next_val = is_validated(self.val_loop)
+            return
 
         trainer = self.trainer
         connector = trainer._logger_connector
@@ -381,9 +407,10 @@ class _RoundEpochLoop(_TrainingEpochLoop):
             report = self._round_loop.run_round()
         self.batch_progress.increment_processed()
         self._count_optimizer_step()
+        # At once, so that the history has every round that counts, whatever fails from here on.
+        self._log(report)
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
         self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
-        self._log(report)
         self._round_loop.is_counted = True
         self._call_lightning_callbacks("on_train_batch_end", None, None, 0)
         connector.on_batch_end()
@@ -416,6 +443,7 @@ class _RoundEpochLoop(_TrainingEpochLoop):
         """Log what the clients, the rule and the round reported, as if ``training_step`` had logged it."""
         module = self.trainer.lightning_module
         values = {name: _merged_value(logged, module) for name, logged in report.logged.items()}
+        self._add_to_history(report, values)
         # A metric that is composed of others reads theirs, so none is reset before all have been read.
         for logged in report.logged.values():
             metric = _metric_behind(logged, module)
@@ -425,25 +453,27 @@ class _RoundEpochLoop(_TrainingEpochLoop):
             options = {option: logged.options[option] for option in ("prog_bar", "logger", "on_step", "on_epoch")}
             self._log_value(name, values[name], options)
         in_bar = self._round_loop.current_federation.rule.prog_bar
+        forget_earlier_rounds(self.trainer, self.rule_metrics, report.metrics)
         self.rule_metrics |= report.metrics.keys()
         for name, value in report.metrics.items():
             self._log_value(name, value, {"on_step": True, "on_epoch": False, "prog_bar": name in in_bar})
 
+    def _add_to_history(self, report: Report, values: Mapping[str, float]) -> None:
+        row = {name: float(as_logged(value)) for name, value in report.metrics.items()}
+        for name, value in values.items():
+            row.update(dict.fromkeys(names_for_callbacks(name, report.logged[name].options), float(as_logged(value))))
+        find_history(callbacks_of(self.trainer)).add_round(report, row)
+
     def _log_value(self, name: str, value: float, options: dict[str, Any]) -> None:
-        # Lightning logs in float32 unless all of a run is in float64.
-        dtype = torch.float32
-        if torch.get_default_dtype() == torch.float64:
-            dtype = torch.float64
-        tensor = torch.tensor(value, dtype=dtype)
         if self._logged_options.get(name) == options:
             # `log` would build and move Lightning's whole record again, which takes a third of a round of tiny clients.
-            self._results.update_metrics(f"training_step.{name}", tensor, batch_size=1)
+            self._results.update_metrics(f"training_step.{name}", as_logged(value), batch_size=1)
             return
         self._logged_options[name] = options
         self._results.log(
             "training_step",
             name,
-            tensor,
+            as_logged(value),
             batch_size=1,
             # Every process has the same value: there is nothing to synchronize.
             sync_dist=True,

@@ -4,9 +4,11 @@ from lightning_fedhaw.aggregation.adaptive import FedAdagradCallback, FedAdamCal
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.aggregation.fedadp import FedAdpCallback
 from lightning_fedhaw.aggregation.fedavg import FedAvgCallback
+from lightning_fedhaw.aggregation.fedawa import FedAWACallback
 from lightning_fedhaw.aggregation.fedbe import FedBECallback
 from lightning_fedhaw.aggregation.feddf import FedDFCallback
 from lightning_fedhaw.aggregation.feddyn import FedDynCallback
+from lightning_fedhaw.aggregation.fedexp import FedExPCallback
 from lightning_fedhaw.aggregation.fedhaw import FedHAWCallback
 from lightning_fedhaw.aggregation.fedhaw_published import PublishedFedHAWCallback
 from lightning_fedhaw.aggregation.fedhyper import FedHyperCallback
@@ -14,6 +16,8 @@ from lightning_fedhaw.aggregation.fedlaw import FedLAWCallback
 from lightning_fedhaw.aggregation.fedlws import FedLWSCallback
 from lightning_fedhaw.aggregation.fednova import FedNovaCallback
 from lightning_fedhaw.aggregation.fedopt import FedAvgMCallback, FedOptCallback
+from lightning_fedhaw.aggregation.fedvg import FedVGCallback
+from lightning_fedhaw.aggregation.learned_weighting import LearnedWeightingCallback
 from lightning_fedhaw.aggregation.qfedavg import QFedAvgCallback
 from lightning_fedhaw.aggregation.robust import (
     CoordinateMedianCallback,
@@ -29,6 +33,7 @@ from lightning_fedhaw.rule import LocalLRScale, RuleOutput
 __all__ = [
     "AggregationRule",
     "CoordinateMedianCallback",
+    "FedAWACallback",
     "FedAdagradCallback",
     "FedAdamCallback",
     "FedAdpCallback",
@@ -37,15 +42,18 @@ __all__ = [
     "FedBECallback",
     "FedDFCallback",
     "FedDynCallback",
+    "FedExPCallback",
     "FedHAWCallback",
     "FedHyperCallback",
     "FedLAWCallback",
     "FedLWSCallback",
     "FedNovaCallback",
     "FedOptCallback",
+    "FedVGCallback",
     "FedYogiCallback",
     "GeometricMedianCallback",
     "KrumCallback",
+    "LearnedWeightingCallback",
     "LocalLRScale",
     "MultiKrumCallback",
     "PublishedFedHAWCallback",

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.fedopt import FedOptCallback
+from lightning_fedhaw.aggregation.server_steps import Settings, root
 
 Method = Literal["adagrad", "adam", "yogi"]
 
@@ -70,6 +71,17 @@ class AdaptiveOptimizer(torch.optim.Optimizer):
         initial: float,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "method": method, "betas": betas, "tau": tau, "initial": initial})
+
+    @staticmethod
+    def pure_step(parameter: Tensor, gradient: Tensor, memory: Settings, settings: Settings) -> Tensor:
+        """Return a parameter after a step; see :data:`~lightning_fedhaw.aggregation.server_steps.PureStep`."""
+        beta1, beta2 = settings["betas"]
+        m = memory.get("m", torch.zeros_like(parameter))
+        v = memory.get("v", torch.full_like(parameter, settings["initial"]))
+        next_m = beta1 * m - (1 - beta1) * gradient
+        next_v = second_moment(v, -gradient, settings["method"], beta2)
+        new_parameter: Tensor = parameter + settings["lr"] * next_m / (root(next_v) + settings["tau"])
+        return new_parameter
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -123,8 +135,8 @@ class FedAdagradCallback(_AdaptiveCallback):
         beta1: Decay of the first moment.
         tau: The constant that is added to the root of the second moment: smaller is more adaptive.
         initial_second_moment: The second moment before the first round. Default: ``tau**2``; many libraries take 0.
-        options: The further arguments of :class:`~lightning_fedhaw.FedOptCallback`: ``lr_scheduler``, ``rule`` and the
-            federation's.
+        options: The further arguments of :class:`~lightning_fedhaw.FedOptCallback`: ``lr_scheduler``, ``rule``,
+            ``learn`` (here ``"lr"``, ``"beta1"``, ``"tau"``) and what belongs to it, and the federation's.
 
     Raises:
         ValueError: If a number is outside of its range.
@@ -152,8 +164,8 @@ class FedAdamCallback(_AdaptiveCallback):
         beta2: Decay of the second moment.
         tau: The constant that is added to the root of the second moment: smaller is more adaptive.
         initial_second_moment: The second moment before the first round. Default: ``tau**2``; many libraries take 0.
-        options: The further arguments of :class:`~lightning_fedhaw.FedOptCallback`: ``lr_scheduler``, ``rule`` and the
-            federation's.
+        options: The further arguments of :class:`~lightning_fedhaw.FedOptCallback`: ``lr_scheduler``, ``rule``,
+            ``learn`` (here ``"lr"``, ``"beta1"``, ``"beta2"``, ``"tau"``) and what belongs to it, and the federation's.
 
     Raises:
         ValueError: If a number is outside of its range.
@@ -182,8 +194,8 @@ class FedYogiCallback(_AdaptiveCallback):
         beta2: One minus the rate of the second moment.
         tau: The constant that is added to the root of the second moment: smaller is more adaptive.
         initial_second_moment: The second moment before the first round. Default: ``tau**2``; many libraries take 0.
-        options: The further arguments of :class:`~lightning_fedhaw.FedOptCallback`: ``lr_scheduler``, ``rule`` and the
-            federation's.
+        options: The further arguments of :class:`~lightning_fedhaw.FedOptCallback`: ``lr_scheduler``, ``rule``,
+            ``learn`` (here ``"lr"``, ``"beta1"``, ``"beta2"``, ``"tau"``) and what belongs to it, and the federation's.
 
     Raises:
         ValueError: If a number is outside of its range.

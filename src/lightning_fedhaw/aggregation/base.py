@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.adapter.attach import attach
+from lightning_fedhaw.adapter.checkpoint import check_files
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.keys import KeyedCallback
 from lightning_fedhaw.options import FederationOptions
@@ -57,9 +58,11 @@ class AggregationRule(Rule, KeyedCallback):
         """Make a stock trainer run rounds, and give any trainer the federation's arguments."""
         if stage == "fit":
             attach(trainer, pl_module, self.options)
+        else:
+            check_files(trainer.strategy, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the rule's client objectives check the clients' optimizers."""
+        """Call the hook of the rule's client objectives, which are no callbacks of the trainer."""
         for objective in self.objectives:
             objective.on_fit_start(trainer, pl_module)
 

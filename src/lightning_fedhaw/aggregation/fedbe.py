@@ -135,7 +135,9 @@ def _sampled_model(
     displacement_views = layout.views(displacements)
     noise_views = layout.views(noise)
     for name, tensor in layout.views(model).items():
-        displacement = swag(displacement_views[name].flatten(1), noise_views[name].flatten())
+        # Not `flatten`: a parameter may be a single number, and have no dimension.
+        clients = displacement_views[name].reshape(len(displacements), -1)
+        displacement = swag(clients, noise_views[name].reshape(-1))
         if displacement is not None:
             tensor.copy_(start_views[name] + displacement.view_as(tensor))
     return model

@@ -35,9 +35,9 @@ authors' ``lr_gamma`` runs from 1e-3 to 1e-7), and the scale multiplies the mode
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -52,6 +52,8 @@ from lightning_fedhaw.aggregation.hypergradient import (
     scale_and_weight_metrics,
 )
 from lightning_fedhaw.cohort import Cohort
+from lightning_fedhaw.objectives.local_training import LocalTraining
+from lightning_fedhaw.probe import Probe, ProbeResult
 from lightning_fedhaw.rule import RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.kernels import dot
 
@@ -127,6 +129,11 @@ class PublishedFedHAWCallback(HypergradientRule):
         memory: Where the previous cohort's models are kept: on the model's ``"device"``, or in ``"host"`` memory.
         takes_substitutes: Whether a channel's substitute for a lost update counts as what its client sent, in the
             hypergradients as in the average, as in the authors' code. Otherwise only received updates count.
+        probe: A second cohort whose gradient replaces the pseudo-gradient, such as ``Probe()``. Then steps are those of
+            the true hypergradients, for which ``pseudo_gradient``, ``normalize_by`` and ``learning_rate`` are not
+            needed. Default: none, as published.
+        guard: Whether the plain average replaces a model that has collapsed, as in :class:`FedHAWCallback`. Default:
+            no, as published.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
@@ -147,7 +154,7 @@ class PublishedFedHAWCallback(HypergradientRule):
 
     prog_bar = ("scale",)
 
-    arguments_elsewhere = dict.fromkeys(("lr_step", "step_bounds"), "FedHAWCallback")
+    arguments_elsewhere = dict.fromkeys(("lr_step", "step_bounds", "momentum", "damping"), "FedHAWCallback")
 
     def __init__(
         self,
@@ -163,10 +170,14 @@ class PublishedFedHAWCallback(HypergradientRule):
         hyper_optimizer: OptimizerFactory | None = None,
         memory: Memory = "device",
         takes_substitutes: bool = True,
+        probe: Probe | None = None,
+        guard: bool = False,
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
         self.takes_substitutes = arguments.flag("takes_substitutes", takes_substitutes)
+        self.probe = arguments.optional(arguments.instance, "probe", probe, Probe, example='Probe("validation")')
+        self.guard = arguments.flag("guard", guard)
         self.lr_gamma = arguments.number("lr_gamma", lr_gamma, minimum=0)
         self.lr_lambda = arguments.number("lr_lambda", lr_lambda, minimum=0)
         self.jacobian: Jacobian = arguments.choice("jacobian", jacobian, Jacobian)
@@ -188,13 +199,13 @@ class PublishedFedHAWCallback(HypergradientRule):
     @property
     def needs_learning_rates(self) -> bool:  # type: ignore[override]
         """Whether the local learning rate is read from the clients' optimizer."""
-        return self.learning_rate is None
+        return self.learning_rate is None and self.probe is None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def read_local_training(self, local_training: LocalTraining) -> None:
         """Choose the hyper-optimizer by the clients' optimizer, if it was not given and the choice depends on that."""
-        super().on_fit_start(trainer, pl_module)
         if self._chooses_hyper_optimizer:
-            clients_use_sgd = all(isinstance(optimizer, torch.optim.SGD) for optimizer in trainer.optimizers)
+            optimizers = local_training.optimizers
+            clients_use_sgd = all(isinstance(optimizer, torch.optim.SGD) for optimizer in optimizers)
             self.hyper_optimizer = torch.optim.SGD if clients_use_sgd else torch.optim.Adam
 
     @property
@@ -202,7 +213,7 @@ class PublishedFedHAWCallback(HypergradientRule):
         """The settings that the hyper-optimizer's memory depends on; step sizes may change."""
         optimizer_name = getattr(self.hyper_optimizer, "__name__", "given")
         if self._chooses_hyper_optimizer:
-            # The choice itself is not known before `on_fit_start`, and the same clients lead to the same choice.
+            # The choice itself is not known before `fit`, and the same clients lead to the same choice.
             optimizer_name = "chosen"
         return f"{type(self).key}(normalize_by={self.normalize_by}, hyper_optimizer={optimizer_name})"
 
@@ -219,30 +230,53 @@ class PublishedFedHAWCallback(HypergradientRule):
         """Take one hypergradient step if there was a previous cohort, then aggregate."""
         vectors = cohort.vectors
         # Not a deep copy: entries are replaced, and the tensors in them never changed.
+        before = state
         state = dict(state)
         previous_scale = state["gamma"].exp().item()
         metrics: dict[str, float] = {"hypergradient_gamma": 0.0, "hypergradient_lambda": 0.0}
-        if "previous_clients" in state:
-            state, metrics = self._hyper_step(cohort, state, server)
+        if self.probe is not None:
+            # Learned from the probe already, or after this step.
+            metrics = {}
+        elif "previous_clients" in state:
+            r = self._pseudo_gradient(cohort, state["lambda_"], server)  # [P]
+            state, metrics = self._hyper_step(r, cohort.start, cohort.round, state)
         weights = torch.softmax(state["lambda_"][cohort.clients], 0)  # [K]
         scale = state["gamma"].exp()  # []
+        state.pop("learned_from_previous", None)
         state["previous_clients"] = cohort.clients.clone()
         state["previous"] = vectors.to(self.memory_device(cohort.start))
         metrics |= scale_and_weight_metrics(state["gamma"], state["lambda_"], cohort.clients, weights)
         _warn_if_scale_becomes_unusual(previous_scale, scale.item(), cohort.round)
-        return RuleOutput(vectors.weighted_sum(scale * weights), state, weights, metrics)
+        output = RuleOutput(vectors.weighted_sum(scale * weights), state, weights, metrics)
+        return self.guarded(output, cohort, before, server)
 
-    def _hyper_step(self, cohort: Cohort, state: State, server: ServerView) -> tuple[State, dict[str, float]]:
-        """Step the log-scale and the previous cohort's logits; return the new state and numbers for the log."""
+    def learn_from(self, probe: ProbeResult, state: State, server: ServerView) -> tuple[State, Mapping[str, float]]:
+        """Take one hypergradient step with the true gradient, if there was a previous cohort."""
+        if "previous_clients" not in state or state.get("learned_from_previous"):
+            return state, {}
+        new_state, metrics = self._hyper_step(probe.gradient, probe.model, probe.round, state)
+        # Once for each model: without an update the next round would learn from the same one.
+        return {**new_state, "learned_from_previous": True}, metrics
+
+    def _hyper_step(self, r: Tensor, model: Tensor, round_idx: int, state: State) -> tuple[State, dict[str, float]]:
+        """Step the log-scale and the previous cohort's logits; return the new state and numbers for the log.
+
+        Args:
+            r: ``[P]``, the pseudo-gradient, or the gradient of the probe.
+            model: ``[P]``, the model that the previous cohort's was made into.
+            round_idx: The round's number.
+            state: The rule's state. Not changed.
+        """
+        # The true gradient has no factor of its own.
+        pseudo_gradient = self.pseudo_gradient if self.probe is None else "plain"
         gamma = state["gamma"]  # []
         lambda_ = state["lambda_"]  # [N]
         previous_clients = state["previous_clients"]  # [A]
-        r = self._pseudo_gradient(cohort, lambda_, server)  # [P]
-        r_w = dot(r, cohort.start)  # []
+        r_w = dot(r, model)  # []
         r_u = state["previous"].inner(r)  # [A]
         shares = torch.softmax(lambda_[previous_clients], 0)  # [A]
 
-        gamma_grad = gamma_hypergradient(r_w, gamma, self.pseudo_gradient)  # []
+        gamma_grad = gamma_hypergradient(r_w, gamma, pseudo_gradient)  # []
         new_gamma, gamma_memory = self.descend("gamma", gamma, gamma_grad, self.lr_gamma, state)
         if self.scale_bounds is not None:
             smallest, largest = self.scale_bounds
@@ -251,7 +285,7 @@ class PublishedFedHAWCallback(HypergradientRule):
         gamma_for_lambda = new_gamma if self.gamma_for_lambda == "new" else gamma  # []
         lambda_grad = torch.zeros_like(lambda_)  # [N]
         lambda_grad[previous_clients] = lambda_hypergradient(
-            r_u, shares, gamma_for_lambda, self.jacobian, self.pseudo_gradient
+            r_u, shares, gamma_for_lambda, self.jacobian, pseudo_gradient
         )
         stepped_lambda, lambda_memory = self.descend("lambda", lambda_, lambda_grad, self.lr_lambda, state)
         new_lambda = learned_logits(lambda_, stepped_lambda, previous_clients)  # [N]
@@ -259,7 +293,7 @@ class PublishedFedHAWCallback(HypergradientRule):
         # A step that is not usable is refused as a whole, and the memory of the hyper-optimizer with it.
         has_scale = bool(torch.isfinite(new_gamma)) and bool(new_gamma.abs() < _largest_log_scale(r.dtype))
         if not (has_scale and torch.isfinite(new_lambda).all()):
-            self._warn_of_refusal(new_gamma, has_scale, cohort.round)
+            self._warn_of_refusal(new_gamma, has_scale, round_idx)
             return state, {"hypergradient_gamma": 0.0, "hypergradient_lambda": 0.0, "hyper_steps_refused": 1.0}
         metrics = {"hypergradient_gamma": gamma_grad.abs().item(), "hypergradient_lambda": lambda_grad.norm().item()}
         return {**state, **gamma_memory, **lambda_memory, "gamma": new_gamma, "lambda_": new_lambda}, metrics

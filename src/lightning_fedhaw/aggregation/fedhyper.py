@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -34,6 +33,7 @@ from lightning_fedhaw.aggregation.base import (
     unnormalized_client_weight,
 )
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
+from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.rule import LocalLRScale, RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.kernels import dot
 from lightning_fedhaw.vectors.layout import ParameterLayout
@@ -118,18 +118,18 @@ class FedHyperCallback(AggregationRule):
         """Whether the clients' rate is learned, which is a multiple of their optimizer's."""
         return self.adapt != "G"
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def read_local_training(self, local_training: LocalTraining) -> None:
         """Refuse clients whose rate is not one number."""
         if not self.needs_learning_rates:
             return
         rates: set[float] = set()
-        for optimizer in trainer.optimizers:
+        for optimizer in local_training.optimizers:
             rates.update(float(group["lr"]) for group in optimizer.param_groups)
-        if len(trainer.optimizers) != 1 or len(rates) != 1:
+        if len(local_training.optimizers) != 1 or len(rates) != 1:
             raise ValueError(
-                f"`adapt`={self.adapt!r} learns the clients' one rate, and {type(pl_module).__name__} has"
-                f" {len(trainer.optimizers)} optimizers with the rates {sorted(rates)}. Give it one optimizer with one"
-                " rate, or use `adapt='G'`."
+                f"`adapt`={self.adapt!r} learns the clients' one rate, and {type(local_training.module).__name__} has"
+                f" {len(local_training.optimizers)} optimizers with the rates {sorted(rates)}. Give it one optimizer"
+                " with one rate, or use `adapt='G'`."
             )
 
     @property

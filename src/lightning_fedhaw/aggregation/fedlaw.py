@@ -28,8 +28,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, Weighting, client_weights
+from lightning_fedhaw.aggregation.base import Weighting, client_weights
 from lightning_fedhaw.aggregation.factories import OptimizerFactory, SchedulerFactory, check_optimizer, check_schedule
+from lightning_fedhaw.aggregation.guard import GuardedRule
 from lightning_fedhaw.aggregation.proxy import ADAM, BatchLoss, descend, mean_loss
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.rule import Batch, RuleOutput, ServerView, State
@@ -85,7 +86,7 @@ def swa_rate(epoch: int, lr: float, swa_lr: float) -> float:
     return cosine_rate + (swa_lr - cosine_rate) * (1 - math.cos(math.pi * progress)) / 2
 
 
-class FedLAWCallback(AggregationRule):
+class FedLAWCallback(GuardedRule):
     """Learn the scale of the averaged model and the weight of each client on the server's proxy data.
 
     The data comes from ``FederatedDataModule(proxy=...)``. The server's buffers (BatchNorm statistics) are the
@@ -106,6 +107,8 @@ class FedLAWCallback(AggregationRule):
         scheduler: Makes a schedule that steps once a pass from the optimizer. Default: half the rate after every 20
             passes, as published. ``None`` keeps the rate.
         swa_lr: With ``"in_stages"``: the rate at the end of the stage of the weights.
+        guard: Whether the plain average replaces a model that has collapsed, as in :class:`FedHAWCallback`. Default:
+            no, as published.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
@@ -140,6 +143,7 @@ class FedLAWCallback(AggregationRule):
         optimizer: OptimizerFactory = ADAM,
         scheduler: SchedulerFactory | None = STEP_LR,
         swa_lr: float = 0.05,
+        guard: bool = False,
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
@@ -157,6 +161,7 @@ class FedLAWCallback(AggregationRule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.swa_lr = arguments.number("swa_lr", swa_lr, minimum=0)
+        self.guard = arguments.flag("guard", guard)
         if self.learn == "in_stages" and 0 < self.server_epochs < 2 * (SWA_START + 1):
             raise ValueError(
                 f'`server_epochs` must be at least {2 * (SWA_START + 1)} with `learn="in_stages"`, whose weights are'
@@ -173,22 +178,27 @@ class FedLAWCallback(AggregationRule):
         """Return the last round's scale."""
         if "scale" not in self.state:
             return {}
-        return {"scale": float(self.state["scale"])}
+        return {"scale": float(self.state["scale"]), **self.guard_summary()}
 
     def check(self, server: ServerView) -> None:
         """Try the loss on proxy data, if there is something to learn."""
         if self._learns:
             server.check_proxy(type(self).__name__, server.loss)
+        else:
+            super().check(server)
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Learn scale and weights for this cohort, and mix its models with them."""
-        weights = client_weights(cohort, self.weighting)  # [K]
+        shares = client_weights(cohort, self.weighting)  # [K]
+        weights = shares
         scale = torch.tensor(self.scale, dtype=torch.float64)  # []
         metrics: dict[str, float] = {}
         if self._learns:
             weights, scale, metrics = self._learn_mix(cohort, weights, scale, server)
         metrics |= {"scale": scale.item(), "weight/min": weights.min().item(), "weight/max": weights.max().item()}
-        return RuleOutput(cohort.vectors.weighted_sum(scale * weights), {"scale": scale.clone()}, weights, metrics)
+        mix = cohort.vectors.weighted_sum(scale * weights)  # [P]
+        output = RuleOutput(mix, {"scale": scale.clone()}, weights, metrics)
+        return self.guarded(output, cohort, state, server, shares)
 
     def _learn_mix(
         self, cohort: Cohort, shares: Tensor, scale: Tensor, server: ServerView

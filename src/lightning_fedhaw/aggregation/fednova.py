@@ -17,15 +17,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule, common_rate, normalized
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
-from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.objectives.local_normalizer import normalizer, sgd_groups
+from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.rule import RuleOutput, ServerView, State
 
 EffectiveSteps = Literal["normalizer", "steps"]
@@ -87,14 +86,13 @@ class FedNovaCallback(AggregationRule):
         if proximal > 0 and not has_own_weight:
             self.unnormalized_weight = None  # type: ignore[assignment]
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Read the proximal factor from the client objectives, and the momentum from the clients' optimizer."""
+    def read_local_training(self, local_training: LocalTraining) -> None:
+        """Read the proximal factor of the client objectives, and the momentum of the clients' optimizer."""
         if self._reads_proximal:
-            objectives = find_objectives(trainer.callbacks)  # type: ignore[attr-defined] # Lightning does not declare it
-            self._set_proximal(sum((objective.proximal for objective in objectives), 0.0))
+            self._set_proximal(local_training.proximal)
         if self._reads_momentum:
             remedy = "say what comes closest: `FedNovaCallback(momentum=0.0)` counts steps"
-            groups = sgd_groups(trainer, "FedNova", remedy)
+            groups = sgd_groups(local_training, "FedNova", remedy)
             momenta = {(float(group["momentum"]), bool(group["nesterov"])) for group in groups}
             if len(momenta) > 1:
                 raise ValueError(

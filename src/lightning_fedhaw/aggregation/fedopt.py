@@ -9,7 +9,9 @@ With ``delta`` [P], the proposed displacement ``sum_k p_k (w_k - w)``::
     FedOpt      w <- optimizer(w, gradient = -delta)
     FedAvgM     v <- beta v + delta                     w <- w + lr v
 
-Algorithm 2 (FedAdagrad, FedAdam, FedYogi) is in ``adaptive.py``.
+Algorithm 2 (FedAdagrad, FedAdam, FedYogi) is in ``adaptive.py``. Hyper-parameters of the server's optimizer can be
+learned while training (``learn=``): K. Rush, Z. Charles, Z. Garrett: Federated Automatic Differentiation.
+arXiv:2301.07806, Algorithm 2.
 
 Shapes: K clients are in the cohort, P trainable parameters.
 """
@@ -17,8 +19,9 @@ Shapes: K clients are in the cohort, P trainable parameters.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from math import inf
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,13 +31,24 @@ from torch import Tensor
 from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.aggregation.factories import OptimizerFactory, check_optimizer, check_schedule
+from lightning_fedhaw.aggregation.learned import Bounds, Learned, LinkName
+from lightning_fedhaw.aggregation.server_steps import check_derivatives, check_names, set_hyper_parameters, tangent
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
+from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.options import FederationOptions, repr_settings, settings_of
+from lightning_fedhaw.probe import Probe, ProbeResult
 from lightning_fedhaw.rule import LocalLRScale, Rule, RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
 LRSchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 """Makes a schedule that can be checkpointed."""
+
+DOMAINS: Mapping[str, Bounds] = {
+    "momentum": (1e-4, 0.9999),
+    **dict.fromkeys(("alpha", "beta1", "beta2", "rho"), (0.0, 0.9999)),
+}
+"""The bounds of what is learned where none are given; all others are at least 0. Without momentum SGD keeps no
+velocity, so it could not learn to have some again."""
 
 
 class FedOptCallback(AggregationRule):
@@ -51,15 +65,27 @@ class FedOptCallback(AggregationRule):
             round.
         rule: The rule that proposes, such as ``FedAdpCallback()``. Default: plain averaging by the number of examples,
             with which memory does not grow with the cohort.
+        learn: The optimizer's hyper-parameters that are learned while training, such as ``("lr", "momentum")``;
+            ``"beta1"`` and ``"beta2"`` are those of Adam. What is given for them is the start.
+        probe: The second cohort whose gradient they are learned by. Default: ``Probe()``, training clients that are
+            drawn afresh and answer in the same communication round.
+        hyper_optimizer: Makes the optimizer of what is learned from ``(parameters, lr=...)``.
+        hyper_lr: Its learning rate.
+        bounds: The smallest and largest value of what is learned, by name, such as ``{"lr": (0.01, 10.0)}``. Default:
+            where the optimizer is defined, which is from 0 on, and for momentum and betas up to 0.9999.
+        links: What is stepped instead of the number itself, by name: ``"exp"`` its logarithm, ``"sigmoid"`` its logit,
+            ``"softplus"`` the inverse of that; ``"identity"`` by default.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
 
     Attributes:
-        state: ``optimizer`` and, with a schedule, ``scheduler``: their own states; ``rule``: the inner rule's.
+        state: ``optimizer`` and, with a schedule, ``scheduler``: their own states; ``rule``: the inner rule's. With
+            ``learn``, ``learned`` and ``tangents``.
 
     Raises:
         TypeError: If optimizer or schedule are given ready-made, cannot be made from their arguments, or need more
             arguments in their steps (``LBFGS``, ``ReduceLROnPlateau``), or if ``rule`` is not a rule.
-        ValueError: If ``lr`` is negative or not finite, or ``rule`` has federation arguments of its own.
+        ValueError: If ``lr`` is negative or not finite, or ``rule`` has federation arguments of its own; if ``learn``
+            names what the optimizer does not have, or what cannot be learned.
 
     Example:
         >>> from functools import partial
@@ -77,17 +103,49 @@ class FedOptCallback(AggregationRule):
         *,
         lr_scheduler: LRSchedulerFactory | None = None,
         rule: AggregationRule | None = None,
+        learn: Sequence[str] = (),
+        probe: Probe | None = None,
+        hyper_optimizer: OptimizerFactory = torch.optim.SGD,
+        hyper_lr: float = 0.01,
+        bounds: Mapping[str, Bounds] | None = None,
+        links: Mapping[str, LinkName] | None = None,
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
         self.lr = arguments.number("lr", lr, minimum=0)
-        check_schedule("lr_scheduler", lr_scheduler, check_optimizer("optimizer", optimizer, self.lr))
+        server_optimizer = check_optimizer("optimizer", optimizer, self.lr)
+        check_schedule("lr_scheduler", lr_scheduler, server_optimizer)
         if rule is not None:
             _check_inner(rule, type(self).__name__)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.rule = rule
         self._adopt_inner_needs()
+        starts = check_names(learn, server_optimizer)
+        learned = Learned(
+            starts,
+            hyper_optimizer=hyper_optimizer,
+            hyper_lr=hyper_lr,
+            bounds=bounds,
+            links=links,
+            domains={name: DOMAINS.get(name, (0.0, inf)) for name in starts},
+        )
+        arguments.optional(arguments.instance, "probe", probe, Probe, example='Probe("validation")')
+        # Without anything to learn there are no such settings: `None` is not shown, and no part of the resume key.
+        self.learn = tuple(starts) or None
+        self.learned: Learned | None = None
+        if self.learn is not None:
+            self._check_learning(self.learn)
+            self.learned = learned
+            self.probe = probe or Probe()
+        elif probe is not None:
+            raise ValueError('`probe` is for what is learned, and `learn` is empty. Give `learn=("lr",)` with it.')
+
+    def _check_learning(self, names: Sequence[str]) -> None:
+        """Refuse to learn what is set by a schedule, or what has no derivative."""
+        if "lr" in names and self.lr_scheduler is not None:
+            raise ValueError('`learn` names "lr", which `lr_scheduler` sets. Leave one of them out.')
+        check_derivatives(names, self.optimizer, self.lr)
 
     def unnormalized_weight(self, update: ClientUpdate) -> float:
         """Return a client's weight before normalization: that of the inner rule, or its number of examples."""
@@ -122,9 +180,14 @@ class FedOptCallback(AggregationRule):
         self.unnormalized_weight = None  # type: ignore[assignment]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the inner rule check the clients' optimizers."""
+        """Call the inner rule's hook, which is no callback of the trainer."""
         if self.rule is not None:
             self.rule.on_fit_start(trainer, pl_module)
+
+    def read_local_training(self, local_training: LocalTraining) -> None:
+        """Let the inner rule read what it needs."""
+        if self.rule is not None:
+            self.rule.read_local_training(local_training)
             # Again, because some rules know their needs only now, such as FedNova with a proximal term.
             self._adopt_inner_needs()
 
@@ -142,13 +205,16 @@ class FedOptCallback(AggregationRule):
     def describe(self) -> str:
         """Return the rule and its settings, for the start-up line."""
         inner = None if self.rule is None else self.rule.describe()
-        return repr_settings(self, *self._implied_settings, rule=inner)
+        probe = None if self.probe is None else repr(self.probe)
+        return repr_settings(self, *self._implied_settings, rule=inner, probe=probe)
 
     @property
     def resume_key(self) -> str:
         """Optimizer and schedule with their settings, which their states hold too, and the inner rule's key."""
         inner = None if self.rule is None else self.rule.resume_key
-        settings = settings_of(self, *self._implied_settings, rule=inner)
+        settings = settings_of(self, *self._implied_settings, "probe", rule=inner)
+        if self.learned is not None:
+            settings += f", {self.learned.resume_key}"
         return f"{type(self).key}({settings})"
 
     @property
@@ -166,11 +232,15 @@ class FedOptCallback(AggregationRule):
         return self.rule.base_rule
 
     def summary(self) -> dict[str, float]:
-        """Return the learned numbers of the inner rule."""
+        """Return the numbers that are learned, here and by the inner rule."""
+        numbers = {}
+        if self.learned is not None:
+            for name, value in self.learned.values(self.state.get("learned", {})).items():
+                numbers[f"learned_{name}"] = value
         if self.rule is None:
-            return {}
+            return numbers
         self._lend_state()
-        return self.rule.summary()
+        return {**numbers, **self.rule.summary()}
 
     def divergence_hint(self) -> str:
         """Return the inner rule's hint, and the server's rate."""
@@ -192,10 +262,18 @@ class FedOptCallback(AggregationRule):
             self.rule.state = self.state.get("rule", {})
 
     def init(self, start: Tensor, num_examples: Tensor) -> State:
-        """Return the inner rule's state; optimizer and schedule start with the first round."""
-        if self.rule is None:
-            return {}
-        return {"rule": self.rule.init(start, num_examples)}
+        """Return the inner rule's state and what is learned; optimizer and schedule start with the first round."""
+        state: State = {}
+        if self.rule is not None:
+            state["rule"] = self.rule.init(start, num_examples)
+        if self.learned is not None:
+            state["learned"] = self.learned.init()
+        return state
+
+    def learn_from(self, probe: ProbeResult, state: State, server: ServerView) -> tuple[State, Mapping[str, float]]:
+        """Step the hyper-parameters that are learned."""
+        assert self.learned is not None
+        return self.learned.learn_from(probe, state)
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Take the proposal, and step the server's optimizer along it."""
@@ -216,6 +294,11 @@ class FedOptCallback(AggregationRule):
         gradients = server.layout.views(-delta)
         for parameter, gradient in zip(parameters, gradients.values(), strict=True):
             parameter.grad = gradient
+        if self.learned is not None:
+            set_hyper_parameters(optimizer, self.learned.values(state["learned"]))
+            new_state["learned"] = state["learned"]
+            new_state["tangents"] = {name: tangent(optimizer, name, self.optimizer) for name in self.learned.starts}
+            metrics |= self.learned.metrics(state["learned"])
         # Read before the schedule's step: this is the rate of this round.
         rate = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -245,7 +328,8 @@ class FedAvgMCallback(FedOptCallback):
     Args:
         lr: The server's learning rate. In the long run a step is ``lr / (1 - momentum)`` times the displacement.
         momentum: Decay of the velocity.
-        options: The further arguments of :class:`FedOptCallback`: ``lr_scheduler``, ``rule`` and the federation's.
+        options: The further arguments of :class:`FedOptCallback`: ``lr_scheduler``, ``rule``, ``learn`` (here
+            ``"lr"`` and ``"momentum"``) and what belongs to it, and the federation's.
 
     Raises:
         ValueError: If ``momentum`` is not in [0, 1).
@@ -261,6 +345,11 @@ class FedAvgMCallback(FedOptCallback):
 def _check_inner(rule: AggregationRule, outer: str) -> None:
     """Refuse an inner rule that is no rule, or that has arguments of the federation."""
     arguments.instance("rule", rule, AggregationRule, example="FedAvgCallback()")
+    if rule.probe is not None:
+        raise ValueError(
+            f"`rule` ({type(rule).__name__}) learns by a probe at the model that it proposes, and {outer} makes another"
+            " model of its proposal. Give the rule to the trainer instead, or leave its probe out."
+        )
     # The federation is built from the options of the outer rule, so those of the inner one would be ignored.
     if rule.options != FederationOptions():
         raise ValueError(

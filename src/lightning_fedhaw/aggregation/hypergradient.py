@@ -18,8 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.base import AggregationRule, normalized
+from lightning_fedhaw.aggregation.base import normalized
 from lightning_fedhaw.aggregation.factories import OptimizerFactory
+from lightning_fedhaw.aggregation.guard import GuardedRule
 from lightning_fedhaw.rule import State
 
 Memory = Literal["device", "host"]
@@ -75,7 +76,7 @@ def scale_and_weight_metrics(gamma: Tensor, lambda_: Tensor, clients: Tensor, we
     return metrics
 
 
-class HypergradientRule(AggregationRule):
+class HypergradientRule(GuardedRule):
     """A rule that keeps a log-scale and a logit per client, and steps them with a hyper-optimizer.
 
     A subclass checks its arguments and sets the attributes below.
@@ -115,7 +116,12 @@ class HypergradientRule(AggregationRule):
     def summary(self) -> dict[str, float]:
         """Return the scale, and the range of the weights over all clients."""
         weights = torch.softmax(self.state["lambda_"], 0)
-        return {"scale": self.scale, "weight_min": weights.min().item(), "weight_max": weights.max().item()}
+        return {
+            "scale": self.scale,
+            "weight_min": weights.min().item(),
+            "weight_max": weights.max().item(),
+            **self.guard_summary(),
+        }
 
     def memory_device(self, start: Tensor) -> torch.device:
         """Return the device on which vectors are kept between rounds."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.autodiff import tape
+from lightning_fedhaw.autodiff.duals import dual_of, load_rules, parts_of
 from lightning_fedhaw.autodiff.placement import Placed, constant, is_differentiated, mixed_mode, tensors_in, tracing
 from lightning_fedhaw.autodiff.primitives import ACCOUNT, Account, DropOuts, Traffic
 from lightning_fedhaw.autodiff.trace import Trace
@@ -446,7 +444,7 @@ def _failing_together(account: Account) -> Iterator[None]:
 
 def _forward(call: _Call, account: Account) -> tuple[Tensor, list[Tensor]]:
     """Send one tangent after another along with the values."""
-    _load_rules_of_forward_mode()
+    load_rules()
     value: Tensor | None = None
     columns: list[list[Tensor]] = []
     is_used = [False] * len(call.leaves)
@@ -455,8 +453,8 @@ def _forward(call: _Call, account: Account) -> tuple[Tensor, list[Tensor]]:
         for unit in torch.eye(leaf.numel(), dtype=leaf.dtype, device=leaf.device):
             with forward_ad.dual_level():
                 leaves = [other.detach() for other in call.leaves]
-                leaves[position] = _dual(leaves[position], unit.reshape(leaf.shape))
-                primal, tangent = _parts(call.run(leaves))
+                leaves[position] = dual_of(leaves[position], unit.reshape(leaf.shape))
+                primal, tangent = parts_of(call.run(leaves))
             value = primal.detach()
             if tangent is None:
                 columns[position].append(torch.zeros_like(value))
@@ -469,24 +467,6 @@ def _forward(call: _Call, account: Account) -> tuple[Tensor, list[Tensor]]:
     for leaf, tangents in zip(call.leaves, columns, strict=True):
         gradients.append(torch.stack(tangents, dim=-1).reshape(value.shape + leaf.shape).to(leaf.dtype))
     return value, gradients
-
-
-@cache
-def _load_rules_of_forward_mode() -> None:
-    """Import what torch imports when forward mode is first used, without its warning of the way in which it does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        importlib.import_module("torch._decomp.decompositions_for_jvp")
-
-
-def _dual(value: Tensor, tangent: Tensor) -> Tensor:
-    dual: Tensor = forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
-    return dual
-
-
-def _parts(dual: Tensor) -> tuple[Tensor, Tensor | None]:
-    primal, tangent = forward_ad.unpack_dual(dual)  # type: ignore[no-untyped-call]
-    return primal, tangent
 
 
 def _reverse(call: _Call, account: Account) -> tuple[Tensor, list[Tensor]]:

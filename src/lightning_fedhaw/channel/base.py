@@ -87,6 +87,7 @@ class ChannelContext:
         drawn_uniformly: The number of clients per round, if every set of that many clients is equally likely;
             ``None`` with any other sampler.
         clients_remember: Whether what a client sends depends on earlier rounds in which it participated.
+        is_probe: Whether the messages are those of a rule's probe, which clients send in addition to their updates.
     """
 
     layout: ParameterLayout
@@ -98,6 +99,7 @@ class ChannelContext:
     side_payloads: Sequence[str]
     drawn_uniformly: int | None
     clients_remember: bool = False
+    is_probe: bool = False
 
     @property
     def num_clients(self) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from math import cos, pi
 from pathlib import Path
+from pickle import UnpicklingError
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,9 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.channel.base import Channel, ChannelContext, Fallback
+
+_DAMAGES = (ValueError, EOFError, OSError, SyntaxError, TokenError, MemoryError, RecursionError, UnpicklingError)
+"""What numpy raises depends on the byte at which it fails; a spoilt size asks for too much memory."""
 
 
 class StragglerChannel(Channel):
@@ -179,6 +185,7 @@ def read_trace(trace: Any) -> Tensor:
 
     Raises:
         ValueError: If it is not such a table, or one of its numbers is not in [0, 1].
+        FileNotFoundError: If there is no such file.
     """
     if isinstance(trace, (str, Path)):
         trace = _load_table(Path(trace))
@@ -198,8 +205,32 @@ def read_trace(trace: Any) -> Tensor:
 
 
 def _load_table(path: Path) -> NDArray[np.float64]:
+    """Read the numbers of a file.
+
+    Raises:
+        ValueError: If it holds none, or is damaged.
+        FileNotFoundError: If there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"`trace`: there is no file {str(path)!r}.")
+    try:
+        with warnings.catch_warnings():
+            # An empty text is refused below, with the shape [0, 1].
+            warnings.filterwarnings("ignore", message="loadtxt: input contained no data")
+            return _read_table(path)
+    except _DAMAGES as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"`trace`: {str(path)!r} is no table of numbers, or damaged: {reason.rstrip('.')}. Give a `.npy` file, or a"
+            " text of one round per line with one number per client."
+        ) from error
+
+
+def _read_table(path: Path) -> NDArray[np.float64]:
     if path.suffix == ".npy":
-        table: NDArray[np.float64] = np.load(path)
+        table = np.load(path)
+        if not isinstance(table, np.ndarray):
+            raise ValueError("it holds several arrays")
         return table
     lines = path.read_text().replace(",", " ").splitlines()
     return np.loadtxt(lines, ndmin=2)

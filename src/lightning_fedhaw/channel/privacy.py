@@ -128,6 +128,12 @@ class DifferentialPrivacyChannel(AggregateChannel):
                 later channel changes updates after they were clipped.
             ModuleNotFoundError: If ``delta`` is given and the extra ``privacy`` is missing.
         """
+        if context.is_probe:
+            raise ValueError(
+                f"`DifferentialPrivacyChannel` accounts for one message a client and round, and the probe of"
+                f" {context.rule} is a second one that it would not count. Let the rule probe the server's own data"
+                ' (`probe=Probe("proxy")`), or use a rule without a probe.'
+            )
         super().prepare(context)
         assert context.unnormalized_weight is not None
         # Two clients that differ in everything a weight may depend on: samples and steps.

@@ -28,6 +28,7 @@ from lightning_fedhaw.data.samplers import (
 )
 from lightning_fedhaw.data.split import split
 from lightning_fedhaw.data.subsets import balanced_subset, subset_by_class
+from lightning_fedhaw.data.synthetic import Synthetic
 
 __all__ = [
     "CohortSampler",
@@ -47,6 +48,7 @@ __all__ = [
     "QuantitySkewPartitioner",
     "ShardPartitioner",
     "StanfordDogs",
+    "Synthetic",
     "UniformSampler",
     "WeightedSampler",
     "balanced_subset",

@@ -403,6 +403,30 @@ class ClientData:
         for index, (data, size) in enumerate(self._pass(client, samples, "evaluation", "workers")):
             yield Batch(data, size, index, last=index + 1 == count)
 
+    def full_pass(
+        self, client: int, round_idx: int, *, held_out: bool = False, limit: int | float | None = None
+    ) -> Iterator[Batch]:
+        """Make batches of all samples of a client, in the order of the data set.
+
+        Args:
+            client: The client's number.
+            round_idx: The round's number, from whose streams worker processes draw.
+            held_out: Whether of its held-out samples or own evaluation set, instead of its training samples.
+            limit: Batches at most, as in :meth:`orders`.
+        """
+        if held_out and self.evaluation is not None:
+            yield from self.evaluation.full_pass(client, round_idx, limit=limit)
+            return
+        samples = self.train_indices[client]
+        if held_out:
+            samples = self.held_out_indices[client]
+        # As a pass of training ends; a client with less than a batch of held-out samples has one incomplete batch.
+        whole_batches = max(1, self.batches_per_pass(len(samples), limit))
+        samples = samples[: whole_batches * self.settings.batch_size]
+        count = self._batches_of(samples)
+        for index, (data, size) in enumerate(self._pass(client, samples, "round", round_idx, "probe workers")):
+            yield Batch(data, size, index, last=index + 1 == count)
+
     def _batches_of(self, order: Tensor) -> int:
         """Count the batches that :meth:`_pass` makes of samples; it uses all of them, so the last may be incomplete."""
         return -(-len(order) // self.settings.batch_size)

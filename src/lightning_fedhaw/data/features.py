@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
-import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sized
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_fedhaw import arguments
+from lightning_fedhaw.files import remove_abandoned, write_bytes
 from lightning_fedhaw.isolation import isolated_randomness
 from lightning_fedhaw.streams import stream
 
@@ -85,7 +84,8 @@ def cache_features(
     shards.mkdir(parents=True, exist_ok=True)
     paths, missing = _find_shards(shards, len(cast(Sized, dataset)), shard_size)
     if missing:
-        _write(shards / "about.json", description)
+        remove_abandoned(shards)
+        write_bytes(shards / "about.json", description)
         num_missing = sum(map(len, missing))
         with (
             _inference_mode(module),
@@ -315,19 +315,5 @@ def _save_shard(shards: Path, start: int, features: Tensor, labels: Tensor) -> P
     torch.save((features, labels), buffer)
     content = buffer.getvalue()
     path = shards / f"{start:09d}-{zlib.crc32(content):08x}.pt"
-    _write(path, content)
+    write_bytes(path, content)
     return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that it is complete whenever it exists."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            # Otherwise a crash of the machine could keep the new name and lose the content.
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from lightning_fedhaw.federation.full_gradient import FullGradient
 from lightning_fedhaw.federation.initial_loss import InitialLosses
 from lightning_fedhaw.federation.memory_advice import memory_advice
 from lightning_fedhaw.federation.placement import Placement
+from lightning_fedhaw.federation.probing import Probed, Probing
 from lightning_fedhaw.federation.records import (
     Aggregation,
     LocalResults,
@@ -47,6 +48,7 @@ from lightning_fedhaw.federation.transport import Transport
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.notes import add_note
 from lightning_fedhaw.objectives.base import ClientObjective, find_objectives
+from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.rule import LocalLRScale, Rule, RuleOutput
@@ -72,6 +74,7 @@ class Federation:
         rule: How the server aggregates.
         callbacks: The trainer's callbacks, from which channels and client objectives are selected in list order.
         options: The federation's arguments.
+        local_training: How clients train, for the rule and the objectives.
         limit: Batches a local pass at most.
         cohort_cap: Clients a round at most, for a development run.
         ranks: The processes that share the work; this one alone by default.
@@ -96,6 +99,7 @@ class Federation:
         callbacks: Sequence[Any],
         options: FederationOptions,
         *,
+        local_training: LocalTraining,
         limit: int | float | None = None,
         cohort_cap: int | None = None,
         ranks: Ranks | None = None,
@@ -105,6 +109,7 @@ class Federation:
         self.data = data
         self.rule = rule
         self.options = options
+        self.local_training = local_training
         self.seed = options.resolved_seed
         self.sampling = Sampling(sampler, data, self.seed, cohort_cap)
         self.ranks = ranks or Ranks()
@@ -123,6 +128,7 @@ class Federation:
         self.placement = Placement(self.ranks, is_sticky=clients_remember)
         self._prepare_transport(clients_remember)
         self.screening = Screening(options, self.buffers, rule, self.transport.uplink)
+        self.probing = Probing(host, server, rule, options, self.buffers, self.placement, self.transport, self.sampling)
         self.run_state = self._make_run_state(objectives)
         self.in_round = False
         self.on_round_start: Callable[[int, list[int]], None] = _ignore
@@ -237,6 +243,7 @@ class Federation:
         clients = self.cohort(round_idx)
         self.on_round_start(round_idx, clients)
         self.run_state.adopt_changes()
+        self.local_training.show(self.rule, *self.engine.objectives)
         snapshot = self.run_state.snapshot(self.engine)
         self.on_snapshot(snapshot)
         self.in_round = True
@@ -259,12 +266,14 @@ class Federation:
         stores = self._make_stores(plan, capacity=len(own_clients))
         received = self._train(plan, own_clients, stores)
         self.screening.check_round(plan, received)
+        probed = self.probing.at_start(plan, self.engine, self.tally)
         with self.tally.phase("aggregation"):
             aggregation = self._aggregate(plan, received, stores.displacements)
             self.shared_states.aggregate(plan.start, stores.shared, received.from_clients)
+        probed = self.probing.at_end(plan, self.engine, self.tally, aggregation.metrics, probed)
         # A rule on the server, or the recalibration of buffers, may have run the module's step.
         self.engine.attributes.restore()
-        report = self._report(plan, received, aggregation)
+        report = self._report(plan, received, aggregation, probed)
         self.on_round_end(report)
         return report
 
@@ -441,16 +450,16 @@ class Federation:
                 self.transport.superpose(vectors, received.records, round_idx=plan.round, drawn=len(plan.clients))
         return cohort_of(plan, received, vectors, learning_rates, self.rule)
 
-    def _report(self, plan: RoundPlan, received: Received, aggregation: Aggregation) -> Report:
+    def _report(self, plan: RoundPlan, received: Received, aggregation: Aggregation, probed: Probed) -> Report:
         """Count the costs of the round, and make its report."""
         updates = received.updates
         lr_scale_bytes = 0
         if self.engine.lr_scale is not None:
             lr_scale_bytes = self.engine.lr_scale.numbers_sent * self.layout.dtype.itemsize
-        bytes_down = (
-            self.transport.sent_bytes("downlink", plan.round, plan.clients) + len(plan.clients) * lr_scale_bytes
-        )
+        bytes_down = self.transport.sent_bytes("downlink", plan.round, plan.clients)
+        bytes_down += len(plan.clients) * lr_scale_bytes + probed.bytes_down
         bytes_up = self.transport.sent_bytes("uplink", plan.round, [update.client for update in updates])
+        bytes_up += probed.bytes_up
         self.tally.bytes_down += bytes_down
         self.tally.bytes_up += bytes_up
         self.tally.received += len(updates)
@@ -458,6 +467,7 @@ class Federation:
         self.tally.skipped_steps += sum(update.num_skipped for update in updates)
         metrics = {
             **aggregation.metrics,
+            **probed.metrics,
             "clients_received": float(len(updates)),
             "bytes_down": float(bytes_down),
             "bytes_up": float(bytes_up),
@@ -494,13 +504,13 @@ class Federation:
         """Return everything that is not in the module, the rule or another callback: plain values and tensors."""
         return self.run_state.state_dict(self.engine)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a checkpoint.
+    def load_state_dict(self, state: Mapping[str, Any], source: str) -> None:
+        """Resume from a checkpoint, whose name is ``source``.
 
         Raises:
-            ValueError: If it is of another federation.
+            ValueError: If it is of another federation, or cannot be read.
         """
-        self.run_state.load_state_dict(state, self.engine)
+        self.run_state.load_state_dict(state, self.engine, source)
 
 
 def _ignore(*arguments: object) -> None:

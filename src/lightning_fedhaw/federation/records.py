@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,9 @@ from lightning_fedhaw.vectors.base import CohortVectors
 PHASES = ("broadcast", "local training", "channel", "aggregation", "validation")
 """The phases of a round whose time is measured."""
 
+PROBE_COUNTS = ("probe_answers", "probe_rounds", "skipped_probes")
+"""What is counted of a rule's probe."""
+
 
 @dataclass
 class Tally:
@@ -35,6 +38,9 @@ class Tally:
         nonfinite_updates: Updates that were excluded because they held NaN or infinity.
         skipped_rounds: Rounds without any update to aggregate.
         skipped_steps: Optimizer steps that were tried and skipped.
+        probe_answers: Answers of a rule's probe that were received, over all rounds.
+        probe_rounds: Communication rounds in addition to the run's, for a probe at the new model.
+        skipped_probes: Rounds in which nothing was learned, because no answer of the probe was received and finite.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -45,6 +51,9 @@ class Tally:
     nonfinite_updates: int = 0
     skipped_rounds: int = 0
     skipped_steps: int = 0
+    probe_answers: int = 0
+    probe_rounds: int = 0
+    skipped_probes: int = 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -56,8 +65,12 @@ class Tally:
             self.seconds[name] += time.perf_counter() - begin
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of all numbers, for a checkpoint."""
-        return {**vars(self), "seconds": dict(self.seconds)}
+        """Return a copy of all numbers, for a checkpoint; those of a probe only if there was one."""
+        state = {**vars(self), "seconds": dict(self.seconds)}
+        for name in PROBE_COUNTS:
+            if not state[name]:
+                del state[name]
+        return state
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Tally:
@@ -76,6 +89,7 @@ class RoundPlan:
         models: The model ``[P]`` that each client starts from; a client that received nothing and has none is absent.
         lost: The clients whose update will be lost, with the channel that loses it; they do not train.
         inverse_probabilities: Factors on the clients' weights, where their chances of being sampled are unequal.
+        outdated: The clients that start from an older model, because this round's did not reach them.
     """
 
     round: int
@@ -84,6 +98,7 @@ class RoundPlan:
     models: Mapping[int, Tensor]
     lost: Mapping[int, Channel]
     inverse_probabilities: Mapping[int, float] = field(default_factory=dict)
+    outdated: Set[int] = frozenset()
 
     def inverse_probability(self, client: int) -> float:
         """Return the factor on a client's weight."""

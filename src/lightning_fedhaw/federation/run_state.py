@@ -18,6 +18,7 @@ from lightning_fedhaw.clients.attributes import AttributeState
 from lightning_fedhaw.clients.engine import Engine
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.federation.buffers import Buffers
+from lightning_fedhaw.federation.checkpoint_entry import FORMAT, check_entry, describe_parts, new_run
 from lightning_fedhaw.federation.placement import Placement
 from lightning_fedhaw.federation.records import Tally
 from lightning_fedhaw.federation.screening import Screening
@@ -47,6 +48,10 @@ FINGERPRINT_WORDS = {
 
 class Stateful(Protocol):
     """A channel or a client objective: a callback whose state changes while clients train."""
+
+    @property
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
@@ -151,6 +156,7 @@ class RunState:
         seed: The federation's seed.
 
     Attributes:
+        run: The identity of the run, which a resumed run keeps.
         tally: The costs and incidents of the run so far.
     """
 
@@ -178,6 +184,7 @@ class RunState:
         self.screening = screening
         self.ranks = ranks
         self.seed = seed
+        self.run = new_run()
         self.tally = Tally()
         # Their state changes on the process that trains the client. The state of downlink channels is equal on all
         # processes, each of which computes the broadcast to all clients.
@@ -258,6 +265,7 @@ class RunState:
             metric.reset()
         self.rule.state = snapshot.rule
         self.screening.nonfinite_rounds = snapshot.nonfinite_rounds
+        self.tally = Tally.from_state(snapshot.tally)
         # The module may hold the model of the client that failed.
         self.server.put_back(snapshot.parameters, snapshot.buffers)
 
@@ -276,6 +284,11 @@ class RunState:
         if self.server.layout.local:
             fingerprint["local_parameters"] = list(self.server.layout.local)
         return fingerprint
+
+    @property
+    def parts(self) -> list[str]:
+        """The keys of the channels and the client objectives."""
+        return [callback.state_key for callback in self.callbacks]
 
     @property
     def round_options(self) -> dict[str, Any]:
@@ -358,25 +371,31 @@ class RunState:
 
     @property
     def _resume_keys(self) -> dict[str, Any]:
-        """The entries of a checkpoint that a run compares with its own before it goes on from there."""
+        """The entries of a checkpoint that a run compares with its own before it resumes from there."""
         return {
+            "format": FORMAT,
+            "run_id": self.run,
+            "channels_and_objectives": self.parts,
             "fingerprint": self.fingerprint,
             "scheme": self.data.partition.scheme,
             "round_options": self.round_options,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], engine: Engine) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], engine: Engine, source: str) -> None:
         """Resume from a checkpoint.
 
         Args:
             state: What :meth:`state_dict` returned.
             engine: The engine, which holds the clients' optimizer states.
+            source: The name of the checkpoint, for errors and warnings.
 
         Raises:
-            ValueError: If it is of another federation.
+            ValueError: If it is of another federation, has another format, or lacks a part.
         """
-        self._check_fingerprint(state["fingerprint"], state["scheme"])
-        self._warn_of_changes(state["round_options"])
+        check_entry(state, source)
+        self._check_fingerprint(state["fingerprint"], state["scheme"], source)
+        self._warn_of_changes(state, source)
+        self.run = state.get("run_id", self.run)
         engine.optimizer_states = dict(state["optimizers"])
         # A checkpoint of an earlier version has none.
         if "attributes" in state:
@@ -389,12 +408,13 @@ class RunState:
         if "parameters" in state:
             self.server.install(state["parameters"].to(self.server.parameters()))
 
-    def _check_fingerprint(self, saved: Mapping[str, Any], scheme: str) -> None:
+    def _check_fingerprint(self, saved: Mapping[str, Any], scheme: str, source: str) -> None:
         """Refuse to resume from a checkpoint of another federation.
 
         Args:
             saved: Its fingerprint.
             scheme: The partitioner that made its split.
+            source: Its name.
         """
         current = self.fingerprint
         changes = []
@@ -412,20 +432,23 @@ class RunState:
                 )
         if changes:
             raise ValueError(
-                f"The checkpoint (or earlier `fit`) to resume from is of another federation: {'; '.join(changes)}."
+                f"{source} is of another federation: {'; '.join(changes)}."
                 " Resume with the arguments of that run, or start a new run from its weights with"
                 " `load_from_checkpoint`."
             )
 
-    def _warn_of_changes(self, saved: Mapping[str, Any]) -> None:
-        """Warn of options that differ from those of the checkpoint."""
+    def _warn_of_changes(self, state: Mapping[str, Any], source: str) -> None:
+        """Warn of options, channels and objectives that differ from those of the checkpoint."""
         current = self.round_options
         changes = []
-        for name, value in saved.items():
+        for name, value in state["round_options"].items():
             if value != current[name]:
                 changes.append(f"`{name}` from {value} to {current[name]}")
         if changes:
             rank_zero_warn(f"The run is resumed with other settings of a round: {', '.join(changes)}.")
+        parts = describe_parts(state.get("channels_and_objectives", self.parts), self.parts, source)
+        if parts:
+            rank_zero_warn(parts)
 
     def _collect(self, engine: Engine) -> None:
         """Gather the state that clients keep on other processes on process 0, which writes checkpoints."""

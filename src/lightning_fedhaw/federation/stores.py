@@ -65,13 +65,15 @@ class RowStore(VectorStore):
     Args:
         start: ``[P]``, the model that was broadcast.
         capacity: Updates of this process at most.
-        options: The federation's arguments: the device and dtype of the rows, and how processes add them up.
+        options: The federation's arguments: the device of the rows, and how processes add them up.
         ranks: The processes.
+        dtype: The dtype of the rows.
     """
 
-    def __init__(self, start: Tensor, capacity: int, options: FederationOptions, ranks: Ranks) -> None:
+    def __init__(
+        self, start: Tensor, capacity: int, options: FederationOptions, ranks: Ranks, dtype: torch.dtype
+    ) -> None:
         device = HOST if options.storage == "host" else start.device
-        dtype = options.storage_dtype or start.dtype
         # An engine may write directly into the matrix if its rows have the engine's device and dtype.
         self.in_place = device == start.device and dtype == start.dtype
         self.matrix = empty(capacity, start.numel(), dtype=dtype, device=device)
@@ -152,6 +154,8 @@ class RunningSum(VectorStore):
 class OrderedSum(RowStore):
     """The same sum, bit-identical to that of one process; for this, all rows are stored until the last is there.
 
+    The rows have the dtype of the sum, whatever ``storage_dtype`` is: one process stores no rows that could be rounded.
+
     Args:
         start: ``[P]``, the model that was broadcast.
         capacity: Updates of this process at most.
@@ -161,7 +165,7 @@ class OrderedSum(RowStore):
     """
 
     def __init__(self, start: Tensor, capacity: int, rule: Rule, options: FederationOptions, ranks: Ranks) -> None:
-        super().__init__(start, capacity, options, ranks)
+        super().__init__(start, capacity, options, ranks, start.dtype)
         self.rule = rule
 
     def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> AccumulatedVectors:
@@ -205,7 +209,7 @@ def make_store(
     is_summable = rule.unnormalized_weight is not None
     if is_summable and (summed or options.storage == "auto"):
         return make_sum(rule, options, start, capacity, ranks)
-    return RowStore(start, capacity, options, ranks)
+    return RowStore(start, capacity, options, ranks, options.storage_dtype or start.dtype)
 
 
 def make_sum(rule: Rule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks) -> VectorStore:

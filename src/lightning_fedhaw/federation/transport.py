@@ -71,6 +71,7 @@ class Transport:
         *,
         drawn_uniformly: int | None,
         clients_remember: bool,
+        is_probe: bool = False,
     ) -> None:
         """Describe the federation to the channels, and compute the size of a message that each link encodes.
 
@@ -79,6 +80,7 @@ class Transport:
             rule: The aggregation rule.
             drawn_uniformly: See :class:`~lightning_fedhaw.channel.base.ChannelContext`.
             clients_remember: Whether messages of clients depend on earlier rounds, apart from the downlink's channels.
+            is_probe: Whether the messages are those of a rule's probe.
         """
         remember = clients_remember or any(channel.remembers for channel in self.downlink)
         contents = [content for payload in self.payloads for content in payload.contents]
@@ -96,6 +98,7 @@ class Transport:
                     side_payloads=contents,
                     drawn_uniformly=drawn_uniformly,
                     clients_remember=remember,
+                    is_probe=is_probe,
                 )
                 channel.prepare(context)
                 size = channel.encode(size)

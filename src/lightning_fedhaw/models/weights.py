@@ -87,7 +87,10 @@ def load(backbone: nn.Module, path: str, model_name: str) -> None:
     if not Path(path).is_file():
         raise ValueError(f"`checkpoint_path`: there is no file {path!r}.")
     if path.endswith((".npz", ".npy")):
-        load_checkpoint(backbone, path)
+        try:
+            load_checkpoint(backbone, path)
+        except Exception as error:  # of any kind: it depends on the byte at which numpy or timm's reader fails
+            raise _unreadable(path, "as weights of this model", error) from error
         return
     state = _without_head(_backbone_part(_read(path)), backbone)
     if _misfit(backbone, state):
@@ -116,17 +119,21 @@ def _read(path: str) -> State:
         state: State = load_state_dict(path, weights_only=True)
     except Exception as error:
         # Which error is raised depends on the byte at which the reader fails.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"`checkpoint_path`={path!r} could not be read as a state dict of tensors: {reason.rstrip('.')}. Save or"
-            " fetch it again, whole."
-        ) from error
+        raise _unreadable(path, "as a state dict of tensors", error) from error
     if any(name.endswith(".lora_a") for name in state):
         raise ValueError(
             f"`checkpoint_path`={path!r} has adapters in addition to the weights. Fold them in first:"
             f" `TimmClassifier.load_from_checkpoint({path!r}).merge()`, and save its `backbone.state_dict()`."
         )
     return state
+
+
+def _unreadable(path: str, kind: str, error: Exception) -> ValueError:
+    """Return the error for a file that could not be read."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return ValueError(
+        f"`checkpoint_path`={path!r} could not be read {kind}: {reason.rstrip('.')}. Save or fetch it again, whole."
+    )
 
 
 def _backbone_part(state: State) -> State:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.keys import KeyedCallback
+from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.objectives.view import FORWARD, StepView, StepWatch
 
 ClientState = dict[str, Tensor]
@@ -227,6 +228,20 @@ class ClientObjective(KeyedCallback):
         """
         for name in self.watched:
             _check_submodule(self, name, pl_module)
+
+    def read_local_training(self, local_training: LocalTraining) -> None:
+        """Read what is needed of the clients' optimizers and of the module; by default nothing.
+
+        Called when a ``fit`` begins, once a checkpoint has been restored, and again before every round, because
+        schedules change the settings of optimizers. What is read in ``setup`` or ``on_fit_start`` would be that of
+        before the checkpoint.
+
+        Args:
+            local_training: How clients train.
+
+        Raises:
+            ValueError: If it cannot be worked with.
+        """
 
     def client_state(self, client: int, start: Named) -> ClientState:
         """Return the state with which a client trains in a round.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
+
+from lightning_fedhaw.objectives.local_training import LocalTraining
 
 ParameterGroup = dict[str, Any]
 """A parameter group of a ``torch.optim.Optimizer``."""
@@ -35,11 +36,11 @@ def normalizer(steps: int, momentum: float = 0.0, nesterov: bool = False, proxim
     return distance
 
 
-def sgd_groups(trainer: pl.Trainer, method: str, remedy: str) -> list[ParameterGroup]:
+def sgd_groups(local_training: LocalTraining, method: str, remedy: str) -> list[ParameterGroup]:
     """Return the parameter groups of the clients' optimizers, if these are SGD whose normalizer is known.
 
     Args:
-        trainer: The trainer, when ``fit`` begins.
+        local_training: How clients train.
         method: The method that needs the normalizer, for the message.
         remedy: An alternative to such an SGD, for the message.
 
@@ -49,7 +50,7 @@ def sgd_groups(trainer: pl.Trainer, method: str, remedy: str) -> list[ParameterG
     """
     groups: list[ParameterGroup] = []
     unsupported: list[str] = []
-    for optimizer in trainer.optimizers:
+    for optimizer in local_training.optimizers:
         groups.extend(optimizer.param_groups)
         if type(optimizer) is not torch.optim.SGD:
             unsupported.append(type(optimizer).__name__)
@@ -62,8 +63,7 @@ def sgd_groups(trainer: pl.Trainer, method: str, remedy: str) -> list[ParameterG
             f" SGD, or {remedy}."
         )
     has_momentum = any(group["momentum"] for group in groups)
-    # The attribute is set when the round loop is attached to the trainer.
-    if has_momentum and trainer.federation_options.optimizer_state == "kept":  # type: ignore[attr-defined]
+    if has_momentum and local_training.optimizer_state == "kept":
         raise ValueError(
             f"{method} needs momentum that begins at 0 in every round, and"
             ' `optimizer_state="kept"` keeps it from round to round. Use `optimizer_state="fresh"`.'

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import lightning.pytorch as pl
 import torch
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named, find_objectives
+from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named
 from lightning_fedhaw.objectives.local_normalizer import ParameterGroup, normalizer, sgd_groups
+from lightning_fedhaw.objectives.local_training import LocalTraining
 
 ControlOption = Literal["II", "I"]
 
@@ -55,7 +55,7 @@ class ScaffoldObjective(ClientObjective):
         self._groups: dict[str, ParameterGroup] = {}
         self._proximal = 0.0
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def read_local_training(self, local_training: LocalTraining) -> None:
         """Read the parameter groups of the clients' optimizer, for option II.
 
         Raises:
@@ -63,17 +63,16 @@ class ScaffoldObjective(ClientObjective):
         """
         if self.option != "II":
             return
-        groups = sgd_groups(trainer, "SCAFFOLD", 'use `option="I"`, which works with any optimizer')
+        groups = sgd_groups(local_training, "SCAFFOLD", 'use `option="I"`, which works with any optimizer')
         group_of: dict[torch.nn.Parameter, ParameterGroup] = {}
         for group in groups:
             group_of.update(dict.fromkeys(group["params"], group))
-        # The groups themselves and not their learning rates, because schedulers change these from round to round.
-        self._groups = {
-            name: group_of[parameter] for name, parameter in pl_module.named_parameters() if parameter in group_of
-        }
-        # Lightning sets the attribute without declaring it.
-        objectives = find_objectives(trainer.callbacks)  # type: ignore[attr-defined]
-        self._proximal = sum((objective.proximal for objective in objectives), 0.0)
+        # The groups themselves and not their learning rates, because a client may have rates of its own.
+        self._groups = {}
+        for name, parameter in local_training.module.named_parameters():
+            if parameter in group_of:
+                self._groups[name] = group_of[parameter]
+        self._proximal = local_training.proximal
 
     def _distance(self, name: str, steps: int) -> float:
         """Return ``lr A_k``, how far a parameter moves in a number of steps along gradients of -1."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import nan
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import lightning.pytorch as pl
 import torch
@@ -18,11 +16,15 @@ from torch import Tensor
 
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.records import Report
+from lightning_fedhaw.files import load_checked
 from lightning_fedhaw.keys import KeyedCallback
 from lightning_fedhaw.observer import FederatedCallback
 
 MOST_CLIENTS = 1000
 """Clients up to which weights and labels of each client are collected: a checkpoint grows with rounds times clients."""
+
+MOST_ROUNDS = 1_000_000
+"""A round number from which a log is taken for damaged: one spoilt number would fill the memory with empty rounds."""
 
 LOG = "metrics.csv"
 CLIENT_TABLE = "per_client.csv"
@@ -31,6 +33,20 @@ _LABEL = "label_"
 
 # Weights are stored in float32: a smaller relative change is rounding, and not learned.
 _SMALLEST_CHANGE = 1e-4
+
+
+def is_of_a_client(name: str) -> bool:
+    """Return whether a metric is of a single client, such as its weight in a round."""
+    return "/client_" in name
+
+
+def _of_all_clients(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Return metrics as numbers, without those of single clients."""
+    numbers = {}
+    for name, value in metrics.items():
+        if not is_of_a_client(name):
+            numbers[name] = float(value)
+    return numbers
 
 
 class RunHistory(KeyedCallback, FederatedCallback):
@@ -74,29 +90,47 @@ class RunHistory(KeyedCallback, FederatedCallback):
             self.labels = histogram.counts
             self.class_names = histogram.names
         # A checkpoint may be older than the history in memory, or have been written without one.
+        self._cut_or_fill(rounds)
+
+    def _cut_or_fill(self, rounds: int) -> None:
+        """Have one row for each of some rounds."""
         self.metrics = self.metrics[:rounds]
         self._weights = self._weights[:rounds]
         while len(self.metrics) < rounds:
             self.metrics.append({})
-        while len(self._weights) < rounds:
-            self._weights.append(self._no_weights())
-
-    def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: Report) -> None:
-        """Collect the round's aggregation weights."""
         if self._collects_clients:
-            row = self._no_weights()
-            row[list(report.weights)] = torch.tensor(list(report.weights.values()))
-            self._weights.append(row)
+            while len(self._weights) < rounds:
+                self._weights.append(self._no_weights())
+
+    def add_round(self, report: Report, logged: Mapping[str, float]) -> None:
+        """Begin the row of a round that is over and counted, so that nothing of it can be undone any more.
+
+        Args:
+            report: The round's report.
+            logged: What it logged, under the names in ``trainer.callback_metrics``.
+        """
+        self._cut_or_fill(report.round)
+        self.metrics.append(_of_all_clients(logged))
+        if self._collects_clients:
+            weights = self._no_weights()
+            weights[list(report.weights)] = torch.tensor(list(report.weights.values()))
+            self._weights.append(weights)
+
+    def add_validation(self, shown: Mapping[str, Tensor]) -> None:
+        """Add the validation to the round's row, before any callback can write a checkpoint or fail.
+
+        Args:
+            shown: Everything that callbacks can see after the validation.
+        """
+        if not self.metrics:
+            return
+        # The row has precedence: Lightning still shows the previous round's mean of what is logged for an epoch.
+        self.metrics[-1] = {**_of_all_clients(shown), **self.metrics[-1]}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Collect the round's metrics, validation included."""
-        row = {}
-        for name, value in trainer.callback_metrics.items():
-            if "/client_" not in name:
-                row[name] = float(value)
-        # A resumed run that was cut off in the validation of a round has a row for it already.
-        earlier = trainer.global_step - 1
-        self.metrics = [*self.metrics[:earlier], row]
+        """Complete the round's row by everything that callbacks can see at the end of the epoch."""
+        if self.metrics:
+            self.metrics[-1].update(_of_all_clients(trainer.callback_metrics))
 
     @property
     def _collects_clients(self) -> bool:
@@ -172,7 +206,8 @@ class RunHistory(KeyedCallback, FederatedCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return everything as tensors and plain values, for a checkpoint."""
         state = {
-            "metrics": list(self.metrics),
+            # Copies, because the last row is completed later.
+            "metrics": [dict(row) for row in self.metrics],
             "sizes": list(self.sizes),
             "clients": dict(self.clients),
             "labels": self.labels,
@@ -284,29 +319,18 @@ def _load_checkpoint(path: Path) -> object:
     Raises:
         ValueError: If the file is none, is damaged, or could run code when it is loaded.
     """
-    message = f"{str(path)!r} is no checkpoint. Give a `.ckpt` file, or the folder of the run's `{LOG}`."
-    # Torch would try to unpickle any other file, and say that it is unsafe instead of that it is no checkpoint.
-    if not is_zipfile(path):
-        raise ValueError(message)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{str(path)!r} holds more than tensors and plain values, and is not opened for safety. Give the folder"
-            f" of the run's `{LOG}`."
-        ) from error
-    except (RuntimeError, ValueError, EOFError) as error:
-        # An archive of something else, or a damaged one.
-        raise ValueError(message) from error
-    if content is None:
-        raise ValueError(message)
+        with path.open("rb") as file:
+            content = load_checked(file, str(path))
+    except ValueError as error:
+        raise ValueError(f"{error} Give another `.ckpt` file, or the folder of the run's `{LOG}`.") from error
     return content
 
 
 def _from_log(folder: Path) -> RunHistory:
     try:
         history = _read_tables(folder)
-    except (ValueError, LookupError, OverflowError) as error:
+    except (ValueError, LookupError, OverflowError, csv.Error) as error:
         raise ValueError(
             f"The tables in {str(folder)!r} are damaged ({type(error).__name__}: {error}). Give a checkpoint of the"
             f" run, or remove `{CLIENT_TABLE}` or `{WEIGHT_TABLE}` if it is one of them."
@@ -341,6 +365,8 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
         if "step" not in row or is_of_summary:
             continue
         round_idx = int(row.pop("step"))
+        if not 0 <= round_idx < MOST_ROUNDS:
+            raise ValueError(f"`{LOG}` has a round number {round_idx}")
         while len(metrics) <= round_idx:
             metrics.append({})
         for name, value in row.items():

@@ -93,7 +93,7 @@ def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, fo
     runs = [run for group in groups.values() for run in group]
     logged = sorted(set().union(*(run.names for run in runs)))
     if metric is None:
-        metric = _best_metric(logged)
+        metric = best_metric(logged)
     if metric is None or metric not in logged:
         raise ValueError(f"`--metric` must be one that the runs logged ({readable_list(logged)}), got {metric!r}.")
     pictures: list[Path] = []
@@ -106,6 +106,9 @@ def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, fo
     draw_bands(groups, [metric], path_of(metric))
     if "scale" in logged:
         draw_bands(groups, ["scale"], path_of("scale"))
+    learned = [name for name in logged if name.startswith("learned/")]
+    if learned:
+        draw_bands(groups, learned, path_of("learned"))
     hypergradients = [name for name in logged if name.startswith("hypergradient_")]
     if hypergradients:
         draw_bands(groups, hypergradients, path_of("hypergradients"), log=True)
@@ -121,7 +124,7 @@ def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, fo
     return pictures
 
 
-def _best_metric(names: Sequence[str]) -> str | None:
+def best_metric(names: Sequence[str]) -> str | None:
     """Return the first name that is of an accuracy, else of a loss; None if there is neither."""
     for part in _BEST_METRICS:
         for name in names:

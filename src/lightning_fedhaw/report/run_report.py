@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +35,7 @@ class RunRecord:
         skipped_rounds: Rounds without any client update.
         skipped_steps: Local steps that did not step the optimizer.
         seconds: Seconds in each phase of a round.
+        probe: What the rule's probe has counted, by name; empty for a rule without one.
     """
 
     rule: str
@@ -57,6 +58,7 @@ class RunRecord:
     skipped_rounds: int
     skipped_steps: int
     seconds: Mapping[str, float]
+    probe: Mapping[str, int] = field(default_factory=dict)
 
 
 def summary_of(record: RunRecord) -> dict[str, Any]:
@@ -88,6 +90,7 @@ def summary_of(record: RunRecord) -> dict[str, Any]:
         "nonfinite_updates": record.nonfinite_updates,
         "skipped_rounds": record.skipped_rounds,
         "skipped_steps": record.skipped_steps,
+        **record.probe,
         "seconds": dict(record.seconds),
     }
 

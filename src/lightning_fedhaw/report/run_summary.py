@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.federation.client_evaluation import measured_on
 from lightning_fedhaw.federation.federation import Federation
+from lightning_fedhaw.federation.records import PROBE_COUNTS
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.options import FederationOptions, repr_settings
 from lightning_fedhaw.report.history import RunHistory
@@ -133,6 +134,9 @@ def run_summary(
         if name in metrics:
             learned[name] = float(metrics[name])
     learned.update(rule.summary())
+    probe = {}
+    if rule.probe is not None:
+        probe = {name: getattr(tally, name) for name in PROBE_COUNTS}
     record = RunRecord(
         rule=type(rule).__name__,
         channels=[f"{type(channel).__name__} ({channel.link})" for channel in channels],
@@ -154,6 +158,7 @@ def run_summary(
         skipped_rounds=tally.skipped_rounds,
         skipped_steps=tally.skipped_steps,
         seconds=tally.seconds,
+        probe=probe,
     )
     return summary_of(record)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_fedhaw.federation.client_evaluation import ClientMetrics
 
-_INCIDENTS = ("lost_messages", "nonfinite_updates", "skipped_rounds", "skipped_steps")
+_INCIDENTS = ("lost_messages", "nonfinite_updates", "skipped_rounds", "skipped_steps", "skipped_probes")
 STATISTICS = {
     "validation": "validation",
     "mean": "mean",
@@ -27,6 +27,11 @@ _WORSE_WHEN_HIGHER = re.compile(
     r"|(?:^|[_/])(?:ce|bce|wer|cer|kl|brier)(?:$|[_/])",
     re.IGNORECASE,
 )
+
+
+def is_better_when_higher(metric: str) -> bool:
+    """Return whether a higher value of a metric is better, by its name."""
+    return _WORSE_WHEN_HIGHER.search(metric) is None
 
 
 def client_statistics(metrics: ClientMetrics, validated: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -52,7 +57,7 @@ def client_statistics(metrics: ClientMetrics, validated: Mapping[str, Tensor]) -
             entries["validation"] = float(validated[name])
         if is_defined.any():
             worst_quantile = 0.9
-            if metrics.higher_is_better.get(name, _WORSE_WHEN_HIGHER.search(name) is None):
+            if metrics.higher_is_better.get(name, is_better_when_higher(name)):
                 worst_quantile = 0.1
             entries |= _statistics_of(values[is_defined], metrics.num_examples[is_defined], worst_quantile)
         entries["undefined"] = int((~is_defined).sum())
@@ -126,7 +131,9 @@ def _federation_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         *_local_row(summary["local_parameters"]),
         ("sent down / up", f"{_bytes(summary['bytes_down'])} / {_bytes(summary['bytes_up'])}"),
     ]
-    incidents = [f"{summary[name]} {name.replace('_', ' ')}" for name in _INCIDENTS if summary[name]]
+    if "probe_answers" in summary:
+        rows.append(("probe", _probe_words(summary)))
+    incidents = [f"{summary[name]} {name.replace('_', ' ')}" for name in _INCIDENTS if summary.get(name)]
     if incidents:
         rows.append(("incidents", ", ".join(incidents)))
     if "epsilon" in summary:
@@ -136,6 +143,14 @@ def _federation_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, value in summary["metrics"].items():
         rows.append((name, f"{value:.4g}"))
     return rows
+
+
+def _probe_words(summary: Mapping[str, Any]) -> str:
+    """Say how many clients have answered a rule's probe, and whether it took communication rounds of its own."""
+    words = f"{summary['probe_answers']} answers"
+    if summary["probe_rounds"]:
+        words += f", in {summary['probe_rounds']} further communication rounds"
+    return words
 
 
 def _local_row(names: Sequence[str]) -> list[tuple[str, str]]:

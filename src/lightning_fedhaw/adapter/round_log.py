@@ -1,0 +1,54 @@
+"""What a round logs: under which names callbacks see it, and what of it must not outlast the round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.report.history import is_of_a_client
+
+MARKS = ("round_skipped", "server_steps_refused", "hyper_steps_refused")
+"""Metrics that are logged in some rounds only, because it says something that they are there."""
+
+
+def as_logged(value: float) -> Tensor:
+    """Return a number in the precision in which it is logged."""
+    # Lightning logs in float32 unless all of a run is in float64.
+    dtype = torch.float32
+    if torch.get_default_dtype() == torch.float64:
+        dtype = torch.float64
+    return torch.tensor(value, dtype=dtype)
+
+
+def names_for_callbacks(name: str, options: Mapping[str, Any]) -> list[str]:
+    """Return the names under which Lightning shows a value to callbacks.
+
+    Args:
+        name: The name that was given to ``self.log``.
+        options: The options that were given with it.
+    """
+    if options["on_step"] and options["on_epoch"]:
+        return [name, f"{name}_step", f"{name}_epoch"]
+    return [name]
+
+
+def forget_earlier_rounds(trainer: pl.Trainer, logged: Iterable[str], present: Mapping[str, float]) -> None:
+    """Remove what earlier rounds have logged of single clients, and marks of earlier rounds.
+
+    Lightning keeps the last value of every name, and a client's last weight would look like one of this round.
+
+    Args:
+        trainer: The trainer.
+        logged: The names that rule and rounds have logged so far.
+        present: What they log in this round.
+    """
+    connector = trainer._logger_connector
+    for name in logged:
+        if name in present or not (is_of_a_client(name) or name in MARKS):
+            continue
+        for metrics in (connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics):
+            metrics.pop(name, None)
