@@ -112,7 +112,7 @@ def test_no_argument_at_all_works_and_says_what_it_assumed(caplog):
     with caplog.at_level(logging.INFO):
         pl.Trainer(max_epochs=2, callbacks=[FedHAWCallback()], **QUIET).fit(Classifier(), loader(400))
     (line,) = [r.message for r in caplog.records if r.message.startswith("Federation:")]
-    for said in ("10 clients", "all clients participate", "one local epoch", "batch size 8", "lr_step=0.3"):
+    for said in ("10 clients", "all clients participate", "one local epoch", "batch size 8", "lr_step=0.5"):
         assert said in line
 
 

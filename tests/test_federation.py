@@ -615,8 +615,8 @@ def test_the_closing_table(capsys):
 STEPS = partial(StepLR, step_size=2)
 RULES = {
     FedHAWCallback: (
-        "lr_gamma=0.5, lr_lambda=0.3, lr_step=0.3, scale_bounds=(0.9, 1.1),"
-        " step_bounds=(1, 8), hyper_optimizer=SGD, memory=device",
+        "lr_gamma=1, lr_lambda=0, lr_step=0.5, momentum=0.8, damping=0.25, scale_bounds=(0.9, 1.1),"
+        " step_bounds=(1, 64), guard=True, hyper_optimizer=SGD, memory=device",
         ["scale", "server step", "weight min", "weight max"],
     ),
     PublishedFedHAWCallback: (

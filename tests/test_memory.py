@@ -257,7 +257,7 @@ def test_a_graph_does_not_keep_the_tensors_that_it_was_traced_with():
 
 @pytest.mark.parametrize("storage_dtype", [None, torch.bfloat16])
 def test_a_state_moves_in_its_own_dtypes(storage_dtype):
-    rule = FedHAWCallback()
+    rule = FedHAWCallback(lr_lambda=0.3)
     trainer(rule=rule, storage_dtype=storage_dtype).fit(Classifier(), loader())
     before = rule.state
     rule.move_state(torch.device("meta"))
@@ -366,10 +366,11 @@ def test_on_a_gpu_the_advice_is_what_is_not_done_yet(monkeypatch):
             patch.setattr(ClientData, "device", torch.device(data_device))
             return [part.split("`")[1] for part in own._memory_advice().split("; ")]
 
-    assert advice(FedHAWCallback(memory="host"), "cpu", storage="host") == ["batch_size"]
+    assert advice(FedHAWCallback(lr_lambda=0.3, memory="host"), "cpu", storage="host") == ["batch_size"]
+    assert advice(FedHAWCallback()) == ["batch_size", 'data_device="cpu"']
     assert advice(FedAvgCallback()) == ["batch_size", 'data_device="cpu"']
     assert advice(FedAvgCallback(), storage="device") == ["batch_size", 'data_device="cpu"', 'storage="host"']
-    assert advice(FedHAWCallback()) == [
+    assert advice(FedHAWCallback(lr_lambda=0.3)) == [
         "batch_size",
         'data_device="cpu"',
         'storage="host"',

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -363,7 +364,7 @@ def test_a_logger_that_fails_at_the_end_keeps_no_other_from_its_report(monkeypat
 
 @pytest.fixture
 def logs():
-    for name, rule in (("FedAvg", FedAvgCallback), ("FedHAW", FedHAWCallback)):
+    for name, rule in (("FedAvg", FedAvgCallback), ("FedHAW", partial(FedHAWCallback, lr_lambda=0.3))):
         for version in range(2):
             arguments = {"alpha": None, "partitioner": IIDPartitioner()} if version else {}
             play(rule, rounds=2 + version, logger=CSVLogger("logs", name=name, version=version), **arguments)

@@ -128,7 +128,7 @@ def test_it_is_said_once_and_counted():
 def test_without_a_guard_the_model_is_the_rules():
     end = judged((9.0, 0.0), guard=False)
     assert end.parameters.tolist() == [9.0, 0.0]
-    assert "guard" not in end.state
+    assert set(end.state) == {"own"}
 
 
 def test_the_guard_is_on_for_the_rule_without_units_and_off_for_the_published_ones():

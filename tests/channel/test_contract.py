@@ -479,7 +479,7 @@ def test_sums_need_a_rule_that_needs_sums(make):
     with pytest.raises(
         ValueError, match=f"`{own}` gives the server only the sum .* and FedHAWCallback needs each client's"
     ):
-        trainer(rule=FedHAWCallback(), callbacks=[make()]).fit(Classifier(), loader())
+        trainer(rule=FedHAWCallback(lr_lambda=0.3), callbacks=[make()]).fit(Classifier(), loader())
     reuse = ErasureChannel(0.1, fallback="reuse_update")
     with pytest.raises(ValueError, match='`ErasureChannel` with fallback="reuse_update" reuses single updates'):
         trainer(rule=uniform(), callbacks=[reuse, make()]).fit(Classifier(), loader())

@@ -38,8 +38,11 @@ SMALLEST_PART = 0.5
 BATCH_SIZE = 128
 """Proxy samples of a pass at most."""
 
-ENTRY = "guard"
-"""The entry of the rule's state: ``longest`` [], the largest norm so far, and ``rounds`` [], those replaced."""
+LONGEST = "longest_norm"
+"""The entry of the rule's state with the largest norm that the global model has had, [] float64."""
+
+ROUNDS = "guarded_rounds"
+"""The entry with the number of rounds in which the average replaced the rule's model, [] float64."""
 
 
 class GuardedRule(AggregationRule):
@@ -60,10 +63,10 @@ class GuardedRule(AggregationRule):
 
     def guard_summary(self) -> dict[str, float]:
         """Return the number of rounds in which the guard stepped in, for the run summary; nothing if it never did."""
-        entry = self.state.get(ENTRY)
-        if not isinstance(entry, dict) or not entry["rounds"]:
+        rounds = float(self.state.get(ROUNDS, 0.0))
+        if not rounds:
             return {}
-        return {"guarded_rounds": float(entry["rounds"])}
+        return {"guarded_rounds": rounds}
 
     def guarded(
         self,
@@ -107,11 +110,11 @@ def guarded(
         state: The rule's state before the round. Not changed.
         server: The proxy data, if there is some.
     """
-    before = state.get(ENTRY, {"longest": torch.zeros((), dtype=torch.float64), "rounds": torch.zeros(())})
+    nothing = torch.zeros((), dtype=torch.float64)
     mean = mean.to(cohort.start)  # [P]
-    longest = torch.maximum(before["longest"], _norm(cohort.start))  # []
+    longest = torch.maximum(state.get(LONGEST, nothing), _norm(cohort.start))  # []
     complaint = _complaint(output.parameters, mean, longest, cohort.start, server)
-    rounds = before["rounds"]  # []
+    rounds = state.get(ROUNDS, nothing)  # []
     metrics = dict(output.metrics)
     parameters = output.parameters
     weights = output.weights
@@ -126,7 +129,7 @@ def guarded(
         parameters = cohort.start + mean
         weights = shares
     metrics["guarded_rounds"] = float(rounds)
-    new_state = {**output.state, ENTRY: {"longest": longest, "rounds": rounds}}
+    new_state = {**output.state, LONGEST: longest, ROUNDS: rounds}
     return RuleOutput(parameters, new_state, weights, metrics)
 
 

@@ -29,7 +29,7 @@ def memory_advice(
         is_summable = rule.unnormalized_weight is not None and options.storage != "device"
         if not is_summable and not is_summed and options.storage != "host":
             advice.append('keep the clients\' vectors in host memory by `storage="host"`')
-        if getattr(rule.base_rule, "memory", None) == "device":
+        if rule.keeps_cohort and getattr(rule.base_rule, "memory", None) == "device":
             name = type(rule.base_rule).__name__
             advice.append(f'keep those of the last round there by `{name}(memory="host")`')
     return f"Memory has run out. To need less: {'; '.join(advice)}."
