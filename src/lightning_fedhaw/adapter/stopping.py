@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -297,7 +297,7 @@ class PassesSigtermOn:
         self.was_called = True
         started = multiprocessing.active_children()
         if self.launcher.procs:
-            self.launcher.kill(signum)  # type: ignore[arg-type]
+            self.launcher.kill(signum)
         elif started:
             # In the middle of starting: what is still to be started ends with those that have.
             for process in started:
