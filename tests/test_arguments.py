@@ -91,8 +91,8 @@ SAMPLES: dict[str, float] = {
 NEGATIVE = {"snr_db", "rounds", "exponent"}
 """Numbers that may be negative: decibels, -1 rounds, which is no limit, and the exponent of a weight."""
 
-INFINITE = {"snr_db", "deadline", "k_factor", "clip", "tau_max"}
-"""Numbers that may be infinite: no noise, no deadline, no fading, no clipping, no bound."""
+INFINITE = {"snr_db", "deadline", "k_factor", "clip", "tau_max", "damping"}
+"""Numbers that may be infinite: no noise, no deadline, no fading, no clipping, no bound, no division."""
 
 # Arguments of other kinds, each with something that is none.
 WRONG: dict[str, Any] = {
