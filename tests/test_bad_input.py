@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import LBFGS
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from federations import QUIET, Classifier, flat, loader, samples, trainer
 from lightning_fedhaw import (
@@ -24,7 +24,7 @@ from lightning_fedhaw import (
     PublishedFedHAWCallback,
     ServerFineTuningCallback,
 )
-from lightning_fedhaw.data import FullParticipationSampler
+from lightning_fedhaw.data import FullParticipationSampler, balanced_subset
 
 
 @pytest.mark.parametrize(
@@ -178,6 +178,15 @@ def test_proxy_data(make, proxy, error, message):
     with pytest.raises(error, match=message):
         fit(make(), module, proxy)
     assert torch.equal(flat(module), flat(Classifier()))
+
+
+@pytest.mark.parametrize("argument", ["train", "proxy"])
+def test_data_without_a_sample(argument):
+    data = {"train": samples(), argument: TensorDataset(torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64))}
+    with pytest.raises(ValueError, match=f"`{argument}` must have at least one sample, got a TensorDataset without"):
+        FederatedDataModule(**data)
+    with pytest.raises(ValueError, match="`labels` must be those of at least one sample, got none"):
+        balanced_subset(torch.zeros(0, dtype=torch.int64), 10)
 
 
 def test_the_rule_within_a_rule_is_named_where_it_needs_single_updates():

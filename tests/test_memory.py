@@ -22,6 +22,7 @@ from lightning_fedhaw import (
 )
 from lightning_fedhaw.clients.vectorized.batched import StepInputs
 from lightning_fedhaw.clients.vectorized.compiled import _flattened
+from lightning_fedhaw.clients.vectorized.tracing import quiet_collector
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.federation import federation
 from lightning_fedhaw.ranks import Ranks
@@ -376,3 +377,46 @@ def test_on_a_gpu_the_advice_is_what_is_not_done_yet(monkeypatch):
         'storage="host"',
         'FedHAWCallback(memory="host")',
     ]
+
+
+# ---------------------------------------------------------------------- from round to round
+
+
+class Garbage(pl.Callback):
+    """Finds what of the package a round leaves to the garbage collector."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_epoch_end(self, runner, *_):
+        gc.collect()
+        if runner.current_epoch == 1:
+            gc.disable()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+        elif runner.current_epoch == 2:
+            gc.collect()
+            gc.set_debug(0)
+            gc.enable()
+            for thing in gc.garbage:
+                kind = thing if hasattr(thing, "__qualname__") else type(thing)
+                if str(kind.__module__).startswith("lightning_fedhaw"):
+                    self.found.append(kind.__qualname__)
+            gc.garbage.clear()
+
+
+@pytest.mark.parametrize("engine", ["sequential", "vectorized"])
+@pytest.mark.parametrize("make_rule", [FedHAWCallback, ScaffoldCallback])
+def test_a_round_leaves_nothing_that_refers_in_a_circle(engine, make_rule):
+    garbage = Garbage()
+    trainer(rounds=3, rule=make_rule(), callbacks=[garbage], engine=engine).fit(Classifier(), loader(), val_loader())
+    assert garbage.found == []
+
+
+def test_recent_garbage_does_not_pile_up_with_what_is_old():
+    class Circle:
+        def __init__(self):
+            self.itself = self
+
+    gone = weakref.ref(Circle())
+    with quiet_collector(runs=True):
+        assert gone() is None, "outside of this it is collected only when the oldest generation is"

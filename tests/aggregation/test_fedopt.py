@@ -237,3 +237,14 @@ def test_a_diverging_run_is_told_of_the_servers_rate():
 
     with pytest.raises(FloatingPointError, match=r"The server's learning rate is 0.3: a lower `lr`"):
         train(Spoilt(), rule=FedOptCallback(lr=0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("inner", [FedAvgCallback, FedHAWCallback, FedAdpCallback])
+def test_displacements_in_another_dtype_than_the_models(dtype, inner):
+    (_, exact), (_, module) = (
+        train(rounds=2, rule=FedOptCallback(rule=inner()), storage="device", storage_dtype=each)
+        for each in (None, dtype)
+    )
+    assert module.net[0].weight.dtype == torch.float32
+    assert torch.allclose(flat(module), flat(exact), atol=1e-2)

@@ -125,6 +125,12 @@ def test_bad_cohorts(cohorts):
         FixedSequenceSampler(cohorts)
 
 
+@pytest.mark.parametrize("cohorts", [torch.tensor(float("nan")), torch.tensor(2), "01", 3, [torch.tensor(1)], [3]])
+def test_what_lists_no_clients(cohorts):
+    with pytest.raises(ValueError, match="`cohorts` must be a list of client numbers for each round, got"):
+        FixedSequenceSampler(cohorts)
+
+
 def test_samplers_compare_by_value():
     assert UniformSampler(2) == UniformSampler(2) != UniformSampler(3)
     assert FixedSequenceSampler([[1, 0]]) == FixedSequenceSampler(([0, 1],))

@@ -38,6 +38,20 @@ def test_clients_come_back_to_what_they_left_behind(is_sticky):
     assert placement.process_of == ({0: 0, 1: 1, 2: 1} if is_sticky else {0: 1, 2: 0})
 
 
+def test_clients_come_back_in_a_resumed_run():
+    placement = Placement(Ranks(0, 2), is_sticky=True)
+    placement.assign([0, 1], [3.0, 2.0].__getitem__)
+    state = placement.state_dict()
+    resumed = Placement(Ranks(0, 2), is_sticky=True)
+    resumed.load_state_dict(state)
+    assert resumed.assign([0, 2], [3.0, 0.0, 9.0].__getitem__) == [0]
+    # Three processes have other sums anyway.
+    other = Placement(Ranks(0, 3), is_sticky=True)
+    other.load_state_dict(state)
+    assert other.process_of == {}
+    assert Placement(Ranks(0, 2), is_sticky=False).state_dict() == Placement(Ranks(), is_sticky=True).state_dict() == {}
+
+
 def test_memories_are_merged_by_the_process_that_trained_last():
     placement = Placement(Ranks(0, 2), is_sticky=True)
     placement.process_of = {1: 1, 2: 0}
@@ -110,7 +124,7 @@ def test_a_round_that_fails_is_undone_with_every_owner_of_a_state():
     (objective,) = rule.objectives
     before = federation.run_state.snapshot(federation.engine)
     mean = {name: value.clone() for name, value in objective.mean.items()}
-    clients = set(before.optimizer_states)
+    clients = set(before.entries["optimizers"])
     assert clients == set(federation.buffers.local) == set(channel.state_dict()["received"])
 
     federation.engine.optimizer_states = {}

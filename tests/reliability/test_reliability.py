@@ -24,12 +24,13 @@ pytestmark = [
 
 # Of each kind the numbers of some trials that take little time; the rest is the full campaign's.
 TRIALS = {
-    "kills": [6],
+    "kills": [1, 6],
+    "slurm": [1],
     "resumes": [0, 1],
     "configurations": list(range(8)),
     "flips": [0],
     "cuts": [1],
-    "liars": [11, 23],
+    "liars": [11, 23, 35, 47, 59],
 }
 
 

@@ -7,8 +7,8 @@ early stopping, validation and resuming keep their meaning, and ``global_step`` 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -177,7 +177,8 @@ class RoundLoop(_FitLoop):
         self._build()
         super().on_run_start()
         # After the hooks that start a run, because the vectorized engine tries the module's step.
-        rank_zero_info(self.current_federation.choose_engine())
+        with self._holding_other_values():
+            rank_zero_info(self.current_federation.choose_engine())
         warn_of_units(self.trainer, -1 if self.max_epochs is None else self.max_epochs)
 
     def _build(self) -> None:
@@ -277,6 +278,14 @@ class RoundLoop(_FitLoop):
             self.between_rounds = between_rounds
             self._counters = {}
 
+    @contextmanager
+    def _holding_other_values(self) -> Iterator[None]:
+        """Let checkpoints hold the state as it is at the beginning, while the module holds other values."""
+        self.current_federation.remember()
+        yield
+        # After an error they still do: `teardown` ends it.
+        self.between_rounds = None
+
     def on_run_end(self) -> None:
         """Evaluate the clients, and report the run summary."""
         super().on_run_end()
@@ -289,7 +298,8 @@ class RoundLoop(_FitLoop):
             validated = {}
             if self.epoch_loop.val_loop._combined_loader is not None:
                 validated = trainer.callback_metrics
-            client_metrics = evaluate_clients(federation, history, validated)
+            with self._holding_other_values():
+                client_metrics = evaluate_clients(federation, history, validated)
         rounds = self.epoch_loop.global_step
         summary = run_summary(
             federation, rounds, trainer.callback_metrics, self.epoch_loop.rule_metrics, client_metrics
@@ -313,7 +323,10 @@ class RoundLoop(_FitLoop):
         if between_rounds is not None:
             state["federation"] = between_rounds.federation_state()
             return state
-        if self.federation is not None:
+        if self._federation_state is not None:
+            # The federation is not yet what the checkpoint, from which the run is resumed, makes of it.
+            state["federation"] = self._federation_state
+        elif self.federation is not None:
             if self.federation.in_round:
                 raise RuntimeError(
                     "A checkpoint was asked for while clients train on several processes, which hold their states. Save"

@@ -318,7 +318,8 @@ class FedOptCallback(AggregationRule):
             delta = cohort.vectors.displacements.weighted_sum(weights).to(cohort.start)
             return delta, weights, {}, {}
         proposal = self.rule.step(cohort, state["rule"], server)
-        delta = proposal.parameters - cohort.start
+        # Displacements may be stored in another dtype than the model, and a proposal is then too.
+        delta = (proposal.parameters - cohort.start).to(cohort.start)
         return delta, proposal.weights, {"rule": proposal.state}, dict(proposal.metrics)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_fedhaw import arguments, per_client
 from lightning_fedhaw.options import FederationOptions, OptimizerState
+from lightning_fedhaw.user_functions import called
 
 
 @dataclass(frozen=True)
@@ -93,5 +94,7 @@ def _called(function: Callable[[int], Any], num_clients: int) -> tuple[float, ..
     scales = []
     for client in range(num_clients):
         hint = f"That is its value for client {client}."
-        scales.append(arguments.number("client_lr_scale", function(client), above=0, hint=hint))
+        scales.append(
+            arguments.number("client_lr_scale", called("client_lr_scale", function, client), above=0, hint=hint)
+        )
     return tuple(scales)

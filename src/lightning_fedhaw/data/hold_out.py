@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.streams import stream
+from lightning_fedhaw.user_functions import called
 
 Keys = Iterable[Hashable] | Callable[[Any], Iterable[Hashable]]
 
@@ -208,7 +209,9 @@ def _given(indices: Mapping[int, list[int]], clients: Sequence[Tensor]) -> list[
 
 def _group_numbers(groups: Keys, dataset: Dataset[Any] | None) -> Tensor:
     """Number the groups in the order of their first samples, and return each sample's number ``[samples]``."""
-    keys = arguments.plain_list(groups(dataset) if callable(groups) else groups)
+    if callable(groups):
+        groups = called("groups", groups, dataset)
+    keys = arguments.plain_list(groups)
     num_samples = len(dataset) if dataset is not None else len(keys)  # type: ignore[arg-type]
     if len(keys) != num_samples:
         raise ValueError(f"`groups` must have one entry per sample ({num_samples}), got {len(keys)}.")

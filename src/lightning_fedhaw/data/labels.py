@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from lightning_fedhaw.isolation import isolated_randomness
+from lightning_fedhaw.user_functions import called
 
 _INTEGER_KINDS = "iub"
 """NumPy's codes of the dtypes whose values can be class numbers: signed, unsigned and boolean."""
@@ -75,8 +76,9 @@ def find_classes(
         bulk: Whether the data set takes lists of indices instead of single ones.
     """
     if labels is not None:
-        values = labels(dataset) if callable(labels) else labels
-        return _numbered(_checked_values(values, len(cast(Sized, dataset))))
+        if callable(labels):
+            labels = called("labels", labels, dataset)
+        return _numbered(_checked_values(labels, len(cast(Sized, dataset))))
     stored = stored_classes(dataset)
     if stored is not None:
         return stored

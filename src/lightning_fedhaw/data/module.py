@@ -122,6 +122,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         if isinstance(train, (list, tuple)):
             return self._concatenate(train)
         dataset: Dataset[Any] = _map_style(train)
+        _check_not_empty("train", dataset)
         return dataset
 
     def _concatenate(self, datasets: Sequence[Dataset[Any]]) -> Dataset[Any]:
@@ -420,8 +421,12 @@ def _checked_proxy(proxy: Any) -> Dataset[Any] | int | None:
         return arguments.integer("proxy", number, minimum=1)
     # A float in a tensor without axes is a number, though the tensor has both methods; a string has them, too.
     is_dataset = hasattr(proxy, "__len__") and hasattr(proxy, "__getitem__") and number is None
-    if proxy is None or (is_dataset and not isinstance(proxy, str)):
-        return proxy
+    if is_dataset and not isinstance(proxy, str):
+        _check_not_empty("proxy", proxy)
+        dataset: Dataset[Any] = proxy
+        return dataset
+    if proxy is None:
+        return None
     raise TypeError(
         "`proxy` must be a data set with a length, or a whole number of training samples to set aside, got"
         f" {type(proxy).__name__}."
@@ -481,6 +486,12 @@ def _check_same_length(train_eval: Any, train: Any) -> None:
             f"`train_eval` must have the {len(train)} samples of `train`, in the same order, got {len(train_eval)}."
             " Make it of the same files, with the transform for evaluation."
         )
+
+
+def _check_not_empty(name: str, dataset: Any) -> None:
+    """Refuse a data set without samples."""
+    if not len(dataset):
+        raise ValueError(f"`{name}` must have at least one sample, got a {type(dataset).__name__} without any.")
 
 
 def _map_style(dataset: Any, argument: str = "train") -> Any:

@@ -200,9 +200,13 @@ class FixedSequenceSampler(CohortSampler):
 
 def _checked_list(value: object) -> list[object]:
     """Convert ``cohorts``, or the cohort of one round, to a list; refuse what is none."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise arguments.invalid("cohorts", "a list of client numbers for each round", value)
-    return list(value)
+    allowed = "a list of client numbers for each round"
+    if isinstance(value, str):
+        raise arguments.invalid("cohorts", allowed, value)
+    try:
+        return arguments.plain_list(value)
+    except TypeError:  # not iterable, such as a tensor without axes
+        raise arguments.invalid("cohorts", allowed, value) from None
 
 
 def _checked_cohort(round_idx: int, clients: object) -> tuple[int, ...]:

@@ -27,10 +27,12 @@ def balanced_subset(labels: Tensor, total: int, seed: int = 0) -> tuple[Tensor, 
 
     Raises:
         TypeError: If the labels are not integers.
-        ValueError: If ``total`` is less than C, or a class has too few samples.
+        ValueError: If there are no samples, ``total`` is less than C, or a class has too few samples.
     """
     total = arguments.integer("total", total, minimum=1)
     num_classes = len(count_classes(integer_labels(labels)))
+    if not num_classes:
+        raise ValueError("`labels` must be those of at least one sample, got none.")
     if total < num_classes:
         raise ValueError(f"`total` must be at least one sample for each of {num_classes} classes, got {total}.")
     return subset_by_class(labels, [total // num_classes] * num_classes, seed)

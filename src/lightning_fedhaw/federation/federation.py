@@ -209,8 +209,6 @@ class Federation:
     def choose_engine(self) -> str:
         """Use the engine that was requested, or that ``engine="auto"`` chooses.
 
-        Called when a run has begun, because the vectorized engine tries the module's step.
-
         Returns:
             One line that names the engine and the reason.
 
@@ -233,6 +231,13 @@ class Federation:
 
     # ------------------------------------------------------------------ a round
 
+    def remember(self) -> RoundSnapshot:
+        """Remember the state between two rounds, with what the user's code has changed since the last one."""
+        self.run_state.adopt_changes()
+        snapshot = self.run_state.snapshot(self.engine)
+        self.on_snapshot(snapshot)
+        return snapshot
+
     def run_round(self, round_idx: int) -> Report:
         """Run one communication round. If it fails, it is undone.
 
@@ -242,10 +247,8 @@ class Federation:
         """
         clients = self.cohort(round_idx)
         self.on_round_start(round_idx, clients)
-        self.run_state.adopt_changes()
         self.local_training.show(self.rule, *self.engine.objectives)
-        snapshot = self.run_state.snapshot(self.engine)
-        self.on_snapshot(snapshot)
+        snapshot = self.remember()
         self.in_round = True
         try:
             return self._run_round(round_idx, clients)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_fedhaw.ranks import Ranks, assign
@@ -45,6 +45,25 @@ class Placement:
         processes = assign([cost(client) for client in clients], self.ranks.size, fixed)
         self.process_of = {**known, **dict(zip(clients, processes, strict=True))}
         return [client for client in clients if self.process_of[client] == self.ranks.rank]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the processes of the clients for a checkpoint, because sums in one process have another rounding.
+
+        It is empty where rounds do not depend on earlier ones.
+        """
+        if self.ranks.size == 1 or not self.is_sticky:
+            return {}
+        return {"processes": self.ranks.size, "process_of": dict(self.process_of)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let clients return to their processes; after a run on another number of processes, all are free.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
+        self.process_of = {}
+        if state.get("processes") == self.ranks.size:
+            self.process_of = dict(state["process_of"])
 
     def merged(self, memories: Sequence[Any]) -> Any:
         """Merge the state that processes keep for clients: each client's entry is that of its process.

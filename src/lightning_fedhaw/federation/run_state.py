@@ -78,30 +78,20 @@ class RoundSnapshot:
     """Everything that a round may change, in the state before the round.
 
     Attributes:
-        optimizer_states: The optimizer states that clients keep.
+        entries: What clients keep, and what the run counts, as entries of a checkpoint.
         attributes: The attributes of the module that clients keep.
-        local_buffers: The buffers that clients keep.
-        local_parameters: The parameters that clients keep.
         callbacks: The states of channels and client objectives.
         rule: The state of the aggregation rule.
         parameters: ``[P]``, the global parameters.
         buffers: The global buffers.
-        nonfinite_rounds: The rounds in a row whose received updates were all excluded.
-        attributes_entry: The attributes as an entry of a checkpoint, with the values that the module showed.
-        tally: The costs and incidents of the earlier rounds, as an entry of a checkpoint.
     """
 
-    optimizer_states: dict[int, OptimizerStates]
+    entries: dict[str, Any]
     attributes: AttributeState
-    local_buffers: dict[int, dict[str, Tensor]]
-    local_parameters: dict[int, dict[str, Tensor]]
     callbacks: Sequence[CallbackState]
     rule: dict[str, Any]
     parameters: Tensor
     buffers: dict[str, Tensor]
-    nonfinite_rounds: int
-    attributes_entry: dict[str, Any]
-    tally: dict[str, Any]
 
     def state_of(self, callback: object) -> dict[str, Any] | None:
         """Return the state of a channel, a client objective or the rule for a checkpoint; None for another object."""
@@ -224,7 +214,7 @@ class RunState:
     def snapshot(self, engine: Engine) -> RoundSnapshot:
         """Remember everything that the next round may change.
 
-        Entries of these dictionaries are replaced and never changed in place, so shallow copies are enough.
+        Values in these dictionaries are replaced and never changed in place, so shallow copies are enough.
 
         Args:
             engine: The engine of the round, which holds the clients' optimizer states.
@@ -234,17 +224,12 @@ class RunState:
             state = {name: copy.copy(value) for name, value in callback.state_dict().items()}
             callbacks.append(CallbackState(callback, state))
         return RoundSnapshot(
-            optimizer_states=dict(engine.optimizer_states),
+            entries=self._entries(engine),
             attributes=engine.attributes.snapshot(),
-            local_buffers=dict(self.buffers.local),
-            local_parameters=dict(engine.local_parameters.of_clients),
             callbacks=callbacks,
             rule=self.rule.state,
             parameters=self.server.parameters(),
             buffers=self.server.buffers,
-            nonfinite_rounds=self.screening.nonfinite_rounds,
-            attributes_entry=engine.attributes.state_dict(),
-            tally=self.tally.state_dict(),
         )
 
     def restore(self, engine: Engine, snapshot: RoundSnapshot) -> None:
@@ -254,18 +239,14 @@ class RunState:
             engine: The engine of the round.
             snapshot: The state from before the round.
         """
-        engine.optimizer_states = snapshot.optimizer_states
+        self._take(snapshot.entries, engine)
         engine.attributes.undo(snapshot.attributes)
-        self.buffers.local = snapshot.local_buffers
-        engine.local_parameters.of_clients = snapshot.local_parameters
         for saved in snapshot.callbacks:
             saved.callback.load_state_dict(saved.state)
         # The clients that had trained before the failure were counted in the module's metrics.
         for metric in metrics_of(self.server.module):
             metric.reset()
         self.rule.state = snapshot.rule
-        self.screening.nonfinite_rounds = snapshot.nonfinite_rounds
-        self.tally = Tally.from_state(snapshot.tally)
         # The module may hold the model of the client that failed.
         self.server.put_back(snapshot.parameters, snapshot.buffers)
 
@@ -320,16 +301,7 @@ class RunState:
             engine: The engine, which holds the clients' optimizer states.
         """
         self._collect(engine)
-        state: dict[str, Any] = {
-            **self._resume_keys,
-            "optimizers": dict(engine.optimizer_states),
-            "attributes": engine.attributes.state_dict(),
-            "buffers": dict(self.buffers.local),
-            "local_parameters": dict(engine.local_parameters.of_clients),
-            "tally": self.tally.state_dict(),
-        }
-        if self.screening.nonfinite_rounds:
-            state["nonfinite_rounds"] = self.screening.nonfinite_rounds
+        state = {**self._resume_keys, **self._entries(engine)}
         if not self.server.layout.is_exact:
             state["parameters"] = self.server.present().parameters.cpu()
         return state
@@ -340,19 +312,42 @@ class RunState:
         Args:
             snapshot: The state from before the round.
         """
-        state: dict[str, Any] = {
-            **self._resume_keys,
-            "optimizers": snapshot.optimizer_states,
-            "attributes": snapshot.attributes_entry,
-            "buffers": snapshot.local_buffers,
-            "local_parameters": snapshot.local_parameters,
-            "tally": snapshot.tally,
-        }
-        if snapshot.nonfinite_rounds:
-            state["nonfinite_rounds"] = snapshot.nonfinite_rounds
+        state = {**self._resume_keys, **snapshot.entries}
         if not self.server.layout.is_exact:
             state["parameters"] = snapshot.parameters.cpu()
         return state
+
+    def _entries(self, engine: Engine) -> dict[str, Any]:
+        """Return what clients keep, and what the run counts, as entries of a checkpoint."""
+        entries: dict[str, Any] = {
+            "optimizers": dict(engine.optimizer_states),
+            "attributes": engine.attributes.state_dict(),
+            "buffers": dict(self.buffers.local),
+            "local_parameters": dict(engine.local_parameters.of_clients),
+            "tally": self.tally.state_dict(),
+        }
+        if self.screening.nonfinite_rounds:
+            entries["nonfinite_rounds"] = self.screening.nonfinite_rounds
+        placement = self.placement.state_dict()
+        if placement:
+            entries["placement"] = placement
+        return entries
+
+    def _take(self, entries: Mapping[str, Any], engine: Engine) -> None:
+        """Take what :meth:`_entries` returned, except for the attributes, which an undo and a checkpoint restore apart.
+
+        Args:
+            entries: The entries, perhaps among others.
+            engine: The engine, which holds the clients' optimizer states.
+        """
+        engine.optimizer_states = dict(entries["optimizers"])
+        self.buffers.load(entries["buffers"])
+        # A checkpoint of an earlier version has none.
+        engine.local_parameters.of_clients = dict(entries.get("local_parameters", {}))
+        self.tally = Tally.from_state(entries["tally"])
+        # There is no entry if the last round was a good one.
+        self.screening.nonfinite_rounds = entries.get("nonfinite_rounds", 0)
+        self.placement.load_state_dict(entries.get("placement", {}))
 
     def model_before(self, snapshot: RoundSnapshot) -> dict[str, Tensor]:
         """Return the global model before a round as the module held it: parameters and buffers by name, as copies.
@@ -396,15 +391,10 @@ class RunState:
         self._check_fingerprint(state["fingerprint"], state["scheme"], source)
         self._warn_of_changes(state, source)
         self.run = state.get("run_id", self.run)
-        engine.optimizer_states = dict(state["optimizers"])
+        self._take(state, engine)
         # A checkpoint of an earlier version has none.
         if "attributes" in state:
             engine.attributes.load_state_dict(state["attributes"])
-        self.buffers.load(state["buffers"])
-        engine.local_parameters.of_clients = dict(state.get("local_parameters", {}))
-        self.tally = Tally.from_state(state["tally"])
-        # A checkpoint has no entry if the last round was a good one.
-        self.screening.nonfinite_rounds = state.get("nonfinite_rounds", 0)
         if "parameters" in state:
             self.server.install(state["parameters"].to(self.server.parameters()))
 

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lightning_fedhaw.user_functions import called
 from lightning_fedhaw.vectors.layout import trainable
 
 NAMES_SHOWN = 20
@@ -32,7 +33,7 @@ def local_names(choice: str | Sequence[str] | Callable[[str], bool] | None, modu
     names = list(trainable(module))
     local: list[str] = []
     if callable(choice):
-        local = [name for name in names if choice(name)]
+        local = [name for name in names if called("local_parameters", choice, name)]
     else:
         patterns = [choice] if isinstance(choice, str) else choice
         for pattern in patterns:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -116,7 +118,10 @@ class BatchedStep:
         # A closed objective brings its gradient itself; an open one is part of the loss.
         self._open = [i for i, objective in enumerate(objectives) if not objective.is_closed]
         self._watch = make_watch(objectives, module, host.step_context)
-        self._batched = torch.func.vmap(self._one, randomness="same" if same_draws else "different")
+        # Without a reference to this object: in a circle, every round's would wait for the garbage collector.
+        this: Any = weakref.proxy(self)
+        one = partial(BatchedStep._one, this)
+        self._batched = torch.func.vmap(one, randomness="same" if same_draws else "different")
         # `vmap` passes tensors only. Other inputs and outputs of one client's step are attributes during a call.
         self._batch_index = 0
         self._counts = (0, 0, 0)

@@ -105,6 +105,10 @@ def quiet_collector(runs: bool = False) -> Iterator[None]:
         runs: Whether garbage that is made inside the context is collected.
     """
     was_enabled = gc.isenabled()
+    if runs and was_enabled:
+        # What is unfrozen joins the oldest generation, whose collections depend on how much the younger ones have
+        # passed on: recent garbage would pile up there from round to round, unseen.
+        gc.collect(1)
     callbacks = list(gc.callbacks)
     # Where the program has frozen objects itself, unfreezing would release those, too.
     freezes = gc.get_freeze_count() == 0
