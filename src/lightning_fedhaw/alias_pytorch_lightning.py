@@ -35,12 +35,12 @@ class _AliasFinder(MetaPathFinder, Loader):
         self._specs: dict[str, ModuleSpec | None] = {}
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        package, _, rest = name.partition(".")
+        package, _, submodule = name.partition(".")
         if package not in ORIGINALS:
             return None
         original = ORIGINALS[package]
-        if rest:
-            original = f"{original}.{rest}"
+        if submodule:
+            original = f"{original}.{submodule}"
         return ModuleSpec(name, self, origin=original, is_package=True)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:

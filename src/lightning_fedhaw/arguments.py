@@ -132,9 +132,9 @@ def _limits_in_words(minimum: float, maximum: float, above: float | None, below:
     low = minimum if above is None else above
     high = maximum if below is None else below
     if isfinite(low) and isfinite(high):
-        left = "[" if above is None else "("
-        right = "]" if below is None else ")"
-        return f"a number in {left}{low:g}, {high:g}{right}"
+        opening = "[" if above is None else "("
+        closing = "]" if below is None else ")"
+        return f"a number in {opening}{low:g}, {high:g}{closing}"
     kind = "a number" if infinite else "a finite number"
     if isfinite(low):
         return f"{kind} of at least {low:g}" if above is None else f"{kind} above {low:g}"

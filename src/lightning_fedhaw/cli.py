@@ -248,17 +248,19 @@ def _refusal(error: BaseException) -> BaseException | None:
     """
     cause: BaseException | None = error
     while cause is not None:
-        frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
-        if any(frame.f_code is Federation.run_round.__code__ for frame in frames):
-            return None
-        # The last frame is where it was raised.
-        if frames and str(frames[-1].f_globals["__name__"]).startswith("lightning_fedhaw."):
+        raised_in = ""
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            if frame.f_code is Federation.run_round.__code__:
+                return None
+            # The last frame is where it was raised.
+            raised_in = str(frame.f_globals["__name__"])
+        if raised_in.startswith("lightning_fedhaw."):
             return cause
         cause = cause.__cause__
     return None
 
 
-def _as_list(value: Any) -> list[Any]:
+def _as_list(value: object) -> list[object]:
     """Return a list of one value, of several, or of none."""
     if value is None:
         return []

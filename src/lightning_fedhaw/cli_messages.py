@@ -113,8 +113,7 @@ def _abstract_class_sentence(text: str, path: str) -> str:
         path: The name or import path of the class.
     """
     argument = text[3:].split("`")[0]
-    base = BASES.get(argument, object)
-    names = [name for name, kind in _public_classes().items() if issubclass(kind, base)]
+    names = _subclasses_of(BASES.get(argument, object))
     name = path.rpartition(".")[2]
     return f"`--{argument}`: `{name}` is a base class. Give a class that derives from it: {', '.join(names)}."
 
@@ -146,8 +145,7 @@ def _one_line(message: str) -> str:
 
 def _class_hint(name: str, argument: str) -> str:
     """Name the nearest class that an argument takes; if none is near, list all classes of a group for callbacks."""
-    base = BASES.get(argument, ())
-    names = [class_name for class_name, kind in _public_classes().items() if issubclass(kind, base)]
+    names = _subclasses_of(BASES.get(argument, ()))
     hint = _nearest(name, names)
     if not hint and argument in GROUPS:
         return "There are " + ", ".join(names) + "."
@@ -159,6 +157,11 @@ def _argument_hint(name: str, known: Iterable[str]) -> str:
     if name in FEDERATION:
         return f"It is `--federation.{name}`."
     return _nearest(name, known)
+
+
+def _subclasses_of(base: type | tuple[type, ...]) -> list[str]:
+    """List the classes of this package that derive from a class; none for an empty tuple."""
+    return [name for name, kind in _public_classes().items() if issubclass(kind, base)]
 
 
 def _public_classes() -> dict[str, type]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import yaml
 from jsonargparse import get_loader, set_loader
@@ -26,10 +25,10 @@ class _LimitedLoader:
         loader: The loader of jsonargparse.
     """
 
-    def __init__(self, loader: Callable[[str], Any]) -> None:
+    def __init__(self, loader: Callable[[str], object]) -> None:
         self.loader = loader
 
-    def __call__(self, text: str) -> Any:
+    def __call__(self, text: str) -> object:
         """Load a text.
 
         Raises:
@@ -62,11 +61,10 @@ def _count(node: yaml.Node | None, known: dict[int, int]) -> int:
     known[id(node)] = MOST_VALUES
     count = 1
     for child in node.value:
-        children = [child]
-        if isinstance(node, yaml.MappingNode):
-            children = list(child)
-        for each in children:
-            count += _count(each, known)
+        # A child of a mapping is a pair of a key and a value.
+        members = child if isinstance(node, yaml.MappingNode) else [child]
+        for member in members:
+            count += _count(member, known)
     if count > MOST_VALUES:
         raise yaml.YAMLError(
             f"its anchors repeat each other to more than {MOST_VALUES:,} values. Write out what is meant"

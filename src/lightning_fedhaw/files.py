@@ -251,10 +251,10 @@ def _damaged_record(archive: ZipFile) -> str | None:
 
 def _refused(error: pickle.UnpicklingError) -> str:
     """Return the name of what torch has refused, from a page of advice."""
-    found = re.search(r"(?:GLOBAL|global|class) (\w[\w.]*\.[\w.]*\w)", str(error))
-    if found is None:
+    match = re.search(r"(?:GLOBAL|global|class) (\w[\w.]*\.[\w.]*\w)", str(error))
+    if match is None:
         return _first_line(error)
-    return f"`{found[1]}`"
+    return f"`{match[1]}`"
 
 
 def _first_line(error: BaseException) -> str:

@@ -75,7 +75,7 @@ def substituted_tensors(module: nn.Module, substitutes: Mapping[str, Tensor]) ->
     """
     originals = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     substitute_of = {id(originals[name]): tensor for name, tensor in substitutes.items()}
-    # The values are of other types: a module says that it holds parameters only.
+    # `Any`, because torch types these dictionaries by what they hold at most: parameters, and buffers.
     replaced: list[tuple[Any, str, Tensor]] = []
     try:
         for submodule in module.modules():

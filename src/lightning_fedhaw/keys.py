@@ -72,7 +72,7 @@ def check_has_rule(name: str, callbacks: Sequence[Callback]) -> None:
     Raises:
         ValueError: Naming the part and the remedy.
     """
-    if not any(isinstance(other, KeyedCallback) and other.is_rule for other in callbacks):
+    if not any(isinstance(callback, KeyedCallback) and callback.is_rule for callback in callbacks):
         raise ValueError(
             f"`{name}` has an effect in federated training only, and `callbacks` has no aggregation rule, so the"
             " trainer would train on all data at once. Add a rule, such as `FedAvgCallback()`, or remove"

@@ -131,12 +131,12 @@ class FederationOptions(arguments.NamedArguments):
         self._assign(self._checked_round())
         self._assign(self._checked_engine())
 
-    def _assign(self, values: dict[str, Any]) -> None:
+    def _assign(self, values: Mapping[str, object]) -> None:
         for name, value in values.items():
             # The record is frozen, and its own `__setattr__` would refuse.
             object.__setattr__(self, name, value)
 
-    def _checked_split(self) -> dict[str, Any]:
+    def _checked_split(self) -> dict[str, object]:
         if self.alpha is not None and self.partitioner is not None:
             raise ValueError(
                 "Give `alpha` or `partitioner`, not both: `alpha` is short for `DirichletPartitioner(alpha)`."
@@ -179,7 +179,7 @@ class FederationOptions(arguments.NamedArguments):
             "seed": arguments.optional(arguments.integer, "seed", self.seed, minimum=0),
         }
 
-    def _checked_round(self) -> dict[str, Any]:
+    def _checked_round(self) -> dict[str, object]:
         per_round = arguments.optional(arguments.count_or_share, "clients_per_round", self.clients_per_round)
         if isinstance(per_round, int) and self.num_clients is not None and per_round > self.num_clients:
             raise ValueError(f"`clients_per_round` must be at most `num_clients`={self.num_clients}, got {per_round}.")
@@ -211,9 +211,9 @@ class FederationOptions(arguments.NamedArguments):
             "client_eval": arguments.flag("client_eval", self.client_eval),
         }
 
-    def _checked_work(self) -> dict[str, Any]:
+    def _checked_work(self) -> dict[str, object]:
         """Check what may differ between clients."""
-        values: dict[str, Any] = {"local_epochs": None, "local_steps": None, "client_lr_scale": self.client_lr_scale}
+        values: dict[str, object] = {"local_epochs": None, "local_steps": None, "client_lr_scale": self.client_lr_scale}
         if self.local_epochs is not None:
             values["local_epochs"] = per_client.one_or_per_client(arguments.passes, "local_epochs", self.local_epochs)
         if self.local_steps is not None:
@@ -229,7 +229,7 @@ class FederationOptions(arguments.NamedArguments):
                 per_client.check_clients(name, value, self.num_clients)
         return values
 
-    def _checked_engine(self) -> dict[str, Any]:
+    def _checked_engine(self) -> dict[str, object]:
         return {
             "storage": arguments.choice("storage", self.storage, Storage),
             "storage_dtype": arguments.optional(arguments.choice, "storage_dtype", self.storage_dtype, STORAGE_DTYPES),
@@ -328,11 +328,12 @@ def settings_of(owner: object, /, *hidden: str, **replacements: str | None) -> s
     return ", ".join(settings)
 
 
-def _short_repr(value: Any) -> str:
+def _short_repr(value: object) -> str:
     """Return a setting in few characters: functions and classes by name, large values by their type."""
     if isinstance(value, partial):
         call_arguments = [_short_repr(argument) for argument in value.args]
-        call_arguments += [f"{name}={_short_repr(argument)}" for name, argument in value.keywords.items()]
+        for name, argument in value.keywords.items():
+            call_arguments.append(f"{name}={_short_repr(argument)}")
         return f"{_short_repr(value.func)}({', '.join(call_arguments)})"
     if isinstance(value, torch.Tensor) and value.numel() <= 4:
         return _short_repr(value.tolist())

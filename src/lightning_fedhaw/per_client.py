@@ -28,11 +28,12 @@ def one_or_per_client(check: Callable[..., Checked], name: str, value: Any, **li
     """
     if isinstance(value, Mapping):
         by_client: dict[int, Checked] = {}
-        for client, own in value.items():
+        for client, client_value in value.items():
             number_of_client = arguments.plain_number(client)
             if not isinstance(number_of_client, int):
                 raise arguments.invalid(name, "a mapping from client numbers to values", value)
-            by_client[number_of_client] = check(name, own, hint=f"That is the value of client {client}.", **limits)
+            hint = f"That is the value of client {client}."
+            by_client[number_of_client] = check(name, client_value, hint=hint, **limits)
         return by_client
     # A set has no order, so it does not say which value is whose.
     is_scalar = isinstance(value, (str, bytes, set, frozenset)) or not hasattr(value, "__iter__")
@@ -42,8 +43,9 @@ def one_or_per_client(check: Callable[..., Checked], name: str, value: Any, **li
     if not values:
         return check(name, values, **limits)  # which refuses it
     checked = []
-    for client, own in enumerate(values):
-        checked.append(check(name, own, hint=f"That is the value of client {client}.", **limits))
+    for client, client_value in enumerate(values):
+        hint = f"That is the value of client {client}."
+        checked.append(check(name, client_value, hint=hint, **limits))
     return tuple(checked)
 
 

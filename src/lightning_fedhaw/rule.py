@@ -335,10 +335,13 @@ def _added_methods(cls: type[Rule]) -> list[str]:
     """List the methods of a rule's class that override nothing, among which a misspelled one is found."""
     names: list[str] = []
     for kind in cls.__mro__[: cls.__mro__.index(Rule)]:
+        # What a class still has to define counts as known: a method of that name is not misspelled.
         inherited = set(cls.__abstractmethods__)
         for parent in kind.__mro__[1:]:
             inherited.update(vars(parent))
-        names += [name for name, value in vars(kind).items() if callable(value) and name not in inherited]
+        for name, value in vars(kind).items():
+            if callable(value) and name not in inherited:
+                names.append(name)
     return names
 
 

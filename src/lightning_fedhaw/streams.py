@@ -34,14 +34,14 @@ def seed_of(seed: int, *path: PathPart) -> int:
         False
     """
     digest = hashlib.blake2b(digest_size=8)
-    for part in (seed, *path):
-        if isinstance(part, bool) or not isinstance(part, (str, int)):
+    for entry in (seed, *path):
+        if isinstance(entry, bool) or not isinstance(entry, (str, int)):
             raise TypeError(
-                f"`path` of a random stream takes strings and integers, got {part!r} of type {type(part).__name__}."
+                f"`path` of a random stream takes strings and integers, got {entry!r} of type {type(entry).__name__}."
             )
         # Type and length first, so that no two paths give the same bytes: ("ab", "c") and ("a", "bc") differ.
-        kind = b"s" if isinstance(part, str) else b"i"
-        text = str(part).encode()
+        kind = b"s" if isinstance(entry, str) else b"i"
+        text = str(entry).encode()
         digest.update(kind + len(text).to_bytes(4, "little") + text)
     # One bit less than the digest, so that the seed is not negative as a signed 64-bit integer.
     return int.from_bytes(digest.digest(), "little") >> 1

@@ -240,21 +240,26 @@ def _as_list(callbacks: Sequence[pl.Callback] | pl.Callback | None) -> list[Any]
     return [callbacks]
 
 
-def _check_callback_list(callbacks: Sequence[Any]) -> None:
+def _check_callback_list(callbacks: Sequence[object]) -> None:
     """Refuse several rules, classes instead of objects, and callbacks or objectives with the same key.
 
     That there is a rule is checked at the beginning of ``fit``: a module may add callbacks of its own.
     """
-    num_rules = len([callback for callback in callbacks if isinstance(callback, Rule)])
-    has_class = any(isinstance(callback, type) for callback in callbacks)
+    num_rules = 0
+    has_class = False
+    for callback in callbacks:
+        num_rules += isinstance(callback, Rule)
+        has_class = has_class or isinstance(callback, type)
     if num_rules > 1 or has_class:
+        # It says what is wrong. Not called otherwise, because it refuses a list without a rule as well.
         find_rule(callbacks)
     check_keys(callbacks)
     find_objectives(callbacks)
 
 
-def _check_names(kwargs: Mapping[str, Any]) -> None:
+def _check_names(kwargs: Mapping[str, object]) -> None:
     """Refuse arguments that neither this trainer nor the stock one has, naming the nearest."""
+    # Read from the stock trainer, so that an argument of a later version is known.
     names = {*inspect.signature(pl.Trainer).parameters, *inspect.signature(FederatedTrainer).parameters}
     arguments.check_names("FederatedTrainer", kwargs, names - {"kwargs"})
 
@@ -299,6 +304,7 @@ def _checked_rounds(rounds: int | None, kwargs: Mapping[str, Any]) -> int:
             kwargs.get(name) not in (None, -1, False) for name in ("max_steps", "max_time", "fast_dev_run")
         )
         if has_other_limit:
+            # The other limit ends the run, as it does in the stock trainer without `max_epochs`.
             return -1
         raise ValueError(
             "`rounds` must say how many communication rounds to run (-1: until something stops it), got none."

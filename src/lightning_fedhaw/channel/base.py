@@ -265,6 +265,7 @@ class Channel(KeyedCallback):
             return None
         message = self._received.get(client)
         if message is None or self.fallback == "zero_update":
+            # Without steps, as the server knows nothing of the client's work.
             return Substitute(torch.zeros_like(start), 0)
         displacement = message["vector"].to(start)
         if self.fallback == "reuse_model":

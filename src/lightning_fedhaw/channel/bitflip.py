@@ -58,9 +58,9 @@ def flip(words: Tensor, bits: int, rate: float, generator: torch.Generator) -> T
     """
     positions = flips(words.numel() * bits, rate, generator).to(words.device)
     masks = torch.zeros(words.shape, dtype=torch.int64, device=words.device)
-    one = torch.ones((), dtype=torch.int64, device=words.device)
+    lowest_bit = torch.ones((), dtype=torch.int64, device=words.device)
     # Positions are distinct, so adding a power of two sets a bit.
-    masks.index_add_(0, positions // bits, torch.bitwise_left_shift(one, positions % bits))
+    masks.index_add_(0, positions // bits, torch.bitwise_left_shift(lowest_bit, positions % bits))
     return words ^ masks.to(words.dtype)
 
 

@@ -200,6 +200,7 @@ class ErasureChannel(Channel):
         draws = torch.empty(len(clients), dtype=torch.float64)
         for slot, client in enumerate(clients):
             generator = self._named_stream(seed, "client", client, "rate")
+            # A stream per client, so that its rate does not depend on the other clients of the cohort.
             draws[slot] = torch.rand((), generator=generator, dtype=torch.float64)
         return self.max_probability * draws
 

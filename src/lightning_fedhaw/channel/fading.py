@@ -100,9 +100,11 @@ class FadingChannel(BlockChannel):
             return super().outage(round_idx, clients, seed)
         gains = [self.gain(round_idx, client, seed) for client in clients]
         if self.rate is None:
+            # Inverting a smaller gain would take more power than the client has.
             return torch.tensor([gain < self.truncation for gain in gains])
         # Capped, because powers of ten above 10^308 overflow; such a ratio is as good as infinite.
         snr = 10 ** min(self.snr_db / 10, 300.0)
+        # Shannon's capacity of the link: a code of a higher rate cannot be decoded.
         return torch.tensor([log2(1 + gain * snr) < self.rate for gain in gains])
 
     def encode(self, size: MessageSize) -> MessageSize:

@@ -156,6 +156,7 @@ class AvailabilityChannel(Channel):
             ``[K]`` float64. Those of a daily cycle may be below 0 or above 1, which means never and always.
         """
         if self.trace is not None:
+            # A run that is longer than the trace reads it again from its beginning.
             return self.trace[round_idx % len(self.trace), clients]
         probabilities = torch.empty(len(clients), dtype=torch.float64)
         for slot, client in enumerate(clients):

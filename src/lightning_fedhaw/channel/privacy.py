@@ -137,8 +137,11 @@ class DifferentialPrivacyChannel(AggregateChannel):
         super().prepare(context)
         assert context.unnormalized_weight is not None
         # Two clients that differ in everything a weight may depend on: samples and steps.
-        probes = [ClientUpdate(client, 1 + client, 1 + 2 * client, 0, torch.zeros(1)) for client in range(2)]
-        self._check_weights([float(context.unnormalized_weight(probe)) for probe in probes])
+        weights = []
+        for client in range(2):
+            update = ClientUpdate(client, 1 + client, 1 + 2 * client, 0, torch.zeros(1))
+            weights.append(float(context.unnormalized_weight(update)))
+        self._check_weights(weights)
         # The state that a client keeps reveals in which rounds it participated, and amplification needs this secret.
         self._sampled_clients = None if context.clients_remember else context.drawn_uniformly
         if context.side_payloads:

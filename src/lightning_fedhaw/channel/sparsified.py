@@ -103,6 +103,7 @@ class SparsificationChannel(BlockChannel):
         if self.choice == "random":
             position_bits = 64
         else:
+            # An index must be able to name every position of the longest block.
             index_bits = values * ceil(log2(max(lengths)))
             mask_bits = sum(lengths)
             position_bits = min(index_bits, mask_bits)
@@ -129,6 +130,7 @@ class SparsificationChannel(BlockChannel):
         count = number_kept(self.fraction, len(block))
         selected = sparsify(block, count, generator)
         if self.choice == "random" and not self.error_feedback:
+            # The expectation over the choices is then the block. With error feedback the rest is sent later instead.
             selected.mul_(len(block) / count)
         return selected
 

@@ -104,11 +104,11 @@ class ClientAttributes:
             if not are_same(shown, self._packed(name)):
                 replaced.append(name)
         if replaced:
-            kept = {}
+            values_of_clients = {}
             for client, values in self.state.kept.items():
-                kept[client] = _without(values, replaced)
+                values_of_clients[client] = _without(values, replaced)
             first = _without(self.state.first, replaced)
-            self.state = AttributeState(kept, first, _without(self.state.shown, replaced))
+            self.state = AttributeState(values_of_clients, first, _without(self.state.shown, replaced))
         self._begin = self._watcher.watch_all()
         self._loaded = {}
 
@@ -137,7 +137,7 @@ class ClientAttributes:
                         changes[full_name] = change
         return changes
 
-    def _change(self, name: str, start: Watched, present: Any) -> Change | None:
+    def _change(self, name: str, start: Watched, present: object) -> Change | None:
         """Pack a change; ``None``, with a warning, if the value cannot be kept."""
         if isinstance(present, (type, FunctionType)):
             # What a step looks up lazily is no state: the next client's step looks it up again.
@@ -180,27 +180,29 @@ class ClientAttributes:
         if not any(pending.values()):
             return
         clients = sorted(pending)
-        kept = dict(self.state.kept)
+        values_of_clients = dict(self.state.kept)
         first = dict(self.state.first)
         shown = dict(self.state.shown)
-        names: dict[str, list[Change]] = {}
+        changes_of_names: dict[str, list[Change]] = {}
         for client in clients:
-            values = {name: change.value for name, change in pending[client].items()}
-            kept[client] = {**kept.get(client, {}), **values}
+            # A new dictionary: the undo of the round puts the earlier one back.
+            values = dict(values_of_clients.get(client, {}))
             for name, change in pending[client].items():
-                names.setdefault(name, []).append(change)
-        for name, changes in names.items():
-            found = self._packed(name)
+                values[name] = change.value
+                changes_of_names.setdefault(name, []).append(change)
+            values_of_clients[client] = values
+        for name, changes in changes_of_names.items():
+            earlier = self._packed(name)
             if len(clients) == 1:
                 self._put(name, changes[0].value)
             else:
                 self._show(name, [change.gain for change in changes])
             shown[name] = self._packed(name)
-            if not are_same(found, shown[name]):
-                first.setdefault(name, found)
+            if not are_same(earlier, shown[name]):
+                first.setdefault(name, earlier)
             self._replace_begin(name)
-        self.state = AttributeState(kept, first, shown)
-        self._warn_of_memory(len(clients), names)
+        self.state = AttributeState(values_of_clients, first, shown)
+        self._warn_of_memory(len(clients), changes_of_names)
 
     def _replace_begin(self, name: str) -> None:
         """Let :meth:`restore` put back the value that an attribute has now."""
@@ -300,21 +302,24 @@ def _last(name: str) -> str:
 
 
 def _without(values: Mapping[str, Packed], names: Sequence[str]) -> dict[str, Packed]:
-    return {name: value for name, value in values.items() if name not in names}
+    remaining = dict(values)
+    for name in names:
+        remaining.pop(name, None)
+    return remaining
 
 
-def _packed_value(value: Any) -> Packed:
+def _packed_value(value: object) -> Packed:
     return ABSENT if value is MISSING else pack(value)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     """Return whether a value is a real number, or a tensor of one."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
     return isinstance(value, Number) and not isinstance(value, (bool, complex))
 
 
-def _gain(start: Any, end: Any, items: Mapping[int, Any]) -> Gain | None:
+def _gain(start: object, end: object, items: Mapping[int, Any]) -> Gain | None:
     """Return what was added to a value; ``None`` if it was changed in another way.
 
     Args:
@@ -322,18 +327,20 @@ def _gain(start: Any, end: Any, items: Mapping[int, Any]) -> Gain | None:
         end: The value after.
         items: The items before, of all containers in it, by the identity of the container.
     """
-    before = items.get(id(start), ())
+    earlier_items = items.get(id(start), ())
     if isinstance(end, (list, deque)):
         present = list(end)
-        if len(present) < len(before) or not all(map(is_, present, before)):
+        # The very objects, as a list of tensors cannot be compared by `==`.
+        if len(present) < len(earlier_items) or not all(map(is_, present, earlier_items)):
             return None
-        return Gain("items", [pack(item) for item in present[len(before) :]])
+        return Gain("items", list(map(pack, present[len(earlier_items) :])))
     if isinstance(end, set):
-        return Gain("members", [pack(item) for item in sorted(end - set(before), key=repr)])
+        # Sorted, because the order of a set may differ between processes.
+        return Gain("members", list(map(pack, sorted(end - set(earlier_items), key=repr))))
     if isinstance(end, dict):
         entries = []
         for key, value in end.items():
-            earlier = dict(before).get(key, MISSING)
+            earlier = dict(earlier_items).get(key, MISSING)
             gain = None
             if value is not earlier or id(value) in items:
                 gain = _gain(earlier, value, items)
@@ -356,16 +363,24 @@ def _with_gains(value: Any, gains: Sequence[Gain | None], device: torch.device) 
     Returns:
         The value itself, if it is a container, or if what they did cannot be shown together.
     """
-    kinds = {None if gain is None else gain.kind for gain in gains}
-    if len(kinds) != 1 or None in kinds:
+    kinds = set()
+    contents = []
+    for gain in gains:
+        if gain is None:
+            return value
+        kinds.add(gain.kind)
+        contents.append(gain.value)
+    if len(kinds) != 1:
         return value
-    contents = [gain.value for gain in gains if gain is not None]
-    (kind,) = kinds
+    kind = kinds.pop()
     if kind == "number":
         return _mean([unpack(content, device) for content in contents])
     if kind == "entries":
         return _with_entries(value, contents, device)
-    added = [unpack(item, device) for content in contents for item in content]
+    added = []
+    for content in contents:
+        for item in content:
+            added.append(unpack(item, device))
     if kind == "items":
         if not isinstance(value, (list, deque)):
             value = []

@@ -167,12 +167,12 @@ class Engine(ABC):
             return []
         start = self.layout.views(task.start)
         # Local parameters are like buffers to a term: it does not act on them, but another model is run with its own.
-        kept = dict(task.buffers)
+        start_buffers = dict(task.buffers)
         if self.layout.local:
-            kept.update(self.local_parameters.start(task.client))
+            start_buffers.update(self.local_parameters.start(task.client))
         states = []
         for objective in self.objectives:
-            state = objective.begin_client(task.client, start, kept)
+            state = objective.begin_client(task.client, start, start_buffers)
             states.append({name: value.to(self.host.device) for name, value in state.items()})
         return states
 

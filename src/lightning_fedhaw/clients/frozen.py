@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,18 +64,18 @@ class FrozenTensors:
         Raises:
             RuntimeError: Naming the first tensor, and a remedy for all.
         """
-        changed = [mark.name for mark in self.marks if mark.is_changed()]
+        changed = [mark for mark in self.marks if mark.is_changed()]
         if not changed:
             if self._compares_content:
                 self._compares_content = False
                 self.marks = [mark._replace(content=None) for mark in self.marks]
             return
-        first = next(mark for mark in self.marks if mark.name == changed[0])
+        first = changed[0]
         kind = "parameter" if isinstance(first.tensor, nn.Parameter) else "buffer"
-        patterns = covering_patterns(changed, [mark.name for mark in self.marks])
+        patterns = covering_patterns(_names(changed), _names(self.marks))
         policies = ", ".join(f'"{pattern}": "average"' for pattern in patterns)
         raise RuntimeError(
-            f"Client {client} changed the frozen {kind} `{changed[0]}` in local training. Frozen tensors are not sent"
+            f"Client {client} changed the frozen {kind} `{first.name}` in local training. Frozen tensors are not sent"
             " to the server, so the change would pass to the next client that trains. If the step moves it on purpose,"
             f" as that of a momentum teacher does, let it travel as buffers do: `buffers={{{policies}}}`."
         )
@@ -95,15 +95,20 @@ def covering_patterns(changed: Sequence[str], frozen: Collection[str]) -> list[s
     untouched = set(frozen) - set(changed)
     patterns: dict[str, None] = {}
     for name in changed:
-        parts = name.split(".")
+        layers = name.split(".")
         pattern = name
-        for depth in range(1, len(parts)):
-            prefix = ".".join(parts[:depth]) + "."
-            if not any(other.startswith(prefix) for other in untouched):
+        # From the outermost layer on, so that the first pattern that fits is the shortest.
+        for depth in range(1, len(layers)):
+            prefix = ".".join(layers[:depth]) + "."
+            if not any(untouched_name.startswith(prefix) for untouched_name in untouched):
                 pattern = f"{prefix}*"
                 break
         patterns[pattern] = None
     return list(patterns)
+
+
+def _names(marks: Iterable[_Mark]) -> list[str]:
+    return [mark.name for mark in marks]
 
 
 def _pointer(tensor: Tensor) -> int:

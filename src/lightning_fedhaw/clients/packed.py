@@ -51,7 +51,7 @@ def pack(value: Any) -> Packed:
     if isinstance(value, np.generic) and value.dtype.kind in "biufc":
         return "scalar", value.item(), value.dtype.name
     if kind is deque:
-        return "deque", [pack(item) for item in value], value.maxlen
+        return "deque", list(map(pack, value)), value.maxlen
     if kind is defaultdict:
         name = getattr(value.default_factory, "__name__", None)
         if _FACTORIES.get(str(name)) is not value.default_factory:
@@ -61,11 +61,11 @@ def pack(value: Any) -> Packed:
         return kind.__name__, _packed_items(value)
     if kind in (set, frozenset):
         # In an order that does not depend on the history of the set.
-        return kind.__name__, [pack(item) for item in sorted(value, key=repr)]
+        return kind.__name__, list(map(pack, sorted(value, key=repr)))
     if kind is torch.device:
         return "device", str(value), value.type != "cpu"
     if kind in (list, tuple, torch.Size):
-        return kind.__name__, [pack(item) for item in value]
+        return kind.__name__, list(map(pack, value))
     raise NotPlainError(kind.__name__)
 
 
@@ -101,18 +101,20 @@ def unpack(packed: Packed, device: torch.device) -> Any:
     return _MAPPINGS[kind](pairs)
 
 
-def are_same(packed: Packed, other: Packed) -> bool:
+def are_same(first: Packed, second: Packed) -> bool:
     """Return whether two packed values are of the same types and hold the same numbers, NaN included."""
-    if isinstance(packed, Tensor) and isinstance(other, Tensor):
-        if packed.dtype != other.dtype or packed.shape != other.shape:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if first.dtype != second.dtype or first.shape != second.shape:
             return False
         # As bytes, in which NaN equals NaN.
-        return torch.equal(_bytes(packed), _bytes(other))
-    if type(packed) is not type(other):
+        return torch.equal(_bytes(first), _bytes(second))
+    if type(first) is not type(second):
         return False
-    if isinstance(packed, (tuple, list)):
-        return len(packed) == len(other) and all(map(are_same, packed, other))
-    return bool(packed is other or packed == other or (packed != packed and other != other))
+    if isinstance(first, (tuple, list)):
+        return len(first) == len(second) and all(map(are_same, first, second))
+    # NaN is the number that differs from itself.
+    are_both_nan = first != first and second != second
+    return bool(first is second or first == second or are_both_nan)
 
 
 def nbytes(packed: Packed) -> int:

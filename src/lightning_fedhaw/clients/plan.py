@@ -91,6 +91,7 @@ def _value_of(values: Any, client: int) -> Any:
 
 def _called(function: Callable[[int], Any], num_clients: int) -> tuple[float, ...]:
     """Return the values of a function of the client's number, for all clients."""
+    # All clients at the start, so that a wrong value is found before the first round.
     scales = []
     for client in range(num_clients):
         hint = f"That is its value for client {client}."

@@ -69,15 +69,15 @@ def unscaled(end: EndState, begin: EndState, scale: float) -> EndState:
     settings = []
     for groups, groups_before in zip(end.settings, begin.settings, strict=True):
         of_optimizer = []
-        for options, before in zip(groups, groups_before, strict=True):
-            rates = {name: before[name] for name in RATES if name in before}
+        for options, options_before in zip(groups, groups_before, strict=True):
+            rates = {name: options_before[name] for name in RATES if name in options_before}
             # A schedule changes the present rate only.
             rates["lr"] = options["lr"] / scale
             of_optimizer.append({**options, **rates})
         settings.append(of_optimizer)
     schedules = []
-    for state, before in zip(end.schedules, begin.schedules, strict=True):
+    for state, state_before in zip(end.schedules, begin.schedules, strict=True):
         if "base_lrs" in state:
-            state = {**state, "base_lrs": before["base_lrs"]}
+            state = {**state, "base_lrs": state_before["base_lrs"]}
         schedules.append(state)
     return end._replace(settings=settings, schedules=schedules)

@@ -72,28 +72,7 @@ class SequentialEngine(Engine):
                 LogRecorder(host.module, host.callbacks) as recorder,
                 self._memory_format(),
             ):
-                frozen = FrozenTensors(host.module, self.layout, compares_content=not self._has_trained)
-                furthest = begin
-                scales = []
-                for task in tasks:
-                    self._load(begin)
-                    module_state.restore()
-                    host.client = task.client
-                    scale = self.plan.lr_scale_of(task.client)
-                    if scale != 1.0:
-                        scale_rates(host, scale)
-                    update = self._train(task, parameters, step, recorder)
-                    frozen.check(task.client)
-                    self._has_trained = True
-                    yield update
-                    host.client = None
-                    if _progress(host.schedules()) > _progress(furthest.schedules):
-                        furthest = self._current_state()
-                        if scale != 1.0:
-                            furthest = unscaled(furthest, begin, scale)
-                    if host.scaler is not None:
-                        scales.append(host.scaler.state_dict())
-            end = furthest._replace(scales=scales)
+                end = yield from self._run_clients(tasks, begin, parameters, step, recorder, module_state)
         finally:
             host.client = None
             module_state.restore()
@@ -105,6 +84,55 @@ class SequentialEngine(Engine):
                 self._scaled_optimizer.close()
             self._end_state = end
             self.restore_end_state([end])
+
+    def _run_clients(
+        self,
+        tasks: Iterable[ClientTask],
+        begin: EndState,
+        parameters: Sequence[nn.Parameter],
+        step: LocalStep,
+        recorder: LogRecorder,
+        module_state: _ModuleState,
+    ) -> Generator[ClientUpdate, None, EndState]:
+        """Train the clients, each from the beginning of the round.
+
+        Args:
+            tasks: Their tasks.
+            begin: Settings, schedules and loss scale at the beginning of the round.
+            parameters: The module's trainable parameters, without the local ones.
+            step: The local step.
+            recorder: Records what is logged.
+            module_state: The flags of the module at the beginning of the round.
+
+        Yields:
+            Each client's update, before the next client starts.
+
+        Returns:
+            Settings and schedules of the furthest client, and all clients' loss scales.
+        """
+        host = self.host
+        frozen = FrozenTensors(host.module, self.layout, compares_content=not self._has_trained)
+        furthest = begin
+        scales = []
+        for task in tasks:
+            self._load(begin)
+            module_state.restore()
+            host.client = task.client
+            scale = self.plan.lr_scale_of(task.client)
+            if scale != 1.0:
+                scale_rates(host, scale)
+            update = self._train(task, parameters, step, recorder)
+            frozen.check(task.client)
+            self._has_trained = True
+            yield update
+            host.client = None
+            if _progress(host.schedules()) > _progress(furthest.schedules):
+                furthest = self._current_state()
+                if scale != 1.0:
+                    furthest = unscaled(furthest, begin, scale)
+            if host.scaler is not None:
+                scales.append(host.scaler.state_dict())
+        return furthest._replace(scales=scales)
 
     def close(self) -> None:
         """Release what is needed during a round only."""
@@ -260,13 +288,13 @@ class SequentialEngine(Engine):
             optimizer_states = [states_of(optimizer) for optimizer in self.host.optimizers]
         end = {name: parameter.detach() for name, parameter in named.items()}
         buffers = self._end_buffers(task)
-        own = in_host_memory(self.layout.local_tensors(self.host.module).items())
+        local = in_host_memory(self.layout.local_tensors(self.host.module).items())
         memory = {
             # The first, because an objective may call the module's step.
             "attributes": self.attributes.changes(),
             "optimizers": optimizer_states,
-            "objectives": self.end_objectives(task, states, end, {**buffers, **own}, counts.made),
-            LOCAL_PARAMETERS: own,
+            "objectives": self.end_objectives(task, states, end, {**buffers, **local}, counts.made),
+            LOCAL_PARAMETERS: local,
         }
         displacement = self.layout.read(list(named.values()), out=task.slot()).sub_(task.start)
         return ClientUpdate(

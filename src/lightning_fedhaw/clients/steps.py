@@ -189,7 +189,9 @@ def loss_of(output: StepOutput) -> tuple[Tensor | None, dict[str, object]]:
     if isinstance(output, Tensor):
         return output, {}
     if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-        return output["loss"], {name: value for name, value in output.items() if name != "loss"}
+        further = dict(output)
+        del further["loss"]
+        return output["loss"], further
     raise TypeError(
         "`training_step` must return a loss tensor, a dict with the key 'loss', or None to skip the step, got"
         f" {type(output).__name__}."

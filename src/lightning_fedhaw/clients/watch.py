@@ -100,10 +100,10 @@ class Watched(NamedTuple):
         contents: The contents of all that can be changed in place in it.
     """
 
-    value: Any
+    value: object
     contents: tuple[Content, ...] = ()
 
-    def is_changed(self, present: Any) -> bool:
+    def is_changed(self, present: object) -> bool:
         """Return whether the attribute has another value, or was changed in place."""
         if present is not self.value:
             # An equal number or string is no change.
@@ -112,7 +112,11 @@ class Watched(NamedTuple):
 
     def items(self) -> dict[int, Any]:
         """Return the items of all containers in it, by the identity of the container."""
-        return {id(c.value): c.content for c in self.contents if isinstance(c, ContainerContent)}
+        items = {}
+        for content in self.contents:
+            if isinstance(content, ContainerContent):
+                items[id(content.value)] = content.content
+        return items
 
 
 class Watcher:
@@ -133,7 +137,8 @@ class Watcher:
             if library not in _LIBRARIES and not isinstance(submodule, Metric):
                 self.holders[path] = vars(submodule)
         self._tensors: dict[int, TensorContent] = {}
-        self._own: frozenset[int] = frozenset()
+        # The memory of parameters and buffers, whose changes are noticed elsewhere.
+        self._model_storages: frozenset[int] = frozenset()
 
     def names(self, path: str) -> Iterator[str]:
         """Yield the names of the attributes that a layer has at present."""
@@ -141,9 +146,14 @@ class Watcher:
             if name not in _INTERNAL:
                 yield name
 
-    def added(self, path: str, before: Mapping[str, Watched]) -> list[str]:
-        """List the attributes that a layer has got since then, without those that its class computes and keeps."""
-        names = [name for name in self.names(path) if name not in before]
+    def added(self, path: str, earlier: Mapping[str, Watched]) -> list[str]:
+        """List the attributes that a layer has got since then, without those that its class computes and keeps.
+
+        Args:
+            path: The layer.
+            earlier: Its attributes at that time.
+        """
+        names = [name for name in self.names(path) if name not in earlier]
         if not names:
             return names  # as almost always: the layer need not be looked up
         owner = type(self.module.get_submodule(path))
@@ -154,13 +164,13 @@ class Watcher:
         # Tensors that were copied before are copied again only if they have changed.
         earlier = self._tensors
         self._tensors = {}
-        self._own = _storages(self.module)
+        self._model_storages = _storages(self.module)
         watched = {}
         for path, holder in self.holders.items():
             watched[path] = {name: self.watch(holder[name], earlier) for name in self.names(path)}
         return watched
 
-    def watch(self, value: Any, earlier: Mapping[int, TensorContent] | None = None) -> Watched:
+    def watch(self, value: object, earlier: Mapping[int, TensorContent] | None = None) -> Watched:
         """Watch one value from now on.
 
         Args:
@@ -174,12 +184,20 @@ class Watcher:
         return Watched(value, tuple(contents))
 
     def _collect(
-        self, value: Any, earlier: Mapping[int, TensorContent], contents: list[Content], seen: set[int]
+        self, value: object, earlier: Mapping[int, TensorContent], contents: list[Content], visited: set[int]
     ) -> None:
-        if type(value) in SCALARS or id(value) in seen:
+        """Add the contents of all that can be changed in place in a value.
+
+        Args:
+            value: The value.
+            earlier: The contents of tensors that were copied before.
+            contents: Receives them.
+            visited: The identities of the containers that were visited, as containers may hold themselves.
+        """
+        if type(value) in SCALARS or id(value) in visited:
             return
         if isinstance(value, Tensor):
-            if _is_watchable(value, self._own):
+            if _is_watchable(value, self._model_storages):
                 content = earlier.get(id(value))
                 if content is None or content.value is not value or content.is_changed:
                     content = TensorContent(value)
@@ -189,11 +207,12 @@ class Watcher:
             if value.flags.writeable and value.nbytes <= MAX_ARRAY_BYTES and not value.dtype.hasobject:
                 contents.append(ArrayContent(value))
         elif isinstance(value, (list, tuple, deque, dict, set)):
-            seen.add(id(value))
+            visited.add(id(value))
             if not isinstance(value, tuple):
                 contents.append(ContainerContent(value))
-            for item in list(value.values()) if isinstance(value, dict) else list(value):
-                self._collect(item, earlier, contents, seen)
+            items = value.values() if isinstance(value, dict) else value
+            for item in list(items):
+                self._collect(item, earlier, contents, visited)
 
 
 def items_of(container: Any) -> Any:
@@ -217,11 +236,16 @@ def refill(container: Any, content: Any) -> None:
 def _storages(module: nn.Module) -> frozenset[int]:
     """Return the addresses of the memory of parameters and buffers."""
     tensors = [*module.parameters(), *module.buffers()]
-    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout == torch.strided)
+    pointers = set()
+    for tensor in tensors:
+        # A sparse tensor is not in one piece.
+        if tensor.layout == torch.strided:
+            pointers.add(tensor.untyped_storage().data_ptr())
+    return frozenset(pointers)
 
 
-def _is_watchable(tensor: Tensor, own: frozenset[int]) -> bool:
+def _is_watchable(tensor: Tensor, model_storages: frozenset[int]) -> bool:
     """Return whether a tensor's changes are noticed here; those of parameters and buffers are noticed elsewhere."""
     if type(tensor) is not Tensor or tensor.is_inference() or tensor.layout != torch.strided:
         return False
-    return tensor.untyped_storage().data_ptr() not in own
+    return tensor.untyped_storage().data_ptr() not in model_storages

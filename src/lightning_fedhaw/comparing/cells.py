@@ -12,10 +12,13 @@ from torch import nn
 from lightning_fedhaw import arguments
 from lightning_fedhaw.options import FederationOptions
 
-OPTIONS = tuple(option.name for option in fields(FederationOptions) if option.name not in ("seed", "client_eval"))
-"""The federation's options that a cell may set and a comparison may vary. The seed is a dimension of its own."""
+_FIXED = ("seed", "client_eval")
+"""The seed is a dimension of its own, and an evaluation of each client is no part of a comparison."""
 
-# Options that replace each other: who gives one takes the others away.
+OPTIONS = tuple(option.name for option in fields(FederationOptions) if option.name not in _FIXED)
+"""The federation's options that a cell may set and a comparison may vary."""
+
+# Options that replace each other: a change of one drops the other one.
 _EXCLUSIVE = (
     ("alpha", "partitioner"),
     ("local_epochs", "local_steps"),

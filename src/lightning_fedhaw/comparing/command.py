@@ -7,7 +7,6 @@ import ast
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lightning_fedhaw.comparing import expressions
 from lightning_fedhaw.comparing.execution import cores
@@ -117,14 +116,15 @@ def _dotted(arguments: Sequence[str]) -> list[str]:
     names: dict[str, None] = {}
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--")
-        group, dot, rest = name.partition(".")
-        is_one = argument.startswith("--") and dot and group in ("model", "data") and rest.isidentifier()
-        if is_one and rest != "NAME":
+        group, dot, setting = name.partition(".")
+        is_dotted = argument.startswith("--") and dot and group in ("model", "data") and setting.isidentifier()
+        # `--model.NAME` itself stands in the help, and is no setting.
+        if is_dotted and setting != "NAME":
             names[name] = None
     return list(names)
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     """Return a number or another plain value; anything else stays text, which is read as an expression later."""
     try:
         return ast.literal_eval(text)
@@ -132,8 +132,8 @@ def _value(text: str) -> Any:
         return text
 
 
-def _settings(args: argparse.Namespace) -> dict[str, list[Any]]:
-    settings: dict[str, list[Any]] = {}
+def _settings(args: argparse.Namespace) -> dict[str, list[object]]:
+    settings: dict[str, list[object]] = {}
     for name, values in vars(args).items():
         if name.startswith("setting ") and values is not None:
             settings[name.removeprefix("setting ")] = values
@@ -157,7 +157,9 @@ def _cells(args: argparse.Namespace) -> list[str]:
 
 def _unknown_sentence(parser: argparse.ArgumentParser, option: str) -> str:
     """Name the option that is nearest to an unknown one."""
-    known = {flag: None for action in parser._actions for flag in action.option_strings}
+    known: list[str] = []
+    for action in parser._actions:
+        known.extend(action.option_strings)
     name = option.partition("=")[0]
     if name == "--lr":
         return "There is no `--lr`: the learning rate is an argument of the model, `--model.lr`."
@@ -182,7 +184,8 @@ def _report(comparison: Comparison) -> int:
         print(f"failed: {failure.plan.title}: {failure.error}", file=sys.stderr)
     if comparison.failures:
         path = comparison.output / "failures.txt"
-        path.write_text("\n".join(f"{f.plan.title}\n{f.details}" for f in comparison.failures), encoding="utf-8")
+        entries = [f"{failure.plan.title}\n{failure.details}" for failure in comparison.failures]
+        path.write_text("\n".join(entries), encoding="utf-8")
         print(f"The tracebacks are in {path}; the same command tries these runs again.", file=sys.stderr)
         return 1
     return 0

@@ -7,7 +7,7 @@ import os
 import pickle
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -59,6 +59,7 @@ def execute(plans: Sequence[RunPlan], output: Path, jobs: int) -> Iterator[tuple
         for plan in plans:
             yield plan, _attempt(plan, output)
         return
+    # Beforehand: the pool would say only that something cannot be pickled, and not which run it is.
     for plan in plans:
         _check_portable(plan)
     with _one_thread_for_children():
@@ -66,11 +67,11 @@ def execute(plans: Sequence[RunPlan], output: Path, jobs: int) -> Iterator[tuple
             min(jobs, len(plans)), mp_context=_context(), initializer=_begin, initargs=(sys.path,)
         )
         try:
-            futures: Mapping[Future[Record | Failure], RunPlan] = {
-                pool.submit(_attempt, plan, output): plan for plan in plans
-            }
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            plan_of: dict[Future[Record | Failure], RunPlan] = {}
+            for plan in plans:
+                plan_of[pool.submit(_attempt, plan, output)] = plan
+            for future in as_completed(plan_of):
+                yield plan_of[future], future.result()
         except BrokenProcessPool as error:
             raise RuntimeError(
                 "A process died, for lack of memory perhaps: finished runs are kept, and the same call goes on from"
@@ -121,12 +122,12 @@ def _begin(path: list[str]) -> None:
 @contextmanager
 def _one_thread_for_children() -> Iterator[None]:
     """Let processes begin with one thread each; libraries read this when they are imported."""
-    before = {name: os.environ.get(name) for name in _ONE_THREAD}
+    earlier_values = {name: os.environ.get(name) for name in _ONE_THREAD}
     os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in earlier_values.items():
             if value is None:
                 del os.environ[name]
             else:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import lightning_fedhaw
@@ -34,7 +35,7 @@ def split_label(text: str) -> tuple[str, str]:
     return expression.removesuffix("()"), expression
 
 
-def build(text: str, names: Mapping[str, Any] | None = None, **overrides: Any) -> Any:
+def build(text: str, names: Mapping[str, object] | None = None, **overrides: object) -> Any:
     """Return the value of an expression.
 
     Args:
@@ -72,25 +73,27 @@ def find_public(name: str) -> Any:
 
 
 @lru_cache
-def _public_names() -> dict[str, Any]:
+def _public_names() -> dict[str, object]:
     """Return the public objects of the package by name, and by the names without the common endings."""
-    found: dict[str, Any] = {}
-    shortened: dict[str, Any] = {}
+    full: dict[str, object] = {}
+    shortened: dict[str, object] = {}
     for name in lightning_fedhaw.__all__:
-        found[name] = getattr(lightning_fedhaw, name)
+        full[name] = getattr(lightning_fedhaw, name)
         for ending in _ENDINGS:
             if name.endswith(ending):
-                shortened[name.removesuffix(ending)] = found[name]
+                shortened[name.removesuffix(ending)] = full[name]
     # A full name comes first: `FedProx` is an objective, whatever else might be called so for short.
-    return {**shortened, **found}
+    return {**shortened, **full}
 
 
-def nearest(name: str, known: Mapping[str, Any]) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
     """Ask for the known name that is nearest to an unknown one, or list all."""
     matches = get_close_matches(name, known, 1)
     if not matches:
-        folded = {key.lower(): key for key in known}
-        matches = [folded[match] for match in get_close_matches(name.lower(), folded, 1)]
+        # To the comparison above, a capital is another letter.
+        original_of = {key.lower(): key for key in known}
+        for match in get_close_matches(name.lower(), original_of, 1):
+            matches.append(original_of[match])
     if matches:
         return f"Did you mean `{matches[0]}`?"
     return f"There are {', '.join(known)}."
@@ -99,7 +102,7 @@ def nearest(name: str, known: Mapping[str, Any]) -> str:
 class _Reader:
     """Evaluates the nodes of one expression."""
 
-    def __init__(self, text: str, names: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    def __init__(self, text: str, names: Mapping[str, object], overrides: Mapping[str, object]) -> None:
         self._text = text
         self._names = names
         self._overrides = overrides
@@ -107,7 +110,7 @@ class _Reader:
     def read(self, node: ast.expr, *, is_outermost: bool = False) -> Any:
         """Return the value of a node."""
         if isinstance(node, ast.Call):
-            overrides: Mapping[str, Any] = {}
+            overrides: Mapping[str, object] = {}
             if is_outermost:
                 overrides = self._overrides
             return self._call(node, overrides)
@@ -118,13 +121,20 @@ class _Reader:
         if isinstance(node, (ast.List, ast.Tuple)):
             return [self.read(item) for item in node.elts]
         if isinstance(node, ast.Dict):
-            return {self._literal(key): self.read(value) for key, value in zip(node.keys, node.values, strict=True)}
+            return self._dict(node)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             return [*_as_list(self.read(node.left)), *_as_list(self.read(node.right))]
         return self._literal(node)
 
-    def _literal(self, node: ast.expr | None) -> Any:
+    def _dict(self, node: ast.Dict) -> dict[object, object]:
+        entries: dict[object, object] = {}
+        for key, value in zip(node.keys, node.values, strict=True):
+            entries[self._literal(key)] = self.read(value)
+        return entries
+
+    def _literal(self, node: ast.expr | None) -> object:
         try:
+            # `None` is the key of `**mapping`; the empty text is as little a literal.
             return ast.literal_eval(node or "")
         except (ValueError, SyntaxError) as error:
             raise ValueError(
@@ -132,10 +142,10 @@ class _Reader:
                 " belongs into a function of your own, named by its import path."
             ) from error
 
-    def _call(self, node: ast.Call, overrides: Mapping[str, Any]) -> Any:
+    def _call(self, node: ast.Call, overrides: Mapping[str, object]) -> object:
         function = self.read(node.func)
         positional = [self.read(argument) for argument in node.args]
-        named: dict[str, Any] = {}
+        named: dict[str, object] = {}
         for keyword in node.keywords:
             if keyword.arg is None:
                 raise ValueError(f"`{self._text}`: write each argument out, `**` is not known here.")
@@ -145,21 +155,19 @@ class _Reader:
             raise ValueError(f"`{ast.unparse(node.func)}` in `{self._text}` is {function!r}, which cannot be called.")
         return function(*positional, **named)
 
-    def _name(self, name: str) -> Any:
+    def _name(self, name: str) -> object:
         if name in self._names:
             return self._names[name]
-        found = find_public(name)
-        if found is None:
+        value: object = find_public(name)
+        if value is None:
             known = {**self._names, **_public_names()}
-            raise ValueError(
-                f"There is no `{name}`, in `{self._text}`. {nearest(name, known)}"
-                if get_close_matches(name, known, 1)
-                else f"There is no `{name}`, in `{self._text}`. Give a name of this package, or the import path of your"
-                " own, such as `mine.MyRule`."
-            )
-        return found
+            remedy = "Give a name of this package, or the import path of your own, such as `mine.MyRule`."
+            if get_close_matches(name, known, 1):
+                remedy = nearest(name, known)
+            raise ValueError(f"There is no `{name}`, in `{self._text}`. {remedy}")
+        return value
 
-    def _import(self, path: str) -> Any:
+    def _import(self, path: str) -> object:
         """Import the longest part of a dotted path that is a module, and take the rest from there."""
         names = path.split(".")
         if not all(name.isidentifier() for name in names):
@@ -173,16 +181,16 @@ class _Reader:
             " installed packages."
         )
 
-    def _attribute(self, value: Any, names: list[str], path: str) -> Any:
+    def _attribute(self, value: object, names: list[str], path: str) -> object:
         for name in names:
             if not hasattr(value, name):
-                public = {key: None for key in dir(value) if not key.startswith("_")}
+                public = [attribute for attribute in dir(value) if not attribute.startswith("_")]
                 raise ValueError(f"There is no `{path}`: `{_title(value)}` has no `{name}`. {nearest(name, public)}")
             value = getattr(value, name)
         return value
 
 
-def _module(name: str) -> Any:
+def _module(name: str) -> ModuleType | None:
     """Import a module; return None if there is none, but let errors of its own code pass."""
     try:
         return import_module(name)
@@ -193,11 +201,11 @@ def _module(name: str) -> Any:
         raise
 
 
-def _title(value: Any) -> str:
+def _title(value: object) -> str:
     return str(getattr(value, "__name__", type(value).__name__))
 
 
-def _as_list(value: Any) -> list[Any]:
+def _as_list(value: object) -> list[object]:
     """Return the callbacks of one side of a sum, where a class stands for an object without arguments."""
     if isinstance(value, list):
         return value
@@ -206,19 +214,20 @@ def _as_list(value: Any) -> list[Any]:
     return [value]
 
 
-def name_of(value: Callable[..., Any]) -> str:
+def name_of(value: object) -> str:
     """Return the import path of a function or class, for records of what was run."""
-    function = getattr(value, "func", value)
+    function: Any = getattr(value, "func", value)
     path = f"{function.__module__}.{function.__qualname__}"
     named = getattr(value, "keywords", {})
     arguments = [described(argument) for argument in getattr(value, "args", ())]
-    arguments += [f"{name}={described(argument)}" for name, argument in named.items()]
+    for name, argument in named.items():
+        arguments.append(f"{name}={described(argument)}")
     if arguments:
         return f"{path}({', '.join(arguments)})"
     return path
 
 
-def described(value: Any) -> str:
+def described(value: object) -> str:
     """Describe a value in the same words in every process: without the addresses of objects."""
     if isinstance(value, partial) or hasattr(value, "__qualname__"):
         return name_of(value)

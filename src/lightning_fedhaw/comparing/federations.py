@@ -73,6 +73,7 @@ class Network(pl.LightningModule):
         layers.append(nn.Linear(features, classes or 1))
         self.net = nn.Sequential(*layers)
         if not widths:
+            # The loss of a linear model is convex: nothing asks for different weights at the start.
             for parameter in self.net[-1].parameters():
                 nn.init.zeros_(parameter)
         self.scores = MetricCollection({"val_r2": R2Score()})
@@ -114,6 +115,7 @@ class Network(pl.LightningModule):
 
 def _convolutions(shape: Sequence[int]) -> tuple[list[nn.Module], int]:
     """Return the layers before the first linear one, and the number of features that they leave."""
+    # Two poolings leave a quarter of each side: smaller images, such as the digits of 8 x 8 pixels, are flattened.
     is_image = len(shape) == 3 and shape[-1] >= 16
     if not is_image:
         return [nn.Flatten()], math.prod(shape)
@@ -131,14 +133,14 @@ def data_module(source: Callable[[], Arrays], batch_size: int = 32, proxy: int =
         proxy: Samples of the training data that only the server has, for rules that need some.
     """
     arrays = source()
-    own: int | None = None
+    num_proxy: int | None = None
     if proxy:
-        own = proxy
+        num_proxy = proxy
     return FederatedDataModule(
         TensorDataset(arrays.x, arrays.y),
         batch_size=batch_size,
         val=TensorDataset(arrays.test_x, arrays.test_y),
-        proxy=own,
+        proxy=num_proxy,
     )
 
 
@@ -227,7 +229,9 @@ def torchvision(name: str, root: str = "data", lr: float = 0.05, **options: Any)
     return cell_of(name, partial(_from_torchvision, name, root), lr, **options)
 
 
-def custom(model: Callable[..., Any], data: Callable[..., Any], **options: Any) -> Cell:
+def custom(
+    model: Callable[..., pl.LightningModule], data: Callable[..., pl.LightningDataModule], **options: object
+) -> Cell:
     """Return a module and a data module of the user's own, both given by class path."""
     return Cell("custom", model, data, options)
 
@@ -331,20 +335,24 @@ def _draw_synthetic(clients: int) -> tuple[Arrays, list[int]]:
     sizes = []
     for _ in range(clients):
         samples = int(min(50 + np.exp(draw.normal(4, 1)), 600))
-        model_mean, input_mean = draw.normal(0, 1), draw.normal(0, 1)
+        # The order of the draws is part of the data set: another one would give other samples.
+        model_mean = draw.normal(0, 1)
+        input_mean = draw.normal(0, 1)
         mean = draw.normal(input_mean, 1, 60)
-        weight, bias = draw.normal(model_mean, 1, (10, 60)), draw.normal(model_mean, 1, 10)
+        weight = draw.normal(model_mean, 1, (10, 60))
+        bias = draw.normal(model_mean, 1, 10)
         x = draw.normal(mean, deviation, (samples, 60))
         y = (x @ weight.T + bias).argmax(1)
         size = int(0.8 * samples)
         sizes.append(size)
-        for part, rows in (("train", slice(0, size)), ("test", slice(size, None))):
-            inputs[part].append(x[rows])
-            labels[part].append(y[rows])
+        inputs["train"].append(x[:size])
+        labels["train"].append(y[:size])
+        inputs["test"].append(x[size:])
+        labels["test"].append(y[size:])
     tensors = []
-    for part in ("train", "test"):
-        tensors.append(torch.tensor(np.concatenate(inputs[part]), dtype=torch.float32))
-        tensors.append(torch.tensor(np.concatenate(labels[part])))
+    for stage in ("train", "test"):
+        tensors.append(torch.tensor(np.concatenate(inputs[stage]), dtype=torch.float32))
+        tensors.append(torch.tensor(np.concatenate(labels[stage])))
     return Arrays(*tensors), sizes
 
 
@@ -393,6 +401,7 @@ def _targets(y: Tensor) -> Tensor:
 
 def _inputs(x: Tensor) -> Tensor:
     """Return inputs, bytes scaled to [0, 1], and images as ``[samples, channels, height, width]``."""
+    # Asked before the conversion: floating-point inputs may have any scale, which is left as it is.
     is_bytes = x.dtype == torch.uint8
     x = x.float()
     if is_bytes:

@@ -45,7 +45,7 @@ class Recipe:
     """
 
     label: str
-    source: str | Callable[[], Any] | Cell
+    source: str | Callable[[], object] | Cell
 
     @property
     def identity(self) -> str:
@@ -76,14 +76,14 @@ class RunPlan:
 
     cell: Recipe
     method: Recipe
-    settings: tuple[tuple[str, Any], ...]
+    settings: tuple[tuple[str, object], ...]
     seed: int
     rounds: int
     kind: str = FEDERATED
     accelerator: str = "cpu"
     metric: str | None = None
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Return what identifies the run, as plain values."""
         return {
             "cell": self.cell.label,
@@ -104,31 +104,38 @@ class RunPlan:
     @property
     def title(self) -> str:
         """The run in words."""
-        parts = [self.cell.label, *(f"{name}={_plain(value)}" for name, value in self.settings), self.method.label]
-        return f"{', '.join(parts)}, seed {self.seed}"
+        words = [self.cell.label, *self._setting_words(), self.method.label]
+        return f"{', '.join(words)}, seed {self.seed}"
 
     @property
     def folder(self) -> str:
         """The folder of the method's runs below that of the comparison; each seed has its own in it."""
-        settings = "_".join(f"{name}={_plain(value)}" for name, value in self.settings)
-        parts = [self.cell.label, *([settings] if settings else []), self.method.label]
-        return "/".join(file_name(part) for part in parts)
+        names = [file_name(self.cell.label)]
+        if self.settings:
+            names.append(file_name("_".join(self._setting_words())))
+        names.append(file_name(self.method.label))
+        return "/".join(names)
+
+    def _setting_words(self) -> list[str]:
+        return [f"{name}={_plain(value)}" for name, value in self.settings]
 
 
 def file_name(text: str) -> str:
     """Return a text as a file system takes it; of a long one, a beginning and a checksum."""
     name = re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_")
     if len(name) > _LONGEST_NAME:
+        # Eight digits of the checksum, and the underscore.
         return f"{name[: _LONGEST_NAME - 9]}_{zlib.crc32(text.encode()):08x}"
     return name
 
 
-def key_of(description: Mapping[str, Any]) -> str:
+def key_of(description: Mapping[str, object]) -> str:
     """Return the identity of a run by its description."""
+    # Sorted, so that a record is found again if a later version names the fields in another order.
     return json.dumps(description, sort_keys=True)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return a value as JSON has it; what JSON has not is described."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -151,7 +158,7 @@ def build_cell(recipe: Recipe) -> Cell:
     source = recipe.source
     if isinstance(source, Cell):
         return source
-    value: Any = source
+    value: object = source
     if isinstance(source, str):
         text = source
         if text.endswith(".npz") and "(" not in text:
@@ -173,14 +180,20 @@ def build_method(recipe: Recipe) -> list[Callback]:
     Raises:
         ValueError: If there is not exactly one rule.
     """
-    value: Any = recipe.source
+    value: object = recipe.source
     if isinstance(value, str):
         value = expressions.build(value)
     if callable(value):
         value = value()
-    callbacks = list(value) if isinstance(value, (list, tuple)) else [value]
-    rules = [callback for callback in callbacks if isinstance(callback, AggregationRule)]
-    if len(rules) != 1 or not all(isinstance(callback, Callback) for callback in callbacks):
+    members: Sequence[object] = value if isinstance(value, (list, tuple)) else [value]
+    callbacks: list[Callback] = []
+    num_rules = 0
+    for member in members:
+        if isinstance(member, Callback):
+            callbacks.append(member)
+        if isinstance(member, AggregationRule):
+            num_rules += 1
+    if num_rules != 1 or len(callbacks) != len(members):
         raise ValueError(
             f"`{recipe.label}` must be one aggregation rule, with other callbacks if need be"
             f" (`FedAvg + FedProx(mu=0.01)`), got {value!r}."
@@ -188,7 +201,7 @@ def build_method(recipe: Recipe) -> list[Callback]:
     return callbacks
 
 
-def build_setting(name: str, value: Any) -> Any:
+def build_setting(name: str, value: object) -> Any:
     """Return the value of a setting as the federation takes it: text is read as an expression."""
     if isinstance(value, str) and name != "metric":
         return expressions.build_or_text(value)
@@ -207,14 +220,16 @@ def build_callbacks(settings: Mapping[str, Any]) -> list[Callback]:
         value = settings.get(name)
         if value is None:
             continue
-        for callback in value if isinstance(value, list) else [value]:
-            made = callback() if isinstance(callback, type) else callback
-            if not isinstance(made, kind):
+        members = value if isinstance(value, list) else [value]
+        for member in members:
+            # The name of a class without brackets is the class itself.
+            callback = member() if isinstance(member, type) else member
+            if not isinstance(callback, kind):
                 raise ValueError(
-                    f"`{name}` must be a {name}, such as `{_EXAMPLES[name]}`, or None, got {callback!r}. Write"
+                    f"`{name}` must be a {name}, such as `{_EXAMPLES[name]}`, or None, got {member!r}. Write"
                     " it as an expression."
                 )
-            callbacks.append(made)
+            callbacks.append(callback)
     return callbacks
 
 
@@ -232,22 +247,23 @@ def recipes(name: str, sources: Any) -> list[Recipe]:
     """
     if isinstance(sources, (str, Cell)):
         sources = [sources]
-    found: list[Recipe] = []
+    ordered: list[Recipe] = []
     if isinstance(sources, Mapping):
-        found = [Recipe(label, source) for label, source in sources.items()]
+        for label, source in sources.items():
+            ordered.append(Recipe(label, source))
     else:
         for source in sources:
-            found.append(_recipe(name, source))
-    labels = [recipe.label for recipe in found]
+            ordered.append(_recipe(name, source))
+    labels = [recipe.label for recipe in ordered]
     for label in labels:
         if labels.count(label) > 1:
             raise ValueError(f"`{name}` has `{label}` twice. Give one of them another label: `label={label}`.")
-    if not found:
+    if not ordered:
         raise ValueError(f"`{name}` must hold at least one, got none.")
-    return found
+    return ordered
 
 
-def _recipe(name: str, source: Any) -> Recipe:
+def _recipe(name: str, source: object) -> Recipe:
     if isinstance(source, Cell):
         return Recipe(source.name, source)
     if isinstance(source, str):
@@ -263,7 +279,7 @@ def _recipe(name: str, source: Any) -> Recipe:
     )
 
 
-def check_settings(settings: Mapping[str, Sequence[Any]]) -> None:
+def check_settings(settings: Mapping[str, Sequence[object]]) -> None:
     """Refuse settings that do not exist, and objects that would be shared by several runs.
 
     Raises:
@@ -290,7 +306,7 @@ def check_settings(settings: Mapping[str, Sequence[Any]]) -> None:
 def plan_runs(
     cells: Iterable[Recipe],
     methods: Iterable[Recipe],
-    settings: Mapping[str, Sequence[Any]],
+    settings: Mapping[str, Sequence[object]],
     seeds: Iterable[int],
     *,
     rounds: int,

@@ -11,10 +11,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any, TypedDict
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
@@ -82,7 +83,7 @@ def run(plan: RunPlan, output: Path) -> Record:
         ValueError: If the metric was not logged.
     """
     folder = output / "runs" / plan.folder / f"seed_{plan.seed}"
-    # Of a run that was cut off.
+    # A run that was cut off has left a log, to which this one must not be appended.
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
@@ -115,11 +116,11 @@ def run(plan: RunPlan, output: Path) -> Record:
 def _filled(curve: Sequence[float], rounds: int) -> list[float]:
     """Return one value for each round: where none was logged, the one before."""
     filled = []
-    last = nan
+    latest = nan
     for number in range(rounds):
-        if number < len(curve) and curve[number] == curve[number]:
-            last = curve[number]
-        filled.append(last)
+        if number < len(curve) and not isnan(curve[number]):
+            latest = curve[number]
+        filled.append(latest)
     return filled
 
 
@@ -142,7 +143,9 @@ class _Played:
     state_bytes: int | None = None
 
 
-def _play(plan: RunPlan, changes: Mapping[str, Any], callbacks: Sequence[Callback], logger: Any) -> _Played:
+def _play(
+    plan: RunPlan, changes: Mapping[str, Any], callbacks: Sequence[Callback], logger: CSVLogger | bool
+) -> _Played:
     """Train one federation.
 
     Args:
@@ -177,9 +180,9 @@ def _play(plan: RunPlan, changes: Mapping[str, Any], callbacks: Sequence[Callbac
     return _Played(history, cell.metric, summary=trainer.federation_summary, state_bytes=state_bytes(rule.state))
 
 
-def _module_and_data(cell: Cell, plan: RunPlan) -> tuple[Any, Any]:
+def _module_and_data(cell: Cell, plan: RunPlan) -> tuple[pl.LightningModule, pl.LightningDataModule]:
     """Create data and module; the initial model depends on the seed alone, whatever the data drew."""
-    values: dict[str, dict[str, Any]] = {"model": {}, "data": {}}
+    values: dict[str, dict[str, object]] = {"model": {}, "data": {}}
     for name, value in plan.settings:
         group, dot, argument = name.partition(".")
         if dot:
@@ -270,7 +273,7 @@ _PLAYERS: dict[str, Callable[[RunPlan, Path], _Played]] = {
 }
 
 
-def state_bytes(state: Any) -> int:
+def state_bytes(state: object) -> int:
     """Count the bytes of the tensors in a rule's state."""
     if isinstance(state, ClientVectors):
         return state.matrix.nbytes
@@ -285,7 +288,7 @@ def state_bytes(state: Any) -> int:
 def _seeded(seed: int) -> Iterator[None]:
     """Seed everything that a module or a data module may draw from, and restore it at the end."""
     variable = "PL_GLOBAL_SEED"
-    before = os.environ.get(variable)
+    earlier_value = os.environ.get(variable)
     # What a data module takes as its seed, as after Lightning's `seed_everything`.
     os.environ[variable] = str(seed)
     try:
@@ -293,21 +296,21 @@ def _seeded(seed: int) -> Iterator[None]:
             seed_randomness(seed, torch.device("cpu"))
             yield
     finally:
-        if before is None:
+        if earlier_value is None:
             del os.environ[variable]
         else:
-            os.environ[variable] = before
+            os.environ[variable] = earlier_value
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Use one thread, so that the result does not depend on how many runs share the machine."""
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(num_threads)
 
 
 @contextmanager

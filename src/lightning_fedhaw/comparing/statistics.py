@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan, nan, sqrt
-from typing import Any
 
 from lightning_fedhaw.comparing.running import Record
 from lightning_fedhaw.report.summary import is_better_when_higher
@@ -46,23 +45,23 @@ def numbers_of(record: Record, target: float | None = None) -> dict[str, float]:
     """
     curve = record["curve"]
     sign = 1 if is_better_when_higher(record["metric"]) else -1
-    last = curve[-LAST_ROUNDS:]
+    last_values = curve[-LAST_ROUNDS:]
     best = -float("inf")
     dip = 0.0
-    reached = nan
+    rounds_to_target = nan
     for number, value in enumerate(curve, 1):
         best = max(best, sign * value)
         dip = max(dip, best - sign * value)
         is_reached = target is not None and sign * value >= sign * target
-        if is_reached and isnan(reached):
-            reached = float(number)
+        if is_reached and isnan(rounds_to_target):
+            rounds_to_target = float(number)
     return {
         "final": curve[-1],
-        "last_ten": sum(last) / len(last),
+        "last_ten": sum(last_values) / len(last_values),
         "best": sign * best,
         "area": sum(curve) / len(curve),
         "dip": dip,
-        "rounds_to_target": reached,
+        "rounds_to_target": rounds_to_target,
         "server_ms": _scaled(record["server_seconds"], 1e3),
         "mb_up": _scaled(record["bytes_up"], 1e-6),
         "mb_down": _scaled(record["bytes_down"], 1e-6),
@@ -122,20 +121,29 @@ class Group:
     """
 
     cell: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     metric: str
     records: Mapping[str, Mapping[int, Record]]
 
     @property
     def title(self) -> str:
         """The group in words."""
-        return ", ".join([self.cell, *(f"{name}={value}" for name, value in self.settings.items())])
+        words = [self.cell]
+        for name, value in self.settings.items():
+            words.append(f"{name}={value}")
+        return ", ".join(words)
 
     @property
     def is_share(self) -> bool:
         """Whether the metric is shown in percent: an accuracy between 0 and 1."""
-        values = [value for runs in self.records.values() for run in runs.values() for value in run["curve"]]
-        return "acc" in self.metric and all(0 <= value <= 1 for value in values if not isnan(value))
+        if "acc" not in self.metric:
+            return False
+        for runs in self.records.values():
+            for record in runs.values():
+                # Not the reverse comparison: NaN, of a run that diverged early, is neither.
+                if any(value < 0 or value > 1 for value in record["curve"]):
+                    return False
+        return True
 
     @property
     def factor(self) -> float:
@@ -157,14 +165,15 @@ class Group:
 
 def groups_of(records: Sequence[Record]) -> list[Group]:
     """Group runs by cell, settings and metric, in the order in which they come."""
-    found: dict[str, Group] = {}
+    groups: dict[str, Group] = {}
     for record in records:
         run = record["run"]
+        # Settings are a dictionary, which cannot be part of a key as it is.
         key = repr((run["cell"], run["settings"], record["metric"]))
-        group = found.setdefault(key, Group(run["cell"], run["settings"], record["metric"], {}))
+        group = groups.setdefault(key, Group(run["cell"], run["settings"], record["metric"], {}))
         runs: dict[str, dict[int, Record]] = group.records  # type: ignore[assignment]  # a mapping to its readers
         runs.setdefault(run["method"], {})[run["seed"]] = record
-    return list(found.values())
+    return list(groups.values())
 
 
 @dataclass(frozen=True)
@@ -182,21 +191,29 @@ class Difference:
 
 def differences(group: Group, reference: str) -> list[Difference]:
     """Compare every method of a group with one of them, seed by seed; methods that share no seed are left out."""
-    found: list[Difference] = []
     if reference not in group.records:
-        return found
+        return []
     sign = 1 if is_better_when_higher(group.metric) else -1
-    base = group.records[reference]
+    reference_runs = group.records[reference]
+    compared: list[Difference] = []
     for method, runs in group.records.items():
-        shared = [seed for seed in runs if seed in base]
-        if method == reference or not shared:
+        if method == reference:
             continue
-        scores: dict[str, Summary] = {}
-        for score in SCORES:
-            gains = [sign * (numbers_of(runs[seed])[score] - numbers_of(base[seed])[score]) for seed in shared]
-            scores[score] = summarize(gains)
-        found.append(Difference(method, scores))
-    return found
+        # With one seed, all methods have the same clients and initial model, so that pairs vary less than runs do.
+        gains: dict[str, list[float]] = {score: [] for score in SCORES}
+        for seed in runs:
+            if seed in reference_runs:
+                numbers = numbers_of(runs[seed])
+                reference_numbers = numbers_of(reference_runs[seed])
+                for score, values in gains.items():
+                    values.append(sign * (numbers[score] - reference_numbers[score]))
+        if any(gains.values()):
+            compared.append(Difference(method, _summaries(gains)))
+    return compared
+
+
+def _summaries(values_of_scores: Mapping[str, Sequence[float]]) -> dict[str, Summary]:
+    return {score: summarize(values) for score, values in values_of_scores.items()}
 
 
 def differences_over_groups(groups: Sequence[Group], reference: str) -> dict[str, list[Difference]]:
@@ -212,16 +229,17 @@ def differences_over_groups(groups: Sequence[Group], reference: str) -> dict[str
     by_metric: dict[str, list[Group]] = {}
     for group in groups:
         by_metric.setdefault(group.metric, []).append(group)
-    found: dict[str, list[Difference]] = {}
+    over_groups: dict[str, list[Difference]] = {}
     for metric, members in by_metric.items():
         if len(members) < 2:
             continue
-        gains: dict[str, list[Difference]] = {}
+        means_of_methods: dict[str, dict[str, list[float]]] = {}
         for group in members:
             for difference in differences(group, reference):
-                gains.setdefault(difference.method, []).append(difference)
-        for method, parts in gains.items():
-            if len(parts) == len(members):
-                scores = {score: summarize([part.scores[score].mean for part in parts]) for score in SCORES}
-                found.setdefault(metric, []).append(Difference(method, scores))
-    return found
+                means = means_of_methods.setdefault(difference.method, {score: [] for score in SCORES})
+                for score, values in means.items():
+                    values.append(difference.scores[score].mean)
+        for method, means in means_of_methods.items():
+            if len(means["final"]) == len(members):
+                over_groups.setdefault(metric, []).append(Difference(method, _summaries(means)))
+    return over_groups

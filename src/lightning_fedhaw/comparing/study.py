@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -34,6 +34,8 @@ from lightning_fedhaw.isolation import isolated_randomness
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.report.history import RunHistory
 from lightning_fedhaw.report.plotting import draw_bands
+
+Created = TypeVar("Created")
 
 _SUFFIXES = {"text": "txt", "markdown": "md", "latex": "tex"}
 
@@ -145,12 +147,12 @@ class Comparison:
 
 
 def compare(
-    rules: str | Sequence[Any] | Mapping[str, Any],
-    cells: str | Cell | Sequence[Any] | Mapping[str, Any] = "digits",
+    rules: str | Sequence[object] | Mapping[str, object],
+    cells: str | Cell | Sequence[object] | Mapping[str, object] = "digits",
     *,
     seeds: Sequence[int] = (0, 1, 2),
     rounds: int = 40,
-    settings: Mapping[str, Sequence[Any]] | None = None,
+    settings: Mapping[str, Sequence[object]] | None = None,
     baselines: Sequence[str] = (),
     output: str | Path = "comparison",
     jobs: int = 1,
@@ -204,6 +206,7 @@ def compare(
     plans = _checked_plans(rules, cells, seeds, rounds, settings or {}, baselines, accelerator, metric)
     arguments.integer("jobs", jobs, minimum=1)
     arguments.optional(arguments.number, "target", target)
+    # Each once, in the order of the call, whose first one is the reference.
     methods = list(dict.fromkeys(plan.method.label for plan in plans))
     if reference is not None and reference not in methods:
         raise arguments.invalid("reference", f"one of the methods ({', '.join(methods)})", reference)
@@ -245,11 +248,11 @@ def _run_missing(
 
 
 def _checked_plans(
-    rules: Any,
-    cells: Any,
+    rules: object,
+    cells: object,
     seeds: Sequence[int],
     rounds: int,
-    settings: Mapping[str, Sequence[Any]],
+    settings: Mapping[str, Sequence[object]],
     baselines: Sequence[str],
     accelerator: str,
     metric: str | None,
@@ -284,7 +287,7 @@ def _checked_plans(
     return plans
 
 
-def _create(kind: str, recipe: Recipe, build: Callable[[Recipe], Any]) -> Any:
+def _create(kind: str, recipe: Recipe, build: Callable[[Recipe], Created]) -> Created:
     """Create something once, so that a mistake is found before the first run."""
     try:
         return build(recipe)
@@ -295,14 +298,15 @@ def _create(kind: str, recipe: Recipe, build: Callable[[Recipe], Any]) -> Any:
         raise ValueError(f"The {kind} `{recipe.label}` cannot be created: {message}") from error
 
 
-def _check_cell(cell: Cell, settings: Mapping[str, Sequence[Any]]) -> None:
+def _check_cell(cell: Cell, settings: Mapping[str, Sequence[object]]) -> None:
     """Check every value of every setting on a cell, each by itself."""
+    # The constructor refuses what is not allowed; the object is not needed.
     FederationOptions(**cell.options)
     for name, values in settings.items():
         for value in values:
-            made = build_setting(name, value)
+            setting = build_setting(name, value)
             if name == "errors":
-                arguments.probability("errors", made)
-            build_callbacks({name: made})
+                arguments.probability("errors", setting)
+            build_callbacks({name: setting})
             if name in OPTIONS:
-                FederationOptions(**merged_options(cell.options, {name: made}))
+                FederationOptions(**merged_options(cell.options, {name: setting}))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import isnan
-from typing import Any
 
 from lightning_fedhaw.comparing.running import Record
 from lightning_fedhaw.comparing.statistics import (
@@ -21,6 +20,9 @@ from lightning_fedhaw.comparing.statistics import (
     numbers_of,
     summarize,
 )
+
+Entries = dict[str, object]
+"""An object of JSON."""
 
 FORMATS = ("text", "markdown", "latex")
 _PLUS_MINUS = {"text": "±", "markdown": "±", "latex": r"$\pm$"}
@@ -36,7 +38,9 @@ def results_table(groups: Sequence[Group], style: str, target: float | None = No
         style: ``"text"``, ``"markdown"`` or ``"latex"``.
         target: The value of the metric for the column of rounds.
     """
-    columns = list(SCORES) + [name for name in COSTS if target is not None or name != "rounds_to_target"]
+    columns = [*SCORES, *COSTS]
+    if target is None:
+        columns.remove("rounds_to_target")
     tables = []
     for group in groups:
         head = ["method", *(_head(name, target) for name in columns)]
@@ -115,21 +119,21 @@ def differences_table(groups: Sequence[Group], reference: str, style: str) -> st
     """
     tables = []
     for group in groups:
-        found = differences(group, reference)
-        if found:
+        compared = differences(group, reference)
+        if compared:
             unit = "points" if group.is_share else group.metric
             caption = f"{group.title}: ahead of {reference} in {unit}, mean and standard error over seeds"
-            tables.append(_difference_rows(caption, found, group, style))
-    for metric, found in differences_over_groups(groups, reference).items():
+            tables.append(_difference_rows(caption, compared, group, style))
+    for metric, compared in differences_over_groups(groups, reference).items():
         members = [group for group in groups if group.metric == metric]
         caption = f"{len(members)} federations: ahead of {reference} in {metric}, mean and standard error over them"
-        tables.append(_difference_rows(caption, found, members[0], style))
+        tables.append(_difference_rows(caption, compared, members[0], style))
     return "\n".join(tables)
 
 
-def _difference_rows(caption: str, found: Sequence[Difference], group: Group, style: str) -> str:
+def _difference_rows(caption: str, compared: Sequence[Difference], group: Group, style: str) -> str:
     rows = []
-    for difference in found:
+    for difference in compared:
         cells = [difference.method]
         for score in SCORES:
             summary = difference.scores[score]
@@ -208,6 +212,7 @@ _LAYOUTS: dict[str, Callable[[str, Sequence[str], Sequence[Sequence[str]]], str]
 def runs_csv(records: Sequence[Record], target: float | None = None) -> str:
     """Return one line for each run: what it was, and its numbers, unscaled."""
     rows = [_run_row(record, target) for record in records]
+    # Runs of several cells may have different settings: a column for each that occurs, in the order of the first.
     columns: dict[str, None] = {}
     for row in rows:
         columns.update(dict.fromkeys(row))
@@ -215,11 +220,14 @@ def runs_csv(records: Sequence[Record], target: float | None = None) -> str:
     writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: "" if _is_nan(value) else value for name, value in row.items()})
+        for name, value in row.items():
+            if _is_nan(value):
+                row[name] = ""
+        writer.writerow(row)
     return text.getvalue()
 
 
-def _run_row(record: Record, target: float | None) -> dict[str, Any]:
+def _run_row(record: Record, target: float | None) -> dict[str, object]:
     run = record["run"]
     row = {"cell": run["cell"], "method": run["method"]}
     row |= run["settings"]
@@ -233,28 +241,45 @@ def results_json(groups: Sequence[Group], reference: str, target: float | None =
     """Return every table's numbers, unscaled: null where there is none."""
     content = []
     for group in groups:
-        methods: dict[str, Any] = {}
+        methods: dict[str, Entries] = {}
         for method, records in group.records.items():
-            numbers = {name: _summary(summarize(values)) for name, values in group.numbers(method, target).items()}
-            methods[method] = {"seeds": list(records), "diverged": group.diverged(method), **numbers}
-        ahead = {found.method: _scores(found) for found in differences(group, reference)}
+            entries: Entries = {"seeds": list(records), "diverged": group.diverged(method)}
+            for name, values in group.numbers(method, target).items():
+                entries[name] = _summary_entries(summarize(values))
+            methods[method] = entries
+        ahead = _difference_entries(differences(group, reference))
         entry = {"cell": group.cell, "settings": group.settings, "metric": group.metric, "methods": methods}
         content.append({**entry, "ahead_of": {reference: ahead}})
-    over_all: dict[str, Any] = {}
-    for metric, found in differences_over_groups(groups, reference).items():
-        over_all[metric] = {difference.method: _scores(difference) for difference in found}
+    over_all: Entries = {}
+    for metric, compared in differences_over_groups(groups, reference).items():
+        over_all[metric] = _difference_entries(compared)
     document = {"target": target, "federations": content, "over_all": {"ahead_of": {reference: over_all}}}
     return json.dumps(document, indent=1) + "\n"
 
 
-def _scores(difference: Difference) -> dict[str, Any]:
-    return {score: _summary(summary) for score, summary in difference.scores.items()}
+def _difference_entries(compared: Sequence[Difference]) -> Entries:
+    entries: Entries = {}
+    for difference in compared:
+        scores: Entries = {}
+        for score, summary in difference.scores.items():
+            scores[score] = _summary_entries(summary)
+        entries[difference.method] = scores
+    return entries
 
 
-def _summary(summary: Summary) -> Mapping[str, Any]:
-    entries = {"mean": summary.mean, "deviation": summary.deviation, "error": summary.error, "count": summary.count}
-    return {name: None if _is_nan(value) else value for name, value in entries.items()}
+def _summary_entries(summary: Summary) -> Entries:
+    """Return a summary for JSON, which has no NaN."""
+    entries: Entries = {
+        "mean": summary.mean,
+        "deviation": summary.deviation,
+        "error": summary.error,
+        "count": summary.count,
+    }
+    for name, value in entries.items():
+        if _is_nan(value):
+            entries[name] = None
+    return entries
 
 
-def _is_nan(value: Any) -> bool:
+def _is_nan(value: object) -> bool:
     return isinstance(value, float) and isnan(value)

@@ -6,6 +6,7 @@ Shapes: K clients, C classes.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,8 @@ def class_histogram(
         return None
     if int(labels.min()) >= 0 and int(labels.max()) < most_columns:
         return ClassHistogram(partition.histogram(labels), _padded(classes.names, partition))
-    swapped = [label for pair in partition.label_swaps.values() for label in pair]
+    # A class that only swaps name has no sample, but needs a column all the same.
+    swapped = list(chain.from_iterable(partition.label_swaps.values()))
     distinct = torch.unique(torch.cat([labels, torch.tensor(swapped, dtype=torch.int64)]))  # [C], ascending
     if len(distinct) > MAX_CLASSES:
         return None
@@ -61,12 +63,12 @@ def class_histogram(
         swaps[client] = (column_of[first], column_of[second])
     columns = torch.searchsorted(distinct, labels)
     counts = replace(partition, label_swaps=swaps).histogram(columns, len(distinct))
-    return ClassHistogram(counts, tuple(str(label) for label in column_of))
+    return ClassHistogram(counts, tuple(map(str, column_of)))
 
 
 def _padded(names: tuple[str, ...] | None, partition: Partition) -> tuple[str, ...] | None:
     """Name the classes that only a label swap knows by their numbers."""
     if names is None:
         return None
-    largest = max((max(pair) for pair in partition.label_swaps.values()), default=0)
-    return (*names, *(str(label) for label in range(len(names), largest + 1)))
+    largest = max(chain.from_iterable(partition.label_swaps.values()), default=0)
+    return (*names, *map(str, range(len(names), largest + 1)))

@@ -69,7 +69,7 @@ class ClientData:
 
     def __init__(
         self,
-        dataset: Dataset[Any],
+        dataset: Dataset[object],
         partition: Partition,
         settings: LoaderSettings,
         *,
@@ -78,7 +78,7 @@ class ClientData:
         labels: Tensor | None = None,
         class_names: tuple[str, ...] | None = None,
         evaluation: ClientData | None = None,
-        evaluation_dataset: Dataset[Any] | None = None,
+        evaluation_dataset: Dataset[object] | None = None,
     ) -> None:
         self.dataset = dataset
         self.evaluation_dataset = evaluation_dataset
@@ -95,17 +95,17 @@ class ClientData:
             self.held_out_indices = tuple(
                 held_out.hold_out(partition.indices, seed=seed, dataset=dataset, labels=labels)
             )
-            self.train_indices = tuple(
-                samples[~torch.isin(samples, held)]
-                for samples, held in zip(partition.indices, self.held_out_indices, strict=True)
-            )
+            train_indices = []
+            for samples, held_out_samples in zip(partition.indices, self.held_out_indices, strict=True):
+                train_indices.append(samples[~torch.isin(samples, held_out_samples)])
+            self.train_indices = tuple(train_indices)
         if settings.draws is not None:
             settings.draws.check_clients(self.train_indices)
         if settings.drop_last:
             self._check_whole_batches()
 
     @classmethod
-    def of_sets(cls, datasets: Sequence[Dataset[Any]], settings: LoaderSettings, *, seed: int) -> ClientData:
+    def of_sets(cls, datasets: Sequence[Dataset[object]], settings: LoaderSettings, *, seed: int) -> ClientData:
         """Make the data of clients that have a data set each.
 
         Args:
@@ -151,7 +151,7 @@ class ClientData:
         """``[N]`` int64, training examples of each client."""
         return torch.tensor([len(samples) for samples in self.train_indices])
 
-    def subset(self, client: int, indices: Tensor, *, for_evaluation: bool = False) -> Dataset[Any]:
+    def subset(self, client: int, indices: Tensor, *, for_evaluation: bool = False) -> Dataset[object]:
         """Return some of a client's samples as a data set, with the labels that the client sees.
 
         Args:
@@ -198,8 +198,12 @@ class ClientData:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors in memory."""
-        own = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors or ())
-        return own + (self.evaluation.nbytes if self.evaluation is not None else 0)
+        nbytes = 0
+        for tensor in self._tensors or ():
+            nbytes += tensor.numel() * tensor.element_size()
+        if self.evaluation is not None:
+            nbytes += self.evaluation.nbytes
+        return nbytes
 
     @property
     def has_held_out_data(self) -> bool:
@@ -499,16 +503,16 @@ def pass_lengths(per_pass: int, epochs: int | float) -> list[int]:
         >>> pass_lengths(10, 2), pass_lengths(10, 1.25), pass_lengths(2, 0.25)
         ([10, 10], [10, 3], [1])
     """
-    whole = int(epochs)
-    lengths = [per_pass] * whole
+    num_whole = int(epochs)
+    lengths = [per_pass] * num_whole
     # Less a little, because 1.1 - 1 is a little more than 0.1, and 0.1 of 10 batches is one.
-    batches = ceil((epochs - whole) * per_pass - 1e-9)
+    batches = ceil((epochs - num_whole) * per_pass - 1e-9)
     if batches:
         lengths.append(batches)
     return lengths
 
 
-class _SwappedLabels(Dataset[Any]):
+class _SwappedLabels(Dataset[object]):
     """The data set of a client in whose labels two classes are swapped."""
 
     def __init__(self, dataset: Dataset[Any], swap: tuple[int, int]) -> None:

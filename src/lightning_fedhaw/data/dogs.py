@@ -157,8 +157,10 @@ def _files_in(images: Path, folders: Iterable[str]) -> set[str]:
     """List the files of those folders that exist, as the lists name them: ``folder/file``."""
     files: set[str] = set()
     for folder in folders:
-        if (images / folder).is_dir():
-            files.update(f"{folder}/{path.name}" for path in (images / folder).iterdir())
+        if not (images / folder).is_dir():
+            continue
+        for path in (images / folder).iterdir():
+            files.add(f"{folder}/{path.name}")
     return files
 
 

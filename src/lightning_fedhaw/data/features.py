@@ -31,7 +31,7 @@ _NUM_PROBES = 8
 
 def cache_features(
     extract: Callable[[Tensor], Tensor],
-    dataset: Dataset[Any],
+    dataset: Dataset[object],
     folder: str | Path,
     *,
     key: str,
@@ -150,7 +150,7 @@ class _Extraction:
     """
 
     extract: Callable[[Tensor], Tensor]
-    dataset: Dataset[Any]
+    dataset: Dataset[object]
     batch_size: int
     num_workers: int
     device: torch.device
@@ -203,7 +203,7 @@ def _check_rows(features: object, num_images: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _describe(dataset: Dataset[Any], key: str, shard_size: int, dtype: torch.dtype | None) -> bytes:
+def _describe(dataset: Dataset[object], key: str, shard_size: int, dtype: torch.dtype | None) -> bytes:
     """Describe what the features are made of, as JSON; another description is another cache."""
     num_samples = len(cast(Sized, dataset))
     # The address in the name of a function or an object is another one in every run.
@@ -219,7 +219,7 @@ def _describe(dataset: Dataset[Any], key: str, shard_size: int, dtype: torch.dty
     return json.dumps(description, indent=2).encode()
 
 
-def _hash_probes(dataset: Dataset[Any], num_samples: int) -> str:
+def _hash_probes(dataset: Dataset[object], num_samples: int) -> str:
     """Hash a few samples, spread over the data set.
 
     Raises:
@@ -241,11 +241,11 @@ def _hash_probes(dataset: Dataset[Any], num_samples: int) -> str:
     return digest
 
 
-def _hash_samples(dataset: Dataset[Any], indices: list[int]) -> str:
+def _hash_samples(dataset: Dataset[object], indices: list[int]) -> str:
     """Hash the images and labels of some samples."""
     digest = hashlib.blake2b(digest_size=8)
     for index in indices:
-        sample = dataset[index]
+        sample: Any = dataset[index]
         _check_sample(sample)
         for value in sample:
             digest.update(torch.as_tensor(value).reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -58,11 +58,11 @@ class HoldOut(arguments.NamedArguments):
         groups: Keys | None = None,
     ) -> None:
         kinds = {"fraction": fraction, "samples": samples, "indices": indices}
-        given = [name for name, value in kinds.items() if value is not None]
-        if len(given) != 1:
+        names = [name for name, value in kinds.items() if value is not None]
+        if len(names) != 1:
             raise ValueError(
                 f"`HoldOut` must be given one of `fraction`, `samples` and `indices`, got"
-                f" {' and '.join(given) or 'none'}. `HoldOut(0.2)` holds out a fifth of each client's data."
+                f" {' and '.join(names) or 'none'}. `HoldOut(0.2)` holds out a fifth of each client's data."
             )
         self.fraction = arguments.optional(arguments.number, "fraction", fraction, above=0, below=1)
         self.samples = arguments.optional(arguments.integer, "samples", samples, minimum=1)
@@ -81,7 +81,7 @@ class HoldOut(arguments.NamedArguments):
         clients: Sequence[Tensor],
         *,
         seed: int,
-        dataset: Dataset[Any] | None = None,
+        dataset: Dataset[object] | None = None,
         labels: Tensor | None = None,
     ) -> list[Tensor]:
         """Return the held-out samples of each client, in ascending order.
@@ -96,7 +96,7 @@ class HoldOut(arguments.NamedArguments):
             ValueError: If ``indices``, ``groups`` or ``labels`` do not fit the data.
         """
         if self.indices is not None:
-            return _given(self.indices, clients)
+            return _listed_samples(self.indices, clients)
         if self.groups is not None:
             return self._whole_groups(clients, _group_numbers(self.groups, dataset), seed)
         if self.stratify and labels is None:
@@ -121,6 +121,7 @@ class HoldOut(arguments.NamedArguments):
         if count is None:
             assert self.fraction is not None
             count = max(1, round(self.fraction * num_samples))
+        # At least one sample stays in training.
         return min(count, num_samples - 1)
 
     def _whole_groups(self, clients: Sequence[Tensor], group_of: Tensor, seed: int) -> list[Tensor]:
@@ -150,8 +151,13 @@ class HoldOut(arguments.NamedArguments):
                 for client, count in owners:
                     missing[client] -= count
                     groups_left[client] -= 1
-        held_out = [samples[is_held_out[group_of[samples]]] for samples in clients]
-        empty = [client for client, held in enumerate(held_out) if not len(held)]
+        held_out = []
+        empty = []
+        for client, samples in enumerate(clients):
+            chosen = samples[is_held_out[group_of[samples]]]
+            held_out.append(chosen)
+            if not len(chosen):
+                empty.append(client)
         if empty:
             rank_zero_warn(
                 f"Clients {empty[:10]} hold out nothing, because a whole group would leave a client without data to"
@@ -190,7 +196,7 @@ def _checked_indices(indices: Any) -> dict[int, list[int]] | None:
     return checked
 
 
-def _given(indices: Mapping[int, list[int]], clients: Sequence[Tensor]) -> list[Tensor]:
+def _listed_samples(indices: Mapping[int, list[int]], clients: Sequence[Tensor]) -> list[Tensor]:
     """Return the given samples of each client, and refuse those that are not its own."""
     unknown = [client for client in indices if client >= len(clients)]
     if unknown:
@@ -207,7 +213,7 @@ def _given(indices: Mapping[int, list[int]], clients: Sequence[Tensor]) -> list[
     return held_out
 
 
-def _group_numbers(groups: Keys, dataset: Dataset[Any] | None) -> Tensor:
+def _group_numbers(groups: Keys, dataset: Dataset[object] | None) -> Tensor:
     """Number the groups in the order of their first samples, and return each sample's number ``[samples]``."""
     if callable(groups):
         groups = called("groups", groups, dataset)
@@ -216,7 +222,11 @@ def _group_numbers(groups: Keys, dataset: Dataset[Any] | None) -> Tensor:
     if len(keys) != num_samples:
         raise ValueError(f"`groups` must have one entry per sample ({num_samples}), got {len(keys)}.")
     number_of: dict[Hashable, int] = {}
-    return torch.tensor([number_of.setdefault(key, len(number_of)) for key in keys])
+    numbers = []
+    for key in keys:
+        # A key that is new gets the next number.
+        numbers.append(number_of.setdefault(key, len(number_of)))
+    return torch.tensor(numbers)
 
 
 def _spread(order: Tensor, labels: Tensor, count: int) -> Tensor:

@@ -82,10 +82,10 @@ def find_classes(
     stored = stored_classes(dataset)
     if stored is not None:
         return stored
-    found = _read_in_bulk(dataset) if bulk else _read_one_by_one(dataset)
-    if found is None:
+    labels_of_samples = _read_in_bulk(dataset) if bulk else _read_one_by_one(dataset)
+    if labels_of_samples is None:
         return None
-    return ClassLabels(found)
+    return ClassLabels(labels_of_samples)
 
 
 def stored_classes(dataset: object) -> ClassLabels | None:
@@ -189,7 +189,7 @@ def _read_one_by_one(dataset: Dataset[object]) -> Tensor | None:
     return torch.tensor(labels, dtype=torch.int64)
 
 
-def _read_in_bulk(dataset: Dataset[Any]) -> Tensor | None:
+def _read_in_bulk(dataset: Dataset[object]) -> Tensor | None:
     """Read the second item of all samples, many at a time; None as soon as it is not one integer per sample."""
     labels = []
     num_samples = len(cast(Sized, dataset))

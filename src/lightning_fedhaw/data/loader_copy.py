@@ -17,7 +17,7 @@ _END = object()
 """What an iterator returns here at its end."""
 
 
-def iterates_by_itself(loader: DataLoader[Any]) -> bool:
+def iterates_by_itself(loader: DataLoader[object]) -> bool:
     """Return whether a loader's class overrides how batches are made, such as for mix-up, prefetching or scaling."""
     return any(getattr(type(loader), name) is not getattr(DataLoader, name) for name in _ITERATION_METHODS)
 
@@ -36,7 +36,11 @@ class LoaderCopy:
     """
 
     def __init__(
-        self, loader: DataLoader[Any], dataset: Dataset[Any], batches: Sequence[list[int]], generator: torch.Generator
+        self,
+        loader: DataLoader[object],
+        dataset: Dataset[object],
+        batches: Sequence[list[int]],
+        generator: torch.Generator,
     ) -> None:
         self._name = type(loader).__name__
         self._num_batches = len(batches)

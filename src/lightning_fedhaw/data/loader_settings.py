@@ -60,7 +60,7 @@ class LoaderSettings:
     multiprocessing_context: BaseContext | str | None = None
     draws: Draws | None = None
     bulk: bool = False
-    template: DataLoader[Any] | None = None
+    template: DataLoader[object] | None = None
 
     @classmethod
     def of(cls, loader: object) -> LoaderSettings:
@@ -116,8 +116,8 @@ class LoaderSettings:
         return -(-samples // self.batch_size)  # rounded up: the last batch may be incomplete
 
     def loader(
-        self, dataset: Dataset[Any], batches: list[list[int]], generator: torch.Generator
-    ) -> DataLoader[Any] | LoaderCopy:
+        self, dataset: Dataset[object], batches: list[list[int]], generator: torch.Generator
+    ) -> DataLoader[object] | LoaderCopy:
         """Make a data loader for batches whose samples are drawn already.
 
         Args:
@@ -133,7 +133,7 @@ class LoaderSettings:
             return self._over(dataset, generator, batch_size=None, sampler=batch_sampler)
         return self._over(dataset, generator, batch_sampler=batch_sampler)
 
-    def central_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+    def central_loader(self, dataset: Dataset[object]) -> DataLoader[object]:
         """Make a loader of all training data with these settings; not for a loader with a template."""
         assert self.template is None
         samples: Sampler[int]
@@ -148,7 +148,9 @@ class LoaderSettings:
             return self._over(dataset, None, batch_size=None, sampler=batches)
         return self._over(dataset, None, batch_size=self.batch_size, sampler=samples, drop_last=self.drop_last)
 
-    def _over(self, dataset: Dataset[Any], generator: torch.Generator | None, **sampling: object) -> DataLoader[Any]:
+    def _over(
+        self, dataset: Dataset[object], generator: torch.Generator | None, **sampling: object
+    ) -> DataLoader[object]:
         """Make a data loader over a data set; ``sampling`` are the loader's arguments that say what is in a batch."""
         return DataLoader(
             dataset,
@@ -165,8 +167,8 @@ class LoaderSettings:
 
 
 def training_samples(
-    loader: DataLoader[Any], labels: object, partitioner: Partitioner | None
-) -> tuple[Dataset[Any], object]:
+    loader: DataLoader[object], labels: object, partitioner: Partitioner | None
+) -> tuple[Dataset[object], object]:
     """Return the data set that is split over the clients, and its labels.
 
     Args:
@@ -201,7 +203,7 @@ def training_samples(
     return Subset(loader.dataset, indices), labels
 
 
-def _map_style_loader(loader: object) -> DataLoader[Any]:
+def _map_style_loader(loader: object) -> DataLoader[object]:
     """Refuse anything but one data loader whose samples can be assigned to clients."""
     if isinstance(loader, (list, tuple, dict)) or type(loader).__name__ == "CombinedLoader":
         raise TypeError(
@@ -222,7 +224,7 @@ def _map_style_loader(loader: object) -> DataLoader[Any]:
     return loader
 
 
-def _batches_of(loader: DataLoader[Any]) -> BatchSampler:
+def _batches_of(loader: DataLoader[object]) -> BatchSampler:
     """Return the batch sampler; refuse a custom one, since every client draws its own batches.
 
     It is that of ``batch_size=``, or was given as ``batch_sampler=``, or with ``batch_size=None`` as ``sampler=``.
@@ -247,11 +249,11 @@ def _batches_of(loader: DataLoader[Any]) -> BatchSampler:
     )
 
 
-def _sampler_of(loader: DataLoader[Any]) -> Sampler[Any] | Sequence[int]:
+def _sampler_of(loader: DataLoader[object]) -> Sampler[object] | Sequence[int]:
     """Return the sampler of single samples."""
-    return cast("Sampler[Any]", _batches_of(loader).sampler)
+    return cast("Sampler[object]", _batches_of(loader).sampler)
 
 
-def _sampling_of(loader: DataLoader[Any]) -> Sampling:
+def _sampling_of(loader: DataLoader[object]) -> Sampling:
     """Read the sampler of single samples."""
-    return Sampling.of(cast("Sampler[Any]", _sampler_of(loader)), len(cast(Sized, loader.dataset)))
+    return Sampling.of(cast("Sampler[object]", _sampler_of(loader)), len(cast(Sized, loader.dataset)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -22,7 +22,7 @@ from lightning_fedhaw.data.split import split
 from lightning_fedhaw.data.subsets import balanced_subset
 from lightning_fedhaw.options import FederationOptions
 
-Source = Dataset[Any] | DataLoader[Any] | Sequence[DataLoader[Any]]
+Source = Dataset[object] | DataLoader[object] | Sequence[DataLoader[object]]
 
 OPTIONAL_LOADERS = ("val_dataloader", "test_dataloader", "predict_dataloader")
 
@@ -69,15 +69,15 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
 
     def __init__(
         self,
-        train: Dataset[Any] | Sequence[Dataset[Any]] | pl.LightningDataModule,
+        train: Dataset[object] | Sequence[Dataset[object]] | pl.LightningDataModule,
         num_clients: int | None = None,
         partitioner: Partitioner | None = None,
         batch_size: int | None = None,
-        val: Source | Sequence[Dataset[Any]] | None = None,
-        test: Source | Sequence[Dataset[Any]] | None = None,
-        proxy: Dataset[Any] | int | None = None,
+        val: Source | Sequence[Dataset[object]] | None = None,
+        test: Source | Sequence[Dataset[object]] | None = None,
+        proxy: Dataset[object] | int | None = None,
         *,
-        train_eval: Dataset[Any] | Sequence[Dataset[Any]] | None = None,
+        train_eval: Dataset[object] | Sequence[Dataset[object]] | None = None,
         labels: Any = None,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -105,27 +105,27 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         self._drop_last = arguments.flag("drop_last", drop_last)
         self.seed = options.resolved_seed
         self.partition_in_use: Partition | None = None
-        self._train: Dataset[Any] | None = self._checked_train(train)
+        self._train: Dataset[object] | None = self._checked_train(train)
         self._train_eval = _checked_train_eval(train_eval, train)
-        self._proxy_set: Dataset[Any] | None = None
+        self._proxy_set: Dataset[object] | None = None
         if self.num_clients is not None:
             self.evaluation_sets(self.num_clients)
         # Of an existing data module's training loader, once it is set up.
-        self._source: Dataset[Any] | None = None
+        self._source: Dataset[object] | None = None
         self._fetches_in_bulk = False
         self._hide_missing_loaders()
 
-    def _checked_train(self, train: Any) -> Dataset[Any] | None:
+    def _checked_train(self, train: object) -> Dataset[object] | None:
         """Return the training data; None for an existing data module, whose data exist only after its ``setup``."""
         if isinstance(train, pl.LightningDataModule):
             return None
         if isinstance(train, (list, tuple)):
             return self._concatenate(train)
-        dataset: Dataset[Any] = _map_style(train)
+        dataset = _map_style(train)
         _check_not_empty("train", dataset)
         return dataset
 
-    def _concatenate(self, datasets: Sequence[Dataset[Any]]) -> Dataset[Any]:
+    def _concatenate(self, datasets: Sequence[Dataset[object]]) -> Dataset[object]:
         """Concatenate one data set per client, and set the partitioner that takes them apart again."""
         if not datasets:
             raise ValueError("`train` must hold one data set per client, got an empty list.")
@@ -147,7 +147,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         num_samples = 0
         for dataset in datasets:
             begin = num_samples
-            num_samples += len(_map_style(dataset))
+            num_samples += _length(_map_style(dataset))
             indices_of_clients.append(range(begin, num_samples))
         self.partitioner = IndexPartitioner(indices_of_clients)
         self.num_clients = len(datasets)
@@ -214,7 +214,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
                     f" it is. Leave `{name}` out, or {remedies[name]}."
                 )
 
-    def _cut_proxy(self, train: Dataset[Any]) -> None:
+    def _cut_proxy(self, train: Dataset[object]) -> None:
         """Cut the proxy set from the training data, once; a proxy data set is taken as it is."""
         if not isinstance(self._proxy, int):
             self._proxy_set = self._proxy
@@ -245,7 +245,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
             self.labels = [classes.names[label] for label in self.labels.tolist()]
 
     @property
-    def train_dataset(self) -> Dataset[Any]:
+    def train_dataset(self) -> Dataset[object]:
         """The training data of all clients, without the proxy set.
 
         An existing data module is prepared and set up for it, if it is not yet.
@@ -259,7 +259,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         return self._train
 
     @property
-    def train_eval_dataset(self) -> Dataset[Any] | None:
+    def train_eval_dataset(self) -> Dataset[object] | None:
         """The training data of all clients as it is read for evaluation, without the proxy set; None if not given."""
         train = self.train_dataset
         if self._train_eval is not None:
@@ -267,7 +267,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         return self._train_eval
 
     @property
-    def proxy_dataset(self) -> Dataset[Any] | None:
+    def proxy_dataset(self) -> Dataset[object] | None:
         """The server's proxy data, if there is any."""
         _ = self.train_dataset  # which sets up an existing data module, and cuts the proxy set
         if isinstance(self._proxy, int):
@@ -324,7 +324,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
             draw_histogram(histogram.counts, path, class_names)
         return format_histogram(histogram.counts, class_names)
 
-    def evaluation_sets(self, num_clients: int) -> list[Dataset[Any]] | None:
+    def evaluation_sets(self, num_clients: int) -> list[Dataset[object]] | None:
         """Return the data set on which each client is evaluated: of ``val``, else of ``test``, else None.
 
         Args:
@@ -345,7 +345,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
     # Loaders
     # -----------------------------------------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[object]:
         """Return a loader of all training data: a centralized fit iterates it, a federation splits its data set."""
         if self.inner is None:
             return DataLoader(
@@ -355,7 +355,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
                 drop_last=self._drop_last,
                 **self._loader_options,
             )
-        loader: DataLoader[Any] = self.inner.train_dataloader()
+        loader: DataLoader[object] = self.inner.train_dataloader()
         train = self.train_dataset
         is_cut = isinstance(self._proxy, int)
         if self.batch_size is None and not is_cut and self._source is loader.dataset:
@@ -414,7 +414,7 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
             self.inner.load_state_dict(state_dict)
 
 
-def _checked_proxy(proxy: Any) -> Dataset[Any] | int | None:
+def _checked_proxy(proxy: Any) -> Dataset[object] | int | None:
     """Check the argument ``proxy``: a data set, or a number of samples."""
     number = arguments.plain_number(proxy)
     if isinstance(number, int):
@@ -433,7 +433,7 @@ def _checked_proxy(proxy: Any) -> Dataset[Any] | int | None:
     )
 
 
-def _client_sets(name: str, source: Any) -> list[Dataset[Any]] | None:
+def _client_sets(name: str, source: Any) -> list[Dataset[object]] | None:
     """Return one data set per client; None where the argument is a data set or loaders.
 
     Args:
@@ -452,7 +452,7 @@ def _client_sets(name: str, source: Any) -> list[Dataset[Any]] | None:
     return list(source)
 
 
-def _all_together(source: Any, datasets: Sequence[Dataset[Any]] | None) -> Source | None:
+def _all_together(source: Any, datasets: Sequence[Dataset[object]] | None) -> Source | None:
     """Return the data of all clients where each has a data set, else the source itself."""
     if datasets is not None:
         return ConcatDataset(datasets)
@@ -460,45 +460,53 @@ def _all_together(source: Any, datasets: Sequence[Dataset[Any]] | None) -> Sourc
     return loaders
 
 
-def _checked_train_eval(train_eval: Any, train: Any) -> Dataset[Any] | None:
+def _checked_train_eval(train_eval: object, train: object) -> Dataset[object] | None:
     """Check the argument ``train_eval``: data sets in the form of ``train``, with as many samples."""
     if train_eval is None:
         return None
     if isinstance(train, (list, tuple)) and isinstance(train_eval, (list, tuple)):
-        lengths = [len(_map_style(dataset)) for dataset in train]
-        lengths_here = [len(_map_style(dataset, "train_eval")) for dataset in train_eval]
+        lengths = [_length(_map_style(dataset)) for dataset in train]
+        lengths_here = [_length(_map_style(dataset, "train_eval")) for dataset in train_eval]
         if lengths_here != lengths:
             raise ValueError(
                 f"`train_eval` must have a data set for each of `train`, with as many samples ({lengths[:10]}), got"
                 f" {lengths_here[:10]}. Make them of the same files, with the transform for evaluation."
             )
         return ConcatDataset(train_eval)
-    dataset: Dataset[Any] = _map_style(train_eval, "train_eval")
+    dataset = _map_style(train_eval, "train_eval")
     if not isinstance(train, (list, tuple, pl.LightningDataModule)):
-        _check_same_length(dataset, train)
+        _check_same_length(dataset, _map_style(train))
     return dataset
 
 
-def _check_same_length(train_eval: Any, train: Any) -> None:
+def _check_same_length(train_eval: Dataset[object], train: Dataset[object]) -> None:
     """Refuse a data set for evaluation that does not have the samples of the training data."""
-    if len(train_eval) != len(train):
+    num_eval = _length(train_eval)
+    num_train = _length(train)
+    if num_eval != num_train:
         raise ValueError(
-            f"`train_eval` must have the {len(train)} samples of `train`, in the same order, got {len(train_eval)}."
+            f"`train_eval` must have the {num_train} samples of `train`, in the same order, got {num_eval}."
             " Make it of the same files, with the transform for evaluation."
         )
 
 
-def _check_not_empty(name: str, dataset: Any) -> None:
+def _check_not_empty(name: str, dataset: Dataset[object]) -> None:
     """Refuse a data set without samples."""
-    if not len(dataset):
+    if not _length(dataset):
         raise ValueError(f"`{name}` must have at least one sample, got a {type(dataset).__name__} without any.")
 
 
-def _map_style(dataset: Any, argument: str = "train") -> Any:
+def _length(dataset: Dataset[object]) -> int:
+    """Return the number of samples; a ``Dataset`` need not have one, but :func:`_map_style` asks for it."""
+    return len(cast(Sized, dataset))
+
+
+def _map_style(dataset: object, argument: str = "train") -> Dataset[object]:
     """Refuse a data set that is not map-style."""
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise TypeError(
             f"`{argument}` must be a map-style data set (with `__getitem__` and `__len__`), a list of such, one per"
             f" client, or a LightningDataModule, got {type(dataset).__name__}."
         )
-    return dataset
+    # Anything with the two methods will do, as for torch's own loaders.
+    return cast("Dataset[object]", dataset)

@@ -192,7 +192,10 @@ def _table_of_largest_classes(counts: _Counts, names: list[str]) -> str:
     for client, row in enumerate(counts):
         # A stable sort, so that of equal classes the first comes first.
         by_size = np.argsort(-row, kind="stable")
-        largest = [f"{names[label]}: {row[label]}" for label in by_size[:5] if row[label]]
+        largest = []
+        for label in by_size[:5]:
+            if row[label]:
+                largest.append(f"{names[label]}: {row[label]}")
         rows.append([str(client), str(row.sum()), str((row > 0).sum()), "  ".join(largest)])
     rows.append(["all", str(counts.sum()), str((counts.sum(axis=0) > 0).sum()), ""])
     return _aligned(rows, left_column=3)

@@ -138,16 +138,16 @@ class WeightedSampler(CohortSampler):
         probabilities = self._weights(num_clients, sizes)
         probabilities = probabilities / probabilities.sum()
         chosen = probabilities[list(clients)]
-        rest = float(probabilities.sum() - chosen.sum())
-        if rest < 1e-12:
-            # All clients were drawn, as they always are.
+        probability_of_others = float(probabilities.sum() - chosen.sum())
+        if probability_of_others < 1e-12:
+            # All clients of positive weight were drawn, as they are in every round; not 0, because sums are rounded.
             return torch.ones_like(chosen)
         # Drawing without replacement is a race of clocks that ring at the rates p_k: S are those that rang before the
         # first of the others, which rings at the rate R. So P(S) is the integral of R exp(-R t) times the product of
         # 1 - exp(-p_j t) over S, and with k drawn first the factor of k is absent. With the logarithm of R t as the
         # variable, both integrands are smooth and decay at both ends, where the trapezoidal rule is exact to rounding.
         time = torch.linspace(-40.0, 4.2, 1000, dtype=torch.float64).exp()
-        rung = -torch.expm1(-time[:, None] * (chosen / rest))  # [times, K]
+        rung = -torch.expm1(-time[:, None] * (chosen / probability_of_others))  # [times, K]
         density = torch.softmax(time.log() - time + rung.log().sum(dim=1), dim=0)  # [times]
         return density @ rung.reciprocal()
 

@@ -102,7 +102,7 @@ class Sampling:
     indices: Sequence[int] | None = None
 
     @classmethod
-    def of(cls, sampler: Sampler[Any] | Iterable[Any], num_total: int) -> Sampling:
+    def of(cls, sampler: Sampler[object] | Iterable[Any], num_total: int) -> Sampling:
         """Read a sampler; its generator is not used, since clients draw from the federation's seed.
 
         Args:
@@ -134,13 +134,14 @@ class Sampling:
         )
 
 
-def _is_plain(sampler: object, kind: type[Sampler[Any]]) -> bool:
+def _is_plain(sampler: object, kind: type[Sampler[object]]) -> bool:
     """Return whether a sampler draws as torch's own does: a subclass that changes only the constructor is one, too."""
     if not isinstance(sampler, kind):
         return False
-    members: Any = (type(sampler), kind)
-    own, original = members
-    return own.__iter__ is original.__iter__ and own.__len__ is original.__len__
+    # `Any`, because not every class of samplers has a length.
+    custom: Any = type(sampler)
+    original: Any = kind
+    return custom.__iter__ is original.__iter__ and custom.__len__ is original.__len__
 
 
 def _random(sampler: RandomSampler, num_total: int) -> Sampling:

@@ -21,9 +21,16 @@ def large_clients(partition: Partition, minimum: int) -> list[int]:
         ValueError: If there are none.
     """
     sizes = partition.sizes.tolist()
-    kept = [client for client, size in enumerate(sizes) if size >= minimum]
-    small = [client for client, size in enumerate(sizes) if size < minimum]
-    if not kept:
+    large = []
+    small = []
+    num_dropped = 0
+    for client, size in enumerate(sizes):
+        if size >= minimum:
+            large.append(client)
+        else:
+            small.append(client)
+            num_dropped += size
+    if not large:
         raise ValueError(
             f"`min_client_samples`={minimum} leaves no client: the largest has {max(sizes)} samples. Lower it, or split"
             " over fewer clients."
@@ -32,10 +39,9 @@ def large_clients(partition: Partition, minimum: int) -> list[int]:
         listed = f"{small[:10]} ..." if len(small) > 10 else f"{small}"
         rank_zero_warn(
             f"`min_client_samples`={minimum} leaves out {len(small)} of {len(sizes)} clients, {listed}, with"
-            f" {sum(sizes[client] for client in small)} samples. The others are numbered 0 to {len(kept) - 1} in their"
-            " order."
+            f" {num_dropped} samples. The others are numbered 0 to {len(large) - 1} in their order."
         )
-    return kept
+    return large
 
 
 def only(partition: Partition, clients: Sequence[int]) -> Partition:
@@ -52,5 +58,5 @@ def only(partition: Partition, clients: Sequence[int]) -> Partition:
         if client in partition.label_swaps:
             swaps[number] = partition.label_swaps[client]
     indices = tuple(partition.indices[client] for client in clients)
-    lost = int(partition.sizes.sum()) - sum(len(samples) for samples in indices)
-    return replace(partition, indices=indices, dropped=partition.dropped + lost, label_swaps=swaps)
+    num_dropped = int(partition.sizes.sum()) - sum(map(len, indices))
+    return replace(partition, indices=indices, dropped=partition.dropped + num_dropped, label_swaps=swaps)

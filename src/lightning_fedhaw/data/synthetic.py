@@ -116,8 +116,13 @@ class Synthetic(arguments.NamedArguments):
     @property
     def train(self) -> TensorDataset:
         """The training samples of all clients, client after client."""
-        parts = [(x[: self._train_size(len(x))], y[: self._train_size(len(y))]) for x, y in self.clients]
-        return TensorDataset(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
+        inputs = []
+        labels = []
+        for x, y in self.clients:
+            size = self._train_size(len(y))
+            inputs.append(x[:size])
+            labels.append(y[:size])
+        return TensorDataset(torch.cat(inputs), torch.cat(labels))
 
     @property
     def partitioner(self) -> IndexPartitioner:
@@ -133,7 +138,11 @@ class Synthetic(arguments.NamedArguments):
     @property
     def test(self) -> list[TensorDataset]:
         """The test samples of each client."""
-        return [TensorDataset(x[self._train_size(len(x)) :], y[self._train_size(len(y)) :]) for x, y in self.clients]
+        datasets = []
+        for x, y in self.clients:
+            size = self._train_size(len(y))
+            datasets.append(TensorDataset(x[size:], y[size:]))
+        return datasets
 
     def datamodule(self, batch_size: int, **options: Any) -> FederatedDataModule:
         """Return the data module of this federation.

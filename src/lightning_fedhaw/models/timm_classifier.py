@@ -388,8 +388,9 @@ class TimmClassifier(arguments.NamedArguments, pl.LightningModule):
             # A parameter that matches no block, such as one of a norm after pooling, belongs to the last block.
             blocks = {**blocks, "rest": [(".", _AFTER_ALL_BLOCKS)]}
         numbers = group_parameters(self.backbone, blocks, reverse=True)
-        last = max(numbers.values())
-        return {name: last + 1 - number for name, number in numbers.items()}
+        # timm numbers the stem first; here the block next to the head is 1.
+        number_of_head = max(numbers.values()) + 1
+        return {name: number_of_head - number for name, number in numbers.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remove other sources of weights from the arguments in a checkpoint: it holds all weights itself."""

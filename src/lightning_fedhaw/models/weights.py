@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -87,12 +88,10 @@ def load(backbone: nn.Module, path: str, model_name: str) -> None:
     if not Path(path).is_file():
         raise ValueError(f"`checkpoint_path`: there is no file {path!r}.")
     if path.endswith((".npz", ".npy")):
-        try:
+        with _reading(path, "as weights of this model"):
             load_checkpoint(backbone, path)
-        except Exception as error:  # of any kind: it depends on the byte at which numpy or timm's reader fails
-            raise _unreadable(path, "as weights of this model", error) from error
         return
-    state = _without_head(_backbone_part(_read(path)), backbone)
+    state = _without_head(_of_backbone(_read(path)), backbone)
     if _misfit(backbone, state):
         # timm's own conversion: older names, position embeddings of other image sizes.
         convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
@@ -115,11 +114,8 @@ def _read(path: str) -> State:
     """
     from timm.models import load_state_dict
 
-    try:
+    with _reading(path, "as a state dict of tensors"):
         state: State = load_state_dict(path, weights_only=True)
-    except Exception as error:
-        # Which error is raised depends on the byte at which the reader fails.
-        raise _unreadable(path, "as a state dict of tensors", error) from error
     if any(name.endswith(".lora_a") for name in state):
         raise ValueError(
             f"`checkpoint_path`={path!r} has adapters in addition to the weights. Fold them in first:"
@@ -128,24 +124,31 @@ def _read(path: str) -> State:
     return state
 
 
-def _unreadable(path: str, kind: str, error: Exception) -> ValueError:
-    """Return the error for a file that could not be read."""
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return ValueError(
-        f"`checkpoint_path`={path!r} could not be read {kind}: {reason.rstrip('.')}. Save or fetch it again, whole."
-    )
+@contextmanager
+def _reading(path: str, kind: str) -> Iterator[None]:
+    """Turn any error of a reader into one that names the file.
+
+    Raises:
+        ValueError: If the file cannot be read.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Which error numpy, torch or timm raises depends on the byte at which reading fails.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"`checkpoint_path`={path!r} could not be read {kind}: {reason.rstrip('.')}. Save or fetch it again, whole."
+        ) from error
 
 
-def _backbone_part(state: State) -> State:
-    """Return the backbone's part of a checkpoint of the whole module; any other state dict as it is."""
+def _of_backbone(state: State) -> State:
+    """Return the backbone's entries of a checkpoint of the whole module; any other state dict as it is."""
     prefix = "backbone."
-    if not any(name.startswith(prefix) for name in state):
-        return state
-    part = {}
+    entries = {}
     for name, value in state.items():
         if name.startswith(prefix):
-            part[name.removeprefix(prefix)] = value
-    return part
+            entries[name.removeprefix(prefix)] = value
+    return entries or state
 
 
 def _without_head(state: State, backbone: nn.Module) -> State:
@@ -153,7 +156,12 @@ def _without_head(state: State, backbone: nn.Module) -> State:
     heads = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
     if isinstance(heads, str):
         heads = [heads]
-    return {name: value for name, value in state.items() if name.rpartition(".")[0] not in heads}
+    entries = {}
+    for name, value in state.items():
+        layer = name.rpartition(".")[0]
+        if layer not in heads:
+            entries[name] = value
+    return entries
 
 
 def _misfit(backbone: nn.Module, state: State) -> str:
@@ -171,5 +179,8 @@ def _misfit(backbone: nn.Module, state: State) -> str:
     for name in state:
         if name not in expected:
             differences["unexpected"].append(name)
-    phrases = [f"{label}: {listed(names, 'and')}" for label, names in differences.items() if names]
+    phrases = []
+    for label, names in differences.items():
+        if names:
+            phrases.append(f"{label}: {listed(names, 'and')}")
     return "; ".join(phrases)

@@ -328,7 +328,9 @@ def make_watch(
     readers = [objective for objective in objectives if objective.reads_batch]
     if not readers:
         return None
-    names = [name for objective in readers for name in objective.watched]
+    names: list[str] = []
+    for objective in readers:
+        names.extend(objective.watched)
     return StepWatch(module, names, context)
 
 
@@ -345,6 +347,7 @@ def _check_submodule(objective: ClientObjective, name: str, module: pl.Lightning
     names = [submodule_name for submodule_name, _ in module.named_modules() if submodule_name]
     if name in names:
         return
+    # A large model has hundreds of submodules, so the nearest one comes first.
     similar = get_close_matches(name, names, 1)
     hint = f"; did you mean '{similar[0]}'?" if similar else "."
     raise ValueError(

@@ -115,9 +115,9 @@ def not_true_divergence(logits: Tensor, teacher: Tensor, labels: Tensor, tau: fl
     """
     columns = torch.arange(logits.shape[1] - 1, device=logits.device)  # [classes - 1]
     # Shifted by one from the true class on, which leaves it out.
-    others = columns + (columns >= labels[:, None]).long()  # [batch, classes - 1]
-    student_log = _log_shares(logits.gather(1, others), tau)
-    teacher_log = _log_shares(teacher.gather(1, others), tau)
+    not_true = columns + (columns >= labels[:, None]).long()  # [batch, classes - 1]
+    student_log = _log_shares(logits.gather(1, not_true), tau)
+    teacher_log = _log_shares(teacher.gather(1, not_true), tau)
     # Not `kl_div`, which has no batched form: many clients at once would warn and be slow.
     divergences = (teacher_log.exp() * (teacher_log - student_log)).sum(1)  # [batch]
     counts = (labels >= 0).to(divergences)  # [batch]

@@ -86,7 +86,10 @@ class ScaffoldObjective(ClientObjective):
         mean = self.broadcast_mean(client)
         # Parameters with a learning rate of 0 do not move, so they need no correction; without `c` in the state,
         # `end_client` leaves their control variates unchanged.
-        resting = {name for name, group in self._groups.items() if not float(group["lr"])}
+        resting = set()
+        for name, group in self._groups.items():
+            if not float(group["lr"]):
+                resting.add(name)
         state: ClientState = {}
         for name, control in controls.items():
             if name in mean and name not in resting:

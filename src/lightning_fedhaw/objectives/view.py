@@ -52,7 +52,9 @@ class StepWatch:
         self.batch: Any = None
         self.output: Any = None
         # The modules that contain a named one too, because one of their calls may be the outermost.
-        paths = {prefix for name in names for prefix in _prefixes(name)}
+        paths: set[str] = set()
+        for name in names:
+            paths.update(_prefixes(name))
         self._submodules = {path: module.get_submodule(path) for path in sorted(paths)}
         self._calls: dict[str, list[_Call]] = {}
 
@@ -237,8 +239,10 @@ def _prefixes(name: str) -> Sequence[str]:
     path = _path(name)
     if not path:
         return [""]
-    parts = path.split(".")
-    return ["", *(".".join(parts[: count + 1]) for count in range(len(parts)))]
+    prefixes = [""]
+    for layer in path.split("."):
+        prefixes.append(f"{prefixes[-1]}.{layer}".removeprefix("."))
+    return prefixes
 
 
 def _in_words(name: str) -> str:

@@ -379,7 +379,11 @@ def _label_counts(clients: Sequence[Mapping[str, float]]) -> Tensor | None:
     """Return the samples ``[N, C]`` of each client in each class; None if the table of the clients has no labels."""
     counts = []
     for row in clients:
-        counts.append([int(value) for name, value in row.items() if name.startswith(_LABEL)])
+        counts_of_client = []
+        for name, value in row.items():
+            if name.startswith(_LABEL):
+                counts_of_client.append(int(value))
+        counts.append(counts_of_client)
     if not counts[0]:
         return None
     return torch.tensor(counts)
@@ -387,10 +391,13 @@ def _label_counts(clients: Sequence[Mapping[str, float]]) -> Tensor | None:
 
 def _class_names(clients: Sequence[Mapping[str, float]]) -> tuple[str, ...] | None:
     """Return the names of the classes in the table of the clients; None where they are numbered."""
-    names = tuple(name.removeprefix(_LABEL) for name in clients[0] if name.startswith(_LABEL))
-    if names == tuple(str(number) for number in range(len(names))):
+    names = []
+    for column in clients[0]:
+        if column.startswith(_LABEL):
+            names.append(column.removeprefix(_LABEL))
+    if names == list(map(str, range(len(names)))):
         return None
-    return names
+    return tuple(names)
 
 
 def _read_numbers(path: Path) -> Iterator[dict[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from lightning_fedhaw.report.history import RunHistory, read_runs
@@ -90,8 +91,11 @@ def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, fo
     Returns:
         The paths of the pictures.
     """
-    runs = [run for group in groups.values() for run in group]
-    logged = sorted(set().union(*(run.names for run in runs)))
+    runs = list(chain.from_iterable(groups.values()))
+    names: set[str] = set()
+    for run in runs:
+        names.update(run.names)
+    logged = sorted(names)
     if metric is None:
         metric = best_metric(logged)
     if metric is None or metric not in logged:
@@ -100,6 +104,7 @@ def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, fo
 
     def path_of(name: str) -> Path:
         """Return the path of the next picture, and add it to the list."""
+        # Names of metrics have slashes, and those of methods brackets.
         pictures.append(folder / f"{re.sub(r'[^A-Za-z0-9.=+-]+', '_', name)}.png")
         return pictures[-1]
 
@@ -126,8 +131,8 @@ def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, fo
 
 def best_metric(names: Sequence[str]) -> str | None:
     """Return the first name that is of an accuracy, else of a loss; None if there is neither."""
-    for part in _BEST_METRICS:
+    for kind in _BEST_METRICS:
         for name in names:
-            if part in name:
+            if kind in name:
                 return name
     return None

@@ -271,7 +271,9 @@ def draw_clients(groups: Mapping[str, Sequence[RunHistory]], metric: str, path: 
         values = runs[0].clients[metric]
         rows = [row_of[client] for client in range(len(values))]
         by_client.plot(values, rows, "o", color=color, alpha=0.85, markersize=5, label=name)
-        mean, deviation = _mean_and_deviation(_padded([_sorted_values(run.clients[metric]) for run in runs]))
+        # Ranks, because client 3 of one seed is another client than client 3 of the next.
+        values_by_rank = [_sorted_values(run.clients[metric]) for run in runs]
+        mean, deviation = _mean_and_deviation(_padded(values_by_rank))
         percent = 100 * torch.arange(1, len(mean) + 1) / len(mean)
         ranked.plot(percent, mean, style, color=color, linewidth=2, label=name)
         if len(runs) > 1:

@@ -32,16 +32,17 @@ def start_up_line(federation: Federation, callbacks: Iterable[Callback], assumed
     data = federation.data
     layout = federation.layout
     cohort_size = len(federation.cohort(round_idx))
-    parts = [federation.rule.describe()]
+    settings = [federation.rule.describe()]
     for callback in callbacks:
         if isinstance(callback, (Channel, ClientObjective)):
-            parts.append(repr_settings(callback))
+            settings.append(repr_settings(callback))
     line = (
-        f"Federation: {', '.join(parts)}, {data.num_clients} clients with {_range(data.num_examples)} samples,"
+        f"Federation: {', '.join(settings)}, {data.num_clients} clients with {_range(data.num_examples)} samples,"
         f" {cohort_size} a round, batch size {data.settings.batch_size}, {layout.numel:,} parameters,"
         f" {_traffic(federation, cohort_size)} a round"
     )
     if layout.local:
+        # Said at the start, because whoever validates the global model would not expect it.
         line += (
             f", local are {', '.join(layout.local[:5])}{' ...' if len(layout.local) > 5 else ''}: each client has its"
             " own, and the global model (validation, checkpoints) keeps their initial values"
@@ -131,6 +132,7 @@ def run_summary(
         channel_numbers.update(channel.summary())
     learned = {}
     for name in rule.summary_metrics:
+        # Missing if no round was aggregated.
         if name in metrics:
             learned[name] = float(metrics[name])
     learned.update(rule.summary())

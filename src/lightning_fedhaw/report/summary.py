@@ -133,7 +133,10 @@ def _federation_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if "probe_answers" in summary:
         rows.append(("probe", _probe_words(summary)))
-    incidents = [f"{summary[name]} {name.replace('_', ' ')}" for name in _INCIDENTS if summary.get(name)]
+    incidents = []
+    for name in _INCIDENTS:
+        if summary.get(name):
+            incidents.append(f"{summary[name]} {name.replace('_', ' ')}")
     if incidents:
         rows.append(("incidents", ", ".join(incidents)))
     if "epsilon" in summary:

@@ -91,7 +91,7 @@ class ClientVectors(CohortVectors):
         return {"type": STATE_TYPE, "matrix": matrix, "start": self.start}
 
     @staticmethod
-    def is_state(value: Any) -> bool:
+    def is_state(value: object) -> bool:
         """Return whether a value of a checkpoint was returned by :meth:`state_dict`."""
         return isinstance(value, Mapping) and value.get("type") == STATE_TYPE
 

@@ -117,12 +117,13 @@ def row_sums(
     sums = torch.empty(rows, -(-(end - begin) // RUN), dtype=dtype, device=like.device)
     for first in range(0, rows, pieces.rows):
         group = slice(first, min(first + pieces.rows, rows))
-        done = 0
+        # Runs of a fixed length are summed first, so that the bits do not depend on the width of a piece.
+        num_summed = 0
         for columns, piece in column_pieces(group.stop - first, begin, end, like, dtype):
             write(group, columns, piece)
             runs = piece.view(len(piece), -1, min(RUN, piece.shape[1]))
-            torch.sum(runs, 2, out=sums[group, done : done + runs.shape[1]])
-            done += runs.shape[1]
+            torch.sum(runs, 2, out=sums[group, num_summed : num_summed + runs.shape[1]])
+            num_summed += runs.shape[1]
     if pieces is not CPU:
         return sums.sum(1, dtype=torch.float64)
     totals = torch.stack([row.sum() for row in sums.double()])
@@ -143,10 +144,14 @@ def column_pieces(rows: int, begin: int, end: int, like: Tensor, dtype: torch.dt
 
     It is one place for all: a temporary a piece, small things kept between them, would leave the heap in shreds.
     """
-    whole = end - (end - begin) % RUN
+    end_of_whole_runs = end - (end - begin) % RUN
     span = pieces_for(like.device).width(rows)
-    place = torch.empty(rows * min(span, end - begin), dtype=dtype, device=like.device)
-    for i in (*range(begin, whole, span), *([whole] if whole < end else [])):
-        columns = slice(i, min(i + span, whole) if i < whole else end)
-        width = columns.stop - i
-        yield columns, place[: rows * width].view(rows, width)
+    memory = torch.empty(rows * min(span, end - begin), dtype=dtype, device=like.device)
+    ranges = []
+    for first in range(begin, end_of_whole_runs, span):
+        ranges.append(slice(first, min(first + span, end_of_whole_runs)))
+    if end_of_whole_runs < end:
+        ranges.append(slice(end_of_whole_runs, end))
+    for columns in ranges:
+        width = columns.stop - columns.start
+        yield columns, memory[: rows * width].view(rows, width)

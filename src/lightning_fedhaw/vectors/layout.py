@@ -62,36 +62,35 @@ class ParameterLayout:
             ValueError: If the module has no trainable parameter, or one that is not a floating-point tensor.
         """
         named = trainable(module)
-        if not named:
-            raise ValueError(
-                f"`model` ({type(module).__name__}) has no trainable parameter, so there is nothing a federation could"
-                " learn. Set `requires_grad=True` on the parameters that should be trained."
-            )
-        for name, parameter in named.items():
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
-                raise ValueError(
-                    f"Parameter `{name}` of a lazy module has no shape yet, so the size of messages is unknown. Run one"
-                    " batch through the model before `fit`, for example in `configure_model`."
-                )
-            if not parameter.is_floating_point():
-                raise ValueError(
-                    f"Trainable parameters must be real floating-point tensors; `{name}` is {parameter.dtype}."
-                    " Freeze it, or keep it as a buffer."
-                )
-        shared = {name: parameter for name, parameter in named.items() if name not in local}
+        _check_trainable(module, named)
+        names: list[str] = []
+        local_names: list[str] = []
+        shapes: list[torch.Size] = []
+        dtypes: list[torch.dtype] = []
+        # Float32 at least, for sums over clients of parameters in half precision.
         dtype = torch.float32
-        for parameter in shared.values():
+        for name, parameter in named.items():
+            if name in local:
+                local_names.append(name)
+                continue
+            names.append(name)
+            shapes.append(parameter.shape)
+            dtypes.append(parameter.dtype)
             dtype = torch.promote_types(dtype, parameter.dtype)
         buffers = [*_tracked_buffers(module)]
-        named_frozen = _matching(_frozen(module, {*named, *buffers}), patterns)
+        frozen_parameters: list[str] = []
+        for name, tensor in _matching(_frozen(module, {*named, *buffers}), patterns).items():
+            buffers.append(name)
+            if isinstance(tensor, nn.Parameter):
+                frozen_parameters.append(name)
         return cls(
-            names=tuple(shared),
-            shapes=tuple(p.shape for p in shared.values()),
-            dtypes=tuple(p.dtype for p in shared.values()),
+            names=tuple(names),
+            shapes=tuple(shapes),
+            dtypes=tuple(dtypes),
             dtype=dtype,
-            buffers=(*buffers, *named_frozen),
-            frozen_parameters=tuple(n for n, tensor in named_frozen.items() if isinstance(tensor, nn.Parameter)),
-            local=tuple(name for name in named if name in local),
+            buffers=tuple(buffers),
+            frozen_parameters=tuple(frozen_parameters),
+            local=tuple(local_names),
         )
 
     @property
@@ -157,18 +156,14 @@ class ParameterLayout:
         """Return the layout of all that clients train: the local parameters follow the others in its vector."""
         if not self.local:
             return self
-        own = self.local_tensors(module).values()
+        shapes = list(self.shapes)
+        dtypes = list(self.dtypes)
         dtype = self.dtype
-        for parameter in own:
+        for parameter in self.local_tensors(module).values():
+            shapes.append(parameter.shape)
+            dtypes.append(parameter.dtype)
             dtype = torch.promote_types(dtype, parameter.dtype)
-        return replace(
-            self,
-            names=self.trained,
-            shapes=self.shapes + tuple(parameter.shape for parameter in own),
-            dtypes=self.dtypes + tuple(parameter.dtype for parameter in own),
-            dtype=dtype,
-            local=(),
-        )
+        return replace(self, names=self.trained, shapes=tuple(shapes), dtypes=tuple(dtypes), dtype=dtype, local=())
 
     def local_tensors(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Return the module's local parameters by name."""
@@ -247,8 +242,34 @@ def trainable(module: nn.Module) -> Mapping[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+def _check_trainable(module: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
+    """Refuse trainable parameters that cannot be exchanged.
+
+    Args:
+        module: The module, for the message.
+        named: Its trainable parameters by name.
+    """
+    if not named:
+        raise ValueError(
+            f"`model` ({type(module).__name__}) has no trainable parameter, so there is nothing a federation could"
+            " learn. Set `requires_grad=True` on the parameters that should be trained."
+        )
+    for name, parameter in named.items():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"Parameter `{name}` of a lazy module has no shape yet, so the size of messages is unknown. Run one"
+                " batch through the model before `fit`, for example in `configure_model`."
+            )
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"Trainable parameters must be real floating-point tensors; `{name}` is {parameter.dtype}."
+                " Freeze it, or keep it as a buffer."
+            )
+
+
 def _tracked_buffers(module: nn.Module) -> Mapping[str, Tensor]:
     """Return all buffers except those of modules that are in evaluation mode and hold nothing trainable."""
+    # Their statistics do not move in training, as those of a pretrained backbone that is only read.
     frozen = set()
     for submodule in module.modules():
         if not submodule.training and not trainable(submodule):
@@ -281,6 +302,10 @@ def _matching(named: Mapping[str, Tensor], patterns: Iterable[str]) -> dict[str,
 def own_memory(module: nn.Module) -> None:
     """Give every buffer whose elements share memory (``expand``) memory of its own: the others cannot be written."""
     for buffer in module.buffers():
-        is_expanded = any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
-        if is_expanded and not buffer.is_inference():
+        if _is_expanded(buffer) and not buffer.is_inference():
             buffer.data = buffer.clone(memory_format=torch.contiguous_format)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Return whether elements along some axis share memory: their distance, the stride, is 0."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

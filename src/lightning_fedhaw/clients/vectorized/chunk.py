@@ -223,23 +223,33 @@ class Chunk:
         last_sizes = [order.numel() % size for order in orders]
         samples = pad_sequence(orders, batch_first=True)
         for batch in range(max(num_full)):
-            rows = [row for row, count in enumerate(num_full) if count > batch]
-            for index, group in self._by_index(rows, [batches_before[row] + batch for row in rows]):
+            indices = {}
+            for row, count in enumerate(num_full):
+                if count > batch:
+                    indices[row] = batches_before[row] + batch
+            for index, group in self._by_index(indices):
                 yield _Call(group, samples[_row_index(group), batch * size : (batch + 1) * size], index)
         for length in sorted(set(last_sizes) - {0}):
-            rows = [row for row, count in enumerate(last_sizes) if count == length]
-            for index, group in self._by_index(rows, [batches_before[row] + num_full[row] for row in rows]):
+            indices = {}
+            for row, last_size in enumerate(last_sizes):
+                if last_size == length:
+                    indices[row] = batches_before[row] + num_full[row]
+            for index, group in self._by_index(indices):
                 # The last batches of a length begin at other columns in each row.
                 begins = torch.tensor([num_full[row] * size for row in group])
                 columns = begins[:, None] + torch.arange(length)
                 yield _Call(group, samples[_row_index(group)].gather(1, columns), index)
 
-    def _by_index(self, rows: list[int], indices: list[int]) -> Iterable[tuple[int, list[int]]]:
-        """Group rows by the batch index that their step is given; in one group where the step ignores it."""
+    def _by_index(self, indices: Mapping[int, int]) -> Iterable[tuple[int, list[int]]]:
+        """Group rows by the batch index that their step is given; in one group where the step ignores it.
+
+        Args:
+            indices: The index of each row, at least one.
+        """
         if not self.facts.uses_index:
-            return [(indices[0], rows)]
+            return [(next(iter(indices.values())), list(indices))]
         groups: dict[int, list[int]] = {}
-        for row, index in zip(rows, indices, strict=True):
+        for row, index in indices.items():
             groups.setdefault(index, []).append(row)
         return groups.items()
 
@@ -390,19 +400,19 @@ class Chunk:
         buffers = {}
         for name, buffer in zip(self.step.buffer_names, self.buffers, strict=True):
             buffers[name] = buffer[row].clone()
-        own_stacks = self.stacks[self.num_shared :]
-        own = {name: stack[row] for name, stack in zip(engine.layout.local, own_stacks, strict=True)}
+        local_stacks = self.stacks[self.num_shared :]
+        local = {name: stack[row] for name, stack in zip(engine.layout.local, local_stacks, strict=True)}
         objective_states = []
         if engine.objectives:
             end = {name: stack[row] for name, stack in zip(engine.layout.names, self.stacks, strict=False)}
             states = [_rows_of(state, row) for state in self.states]
             # Objectives such as SCAFFOLD's read the rates.
             with scaled_rates(engine.host, engine.plan.lr_scale_of(task.client)):
-                objective_states = engine.end_objectives(task, states, end, {**buffers, **own}, self.made[row])
+                objective_states = engine.end_objectives(task, states, end, {**buffers, **local}, self.made[row])
         memory = {
             "optimizers": optimizer_states,
             "objectives": objective_states,
-            LOCAL_PARAMETERS: in_host_memory(own.items()),
+            LOCAL_PARAMETERS: in_host_memory(local.items()),
         }
         return ClientUpdate(
             client=task.client,

@@ -159,9 +159,9 @@ class _Graph:
         self.num_buffers = len(buffers)
         self.pending = self.step.recorder.drop_pending()
         flat_outputs = []
-        if outputs.losses is not None:
-            flat_outputs.append(outputs.losses)
-        flat_outputs += [gradient for gradient in outputs.gradients if gradient is not None]
+        for output in (outputs.losses, *outputs.gradients):
+            if output is not None:
+                flat_outputs.append(output)
         return [*flat_outputs, *outputs.buffers(buffers), *outputs.logged]
 
     def __call__(self, inputs: StepInputs) -> Gradients:

@@ -153,6 +153,7 @@ def _merged(stacks: Sequence[_LoggedStack], reduction: str, count: int) -> tuple
     device = stacks[0].values.device
     rows = torch.cat([stack.rows for stack in stacks]).to(device)
     values = torch.cat([stack.values.double() for stack in stacks])
+    # All rows of one call have the weight of its batch.
     lengths = torch.tensor([len(stack.rows) for stack in stacks])
     weights = torch.tensor([stack.weight for stack in stacks], dtype=torch.float64)
     weights = weights.repeat_interleave(lengths).to(device)

@@ -134,14 +134,14 @@ def run_layers(
         outputs = []
         for is_reversed in (False, True)[: 1 + bidirectional]:
             index = len(final_states)
-            state = tuple(part[index] for part in initial_states)
+            state = tuple(initial_state[index] for initial_state in initial_states)
             output, state = _run_cell(cell, values, state, cells[index], is_reversed)
             outputs.append(output)
             final_states.append(state)
         values = torch.cat(outputs, -1)
     if batch_first:
         values = values.transpose(0, 1)
-    return values, *(torch.stack(parts) for parts in zip(*final_states, strict=True))
+    return values, *map(torch.stack, zip(*final_states, strict=True))
 
 
 def _cell_weights(weights: Sequence[Tensor], has_biases: bool, num_cells: int) -> list[CellWeights]:
@@ -149,12 +149,13 @@ def _cell_weights(weights: Sequence[Tensor], has_biases: bool, num_cells: int) -
     count = len(weights) // num_cells
     cells = []
     for first in range(0, len(weights), count):
-        inputs, hidden, *others = weights[first : first + count]
+        inputs, hidden, *further = weights[first : first + count]
         biases: list[Tensor | None] = [None, None]
         if has_biases:
-            biases = [*others[:2]]
-            others = others[2:]
-        cells.append(CellWeights(inputs, hidden, *biases, *others))
+            biases = [*further[:2]]
+            further = further[2:]
+        # What remains is the projection, if the layer has one.
+        cells.append(CellWeights(inputs, hidden, *biases, *further))
     return cells
 
 

@@ -156,12 +156,12 @@ class _Trial:
         shared = layout.views(start[: layout.numel])
         self.starts = {name: value.expand(2, *value.shape) for name, value in shared.items()}
         # What the clients keep, as `Engine.begin_objectives` passes it on.
-        kept: dict[str, Tensor] = dict(layout.tracked_buffers(host.module))
+        start_buffers: dict[str, Tensor] = dict(layout.tracked_buffers(host.module))
         for name, parameter in layout.local_tensors(host.module).items():
-            kept[name] = parameter.detach()
+            start_buffers[name] = parameter.detach()
         self.states: list[ClientState] = []
         for objective in objectives:
-            state = objective.begin_client(largest, shared, kept)
+            state = objective.begin_client(largest, shared, start_buffers)
             self.states.append({name: torch.stack([value, value]).to(host.device) for name, value in state.items()})
         self.index = 0
         # Set while the step runs in another precision than its own.
@@ -523,7 +523,9 @@ class _Trial:
         vectors = 2 * layout.numel * layout.dtype.itemsize
         buffers = 2 * sum(number_of_bytes(buffer) for buffer in layout.tracked_buffers(self.host.module).values())
         batch = 2 * sum(number_of_bytes(tensor[0]) for tensor in self.batch)
-        terms = sum(number_of_bytes(value[0]) for state in self.states for value in state.values())
+        terms = 0
+        for state in self.states:
+            terms += sum(number_of_bytes(value[0]) for value in state.values())
         # The backward pass needs about as much again as the forward pass has saved.
         total: int = copies + vectors + buffers + batch + terms + 2 * self.activations
         return total

@@ -129,6 +129,7 @@ def _check_partition(partition: Partition, num_clients: int, num_samples: int, s
             f"`indices` of a partition by {scheme} must give every client a sample, got none for client(s)"
             f" {', '.join(empty)}; use fewer clients or a less skewed split."
         )
+    # A partitioner may be of the user's own: a sample that two clients share would bias every result silently.
     used = torch.cat(partition.indices)
     if used.min() < 0 or used.max() >= num_samples:
         raise ValueError(

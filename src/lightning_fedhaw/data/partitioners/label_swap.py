@@ -74,6 +74,7 @@ class LabelSwapPartitioner(Partitioner):
         if common is None and not self.per_client:
             common = _draw_pair(rng, occurring)
         swaps = {}
+        # In ascending order, because the pairs are drawn from one stream, client after client.
         for client in corrupted:
             swaps[client] = _draw_pair(rng, occurring) if common is None else common
         return Partition(partition.indices, partition.dropped, swaps)

@@ -94,6 +94,7 @@ class Partition:
         """Hash the clients' samples and the swaps to sixteen hex digits that are the same on every machine."""
         digest = hashlib.blake2b(digest_size=8)
         for chosen in self.indices:
+            # The length, so that moving a sample to the next client is another partition.
             digest.update(len(chosen).to_bytes(8, "little"))
             digest.update(chosen.numpy().astype("<i8").tobytes())
         swaps = [(client, *self.label_swaps[client]) for client in sorted(self.label_swaps)]
