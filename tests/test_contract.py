@@ -411,8 +411,12 @@ def test_rows_on_several_processes_give_what_one_gives(tmp_path):
 # ---------------------------------------------------------------------- real federations
 
 
+def needs_proxy(rule):
+    return hasattr(rule, "server_epochs") or isinstance(rule, FedVGCallback)
+
+
 def data_for(rule):
-    if hasattr(rule, "server_epochs") or isinstance(rule, FedVGCallback):
+    if needs_proxy(rule):
         return FederatedDataModule(samples(150), batch_size=8, proxy=30)
     return loader()
 
@@ -563,6 +567,6 @@ READERS = ("SCAFFOLD", "FedNova", "FedHyper G+CL", "FedHAW published by steps")
 )
 def test_a_run_that_is_resumed_gives_the_bits_of_one_that_was_not(name, engine, precision):
     data = loader(60)
-    if hasattr(RULES[name](), "server_epochs"):
+    if needs_proxy(RULES[name]()):
         data = FederatedDataModule(samples(70), batch_size=8, proxy=10)
     check_resume(lambda: [RULES[name]()], data, engine=engine, precision=precision)

@@ -53,6 +53,8 @@ KEYS = {
     "GeometricMedianCallback": "GeometricMedianCallback",
     "KrumCallback": "KrumCallback",
     "CoordinateMedianCallback": "MedianCallback",
+    "LearnedClientRateCallback": "LearnedClientRateCallback",
+    "LearnedWeightingCallback": "LearnedWeightingCallback",
     "MultiKrumCallback": "MultiKrumCallback",
     "PublishedFedHAWCallback": "PublishedFedHAWCallback",
     "QFedAvgCallback": "QFedAvgCallback",

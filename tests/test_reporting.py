@@ -30,7 +30,11 @@ from lightning_fedhaw.report.summary import flat_numbers, format_summary
 LOST = "The numbers of the run summary, the table of the clients and the picture"
 
 
-def play(rule: Any = FedHAWCallback, rounds: int = 3, **arguments: Any) -> tuple[Any, RunHistory]:
+def learned_weights() -> FedHAWCallback:
+    return FedHAWCallback(lr_lambda=0.3)
+
+
+def play(rule: Any = learned_weights, rounds: int = 3, **arguments: Any) -> tuple[Any, RunHistory]:
     runner = trainer(rounds=rounds, rule=rule(), alpha=arguments.pop("alpha", 1.0), seed=1, **arguments)
     runner.fit(Classifier(), loader(), val_loader())
     return runner, find_history(runner.callbacks)

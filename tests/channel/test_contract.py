@@ -100,7 +100,7 @@ ACTIVE = {
 RULES = {
     "FedAvg": lambda: FedAvgCallback("uniform"),
     "FedHyper": lambda: FedHyperCallback(weighting="uniform"),
-    "FedHAW": FedHAWCallback,
+    "FedHAW": lambda: FedHAWCallback(lr_lambda=0.3),
     "FedAdp": FedAdpCallback,
 }
 every_channel = pytest.mark.parametrize("make", ACTIVE.values(), ids=ACTIVE.keys())

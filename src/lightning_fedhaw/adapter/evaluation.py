@@ -48,6 +48,13 @@ class SharedEvaluationLoop(_EvaluationLoop):
         shared._data_source = loop._data_source
         return shared
 
+    def teardown(self) -> None:
+        """Finish; after a failed validation Lightning calls this loop only, and not the one of the rounds around it."""
+        super().teardown()
+        fit_loop = self.trainer.fit_loop
+        if hasattr(fit_loop, "between_rounds"):
+            fit_loop.between_rounds = None
+
     def setup_data(self) -> None:
         """Set up the loaders, and reduce them to the batches of this process."""
         previous_loader = self._combined_loader

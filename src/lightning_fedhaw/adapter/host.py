@@ -406,6 +406,7 @@ def hook_owner(callback: pl.Callback, name: str) -> Literal["lightning", "user"]
     method = getattr(type(callback), name)
     if method is getattr(pl.Callback, name):
         return None
-    if method.__module__.startswith(("lightning.", "lightning_fedhaw.")):
+    # A function that `exec` has made may be of no module.
+    if (method.__module__ or "").startswith(("lightning.", "lightning_fedhaw.")):
         return "lightning"
     return "user"

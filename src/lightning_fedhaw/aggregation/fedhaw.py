@@ -225,7 +225,15 @@ class FedHAWCallback(HypergradientRule):
     prog_bar = ("scale", "server_step")
 
     arguments_elsewhere = dict.fromkeys(
-        ("jacobian", "gamma_for_lambda", "pseudo_gradient", "normalize_by", "learning_rate", "takes_substitutes"),
+        (
+            "jacobian",
+            "gamma_for_lambda",
+            "pseudo_gradient",
+            "normalize_by",
+            "learning_rate",
+            "takes_substitutes",
+            "probe",
+        ),
         "PublishedFedHAWCallback",
     )
 
