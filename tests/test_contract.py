@@ -40,6 +40,7 @@ from lightning_fedhaw import (
     GeometricMedianCallback,
     IndexPartitioner,
     KrumCallback,
+    LearnedClientRateCallback,
     LearnedWeightingCallback,
     MultiKrumCallback,
     Probe,
@@ -103,6 +104,7 @@ RULES = {
     "learned weighting by sigmoid": lambda: LearnedWeightingCallback(
         0.5, link="sigmoid", bounds=(0.1, 0.9), probe=THE_COHORT
     ),
+    "learned client rate": lambda: LearnedClientRateCallback(probe=THE_COHORT),
     "FedOpt on FedAdp": lambda: FedOptCallback(torch.optim.Adagrad, lr=0.1, rule=FedAdpCallback()),
     "FedOpt on FedHAW": lambda: FedOptCallback(rule=FedHAWCallback(lr_gamma=0.01, lr_lambda=0.1), lr=0.9),
     "FedAvgM": FedAvgMCallback,
@@ -145,6 +147,7 @@ RULES = {
 UNIFORM = {"FedAvg uniform", "FedHyper uniform", "SCAFFOLD"}
 FIRST_ROUND_IS_FEDAVG = {
     *("FedAvg", "FedAvg by batches", *UNIFORM, "FedOpt", "FedAvgM", "FedAvgM that learns", "learned weighting"),
+    "learned client rate",
     *(name for name in RULES if name.startswith(("FedHAW", "FedHyper"))),
 }
 NEEDS_CLIENTS = {"trimmed mean": 3, "Krum": 3, "Multi-Krum": 3}
@@ -167,6 +170,10 @@ NEUTRAL = {
     "FedAvgM without momentum": (lambda: FedAvgMCallback(momentum=0.0), FedAvgCallback),
     "learned weighting by examples": (LearnedWeightingCallback, FedAvgCallback),
     "learned weighting, uniform": (lambda: LearnedWeightingCallback(0.0), lambda: FedAvgCallback("uniform")),
+    "learned client rate that is not stepped": (
+        lambda: LearnedClientRateCallback(hyper_lr=0.0),
+        FedAvgCallback,
+    ),
     "FedOpt that learns nothing new": (lambda: FedOptCallback(learn=("lr",)), FedAvgCallback),
     "FedAdp without angles": (lambda: FedAdpCallback(gompertz=0.0), FedAvgCallback),
     "FedAWA without steps": (lambda: FedAWACallback(server_epochs=0), FedAvgCallback),
@@ -219,6 +226,7 @@ def cohort(round_idx: int, start: Tensor, clients=(0, 1, 2), order=None, dtype=t
         learning_rates=(0.1, 0.1),
         num_batches=torch.tensor([k + 1 for k in clients]),
         initial_losses=torch.tensor([0.5 * (k + 1) for k in clients], dtype=torch.float64),
+        rate_tangents=ClientVectors(torch.stack(rows).to(dtype), torch.zeros_like(start)).displacements,
     )
 
 

@@ -70,7 +70,7 @@ def test_personalization(tmp_path):
     assert len(table.strip().splitlines()) == 3 + 4 + 1
 
 
-@pytest.mark.parametrize("name", ["learned_server_optimizer", "learned_weighting"])
+@pytest.mark.parametrize("name", ["learned_client_rate", "learned_server_optimizer", "learned_weighting"])
 def test_what_is_learned(name, tmp_path):
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py"), "--rounds", "2", "--output", "pictures"],

@@ -124,6 +124,7 @@ SHARED_BY_RULES = {
     "proxy",
     "server_steps",
     "servertraining",
+    "shared_rate",
 }
 
 

@@ -90,6 +90,8 @@ class Cohort:
         lr_scales: ``[K]`` float64, each client's own factor on the learning rates; ``None`` if all are 1.
         inverse_probabilities: ``[K]`` float64, the factors on the clients' weights that make up for unequal chances of
             being sampled; ``None`` if the chances are equal.
+        rate_tangents: The derivatives of the clients' displacements in the factor on their learning rates; ``None``
+            unless the rule sets ``needs_rate_tangents``.
     """
 
     round: int
@@ -107,6 +109,7 @@ class Cohort:
     initial_losses: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     lr_scales: Tensor | None = None
     inverse_probabilities: Tensor | None = None
+    rate_tangents: CohortVectors | None = None
 
     @property
     def example_weights(self) -> Tensor:

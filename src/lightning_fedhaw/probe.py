@@ -30,8 +30,9 @@ class Probe(arguments.NamedArguments):
             broadcast, so what is learned is one round late. ``"sequential"``: it answers at the new model, in a
             communication round of its own.
         weighting: Whether answers are weighted by ``"examples"``, or equally (``"uniform"``).
-        batch_size: Samples of a batch at most, for clients with tensors in memory; larger batches are faster, and
-            change the result of a model with batch statistics. Default: that of training.
+        batch_size: Samples of a batch at most, for clients with tensors in memory. Default: up to 1024, which is
+            faster, where that is tried to give the gradient of training's batches up to rounding (without batch
+            statistics and dropout); else that of training.
 
     Raises:
         ValueError: If an argument is not one of the allowed values.

@@ -106,6 +106,9 @@ class LocalLRScale(ABC):
     numbers_sent: int = 0
     """Numbers that each client is sent for it, in addition to the model."""
 
+    constant: float | None = None
+    """The factor, where it is the same for all clients and steps of a round, as ``needs_rate_tangents`` needs it."""
+
     @abstractmethod
     def begin(self, start: Mapping[str, Tensor], num_steps: int, rates: Sequence[float]) -> dict[str, Tensor]:
         """Return a client's state at the beginning of a round.
@@ -152,6 +155,10 @@ class Rule(ABC):
     needs_initial_loss: bool = False
     """Whether the rule reads ``cohort.initial_losses``, which cost one more forward pass over each client's training
     data."""
+
+    needs_rate_tangents: bool = False
+    """Whether the rule reads ``cohort.rate_tangents``, the derivatives of the clients' displacements in the constant
+    factor of :meth:`local_lr_scale`. Clients carry them through their local steps, and send one more vector."""
 
     keeps_cohort: bool = False
     """Whether the state holds a cohort's vectors, so that a checkpoint grows with them."""

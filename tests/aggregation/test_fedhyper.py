@@ -11,7 +11,8 @@ from torch import Tensor
 
 from federations import Classifier, flat, loader, train, trainer
 from lightning_fedhaw import FedAvgCallback, FederatedDataModule, FedHyperCallback
-from lightning_fedhaw.aggregation.fedhyper import ClientRate, SharedRate, next_rate
+from lightning_fedhaw.aggregation.fedhyper import ClientRate, next_rate
+from lightning_fedhaw.aggregation.shared_rate import SharedRate
 from lightning_fedhaw.clients.lr_scale import ScaledOptimizer, ScaledSteps, initial_scale_states
 from lightning_fedhaw.extending import ClientVectors, Cohort, LocalLRScale
 

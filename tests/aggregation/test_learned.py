@@ -17,6 +17,7 @@ from lightning_fedhaw import (
     FederatedTrainer,
     FedOptCallback,
     FedYogiCallback,
+    LearnedClientRateCallback,
     LearnedWeightingCallback,
     Probe,
     PublishedFedHAWCallback,
@@ -276,6 +277,7 @@ RUNS = {
     "FedAvgM": lambda **kw: FedAvgMCallback(learn=("lr", "momentum"), **adam, **kw),
     "exponent": lambda **kw: LearnedWeightingCallback(probe=Probe("cohort", form="sequential"), **adam, **kw),
     "FedHAW": lambda **kw: PublishedFedHAWCallback(0.01, 0.1, probe=Probe(), **kw),
+    "client rate": lambda **kw: LearnedClientRateCallback(**kw),
 }
 every_run = pytest.mark.parametrize("make", RUNS.values(), ids=RUNS.keys())
 
@@ -318,8 +320,11 @@ def test_both_engines_learn_the_same(make):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
-@pytest.mark.parametrize("make", [RUNS["FedAvgM"], RUNS["FedHAW"]], ids=["FedAvgM", "FedHAW"])
-def test_two_processes_give_the_bits_of_one(make):
+@pytest.mark.parametrize(
+    "make", [RUNS["FedAvgM"], RUNS["FedHAW"], RUNS["client rate"]], ids=["FedAvgM", "FedHAW", "rate"]
+)
+def test_two_processes_give_the_bits_of_one(name):
+    make = RUNS[name]
     runs = []
     for place in ({}, {"devices": 2, "strategy": "federated_notebook"}):
         runner = trainer(rule=make(), num_clients=5, clients_per_round=3, reduction="ordered", rounds=3, **place)

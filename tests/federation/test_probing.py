@@ -1,5 +1,7 @@
 """A rule's probe: who is asked, what arrives, what it costs, and that it changes nothing else."""
 
+from functools import partial
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -298,3 +300,59 @@ def test_a_module_that_trains_by_hand_has_no_loss_to_ask_for():
     module.automatic_optimization = False
     with pytest.raises(ValueError, match="`Listener` probes the loss that .* `automatic_optimization=False`"):
         train(module, rule=Listener(Probe()))
+
+
+SIZES = []
+"""Sizes of batches; a global one, because what a step does to its module is undone after a probe."""
+
+
+class Counting(Classifier):
+    """Writes down the sizes of the batches that it is given."""
+
+    def training_step(self, batch, batch_idx):
+        SIZES.append(len(batch[0]))
+        return super().training_step(batch, batch_idx)
+
+
+class Dropping(Counting):
+    """Draws masks in two places, so that larger batches have other ones."""
+
+    def __init__(self):
+        super().__init__(dropout=0.5)
+        self.net.insert(0, nn.Dropout(0.5))
+
+
+@pytest.mark.parametrize(
+    ("make", "limits", "is_larger"),
+    [
+        (Counting, {}, True),
+        (partial(Counting, norm=True), {}, False),  # batch statistics
+        (Dropping, {}, False),
+        (Counting, {"limit_train_batches": 3}, False),  # would be other samples
+    ],
+)
+def test_batches_are_larger_than_in_training_where_the_gradient_stays(make, limits, is_larger):
+    gradients = []
+    for batch_size in (None, 8):
+        SIZES.clear()
+        rule = Listener(Probe("cohort", batch_size=batch_size))
+        train(make(), rule=rule, rounds=2, **limits)
+        gradients.append(rule.heard[1].gradient)
+        if batch_size is None:
+            assert (max(SIZES) > 16) == is_larger
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
+    if not is_larger:
+        assert torch.equal(*gradients)
+
+
+class Adding(Counting):
+    """Adds up the losses of its samples."""
+
+    def training_step(self, batch, batch_idx):
+        return len(batch[0]) * super().training_step(batch, batch_idx)
+
+
+def test_a_loss_that_adds_up_its_samples_keeps_the_batches_of_training():
+    SIZES.clear()
+    train(Adding(), rule=Listener(Probe("cohort")), rounds=1)
+    assert max(SIZES) == 16, "only in the attempt"

@@ -17,6 +17,7 @@ from lightning_fedhaw.aggregation.fedlws import FedLWSCallback
 from lightning_fedhaw.aggregation.fednova import FedNovaCallback
 from lightning_fedhaw.aggregation.fedopt import FedAvgMCallback, FedOptCallback
 from lightning_fedhaw.aggregation.fedvg import FedVGCallback
+from lightning_fedhaw.aggregation.learned_rate import LearnedClientRateCallback
 from lightning_fedhaw.aggregation.learned_weighting import LearnedWeightingCallback
 from lightning_fedhaw.aggregation.qfedavg import QFedAvgCallback
 from lightning_fedhaw.aggregation.robust import (
@@ -53,6 +54,7 @@ __all__ = [
     "FedYogiCallback",
     "GeometricMedianCallback",
     "KrumCallback",
+    "LearnedClientRateCallback",
     "LearnedWeightingCallback",
     "LocalLRScale",
     "MultiKrumCallback",

@@ -32,6 +32,7 @@ from lightning_fedhaw.aggregation.base import (
     Weighting,
     unnormalized_client_weight,
 )
+from lightning_fedhaw.aggregation.shared_rate import SharedRate
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.rule import LocalLRScale, RuleOutput, ServerView, State
@@ -221,28 +222,6 @@ class FedHyperCallback(AggregationRule):
                 delta, self.beta_bounds, self.normalize_by, self.hyper_lr, cohort_size=int(state.get("cohort_size", 1))
             )
         return None
-
-
-class SharedRate(LocalLRScale):
-    """One factor for all clients and steps.
-
-    Args:
-        multiple: The factor.
-    """
-
-    numbers_sent = 1
-
-    def __init__(self, multiple: float) -> None:
-        self.multiple = multiple
-
-    def begin(self, start: Mapping[str, Tensor], num_steps: int, rates: Sequence[float]) -> dict[str, Tensor]:
-        """Return the factor, as ``multiple`` []."""
-        parameter = next(iter(start.values()))
-        return {"multiple": parameter.new_tensor(self.multiple)}
-
-    def factor(self, gradients: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the factor."""
-        return state["multiple"], dict(state)
 
 
 class ClientRate(LocalLRScale):

@@ -118,6 +118,7 @@ def _vectorized(
     engine.local_parameters = sequential.local_parameters
     engine.attributes = sequential.attributes
     engine.gradient = sequential.gradient
+    engine.gradient_slope = sequential.gradient_slope
     return engine
 
 

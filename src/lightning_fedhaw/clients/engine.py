@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_fedhaw.clients.attributes import Changes, ClientAttributes
 from lightning_fedhaw.clients.local_parameters import LocalParameters
 from lightning_fedhaw.clients.plan import LocalPlan
-from lightning_fedhaw.clients.steps import Host, ScheduleStates, parameters_of
+from lightning_fedhaw.clients.steps import BatchData, Host, ScheduleStates, Terms, parameters_of
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.data.client_data import ClientData, pass_lengths
 from lightning_fedhaw.notes import add_note
@@ -33,6 +33,23 @@ OptimizerStates = dict[int, ParameterState]
 
 Settings = list[list[dict[str, Any]]]
 """For each optimizer, and each of its parameter groups, the options by name."""
+
+
+class GradientSlope(Protocol):
+    """The gradient of a batch, and its change along a tangent."""
+
+    def __call__(
+        self, vector: Tensor, tangent: Tensor, data: BatchData, batch_idx: int, terms: Terms | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return both, ``[P]`` each, as the optimizer gets them: with the terms of objectives, and clipped.
+
+        Args:
+            vector: ``[P]``, the parameters.
+            tangent: ``[P]``.
+            data: The batch, on the model's device.
+            batch_idx: Its number.
+            terms: The terms of client objectives at the client; ``None`` without any.
+        """
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,8 @@ class Engine(ABC):
         local_parameters: The parameters that stay with the clients.
         gradient: Computes the gradient ``[P]`` of a client's mean loss at parameters ``[P]``, for objectives that need
             it.
+        gradient_slope: Computes how the gradient of a batch changes along a tangent; ``None`` where the clients' rate
+            is not learned by its derivative.
     """
 
     def __init__(
@@ -110,6 +129,7 @@ class Engine(ABC):
         self.lr_scale: LocalLRScale | None = None
         self.local_parameters: LocalParameters
         self.gradient: Callable[[int, Tensor], Tensor]
+        self.gradient_slope: GradientSlope | None = None
 
     @property
     def clients_at_once(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from lightning_fedhaw.clients.local_parameters import LOCAL_PARAMETERS, in_host_
 from lightning_fedhaw.clients.lr_scale import ScaledOptimizer, ScaledSteps, initial_scale_states
 from lightning_fedhaw.clients.rates import scale_rates, unscaled
 from lightning_fedhaw.clients.records import LogRecorder
+from lightning_fedhaw.clients.sequential_tangents import SequentialTangents
 from lightning_fedhaw.clients.steps import (
     AutomaticStep,
     BatchProgress,
@@ -34,6 +36,7 @@ from lightning_fedhaw.clients.steps import (
     StepCounts,
     Terms,
 )
+from lightning_fedhaw.clients.tangents import RATE_TANGENT, constant_factor
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.objectives.base import ClientState, make_watch
@@ -63,6 +66,10 @@ class SequentialEngine(Engine):
         if self.lr_scale is not None:
             # Before the step is chosen, because hooks on the optimizer rule out plain SGD.
             self._scaled_optimizer = ScaledOptimizer(host.optimizers[0], parameters)
+        self._tangents: SequentialTangents | None = None
+        if self.gradient_slope is not None:
+            factor = constant_factor(self.lr_scale)
+            self._tangents = SequentialTangents(host.optimizers[0], self.layout, self.gradient_slope, factor)
         step = self._make_step()
         module_state = _ModuleState(host.module)
         self.attributes.begin()
@@ -80,8 +87,9 @@ class SequentialEngine(Engine):
             for optimizer, states in zip(host.optimizers, self.initial_states, strict=True):
                 restore_states(optimizer, states)
             step.close()
-            if self._scaled_optimizer is not None:
-                self._scaled_optimizer.close()
+            for hooked in (self._scaled_optimizer, self._tangents):
+                if hooked is not None:
+                    hooked.close()
             self._end_state = end
             self.restore_end_state([end])
 
@@ -138,6 +146,7 @@ class SequentialEngine(Engine):
         """Release what is needed during a round only."""
         super().close()
         self._scaled_optimizer = None
+        self._tangents = None
 
     def end_state(self) -> EndState:
         """Return settings and schedules of the furthest client, and all clients' loss scales."""
@@ -196,6 +205,8 @@ class SequentialEngine(Engine):
         seed = seed_of(self.plan.seed, "client", task.client, "round", self.host.round, "model")
         seed_randomness(seed, self.host.device)
         self._begin_lr_scale(task)
+        if self._tangents is not None:
+            self._tangents.begin(list(parameters))
         states = self.begin_objectives(task)
         named = dict(zip(self.layout.names, parameters, strict=True))
         terms = None
@@ -256,6 +267,8 @@ class SequentialEngine(Engine):
                 skips_pass = True
                 continue
             try:
+                if self._tangents is not None:
+                    self._tangents.see(data, batch.index, terms)
                 outputs = step(data, batch, counts, terms)
                 host.on_batch_end(outputs, data, batch.index)
             except Exception as error:
@@ -289,13 +302,15 @@ class SequentialEngine(Engine):
         end = {name: parameter.detach() for name, parameter in named.items()}
         buffers = self._end_buffers(task)
         local = in_host_memory(self.layout.local_tensors(self.host.module).items())
-        memory = {
+        memory: dict[str, Any] = {
             # The first, because an objective may call the module's step.
             "attributes": self.attributes.changes(),
             "optimizers": optimizer_states,
             "objectives": self.end_objectives(task, states, end, {**buffers, **local}, counts.made),
             LOCAL_PARAMETERS: local,
         }
+        if self._tangents is not None:
+            memory[RATE_TANGENT] = self._tangents.vector()
         displacement = self.layout.read(list(named.values()), out=task.slot()).sub_(task.start)
         return ClientUpdate(
             client=client,

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_fedhaw.channel.base import Link
 from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.steps import Host, turns
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
@@ -94,6 +95,11 @@ class Buffers:
     def remembers(self) -> bool:
         """Whether clients keep buffers from round to round."""
         return self.policies == "local" or "local" in self.policy_of.values()
+
+    @property
+    def links(self) -> Sequence[Link]:
+        """Both links."""
+        return ("downlink", "uplink")
 
     @property
     def message_bytes(self) -> int:

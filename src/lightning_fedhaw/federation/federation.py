@@ -29,6 +29,7 @@ from lightning_fedhaw.federation.initial_loss import InitialLosses
 from lightning_fedhaw.federation.memory_advice import memory_advice
 from lightning_fedhaw.federation.placement import Placement
 from lightning_fedhaw.federation.probing import Probed, Probing
+from lightning_fedhaw.federation.rate_tangents import RateTangentPayload
 from lightning_fedhaw.federation.records import (
     Aggregation,
     LocalResults,
@@ -44,7 +45,7 @@ from lightning_fedhaw.federation.sampling import Sampling
 from lightning_fedhaw.federation.screening import Screening
 from lightning_fedhaw.federation.shared_states import SharedStates
 from lightning_fedhaw.federation.stores import RoundStores, VectorStore, make_store
-from lightning_fedhaw.federation.transport import Transport
+from lightning_fedhaw.federation.transport import SidePayload, Transport
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.notes import add_note
 from lightning_fedhaw.objectives.base import ClientObjective, find_objectives
@@ -123,7 +124,9 @@ class Federation:
         self.engine.gradient = FullGradient(host, server, data, self.seed, self.engine.local_parameters).compute
         self.initial_losses = InitialLosses(host, server, data, rule, self.buffers, self.seed)
         self.shared_states = SharedStates(objectives, self.layout, data.num_clients, rule, options, self.ranks)
-        self.transport = Transport(channels, self.layout, [self.buffers, self.shared_states], self.seed)
+        rate_tangents = RateTangentPayload(host, server, rule, self.engine)
+        payloads: list[SidePayload] = [self.buffers, self.shared_states, rate_tangents]
+        self.transport = Transport(channels, self.layout, payloads, self.seed)
         clients_remember = self._clients_remember(objectives)
         self.placement = Placement(self.ranks, is_sticky=clients_remember)
         self._prepare_transport(clients_remember)
@@ -451,7 +454,8 @@ class Federation:
             assert isinstance(vectors, AccumulatedVectors)
             with self.tally.phase("channel"):
                 self.transport.superpose(vectors, received.records, round_idx=plan.round, drawn=len(plan.clients))
-        return cohort_of(plan, received, vectors, learning_rates, self.rule)
+        tangents = store.rate_tangents(plan.start, received.records)
+        return cohort_of(plan, received, vectors, learning_rates, self.rule, tangents)
 
     def _report(self, plan: RoundPlan, received: Received, aggregation: Aggregation, probed: Probed) -> Report:
         """Count the costs of the round, and make its report."""

@@ -18,9 +18,10 @@ from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.clients.engine import Engine
 from lightning_fedhaw.clients.steps import Host, turns
 from lightning_fedhaw.cohort import ClientUpdate
-from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.data.client_data import Batch as ClientBatch
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.placement import Placement
+from lightning_fedhaw.federation.probe_batches import with_batch_size, with_larger_batches
 from lightning_fedhaw.federation.records import RoundPlan, Tally, UpdateRecord
 from lightning_fedhaw.federation.sampling import Sampling
 from lightning_fedhaw.federation.stores import VectorStore, make_sum
@@ -86,9 +87,9 @@ class _Answers:
 class Probing:
     """The probe of a rule that asks for one; nothing happens for other rules.
 
-    It has no state: its clients are drawn by the round's number, and what is learned is in the rule's state. Messages
-    take the channels of the run, with draws of their own and without what channels keep from round to round, such as
-    error feedback, which belongs to the updates.
+    It has no state that a checkpoint would need: its clients are drawn by the round's number, what is learned is in the
+    rule's state, and the size of its batches is found out again. Messages take the channels of the run, with draws of
+    their own and without what channels keep from round to round, such as error feedback, which belongs to the updates.
 
     Args:
         host: The trainer around the federation.
@@ -136,7 +137,8 @@ class Probing:
                 " `automatic_optimization=False` it returns none. Use automatic optimization, or another rule."
             )
         if probe.batch_size is not None:
-            self.data = _with_batch_size(self.data, probe.batch_size)
+            self.data = with_batch_size(self.data, probe.batch_size)
+        self._is_size_open = probe.batch_size is None and probe.source != "proxy"
         self._check_source(probe)
         channels: list[Channel] = []
         if probe.source != "proxy":
@@ -225,6 +227,7 @@ class Probing:
                 result = self._ask_server(plan.round, model)
                 cost = Probed()
             else:
+                self._settle_batch_size(engine)
                 question = self._ask(plan, model, is_new_model=is_new_model)
                 answers = self._answers(question, engine)
                 result, cost = self._receive(question, *answers)
@@ -232,6 +235,24 @@ class Probing:
         with tally.phase("aggregation"):
             metrics = self._learn(plan.round, result, tally)
         return replace(cost, metrics=metrics)
+
+    def _settle_batch_size(self, engine: Engine) -> None:
+        """Take larger batches than in training where the rule leaves it open and they give the same gradient."""
+        if not self._is_size_open:
+            return
+        model = self.server.parameters()
+
+        def gradient(client: int, batches: Iterable[ClientBatch]) -> Tensor:
+            # The global model's buffers and own parameters: those of a client may be in another process.
+            with isolated_randomness(self.host.device), turns(self.host):
+                self.host.client = client
+                seed_randomness(seed_of(self.seed, "probe", "batch size"), self.host.device)
+                prepared = ((self.host.prepare(batch.data), batch.index, batch.size) for batch in batches)
+                return self._loss_and_gradient(model, prepared, buffers=self.server.buffers)[1]
+
+        is_held_out = self._probe.source == "validation"
+        self.data = with_larger_batches(self.data, gradient, held_out=is_held_out, limit=engine.plan.limit)
+        self._is_size_open = False
 
     def _learn(self, round_idx: int, result: ProbeResult | None, tally: Tally) -> dict[str, float]:
         """Give the rule the result; without one it does not learn in this round."""
@@ -409,16 +430,6 @@ class Probing:
         size = self._probe.batch_size or self.data.settings.batch_size
         for number, index in enumerate(torch.split(order, size)):
             yield self.server.proxy_batch(index), number, len(index)
-
-
-def _with_batch_size(data: ClientData, batch_size: int) -> ClientData:
-    """Return the same clients, with batches of another size of tensors in memory."""
-    reader = copy.copy(data)
-    if data.is_sliced:
-        reader.settings = replace(data.settings, batch_size=batch_size, drop_last=False)
-    if data.evaluation is not None:
-        reader.evaluation = _with_batch_size(data.evaluation, batch_size)
-    return reader
 
 
 def _is_finite(answer: ClientUpdate) -> bool:

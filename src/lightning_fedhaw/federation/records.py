@@ -173,7 +173,12 @@ class Received:
 
 
 def cohort_of(
-    plan: RoundPlan, received: Received, vectors: CohortVectors, learning_rates: tuple[float, ...], rule: Rule
+    plan: RoundPlan,
+    received: Received,
+    vectors: CohortVectors,
+    learning_rates: tuple[float, ...],
+    rule: Rule,
+    rate_tangents: CohortVectors | None = None,
 ) -> Cohort:
     """Make the cohort that a rule reads.
 
@@ -183,6 +188,7 @@ def cohort_of(
         vectors: Their vectors.
         learning_rates: The local learning rates, where the rule reads them.
         rule: The rule, which says what else it needs.
+        rate_tangents: Their rate tangents, where the rule reads them.
     """
     updates = [record.update for record in received.records]
     weights: list[float] = []
@@ -207,6 +213,7 @@ def cohort_of(
         initial_losses=torch.tensor(losses, dtype=torch.float64),
         lr_scales=factors_of([update.lr_scale for update in updates]),
         inverse_probabilities=factors_of([update.inverse_probability for update in updates]),
+        rate_tangents=rate_tangents,
     )
 
 

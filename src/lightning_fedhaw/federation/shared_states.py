@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_fedhaw.channel.base import Link
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.federation.records import UpdateRecord
 from lightning_fedhaw.federation.stores import VectorStore, make_sum
@@ -48,6 +49,11 @@ class SharedStates:
         self.rule = rule
         self.options = options
         self.ranks = ranks
+
+    @property
+    def links(self) -> Sequence[Link]:
+        """Both links."""
+        return ("downlink", "uplink")
 
     @property
     def message_bytes(self) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lightning_fedhaw.clients.tangents import RATE_TANGENT
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.federation.records import UpdateRecord
 from lightning_fedhaw.options import FederationOptions
@@ -16,6 +17,7 @@ from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.rule import Rule
 from lightning_fedhaw.server import all_finite
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
+from lightning_fedhaw.vectors.base import CohortVectors
 from lightning_fedhaw.vectors.client_vectors import ClientVectors
 from lightning_fedhaw.vectors.distributed import SpreadVectors
 from lightning_fedhaw.vectors.memory import HOST, empty
@@ -39,6 +41,10 @@ class VectorStore(ABC):
     def fits(self, update: ClientUpdate) -> bool:
         """Return whether the store can hold an update; by default any."""
         return True
+
+    def rate_tangents(self, start: Tensor, records: Sequence[UpdateRecord]) -> CohortVectors | None:
+        """Return the rate tangents of the whole cohort, where clients send some; as :meth:`vectors`."""
+        return None
 
     @abstractmethod
     def commit(self, update: ClientUpdate, weight: float) -> None:
@@ -175,6 +181,40 @@ class OrderedSum(RowStore):
         return AccumulatedVectors(total, weights, start, type(self.rule).__name__)
 
 
+class StoreWithTangents(VectorStore):
+    """A store of displacements, with another one for the rate tangents that come with them.
+
+    Args:
+        displacements: The store of the displacements.
+        tangents: That of the tangents.
+    """
+
+    def __init__(self, displacements: VectorStore, tangents: VectorStore) -> None:
+        self.displacements = displacements
+        self.tangents = tangents
+
+    def slot(self) -> Tensor:
+        """Return the memory of the next displacement."""
+        return self.displacements.slot()
+
+    def fits(self, update: ClientUpdate) -> bool:
+        """Return whether the store can hold a displacement."""
+        return self.displacements.fits(update)
+
+    def commit(self, update: ClientUpdate, weight: float) -> None:
+        """Store both vectors of an update."""
+        self.displacements.commit(update, weight)
+        self.tangents.commit(replace(update, displacement=update.memory[RATE_TANGENT]), weight)
+
+    def vectors(self, start: Tensor, records: Sequence[UpdateRecord]) -> ClientVectors | AccumulatedVectors:
+        """Return the displacements; see :meth:`VectorStore.vectors`."""
+        return self.displacements.vectors(start, records)
+
+    def rate_tangents(self, start: Tensor, records: Sequence[UpdateRecord]) -> CohortVectors:
+        """Return the tangents."""
+        return self.tangents.vectors(start, records).displacements
+
+
 @dataclass(frozen=True)
 class RoundStores:
     """The stores of a round on one process.
@@ -206,6 +246,16 @@ def make_store(
         ranks: The processes.
         summed: Whether a channel acts on the sum, so that single updates must not be stored, whatever ``storage=`` is.
     """
+    store = _make_store(rule, options, start, capacity, ranks, summed=summed)
+    if not rule.needs_rate_tangents:
+        return store
+    # A channel on the sum acts on updates only.
+    return StoreWithTangents(store, _make_store(rule, options, start, capacity, ranks, summed=summed))
+
+
+def _make_store(
+    rule: Rule, options: FederationOptions, start: Tensor, capacity: int, ranks: Ranks, *, summed: bool
+) -> VectorStore:
     is_summable = rule.unnormalized_weight is not None
     if is_summable and (summed or options.storage == "auto"):
         return make_sum(rule, options, start, capacity, ranks)

@@ -19,11 +19,15 @@ from lightning_fedhaw.vectors.layout import ParameterLayout
 
 
 class SidePayload(Protocol):
-    """Data that is sent in addition to the models: buffers, and the states that client objectives share."""
+    """Data that is sent in addition to the models: buffers, states that client objectives share, and rate tangents."""
+
+    @property
+    def links(self) -> Sequence[Link]:
+        """The links on which it is sent."""
 
     @property
     def message_bytes(self) -> int:
-        """Bytes in addition to one model, on either link."""
+        """Bytes in addition to one model, on each of the links."""
 
     @property
     def contents(self) -> list[str]:
@@ -108,7 +112,9 @@ class Transport:
 
     def message_bytes(self, link: Link) -> int:
         """Count the bytes of one message as the channels of its link encode it, side payloads included."""
-        return self._sizes[link].bytes + sum(payload.message_bytes for payload in self.payloads)
+        return self._sizes[link].bytes + sum(
+            payload.message_bytes for payload in self.payloads if link in payload.links
+        )
 
     def sent_bytes(self, link: Link, round_idx: int, clients: Sequence[int]) -> int:
         """Count the bytes of a round's messages on a link, retransmissions included."""

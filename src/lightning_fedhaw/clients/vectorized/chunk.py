@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lightning_fedhaw.clients.clipping import clipped
 from lightning_fedhaw.clients.engine import ClientTask, Engine
 from lightning_fedhaw.clients.local_parameters import LOCAL_PARAMETERS, in_host_memory
 from lightning_fedhaw.clients.lr_scale import ScaledSteps, initial_scale_states
 from lightning_fedhaw.clients.rates import scaled_rates
 from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.clients.steps import parameters_of
-from lightning_fedhaw.clients.vectorized.batched import BatchedStep, StepInputs
+from lightning_fedhaw.clients.tangents import RATE_TANGENT, OptimizerState, RateTangents, constant_factor
+from lightning_fedhaw.clients.vectorized.batched import BatchedStep, Gradients, StepInputs
 from lightning_fedhaw.clients.vectorized.compiled import CompiledStep
 from lightning_fedhaw.clients.vectorized.optimizers import RowIndex, StackedOptimizer
 from lightning_fedhaw.clients.vectorized.trial import Facts
@@ -66,7 +68,8 @@ class Chunk:
         self.engine = engine
         self.step = step
         self.facts = facts
-        self.compiled = compiled
+        # A graph would not carry tangents.
+        self.compiled = compiled if engine.gradient_slope is None else None
         self.batch_size = engine.data.settings.batch_size
         self._sort(tasks)
         self.made = [0] * len(tasks)
@@ -134,7 +137,12 @@ class Chunk:
             stacks.append(None if number is None else self.stacks[number])
         # Only modules with one optimizer are vectorized, so that a client has one entry.
         states = [engine.optimizer_states.get(client, engine.initial_states)[0] for client in self.clients]
-        self.optimizer = StackedOptimizer(optimizer, stacks, self.facts.row_states, states)
+        self.tangents: RateTangents | None = None
+        observer = None
+        if engine.gradient_slope is not None:
+            self.tangents = RateTangents(optimizer, stacks)
+            observer = self._carry_tangents
+        self.optimizer = StackedOptimizer(optimizer, stacks, self.facts.row_states, states, observer)
 
     def _load_objectives(self) -> None:
         """Stack the clients' states of the objectives."""
@@ -195,6 +203,12 @@ class Chunk:
         self.displacements = torch.empty_like(self.start, memory_format=torch.contiguous_format)
         torch._foreach_copy_(list(layout.views(self.displacements).values()), self.stacks[: self.num_shared])
         self.displacements.sub_(self.start)
+        if self.tangents is not None:
+            self.rate_tangents = torch.zeros_like(self.displacements)
+            views = list(layout.views(self.rate_tangents).values())
+            for number, value in zip(self.stack_numbers, self.tangents.values, strict=True):
+                if number is not None and value is not None:
+                    views[number].copy_(value)
 
     def _calls(self) -> Iterator[_Call]:
         """Plan the calls, pass by pass."""
@@ -269,7 +283,7 @@ class Chunk:
         inputs = self._inputs(rows, padded_index, samples, call.batch_index)
         self.step.recorder.batch_size = samples.shape[1]
         trained = [number for number in self.stack_numbers if number is not None]
-        outputs = (self.compiled or self.step).gradients(trained, inputs)
+        outputs = self._gradients(trained, inputs, row_index)
         with torch.no_grad():
             if outputs.logged:
                 self.step.recorder.put(torch.tensor(rows), [value[: len(rows)] for value in outputs.logged])
@@ -280,6 +294,31 @@ class Chunk:
         counts = self.skipped if outputs.losses is None else self.made
         for row in rows:
             counts[row] += 1
+
+    def _gradients(self, trained: Sequence[int], inputs: StepInputs, row_index: RowIndex) -> Gradients:
+        """Compute the gradients of a call, and where a rate is learned their change along the tangents."""
+        if self.tangents is None:
+            return (self.compiled or self.step).gradients(trained, inputs)
+        with self.tangents.level():
+            duals = list(inputs.parameters)
+            for position, number in enumerate(self.stack_numbers):
+                if number is not None:
+                    duals[number] = self.tangents.dual(position, inputs.parameters[number], row_index)
+            outputs = self.step.gradients(trained, inputs._replace(parameters=duals))
+            if outputs.losses is not None:
+                gradients = self._in_optimizer_order(outputs.gradients, len(duals[0]))
+                with torch.no_grad():
+                    self.tangents.put_slopes(clipped(gradients, self.engine.host.clipping), row_index)
+        # Duals of a level are plain tensors after it.
+        return outputs
+
+    def _carry_tangents(self, rows: slice, parameters: Sequence[Tensor], state: OptimizerState) -> None:
+        """Carry the tangents of neighboring rows through the step that is about to be made."""
+        assert self.tangents is not None
+        own_factors = None
+        if self.lr_scales is not None:
+            own_factors = self.lr_scales[rows]
+        self.tangents.step(parameters, state, constant_factor(self.engine.lr_scale), rows, own_factors)
 
     def _put_buffers(self, rows: list[int], row_index: RowIndex, buffers: Sequence[Tensor]) -> None:
         """Write the buffers after a call into their stacks.
@@ -409,11 +448,13 @@ class Chunk:
             # Objectives such as SCAFFOLD's read the rates.
             with scaled_rates(engine.host, engine.plan.lr_scale_of(task.client)):
                 objective_states = engine.end_objectives(task, states, end, {**buffers, **local}, self.made[row])
-        memory = {
+        memory: dict[str, Any] = {
             "optimizers": optimizer_states,
             "objectives": objective_states,
             LOCAL_PARAMETERS: in_host_memory(local.items()),
         }
+        if self.tangents is not None:
+            memory[RATE_TANGENT] = self.rate_tangents[row]
         return ClientUpdate(
             client=task.client,
             num_examples=len(engine.data.train_indices[task.client]),
@@ -448,28 +489,3 @@ def _row_index(rows: list[int]) -> RowIndex:
     if rows[-1] - rows[0] + 1 == len(rows):
         return slice(rows[0], rows[-1] + 1)
     return torch.tensor(rows)
-
-
-def clipped(gradients: Sequence[Tensor | None], clipping: tuple[float, str] | None) -> Sequence[Tensor | None]:
-    """Clip each client's gradient as ``torch.nn.utils.clip_grad_norm_`` or ``clip_grad_value_`` clips one.
-
-    Args:
-        gradients: ``[rows, *shape]`` each; ``None`` for a parameter that was not used.
-        clipping: The bound, and ``"norm"`` or ``"value"``; ``None`` without clipping.
-    """
-    used = [gradient for gradient in gradients if gradient is not None]
-    if clipping is None or not used:
-        return gradients
-    bound, algorithm = clipping
-    if algorithm == "value":
-        return [None if gradient is None else gradient.clamp(-bound, bound) for gradient in gradients]
-    norms = torch.stack([torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1) for gradient in used])
-    # The constant is the one of `clip_grad_norm_`.
-    scale = (bound / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
-    scaled: list[Tensor | None] = []
-    for gradient in gradients:
-        if gradient is not None:
-            # Not in place: an expanded gradient shares its elements.
-            gradient = gradient * scale.to(gradient.dtype).view(-1, *[1] * (gradient.ndim - 1))
-        scaled.append(gradient)
-    return scaled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,11 +14,15 @@ from torch.optim import Optimizer
 from lightning_fedhaw.clients.engine import OptimizerStates, ParameterState, device_of_state
 from lightning_fedhaw.clients.plan import LocalPlan
 from lightning_fedhaw.clients.rates import PROPORTIONAL
+from lightning_fedhaw.clients.rebinding import rebind_optimizer
 from lightning_fedhaw.clients.steps import is_plain_sgd, parameters_of
 from lightning_fedhaw.streams import stream
 
 RowIndex = slice | Tensor
 """Rows of a stack: a slice where they are neighbors, else an int64 index."""
+
+StepObserver = Callable[[slice, Sequence[Tensor], defaultdict[Tensor, ParameterState]], None]
+"""Is given rows, their parameters with gradients, and the optimizer's state of them."""
 
 _ROW = object()
 """A placeholder for a state of the parameter's shape, which is a row of a stack."""
@@ -39,6 +43,8 @@ class StackedOptimizer:
         stacks: ``[rows, *shape]`` for each parameter of its groups, in their order; ``None`` for one that is frozen.
         row_states: Names of the states that have the parameter's shape, as :func:`row_states` finds them.
         states: The states that each row's client starts from, in host memory.
+        observer: Called before neighboring rows are stepped, with the rows, their parameters with gradients, and the
+            optimizer's state.
 
     Attributes:
         kinds: For each row, the number of its template: rows of one kind agree in all numbers.
@@ -50,11 +56,13 @@ class StackedOptimizer:
         stacks: Sequence[Tensor | None],
         row_states: frozenset[str],
         states: Sequence[OptimizerStates],
+        observer: StepObserver | None = None,
     ) -> None:
         self.optimizer = optimizer
+        self.observer = observer
         self.stacks = stacks
         self.row_states = row_states
-        self.is_plain = is_plain_sgd(optimizer, _trainable(optimizer))
+        self.is_plain = observer is None and is_plain_sgd(optimizer, _trainable(optimizer))
         self._is_fused = any(group.get("fused") for group in optimizer.param_groups)
         # By position of the parameter: the options of its group, and with plain SGD its learning rate.
         self._groups: list[Mapping[str, object]] = []
@@ -141,6 +149,8 @@ class StackedOptimizer:
             states_before.append(state_before)
             if state_before:
                 state[parameter] = dict(state_before)
+        if self.observer is not None:
+            self.observer(slice(begin, end), parameters, state)
         rebind_optimizer(self.optimizer, parameters, state).step()
         states_after = [dict(state.get(parameter, {})) for parameter in parameters]
         for index, state_after in enumerate(states_after):
@@ -356,37 +366,6 @@ def _is_row_of(together: _TrialResult, alone: _TrialResult, row: int, row_names:
             if not _agree(value, state[name]):
                 return False
     return True
-
-
-def rebind_optimizer(
-    optimizer: Optimizer,
-    parameters: Sequence[Tensor],
-    state: defaultdict[Tensor, ParameterState],
-    group_size: int | None = None,
-) -> Optimizer:
-    """Make an optimizer of the same class and options for other parameters.
-
-    Its constructor is not called, because its arguments are not known.
-
-    Args:
-        optimizer: The user's optimizer.
-        parameters: The parameters, group after group.
-        state: The state of each parameter.
-        group_size: The number of parameters in each group; as many as in the user's groups by default.
-    """
-    copy: Optimizer = object.__new__(type(optimizer))
-    # Without the `step` that a scheduler puts on the object, which would step the user's optimizer.
-    copy.__dict__ = dict(vars(optimizer))
-    copy.__dict__.pop("step", None)
-    groups = []
-    begin = 0
-    for group in optimizer.param_groups:
-        end = begin + (group_size or len(group["params"]))
-        groups.append({**group, "params": list(parameters[begin:end])})
-        begin = end
-    copy.param_groups = groups
-    copy.state = state
-    return copy
 
 
 def _trainable(optimizer: Optimizer) -> list[Tensor]:
