@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from federations import Classifier, flat, samples, trainer
 from lightning_fedhaw import FederatedDataModule
-from lightning_fedhaw.diagnostics import Coherence, Diagnostic, Drift, LabelCoherence, Shrinking
+from lightning_fedhaw.diagnostics import Coherence, Curvature, Diagnostic, Drift, LabelCoherence, Shrinking
 
 OBSERVERS: dict[str, Callable[[], Diagnostic]] = {
     "coherence": Coherence,
+    "curvature": partial(Curvature, 1, samples=40, batch_size=25, steps=5, trace_samples=2),
     "drift": Drift,
     "label_coherence": LabelCoherence,
     "shrinking": Shrinking,

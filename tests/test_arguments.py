@@ -162,6 +162,8 @@ ANYTHING = {
 RECORDS = {"Arrivals", "Batch", "ClientData", "ClientUpdate", "ClientVectors", "Cohort", "Substitute", "LoaderSettings"}
 RECORDS |= {
     "Aggregated",
+    "Eigenvalues",
+    "Estimate",
     "ShrinkingTerms",
     "ParameterLayout",
     "ProbeResult",

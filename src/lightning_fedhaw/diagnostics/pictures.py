@@ -75,6 +75,27 @@ def draw_shrinking(groups: Groups, path: str | Path | None = None) -> Figure:
     return figure
 
 
+def draw_curvature(groups: Groups, path: str | Path | None = None) -> Figure:
+    """Draw the largest eigenvalue, the flatness ratio and the fifth eigenvalue of the Hessian over rounds.
+
+    Args:
+        groups: The runs of each method, by name; with :class:`Curvature` among their callbacks.
+        path: Where the picture is saved; its suffix chooses the format.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+        ValueError: If no run has measured it.
+    """
+    panels = {
+        f"{PREFIX}curvature/eigenvalue_1": "largest eigenvalue",
+        f"{PREFIX}curvature/eigenvalue_5": "fifth eigenvalue",
+        f"{PREFIX}curvature/ratio": "largest / fifth eigenvalue",
+    }
+    figure = _series(groups, panels)
+    save_figure(figure, path)
+    return figure
+
+
 def draw_drift(run: RunHistory, path: str | Path | None = None) -> Figure:
     """Draw the mean distance of the clients' models from the global one over rounds, and the layers' shares in it.
 
