@@ -11,10 +11,19 @@ from torch import Tensor
 
 from federations import Classifier, flat, samples, trainer
 from lightning_fedhaw import FederatedDataModule
-from lightning_fedhaw.diagnostics import Coherence, Curvature, Diagnostic, Drift, LabelCoherence, Shrinking
+from lightning_fedhaw.diagnostics import (
+    Coherence,
+    Contributions,
+    Curvature,
+    Diagnostic,
+    Drift,
+    LabelCoherence,
+    Shrinking,
+)
 
 OBSERVERS: dict[str, Callable[[], Diagnostic]] = {
     "coherence": Coherence,
+    "contributions": partial(Contributions, 1, samples=40, permutations=2),
     "curvature": partial(Curvature, 1, samples=40, batch_size=25, steps=5, trace_samples=2),
     "drift": Drift,
     "label_coherence": LabelCoherence,

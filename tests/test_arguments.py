@@ -164,6 +164,7 @@ RECORDS |= {
     "Aggregated",
     "Eigenvalues",
     "Estimate",
+    "ShapleyValues",
     "ShrinkingTerms",
     "ParameterLayout",
     "ProbeResult",

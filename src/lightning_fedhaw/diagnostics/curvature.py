@@ -11,8 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.diagnostics.base import Diagnostic
-from lightning_fedhaw.diagnostics.held_out import HeldOutLoss, Source, check_second_derivative, held_out_loss
+from lightning_fedhaw.diagnostics.held_out import HeldOutDiagnostic, HeldOutLoss, Source, check_second_derivative
 from lightning_fedhaw.diagnostics.spectrum import flatness_ratio, hutchinson_trace, largest_eigenvalues
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.observation import Aggregated
@@ -24,7 +23,7 @@ COUNT = 5
 _PRECISIONS = ("32-true", "64-true")
 
 
-class Curvature(Diagnostic):
+class Curvature(HeldOutDiagnostic):
     """Measures how sharp the loss of the global model is, on validation or proxy data in evaluation mode.
 
     The loss is that of ``training_step``. After ``diagnostics/curvature/`` it logs:
@@ -55,46 +54,37 @@ class Curvature(Diagnostic):
         steps: int = 50,
         trace_samples: int = 10,
     ) -> None:
-        super().__init__(every_n_rounds)
-        self.data = arguments.choice("data", data, Source)
-        self.samples = arguments.integer("samples", samples, minimum=1)
-        self.batch_size = arguments.integer("batch_size", batch_size, minimum=1)
+        super().__init__(every_n_rounds, data, samples, batch_size)
         self.steps = arguments.integer("steps", steps, minimum=COUNT)
         self.trace_samples = arguments.integer("trace_samples", trace_samples, minimum=0)
-        self._federation: Federation | None = None
-        self._loss: HeldOutLoss | None = None
-
-    def check(self, federation: Federation) -> None:
-        """Keep the federation until the validation data is there."""
-        self._federation = federation
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Read the samples, refuse what has no curvature, and say what it costs."""
+        """Refuse half precision, in which a second derivative is rounding, and read the samples."""
         name = type(self).__name__
         if trainer.precision not in _PRECISIONS:
             raise ValueError(
                 f"`{name}` needs derivatives in full precision, and `precision` is {trainer.precision!r}. Use"
                 f" '32-true' or '64-true', or remove `{name}`."
             )
-        federation = self._federation
-        assert federation is not None, "on_federation_start comes first"
-        self._federation = None
-        self._loss = held_out_loss(name, trainer, federation, self.data, self.samples, self.batch_size)
+        super().on_train_start(trainer, pl_module)
+
+    def prepare(self, federation: Federation, loss: HeldOutLoss) -> None:
+        """Refuse a loss without a second derivative, and say what curvature costs."""
+        name = type(self).__name__
         begin = time.perf_counter()
-        check_second_derivative(name, self._loss, federation)
+        check_second_derivative(name, loss, federation)
         seconds = time.perf_counter() - begin
         products = min(self.steps, federation.layout.numel) + self.trace_samples
         megabytes = min(self.steps, federation.layout.numel) * federation.server.parameters().nbytes / 1e6
         rank_zero_info(
             f"{name}: after every {self.every_n_rounds} rounds {products} products with the Hessian on"
-            f" {self._loss.samples} samples, about {2 * products} gradient passes over them or"
+            f" {loss.samples} samples, about {2 * products} gradient passes over them or"
             f" {products * seconds:.2g} s, and {megabytes:.3g} MB for the basis."
         )
 
     def measure(self, aggregated: Aggregated) -> None:
         """Compute eigenvalues and trace at the new global model."""
-        loss = self._loss
-        assert loss is not None, "on_train_start comes first"
+        loss = self.loss
         vector = aggregated.server.parameters()
 
         def product(direction: Tensor) -> Tensor:
@@ -117,7 +107,3 @@ class Curvature(Diagnostic):
             trace = hutchinson_trace(product, vector, self.trace_samples, generator)
             aggregated.log("curvature/trace", trace.value)
             aggregated.log("curvature/trace_error", trace.error)
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Release the samples and the federation."""
-        self._loss = None

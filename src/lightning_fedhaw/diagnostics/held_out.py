@@ -5,6 +5,7 @@ Shapes: P trainable parameters.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.adapter.evaluation import validation_loaders
 from lightning_fedhaw.clients.attributes import ClientAttributes
+from lightning_fedhaw.diagnostics.base import Diagnostic
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.rule import Batch
@@ -72,6 +75,56 @@ class HeldOutLoss:
     def _loss(self, index: int, batch: Batch, vector: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Tensor:
         seed_randomness(seed_of(self.server.seed, "diagnostics", "batch", index), vector.device)
         return self.server.loss(vector, self.server.prepare(batch), index, buffers=buffers)
+
+
+class HeldOutDiagnostic(Diagnostic, ABC):
+    """A diagnostic that needs the loss on held-out samples, which are drawn once.
+
+    Args:
+        every_n_rounds: It measures after every n-th round.
+        data: Whether the loss is on ``"validation"`` or on ``"proxy"`` data.
+        samples: The samples of the loss at most.
+        batch_size: Samples that are computed at once at most.
+    """
+
+    def __init__(self, every_n_rounds: int, data: Source, samples: int, batch_size: int) -> None:
+        super().__init__(every_n_rounds)
+        self.data = arguments.choice("data", data, Source)
+        self.samples = arguments.integer("samples", samples, minimum=1)
+        self.batch_size = arguments.integer("batch_size", batch_size, minimum=1)
+        self._federation: Federation | None = None
+        self._loss: HeldOutLoss | None = None
+
+    def check(self, federation: Federation) -> None:
+        """Keep the federation until the validation data is there."""
+        self._federation = federation
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read the samples, and refuse what cannot be measured on them."""
+        federation = self._federation
+        assert federation is not None, "on_federation_start comes first"
+        self._federation = None
+        self._loss = held_out_loss(type(self).__name__, trainer, federation, self.data, self.samples, self.batch_size)
+        self.prepare(federation, self._loss)
+
+    @abstractmethod
+    def prepare(self, federation: Federation, loss: HeldOutLoss) -> None:
+        """Refuse what cannot be measured, and say what measuring costs, before the first round."""
+
+    @property
+    def loss(self) -> HeldOutLoss:
+        """The loss, while a run is going on."""
+        assert self._loss is not None, "on_train_start comes first"
+        return self._loss
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Release the samples."""
+        self._loss = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Release the samples."""
+        self._loss = None
+        self._federation = None
 
 
 def held_out_loss(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_fedhaw.diagnostics.coherence import critical_round
+from lightning_fedhaw.diagnostics.scores import client_scores, scores_of, shapley_errors
 from lightning_fedhaw.federation.observation import PREFIX
 from lightning_fedhaw.report.history import RunHistory
 from lightning_fedhaw.report.plotting import (
@@ -146,6 +147,47 @@ def draw_cosines(run: RunHistory, path: str | Path | None = None, *, round_idx: 
         axes.set_yticks(range(len(clients)), clients)
     axes.set(xlabel="client", ylabel="client", title=f"round {chosen + 1}")
     figure.colorbar(image, ax=axes, label="cosine of the updates")
+    save_figure(figure, path)
+    return figure
+
+
+def draw_contributions(run: RunHistory, path: str | Path | None = None) -> Figure:
+    """Draw the scores of the clients over a run, a panel for each score; the largest client is on top.
+
+    Args:
+        run: The history of a run; with :class:`Contributions` among its callbacks, or a checkpoint of it, for more than
+            the weights.
+        path: Where the picture is saved; its suffix chooses the format.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+        ValueError: If the run has no score.
+    """
+    scores = scores_of(run)
+    if not scores:
+        raise ValueError("The run has kept neither weights nor contributions: it is a log, or has over 1,000 clients.")
+    labels = {
+        "weight": "mean weight",
+        "leave_one_out": "loss without the client, minus loss with it",
+        "shapley": "Shapley value: fall of the loss",
+    }
+    order = sorted(range(len(run.sizes)), key=lambda client: run.sizes[client])
+    figure = new_figure(1.2 + 3.4 * len(scores), min(1.6 + 0.24 * len(order), 8.0))
+    panels = figure.subplots(1, len(scores), squeeze=False, sharey=True)[0]
+    for index, (score, axes) in enumerate(zip(scores, panels, strict=True)):
+        values = client_scores(run, score)[order].tolist()
+        errors = None
+        if score == "shapley":
+            errors = shapley_errors(run)[order].nan_to_num().tolist()
+        color, _ = color_and_style(index)
+        axes.barh(range(len(order)), values, xerr=errors, color=color, ecolor="0.2", capsize=2)
+        axes.axvline(0, color="0.4", linewidth=0.8)
+        axes.set(xlabel=labels[score])
+        tidy(axes)
+    if len(order) <= 40:
+        panels[0].set_yticks(range(len(order)), [f"client {client}  ({run.sizes[client]:,})" for client in order])
+    else:
+        panels[0].set(ylabel=f"{len(order)} clients, largest on top")
     save_figure(figure, path)
     return figure
 
