@@ -1,4 +1,4 @@
-"""A learned client rate by exact differentiation, beside FedHyper's SL, its approximation of one sample, and fixed rates.
+"""A learned client rate by exact differentiation, next to FedHyper's SL, its one-sample approximation, and fixed rates.
 
     python examples/learned_client_rate.py
 

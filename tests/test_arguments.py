@@ -21,7 +21,16 @@ from torch.utils.data import TensorDataset
 
 import lightning_fedhaw
 from federations import QUIET
-from lightning_fedhaw import FederatedDataModule, FederatedTrainer, arguments, channel, data, extending, objectives
+from lightning_fedhaw import (
+    FederatedDataModule,
+    FederatedTrainer,
+    arguments,
+    channel,
+    data,
+    diagnostics,
+    extending,
+    objectives,
+)
 from lightning_fedhaw.data.features import cache_features
 
 DATA = TensorDataset(torch.randn(8, 2), torch.arange(8) % 2)
@@ -153,6 +162,11 @@ ANYTHING = {
 RECORDS = {"Arrivals", "Batch", "ClientData", "ClientUpdate", "ClientVectors", "Cohort", "Substitute", "LoaderSettings"}
 RECORDS |= {
     "LocalTraining",
+    "Aggregated",
+    "Eigenvalues",
+    "Estimate",
+    "ShapleyValues",
+    "ShrinkingTerms",
     "ParameterLayout",
     "ProbeResult",
     "MessageSize",
@@ -214,7 +228,7 @@ def parts(hint: Any) -> tuple[Any, ...]:
 
 def public_classes() -> list[type]:
     found = {}
-    for module in (lightning_fedhaw, channel, data, extending, objectives):
+    for module in (lightning_fedhaw, channel, data, diagnostics, extending, objectives):
         for name in module.__all__:
             kind = getattr(module, name)
             if inspect.isclass(kind) and not inspect.isabstract(kind) and name not in RECORDS:

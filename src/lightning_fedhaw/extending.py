@@ -18,6 +18,7 @@ from lightning_fedhaw.data.partitioners.base import Partitioner
 from lightning_fedhaw.data.partitioners.partition import Partition
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.federation.clients import FederationClients
+from lightning_fedhaw.federation.observation import Aggregated
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.objectives.view import StepView
@@ -30,6 +31,7 @@ from lightning_fedhaw.vectors.layout import ParameterLayout
 
 __all__ = [
     "AggregateChannel",
+    "Aggregated",
     "AggregationRule",
     "Arrivals",
     "BlockChannel",

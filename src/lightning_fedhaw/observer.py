@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.federation.federation import Federation
+from lightning_fedhaw.federation.observation import Aggregated
 from lightning_fedhaw.federation.records import Report
 from lightning_fedhaw.keys import check_has_rule
 
@@ -60,6 +61,18 @@ class FederatedCallback(pl.Callback):
             pl_module: The module, with the client's model.
             update: The client's update. Its displacement is only valid during the call, because its memory is used
                 again for other clients.
+        """
+
+    def on_aggregation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, aggregated: Aggregated) -> None:
+        """Observe an aggregation, with the new global model in the module, and log numbers of it.
+
+        Every process calls it with the same cohort, whose operations are computed together, so all of them have to use
+        it alike. A round that is skipped aggregates nothing.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module, with the global model.
+            aggregated: The cohort and what the rule has made of it; ``aggregated.log(name, value)`` logs a number.
         """
 
     def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: Report) -> None:

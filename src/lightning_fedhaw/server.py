@@ -191,6 +191,10 @@ class Server:
         """
         return self._prepare(self._collated(index))
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Convert a batch to the precision, and move it to the model's device."""
+        return self._prepare(batch)
+
     def _collated(self, index: Tensor) -> Batch:
         if self._proxy_tensors is not None:
             return [tensor[index.to(tensor.device)] for tensor in self._proxy_tensors]

@@ -27,7 +27,7 @@ from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, datamodule
 from lightning_fedhaw.clients.engine import settings_of
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.run_state import RoundSnapshot
-from lightning_fedhaw.report.history import RunHistory
+from lightning_fedhaw.report.history import RunHistory, first_rounds
 
 GATE = threading.RLock()
 """Held while a round begins, and while another thread reads the state between two rounds."""
@@ -136,8 +136,10 @@ class BetweenRounds:
             return saved
         state = callback.state_dict()
         if state and isinstance(callback, RunHistory):
-            # The weights of the round in progress may be there already.
+            # The weights and tables of the round in progress may be there already.
             state["weights"] = state["weights"][: self.global_step]
+            if "tables" in state:
+                state["tables"] = first_rounds(state["tables"], self.global_step)
         return state
 
     def federation_state(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from lightning_fedhaw.data.samplers import CohortSampler, FullParticipationSampl
 from lightning_fedhaw.data.small_clients import large_clients, only
 from lightning_fedhaw.data.split import split
 from lightning_fedhaw.federation.federation import Federation
+from lightning_fedhaw.federation.observation import Aggregated
 from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.observer import FederatedCallback
@@ -268,11 +269,7 @@ def _batch_limit(trainer: pl.Trainer) -> int | float | None:
 
 def client_observer(trainer: pl.Trainer, federation: Federation) -> Callable[[ClientTask], None]:
     """Call ``on_client_start`` of all callbacks that have it, with the client's model in the module."""
-    hooks = []
-    for callback in callbacks_of(trainer):
-        is_inherited = getattr(type(callback), "on_client_start", None) is FederatedCallback.on_client_start
-        if hasattr(callback, "on_client_start") and not is_inherited:
-            hooks.append(callback.on_client_start)
+    hooks = _implemented(trainer, "on_client_start")
 
     def observe(task: ClientTask) -> None:
         if not hooks:
@@ -286,6 +283,29 @@ def client_observer(trainer: pl.Trainer, federation: Federation) -> Callable[[Cl
             federation.host.client = None
 
     return observe
+
+
+def aggregation_observer(trainer: pl.Trainer) -> Callable[[Aggregated], None] | None:
+    """Call ``on_aggregation`` of all callbacks that have it; ``None`` if no callback does."""
+    hooks = _implemented(trainer, "on_aggregation")
+    if not hooks:
+        return None
+
+    def observe(aggregated: Aggregated) -> None:
+        for hook in hooks:
+            hook(trainer, trainer.lightning_module, aggregated)
+
+    return observe
+
+
+def _implemented(trainer: pl.Trainer, name: str) -> list[Callable[..., None]]:
+    """Return a hook of all callbacks that do something in it, so that the others cost nothing."""
+    hooks = []
+    for callback in callbacks_of(trainer):
+        is_inherited = getattr(type(callback), name, None) is getattr(FederatedCallback, name)
+        if hasattr(callback, name) and not is_inherited:
+            hooks.append(getattr(callback, name))
+    return hooks
 
 
 def _sampler(options: FederationOptions) -> CohortSampler:

@@ -335,3 +335,27 @@ class _EveryNth:
 
     def __len__(self) -> int:
         return _num_shared(self.limit, self.rank, self.size)
+
+
+def validation_loaders(trainer: pl.Trainer) -> list[Any]:
+    """Return the loaders of the validation that is part of ``fit``, and set them up if that has not been done.
+
+    Args:
+        trainer: The trainer, whose ``fit`` has begun.
+
+    Returns:
+        The loaders; empty if nothing is validated.
+    """
+    if not trainer.enable_validation:
+        return []
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if loop._combined_loader is None:
+        # As Lightning does it, at the start of a run that validates after its first epoch.
+        trainer.validating = True
+        try:
+            loop.setup_data()
+        finally:
+            trainer.training = True
+    if loop._combined_loader is None:
+        return []
+    return list(loop._combined_loader.flattened)

@@ -25,6 +25,7 @@ from torchmetrics import Metric
 from lightning_fedhaw.adapter.any_moment import GATE, BetweenRounds, Counters, counters_of, in_use
 from lightning_fedhaw.adapter.assembly import (
     AssignedData,
+    aggregation_observer,
     assign_data,
     build_federation,
     client_observer,
@@ -195,6 +196,7 @@ class RoundLoop(_FitLoop):
         federation.on_client_start = client_observer(trainer, federation)
         federation.on_client_end = observers(trainer, "on_client_end")
         federation.on_round_end = observers(trainer, "on_round_end")
+        federation.observation.observe = aggregation_observer(trainer)
         first_round = self.epoch_loop.global_step
         if options.sampler is not None and self.max_epochs is not None:
             # A sampler of the user's may fail in a late round: this is found before the first one.

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_fedhaw.federation.observation import PREFIX
 from lightning_fedhaw.report.history import is_of_a_client
 
 MARKS = ("round_skipped", "server_steps_refused", "hyper_steps_refused")
@@ -37,7 +38,7 @@ def names_for_callbacks(name: str, options: Mapping[str, Any]) -> list[str]:
 
 
 def forget_earlier_rounds(trainer: pl.Trainer, logged: Iterable[str], present: Mapping[str, float]) -> None:
-    """Remove what earlier rounds have logged of single clients, and marks of earlier rounds.
+    """Remove what earlier rounds have logged of single clients, their marks, and what observers measured in them.
 
     Lightning keeps the last value of every name, and a client's last weight would look like one of this round.
 
@@ -48,7 +49,8 @@ def forget_earlier_rounds(trainer: pl.Trainer, logged: Iterable[str], present: M
     """
     connector = trainer._logger_connector
     for name in logged:
-        if name in present or not (is_of_a_client(name) or name in MARKS):
+        is_of_some_rounds = is_of_a_client(name) or name in MARKS or name.startswith(PREFIX)
+        if name in present or not is_of_some_rounds:
             continue
         for metrics in (connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics):
             metrics.pop(name, None)

@@ -27,6 +27,7 @@ from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, Clie
 from lightning_fedhaw.federation.full_gradient import FullGradient
 from lightning_fedhaw.federation.initial_loss import InitialLosses
 from lightning_fedhaw.federation.memory_advice import memory_advice
+from lightning_fedhaw.federation.observation import Observation
 from lightning_fedhaw.federation.placement import Placement
 from lightning_fedhaw.federation.probing import Probed, Probing
 from lightning_fedhaw.federation.rate_tangents import RateTangentPayload
@@ -132,6 +133,7 @@ class Federation:
         self._prepare_transport(clients_remember)
         self.screening = Screening(options, self.buffers, rule, self.transport.uplink)
         self.probing = Probing(host, server, rule, options, self.buffers, self.placement, self.transport, self.sampling)
+        self.observation = Observation(host, server, self.seed)
         self.run_state = self._make_run_state(objectives)
         self.in_round = False
         self.on_round_start: Callable[[int, list[int]], None] = _ignore
@@ -441,7 +443,8 @@ class Federation:
         self.rule.state = dict(step.state)
         self.buffers.complete(plan.round, received.updates)
         weights = dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
-        return Aggregation(step.metrics, weights)
+        observed = self.observation.of(cohort, step)
+        return Aggregation({**step.metrics, **observed.numbers}, weights, observed.tables)
 
     def _receive(self, plan: RoundPlan, received: Received, store: VectorStore) -> Cohort:
         """Make the cohort that the rule reads from the updates that the server has received."""
@@ -480,7 +483,7 @@ class Federation:
             "bytes_up": float(bytes_up),
         }
         logged = merge(update.logged for update in updates)
-        return Report(plan.round, plan.clients, metrics, logged, aggregation.weights)
+        return Report(plan.round, plan.clients, metrics, logged, aggregation.weights, aggregation.tables)
 
     def _memory_advice(self) -> str:
         """Return advice for the user when memory has run out."""

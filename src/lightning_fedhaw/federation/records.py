@@ -222,12 +222,14 @@ class Aggregation:
     """The result of a round's aggregation.
 
     Attributes:
-        metrics: The rule's numbers for the log.
+        metrics: The rule's and the observers' numbers for the log.
         weights: The normalized weight of each client whose vector reached the aggregation.
+        tables: The tables that observers keep in the history.
     """
 
     metrics: Mapping[str, float]
     weights: Mapping[int, float]
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -237,9 +239,10 @@ class Report:
     Attributes:
         round: The round's number, from 0.
         clients: The clients that were sampled.
-        metrics: The rule's and the round's own numbers.
+        metrics: The rule's, the observers' and the round's own numbers.
         logged: The values that the clients' ``training_step`` logged, merged.
         weights: The normalized weight of each client whose vector reached the aggregation.
+        tables: The tables that observers keep in the history.
     """
 
     round: int
@@ -247,3 +250,4 @@ class Report:
     metrics: Mapping[str, float]
     logged: Mapping[str, Logged]
     weights: Mapping[int, float]
+    tables: Mapping[str, Tensor] = field(default_factory=dict)

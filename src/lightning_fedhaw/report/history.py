@@ -49,6 +49,16 @@ def _of_all_clients(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
     return numbers
 
 
+def first_rounds(tables: Mapping[str, Mapping[int, Tensor]], rounds: int) -> dict[str, dict[int, Tensor]]:
+    """Return the tables of the first rounds; a name without any is left out."""
+    kept: dict[str, dict[int, Tensor]] = {}
+    for name, by_round in tables.items():
+        for round_idx, table in by_round.items():
+            if round_idx < rounds:
+                kept.setdefault(name, {})[round_idx] = table
+    return kept
+
+
 class RunHistory(KeyedCallback, FederatedCallback):
     """Collects what a run logs, for its run summary and its pictures.
 
@@ -61,6 +71,8 @@ class RunHistory(KeyedCallback, FederatedCallback):
         labels: ``[N, C]``, samples of each client in each class, where the data set shows its labels.
         class_names: The name of each class, where that is not its number.
         clients: Metrics of the final model on each client's own data, ``[N]`` each; empty before the end of ``fit``.
+        tables: What observers keep of rounds: by name, and by the number of the round. Checkpoints hold them, logs do
+            not.
     """
 
     key = "History"
@@ -75,6 +87,7 @@ class RunHistory(KeyedCallback, FederatedCallback):
         self.labels: Tensor | None = None
         self.class_names: tuple[str, ...] | None = None
         self.clients: dict[str, list[float]] = {}
+        self.tables: dict[str, dict[int, Tensor]] = {}
         self._weights: list[Tensor] = []
 
     def on_federation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, federation: Federation) -> None:
@@ -96,6 +109,7 @@ class RunHistory(KeyedCallback, FederatedCallback):
         """Have one row for each of some rounds."""
         self.metrics = self.metrics[:rounds]
         self._weights = self._weights[:rounds]
+        self.tables = first_rounds(self.tables, rounds)
         while len(self.metrics) < rounds:
             self.metrics.append({})
         if self._collects_clients:
@@ -111,6 +125,8 @@ class RunHistory(KeyedCallback, FederatedCallback):
         """
         self._cut_or_fill(report.round)
         self.metrics.append(_of_all_clients(logged))
+        for name, table in report.tables.items():
+            self.tables.setdefault(name, {})[report.round] = table
         if self._collects_clients:
             weights = self._no_weights()
             weights[list(report.weights)] = torch.tensor(list(report.weights.values()))
@@ -215,6 +231,8 @@ class RunHistory(KeyedCallback, FederatedCallback):
         }
         if self.class_names is not None:
             state["class_names"] = self.class_names
+        if self.tables:
+            state["tables"] = {name: dict(tables) for name, tables in self.tables.items()}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -224,6 +242,7 @@ class RunHistory(KeyedCallback, FederatedCallback):
         self.clients = dict(state_dict["clients"])
         self.labels = state_dict["labels"]
         self.class_names = state_dict.get("class_names")
+        self.tables = {name: dict(tables) for name, tables in state_dict.get("tables", {}).items()}
         self._weights = list(state_dict["weights"])
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
+from lightning_fedhaw.federation.observation import PREFIX
 from lightning_fedhaw.report.history import RunHistory, read_runs
 from lightning_fedhaw.report.plotting import draw_bands, draw_clients, draw_labels, draw_weights, readable_list
 
@@ -117,6 +118,8 @@ def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, fo
     hypergradients = [name for name in logged if name.startswith("hypergradient_")]
     if hypergradients:
         draw_bands(groups, hypergradients, path_of("hypergradients"), log=True)
+    for diagnostic, names in _observed(logged).items():
+        draw_bands(groups, names, path_of(diagnostic))
     if any(metric in run.clients for run in runs):
         draw_clients(groups, metric, path_of(f"{metric}_of_clients"))
     for name, group in groups.items():
@@ -127,6 +130,16 @@ def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, fo
         if run.weight_changes() is not None:
             draw_weights(run, path_of(f"{name}_weights"), f"weights that {name} learned")
     return pictures
+
+
+def _observed(names: Sequence[str]) -> dict[str, list[str]]:
+    """Group what observers have measured by the observer; numbers of single layers are left out."""
+    observed: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split("/")
+        if name.startswith(PREFIX) and len(parts) <= 3:
+            observed.setdefault(parts[1], []).append(name)
+    return observed
 
 
 def best_metric(names: Sequence[str]) -> str | None:

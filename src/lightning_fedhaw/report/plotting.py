@@ -56,7 +56,7 @@ def draw_comparison(
     Raises:
         ModuleNotFoundError: If matplotlib is missing.
     """
-    figure = _figure(11, 4.8)
+    figure = new_figure(11, 4.8)
     panels = figure.subplot_mosaic([["curves", "heat"], ["scale", "heat"]], width_ratios=(1, 1.1), height_ratios=(2, 1))
     curves = panels["curves"]
     scale = panels["scale"]
@@ -71,11 +71,11 @@ def draw_comparison(
     curves.set(ylabel=metric, title=f"{metric} of the global model")
     curves.legend(frameon=False)
     scale.set(xlabel="round", ylabel="scale")
-    _use_whole_numbers(curves, scale)
-    _tidy(curves, scale)
+    use_whole_numbers(curves, scale)
+    tidy(curves, scale)
     _draw_heat_map(heat, runs[learned], sizes)
     heat.set_title(f"weights that {learned} learned")
-    _save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
@@ -90,7 +90,7 @@ def draw_curves(runs: Mapping[str, RunHistory], path: str | Path | None = None, 
     Raises:
         ModuleNotFoundError: If matplotlib is missing.
     """
-    figure = _figure(11, 2.6 + 0.14 * len(runs))
+    figure = new_figure(11, 2.6 + 0.14 * len(runs))
     curves, bars = figure.subplots(1, 2, width_ratios=(1.3, 1))
     values = {}
     means = {}
@@ -100,7 +100,7 @@ def draw_curves(runs: Mapping[str, RunHistory], path: str | Path | None = None, 
         means[name] = sum(curve[-10:]) / len(curve[-10:])
     names = sorted(means, key=means.__getitem__)
     for index, name in enumerate(reversed(names)):
-        color, style = _color_and_style(index)
+        color, style = color_and_style(index)
         curves.plot(range(1, len(values[name]) + 1), values[name], style, color=color, label=name, linewidth=1.5)
         # The best run is at the top, where the curves' colors begin.
         height = len(names) - 1 - index
@@ -109,9 +109,9 @@ def draw_curves(runs: Mapping[str, RunHistory], path: str | Path | None = None, 
     curves.set(xlabel="round", ylabel=metric, title=f"{metric} of the global model")
     bars.set(title="mean of the last ten rounds", xlabel=metric)
     bars.set_yticks(range(len(names)), names)
-    _use_whole_numbers(curves)
-    _tidy(curves, bars)
-    _save(figure, path)
+    use_whole_numbers(curves)
+    tidy(curves, bars)
+    save_figure(figure, path)
     return figure
 
 
@@ -134,16 +134,16 @@ def draw_lines(
     Raises:
         ModuleNotFoundError: If matplotlib is missing.
     """
-    figure = _figure(7, 4.4)
+    figure = new_figure(7, 4.4)
     axes = figure.subplots()
     for index, (name, values) in enumerate(lines.items()):
-        color, _ = _color_and_style(index)
+        color, _ = color_and_style(index)
         style = _MARKED_STYLES[index // len(_COLORS) % len(_MARKED_STYLES)]
         axes.plot(positions, values, style, color=color, label=name, linewidth=1.5)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(frameon=False)
-    _tidy(axes)
-    _save(figure, path)
+    tidy(axes)
+    save_figure(figure, path)
     return figure
 
 
@@ -165,27 +165,27 @@ def draw_bands(
     Raises:
         ModuleNotFoundError: If matplotlib is missing.
     """
-    figure = _figure(1.4 + 5.2 * len(metrics), 4.2)
+    figure = new_figure(1.4 + 5.2 * len(metrics), 4.2)
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     scale = "log" if log else "linear"
     for metric, axes in zip(metrics, panels, strict=True):
         for index, (name, runs) in enumerate(groups.items()):
-            _draw_band(axes, index, name, [run.curve(metric) for run in runs], log)
+            draw_band(axes, index, name, [run.curve(metric) for run in runs], log)
         axes.set(xlabel="round", title=metric, yscale=scale)
         axes.margins(x=0.02)
-        _use_whole_numbers(axes)
+        use_whole_numbers(axes)
         # Without a line there is no legend, and matplotlib would warn.
         if axes.get_lines():
             axes.legend(frameon=False)
-        _tidy(axes)
+        tidy(axes)
     seeds = max(len(runs) for runs in groups.values())
     if seeds > 1:
         figure.supxlabel(f"mean and standard deviation over up to {seeds} runs", fontsize=9, color="0.4")
-    _save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
-def _draw_band(axes: Axes, index: int, name: str, curves: Sequence[Sequence[float]], log: bool) -> None:
+def draw_band(axes: Axes, index: int, name: str, curves: Sequence[Sequence[float]], log: bool) -> None:
     """Draw the mean of some curves and, where there are several, a band of one standard deviation.
 
     Args:
@@ -195,7 +195,7 @@ def _draw_band(axes: Axes, index: int, name: str, curves: Sequence[Sequence[floa
         curves: One curve of each run.
         log: Whether the axis is logarithmic.
     """
-    color, style = _color_and_style(index)
+    color, style = color_and_style(index)
     values = _padded(curves)
     rounds = (~values.isnan()).any(0).nonzero()[:, 0]
     mean, deviation = _mean_and_deviation(values[:, rounds])
@@ -233,11 +233,11 @@ def draw_weights(history: RunHistory, path: str | Path | None = None, title: str
     """
     if not len(history.weights):
         raise ValueError("The run kept no weights: it has no `weights.csv` and no round, or more than 1,000 clients.")
-    figure = _figure(7.2, min(1.8 + 0.24 * len(history.sizes), 8.0))
+    figure = new_figure(7.2, min(1.8 + 0.24 * len(history.sizes), 8.0))
     axes = figure.subplots()
     _draw_heat_map(axes, history, history.sizes)
     axes.set_title(title)
-    _save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
@@ -263,11 +263,11 @@ def draw_clients(groups: Mapping[str, Sequence[RunHistory]], metric: str, path: 
     height = 4.2
     if len(sizes) > 12:
         height = min(1.6 + 0.24 * len(sizes), 8.0)
-    figure = _figure(11, height)
+    figure = new_figure(11, height)
     by_client, ranked = figure.subplots(1, 2, width_ratios=(1, 1.15))
     row_of = {client: row for row, client in enumerate(_largest_first(sizes))}
     for index, (name, runs) in enumerate(measured.items()):
-        color, style = _color_and_style(index)
+        color, style = color_and_style(index)
         values = runs[0].clients[metric]
         rows = [row_of[client] for client in range(len(values))]
         by_client.plot(values, rows, "o", color=color, alpha=0.85, markersize=5, label=name)
@@ -286,8 +286,8 @@ def draw_clients(groups: Mapping[str, Sequence[RunHistory]], metric: str, path: 
     by_client.set(xlabel=metric, title=title)
     ranked.set(xlabel="clients, worst first, %", ylabel=metric, title="from the worst client to the best")
     ranked.legend(frameon=False)
-    _tidy(by_client, ranked)
-    _save(figure, path)
+    tidy(by_client, ranked)
+    save_figure(figure, path)
     return figure
 
 
@@ -327,7 +327,7 @@ def draw_labels(history: RunHistory, path: str | Path | None = None) -> Figure:
     return draw_histogram(torch.tensor(history.sizes)[:, None], path, ["any"])
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """Create a figure that belongs to no window and to no global state.
 
     Args:
@@ -349,19 +349,19 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: str | Path | None) -> None:
+def save_figure(figure: Figure, path: str | Path | None) -> None:
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
 
 
-def _tidy(*panels: Axes) -> None:
+def tidy(*panels: Axes) -> None:
     for axes in panels:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def _color_and_style(index: int) -> tuple[str, str]:
+def color_and_style(index: int) -> tuple[str, str]:
     """Return color and line style of the method with a number: all colors in one style, then in the next."""
     color = _COLORS[index % len(_COLORS)]
     style = _STYLES[index // len(_COLORS) % len(_STYLES)]
@@ -393,7 +393,7 @@ def _draw_heat_map(axes: Axes, history: RunHistory, sizes: Sequence[int]) -> Non
     )
     axes.set_facecolor("0.85")
     axes.set(xlabel="round")
-    _use_whole_numbers(axes)
+    use_whole_numbers(axes)
     _label_clients(axes, sizes)
     axes.figure.colorbar(image, ax=axes, label="change against the share of samples, %")
 
@@ -414,7 +414,7 @@ def _largest_first(sizes: Sequence[int]) -> list[int]:
     return sorted(range(len(sizes)), key=lambda client: -sizes[client])
 
 
-def _use_whole_numbers(*panels: Axes) -> None:
+def use_whole_numbers(*panels: Axes) -> None:
     """Label the horizontal axis with whole numbers: there is no round 2.5."""
     from matplotlib.ticker import MaxNLocator
 

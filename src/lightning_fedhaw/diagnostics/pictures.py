@@ -1,0 +1,259 @@
+"""Pictures of diagnostics. Needs matplotlib: ``pip install "lightning-fedhaw[plot]"``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isnan
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lightning_fedhaw.diagnostics.coherence import critical_round
+from lightning_fedhaw.diagnostics.scores import client_scores, scores_of, shapley_errors
+from lightning_fedhaw.federation.observation import PREFIX
+from lightning_fedhaw.report.history import RunHistory
+from lightning_fedhaw.report.plotting import (
+    color_and_style,
+    draw_band,
+    new_figure,
+    save_figure,
+    tidy,
+    use_whole_numbers,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Groups = Mapping[str, Sequence[RunHistory]]
+"""The runs of each method, such as one for each seed, by the name of the method."""
+
+
+def draw_coherence(groups: Groups, path: str | Path | None = None, window: int = 5) -> Figure:
+    """Draw the coherence of the clients' updates over rounds, with the critical round of each method's first run.
+
+    Args:
+        groups: The runs of each method, by name; with :class:`Coherence` among their callbacks.
+        path: Where the picture is saved; its suffix chooses the format.
+        window: The measurements in the mean that finds the critical round.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+        ValueError: If no run has measured it.
+    """
+    metric = f"{PREFIX}coherence"
+    figure = _series(groups, {metric: "coherence of the cohort"})
+    axes = figure.axes[0]
+    axes.axhline(0, color="0.4", linewidth=0.8)
+    for index, runs in enumerate(groups.values()):
+        critical = critical_round(runs[0].curve(metric), window)
+        if critical is not None:
+            color, style = color_and_style(index)
+            axes.axvline(critical + 1, color=color, linestyle=style, linewidth=0.8)
+    save_figure(figure, path)
+    return figure
+
+
+def draw_shrinking(groups: Groups, path: str | Path | None = None) -> Figure:
+    """Draw the norm of the model, the norm of its change and the ratio of the two terms over rounds.
+
+    Args:
+        groups: The runs of each method, by name; with :class:`Shrinking` among their callbacks.
+        path: Where the picture is saved; its suffix chooses the format.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+        ValueError: If no run has measured it.
+    """
+    panels = {
+        f"{PREFIX}shrinking/model_norm": "norm of the global model",
+        f"{PREFIX}shrinking/update_norm": "norm of the global update",
+        f"{PREFIX}shrinking/ratio": "optimization / regularization",
+    }
+    figure = _series(groups, panels)
+    save_figure(figure, path)
+    return figure
+
+
+def draw_curvature(groups: Groups, path: str | Path | None = None) -> Figure:
+    """Draw the largest eigenvalue, the flatness ratio and the fifth eigenvalue of the Hessian over rounds.
+
+    Args:
+        groups: The runs of each method, by name; with :class:`Curvature` among their callbacks.
+        path: Where the picture is saved; its suffix chooses the format.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+        ValueError: If no run has measured it.
+    """
+    panels = {
+        f"{PREFIX}curvature/eigenvalue_1": "largest eigenvalue",
+        f"{PREFIX}curvature/eigenvalue_5": "fifth eigenvalue",
+        f"{PREFIX}curvature/ratio": "largest / fifth eigenvalue",
+    }
+    figure = _series(groups, panels)
+    save_figure(figure, path)
+    return figure
+
+
+def draw_drift(run: RunHistory, path: str | Path | None = None) -> Figure:
+    """Draw the mean distance of the clients' models from the global one over rounds, and the layers' shares in it.
+
+    Args:
+        run: The history of a run with :class:`Drift` among its callbacks.
+        path: Where the picture is saved; its suffix chooses the format.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+        ValueError: If the run has not measured it.
+    """
+    prefix = f"{PREFIX}drift/share/"
+    names = [name for name in run.names if name.startswith(prefix)]
+    figure = _series({"mean of the clients": [run]}, {f"{PREFIX}drift/mean": "distance from the global model"}, 2)
+    axes = figure.axes[1]
+    for index, name in enumerate(names):
+        _draw_measured(axes, index, name.removeprefix(prefix), [100 * value for value in run.curve(name)])
+    axes.set(xlabel="round", ylabel="share of the layer, %")
+    use_whole_numbers(axes)
+    axes.legend(frameon=False)
+    tidy(axes)
+    save_figure(figure, path)
+    return figure
+
+
+def draw_cosines(run: RunHistory, path: str | Path | None = None, *, round_idx: int | None = None) -> Figure:
+    """Draw the cosines of all pairs of client updates of a round as a heat map.
+
+    Args:
+        run: The history of a run with :class:`Coherence` among its callbacks, or a checkpoint of it.
+        path: Where the picture is saved; its suffix chooses the format.
+        round_idx: The round, from 0; by default the last that was measured.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+        ValueError: If the round was not measured.
+    """
+    chosen, pairs = table_of(run, "cosines", round_idx)
+    clients = run.tables[f"{PREFIX}cosines_of"][chosen].int().tolist()
+    figure = new_figure(5.6, 4.6)
+    axes = figure.subplots()
+    # White in the middle and dark at both ends: opposite signs differ in their hue, and numbers tell them in print.
+    image = axes.imshow(pairs.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    if len(clients) <= 12:
+        _write_numbers(axes, pairs)
+    if len(clients) <= 40:
+        axes.set_xticks(range(len(clients)), clients)
+        axes.set_yticks(range(len(clients)), clients)
+    axes.set(xlabel="client", ylabel="client", title=f"round {chosen + 1}")
+    figure.colorbar(image, ax=axes, label="cosine of the updates")
+    save_figure(figure, path)
+    return figure
+
+
+def draw_contributions(run: RunHistory, path: str | Path | None = None) -> Figure:
+    """Draw the scores of the clients over a run, a panel for each score; the largest client is on top.
+
+    Args:
+        run: The history of a run; with :class:`Contributions` among its callbacks, or a checkpoint of it, for more than
+            the weights.
+        path: Where the picture is saved; its suffix chooses the format.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+        ValueError: If the run has no score.
+    """
+    scores = scores_of(run)
+    if not scores:
+        raise ValueError("The run has kept neither weights nor contributions: it is a log, or has over 1,000 clients.")
+    labels = {
+        "weight": "mean weight",
+        "leave_one_out": "loss without the client, minus loss with it",
+        "shapley": "Shapley value: fall of the loss",
+    }
+    order = sorted(range(len(run.sizes)), key=lambda client: run.sizes[client])
+    figure = new_figure(1.2 + 3.4 * len(scores), min(1.6 + 0.24 * len(order), 8.0))
+    panels = figure.subplots(1, len(scores), squeeze=False, sharey=True)[0]
+    for index, (score, axes) in enumerate(zip(scores, panels, strict=True)):
+        values = client_scores(run, score)[order].tolist()
+        errors = None
+        if score == "shapley":
+            errors = shapley_errors(run)[order].nan_to_num().tolist()
+        color, _ = color_and_style(index)
+        axes.barh(range(len(order)), values, xerr=errors, color=color, ecolor="0.2", capsize=2)
+        axes.axvline(0, color="0.4", linewidth=0.8)
+        axes.set(xlabel=labels[score])
+        tidy(axes)
+    if len(order) <= 40:
+        panels[0].set_yticks(range(len(order)), [f"client {client}  ({run.sizes[client]:,})" for client in order])
+    else:
+        panels[0].set(ylabel=f"{len(order)} clients, largest on top")
+    save_figure(figure, path)
+    return figure
+
+
+def table_of(run: RunHistory, name: str, round_idx: int | None) -> tuple[int, Tensor]:
+    """Return a round and the table that an observer has kept of it.
+
+    Args:
+        run: The history of the run.
+        name: The name of the table, without the prefix of diagnostics.
+        round_idx: The round, from 0; ``None`` for the last that has the table.
+
+    Raises:
+        ValueError: If there is no such table.
+    """
+    tables = run.tables.get(f"{PREFIX}{name}", {})
+    if round_idx is None and tables:
+        round_idx = max(tables)
+    if round_idx is None or round_idx not in tables:
+        rounds = ", ".join(str(number) for number in sorted(tables)) or "none"
+        raise ValueError(
+            f"`round_idx` must be a round of which the run has kept {PREFIX + name!r} ({rounds}), got {round_idx}."
+            " A log has no tables: take the run itself or a checkpoint."
+        )
+    return round_idx, tables[round_idx]
+
+
+def _series(groups: Groups, panels: Mapping[str, str], columns: int | None = None) -> Figure:
+    """Draw series over rounds, a panel for each.
+
+    Args:
+        groups: The runs of each method, by name.
+        panels: The label of each series.
+        columns: The panels of the figure, of which the last ones may stay empty; by default one for each series.
+
+    Raises:
+        ValueError: If no run has one of them.
+    """
+    columns = columns or len(panels)
+    figure = new_figure(1.0 + 4.4 * columns, 3.8)
+    axes_of = figure.subplots(1, columns, squeeze=False)[0]
+    for (metric, label), axes in zip(panels.items(), axes_of, strict=False):
+        for index, (name, runs) in enumerate(groups.items()):
+            draw_band(axes, index, name, [run.curve(metric) for run in runs], log=False)
+        axes.set(xlabel="round", ylabel=label)
+        use_whole_numbers(axes)
+        if axes.get_lines():
+            axes.legend(frameon=False)
+        tidy(axes)
+    logged = {name for runs in groups.values() for run in runs for name in run.names}
+    missing = [metric for metric in panels if metric not in logged]
+    if missing:
+        raise ValueError(f"No run has {missing[0]!r}: add its observer to `callbacks` of the run.")
+    return figure
+
+
+def _draw_measured(axes: Axes, index: int, label: str, values: Sequence[float]) -> None:
+    """Draw a curve of the rounds in which something was measured."""
+    rounds = [number for number, value in enumerate(values, start=1) if not isnan(value)]
+    color, style = color_and_style(index)
+    axes.plot(rounds, [values[number - 1] for number in rounds], style, color=color, label=label, linewidth=1.5)
+
+
+def _write_numbers(axes: Axes, values: Tensor) -> None:
+    """Write every number of a matrix into its cell."""
+    for row, line in enumerate(values.tolist()):
+        for column, value in enumerate(line):
+            shade = "white" if abs(value) > 0.6 else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=7)
