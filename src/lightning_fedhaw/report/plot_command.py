@@ -118,8 +118,8 @@ def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, fo
     hypergradients = [name for name in logged if name.startswith("hypergradient_")]
     if hypergradients:
         draw_bands(groups, hypergradients, path_of("hypergradients"), log=True)
-    for diagnostic, names in _observed(logged).items():
-        draw_bands(groups, names, path_of(diagnostic))
+    for diagnostic, series in _observed(logged).items():
+        draw_bands(groups, series, path_of(diagnostic))
     if any(metric in run.clients for run in runs):
         draw_clients(groups, metric, path_of(f"{metric}_of_clients"))
     for name, group in groups.items():
