@@ -220,9 +220,11 @@ def draw_landscape(run: RunHistory, path: str | Path | None = None, *, round_idx
     axes.tricontour(x, y, losses.numpy(), levels=16, colors="white", linewidths=0.4)
     minima = [table[2] for number, table in sorted(points.items()) if number <= chosen]
     axes.plot(*barycentric(torch.stack(minima)).T.numpy(), "-", color="white", linewidth=1)
-    for name, marker, weights in zip(("FedAvg", "rule", "minimum"), "^so", points[chosen], strict=True):
+    # Of different sizes, because a rule may choose the point of FedAvg.
+    marks = zip(("FedAvg", "rule", "minimum"), "^so", (15, 7, 9), points[chosen], strict=True)
+    for name, marker, size, weights in marks:
         place = barycentric(weights).tolist()
-        axes.plot(*place, marker, color="white", markeredgecolor="black", markersize=9, label=name, linestyle="none")
+        axes.plot(*place, marker, color="white", markeredgecolor="black", markersize=size, label=name)
     for client, corner, shift in zip(clients, barycentric(torch.eye(3)).tolist(), (-0.05, -0.05, 0.04), strict=True):
         axes.text(corner[0], corner[1] + shift, f"client {client}", ha="center", va="center")
     axes.set_axis_off()
