@@ -18,6 +18,7 @@ from lightning_fedhaw.diagnostics import (
     Diagnostic,
     Drift,
     LabelCoherence,
+    Landscape,
     Shrinking,
 )
 
@@ -27,6 +28,7 @@ OBSERVERS: dict[str, Callable[[], Diagnostic]] = {
     "curvature": partial(Curvature, 1, samples=40, batch_size=25, steps=5, trace_samples=2),
     "drift": Drift,
     "label_coherence": LabelCoherence,
+    "landscape": partial(Landscape, 1, resolution=3, samples=40),
     "shrinking": Shrinking,
 }
 """One of each kind, by the first part of the names of its series."""

@@ -11,13 +11,17 @@ from lightning_fedhaw.diagnostics.contributions import (
 )
 from lightning_fedhaw.diagnostics.curvature import Curvature
 from lightning_fedhaw.diagnostics.drift import Drift, layer_shares
+from lightning_fedhaw.diagnostics.held_out import HeldOutLoss
 from lightning_fedhaw.diagnostics.label_coherence import LabelCoherence, label_mixture, label_similarities
+from lightning_fedhaw.diagnostics.landscape import Landscape, barycentric, simplex_grid
+from lightning_fedhaw.diagnostics.lines import eigenvector_losses, loss_of_module, scale_losses, segment_losses
 from lightning_fedhaw.diagnostics.pictures import (
     draw_coherence,
     draw_contributions,
     draw_cosines,
     draw_curvature,
     draw_drift,
+    draw_landscape,
     draw_shrinking,
 )
 from lightning_fedhaw.diagnostics.scores import (
@@ -47,10 +51,13 @@ __all__ = [
     "Drift",
     "Eigenvalues",
     "Estimate",
+    "HeldOutLoss",
     "LabelCoherence",
+    "Landscape",
     "ShapleyValues",
     "Shrinking",
     "ShrinkingTerms",
+    "barycentric",
     "client_scores",
     "coalition_weights",
     "cohort_coherence",
@@ -62,7 +69,9 @@ __all__ = [
     "draw_cosines",
     "draw_curvature",
     "draw_drift",
+    "draw_landscape",
     "draw_shrinking",
+    "eigenvector_losses",
     "flatness_ratio",
     "hutchinson_trace",
     "label_entropies",
@@ -71,11 +80,15 @@ __all__ = [
     "largest_eigenvalues",
     "layer_shares",
     "leave_one_out",
+    "loss_of_module",
     "pearson",
+    "scale_losses",
     "score_correlations",
     "scores_of",
+    "segment_losses",
     "separation",
     "shapley_errors",
     "shapley_values",
     "shrinking_terms",
+    "simplex_grid",
 ]

@@ -171,7 +171,7 @@ class Contributions(HeldOutDiagnostic):
     def measure(self, aggregated: Aggregated) -> None:
         """Compute the contributions of the cohort's clients."""
         weights = aggregated.weights
-        loss = _coalition_loss(self.loss, aggregated)
+        loss = coalition_loss(self.loss, aggregated)
         aggregated.log("contributions/loss", loss(weights))
         aggregated.keep("contributions/clients", aggregated.cohort.clients)
         aggregated.keep("contributions/leave_one_out", leave_one_out(loss, weights))
@@ -182,7 +182,7 @@ class Contributions(HeldOutDiagnostic):
             aggregated.keep("contributions/shapley_error", shapley.errors)
 
 
-def _coalition_loss(loss: HeldOutLoss, aggregated: Aggregated) -> CoalitionLoss:
+def coalition_loss(loss: HeldOutLoss, aggregated: Aggregated) -> CoalitionLoss:
     """Return the loss of the mean of some clients' models, with their buffers."""
     cohort = aggregated.cohort
     displacements = cohort.vectors.displacements

@@ -20,6 +20,7 @@ from lightning_fedhaw import arguments
 from lightning_fedhaw.adapter.evaluation import validation_loaders
 from lightning_fedhaw.clients.attributes import ClientAttributes
 from lightning_fedhaw.diagnostics.base import Diagnostic
+from lightning_fedhaw.diagnostics.spectrum import largest_eigenvalues
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.rule import Batch
@@ -52,6 +53,17 @@ class HeldOutLoss:
             for index, (size, batch) in enumerate(self.batches):
                 total += size * self._loss(index, batch, vector, buffers).item()
         return total / self.samples
+
+    def top_eigenvector(self, vector: Tensor, steps: int = 50) -> Tensor:
+        """Return the direction ``[P]`` of the largest eigenvalue of the Hessian at parameters ``[P]``.
+
+        Args:
+            vector: The parameters.
+            steps: The steps of Lanczos' method.
+        """
+        generator = stream(self.server.seed, "diagnostics", "eigenvector")
+        start = torch.randn(vector.numel(), generator=generator, dtype=torch.float64).to(vector)
+        return largest_eigenvalues(lambda direction: self.hessian_product(vector, direction), start, 1, steps).vector
 
     def hessian_product(self, vector: Tensor, direction: Tensor) -> Tensor:
         """Return the product ``[P]`` of the exact Hessian at parameters ``[P]`` with a direction ``[P]``.

@@ -7,9 +7,11 @@ from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lightning_fedhaw.diagnostics.coherence import critical_round
+from lightning_fedhaw.diagnostics.landscape import barycentric, simplex_grid
 from lightning_fedhaw.diagnostics.scores import client_scores, scores_of, shapley_errors
 from lightning_fedhaw.federation.observation import PREFIX
 from lightning_fedhaw.report.history import RunHistory
@@ -188,6 +190,47 @@ def draw_contributions(run: RunHistory, path: str | Path | None = None) -> Figur
         panels[0].set_yticks(range(len(order)), [f"client {client}  ({run.sizes[client]:,})" for client in order])
     else:
         panels[0].set(ylabel=f"{len(order)} clients, largest on top")
+    save_figure(figure, path)
+    return figure
+
+
+def draw_landscape(run: RunHistory, path: str | Path | None = None, *, round_idx: int | None = None) -> Figure:
+    """Draw the loss over the weights of three clients, with the points of FedAvg, of the rule, and of the minimum.
+
+    A line joins the minima of the rounds that were measured up to this one.
+
+    Args:
+        run: The history of a run with :class:`Landscape` among its callbacks, or a checkpoint of it.
+        path: Where the picture is saved; its suffix chooses the format.
+        round_idx: The round, from 0; by default the last that was measured.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+        ValueError: If the round was not measured.
+    """
+    chosen, losses = table_of(run, "landscape/losses", round_idx)
+    clients = run.tables[f"{PREFIX}landscape/clients"][chosen].int().tolist()
+    points = run.tables[f"{PREFIX}landscape/points"]
+    # The number of points is (n + 1) (n + 2) / 2.
+    resolution = round((8 * len(losses) + 1) ** 0.5 - 3) // 2
+    x, y = barycentric(simplex_grid(resolution)).T.numpy()
+    figure = new_figure(6.4, 4.8)
+    axes = figure.subplots()
+    image = axes.tricontourf(x, y, losses.numpy(), levels=16, cmap="viridis")
+    axes.tricontour(x, y, losses.numpy(), levels=16, colors="white", linewidths=0.4)
+    minima = [table[2] for number, table in sorted(points.items()) if number <= chosen]
+    axes.plot(*barycentric(torch.stack(minima)).T.numpy(), "-", color="white", linewidth=1)
+    # Of different sizes, because a rule may choose the point of FedAvg.
+    marks = zip(("FedAvg", "rule", "minimum"), "^so", (15, 7, 9), points[chosen], strict=True)
+    for name, marker, size, weights in marks:
+        place = barycentric(weights).tolist()
+        axes.plot(*place, marker, color="white", markeredgecolor="black", markersize=size, label=name)
+    for client, corner, shift in zip(clients, barycentric(torch.eye(3)).tolist(), (-0.05, -0.05, 0.04), strict=True):
+        axes.text(corner[0], corner[1] + shift, f"client {client}", ha="center", va="center")
+    axes.set_axis_off()
+    axes.set(aspect="equal", title=f"round {chosen + 1}", ylim=(-0.1, 0.95))
+    axes.legend(loc="upper left", facecolor="0.75")
+    figure.colorbar(image, ax=axes, label="loss of the weighted mean of the models")
     save_figure(figure, path)
     return figure
 

@@ -26,10 +26,12 @@ class Eigenvalues:
     Attributes:
         values: Float64 on the CPU, the largest first.
         residuals: For each, a distance within which the matrix has an eigenvalue.
+        vector: ``[P]`` of length 1, the direction of the largest.
     """
 
     values: Tensor
     residuals: Tensor
+    vector: Tensor
 
 
 def largest_eigenvalues(product: Product, start: Tensor, count: int = 5, steps: int = 50) -> Eigenvalues:
@@ -68,10 +70,12 @@ def largest_eigenvalues(product: Product, start: Tensor, count: int = 5, steps: 
         basis[step + 1] = image / image.norm()
     tridiagonal = diagonal.diag() + beside[:-1].diag(1) + beside[:-1].diag(-1)
     if not tridiagonal.isfinite().all():
-        return Eigenvalues(torch.full((count,), nan).double(), torch.full((count,), nan).double())
+        undefined = torch.full((count,), nan, dtype=torch.float64)
+        return Eigenvalues(undefined, undefined, torch.full_like(start, nan))
     values, vectors = torch.linalg.eigh(tridiagonal)
     residuals = (beside[-1] * vectors[-1]).abs()
-    return Eigenvalues(values.flip(0)[:count], residuals.flip(0)[:count])
+    largest_vector = basis.T @ vectors[:, -1].to(basis)
+    return Eigenvalues(values.flip(0)[:count], residuals.flip(0)[:count], largest_vector)
 
 
 def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
