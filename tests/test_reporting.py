@@ -101,7 +101,7 @@ def test_a_run_that_goes_on_has_all_of_its_history():
     keeper = ModelCheckpoint(dirpath="kept", save_top_k=-1)
     play(rounds=2, callbacks=[keeper], enable_checkpointing=True)
     quiet = {"alpha": 1.0, "seed": 1, "callbacks": [ModelCheckpoint(dirpath="kept")], "enable_checkpointing": True}
-    again = trainer(rounds=4, rule=FedHAWCallback(), **quiet)
+    again = trainer(rounds=4, rule=learned_weights(), **quiet)
     module = Classifier()
     again.fit(module, loader(), val_loader(), ckpt_path=keeper.best_model_path, weights_only=True)
     assert torch.equal(flat(module), flat(whole.lightning_module))

@@ -280,7 +280,7 @@ def test_proxy_data_that_is_missing_empty_or_of_unknown_labels_is_refused_before
         ValueError, match="`FedLAWCallback` works with data of the server's own, and there is none: give"
     ):
         fit(FedLAWCallback(), module, proxy=None)
-    with pytest.raises(ValueError, match="and `proxy` is empty: give"):
+    with pytest.raises(ValueError, match="`proxy` must have at least one sample"):
         fit(FedLAWCallback(), module, proxy=torch.utils.data.Subset(samples(9), []))
     unknown = torch.utils.data.TensorDataset(torch.zeros(4, 6), torch.tensor([0, 1, 3, 2]))
     with pytest.raises(

@@ -358,7 +358,7 @@ def test_data_that_is_missing_empty_or_does_not_fit_is_refused_before_the_first_
     before = flat(module)
     with pytest.raises(ValueError, match="works with data of the server's own, and there is none"):
         train(module, loader(), rule=make())
-    with pytest.raises(ValueError, match="and `proxy` is empty"):
+    with pytest.raises(ValueError, match="`proxy` must have at least one sample"):
         fit(make(), module, proxy=Subset(samples(9), []))
     with pytest.raises(ValueError, match="cannot use the data given as `proxy`"):
         fit(make(), module, proxy=TensorDataset(torch.zeros(4, 5), torch.zeros(4, dtype=torch.int64)))

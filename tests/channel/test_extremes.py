@@ -65,6 +65,7 @@ def test_qsgd_is_within_a_level_and_infinite_only_beyond_all_numbers(vector, lev
 @example(HUGE, 1e-3)
 @example(torch.full((12,), 3e38), 1e-10)
 @example(TINY, 1e-30)
+@example(torch.tensor([3.1474e38]), 1e-30)
 def test_a_clipped_message_has_the_norm_of_the_bound_and_its_own_direction(vector, bound):
     short = clipped(vector, bound)
     wide = vector.double()

@@ -29,6 +29,9 @@ def clipped(vector: Tensor, bound: float) -> Tensor:
     norm = float(torch.linalg.vector_norm(scaled, dtype=torch.float64))
     if norm / factor <= bound:
         return vector
+    if bound / norm < torch.finfo(vector.dtype).tiny:
+        # The quotient would be a subnormal number, which has few digits.
+        return scaled / norm * bound
     return scaled * (bound / norm)
 
 
