@@ -9,15 +9,11 @@ No download, under a minute on two cores. Prints the accuracy of both for three 
 
 from __future__ import annotations
 
-import argparse
-import logging
-import warnings
-from pathlib import Path
-
 import torch
 from digits import DigitClassifier, digits
+from short_runs import history_of, new_module, read_arguments
 
-from lightning_fedhaw import FedAvgMCallback, FederatedTrainer
+from lightning_fedhaw import FedAvgMCallback
 from lightning_fedhaw.plotting import RunHistory, draw_bands
 
 STARTS = (0.03, 0.3, 1.0)
@@ -35,34 +31,13 @@ def rule_of(lr: float, *, is_learned: bool) -> FedAvgMCallback:
 
 
 def train(rule: FedAvgMCallback, rounds: int) -> RunHistory:
-    """Train one federation, and return its numbers."""
-    history = RunHistory()
-    torch.manual_seed(0)
-    trainer = FederatedTrainer(
-        rounds=rounds,
-        clients_per_round=5,
-        callbacks=[rule, history],
-        client_eval=False,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(DigitClassifier(), digits(10, 0.3, 1))
-    return history
+    """Train the digits federation, and return its numbers."""
+    return history_of(rule, new_module(DigitClassifier), digits(10, 0.3, 1), rounds, clients_per_round=5)
 
 
 def main() -> None:
     """Compare learned and fixed numbers for every start."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--output", type=Path, default=Path("outputs"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers", ".*LeafSpec.* is deprecated"):
-        warnings.filterwarnings("ignore", message=message)
+    arguments = read_arguments(__doc__)
 
     runs: dict[str, list[RunHistory]] = {}
     print(f"{'start':>6}  {'fixed':>6}  {'learned':>7}  the learned rate and momentum at the end")
@@ -75,7 +50,6 @@ def main() -> None:
         momentum = learned.curve("learned/momentum")[-1]
         accuracies = f"{fixed.curve('val_acc')[-1]:>6.1%}  {learned.curve('val_acc')[-1]:>7.1%}"
         print(f"{start:>6}  {accuracies}  {rate:.3f}, {momentum:.3f}")
-    arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "learned_server_optimizer.png"
     draw_bands(runs, ["val_acc", "learned/lr", "learned/momentum"], path)
     print(f"Wrote {path}")

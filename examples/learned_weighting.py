@@ -9,13 +9,9 @@ download, under a minute on two cores. Prints a table; writes `outputs/learned_w
 
 from __future__ import annotations
 
-import argparse
-import logging
-import warnings
-from pathlib import Path
-
 import torch
 from digits import DigitClassifier
+from short_runs import history_of, new_module, read_arguments
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import TensorDataset
@@ -23,7 +19,6 @@ from torch.utils.data import TensorDataset
 from lightning_fedhaw import (
     FedAvgCallback,
     FederatedDataModule,
-    FederatedTrainer,
     IndexPartitioner,
     LearnedWeightingCallback,
     Probe,
@@ -53,35 +48,9 @@ def unequal_clients() -> FederatedDataModule:
     )
 
 
-def train(rule: AggregationRule, rounds: int) -> RunHistory:
-    """Train one federation, and return its numbers."""
-    history = RunHistory()
-    torch.manual_seed(0)
-    trainer = FederatedTrainer(
-        rounds=rounds,
-        seed=1,
-        callbacks=[rule, history],
-        client_eval=False,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(DigitClassifier(), unequal_clients())
-    return history
-
-
 def main() -> None:
     """Compare fixed exponents with learned ones."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--output", type=Path, default=Path("outputs"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers", ".*LeafSpec.* is deprecated"):
-        warnings.filterwarnings("ignore", message=message)
+    arguments = read_arguments(__doc__)
 
     # The loss of which client counts: here that of an average client, and not that of an average sample.
     probe = Probe("cohort", weighting="uniform")
@@ -94,13 +63,12 @@ def main() -> None:
     runs: dict[str, list[RunHistory]] = {}
     print(f"{'weights':16}{'accuracy':>10}{'exponent':>10}")
     for name, rule in rules.items():
-        history = train(rule, arguments.rounds)
+        history = history_of(rule, new_module(DigitClassifier), unequal_clients(), arguments.rounds, seed=1)
         runs[name] = [history]
         exponent = {"by examples": "1", "uniform": "0"}.get(name)
         if exponent is None:
             exponent = f"{history.curve('learned/exponent')[-1]:.2f}"
         print(f"{name:16}{history.curve('val_acc')[-1]:>10.1%}{exponent:>10}")
-    arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "learned_weighting.png"
     draw_bands(runs, ["val_acc", "learned/exponent"], path)
     print(f"picture: {path}")

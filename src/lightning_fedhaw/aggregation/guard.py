@@ -93,44 +93,27 @@ class GuardedRule(AggregationRule):
             shares = normalized(cohort.example_weights)  # [K]
         if mean is None:
             mean = cohort.vectors.displacements.weighted_sum(shares)  # [P]
-        return guarded(type(self).__name__, output, mean, shares, cohort, state, server)
-
-
-def guarded(
-    rule: str, output: RuleOutput, mean: Tensor, shares: Tensor, cohort: Cohort, state: State, server: ServerView
-) -> RuleOutput:
-    """Return a rule's output, or the plain average where the rule's model has collapsed.
-
-    Args:
-        rule: The rule's name, for the warning.
-        output: What the rule made of the round.
-        mean: ``[P]``, the mean displacement of the same cohort.
-        shares: ``[K]``, the weights of the mean.
-        cohort: The updates that the server received.
-        state: The rule's state before the round. Not changed.
-        server: The proxy data, if there is some.
-    """
-    nothing = torch.zeros((), dtype=torch.float64)
-    mean = mean.to(cohort.start)  # [P]
-    longest = torch.maximum(state.get(LONGEST, nothing), _norm(cohort.start))  # []
-    complaint = _complaint(output.parameters, mean, longest, cohort.start, server)
-    rounds = state.get(ROUNDS, nothing)  # []
-    metrics = dict(output.metrics)
-    parameters = output.parameters
-    weights = output.weights
-    if complaint:
-        if not rounds:
-            rank_zero_warn(
-                f"{rule}'s model of round {cohort.round} was replaced by the plain average, because {complaint}. This"
-                " is said once; the run summary counts the rounds (`guarded_rounds`). If there are many, use another"
-                " rule, or `guard=False` to see what the rule does alone."
-            )
-        rounds = rounds + 1
-        parameters = cohort.start + mean
-        weights = shares
-    metrics["guarded_rounds"] = float(rounds)
-    new_state = {**output.state, LONGEST: longest, ROUNDS: rounds}
-    return RuleOutput(parameters, new_state, weights, metrics)
+        nothing = torch.zeros((), dtype=torch.float64)
+        mean = mean.to(cohort.start)  # [P]
+        longest = torch.maximum(state.get(LONGEST, nothing), _norm(cohort.start))  # []
+        complaint = _complaint(output.parameters, mean, longest, cohort.start, server)
+        rounds = state.get(ROUNDS, nothing)  # []
+        metrics = dict(output.metrics)
+        parameters = output.parameters
+        weights = output.weights
+        if complaint:
+            if not rounds:
+                rank_zero_warn(
+                    f"{type(self).__name__}'s model of round {cohort.round} was replaced by the plain average, because"
+                    f" {complaint}. This is said once; the run summary counts the rounds (`guarded_rounds`). If there"
+                    " are many, use another rule, or `guard=False` to see what the rule does alone."
+                )
+            rounds = rounds + 1
+            parameters = cohort.start + mean
+            weights = shares
+        metrics["guarded_rounds"] = float(rounds)
+        new_state = {**output.state, LONGEST: longest, ROUNDS: rounds}
+        return RuleOutput(parameters, new_state, weights, metrics)
 
 
 def _complaint(mix: Tensor, mean: Tensor, longest: Tensor, start: Tensor, server: ServerView) -> str:

@@ -22,9 +22,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedhaw import arguments
+from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.aggregation.factories import OptimizerFactory, check_optimizer
+from lightning_fedhaw.options import repr_settings
 from lightning_fedhaw.probe import ProbeResult
-from lightning_fedhaw.rule import State
+from lightning_fedhaw.rule import ServerView, State
 from lightning_fedhaw.vectors.kernels import dot
 
 LinkName = Literal["identity", "exp", "sigmoid", "softplus"]
@@ -207,6 +209,41 @@ class Learned:
         smallest = inverse(torch.tensor(max(low, link.low), dtype=torch.float64))
         largest = inverse(torch.tensor(min(high, link.high), dtype=torch.float64))
         return raw.clamp(smallest, largest)
+
+
+class LearningRule(AggregationRule):
+    """A rule that learns numbers of its own by a probe.
+
+    A subclass makes the object below, and its :meth:`step` leaves the derivatives of the new model in the state, as
+    ``tangents``.
+
+    Attributes:
+        learned: The learned numbers.
+    """
+
+    learned: Learned
+
+    def init(self, start: Tensor, num_examples: Tensor) -> State:
+        """Return the numbers before the first round."""
+        return {"learned": self.learned.init()}
+
+    def learn_from(self, probe: ProbeResult, state: State, server: ServerView) -> tuple[State, Mapping[str, float]]:
+        """Step the numbers."""
+        return self.learned.learn_from(probe, state)
+
+    def describe(self) -> str:
+        """Return the rule and its settings, for the start-up line."""
+        return repr_settings(self, probe=repr(self.probe))
+
+    @property
+    def resume_key(self) -> str:
+        """The settings that the state depends on."""
+        return f"{type(self).key}({self.learned.resume_key})"
+
+    def summary(self) -> dict[str, float]:
+        """Return the numbers."""
+        values = self.learned.values(self.state.get("learned", {}))
+        return {f"learned_{name}": value for name, value in values.items()}
 
 
 def _by_name(argument: str, given: Mapping[str, Any] | None, starts: Mapping[str, float]) -> Mapping[str, Any]:

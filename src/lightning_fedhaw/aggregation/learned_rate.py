@@ -17,25 +17,22 @@ Shapes: K clients are in the cohort, P trainable parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule, Weighting, unnormalized_client_weight
+from lightning_fedhaw.aggregation.base import Weighting, unnormalized_client_weight
 from lightning_fedhaw.aggregation.factories import OptimizerFactory
-from lightning_fedhaw.aggregation.learned import Bounds, Learned, LinkName
+from lightning_fedhaw.aggregation.learned import Bounds, Learned, LearningRule, LinkName
 from lightning_fedhaw.aggregation.shared_rate import SharedRate
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
-from lightning_fedhaw.options import repr_settings
-from lightning_fedhaw.probe import Probe, ProbeResult
+from lightning_fedhaw.probe import Probe
 from lightning_fedhaw.rule import LocalLRScale, RuleOutput, ServerView, State
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
 
-class LearnedClientRateCallback(AggregationRule):
+class LearnedClientRateCallback(LearningRule):
     """Average the local models, and learn a factor on the clients' learning rates by exact differentiation.
 
     Clients carry the derivative through their local steps and send it beside their update. A local step takes about
@@ -106,14 +103,6 @@ class LearnedClientRateCallback(AggregationRule):
         """Return a client's weight before normalization."""
         return unnormalized_client_weight(update, self.weighting)
 
-    def init(self, start: Tensor, num_examples: Tensor) -> State:
-        """Return the factor before the first round."""
-        return {"learned": self.learned.init()}
-
-    def learn_from(self, probe: ProbeResult, state: State, server: ServerView) -> tuple[State, Mapping[str, float]]:
-        """Step the factor."""
-        return self.learned.learn_from(probe, state)
-
     def local_lr_scale(self, state: State, layout: ParameterLayout) -> LocalLRScale:
         """Return the factor on the clients' rates."""
         return SharedRate(self.learned.values(state["learned"])["factor"])
@@ -126,19 +115,6 @@ class LearnedClientRateCallback(AggregationRule):
         new_state = {"learned": state["learned"], "tangents": {"factor": tangent}}
         metrics = self.learned.metrics(state["learned"])
         return RuleOutput(cohort.vectors.weighted_sum(weights), new_state, weights, metrics)
-
-    def describe(self) -> str:
-        """Return the rule and its settings, for the start-up line."""
-        return repr_settings(self, probe=repr(self.probe))
-
-    @property
-    def resume_key(self) -> str:
-        """The settings that the state depends on."""
-        return f"{type(self).key}({self.learned.resume_key})"
-
-    def summary(self) -> dict[str, float]:
-        """Return the factor."""
-        return {f"learned_{name}": value for name, value in self.learned.values(self.state.get("learned", {})).items()}
 
     def divergence_hint(self) -> str:
         """Return the factor, and the arguments that bound it."""

@@ -15,23 +15,19 @@ Shapes: K clients are in the cohort, P trainable parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.aggregation.factories import OptimizerFactory
-from lightning_fedhaw.aggregation.learned import Bounds, Learned, LinkName
+from lightning_fedhaw.aggregation.learned import Bounds, Learned, LearningRule, LinkName
 from lightning_fedhaw.cohort import Cohort
-from lightning_fedhaw.options import repr_settings
-from lightning_fedhaw.probe import Probe, ProbeResult
+from lightning_fedhaw.probe import Probe
 from lightning_fedhaw.rule import RuleOutput, ServerView, State
 
 
-class LearnedWeightingCallback(AggregationRule):
+class LearnedWeightingCallback(LearningRule):
     """Average the local models with weights ``n_k^q`` and learn the exponent ``q`` by the gradient of a probe.
 
     Args:
@@ -86,14 +82,6 @@ class LearnedWeightingCallback(AggregationRule):
             links={"exponent": self.link},
         )
 
-    def init(self, start: Tensor, num_examples: Tensor) -> State:
-        """Return the exponent before the first round."""
-        return {"learned": self.learned.init()}
-
-    def learn_from(self, probe: ProbeResult, state: State, server: ServerView) -> tuple[State, Mapping[str, float]]:
-        """Step the exponent."""
-        return self.learned.learn_from(probe, state)
-
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
         """Average the local models, and keep the derivative in the exponent."""
         exponent = self.learned.values(state["learned"])["exponent"]
@@ -111,16 +99,3 @@ class LearnedWeightingCallback(AggregationRule):
         metrics = self.learned.metrics(state["learned"])
         metrics["weight/effective_clients"] = (1 / weights.square().sum()).item()
         return RuleOutput(cohort.vectors.weighted_sum(weights), new_state, weights, metrics)
-
-    def describe(self) -> str:
-        """Return the rule and its settings, for the start-up line."""
-        return repr_settings(self, probe=repr(self.probe))
-
-    @property
-    def resume_key(self) -> str:
-        """The settings that the state depends on."""
-        return f"{type(self).key}({self.learned.resume_key})"
-
-    def summary(self) -> dict[str, float]:
-        """Return the exponent."""
-        return {f"learned_{name}": value for name, value in self.learned.values(self.state.get("learned", {})).items()}
