@@ -1,4 +1,4 @@
-"""A run that is interrupted at any point of a round, and goes on: every round is played and counted once."""
+"""A run that is interrupted at any point of a round, and goes on: every round is run and counted once."""
 
 import contextlib
 import signal

@@ -1,4 +1,4 @@
-"""Methods beside each other: the same federations, resumable, in one process and in several."""
+"""Compare methods: the same federations, resumable, in one process and in several."""
 
 import json
 import random
@@ -197,7 +197,7 @@ def broken(**changes):
         (broken(settings={"alpha": [-1]}), "`alpha` must be"),
         (broken(settings={"errors": [1.5]}), "`errors` must be"),
         (broken(settings={"channel": ["FedAvg()"]}), "`channel` must be a channel"),
-        (broken(settings={"channel": [ErasureChannel(0.5)]}), "must be created anew for every run"),
+        (broken(settings={"channel": [ErasureChannel(0.5)]}), "must be created for every run"),
         (broken(seeds=[0.5]), "`seeds` must be"),
         (broken(rounds=0), "`rounds` must be"),
         (broken(jobs=0), "`jobs` must be"),
@@ -213,7 +213,7 @@ def test_mistakes_are_told_before_the_first_run(arguments, message, tmp_path):
 
 def test_a_cell_creates_its_objects_anew():
     cell = small()
-    with pytest.raises(TypeError, match="`model` must create one anew for every run, got Network"):
+    with pytest.raises(TypeError, match="`model` must create a new one for every run, got Network"):
         Cell("x", cell.model(), cell.data)
     with pytest.raises(TypeError, match="unexpected keyword argument 'alpa'; did you mean `alpha`"):
         Cell("x", cell.model, cell.data, {"alpa": 1.0})

@@ -159,7 +159,7 @@ def _state_to_save(trainer: pl.Trainer) -> BetweenRounds | None:
     """Return the state that a checkpoint has to hold now; None for the present one.
 
     Between the end of a round and the end of its validation, hooks save the present state, from which Lightning knows
-    how to go on. Others ask at any moment of it: for them the round is not over.
+    how to resume. Requests at any other moment are answered as if the round were not over.
     """
     between_rounds: BetweenRounds | None = getattr(trainer.fit_loop, "between_rounds", None)
     if not getattr(trainer.fit_loop, "is_counted", False):

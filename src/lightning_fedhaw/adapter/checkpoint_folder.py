@@ -60,7 +60,7 @@ def warn_of_other_runs(path: str | Path | None, run: str) -> None:
             rank_zero_warn(
                 f"{str(path)!r} is of the run that began at {run}, and its folder also holds checkpoints of another"
                 f" run, such as {other.name!r} of the run that began at {other_run}: the latest of them wrote"
-                f" `{LAST}.ckpt`. Make sure that it is the run to go on with, and give every run a folder of its own"
+                f" `{LAST}.ckpt`. Make sure that it is the run to resume, and give every run a folder of its own"
                 " (`default_root_dir`)."
             )
             return

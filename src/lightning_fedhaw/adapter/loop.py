@@ -368,7 +368,8 @@ class RoundLoop(_FitLoop):
         if self._federation_state is not None and is_over:
             raise ValueError(
                 f"The checkpoint {str(self.trainer.ckpt_path)!r} has run {rounds} rounds, and `rounds` is"
-                f" {self.max_epochs}. It counts those before the checkpoint too: set it to more than {rounds} to go on."
+                f" {self.max_epochs}. It counts those before the checkpoint too: set it to more than {rounds} to"
+                " resume."
             )
 
 

@@ -1,4 +1,4 @@
-"""How a run goes on that was interrupted: its counters are brought to the last full round.
+"""How an interrupted run resumes: its counters are brought to the last full round.
 
 Lightning resumes in the middle of an epoch. Here an epoch has one batch, the round, and an interrupted round is undone:
 so either the round of an epoch is over, or nothing of it is left.

@@ -35,7 +35,7 @@ from lightning_fedhaw.vectors.layout import ParameterLayout
 class LearnedClientRateCallback(LearningRule):
     """Average the local models, and learn a factor on the clients' learning rates by exact differentiation.
 
-    Clients carry the derivative through their local steps and send it beside their update. A local step takes about
+    Clients carry the derivative through their local steps and send it with their update. A local step takes about
     three times as long; memory does not grow with the number of steps.
 
     Args:

@@ -1,4 +1,4 @@
-"""The tangents of the client that trains in the sequential engine, carried beside its own steps."""
+"""The tangents of the client that trains in the sequential engine, carried along its own steps."""
 
 from __future__ import annotations
 

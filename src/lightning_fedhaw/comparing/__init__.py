@@ -1,4 +1,4 @@
-"""Methods beside each other on the same federations, over seeds and settings: ``fedhaw compare`` as a function."""
+"""Methods compared on the same federations, over seeds and settings: ``fedhaw compare`` as a function."""
 
 from lightning_fedhaw.comparing.cells import Cell
 from lightning_fedhaw.comparing.study import Comparison, compare

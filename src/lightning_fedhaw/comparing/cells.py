@@ -55,8 +55,8 @@ class Cell(arguments.NamedArguments):
             # A module can be called too, but every run needs a new one.
             if isinstance(value, (nn.Module, pl.LightningDataModule)):
                 raise TypeError(
-                    f"`{name}` must create one anew for every run, got {type(value).__name__}(...). Give the class or a"
-                    f" function; arguments are settings `{name}.NAME`."
+                    f"`{name}` must create a new one for every run, got {type(value).__name__}(...). Give the class or"
+                    f" a function; arguments are settings `{name}.NAME`."
                 )
             arguments.function(name, value, f"{name}()")
         arguments.optional(arguments.text, "metric", self.metric)

@@ -14,7 +14,7 @@ from lightning_fedhaw.comparing.federations import CELLS
 from lightning_fedhaw.comparing.plan import BASELINES, SETTINGS
 from lightning_fedhaw.comparing.study import Comparison, compare
 
-_DESCRIPTION = "Methods beside each other: the same federations, cohorts, batches and initial models, over seeds."
+_DESCRIPTION = "Compare methods: the same federations, cohorts, batches and initial models, over seeds."
 _EPILOG = f"""\
 Rules and cells are expressions, with a label if you like: FedAvg, "FedAvgM(lr=0.5)", "tuned=FedAdam(lr=0.03)",
 "FedAvg + FedProx(mu=0.01)", "mine.MyRule(step=2)". Built-in cells: {", ".join(CELLS)}; or

@@ -74,7 +74,7 @@ def execute(plans: Sequence[RunPlan], output: Path, jobs: int) -> Iterator[tuple
                 yield plan_of[future], future.result()
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "A process died, for lack of memory perhaps: finished runs are kept, and the same call goes on from"
+                "A process died, for lack of memory perhaps: finished runs are kept, and the same call continues from"
                 " there; fewer `jobs` need less. A script that gives `jobs` calls `compare` under"
                 " `if __name__ == '__main__':`."
             ) from error
@@ -99,7 +99,7 @@ def _attempt(plan: RunPlan, output: Path) -> Record | Failure:
     try:
         return run(plan, output)
     except Exception as error:
-        # Rules, modules and data of the user's may fail in any way; the other runs go on, and the error is reported.
+        # Rules, modules and data of the user's may fail in any way; the other runs continue, and the error is reported.
         text = " ".join(str(error).split())
         return Failure(plan, f"{type(error).__name__}: {text}", traceback.format_exc())
 

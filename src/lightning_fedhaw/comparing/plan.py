@@ -37,7 +37,7 @@ _LONGEST_NAME = 120
 
 @dataclass(frozen=True)
 class Recipe:
-    """How something is created anew for every run.
+    """How something is created for every run.
 
     Attributes:
         label: Its name in tables.
@@ -274,7 +274,7 @@ def _recipe(name: str, source: object) -> Recipe:
     if callable(source):
         return Recipe(getattr(source, "__name__", repr(source)), source)
     raise ValueError(
-        f"`{name}` must hold expressions such as `'FedAvgM(lr=0.5)'`, or functions that create one anew for every run,"
+        f"`{name}` must hold expressions such as `'FedAvgM(lr=0.5)'`, or functions that create a new one for every run,"
         f" got {source!r}."
     )
 
@@ -298,7 +298,7 @@ def check_settings(settings: Mapping[str, Sequence[object]]) -> None:
         for value in values:
             if isinstance(value, Callback):
                 raise ValueError(
-                    f"`{name}` must be created anew for every run, got {value!r}. Give an expression such as"
+                    f"`{name}` must be created for every run, got {value!r}. Give an expression such as"
                     f" `'{type(value).__name__}(...)'`, or a function."
                 )
 

@@ -88,27 +88,27 @@ def run(plan: RunPlan, output: Path) -> Record:
     folder.parent.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     with _quiet(folder.with_suffix(".txt")), _seeded(plan.seed), _one_thread():
-        played = _PLAYERS[plan.kind](plan, folder)
-    metric = plan.metric or played.metric or best_metric(played.history.names)
-    if metric not in played.history.names:
+        outcome = _RUNNERS[plan.kind](plan, folder)
+    metric = plan.metric or outcome.metric or best_metric(outcome.history.names)
+    if metric not in outcome.history.names:
         raise ValueError(
             f"`metric` must be one that `{plan.cell.label}` logs in its validation"
-            f" ({', '.join(played.history.names) or 'none'}), got {metric!r}."
+            f" ({', '.join(outcome.history.names) or 'none'}), got {metric!r}."
         )
-    summary = played.summary
+    summary = outcome.summary
     server_seconds = None
     if summary:
         server_seconds = summary["seconds"]["aggregation"] / max(summary["rounds"], 1)
     return Record(
         run=plan.describe(),
         metric=metric,
-        curve=_filled(played.history.curve(metric), plan.rounds),
-        diverged=played.diverged,
+        curve=_filled(outcome.history.curve(metric), plan.rounds),
+        diverged=outcome.diverged,
         seconds=time.perf_counter() - begin,
         server_seconds=server_seconds,
         bytes_down=summary.get("bytes_down"),
         bytes_up=summary.get("bytes_up"),
-        state_bytes=played.state_bytes,
+        state_bytes=outcome.state_bytes,
         log=folder.relative_to(output).as_posix(),
     )
 
@@ -125,7 +125,7 @@ def _filled(curve: Sequence[float], rounds: int) -> list[float]:
 
 
 @dataclass(frozen=True)
-class _Played:
+class _Outcome:
     """What a run left.
 
     Attributes:
@@ -143,9 +143,9 @@ class _Played:
     state_bytes: int | None = None
 
 
-def _play(
+def _run(
     plan: RunPlan, changes: Mapping[str, Any], callbacks: Sequence[Callback], logger: CSVLogger | bool
-) -> _Played:
+) -> _Outcome:
     """Train one federation.
 
     Args:
@@ -176,8 +176,8 @@ def _play(
         trainer.fit(module, datamodule=data)
     except FloatingPointError:
         # The end of a method that diverges is a result, which a comparison shows.
-        return _Played(history, cell.metric, diverged=True)
-    return _Played(history, cell.metric, summary=trainer.federation_summary, state_bytes=state_bytes(rule.state))
+        return _Outcome(history, cell.metric, diverged=True)
+    return _Outcome(history, cell.metric, summary=trainer.federation_summary, state_bytes=state_bytes(rule.state))
 
 
 def _module_and_data(cell: Cell, plan: RunPlan) -> tuple[pl.LightningModule, pl.LightningDataModule]:
@@ -204,23 +204,23 @@ def _changes(plan: RunPlan) -> tuple[dict[str, Any], list[Callback]]:
     return options, callbacks
 
 
-def _federated(plan: RunPlan, folder: Path) -> _Played:
+def _federated(plan: RunPlan, folder: Path) -> _Outcome:
     options, callbacks = _changes(plan)
-    return _play(plan, options, [*build_method(plan.method), *callbacks], _logger(folder))
+    return _run(plan, options, [*build_method(plan.method), *callbacks], _logger(folder))
 
 
-def _centralized(plan: RunPlan, folder: Path) -> _Played:
+def _centralized(plan: RunPlan, folder: Path) -> _Outcome:
     """Train on all data at once: one client has it, and keeps its optimizer. A round is its local epochs."""
     options, _ = _changes(plan)
     for name in _SPLIT:
         options.pop(name, None)
     changes = {**options, "partitioner": IIDPartitioner(), "num_clients": 1, "clients_per_round": None}
     changes |= {"min_client_samples": None, "optimizer_state": "kept"}
-    played = _play(plan, changes, build_method(plan.method), _logger(folder))
-    return _Played(played.history, played.metric, played.diverged)
+    outcome = _run(plan, changes, build_method(plan.method), _logger(folder))
+    return _Outcome(outcome.history, outcome.metric, outcome.diverged)
 
 
-def _alone(plan: RunPlan, folder: Path) -> _Played:
+def _alone(plan: RunPlan, folder: Path) -> _Outcome:
     """Train each client alone, on the data and batches that it has in the federation; curves are means over clients."""
     options, _ = _changes(plan)
     histories: list[RunHistory] = []
@@ -232,13 +232,13 @@ def _alone(plan: RunPlan, folder: Path) -> _Played:
         changes = {**options, "sampler": sampler, "optimizer_state": "kept"}
         changes.pop("clients_per_round", None)
         seed_randomness(plan.seed, torch.device("cpu"))
-        played = _play(plan, changes, build_method(plan.method), False)
-        diverged = diverged or played.diverged
-        num_clients = len(played.history.sizes)
-        histories.append(played.history)
+        outcome = _run(plan, changes, build_method(plan.method), False)
+        diverged = diverged or outcome.diverged
+        num_clients = len(outcome.history.sizes)
+        histories.append(outcome.history)
     mean = _mean_history(histories, plan.rounds)
     _write_log(mean, folder)
-    return _Played(mean, played.metric, diverged)
+    return _Outcome(mean, outcome.metric, diverged)
 
 
 def _mean_history(histories: Sequence[RunHistory], rounds: int) -> RunHistory:
@@ -266,7 +266,7 @@ def _logger(folder: Path) -> CSVLogger:
     return CSVLogger(folder.parent, name="", version=folder.name)
 
 
-_PLAYERS: dict[str, Callable[[RunPlan, Path], _Played]] = {
+_RUNNERS: dict[str, Callable[[RunPlan, Path], _Outcome]] = {
     FEDERATED: _federated,
     CENTRALIZED: _centralized,
     ALONE: _alone,

@@ -1,4 +1,4 @@
-"""Methods beside each other on the same federations, over seeds and settings."""
+"""Methods compared on the same federations, over seeds and settings."""
 
 from __future__ import annotations
 
@@ -166,8 +166,8 @@ def compare(
 
     With one seed, every method has the same clients, cohorts, batches and initial model. A run uses one thread, so that
     its numbers do not depend on ``jobs``. Finished runs are in ``output/runs.jsonl``, a line each, and are not
-    repeated; so a comparison that was cut off, or that gets another rule or seed, goes on where it is. What decides is
-    what the call says (cell, rule, settings, seed, rounds) and not the code behind it.
+    repeated; so a comparison that was cut off, or that gets another rule or seed, continues where it is. What decides
+    is what the call says (cell, rule, settings, seed, rounds) and not the code behind it.
 
     Args:
         rules: The methods: expressions such as ``"FedAvg"``, ``"FedAvgM(lr=0.5)"``, ``"mine.MyRule(step=2)"``,
