@@ -99,6 +99,7 @@ class ClientData:
             for samples, held_out_samples in zip(partition.indices, self.held_out_indices, strict=True):
                 train_indices.append(samples[~torch.isin(samples, held_out_samples)])
             self.train_indices = tuple(train_indices)
+        self._num_examples = torch.tensor([len(samples) for samples in self.train_indices])
         if settings.draws is not None:
             settings.draws.check_clients(self.train_indices)
         if settings.drop_last:
@@ -149,7 +150,8 @@ class ClientData:
     @property
     def num_examples(self) -> Tensor:
         """``[N]`` int64, training examples of each client."""
-        return torch.tensor([len(samples) for samples in self.train_indices])
+        # A copy: samplers and rules, which may be the user's, receive it.
+        return self._num_examples.clone()
 
     def subset(self, client: int, indices: Tensor, *, for_evaluation: bool = False) -> Dataset[object]:
         """Return some of a client's samples as a data set, with the labels that the client sees.

@@ -233,38 +233,36 @@ class Chunk:
             batches_before: By row, the batches of earlier passes.
         """
         size = self.batch_size
-        num_full = [order.numel() // size for order in orders]
-        last_sizes = [order.numel() % size for order in orders]
+        num_samples = [order.numel() for order in orders]
+        num_full = [count // size for count in num_samples]
+        last_sizes = [count % size for count in num_samples]
         samples = pad_sequence(orders, batch_first=True)
         for batch in range(max(num_full)):
-            indices = {}
-            for row, count in enumerate(num_full):
-                if count > batch:
-                    indices[row] = batches_before[row] + batch
-            for index, group in self._by_index(indices):
+            rows = [row for row, count in enumerate(num_full) if count > batch]
+            for index, group in self._by_index(rows, batches_before, batch):
                 yield _Call(group, samples[_row_index(group), batch * size : (batch + 1) * size], index)
+        batches_before_last = [before + full for before, full in zip(batches_before, num_full, strict=True)]
         for length in sorted(set(last_sizes) - {0}):
-            indices = {}
-            for row, last_size in enumerate(last_sizes):
-                if last_size == length:
-                    indices[row] = batches_before[row] + num_full[row]
-            for index, group in self._by_index(indices):
+            rows = [row for row, last_size in enumerate(last_sizes) if last_size == length]
+            for index, group in self._by_index(rows, batches_before_last, 0):
                 # The last batches of a length begin at other columns in each row.
                 begins = torch.tensor([num_full[row] * size for row in group])
                 columns = begins[:, None] + torch.arange(length)
                 yield _Call(group, samples[_row_index(group)].gather(1, columns), index)
 
-    def _by_index(self, indices: Mapping[int, int]) -> Iterable[tuple[int, list[int]]]:
+    def _by_index(self, rows: list[int], batches_before: Sequence[int], batch: int) -> Iterable[tuple[int, list[int]]]:
         """Group rows by the batch index that their step is given; in one group where the step ignores it.
 
         Args:
-            indices: The index of each row, at least one.
+            rows: The rows, at least one.
+            batches_before: By row, the batches to count before ``batch``.
+            batch: The number of the batch after these.
         """
         if not self.facts.uses_index:
-            return [(next(iter(indices.values())), list(indices))]
+            return [(batches_before[rows[0]] + batch, rows)]
         groups: dict[int, list[int]] = {}
-        for row, index in indices.items():
-            groups.setdefault(index, []).append(row)
+        for row in rows:
+            groups.setdefault(batches_before[row] + batch, []).append(row)
         return groups.items()
 
     def _make(self, call: _Call) -> None:
