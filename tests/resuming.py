@@ -67,13 +67,7 @@ def end_of(callbacks: Sequence[pl.Callback], data: Any, ckpt_path: str | None = 
     del tally["seconds"]
     states = {}
     for number, callback in enumerate(runner.callbacks):
-        state = callback.state_dict()
-        for row in state.get("metrics", ()):
-            if "round_skipped" in row:
-                # In a round without clients, Lightning still shows the last value, which a new process does not know.
-                for name in [name for name in row if name.startswith("train_loss")]:
-                    del row[name]
-        states[f"{number} {type(callback).__name__}"] = state
+        states[f"{number} {type(callback).__name__}"] = callback.state_dict()
     return {
         "model": dict(module.state_dict()),
         "server": federation.server.parameters(),

@@ -8,11 +8,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from federations import QUIET, Classifier, flat, loader, trainer, val_loader
-from lightning_fedhaw import FedAvgCallback, FedHAWCallback
-from lightning_fedhaw.report.history import RunHistory
+from lightning_fedhaw import AvailabilityChannel, FedAvgCallback, FedHAWCallback
+from lightning_fedhaw.report.history import RunHistory, find_history
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
 
@@ -205,3 +205,32 @@ def test_weights_of_earlier_rounds_clients_are_gone():
         ["weight/client_1"],
         ["weight/client_2"],
     ]
+
+
+def with_a_round_without_clients(rounds: int, ckpt_path: str | None = None) -> pl.Trainer:
+    """All clients are available in round 0 and none in round 1; a callback needs the loss in every round."""
+    runner = trainer(
+        rounds=rounds,
+        rule=FedAvgCallback(),
+        callbacks=[
+            AvailabilityChannel([[1, 1, 1, 1], [0, 0, 0, 0]]),
+            EarlyStopping("train_loss", patience=5, check_on_train_epoch_end=True),
+        ],
+        num_clients=4,
+    )
+    runner.fit(Classifier(), loader(), ckpt_path=ckpt_path)
+    return runner
+
+
+@pytest.mark.filterwarnings("ignore:No client update was received in round 1")
+def test_a_skipped_round_after_a_resume_shows_what_an_uninterrupted_run_shows(tmp_path):
+    path = str(tmp_path / "one.ckpt")
+    with_a_round_without_clients(1).save_checkpoint(path)
+    resumed = with_a_round_without_clients(2, path)
+    straight = with_a_round_without_clients(2)
+    assert resumed.callback_metrics.keys() == straight.callback_metrics.keys() >= {"train_loss"}
+    assert resumed.callback_metrics["train_loss"] == straight.callback_metrics["train_loss"]
+    for runner in (resumed, straight):
+        rows = find_history(runner.callbacks).metrics
+        assert "train_loss" in rows[0]
+        assert "train_loss" not in rows[1], "no client trained in this round"

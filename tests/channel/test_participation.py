@@ -90,6 +90,9 @@ def test_a_damaged_trace_is_named(tmp_path):
         with pytest.raises(ValueError, match=f"`trace`: '.*{name}' is no table of numbers"):
             AvailabilityChannel(tmp_path / name)
     (tmp_path / "empty.txt").touch()
+    for wrong in (torch.tensor(2), [], [1, 0]):
+        with pytest.raises(ValueError, match="`trace` must be a table"):
+            AvailabilityChannel(wrong)
     with pytest.raises(ValueError, match="`trace` must be a table"):
         AvailabilityChannel(tmp_path / "empty.txt")
     with pytest.raises(FileNotFoundError, match="`trace`: there is no file 'none.npy'"):

@@ -73,6 +73,8 @@ class Forked:
             sys.stdout = log
             sys.stderr = log
             os.chdir(self.folder)
+            # A shell that starts the campaign in the background lets it ignore this signal, and so its children.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             self._write({"value": job(self)})
             code = 0
         except BaseException as error:  # the end of this process, whatever it was

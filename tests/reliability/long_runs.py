@@ -24,7 +24,14 @@ LOSSY_RULES = (
 MEMORY_PLANS = (
     Plan("fedhaw", model={"optimizer": "stepped"}, federation={"engine": "vectorized"}),
     Plan("scaffold I", ["erasure, reuse update"], model={"optimizer": "adam"}, federation={"optimizer_state": "kept"}),
-    Plan("fedavg", ["sparsified"], ["moon"], {"norm": True}, {"buffers": "local", "engine": "sequential"}),
+    Plan(
+        "fedavg",
+        ["sparsified"],
+        ["moon"],
+        {"norm": True},
+        {"buffers": "local", "engine": "sequential"},
+        drops_last=True,  # a batch of one sample is none for BatchNorm
+    ),
     Plan("fedadam", ["erasure, downlink, reuse"], model={"optimizer": "momentum"}, federation={"storage": "host"}),
 )
 

@@ -187,6 +187,9 @@ def after_kill(plan: Plan, folder: Path, straight: Record) -> Outcome:
     """Go on with what a killed run has left, and compare."""
     latest = folder / "checkpoints/last.ckpt"
     begun = latest if latest.exists() else None
+    if begun is None:
+        # Killed between the first checkpoint and its second name.
+        begun = next((folder / "checkpoints").glob("round=*.ckpt"), None)
     rounds = rounds_of(begun)
     resumed = train(plan, folder, [], begun)
     if rounds == ROUNDS:

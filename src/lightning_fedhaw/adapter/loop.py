@@ -38,7 +38,12 @@ from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop, same_value
 from lightning_fedhaw.adapter.exact_restore import restore_exactly
 from lightning_fedhaw.adapter.host import hook_owner
 from lightning_fedhaw.adapter.restart import is_validated, settle
-from lightning_fedhaw.adapter.round_log import as_logged, forget_earlier_rounds, names_for_callbacks
+from lightning_fedhaw.adapter.round_log import (
+    as_logged,
+    forget_earlier_rounds,
+    names_for_callbacks,
+    show_earlier_rounds,
+)
 from lightning_fedhaw.adapter.stopping import ending_together, save_and_requeue
 from lightning_fedhaw.adapter.trainer_attributes import (
     callbacks_of,
@@ -204,6 +209,7 @@ class RoundLoop(_FitLoop):
                 federation.cohort(round_idx)
         publish_clients(self.trainer, FederationClients(federation))
         observers(trainer, "on_federation_start")(federation)
+        show_earlier_rounds(trainer, find_history(callbacks_of(trainer)).latest())
         rank_zero_info(start_up_line(federation, callbacks_of(trainer), self._assigned.assumed, first_round))
 
     def _reset_or_resume(self, federation: Federation, previous: Federation | None) -> None:

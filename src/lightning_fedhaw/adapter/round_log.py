@@ -37,6 +37,22 @@ def names_for_callbacks(name: str, options: Mapping[str, Any]) -> list[str]:
     return [name]
 
 
+def show_earlier_rounds(trainer: pl.Trainer, latest: Mapping[str, float]) -> None:
+    """Show callbacks of a resumed run what they would see without the interruption.
+
+    Lightning keeps the last value of every name. A callback that monitors one would otherwise miss it in a first round
+    that is skipped, and raise.
+
+    Args:
+        trainer: The trainer.
+        latest: The latest value of every name in the rounds before.
+    """
+    shown = trainer._logger_connector._callback_metrics
+    for name, value in latest.items():
+        if name not in MARKS:
+            shown.setdefault(name, as_logged(value))
+
+
 def forget_earlier_rounds(trainer: pl.Trainer, logged: Iterable[str], present: Mapping[str, float]) -> None:
     """Remove what earlier rounds have logged of single clients, their marks, and what observers measured in them.
 

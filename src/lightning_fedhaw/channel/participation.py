@@ -198,7 +198,7 @@ def read_trace(trace: Any) -> Tensor:
     # NaN is refused too: it compares false.
     if is_table and ((table >= 0) & (table <= 1)).all():
         return table
-    values = f" with values from {table.min():g} to {table.max():g}" if len(table) else ""
+    values = f" with values from {table.min():g} to {table.max():g}" if table.numel() else ""
     raise ValueError(
         "`trace` must be a table [rounds, clients] of booleans or probabilities, got the shape"
         f" {list(table.shape)}{values}."

@@ -89,6 +89,9 @@ class RunHistory(KeyedCallback, FederatedCallback):
         self.clients: dict[str, list[float]] = {}
         self.tables: dict[str, dict[int, Tensor]] = {}
         self._weights: list[Tensor] = []
+        # All names that rounds have logged. Lightning shows the last value of each until there is a new one, which
+        # looks like one of the present round.
+        self._logged_by_rounds: set[str] = set()
 
     def on_federation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, federation: Federation) -> None:
         """Begin an empty history, or cut or fill the present one to the rounds that are over."""
@@ -116,6 +119,13 @@ class RunHistory(KeyedCallback, FederatedCallback):
             while len(self._weights) < rounds:
                 self._weights.append(self._no_weights())
 
+    def latest(self) -> dict[str, float]:
+        """Return the latest value of every name."""
+        values: dict[str, float] = {}
+        for row in self.metrics:
+            values.update(row)
+        return values
+
     def add_round(self, report: Report, logged: Mapping[str, float]) -> None:
         """Begin the row of a round that is over and counted, so that nothing of it can be undone any more.
 
@@ -125,6 +135,7 @@ class RunHistory(KeyedCallback, FederatedCallback):
         """
         self._cut_or_fill(report.round)
         self.metrics.append(_of_all_clients(logged))
+        self._logged_by_rounds.update(logged)
         for name, table in report.tables.items():
             self.tables.setdefault(name, {})[report.round] = table
         if self._collects_clients:
@@ -141,12 +152,19 @@ class RunHistory(KeyedCallback, FederatedCallback):
         if not self.metrics:
             return
         # The row has precedence: Lightning still shows the previous round's mean of what is logged for an epoch.
-        self.metrics[-1] = {**_of_all_clients(shown), **self.metrics[-1]}
+        self.metrics[-1] = {**self._of_this_round(shown), **self.metrics[-1]}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complete the round's row by everything that callbacks can see at the end of the epoch."""
         if self.metrics:
-            self.metrics[-1].update(_of_all_clients(trainer.callback_metrics))
+            self.metrics[-1].update(self._of_this_round(trainer.callback_metrics))
+
+    def _of_this_round(self, shown: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return what callbacks can see, without the values that only earlier rounds have logged."""
+        row = _of_all_clients(shown)
+        for name in self._logged_by_rounds - self.metrics[-1].keys():
+            row.pop(name, None)
+        return row
 
     @property
     def _collects_clients(self) -> bool:
@@ -229,6 +247,8 @@ class RunHistory(KeyedCallback, FederatedCallback):
             "labels": self.labels,
             "weights": self.weights,
         }
+        if self._logged_by_rounds:
+            state["logged_by_rounds"] = sorted(self._logged_by_rounds)
         if self.class_names is not None:
             state["class_names"] = self.class_names
         if self.tables:
@@ -242,6 +262,7 @@ class RunHistory(KeyedCallback, FederatedCallback):
         self.clients = dict(state_dict["clients"])
         self.labels = state_dict["labels"]
         self.class_names = state_dict.get("class_names")
+        self._logged_by_rounds = set(state_dict.get("logged_by_rounds", ()))
         self.tables = {name: dict(tables) for name, tables in state_dict.get("tables", {}).items()}
         self._weights = list(state_dict["weights"])
 
