@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from federations import QUIET, Classifier, flat, loader, trainer, val_loader
-from lightning_fedhaw import AvailabilityChannel, FedAvgCallback, FedHAWCallback
+from lightning_fedhaw import AvailabilityChannel, FedAvgCallback, FedAvgMCallback, FedHAWCallback
 from lightning_fedhaw.report.history import RunHistory, find_history
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
@@ -211,7 +211,7 @@ def with_a_round_without_clients(rounds: int, ckpt_path: str | None = None) -> p
     """All clients are available in round 0 and none in round 1; a callback needs the loss in every round."""
     runner = trainer(
         rounds=rounds,
-        rule=FedAvgCallback(),
+        rule=FedAvgMCallback(),
         callbacks=[
             AvailabilityChannel([[1, 1, 1, 1], [0, 0, 0, 0]]),
             EarlyStopping("train_loss", patience=5, check_on_train_epoch_end=True),
@@ -230,6 +230,7 @@ def test_a_skipped_round_after_a_resume_shows_what_an_uninterrupted_run_shows(tm
     straight = with_a_round_without_clients(2)
     assert resumed.callback_metrics.keys() == straight.callback_metrics.keys() >= {"train_loss"}
     assert resumed.callback_metrics["train_loss"] == straight.callback_metrics["train_loss"]
+    assert resumed.federation_summary["metrics"].keys() == straight.federation_summary["metrics"].keys()
     for runner in (resumed, straight):
         rows = find_history(runner.callbacks).metrics
         assert "train_loss" in rows[0]

@@ -339,6 +339,8 @@ def termination(number: int, random: Random, folder: Path) -> Outcome:
     """Ask two processes to end while a client trains: both do, soon, and what they leave goes on."""
     plan = plan_of(number, random)
     plan.federation["reduction"] = "ordered"
+    # A batched step of half of the clients rounds differently from one of all of them.
+    plan.federation["engine"] = "sequential"
     straight = train(plan, folder / "whole", [])
     # A step that waits changes no bits: it only makes sure that the signal comes while a client trains.
     plan.model["pause"] = LONG_STEP_SECONDS

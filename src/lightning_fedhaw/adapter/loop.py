@@ -327,6 +327,7 @@ class RoundLoop(_FitLoop):
             RuntimeError: If a client is training.
         """
         state = super().on_save_checkpoint()
+        state["rule_metrics"] = sorted(self.epoch_loop.rule_metrics)
         between_rounds = in_use()
         if between_rounds is not None:
             state["federation"] = between_rounds.federation_state()
@@ -359,6 +360,7 @@ class RoundLoop(_FitLoop):
         """Keep the federation's state until the federation is built."""
         restore_exactly(self.trainer)
         self._federation_state = state_dict.get("federation")
+        self.epoch_loop.rule_metrics.update(state_dict.get("rule_metrics", ()))
         super().on_load_checkpoint(state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
