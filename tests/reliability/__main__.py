@@ -3,9 +3,9 @@
     python -m tests.reliability --full [--only kills,resumes] [--seed 1] [--jobs 2] [--out REPORT.md]
     python -m tests.reliability --only kills --trial 7 --seed 1
 
-The full campaign takes about ten minutes on two idle cores. Every result is written at once to a journal beside the report
-(`REPORT.jsonl`): the same command goes on where the campaign was stopped. A failure prints the one line that repeats
-it; its folder stays, with the trial's output in `log`.
+The full campaign takes about ten minutes on two idle cores. Every result is written at once to a journal beside the
+report (`REPORT.jsonl`): the same command goes on where the campaign was stopped. A failure prints the one line that
+repeats it; its folder stays, with the trial's output in `log`.
 """
 
 import argparse
