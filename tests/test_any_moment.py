@@ -228,8 +228,18 @@ def test_sigterm_stops_within_a_client_and_leaves_a_checkpoint(engine, door):
     assert end(fit(runner(), kind(), "on_exception.ckpt")) == whole
 
 
-def test_sigterm_leaves_a_checkpoint_of_the_rounds_since_the_last_one():
+def interrupt(module):
+    """Do what Ctrl+C does."""
+    raise KeyboardInterrupt
+
+
+def terminate(module):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("stop", "error"), [(terminate, SIGTERMException), (interrupt, SystemExit)])
+def test_a_run_that_is_stopped_leaves_a_checkpoint_of_the_rounds_since_the_last_one(stop, error):
     options = {"checkpoint_every_n_rounds": 2, "default_root_dir": ".", "enable_checkpointing": True}
-    with pytest.raises(SIGTERMException):
-        fit(federation(**options), Scheduled(lambda _: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(error):
+        fit(federation(**options), Scheduled(stop))
     assert torch.load("checkpoints/last.ckpt", weights_only=True)["global_step"] == 1

@@ -152,7 +152,7 @@ def check_files(strategy: Strategy, stage: str) -> None:
 
 
 class RoundCheckpoint(ModelCheckpoint):
-    """A callback that keeps the latest checkpoint, written every so many rounds, after the last one and on SIGTERM.
+    """A callback that keeps the latest checkpoint, written every so many rounds, after the last one and when it is stopped.
 
     ``last.ckpt`` is the same. A run that is resumed replaces its earlier files, whichever of them it is resumed from;
     files of other runs stay, except for ``last.ckpt``.
@@ -211,9 +211,13 @@ class RoundCheckpoint(ModelCheckpoint):
         self._save_rest(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save the full rounds since the last checkpoint, if the run was asked to end (SIGTERM)."""
+        """Save the full rounds since the last checkpoint, if the run was asked to end (SIGTERM, Ctrl+C)."""
         super().on_exception(trainer, pl_module, exception)
-        if isinstance(exception, SIGTERMException) and not is_development_run(trainer):
+        is_asked_to_end = isinstance(exception, SIGTERMException)
+        # Ctrl+C may reach several processes at different moments, and one that saves waits for the others.
+        if isinstance(exception, KeyboardInterrupt) and trainer.world_size == 1:
+            is_asked_to_end = True
+        if is_asked_to_end and not is_development_run(trainer):
             self._save_rest(trainer)
 
     def _save_rest(self, trainer: pl.Trainer) -> None:
