@@ -152,7 +152,7 @@ def check_files(strategy: Strategy, stage: str) -> None:
 
 
 class RoundCheckpoint(ModelCheckpoint):
-    """A callback that keeps the latest checkpoint, written every so many rounds, after the last one and when it is stopped.
+    """A callback that keeps the latest checkpoint, written every so many rounds and at the end, also an early one.
 
     ``last.ckpt`` is the same. A run that is resumed replaces its earlier files, whichever of them it is resumed from;
     files of other runs stay, except for ``last.ckpt``.
