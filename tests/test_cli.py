@@ -25,6 +25,7 @@ from lightning_fedhaw import (
     FederatedTrainer,
     FedHAWCallback,
     FedProx,
+    __version__,
     arguments,
 )
 from lightning_fedhaw.__main__ import main
@@ -439,7 +440,7 @@ sys.exit(main(["fit"]))
 def test_without_jsonargparse_the_command_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == '`fedhaw` needs jsonargparse: pip install "lightning-fedhaw[cli]"'
+    assert done.stderr.strip().splitlines()[-1] == '`fedhaw` needs jsonargparse: pip install "jsonargparse[signatures]"'
 
 
 def test_a_split_that_leaves_clients_too_small_is_one_sentence(capsys):
@@ -467,6 +468,13 @@ class Surprises(FedAvgCallback):
 def test_from_the_first_round_on_an_error_keeps_its_traceback():
     with pytest.raises(ValueError, match="`momentum` must be"):
         run("fit", *SHORT, *QUIETLY, "--rule=test_cli.Surprises")
+
+
+def test_the_command_says_its_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"fedhaw {__version__}\n"
 
 
 def test_the_command_lists_plot_and_compare(capsys, tmp_path):

@@ -6,6 +6,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from lightning_fedhaw import __version__
+
 DESCRIPTION = "Any LightningModule as a federation, from flags and YAML files."
 
 
@@ -35,12 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("jsonargparse", "docstring_parser"):
             raise
-        print('`fedhaw` needs jsonargparse: pip install "lightning-fedhaw[cli]"', file=sys.stderr)
+        print('`fedhaw` needs jsonargparse: pip install "jsonargparse[signatures]"', file=sys.stderr)
         return 1
     working_directory = str(Path.cwd())
     if working_directory not in sys.path:
         sys.path.insert(0, working_directory)
-    FedhawCommand(args=argv, parser_kwargs={"prog": "fedhaw", "description": DESCRIPTION})
+    FedhawCommand(args=argv, parser_kwargs={"prog": "fedhaw", "description": DESCRIPTION, "version": __version__})
     return 0
 
 

@@ -134,8 +134,8 @@ def _config_folder(trainer: Trainer, stage: str) -> Path | None:
 class FederatedCLI(LightningCLI):
     """``lightning.pytorch.cli.LightningCLI`` with a :class:`~lightning_fedhaw.FederatedTrainer`.
 
-    Needs jsonargparse: ``pip install "lightning-fedhaw[cli]"``. The command ``fedhaw`` is this class without arguments:
-    any model and any data by class path. A script of one's own may fix them, as with the stock class.
+    The command ``fedhaw`` is this class without arguments: any model and any data by class path. A script of one's own
+    may fix them, as with the stock class.
 
     In addition to Lightning's groups there are
 

@@ -61,7 +61,7 @@ def epsilon(
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "Privacy accounting needs dp-accounting, which is not installed:"
-            ' `pip install "lightning-fedhaw[privacy]"`. `DifferentialPrivacyChannel(delta=None)` works without it.'
+            " `pip install dp-accounting`. `DifferentialPrivacyChannel(delta=None)` works without it."
         ) from error
     if not rounds:
         return 0.0

@@ -273,7 +273,7 @@ def _scikit_learn() -> Any:
         from sklearn import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'This cell needs scikit-learn, which is not installed: `pip install "lightning-fedhaw[examples]"`.'
+            "This cell needs scikit-learn, which is not installed: `pip install scikit-learn`."
         ) from error
     return datasets
 

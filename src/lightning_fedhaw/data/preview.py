@@ -79,7 +79,7 @@ def draw_histogram(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            '`draw_histogram` needs matplotlib, which is not installed; run `pip install "lightning-fedhaw[plot]"`.'
+            "`draw_histogram` needs matplotlib, which is not installed; run `pip install matplotlib`."
         ) from error
 
     num_clients, num_classes = counts.shape

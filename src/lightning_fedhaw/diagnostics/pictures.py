@@ -1,4 +1,4 @@
-"""Pictures of diagnostics. Needs matplotlib: ``pip install "lightning-fedhaw[plot]"``."""
+"""Pictures of diagnostics. Needs matplotlib: ``pip install matplotlib``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of runs. Needs matplotlib: ``pip install "lightning-fedhaw[plot]"``."""
+"""Pictures of runs. Needs matplotlib: ``pip install matplotlib``."""
 
 from __future__ import annotations
 
@@ -342,7 +342,7 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'Pictures need matplotlib, which is not installed: `pip install "lightning-fedhaw[plot]"`.'
+            "Pictures need matplotlib, which is not installed: `pip install matplotlib`."
         ) from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
