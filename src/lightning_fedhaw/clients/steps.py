@@ -198,6 +198,13 @@ def loss_of(output: StepOutput) -> tuple[Tensor | None, dict[str, object]]:
     )
 
 
+def as_scalar(value: Tensor) -> Tensor:
+    """Return a tensor with one element in the shape ``[]``; itself where it has that shape."""
+    if value.ndim:
+        return value.reshape(())
+    return value
+
+
 class Terms:
     """The terms that objectives add to the loss, or to its gradient.
 

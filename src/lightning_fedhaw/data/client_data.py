@@ -265,9 +265,10 @@ class ClientData:
         """
         assert self._tensors is not None
         flat = index.reshape(-1)
-        if self.device is not None and self.device.type == "cuda":
+        device = self.device
+        if device is not None and device.type == "cuda":
             # From page-locked memory the copy is asynchronous: the host does not wait for the device's earlier work.
-            flat = flat.pin_memory().to(self.device, non_blocking=True)
+            flat = flat.pin_memory().to(device, non_blocking=True)
         gathered = []
         for tensor in self._tensors:
             rows = tensor.index_select(0, flat.to(tensor.device)).view(*index.shape, *tensor.shape[1:])
@@ -300,6 +301,7 @@ class ClientData:
             ``[samples of the pass]`` int64, indices into the data set.
         """
         samples = self.train_indices[client]
+        num_samples = len(samples)
         generator = stream(self.seed, "client", client, "round", round_idx, "batches")
         per_pass = self.batches_per_pass(self.samples_per_pass(client), limit)
         lengths: Iterable[int] = itertools.repeat(per_pass)
@@ -311,11 +313,14 @@ class ClientData:
             if self.settings.draws is not None:
                 order = self.settings.draws.order(samples, generator)
             elif self.settings.shuffle:
-                order = samples.index_select(0, torch.randperm(len(samples), generator=generator))
+                order = samples.index_select(0, torch.randperm(num_samples, generator=generator))
             if remaining is not None:
                 count = min(count, remaining)
-            # With `drop_last` or a limit, a pass does not use all samples.
-            yield order[: count * self.settings.batch_size]
+            at_most = count * self.settings.batch_size
+            if at_most < order.numel():
+                # With `drop_last` or a limit, a pass does not use all samples.
+                order = order[:at_most]
+            yield order
             if remaining is not None:
                 remaining -= count
                 if remaining == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -209,5 +210,6 @@ def _sums_are_finite(tensors: Sequence[Tensor]) -> bool:
     """Return whether every tensor adds up to a finite number, which proves it finite; false for complex tensors."""
     if any(tensor.is_complex() for tensor in tensors):
         return False
-    sums = [tensor.sum().to(tensors[0]) for tensor in tensors]
-    return all_finite(torch.stack(sums))
+    # One transfer to the host for all of them.
+    sums = torch.stack([tensor.sum().to(tensors[0]) for tensor in tensors])
+    return all(map(isfinite, sums.tolist()))
