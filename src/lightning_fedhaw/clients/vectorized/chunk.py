@@ -238,16 +238,19 @@ class Chunk:
         size = self.batch_size
         num_samples = [order.numel() for order in orders]
         num_full = [count // size for count in num_samples]
-        last_sizes = [count % size for count in num_samples]
         samples = pad_sequence(orders, batch_first=True)
+        rows = list(range(len(orders)))
         for batch in range(max(num_full)):
-            rows = [row for row, count in enumerate(num_full) if count > batch]
+            rows = [row for row in rows if num_full[row] > batch]
             for index, group in self._by_index(rows, batches_before, batch):
                 row_index = _row_index(group)
                 yield _Call(group, row_index, samples[row_index, batch * size : (batch + 1) * size], index)
         batches_before_last = [before + full for before, full in zip(batches_before, num_full, strict=True)]
-        for length in sorted(set(last_sizes) - {0}):
-            rows = [row for row, last_size in enumerate(last_sizes) if last_size == length]
+        rows_by_length: dict[int, list[int]] = {}
+        for row, count in enumerate(num_samples):
+            if count % size:
+                rows_by_length.setdefault(count % size, []).append(row)
+        for length, rows in sorted(rows_by_length.items()):
             for index, group in self._by_index(rows, batches_before_last, 0):
                 # The last batches of a length begin at other columns in each row.
                 begins = torch.tensor([num_full[row] * size for row in group])
@@ -288,7 +291,10 @@ class Chunk:
         outputs = self._gradients(inputs, row_index)
         with torch.no_grad():
             if outputs.logged:
-                self.step.recorder.put(_row_numbers(row_index), [value[: len(rows)] for value in outputs.logged])
+                logged = outputs.logged
+                if padding:
+                    logged = [value[: len(rows)] for value in logged]
+                self.step.recorder.put(_row_numbers(row_index), logged)
             self._put_buffers(rows, row_index, outputs.buffers(inputs.buffers))
             if outputs.losses is not None:
                 gradients = self._in_optimizer_order(outputs.gradients, len(rows))
