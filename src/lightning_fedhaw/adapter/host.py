@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lightning_fedhaw.adapter.client_pass import client_pass
 from lightning_fedhaw.adapter.client_validation import ClientValidation
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, client_of, datamodule_of, publish_client
-from lightning_fedhaw.clients.steps import BatchProgress, is_plain_sgd
+from lightning_fedhaw.clients.steps import BatchProgress, is_plain_sgd, trainable_among
 from lightning_fedhaw.clients.vectorized.snapshot import names_in_step
 from lightning_fedhaw.ranks import REQUESTS
 from lightning_fedhaw.rule import Rule
@@ -42,7 +42,7 @@ _STEP_HOOKS = (
     "configure_gradient_clipping",
 )
 # The module has some of these hooks alone.
-_CALLBACK_STEP_HOOKS = tuple(name for name in _STEP_HOOKS if hasattr(pl.Callback, name))
+_CALLBACK_STEP_HOOKS = tuple(filter(partial(hasattr, pl.Callback), _STEP_HOOKS))
 _PRECISIONS = (Precision, DoublePrecision, HalfPrecision, MixedPrecision)
 # What the trainer says of the batches of the client at work.
 _CLIENT_NAMES = {"is_last_batch", "num_training_batches"}
@@ -112,7 +112,11 @@ class TrainerHost:
 
     def _user_hooks(self, name: str) -> list[Callable[..., Any]]:
         """Return the methods of callbacks, other than Lightning's and this package's own, that override a hook."""
-        return [getattr(callback, name) for callback in self.callbacks if hook_owner(callback, name) == "user"]
+        hooks = []
+        for callback in self.callbacks:
+            if hook_owner(callback, name) == "user":
+                hooks.append(getattr(callback, name))
+        return hooks
 
     def _transfer_hook(self) -> tuple[str, Callable[..., Any]] | None:
         """Return the first overridden hook around the transfer of a batch to the device, with its name."""
@@ -158,8 +162,7 @@ class TrainerHost:
         # Other strategies may wrap the module or the optimizer.
         if type(self.strategy) is not SingleDeviceStrategy and not isinstance(self.strategy, DDPStrategy):
             return False
-        trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        return is_plain_sgd(self.optimizers[0], trainable)
+        return is_plain_sgd(self.optimizers[0], trainable_among(self.module.parameters()))
 
     @property
     def clipping(self) -> tuple[float, str] | None:

@@ -140,7 +140,12 @@ class FedHyperCallback(AggregationRule):
 
     def summary(self) -> dict[str, float]:
         """Return the rates of the server, and of the clients as a multiple of their optimizer's."""
-        return {name: float(self.state[name]) for name in ("alpha", "beta") if name in self.state}
+        rates: dict[str, float] = {}
+        for name in ("alpha", "beta"):
+            # `adapt` says which of them are learned.
+            if name in self.state:
+                rates[name] = float(self.state[name])
+        return rates
 
     def divergence_hint(self) -> str:
         """Return the learned rates, and the arguments that bound them."""

@@ -19,7 +19,7 @@ from lightning_fedhaw.autodiff import tape
 from lightning_fedhaw.autodiff.duals import dual_of, load_rules, parts_of
 from lightning_fedhaw.autodiff.placement import Placed, constant, is_differentiated, mixed_mode, tensors_in, tracing
 from lightning_fedhaw.autodiff.primitives import ACCOUNT, Account, DropOuts, Traffic
-from lightning_fedhaw.autodiff.trace import Trace
+from lightning_fedhaw.autodiff.trace import Message, Trace
 
 Mode = Literal["forward", "reverse", "mixed", "auto"]
 Program = Callable[..., Any]
@@ -91,7 +91,10 @@ class CostSheet:
         Args:
             reaskable: Whether the clients of the program can be asked again.
         """
-        allowed = {name: cost for name, cost in self.modes.items() if reaskable or not cost.asks_again}
+        allowed = {}
+        for name, cost in self.modes.items():
+            if reaskable or not cost.asks_again:
+                allowed[name] = cost
         # Where nothing is sent, reverse mode computes the program once, and forward mode once per number.
         return min(
             allowed,
@@ -392,8 +395,11 @@ def _sheet(trace: Trace, traffic: Traffic, inputs: int, result: Tensor) -> CostS
         inputs: Numbers that the derivative is taken in, n.
         result: What the program returns.
     """
-    broadcasts = [message for message in trace.messages if not message.is_sum]
-    sums = [message for message in trace.messages if message.is_sum]
+    broadcasts: list[Message] = []
+    sums: list[Message] = []
+    for message in trace.messages:
+        messages = sums if message.is_sum else broadcasts
+        messages.append(message)
     jacobians = 0
     for message in sums:
         jacobians += message.numbers * sum(received.numbers for received in message.broadcasts)
@@ -437,6 +443,7 @@ def _failing_together(account: Account) -> Iterator[None]:
         for clients in account.clients[:1]:
             clients.agree("the end of the derivative")
     except BaseException as error:
+        # Any error, an interrupt included: the other processes would wait for this one's sums forever.
         for clients in account.clients[:1]:
             clients.tell(error)
         raise

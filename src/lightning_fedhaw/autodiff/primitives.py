@@ -205,6 +205,7 @@ class Clients:
         try:
             yield
         except BaseException as error:
+            # An interrupt included: the others would wait for this process forever.
             self.tell(error)
             raise
 

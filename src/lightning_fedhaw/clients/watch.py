@@ -157,7 +157,11 @@ class Watcher:
         if not names:
             return names  # as almost always: the layer need not be looked up
         owner = type(self.module.get_submodule(path))
-        return [name for name in names if not isinstance(getattr(owner, name, None), cached_property)]
+        added = []
+        for name in names:
+            if not isinstance(getattr(owner, name, None), cached_property):
+                added.append(name)
+        return added
 
     def watch_all(self) -> dict[str, dict[str, Watched]]:
         """Watch all attributes from now on, by layer and name."""

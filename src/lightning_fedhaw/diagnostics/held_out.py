@@ -193,7 +193,9 @@ def check_second_derivative(name: str, loss: HeldOutLoss, federation: Federation
     try:
         with tried_out(federation):
             loss.hessian_product(vector, torch.ones_like(vector))
-    except Exception as error:  # the user's module, and operations of PyTorch without a second derivative
+    except RuntimeError as error:
+        # The loss itself was computed before. What may fail now are operations of PyTorch without a second derivative,
+        # which raise this error or `NotImplementedError`, a kind of it.
         raise ValueError(
             f"`{name}` needs the second derivative of the loss, and the module has none: {_first_line(error)}"
             f" ({type(error).__name__}). Replace that operation, or remove `{name}`."

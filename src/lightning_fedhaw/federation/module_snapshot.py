@@ -122,5 +122,6 @@ def _unrestorable_values(module: nn.Module, is_restorable: Callable[[object], bo
             is_large = isinstance(value, (Tensor, np.ndarray)) and value.nbytes > MAX_BYTES
             is_foreign = is_plain_object(value) and not isinstance(value, (Metric, Tensor, np.ndarray))
             if is_large or (is_foreign and not is_restorable(value)):
-                qualified_name = ".".join(part for part in ("self", path, name) if part)
+                # The module itself has no path.
+                qualified_name = ".".join(filter(None, ("self", path, name)))
                 yield _UnrestorableValue(qualified_name, value, _fingerprint_of(value))

@@ -110,7 +110,10 @@ class RateTangentPayload:
             with torch.no_grad():
                 if dual_terms is not None:
                     slices = dual_terms.add_closed_gradients(slices, list(views.values()))
-                rows = [None if part is None else part.unsqueeze(0) for part in slices]
+                # Gradients are clipped by client; here is one.
+                rows: list[Tensor | None] = []
+                for part in slices:
+                    rows.append(None if part is None else part.unsqueeze(0))
                 values, tangents = _unpacked(clipped(rows, self.host.clipping))
         return layout.read(values), layout.read(tangents)
 

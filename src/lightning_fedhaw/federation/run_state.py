@@ -200,7 +200,10 @@ class RunState:
         tensors = {**self.server.layout.views(changes.parameters), **changes.buffers}
         checksums = self.ranks.gather({name: _checksum(tensors[name]) for name in changes.names})
         for rank, other in enumerate(checksums):
-            different = [name for name in {**checksums[0], **other} if checksums[0].get(name) != other.get(name)]
+            different = []
+            for name in {**checksums[0], **other}:
+                if checksums[0].get(name) != other.get(name):
+                    different.append(name)
             if different:
                 raise RuntimeError(
                     f"Between two rounds `{different[0]}` was changed in the module, and not to the same values on"

@@ -448,10 +448,11 @@ class Chunk:
         for name, buffer in zip(self.step.buffer_names, self.buffers, strict=True):
             buffers[name] = buffer[row].clone()
         local_stacks = self.stacks[self.num_shared :]
-        local = {name: stack[row] for name, stack in zip(engine.layout.local, local_stacks, strict=True)}
+        local = _rows_of(dict(zip(engine.layout.local, local_stacks, strict=True)), row)
         objective_states = []
         if engine.objectives:
-            end = {name: stack[row] for name, stack in zip(engine.layout.names, self.stacks, strict=False)}
+            # Without local parameters, whose stacks come last.
+            end = _rows_of(dict(zip(engine.layout.names, self.stacks, strict=False)), row)
             states = [_rows_of(state, row) for state in self.states]
             # Objectives such as SCAFFOLD's read the rates.
             with scaled_rates(engine.host, engine.plan.lr_scale_of(task.client)):
