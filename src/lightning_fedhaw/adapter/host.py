@@ -78,7 +78,10 @@ class TrainerHost:
         self.device = trainer.strategy.root_device
         self.optimizers: Sequence[torch.optim.Optimizer] = trainer.strategy.optimizers
         # A rule's hooks belong to the round and not to a local step.
-        self.callbacks = [callback for callback in callbacks_of(trainer) if not isinstance(callback, Rule)]
+        self.callbacks: list[pl.Callback] = []
+        for callback in callbacks_of(trainer):
+            if not isinstance(callback, Rule):
+                self.callbacks.append(callback)
         self.precision = trainer.strategy.precision_plugin
         self.scaler: torch.amp.GradScaler | None = getattr(self.precision, "scaler", None)
         self._is_plain = type(self.precision) is Precision
@@ -381,7 +384,11 @@ def _schedulers_in(value: Any) -> list[Any]:
         values = list(value.values())
     elif isinstance(value, (list, tuple)):
         values = list(value)
-    return [value for value in values if isinstance(value, (LRScheduler, ReduceLROnPlateau))]
+    schedulers = []
+    for value in values:
+        if isinstance(value, (LRScheduler, ReduceLROnPlateau)):
+            schedulers.append(value)
+    return schedulers
 
 
 def _place(function: Callable[..., Any]) -> str:

@@ -100,7 +100,8 @@ def _still_rises(scheduler: lr_scheduler.LambdaLR, rounds: int) -> bool:
 
 def _average_sentences(callbacks: Sequence[pl.Callback], rounds: int) -> Iterator[str]:
     """Describe the moving averages of weights whose memory is longer than the run."""
-    kind = getattr(stock, "EMAWeightAveraging", None)  # not every version of Lightning has it
+    # Not every version of Lightning has it.
+    kind = getattr(stock, "EMAWeightAveraging", None)
     if kind is None:
         return
     for callback in callbacks:

@@ -266,7 +266,8 @@ class ClientRate(LocalLRScale):
 
         The last gradient is zero. In the form of the authors' code it is the previous round's change instead.
         """
-        if self.delta is not None:  # on another device, if it comes from a checkpoint
+        if self.delta is not None:
+            # On another device, if it comes from a checkpoint.
             self.delta = {name: self.delta[name].to(parameter) for name, parameter in start.items()}
         last: Mapping[str, Tensor] = {}
         if self.normalize_by == "lr" and self.delta is not None:

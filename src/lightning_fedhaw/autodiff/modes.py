@@ -312,7 +312,8 @@ def jacobian(
         chosen: str = mode
         if chosen == "auto":
             form = _form_of((positional, named))
-            if form not in decided:  # an account takes longer than many a derivative
+            # An account takes longer than many a derivative.
+            if form not in decided:
                 sheet = cost(program, wrt, has_aux=has_aux)(*positional, **named)
                 decided[form] = sheet.cheapest(reaskable=reaskable)
             chosen = decided[form]
@@ -400,6 +401,7 @@ def _sheet(trace: Trace, traffic: Traffic, inputs: int, result: Tensor) -> CostS
     for message in trace.messages:
         messages = sums if message.is_sum else broadcasts
         messages.append(message)
+    # In mixed mode a client sends, with each message, its Jacobian in everything that the message depends on.
     jacobians = 0
     for message in sums:
         jacobians += message.numbers * sum(received.numbers for received in message.broadcasts)
@@ -410,7 +412,9 @@ def _sheet(trace: Trace, traffic: Traffic, inputs: int, result: Tensor) -> CostS
         up=sum(message.numbers * message.inputs for message in sums) + traffic.up * repeated,
         rounds=traffic.rounds * repeated,
         asks_again=False,
+        # A tangent needs no tape.
         client_memory=None,
+        # A value and its tangent at a time.
         server_memory=2 * max((message.numbers for message in trace.messages), default=0),
     )
     in_reverse = trace.reverse_traffic(result, passes=result.numel())
@@ -459,6 +463,7 @@ def _forward(call: _Call, account: Account) -> tuple[Tensor, list[Tensor]]:
         columns.append([])
         for unit in torch.eye(leaf.numel(), dtype=leaf.dtype, device=leaf.device):
             with forward_ad.dual_level():
+                # The other inputs have no tangent: each column is the derivative in one number.
                 leaves = [other.detach() for other in call.leaves]
                 leaves[position] = dual_of(leaves[position], unit.reshape(leaf.shape))
                 primal, tangent = parts_of(call.run(leaves))
@@ -481,6 +486,7 @@ def _reverse(call: _Call, account: Account) -> tuple[Tensor, list[Tensor]]:
     leaves = [leaf.detach().requires_grad_() for leaf in call.leaves]
     account.inputs = leaves
     result = call.run(leaves)
+    # Not by the gradients, which are zeros as well where an input is used and has no effect.
     reached = tape.leaves([result])
     call.refuse_unused([id(leaf) in reached for leaf in leaves])
     rows: list[list[Tensor]] = [[] for _ in leaves]

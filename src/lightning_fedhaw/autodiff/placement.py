@@ -401,7 +401,8 @@ def _weighted_at_server(placed: Placed, weights: Tensor) -> Any:
         for leaves in zip(*messages, strict=True):
             rows = torch.stack(leaves)
             if MIXED.get():
-                rows = rows.detach()  # the clients' own tapes end at their messages
+                # The clients' own tapes end at their messages.
+                rows = rows.detach()
             factors = shares.reshape(-1, *[1] * (rows.ndim - 1))
             mixed.append(Sum.apply(rows * factors, clients))
     return pytree.tree_unflatten(mixed, structure)

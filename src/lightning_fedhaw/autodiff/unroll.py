@@ -105,7 +105,8 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, round_: Round, round_idx: int, structure: Any, ends: _Ends, *leaves: Any) -> tuple[Any, ...]:
         ctx.call = round_, round_idx, structure
-        ctx.surroundings = copy_context()  # the backward pass may run in a thread of torch's own
+        # The backward pass may run in a thread of torch's own.
+        ctx.surroundings = copy_context()
         ctx.leaves = leaves
         state, hyper = pytree.tree_unflatten(list(leaves), structure)
         outputs, ends.structure = pytree.tree_flatten(_run(round_, state, hyper, round_idx))
@@ -166,7 +167,8 @@ def _refuse_others(outputs: list[Tensor], inputs: list[Tensor]) -> None:
     others = tape.leaves(outputs).keys() - {id(value) for value in inputs}
     account = ACCOUNT.get()
     if account is not None:
-        others &= {id(value) for value in account.inputs}  # what else has a tape is not differentiated
+        # What else has a tape is not differentiated.
+        others &= {id(value) for value in account.inputs}
     if others:
         raise RuntimeError(
             "A checkpointed round depends on differentiated tensors that `unroll` does not know, so their derivative"

@@ -260,7 +260,8 @@ def check_tangents(optimizer: Optimizer, initial: OptimizerStates) -> None:
             _, tangent = _trial(optimizer, group, state, 1.0)
             above, _ = _trial(optimizer, group, state, 1.0 + width)
             below, _ = _trial(optimizer, group, state, 1.0 - width)
-        except Exception as error:  # optimizers of any library may be given, and may raise anything
+        except Exception as error:
+            # Optimizers of any library may be given, and may raise anything.
             raise ValueError(
                 f"The clients' learning rate cannot be learned with `{name}`, whose step has no derivative"
                 f" ({str(error).partition(chr(10))[0]}). Use SGD, Adam, AdamW or RMSprop."

@@ -155,7 +155,8 @@ class Watcher:
         """
         names = [name for name in self.names(path) if name not in earlier]
         if not names:
-            return names  # as almost always: the layer need not be looked up
+            # As almost always: the layer need not be looked up.
+            return names
         owner = type(self.module.get_submodule(path))
         added = []
         for name in names:

@@ -114,7 +114,8 @@ class LoaderSettings:
         """Count the batches of a pass over so many samples."""
         if self.drop_last:
             return samples // self.batch_size
-        return -(-samples // self.batch_size)  # rounded up: the last batch may be incomplete
+        # Rounded up: the last batch may be incomplete.
+        return -(-samples // self.batch_size)
 
     def loader(
         self, dataset: Dataset[object], batches: list[list[int]], generator: torch.Generator

@@ -175,7 +175,8 @@ def held_out_loss(
     try:
         with tried_out(federation):
             loss(server.parameters())
-    except Exception as error:  # the user's module, which may raise anything
+    except Exception as error:
+        # The user's module may raise anything.
         raise ValueError(
             f"`{name}` cannot compute the training loss on the {source} data: {_first_line(error)}"
             f" ({type(error).__name__}). Its samples must look like training samples."

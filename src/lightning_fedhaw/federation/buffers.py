@@ -124,7 +124,11 @@ class Buffers:
 
     def sent(self, update: ClientUpdate) -> Mapping[str, Tensor]:
         """Return the buffers of an update that count: all except those that the server never changes."""
-        return {name: buffer for name, buffer in update.buffers.items() if self.policy_of[name] != "keep"}
+        sent = {}
+        for name, buffer in update.buffers.items():
+            if self.policy_of[name] != "keep":
+                sent[name] = buffer
+        return sent
 
     def changed(self, update: ClientUpdate) -> dict[str, Tensor]:
         """Return the buffers of an update that training has changed, in host memory."""

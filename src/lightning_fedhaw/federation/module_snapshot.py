@@ -40,7 +40,10 @@ class ModuleSnapshot:
         self._buffers = [(tensor, tensor.detach().clone()) for tensor in tensors]
         is_restorable = _restorable_objects(module)
         self._unrestorable = list(_unrestorable_values(module, is_restorable))
-        large = [value.value for value in self._unrestorable if isinstance(value.value, Tensor)]
+        large = []
+        for unrestorable in self._unrestorable:
+            if isinstance(unrestorable.value, Tensor):
+                large.append(unrestorable.value)
         self._attributes = Attributes(module, globals_too=False, looks_into=is_restorable, left_out=large)
 
     @torch.no_grad()

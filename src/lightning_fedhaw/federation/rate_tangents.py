@@ -67,7 +67,10 @@ class RateTangentPayload:
     def _check(self, rule: Rule, engine: Engine) -> None:
         """Refuse training through which no derivative is carried."""
         host = self.host
-        reading = [type(objective).__name__ for objective in engine.objectives if objective.reads_batch]
+        reading = []
+        for objective in engine.objectives:
+            if objective.reads_batch:
+                reading.append(type(objective).__name__)
         reason = None
         if not host.module.automatic_optimization:
             reason = "manual optimization; use automatic optimization"

@@ -289,7 +289,10 @@ class RunState:
         if self.ranks.size == 1:
             return
         resume_keys = self.ranks.gather((self.fingerprint, self.data.sample_hash()))
-        different = [rank for rank, resume_key in enumerate(resume_keys) if resume_key != resume_keys[0]]
+        different = []
+        for rank, resume_key in enumerate(resume_keys):
+            if resume_key != resume_keys[0]:
+                different.append(rank)
         if different:
             raise ValueError(
                 f"Processes {different} of {self.ranks.size} were given other training data, another split or another"

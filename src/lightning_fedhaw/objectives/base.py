@@ -352,7 +352,8 @@ def _check_submodule(objective: ClientObjective, name: str, module: pl.Lightning
                 " `self(...)` in `training_step`, or name the submodule whose output is meant."
             )
         return
-    names = [submodule_name for submodule_name, _ in module.named_modules() if submodule_name]
+    # Without the module itself, which comes first and has the empty name.
+    names = [submodule_name for submodule_name, _ in module.named_modules()][1:]
     if name in names:
         return
     # A large model has hundreds of submodules, so the nearest one comes first.
