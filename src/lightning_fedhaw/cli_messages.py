@@ -161,7 +161,11 @@ def _argument_hint(name: str, known: Iterable[str]) -> str:
 
 def _subclasses_of(base: type | tuple[type, ...]) -> list[str]:
     """List the classes of this package that derive from a class; none for an empty tuple."""
-    return [name for name, kind in _public_classes().items() if issubclass(kind, base)]
+    names = []
+    for name, kind in _public_classes().items():
+        if issubclass(kind, base):
+            names.append(name)
+    return names
 
 
 def _public_classes() -> dict[str, type]:

@@ -300,12 +300,10 @@ def _checked_rounds(rounds: int | None, kwargs: Mapping[str, Any]) -> int:
             )
         rounds = max_epochs
     if rounds is None:
-        has_other_limit = any(
-            kwargs.get(name) not in (None, -1, False) for name in ("max_steps", "max_time", "fast_dev_run")
-        )
-        if has_other_limit:
-            # The other limit ends the run, as it does in the stock trainer without `max_epochs`.
-            return -1
+        for name in ("max_steps", "max_time", "fast_dev_run"):
+            if kwargs.get(name) not in (None, -1, False):
+                # The other limit ends the run, as it does in the stock trainer without `max_epochs`.
+                return -1
         raise ValueError(
             "`rounds` must say how many communication rounds to run (-1: until something stops it), got none."
         )

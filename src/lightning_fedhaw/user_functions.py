@@ -21,7 +21,8 @@ def called(name: str, function: Callable[..., Result], *values: object) -> Resul
     """
     try:
         return function(*values)
-    except Exception as error:  # whatever a function of somebody else raises
+    except Exception as error:
+        # Whatever a function of somebody else raises.
         text = str(error).strip().partition("\n")[0]
         label = getattr(function, "__qualname__", type(function).__name__)
         raise ValueError(

@@ -22,7 +22,7 @@ from lightning_fedhaw import (
 )
 from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
 from lightning_fedhaw.clients.vectorized.turns import ManyClients
-from lightning_fedhaw.data.client_data import pass_lengths
+from lightning_fedhaw.data.loader_settings import pass_lengths
 
 PARTS = IndexPartitioner([range(8), range(8, 20), range(20, 40)])  # 2, 3 and 5 batches of 4
 DATA = TensorDataset(torch.arange(40.0)[:, None])

@@ -241,7 +241,10 @@ def observers(trainer: pl.Trainer, name: str) -> Callable[..., None]:
         trainer: The trainer.
         name: The name of the hook. Any callback may have it, whatever its class.
     """
-    hooks = [getattr(callback, name) for callback in callbacks_of(trainer) if hasattr(callback, name)]
+    hooks = []
+    for callback in callbacks_of(trainer):
+        if hasattr(callback, name):
+            hooks.append(getattr(callback, name))
 
     def observe(*arguments: object) -> None:
         for hook in hooks:

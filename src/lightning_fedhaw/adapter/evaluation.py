@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
@@ -101,15 +102,15 @@ class SharedEvaluationLoop(_EvaluationLoop):
 
     def run(self) -> Any:
         """Evaluate; if that fails, leave nothing of it to the next validation of the same trainer."""
-        modes = [(submodule, submodule.training) for submodule in self.trainer.lightning_module.modules()]
-        try:
-            return super().run()
-        except BaseException:
+        with ExitStack() as undo:
             # The next mean would include what was logged so far, and clients would train in evaluation mode.
-            self._results.reset()
-            for submodule, mode in modes:
-                submodule.training = mode
-            raise
+            undo.callback(self._results.reset)
+            for submodule in self.trainer.lightning_module.modules():
+                undo.callback(setattr, submodule, "training", submodule.training)
+            results = super().run()
+            # Nothing is to be undone.
+            undo.pop_all()
+        return results
 
     def on_run_start(self) -> None:
         """Start to record what is logged."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lightning_fedhaw.adapter.client_pass import client_pass
 from lightning_fedhaw.adapter.client_validation import ClientValidation
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, client_of, datamodule_of, publish_client
-from lightning_fedhaw.clients.steps import BatchProgress, is_plain_sgd
+from lightning_fedhaw.clients.steps import BatchProgress, is_plain_sgd, trainable_among
 from lightning_fedhaw.clients.vectorized.snapshot import names_in_step
 from lightning_fedhaw.ranks import REQUESTS
 from lightning_fedhaw.rule import Rule
@@ -42,7 +42,7 @@ _STEP_HOOKS = (
     "configure_gradient_clipping",
 )
 # The module has some of these hooks alone.
-_CALLBACK_STEP_HOOKS = tuple(name for name in _STEP_HOOKS if hasattr(pl.Callback, name))
+_CALLBACK_STEP_HOOKS = tuple(filter(partial(hasattr, pl.Callback), _STEP_HOOKS))
 _PRECISIONS = (Precision, DoublePrecision, HalfPrecision, MixedPrecision)
 # What the trainer says of the batches of the client at work.
 _CLIENT_NAMES = {"is_last_batch", "num_training_batches"}
@@ -78,7 +78,10 @@ class TrainerHost:
         self.device = trainer.strategy.root_device
         self.optimizers: Sequence[torch.optim.Optimizer] = trainer.strategy.optimizers
         # A rule's hooks belong to the round and not to a local step.
-        self.callbacks = [callback for callback in callbacks_of(trainer) if not isinstance(callback, Rule)]
+        self.callbacks: list[pl.Callback] = []
+        for callback in callbacks_of(trainer):
+            if not isinstance(callback, Rule):
+                self.callbacks.append(callback)
         self.precision = trainer.strategy.precision_plugin
         self.scaler: torch.amp.GradScaler | None = getattr(self.precision, "scaler", None)
         self._is_plain = type(self.precision) is Precision
@@ -112,7 +115,11 @@ class TrainerHost:
 
     def _user_hooks(self, name: str) -> list[Callable[..., Any]]:
         """Return the methods of callbacks, other than Lightning's and this package's own, that override a hook."""
-        return [getattr(callback, name) for callback in self.callbacks if hook_owner(callback, name) == "user"]
+        hooks = []
+        for callback in self.callbacks:
+            if hook_owner(callback, name) == "user":
+                hooks.append(getattr(callback, name))
+        return hooks
 
     def _transfer_hook(self) -> tuple[str, Callable[..., Any]] | None:
         """Return the first overridden hook around the transfer of a batch to the device, with its name."""
@@ -158,8 +165,7 @@ class TrainerHost:
         # Other strategies may wrap the module or the optimizer.
         if type(self.strategy) is not SingleDeviceStrategy and not isinstance(self.strategy, DDPStrategy):
             return False
-        trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        return is_plain_sgd(self.optimizers[0], trainable)
+        return is_plain_sgd(self.optimizers[0], trainable_among(self.module.parameters()))
 
     @property
     def clipping(self) -> tuple[float, str] | None:
@@ -378,7 +384,11 @@ def _schedulers_in(value: Any) -> list[Any]:
         values = list(value.values())
     elif isinstance(value, (list, tuple)):
         values = list(value)
-    return [value for value in values if isinstance(value, (LRScheduler, ReduceLROnPlateau))]
+    schedulers = []
+    for value in values:
+        if isinstance(value, (LRScheduler, ReduceLROnPlateau)):
+            schedulers.append(value)
+    return schedulers
 
 
 def _place(function: Callable[..., Any]) -> str:

@@ -92,13 +92,16 @@ def _length(scheduler: object) -> int | None:
 
 def _still_rises(scheduler: lr_scheduler.LambdaLR, rounds: int) -> bool:
     """Return whether a schedule of the user's own has only risen when the run ends, and would rise further."""
-    factors = [float(scheduler.lr_lambdas[0](round_idx)) for round_idx in (*range(rounds), 2 * rounds)]
+    factors = []
+    for round_idx in (*range(rounds), 2 * rounds):
+        factors.append(float(scheduler.lr_lambdas[0](round_idx)))
     return len(factors) > 2 and all(later > earlier for earlier, later in pairwise(factors))
 
 
 def _average_sentences(callbacks: Sequence[pl.Callback], rounds: int) -> Iterator[str]:
     """Describe the moving averages of weights whose memory is longer than the run."""
-    kind = getattr(stock, "EMAWeightAveraging", None)  # not every version of Lightning has it
+    # Not every version of Lightning has it.
+    kind = getattr(stock, "EMAWeightAveraging", None)
     if kind is None:
         return
     for callback in callbacks:

@@ -81,7 +81,8 @@ def _try_factory(
         for argument in _required_arguments(result.step):
             if argument != step_argument:
                 raise TypeError(f"{type(result).__name__}.step needs `{argument}`, which it is not given")
-    except Exception as error:  # a factory is the user's code and may raise anything
+    except Exception as error:
+        # A factory is the user's code and may raise anything.
         factory_name = getattr(factory, "__name__", repr(factory))
         if hasattr(factory, "state_dict") and not isinstance(factory, type):
             factory_name = f"a ready-made {type(factory).__name__}"

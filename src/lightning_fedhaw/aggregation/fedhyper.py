@@ -140,7 +140,12 @@ class FedHyperCallback(AggregationRule):
 
     def summary(self) -> dict[str, float]:
         """Return the rates of the server, and of the clients as a multiple of their optimizer's."""
-        return {name: float(self.state[name]) for name in ("alpha", "beta") if name in self.state}
+        rates: dict[str, float] = {}
+        for name in ("alpha", "beta"):
+            # `adapt` says which of them are learned.
+            if name in self.state:
+                rates[name] = float(self.state[name])
+        return rates
 
     def divergence_hint(self) -> str:
         """Return the learned rates, and the arguments that bound them."""
@@ -261,7 +266,8 @@ class ClientRate(LocalLRScale):
 
         The last gradient is zero. In the form of the authors' code it is the previous round's change instead.
         """
-        if self.delta is not None:  # on another device, if it comes from a checkpoint
+        if self.delta is not None:
+            # On another device, if it comes from a checkpoint.
             self.delta = {name: self.delta[name].to(parameter) for name, parameter in start.items()}
         last: Mapping[str, Tensor] = {}
         if self.normalize_by == "lr" and self.delta is not None:

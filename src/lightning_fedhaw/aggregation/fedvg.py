@@ -112,7 +112,9 @@ class FedVGCallback(AggregationRule):
                 loss = server.loss(variable, batch)
             (gradient,) = torch.autograd.grad(loss, variable)
             total += gradient * (len(index) / count)
-        norms = [torch.linalg.vector_norm(part, self.order) for part in server.layout.views(total).values()]
+        norms = []
+        for part in server.layout.views(total).values():
+            norms.append(torch.linalg.vector_norm(part, self.order))
         return float(torch.stack(norms).sum())
 
 

@@ -12,6 +12,7 @@ N clients exist, K are in a cohort, A were in the previous one; a model has P tr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Literal
 
@@ -150,7 +151,7 @@ class HypergradientRule(GuardedRule):
         memory = state.get(entry)
         if isinstance(memory, dict):
             # Copies: an optimizer changes its memory in place, and the old state must not change.
-            memory = {key: item.clone() if isinstance(item, Tensor) else item for key, item in memory.items()}
+            memory = copy.deepcopy(memory)
             # The new optimizer's own settings, so that a resumed run may change them; 0 is its only variable.
             optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: memory}})
         variable.grad = grad.clone()

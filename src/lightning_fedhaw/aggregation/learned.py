@@ -174,8 +174,9 @@ class Learned:
         for name, tangent in state["tangents"].items():
             slopes[name] = dot(probe.gradient, tangent.to(probe.gradient)).cpu().double()  # []
         learned, metrics = self._step(state["learned"], slopes, probe.round)
-        remaining = {name: value for name, value in state.items() if name != "tangents"}
-        return {**remaining, "learned": learned}, metrics
+        new_state = {**state, "learned": learned}
+        del new_state["tangents"]
+        return new_state, metrics
 
     def _step(
         self, state: Mapping[str, Any], slopes: Mapping[str, Tensor], round_idx: int

@@ -105,6 +105,7 @@ def mean_loss(loss: BatchLoss, server: ServerView, batch_size: int) -> float:
         sizes.append(len(index))
         losses.append(loss(index, batch).reshape(()))
     # One wait for the device a pass, instead of one a batch.
-    values = torch.stack(losses).tolist()  # Python's floats, so that the sum is in double precision
+    # Python's floats, so that the sum is in double precision.
+    values = torch.stack(losses).tolist()
     total = sum(size * value for size, value in zip(sizes, values, strict=True))
     return float(total / len(server.proxy_dataset))

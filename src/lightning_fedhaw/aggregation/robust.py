@@ -77,7 +77,8 @@ def krum_scores(vectors: CohortVectors, num_byzantine: int) -> Tensor:
         ``[K]`` float64; infinite for a vector that is farther from its neighbors than float64 can square.
     """
     distances = squared_distances(vectors)  # [K, K]
-    distances.fill_diagonal_(torch.inf)  # a vector is not its own neighbor
+    # A vector is not its own neighbor.
+    distances.fill_diagonal_(torch.inf)
     num_neighbors = len(vectors) - num_byzantine - 2
     return distances.sort(1).values[:, :num_neighbors].sum(1)
 
@@ -93,7 +94,8 @@ def central_vector(vectors: CohortVectors, shares: Tensor) -> int:
         shares: ``[K]`` float64, their weights; sums to one.
     """
     distances = squared_distances(vectors)  # [K, K]
-    distances.fill_diagonal_(0.0)  # each ball contains its center
+    # Each ball contains its center.
+    distances.fill_diagonal_(0.0)
     ordered, order = distances.sort(1)  # [K, K] each
     weight_within = shares[order].cumsum(1)  # [K, K]
     outermost = (weight_within < 0.5).sum(1).clamp(max=len(vectors) - 1)  # [K]

@@ -218,7 +218,10 @@ def check_names(learn: object, optimizer: Optimizer) -> dict[str, float]:
             raise ValueError(f"`learn` names {name!r} twice. Name each quantity once.")
         value = known.get(name)
         if not isinstance(value, float):
-            real = [other for other, number in known.items() if isinstance(number, float)]
+            real = []
+            for other, number in known.items():
+                if isinstance(number, float):
+                    real.append(other)
             problem = f"is {value!r}, which is no real number"
             if name not in known:
                 problem = "does not exist"

@@ -49,6 +49,7 @@ def linearized_sum(leaves: Sequence[Tensor], sources: Sequence[Source], clients:
     """
     total: Tensor = Sum.apply(torch.stack([leaf.detach() for leaf in leaves]), clients)
     reached = [tape.leaves([leaf]) for leaf in leaves]
+    # A source counts if any client uses it: the Jacobians of all clients are summed.
     used = []
     for source in sources:
         if any(id(row) in known for known, row in zip(reached, source.rows, strict=True)):
@@ -74,13 +75,19 @@ def observe_sum(leaf: Tensor, sources: Sequence[Source], clients: Clients, trace
         trace: The account.
     """
     reached = tape.leaves([leaf])
-    used = [source for source in sources if id(source.rows[0]) in reached]
-    values = [source.value for source in used]
+    values = []
+    rows = []
+    for source in sources:
+        # A trace has one client only.
+        row = source.rows[0]
+        if id(row) in reached:
+            values.append(source.value)
+            rows.append(row)
     clients.traffic.count_sum(leaf.numel())
     total = leaf.detach().clone()
-    if used:
-        total = Linearized.apply(total, len(used), *values)
-    trace.add_sum(leaf.numel(), values, [source.rows[0] for source in used], total)
+    if values:
+        total = Linearized.apply(total, len(values), *values)
+    trace.add_sum(leaf.numel(), values, rows, total)
     return total
 
 
@@ -97,12 +104,20 @@ def jacobians(message: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
     """
     dtypes = [torch.promote_types(message.dtype, row.dtype) for row in rows]
     if not message.requires_grad:
-        found = [torch.zeros(message.numel(), row.numel(), dtype=row.dtype, device=row.device) for row in rows]
+        blocks = _zeros(message, rows)
     elif message.numel() <= sum(row.numel() for row in rows):
-        found = _by_rows(message, rows)
+        blocks = _by_rows(message, rows)
     else:
-        found = _by_columns(message, rows)
-    return [block.to(dtype) for block, dtype in zip(found, dtypes, strict=True)]
+        blocks = _by_columns(message, rows)
+    return [block.to(dtype) for block, dtype in zip(blocks, dtypes, strict=True)]
+
+
+def _zeros(message: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return the Jacobians of a message that depends on nothing."""
+    blocks = []
+    for row in rows:
+        blocks.append(torch.zeros(message.numel(), row.numel(), dtype=row.dtype, device=row.device))
+    return blocks
 
 
 def _by_rows(message: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
@@ -116,7 +131,7 @@ def _by_rows(message: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
 def _by_columns(message: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
     # J^T u is linear in u, so its derivative along a direction v of the inputs is J v.
     probe = torch.zeros_like(message, requires_grad=True)
-    found = []
+    blocks = []
     for row, transposed in zip(rows, _pullback(message, rows, probe, create_graph=True), strict=True):
         columns = []
         for unit in torch.eye(row.numel(), dtype=row.dtype, device=row.device):
@@ -124,8 +139,8 @@ def _by_columns(message: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
                 transposed, probe, unit.reshape(row.shape), retain_graph=True, allow_unused=True, materialize_grads=True
             )
             columns.append(column.reshape(-1))
-        found.append(torch.stack(columns, dim=1))
-    return found
+        blocks.append(torch.stack(columns, dim=1))
+    return blocks
 
 
 def _pullback(

@@ -19,7 +19,7 @@ from lightning_fedhaw.autodiff import tape
 from lightning_fedhaw.autodiff.duals import dual_of, load_rules, parts_of
 from lightning_fedhaw.autodiff.placement import Placed, constant, is_differentiated, mixed_mode, tensors_in, tracing
 from lightning_fedhaw.autodiff.primitives import ACCOUNT, Account, DropOuts, Traffic
-from lightning_fedhaw.autodiff.trace import Trace
+from lightning_fedhaw.autodiff.trace import Message, Trace
 
 Mode = Literal["forward", "reverse", "mixed", "auto"]
 Program = Callable[..., Any]
@@ -91,7 +91,10 @@ class CostSheet:
         Args:
             reaskable: Whether the clients of the program can be asked again.
         """
-        allowed = {name: cost for name, cost in self.modes.items() if reaskable or not cost.asks_again}
+        allowed = {}
+        for name, cost in self.modes.items():
+            if reaskable or not cost.asks_again:
+                allowed[name] = cost
         # Where nothing is sent, reverse mode computes the program once, and forward mode once per number.
         return min(
             allowed,
@@ -309,7 +312,8 @@ def jacobian(
         chosen: str = mode
         if chosen == "auto":
             form = _form_of((positional, named))
-            if form not in decided:  # an account takes longer than many a derivative
+            # An account takes longer than many a derivative.
+            if form not in decided:
                 sheet = cost(program, wrt, has_aux=has_aux)(*positional, **named)
                 decided[form] = sheet.cheapest(reaskable=reaskable)
             chosen = decided[form]
@@ -392,8 +396,12 @@ def _sheet(trace: Trace, traffic: Traffic, inputs: int, result: Tensor) -> CostS
         inputs: Numbers that the derivative is taken in, n.
         result: What the program returns.
     """
-    broadcasts = [message for message in trace.messages if not message.is_sum]
-    sums = [message for message in trace.messages if message.is_sum]
+    broadcasts: list[Message] = []
+    sums: list[Message] = []
+    for message in trace.messages:
+        messages = sums if message.is_sum else broadcasts
+        messages.append(message)
+    # In mixed mode a client sends, with each message, its Jacobian in everything that the message depends on.
     jacobians = 0
     for message in sums:
         jacobians += message.numbers * sum(received.numbers for received in message.broadcasts)
@@ -404,7 +412,9 @@ def _sheet(trace: Trace, traffic: Traffic, inputs: int, result: Tensor) -> CostS
         up=sum(message.numbers * message.inputs for message in sums) + traffic.up * repeated,
         rounds=traffic.rounds * repeated,
         asks_again=False,
+        # A tangent needs no tape.
         client_memory=None,
+        # A value and its tangent at a time.
         server_memory=2 * max((message.numbers for message in trace.messages), default=0),
     )
     in_reverse = trace.reverse_traffic(result, passes=result.numel())
@@ -437,6 +447,7 @@ def _failing_together(account: Account) -> Iterator[None]:
         for clients in account.clients[:1]:
             clients.agree("the end of the derivative")
     except BaseException as error:
+        # Any error, an interrupt included: the other processes would wait for this one's sums forever.
         for clients in account.clients[:1]:
             clients.tell(error)
         raise
@@ -452,6 +463,7 @@ def _forward(call: _Call, account: Account) -> tuple[Tensor, list[Tensor]]:
         columns.append([])
         for unit in torch.eye(leaf.numel(), dtype=leaf.dtype, device=leaf.device):
             with forward_ad.dual_level():
+                # The other inputs have no tangent: each column is the derivative in one number.
                 leaves = [other.detach() for other in call.leaves]
                 leaves[position] = dual_of(leaves[position], unit.reshape(leaf.shape))
                 primal, tangent = parts_of(call.run(leaves))
@@ -474,6 +486,7 @@ def _reverse(call: _Call, account: Account) -> tuple[Tensor, list[Tensor]]:
     leaves = [leaf.detach().requires_grad_() for leaf in call.leaves]
     account.inputs = leaves
     result = call.run(leaves)
+    # Not by the gradients, which are zeros as well where an input is used and has no effect.
     reached = tape.leaves([result])
     call.refuse_unused([id(leaf) in reached for leaf in leaves])
     rows: list[list[Tensor]] = [[] for _ in leaves]

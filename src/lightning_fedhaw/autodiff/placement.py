@@ -120,7 +120,9 @@ def broadcast(value: Any, clients: Clients) -> Placed:
         rows.append(received)
         if source is not None:
             sources.append(source)
-    values = [pytree.tree_unflatten(list(leaves_of_client), structure) for leaves_of_client in zip(*rows, strict=True)]
+    values = []
+    for leaves_of_client in zip(*rows, strict=True):
+        values.append(pytree.tree_unflatten(list(leaves_of_client), structure))
     return Placed(tuple(values), clients, tuple(sources))
 
 
@@ -133,6 +135,7 @@ def _admit(clients: Clients) -> None:
 def _received(leaf: Tensor, clients: Clients) -> tuple[Sequence[Tensor], Source | None]:
     """What every client receives of one tensor and, in mixed mode, where its own tape begins."""
     trace = TRACE.get()
+    # In mixed mode no tape leads from a client to the server: the client's own begins with what it received.
     is_cut = MIXED.get() and leaf.requires_grad
     stacked = Broadcast.apply(leaf.detach() if is_cut else leaf, clients)
     rows: Sequence[Tensor] = stacked.unbind(0)
@@ -173,9 +176,12 @@ def map_clients(function: Callable[..., Any], *placed: Placed) -> Placed:
     clients = placed[0].clients
     _admit(clients)
     sources = merged_sources(argument.sources for argument in placed)
-    rows = {id(row) for source in sources for row in source.rows}
+    rows: set[int] = set()
+    for source in sources:
+        rows.update(map(id, source.rows))
     count = len(placed[0].values)
     if TRACE.get() is not None:
+        # A trace takes all clients for alike, and follows the first.
         count = 1
     results = []
     with clients.failing_together():
@@ -395,7 +401,8 @@ def _weighted_at_server(placed: Placed, weights: Tensor) -> Any:
         for leaves in zip(*messages, strict=True):
             rows = torch.stack(leaves)
             if MIXED.get():
-                rows = rows.detach()  # the clients' own tapes end at their messages
+                # The clients' own tapes end at their messages.
+                rows = rows.detach()
             factors = shares.reshape(-1, *[1] * (rows.ndim - 1))
             mixed.append(Sum.apply(rows * factors, clients))
     return pytree.tree_unflatten(mixed, structure)
@@ -419,7 +426,12 @@ def gradient(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]
     Returns:
         One gradient per input.
     """
-    tracked = [value if value.requires_grad else value.view_as(value).requires_grad_() for value in inputs]
+    tracked = []
+    for value in inputs:
+        if not value.requires_grad:
+            # A view, so that the caller's tensor does not require gradients afterwards.
+            value = value.view_as(value).requires_grad_()
+        tracked.append(value)
     with torch.enable_grad():
         result = loss(*tracked)
     # Where nothing outside asks for a derivative by a tape, none is kept, and memory does not grow with the steps.

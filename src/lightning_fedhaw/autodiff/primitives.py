@@ -163,7 +163,10 @@ class Clients:
                 " at least one client: start fewer processes."
             )
         self.owners = [slot % self.ranks.size for slot in range(len(self.ids))]
-        self.slots_here = [slot for slot, owner in enumerate(self.owners) if owner == self.ranks.rank]
+        self.slots_here: list[int] = []
+        for slot, owner in enumerate(self.owners):
+            if owner == self.ranks.rank:
+                self.slots_here.append(slot)
         self.traffic = Traffic()
         self.drop_outs: DropOuts | None = None
         self.is_accounted = True
@@ -205,6 +208,7 @@ class Clients:
         try:
             yield
         except BaseException as error:
+            # An interrupt included: the others would wait for this process forever.
             self.tell(error)
             raise
 
@@ -221,7 +225,8 @@ class Clients:
             return
         try:
             everyone = self.ranks.exchange(lambda: what)
-        except RuntimeError as error:  # another process has failed, and every process knows
+        except RuntimeError as error:
+            # Another process has failed, and every process knows.
             setattr(error, _IS_TOLD, True)
             raise
         if any(each != what for each in everyone):
@@ -243,7 +248,8 @@ class Clients:
             RuntimeError: If another process has failed, or sends something else.
         """
         if not rows.is_floating_point() and not rows.is_complex():
-            rows = rows.long()  # counts: neither is True + True True, nor may small integers overflow
+            # Counts: neither is True + True True, nor may small integers overflow.
+            rows = rows.long()
         self.agree(f"the sum of {str(rows.dtype).removeprefix('torch.')}{list(rows.shape[1:])}")
         if self.ranks.size == 1 or self.reduction == "fast":
             return self.ranks.sum(_sum_in_order(rows))
@@ -306,7 +312,8 @@ def _raise(error: BaseException) -> NoReturn:
 
 def _sum_in_order(rows: Tensor) -> Tensor:
     """Add rows one after another: the bits depend on their order alone, and not on how a kernel groups them."""
-    total = rows[0] + 0  # turns -0.0 into 0.0, as adding the zeros of other processes does
+    # This turns -0.0 into 0.0, as adding the zeros of other processes does.
+    total = rows[0] + 0
     for row in rows[1:]:
         total += row
     return total

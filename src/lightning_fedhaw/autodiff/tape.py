@@ -35,13 +35,23 @@ def nodes(values: Iterable[Tensor], is_border: Callable[[Any], bool] = lambda no
 
 def last_nodes(values: Iterable[Tensor]) -> set[Any]:
     """Collect the operations that some values are the results of; a leaf of the tape has a node, too."""
-    return {torch.autograd.graph.get_gradient_edge(value).node for value in values if value.requires_grad}
+    last: set[Any] = set()
+    for value in values:
+        if value.requires_grad:
+            # Not `grad_fn`, which a leaf of the tape lacks.
+            last.add(torch.autograd.graph.get_gradient_edge(value).node)
+    return last
 
 
 def leaves(values: Iterable[Tensor]) -> dict[int, Tensor]:
     """Collect the tape's leaves that some values depend on, by their ``id``."""
-    variables = [getattr(node, "variable", None) for node in nodes(values)]
-    return {id(variable): variable for variable in variables if variable is not None}
+    variables: dict[int, Tensor] = {}
+    for node in nodes(values):
+        # Only a node that accumulates the gradient of a leaf has one.
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            variables[id(variable)] = variable
+    return variables
 
 
 def saved_numbers(values: Iterable[Tensor]) -> int:
@@ -49,18 +59,22 @@ def saved_numbers(values: Iterable[Tensor]) -> int:
     storages: dict[int, int] = {}
     for node in nodes(values):
         for saved in _saved_tensors(node):
+            # By memory: several nodes may save views of one tensor.
             storages[saved.untyped_storage()._cdata] = saved.numel()
     return sum(storages.values())
 
 
 def _saved_tensors(node: Any) -> list[Tensor]:
-    kept = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
-    kept.append(getattr(node, "saved_tensors", ()))
-    found: list[Tensor] = []
-    for value in kept:
-        candidates = value if isinstance(value, (tuple, list)) else [value]
-        found += [candidate for candidate in candidates if isinstance(candidate, Tensor)]
-    return found
+    # Built-in operations have an attribute for each; a custom `Function` has all in one tuple.
+    values: list[Any] = list(getattr(node, "saved_tensors", ()))
+    for name in dir(node):
+        if name.startswith("_saved_"):
+            value = getattr(node, name)
+            if isinstance(value, (tuple, list)):
+                values += value
+            else:
+                values.append(value)
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 class DerivativeGuard(TorchFunctionMode):

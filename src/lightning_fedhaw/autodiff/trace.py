@@ -113,8 +113,12 @@ class Trace:
     @property
     def client_memory(self) -> int:
         """Numbers that a client keeps for a reverse pass; of checkpointed rounds, one at a time."""
-        rounds = [kept for block, kept in self.tape.items() if block is not None]
-        return self.tape[None] + max(rounds, default=0)
+        largest = 0
+        for block, numbers in self.tape.items():
+            # What is in no checkpointed round is kept all the time.
+            if block is not None:
+                largest = max(largest, numbers)
+        return self.tape[None] + largest
 
     def reverse_traffic(self, result: Tensor, passes: int) -> Traffic:
         """Account for the program and for reverse passes over it.
@@ -146,7 +150,8 @@ class Trace:
             reached = set(tape.nodes(roots))
             if not reached.isdisjoint(tape.last_nodes(self._results[block])):
                 again.add(block)
-                roots += self._results[block]  # a round is differentiated as a whole
+                # A round is differentiated as a whole.
+                roots += self._results[block]
         reached = set(tape.nodes(roots))
         transposed = set()
         for message in self.messages:
@@ -161,4 +166,8 @@ def _inputs_of(values: Sequence[Tensor]) -> int:
     if account is None:
         return 0
     reached = tape.leaves(values)
-    return sum(leaf.numel() for leaf in account.inputs if id(leaf) in reached)
+    count = 0
+    for leaf in account.inputs:
+        if id(leaf) in reached:
+            count += leaf.numel()
+    return count

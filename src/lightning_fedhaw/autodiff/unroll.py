@@ -79,7 +79,7 @@ def _run(round_: Round, state: Any, hyper: Any, round_idx: int) -> Any:
 
 def _has_tangents(value: Any) -> bool:
     """Whether forward mode is at work on a value."""
-    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    leaves = tensors_in(value)
     return any(forward_ad.unpack_dual(leaf).tangent is not None for leaf in leaves)  # type: ignore[no-untyped-call]
 
 
@@ -105,7 +105,8 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, round_: Round, round_idx: int, structure: Any, ends: _Ends, *leaves: Any) -> tuple[Any, ...]:
         ctx.call = round_, round_idx, structure
-        ctx.surroundings = copy_context()  # the backward pass may run in a thread of torch's own
+        # The backward pass may run in a thread of torch's own.
+        ctx.surroundings = copy_context()
         ctx.leaves = leaves
         state, hyper = pytree.tree_unflatten(list(leaves), structure)
         outputs, ends.structure = pytree.tree_flatten(_run(round_, state, hyper, round_idx))
@@ -120,26 +121,31 @@ class _Checkpoint(torch.autograd.Function):
 def _pull_back(ctx: Any, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
     """Compute a round again, with a tape, and its derivative."""
     round_, round_idx, structure = ctx.call
+    # The first four arguments of `apply` are not tensors.
+    are_needed = ctx.needs_input_grad[4:]
     leaves = []
-    for leaf, is_needed in zip(ctx.leaves, ctx.needs_input_grad[4:], strict=True):
-        leaves.append(leaf.detach().requires_grad_() if is_needed else leaf)
-    inputs = [leaf for leaf, is_needed in zip(leaves, ctx.needs_input_grad[4:], strict=True) if is_needed]
+    inputs = []
+    for leaf, is_needed in zip(ctx.leaves, are_needed, strict=True):
+        if is_needed:
+            # On a tape of its own, which ends where this round begins.
+            leaf = leaf.detach().requires_grad_()
+            inputs.append(leaf)
+        leaves.append(leaf)
     state, hyper = pytree.tree_unflatten(leaves, structure)
     with torch.enable_grad(), _also_differentiated(inputs):
         outputs, _ = pytree.tree_flatten(_run(round_, state, hyper, round_idx))
     on_tape = []
-    for position, output in enumerate(outputs):
+    cotangents = []
+    for output, gradient in zip(outputs, gradients, strict=True):
         if isinstance(output, Tensor) and output.requires_grad:
-            on_tape.append(position)
-    _refuse_others([outputs[position] for position in on_tape], inputs)
-    pulled = torch.autograd.grad(
-        [outputs[position] for position in on_tape],
-        inputs,
-        [gradients[position] for position in on_tape],
-        allow_unused=True,
-    )
-    answers = iter(pulled)
-    return None, None, None, None, *[next(answers) if needed else None for needed in ctx.needs_input_grad[4:]]
+            on_tape.append(output)
+            cotangents.append(gradient)
+    _refuse_others(on_tape, inputs)
+    pulled = iter(torch.autograd.grad(on_tape, inputs, cotangents, allow_unused=True))
+    answers = []
+    for is_needed in are_needed:
+        answers.append(next(pulled) if is_needed else None)
+    return None, None, None, None, *answers
 
 
 @contextmanager
@@ -161,7 +167,8 @@ def _refuse_others(outputs: list[Tensor], inputs: list[Tensor]) -> None:
     others = tape.leaves(outputs).keys() - {id(value) for value in inputs}
     account = ACCOUNT.get()
     if account is not None:
-        others &= {id(value) for value in account.inputs}  # what else has a tape is not differentiated
+        # What else has a tape is not differentiated.
+        others &= {id(value) for value in account.inputs}
     if others:
         raise RuntimeError(
             "A checkpointed round depends on differentiated tensors that `unroll` does not know, so their derivative"

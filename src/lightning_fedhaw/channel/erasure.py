@@ -142,7 +142,10 @@ class ErasureChannel(Channel):
         arguments.check_names(type(self).__name__, channel, arguments.constructor_names(type(self)))
         super().__init__(**channel)
         models = {"probability": probability, "max_probability": max_probability, "burst": burst}
-        names = [f"`{name}`" for name, value in models.items() if value is not None]
+        names = []
+        for name, value in models.items():
+            if value is not None:
+                names.append(f"`{name}`")
         if len(names) != 1:
             raise ValueError(
                 "Give exactly one of `probability`, `max_probability` and `burst`, got"

@@ -193,7 +193,8 @@ def read_trace(trace: Any) -> Tensor:
     try:
         table = torch.as_tensor(trace, dtype=torch.float64)
     except (TypeError, ValueError):
-        table = torch.empty(0)  # rows of unequal length, or no numbers
+        # Rows of unequal length, or no numbers.
+        table = torch.empty(0)
     is_table = table.ndim == 2 and len(table) > 0
     # NaN is refused too: it compares false.
     if is_table and ((table >= 0) & (table <= 1)).all():

@@ -15,15 +15,20 @@ def clipped(gradients: Sequence[Tensor | None], clipping: tuple[float, str] | No
         gradients: ``[rows, *shape]`` each; ``None`` for a parameter that was not used.
         clipping: The bound, and ``"norm"`` or ``"value"``; ``None`` without clipping.
     """
-    used = [gradient for gradient in gradients if gradient is not None]
-    if clipping is None or not used:
+    if clipping is None:
         return gradients
     bound, algorithm = clipping
     if algorithm == "value":
         return [None if gradient is None else gradient.clamp(-bound, bound) for gradient in gradients]
-    norms = torch.stack([torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1) for gradient in used])
+    # By parameter first, then over the parameters: the order of `clip_grad_norm_`, which decides about rounding.
+    norms = []
+    for gradient in gradients:
+        if gradient is not None:
+            norms.append(torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1))
+    if not norms:
+        return gradients
     # The constant is the one of `clip_grad_norm_`.
-    scale = (bound / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
+    scale = (bound / (torch.linalg.vector_norm(torch.stack(norms), dim=0) + 1e-6)).clamp(max=1.0)
     scaled: list[Tensor | None] = []
     for gradient in gradients:
         if gradient is not None:

@@ -18,7 +18,8 @@ from lightning_fedhaw.clients.local_parameters import LocalParameters
 from lightning_fedhaw.clients.plan import LocalPlan
 from lightning_fedhaw.clients.steps import BatchData, Host, ScheduleStates, Terms, parameters_of
 from lightning_fedhaw.cohort import ClientUpdate
-from lightning_fedhaw.data.client_data import ClientData, pass_lengths
+from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.data.loader_settings import pass_lengths
 from lightning_fedhaw.notes import add_note
 from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named
 from lightning_fedhaw.rule import LocalLRScale

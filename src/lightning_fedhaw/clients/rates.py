@@ -70,7 +70,10 @@ def unscaled(end: EndState, begin: EndState, scale: float) -> EndState:
     for groups, groups_before in zip(end.settings, begin.settings, strict=True):
         of_optimizer = []
         for options, options_before in zip(groups, groups_before, strict=True):
-            rates = {name: options_before[name] for name in RATES if name in options_before}
+            rates = {}
+            for name in RATES:
+                if name in options_before:
+                    rates[name] = options_before[name]
             # A schedule changes the present rate only.
             rates["lr"] = options["lr"] / scale
             of_optimizer.append({**options, **rates})

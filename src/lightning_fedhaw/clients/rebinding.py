@@ -29,7 +29,8 @@ def rebind_optimizer(
     """
     copy: Optimizer = object.__new__(type(optimizer))
     # Without the `step` that a scheduler puts on the object, which would step the user's optimizer.
-    copy.__dict__ = {name: value for name, value in vars(optimizer).items() if name != "step"}
+    copy.__dict__ = dict(vars(optimizer))
+    copy.__dict__.pop("step", None)
     groups = []
     begin = 0
     for group in optimizer.param_groups:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any, Protocol, cast
@@ -198,6 +198,13 @@ def loss_of(output: StepOutput) -> tuple[Tensor | None, dict[str, object]]:
     )
 
 
+def as_scalar(value: Tensor) -> Tensor:
+    """Return a tensor with one element in the shape ``[]``; itself where it has that shape."""
+    if value.ndim:
+        return value.reshape(())
+    return value
+
+
 class Terms:
     """The terms that objectives add to the loss, or to its gradient.
 
@@ -328,7 +335,7 @@ class PlainSGDStep:
         # Read for every batch: the module may freeze parameters or change rates while a client trains.
         trainable_of_groups: list[list[Tensor]] = []
         for group in optimizer.param_groups:
-            trainable_of_groups.append([parameter for parameter in group["params"] if parameter.requires_grad])
+            trainable_of_groups.append(trainable_among(group["params"]))
         parameters = list(chain.from_iterable(trainable_of_groups))
         gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True)
         if terms is not None:
@@ -459,14 +466,18 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
     return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
+def trainable_among(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parameters that are trainable now."""
+    return [parameter for parameter in parameters if parameter.requires_grad]
+
+
 def is_plain_sgd(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bool:
     """Return whether an optimizer only subtracts gradient times learning rate, from exactly these parameters."""
     if type(optimizer) is not torch.optim.SGD:
         return False
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return False
-    trainable = {parameter for parameter in parameters_of(optimizer) if parameter.requires_grad}
-    if trainable != set(parameters):
+    if set(trainable_among(parameters_of(optimizer))) != set(parameters):
         return False
     if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in parameters):
         return False

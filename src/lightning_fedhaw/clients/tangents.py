@@ -45,6 +45,11 @@ KERNELS = ("foreach", "fused")
 """Options of implementations without forward derivatives, which are other ways to the same step."""
 
 
+def _without_kernels(group: Mapping[str, object]) -> dict[str, bool]:
+    """Return the options of a parameter group that switch these implementations off."""
+    return {name: False for name in KERNELS if name in group}
+
+
 class RateTangents:
     """The tangents of one client, or of a stack of clients.
 
@@ -121,7 +126,7 @@ class RateTangents:
                     dual_state[dual] = self._dual_state(position, state[parameter], parameter, rows)
             copy = rebind_optimizer(self.optimizer, duals, dual_state)
             for group in copy.param_groups:
-                group.update({name: False for name in KERNELS if name in group})
+                group.update(_without_kernels(group))
             # Hooks are called once a step, by the step itself.
             copy._optimizer_step_pre_hooks = OrderedDict()
             copy._optimizer_step_post_hooks = OrderedDict()
@@ -255,7 +260,8 @@ def check_tangents(optimizer: Optimizer, initial: OptimizerStates) -> None:
             _, tangent = _trial(optimizer, group, state, 1.0)
             above, _ = _trial(optimizer, group, state, 1.0 + width)
             below, _ = _trial(optimizer, group, state, 1.0 - width)
-        except Exception as error:  # optimizers of any library may be given, and may raise anything
+        except Exception as error:
+            # Optimizers of any library may be given, and may raise anything.
             raise ValueError(
                 f"The clients' learning rate cannot be learned with `{name}`, whose step has no derivative"
                 f" ({str(error).partition(chr(10))[0]}). Use SGD, Adam, AdamW or RMSprop."
@@ -291,9 +297,8 @@ def _trial(
             if value.ndim:
                 value = torch.full_like(parameter, value.flatten()[0].item())
         state[parameter][name] = value
-    options = {name: False for name in KERNELS if name in group}
     copy = rebind_optimizer(optimizer, [parameter] * sum(1 for _ in parameters_of(optimizer)), state)
-    copy.param_groups = [{**group, **options, "params": [parameter], "lr": 0.1}]
+    copy.param_groups = [{**group, **_without_kernels(group), "params": [parameter], "lr": 0.1}]
     tangents = RateTangents(copy, [parameter])
     for _ in range(4):
         before = parameter.clone()

@@ -155,9 +155,14 @@ class Watcher:
         """
         names = [name for name in self.names(path) if name not in earlier]
         if not names:
-            return names  # as almost always: the layer need not be looked up
+            # As almost always: the layer need not be looked up.
+            return names
         owner = type(self.module.get_submodule(path))
-        return [name for name in names if not isinstance(getattr(owner, name, None), cached_property)]
+        added = []
+        for name in names:
+            if not isinstance(getattr(owner, name, None), cached_property):
+                added.append(name)
+        return added
 
     def watch_all(self) -> dict[str, dict[str, Watched]]:
         """Watch all attributes from now on, by layer and name."""

@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from lightning_fedhaw.data.class_histogram import ClassHistogram, class_histogram
 from lightning_fedhaw.data.hold_out import HoldOut
 from lightning_fedhaw.data.labels import ClassLabels
-from lightning_fedhaw.data.loader_settings import LoaderSettings
+from lightning_fedhaw.data.loader_settings import LoaderSettings, pass_lengths
 from lightning_fedhaw.data.partitioners.partition import Partition, swap_labels
 from lightning_fedhaw.data.tensors import tensors_of
 from lightning_fedhaw.streams import PathPart, stream
@@ -265,9 +264,10 @@ class ClientData:
         """
         assert self._tensors is not None
         flat = index.reshape(-1)
-        if self.device is not None and self.device.type == "cuda":
+        device = self.device
+        if device is not None and device.type == "cuda":
             # From page-locked memory the copy is asynchronous: the host does not wait for the device's earlier work.
-            flat = flat.pin_memory().to(self.device, non_blocking=True)
+            flat = flat.pin_memory().to(device, non_blocking=True)
         gathered = []
         for tensor in self._tensors:
             rows = tensor.index_select(0, flat.to(tensor.device)).view(*index.shape, *tensor.shape[1:])
@@ -311,11 +311,14 @@ class ClientData:
             if self.settings.draws is not None:
                 order = self.settings.draws.order(samples, generator)
             elif self.settings.shuffle:
-                order = samples.index_select(0, torch.randperm(len(samples), generator=generator))
+                order = samples.index_select(0, torch.randperm(samples.numel(), generator=generator))
             if remaining is not None:
                 count = min(count, remaining)
-            # With `drop_last` or a limit, a pass does not use all samples.
-            yield order[: count * self.settings.batch_size]
+            at_most = count * self.settings.batch_size
+            if at_most < order.numel():
+                # With `drop_last` or a limit, a pass does not use all samples.
+                order = order[:at_most]
+            yield order
             if remaining is not None:
                 remaining -= count
                 if remaining == 0:
@@ -492,26 +495,6 @@ class ClientData:
             if self._channels_last:
                 data = apply_to_collection(data, Tensor, _channels_last)
             yield data, len(chunk)
-
-
-def pass_lengths(per_pass: int, epochs: int | float) -> list[int]:
-    """Count the batches of each pass; the last pass of a fractional number of epochs is cut short, rounded up.
-
-    Args:
-        per_pass: Batches of a whole pass.
-        epochs: The number of passes.
-
-    Example:
-        >>> pass_lengths(10, 2), pass_lengths(10, 1.25), pass_lengths(2, 0.25)
-        ([10, 10], [10, 3], [1])
-    """
-    num_whole = int(epochs)
-    lengths = [per_pass] * num_whole
-    # Less a little, because 1.1 - 1 is a little more than 0.1, and 0.1 of 10 batches is one.
-    batches = ceil((epochs - num_whole) * per_pass - 1e-9)
-    if batches:
-        lengths.append(batches)
-    return lengths
 
 
 class _SwappedLabels(Dataset[object]):

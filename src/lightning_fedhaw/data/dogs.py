@@ -132,7 +132,8 @@ def _read_list(path: Path) -> tuple[list[str], list[int]]:
         targets = [int(entry.item()) - 1 for entry in table["labels"].ravel()]
         if not files or len(files) != len(targets) or set(targets) != set(range(max(targets) + 1)):
             raise ValueError(f"{len(files)} files and {len(targets)} labels")
-    except Exception as error:  # of any kind: scipy's errors depend on the byte at which reading fails
+    except Exception as error:
+        # Of any kind: scipy's errors depend on the byte at which reading fails.
         raise RuntimeError(
             f"{path} is not a list of Stanford Dogs ({type(error).__name__}: {error}). Delete it and put `lists.tar`"
             f" from {SITE} into {path.parent}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
+from math import ceil
 from multiprocessing.context import BaseContext
 from typing import Any, cast
 
@@ -113,7 +114,8 @@ class LoaderSettings:
         """Count the batches of a pass over so many samples."""
         if self.drop_last:
             return samples // self.batch_size
-        return -(-samples // self.batch_size)  # rounded up: the last batch may be incomplete
+        # Rounded up: the last batch may be incomplete.
+        return -(-samples // self.batch_size)
 
     def loader(
         self, dataset: Dataset[object], batches: list[list[int]], generator: torch.Generator
@@ -257,3 +259,23 @@ def _sampler_of(loader: DataLoader[object]) -> Sampler[object] | Sequence[int]:
 def _sampling_of(loader: DataLoader[object]) -> Sampling:
     """Read the sampler of single samples."""
     return Sampling.of(cast("Sampler[object]", _sampler_of(loader)), len(cast(Sized, loader.dataset)))
+
+
+def pass_lengths(per_pass: int, epochs: int | float) -> list[int]:
+    """Count the batches of each pass; the last pass of a fractional number of epochs is cut short, rounded up.
+
+    Args:
+        per_pass: Batches of a whole pass.
+        epochs: The number of passes.
+
+    Example:
+        >>> pass_lengths(10, 2), pass_lengths(10, 1.25), pass_lengths(2, 0.25)
+        ([10, 10], [10, 3], [1])
+    """
+    num_whole = int(epochs)
+    lengths = [per_pass] * num_whole
+    # Less a little, because 1.1 - 1 is a little more than 0.1, and 0.1 of 10 batches is one.
+    batches = ceil((epochs - num_whole) * per_pass - 1e-9)
+    if batches:
+        lengths.append(batches)
+    return lengths

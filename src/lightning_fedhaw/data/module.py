@@ -169,7 +169,10 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
 
         It leaves out the methods of :meth:`_hide_missing_loaders`, which are bound to this object.
         """
-        return {name: value for name, value in vars(self).items() if name not in OPTIONAL_LOADERS}
+        state = dict(vars(self))
+        for name in OPTIONAL_LOADERS:
+            state.pop(name, None)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the state from another process, or for a copy."""
@@ -269,7 +272,8 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
     @property
     def proxy_dataset(self) -> Dataset[object] | None:
         """The server's proxy data, if there is any."""
-        _ = self.train_dataset  # which sets up an existing data module, and cuts the proxy set
+        # This sets up an existing data module, and cuts the proxy set.
+        _ = self.train_dataset
         if isinstance(self._proxy, int):
             return self._proxy_set
         return self._proxy
@@ -287,7 +291,8 @@ class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
         """
         if self.partition_in_use is not None and seed is None:
             return self.partition_in_use
-        train = self.train_dataset  # first, because it sets up an existing data module
+        # First, because it sets up an existing data module.
+        train = self.train_dataset
         result = split(
             train,
             num_clients=self.num_clients,

@@ -205,7 +205,8 @@ def _checked_list(value: object) -> list[object]:
         raise arguments.invalid("cohorts", allowed, value)
     try:
         return arguments.plain_list(value)
-    except TypeError:  # not iterable, such as a tensor without axes
+    except TypeError:
+        # Not iterable, such as a tensor without axes.
         raise arguments.invalid("cohorts", allowed, value) from None
 
 

@@ -175,7 +175,8 @@ def held_out_loss(
     try:
         with tried_out(federation):
             loss(server.parameters())
-    except Exception as error:  # the user's module, which may raise anything
+    except Exception as error:
+        # The user's module may raise anything.
         raise ValueError(
             f"`{name}` cannot compute the training loss on the {source} data: {_first_line(error)}"
             f" ({type(error).__name__}). Its samples must look like training samples."
@@ -193,7 +194,9 @@ def check_second_derivative(name: str, loss: HeldOutLoss, federation: Federation
     try:
         with tried_out(federation):
             loss.hessian_product(vector, torch.ones_like(vector))
-    except Exception as error:  # the user's module, and operations of PyTorch without a second derivative
+    except RuntimeError as error:
+        # The loss itself was computed before. What may fail now are operations of PyTorch without a second derivative,
+        # which raise this error or `NotImplementedError`, a kind of it.
         raise ValueError(
             f"`{name}` needs the second derivative of the loss, and the module has none: {_first_line(error)}"
             f" ({type(error).__name__}). Replace that operation, or remove `{name}`."

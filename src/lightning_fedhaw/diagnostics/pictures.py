@@ -218,7 +218,11 @@ def draw_landscape(run: RunHistory, path: str | Path | None = None, *, round_idx
     axes = figure.subplots()
     image = axes.tricontourf(x, y, losses.numpy(), levels=16, cmap="viridis")
     axes.tricontour(x, y, losses.numpy(), levels=16, colors="white", linewidths=0.4)
-    minima = [table[2] for number, table in sorted(points.items()) if number <= chosen]
+    minima = []
+    for number, table in sorted(points.items()):
+        if number <= chosen:
+            # The third point, after those of FedAvg and of the rule.
+            minima.append(table[2])
     axes.plot(*barycentric(torch.stack(minima)).T.numpy(), "-", color="white", linewidth=1)
     # Of different sizes, because a rule may choose the point of FedAvg.
     marks = zip(("FedAvg", "rule", "minimum"), "^so", (15, 7, 9), points[chosen], strict=True)
@@ -280,18 +284,27 @@ def _series(groups: Groups, panels: Mapping[str, str], columns: int | None = Non
         if axes.get_lines():
             axes.legend(frameon=False)
         tidy(axes)
-    logged = {name for runs in groups.values() for run in runs for name in run.names}
-    missing = [metric for metric in panels if metric not in logged]
-    if missing:
-        raise ValueError(f"No run has {missing[0]!r}: add its observer to `callbacks` of the run.")
+    logged: set[str] = set()
+    for runs in groups.values():
+        for run in runs:
+            logged.update(run.names)
+    for metric in panels:
+        if metric not in logged:
+            raise ValueError(f"No run has {metric!r}: add its observer to `callbacks` of the run.")
     return figure
 
 
 def _draw_measured(axes: Axes, index: int, label: str, values: Sequence[float]) -> None:
     """Draw a curve of the rounds in which something was measured."""
-    rounds = [number for number, value in enumerate(values, start=1) if not isnan(value)]
+    rounds = []
+    measured = []
+    for number, value in enumerate(values, start=1):
+        # A gap would be drawn where the observer measures in every tenth round only.
+        if not isnan(value):
+            rounds.append(number)
+            measured.append(value)
     color, style = color_and_style(index)
-    axes.plot(rounds, [values[number - 1] for number in rounds], style, color=color, label=label, linewidth=1.5)
+    axes.plot(rounds, measured, style, color=color, label=label, linewidth=1.5)
 
 
 def _write_numbers(axes: Axes, values: Tensor) -> None:

@@ -163,11 +163,22 @@ class BufferKinds:
     """
 
     def __init__(self, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-        self.derived = [each for each in _derived_buffers(module) if set(each.names) <= buffers.keys()]
-        self.derived_names = {name for each in self.derived for name in each.names}
-        observers = [f"{path}." if path else "" for path, layer in module.named_modules() if _is_observer(layer)]
-        self.minima = {f"{path}min_val" for path in observers} & buffers.keys()
-        self.maxima = {f"{path}max_val" for path in observers} & buffers.keys()
+        self.derived: list[DerivedBuffers] = []
+        self.derived_names: set[str] = set()
+        for derived in _derived_buffers(module):
+            if set(derived.names) <= buffers.keys():
+                self.derived.append(derived)
+                self.derived_names.update(derived.names)
+        self.minima: set[str] = set()
+        self.maxima: set[str] = set()
+        for path, layer in module.named_modules():
+            if _is_observer(layer):
+                prefix = f"{path}." if path else ""
+                self.minima.add(f"{prefix}min_val")
+                self.maxima.add(f"{prefix}max_val")
+        # An observer's range may be a buffer that training does not change.
+        self.minima &= buffers.keys()
+        self.maxima &= buffers.keys()
         self.statistics = {name for name in buffers if name.rpartition(".")[2] in STATISTICS}
         known = self.derived_names | self.minima | self.maxima | self.statistics
         self.unknown = []
@@ -200,8 +211,8 @@ def _derived_buffers(module: nn.Module) -> Sequence[DerivedBuffers]:
 
 def _is_observer(layer: nn.Module) -> bool:
     """Return whether a layer is an observer of quantization; by name, because the import takes time."""
-    kinds = [kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch.")]
-    return any(kind.__name__ == "ObserverBase" for kind in kinds)
+    kinds = type(layer).__mro__
+    return any(kind.__name__ == "ObserverBase" and kind.__module__.startswith("torch.") for kind in kinds)
 
 
 def _singular_vectors(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

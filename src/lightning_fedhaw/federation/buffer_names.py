@@ -59,6 +59,9 @@ def _unmatched(pattern: str, module: nn.Module, layout: ParameterLayout) -> str:
     message = f'The pattern "{pattern}" of `buffers` matches no buffer and no frozen parameter of the model.'
     if any(fnmatchcase(name, pattern) for name in layout.names):
         message += " It matches trainable parameters, which are always aggregated."
-    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    frozen = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            frozen.append(name)
     message += f" Its buffers are {listed([name for name, _ in module.named_buffers()])}"
     return f"{message}; its frozen parameters are {listed(frozen)}."

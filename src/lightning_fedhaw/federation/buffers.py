@@ -104,8 +104,11 @@ class Buffers:
     @property
     def message_bytes(self) -> int:
         """Bytes of buffers that are sent in addition to a model, on either link; those that stay local do not count."""
-        sent = [self.server.buffers[name] for name in (*self._names("average"), *self._names("recalibrate"))]
-        return sum(buffer.numel() * buffer.element_size() for buffer in sent)
+        nbytes = 0
+        for name in (*self._names("average"), *self._names("recalibrate")):
+            buffer = self.server.buffers[name]
+            nbytes += buffer.numel() * buffer.element_size()
+        return nbytes
 
     @property
     def contents(self) -> list[str]:
@@ -121,7 +124,11 @@ class Buffers:
 
     def sent(self, update: ClientUpdate) -> Mapping[str, Tensor]:
         """Return the buffers of an update that count: all except those that the server never changes."""
-        return {name: buffer for name, buffer in update.buffers.items() if self.policy_of[name] != "keep"}
+        sent = {}
+        for name, buffer in update.buffers.items():
+            if self.policy_of[name] != "keep":
+                sent[name] = buffer
+        return sent
 
     def changed(self, update: ClientUpdate) -> dict[str, Tensor]:
         """Return the buffers of an update that training has changed, in host memory."""
@@ -135,28 +142,34 @@ class Buffers:
         """Keep the buffers of a client whose update was received for its next round, with ``"local"``."""
         if not self.remembers:
             return
-        own = {}
-        for name, buffer in update.buffers.items():
-            if self._is_kept_by_clients(name):
-                own[name] = buffer.to(HOST)
-        self.local[update.client] = own
+        own = self._kept_by_clients(update.buffers)
+        self.local[update.client] = {name: buffer.to(HOST) for name, buffer in own.items()}
 
     def reset_local(self, names: Sequence[str]) -> None:
         """Let all clients start from the server's buffers with these names, where they have kept their own."""
         if not names:
             return
         for client, own in self.local.items():
-            self.local[client] = {name: buffer for name, buffer in own.items() if name not in names}
+            remaining = dict(own)
+            for name in names:
+                remaining.pop(name, None)
+            # Replaced, not changed: the undo of a round holds the dictionaries themselves.
+            self.local[client] = remaining
 
     def load(self, local: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Load clients' own buffers from a checkpoint, except those that are frozen or not local by now."""
         self.local = {}
         for client, buffers in local.items():
-            self.local[client] = {name: b for name, b in buffers.items() if self._is_kept_by_clients(name)}
+            self.local[client] = self._kept_by_clients(buffers)
 
-    def _is_kept_by_clients(self, name: str) -> bool:
-        # Derived buffers belong to the weights that a client receives, and not to those that it had before.
-        return self.policy_of.get(name) == "local" and name not in self.kinds.derived_names
+    def _kept_by_clients(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Pick the buffers that clients keep."""
+        local = {}
+        for name, buffer in buffers.items():
+            # Derived buffers belong to the weights that a client receives, and not to those that it had before.
+            if self.policy_of.get(name) == "local" and name not in self.kinds.derived_names:
+                local[name] = buffer
+        return local
 
     def aggregate(
         self, cohort: Cohort, step: RuleOutput, updates: Sequence[ClientUpdate]
@@ -179,12 +192,18 @@ class Buffers:
         if not total > 0:
             return None
         weights = weights / total
-        starts = {name: self.server.buffers[name] for name in self._averaged if name not in self.kinds.ranges}
+        starts = {}
+        for name in self._averaged:
+            # The widest range counts, and not an average of ranges.
+            if name not in self.kinds.ranges:
+                starts[name] = self.server.buffers[name]
         combined = averaged_buffers(starts, (update.buffers for update in updates), weights)
-        # One read of a constant (a mask, a table), which is equal; a NaN is not.
-        unknown = [name for name in self.kinds.unknown if name in combined]
-        changed = [name for name in unknown if not torch.equal(combined[name], starts[name])]
-        for name in changed:
+        changed = []
+        for name in self.kinds.unknown:
+            # One read of a constant (a mask, a table), which is equal; a NaN is not.
+            if name not in combined or torch.equal(combined[name], starts[name]):
+                continue
+            changed.append(name)
             if not all_finite(combined[name]):
                 combined[name] = _mean_of_finite(starts[name], self._stack(name, updates), weights)
         for name in self._averaged:

@@ -141,7 +141,9 @@ class ClientEvaluation:
         """Return these tensors of the module by name, each with a copy of the global model's value."""
         module = self.host.module
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        names = {name for tensors in self.own.values() for name in tensors}
+        names: set[str] = set()
+        for tensors in self.own.values():
+            names.update(tensors)
         return {name: (named[name], named[name].detach().clone()) for name in sorted(names)}
 
     def _prepare_metrics(self) -> None:

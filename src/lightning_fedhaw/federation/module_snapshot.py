@@ -40,7 +40,10 @@ class ModuleSnapshot:
         self._buffers = [(tensor, tensor.detach().clone()) for tensor in tensors]
         is_restorable = _restorable_objects(module)
         self._unrestorable = list(_unrestorable_values(module, is_restorable))
-        large = [value.value for value in self._unrestorable if isinstance(value.value, Tensor)]
+        large = []
+        for unrestorable in self._unrestorable:
+            if isinstance(unrestorable.value, Tensor):
+                large.append(unrestorable.value)
         self._attributes = Attributes(module, globals_too=False, looks_into=is_restorable, left_out=large)
 
     @torch.no_grad()
@@ -122,5 +125,6 @@ def _unrestorable_values(module: nn.Module, is_restorable: Callable[[object], bo
             is_large = isinstance(value, (Tensor, np.ndarray)) and value.nbytes > MAX_BYTES
             is_foreign = is_plain_object(value) and not isinstance(value, (Metric, Tensor, np.ndarray))
             if is_large or (is_foreign and not is_restorable(value)):
-                qualified_name = ".".join(part for part in ("self", path, name) if part)
+                # The module itself has no path.
+                qualified_name = ".".join(filter(None, ("self", path, name)))
                 yield _UnrestorableValue(qualified_name, value, _fingerprint_of(value))

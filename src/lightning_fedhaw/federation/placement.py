@@ -74,7 +74,9 @@ class Placement:
         """
         if not all(isinstance(memory, (dict, type(None))) for memory in memories):
             return memories[0]
-        clients = {client for memory in memories for client in memory or {}}
+        clients: set[int] = set()
+        for memory in memories:
+            clients.update(memory or {})
         merged = {}
         for client in sorted(clients):
             # A client that has not trained since a checkpoint was loaded is the same on all processes.

@@ -67,7 +67,10 @@ class RateTangentPayload:
     def _check(self, rule: Rule, engine: Engine) -> None:
         """Refuse training through which no derivative is carried."""
         host = self.host
-        reading = [type(objective).__name__ for objective in engine.objectives if objective.reads_batch]
+        reading = []
+        for objective in engine.objectives:
+            if objective.reads_batch:
+                reading.append(type(objective).__name__)
         reason = None
         if not host.module.automatic_optimization:
             reason = "manual optimization; use automatic optimization"
@@ -110,7 +113,10 @@ class RateTangentPayload:
             with torch.no_grad():
                 if dual_terms is not None:
                     slices = dual_terms.add_closed_gradients(slices, list(views.values()))
-                rows = [None if part is None else part.unsqueeze(0) for part in slices]
+                # Gradients are clipped by client; here is one.
+                rows: list[Tensor | None] = []
+                for part in slices:
+                    rows.append(None if part is None else part.unsqueeze(0))
                 values, tangents = _unpacked(clipped(rows, self.host.clipping))
         return layout.read(values), layout.read(tangents)
 

@@ -200,7 +200,10 @@ class RunState:
         tensors = {**self.server.layout.views(changes.parameters), **changes.buffers}
         checksums = self.ranks.gather({name: _checksum(tensors[name]) for name in changes.names})
         for rank, other in enumerate(checksums):
-            different = [name for name in {**checksums[0], **other} if checksums[0].get(name) != other.get(name)]
+            different = []
+            for name in {**checksums[0], **other}:
+                if checksums[0].get(name) != other.get(name):
+                    different.append(name)
             if different:
                 raise RuntimeError(
                     f"Between two rounds `{different[0]}` was changed in the module, and not to the same values on"
@@ -286,7 +289,10 @@ class RunState:
         if self.ranks.size == 1:
             return
         resume_keys = self.ranks.gather((self.fingerprint, self.data.sample_hash()))
-        different = [rank for rank, resume_key in enumerate(resume_keys) if resume_key != resume_keys[0]]
+        different = []
+        for rank, resume_key in enumerate(resume_keys):
+            if resume_key != resume_keys[0]:
+                different.append(rank)
         if different:
             raise ValueError(
                 f"Processes {different} of {self.ranks.size} were given other training data, another split or another"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -160,7 +161,10 @@ class Screening:
 
     def _channel_advice(self) -> str:
         """Name the channels that change what clients send."""
-        names = [f"`{type(channel).__name__}`" for channel in self.uplink if changes_messages(channel)]
+        names = []
+        for channel in self.uplink:
+            if changes_messages(channel):
+                names.append(f"`{type(channel).__name__}`")
         if not names:
             return ""
         return f" Or {' and '.join(names)} spoiled what they sent; then make it gentler."
@@ -168,14 +172,19 @@ class Screening:
     def _nonfinite_content(self, update: ClientUpdate) -> str | None:
         """Name the content of an update that is not finite; ``None`` if all is finite."""
         buffers = self.buffers.sent(update)
-        states = [value for state in update.memory["objectives"] for value in state.values()]
+        states: list[Tensor] = []
+        for state in update.memory["objectives"]:
+            states += state.values()
         local_parameters = list(update.memory[LOCAL_PARAMETERS].values())
         # Almost always all is finite, which this finds out with one wait for the device.
         if _sums_are_finite([update.displacement, *buffers.values(), *states, *local_parameters]):
             return None
         start = self.buffers.start(update.client)
         exempt = self.buffers.host.nonfinite_buffers
-        spoiled = [n for n, buffer in buffers.items() if n not in exempt and _is_spoiled(buffer, start[n])]
+        spoiled = []
+        for name, buffer in buffers.items():
+            if name not in exempt and _is_spoiled(buffer, start[name]):
+                spoiled.append(name)
         if spoiled:
             return f"buffers {spoiled[:3]}"
         if not all_finite(update.displacement):
@@ -209,5 +218,6 @@ def _sums_are_finite(tensors: Sequence[Tensor]) -> bool:
     """Return whether every tensor adds up to a finite number, which proves it finite; false for complex tensors."""
     if any(tensor.is_complex() for tensor in tensors):
         return False
-    sums = [tensor.sum().to(tensors[0]) for tensor in tensors]
-    return all_finite(torch.stack(sums))
+    # One transfer to the host for all of them.
+    sums = torch.stack([tensor.sum().to(tensors[0]) for tensor in tensors])
+    return all(map(isfinite, sums.tolist()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import filter as filter_names
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
@@ -345,14 +346,14 @@ class TimmClassifier(arguments.NamedArguments, pl.LightningModule):
             patterns = [trainable]
         selected: set[str] = set()
         for pattern in patterns:
-            matching = {name for name in names if fnmatch(name, pattern)}
+            matching = filter_names(names, pattern)
             if not matching:
                 raise ValueError(
                     '`trainable` must be "all", "head", a number of blocks, or patterns of parameter names, and no'
                     f" parameter of {self.hparams['model_name']!r} matches {pattern!r}; they are called like"
                     f" {listed(names[-3:], 'and')}."
                 )
-            selected |= matching
+            selected.update(matching)
         return selected
 
     def _last_blocks(self, count: int) -> set[str]:

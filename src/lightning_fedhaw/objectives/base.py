@@ -215,10 +215,15 @@ class ClientObjective(KeyedCallback):
         """
         if not self.reads_batch:
             return self.end_client(state, start, end, num_steps)
-        lent = {**state, **{END_BUFFER + name: value for name, value in end_buffers.items()}}
-        new_state = self.end_client(lent, start, end, num_steps)
-        lent_names = (START_BUFFER, END_BUFFER)
-        return {name: value for name, value in new_state.items() if not name.startswith(lent_names)}
+        lent = dict(state)
+        for name, value in end_buffers.items():
+            lent[END_BUFFER + name] = value
+        new_state = dict(self.end_client(lent, start, end, num_steps))
+        # They are the module's, and would be kept for every client.
+        for name in list(new_state):
+            if name.startswith((START_BUFFER, END_BUFFER)):
+                del new_state[name]
+        return new_state
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a module that lacks a submodule that the objective reads.
@@ -325,12 +330,15 @@ def make_watch(
         module: The user's module.
         context: Gives the context of a training step in the trainer's precision.
     """
-    readers = [objective for objective in objectives if objective.reads_batch]
-    if not readers:
-        return None
     names: list[str] = []
-    for objective in readers:
-        names.extend(objective.watched)
+    is_needed = False
+    for objective in objectives:
+        if objective.reads_batch:
+            # One that watches no submodule still reads the batch and the output.
+            is_needed = True
+            names.extend(objective.watched)
+    if not is_needed:
+        return None
     return StepWatch(module, names, context)
 
 
@@ -344,7 +352,8 @@ def _check_submodule(objective: ClientObjective, name: str, module: pl.Lightning
                 " `self(...)` in `training_step`, or name the submodule whose output is meant."
             )
         return
-    names = [submodule_name for submodule_name, _ in module.named_modules() if submodule_name]
+    # Without the module itself, which comes first and has the empty name.
+    names = [submodule_name for submodule_name, _ in module.named_modules()][1:]
     if name in names:
         return
     # A large model has hundreds of submodules, so the nearest one comes first.

@@ -59,4 +59,7 @@ class FedDynObjective(ClientObjective):
 
     def end_client(self, state: ClientState, start: Named, end: Named, num_steps: int) -> ClientState:
         """Return ``g_k - alpha (end - start)``."""
-        return {name: value - self.regularization * (end[name] - start[name]) for name, value in state.items()}
+        new_state = {}
+        for name, value in state.items():
+            new_state[name] = value - self.regularization * (end[name] - start[name])
+        return new_state

@@ -112,10 +112,15 @@ def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, fo
     draw_bands(groups, [metric], path_of(metric))
     if "scale" in logged:
         draw_bands(groups, ["scale"], path_of("scale"))
-    learned = [name for name in logged if name.startswith("learned/")]
+    learned = []
+    hypergradients = []
+    for name in logged:
+        if name.startswith("learned/"):
+            learned.append(name)
+        elif name.startswith("hypergradient_"):
+            hypergradients.append(name)
     if learned:
         draw_bands(groups, learned, path_of("learned"))
-    hypergradients = [name for name in logged if name.startswith("hypergradient_")]
     if hypergradients:
         draw_bands(groups, hypergradients, path_of("hypergradients"), log=True)
     for diagnostic, series in _observed(logged).items():

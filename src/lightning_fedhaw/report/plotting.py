@@ -297,7 +297,10 @@ def _runs_with_client_metric(
     """Return the runs that measured a metric on each client; groups without such a run are left out."""
     measured: dict[str, Sequence[RunHistory]] = {}
     for name, runs in groups.items():
-        runs_with_metric = [run for run in runs if metric in run.clients]
+        runs_with_metric = []
+        for run in runs:
+            if metric in run.clients:
+                runs_with_metric.append(run)
         if runs_with_metric:
             measured[name] = runs_with_metric
     return measured

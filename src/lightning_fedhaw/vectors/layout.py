@@ -239,7 +239,11 @@ class ParameterLayout:
 
 def trainable(module: nn.Module) -> Mapping[str, nn.Parameter]:
     """Return the module's trainable parameters by name; tied parameters once."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    parameters = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            parameters[name] = parameter
+    return parameters
 
 
 def _check_trainable(module: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
@@ -274,7 +278,11 @@ def _tracked_buffers(module: nn.Module) -> Mapping[str, Tensor]:
     for submodule in module.modules():
         if not submodule.training and not trainable(submodule):
             frozen |= set(map(id, submodule.buffers(recurse=False)))
-    return {name: buffer for name, buffer in module.named_buffers() if id(buffer) not in frozen}
+    tracked = {}
+    for name, buffer in module.named_buffers():
+        if id(buffer) not in frozen:
+            tracked[name] = buffer
+    return tracked
 
 
 def _frozen(module: nn.Module, exchanged: set[str]) -> dict[str, Tensor]:

@@ -33,7 +33,9 @@ def local_names(choice: str | Sequence[str] | Callable[[str], bool] | None, modu
     names = list(trainable(module))
     local: list[str] = []
     if callable(choice):
-        local = [name for name in names if called("local_parameters", choice, name)]
+        for name in names:
+            if called("local_parameters", choice, name):
+                local.append(name)
     else:
         patterns = [choice] if isinstance(choice, str) else choice
         for pattern in patterns:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_fedhaw.clients.steps import Host, Terms, loss_of
+from lightning_fedhaw.clients.steps import Host, Terms, as_scalar, loss_of
 from lightning_fedhaw.clients.vectorized.guard import StepGuard
 from lightning_fedhaw.clients.vectorized.recorder import StackRecorder
 from lightning_fedhaw.clients.vectorized.recurrent import following_parameters
@@ -133,7 +133,7 @@ class BatchedStep:
         """Compute the clients' losses."""
         parameters, buffers, batch, self._batch_index, starts, states = inputs
         self._counts = (len(parameters), len(buffers), len(batch))
-        extra = [torch.arange(len(parameters[0]))]
+        extra: list[Tensor] = []
         if self._open and starts is not None:
             self._state_names = [list(states[i]) for i in self._open]
             extra += starts.values()
@@ -146,7 +146,8 @@ class BatchedStep:
             losses = outputs[0]
             outputs = outputs[1:]
         count = len(self._replaced)
-        return StepOutputs(losses, dict(zip(self._replaced, outputs[:count], strict=True)), outputs[count:])
+        replaced = dict(zip(self._replaced, outputs[:count], strict=True))
+        return StepOutputs(losses, replaced, [value.detach() for value in outputs[count:]])
 
     def gradients(self, trained: Sequence[int], inputs: StepInputs) -> Gradients:
         """Compute the losses, and the gradient of each client's loss.
@@ -169,7 +170,7 @@ class BatchedStep:
             named = dict(zip(self.layout.names, inputs.parameters, strict=False))
             terms = Terms(self.objectives, named, inputs.starts, inputs.states)
             gradients = terms.add_closed_gradients(gradients, parameters, torch.func.vmap)
-        return Gradients(losses.detach(), gradients, replaced, [value.detach() for value in logged])
+        return Gradients(losses.detach(), gradients, replaced, logged)
 
     def _one(self, *flat: Tensor) -> tuple[Tensor, ...]:
         """Compute one client's step; inside of ``vmap`` tensors lack the axis of the clients."""
@@ -178,7 +179,7 @@ class BatchedStep:
         parameters = list(islice(remaining, num_parameters))
         buffers = list(islice(remaining, num_buffers))
         batch = list(islice(remaining, num_data))
-        self.guard.ticket = next(remaining)
+        self.guard.ticket = batch[0]
         self.guard.trainable = frozenset(map(id, parameters))
         with (
             _substituted(self._parameter_slots, parameters),
@@ -210,7 +211,7 @@ class BatchedStep:
         if self._watch is not None:
             # Its tensors belong to this call of `vmap`.
             self._watch.clear()
-        return (loss.reshape(()), *replaced, *logged)
+        return (as_scalar(loss), *replaced, *logged)
 
     def _training_step(self, batch: list[Tensor]) -> Any:
         """Call one client's ``training_step``, and record what objectives read of it."""

@@ -33,11 +33,13 @@ class _Call(NamedTuple):
 
     Attributes:
         rows: The rows that take part, in ascending order.
+        row_index: The same as an index.
         samples: ``[rows, batch]`` int64, the indices of their samples.
         batch_index: The batch's number, the second argument of ``training_step``.
     """
 
     rows: list[int]
+    row_index: RowIndex
     samples: Tensor
     batch_index: int
 
@@ -132,6 +134,7 @@ class Chunk:
         number_of = {id(parameter): number for number, parameter in enumerate(layout.trained_tensors(host.module))}
         # By position in the optimizer's groups: the parameter's number among the stacks; `None` for a frozen one.
         self.stack_numbers = [number_of.get(id(parameter)) for parameter in parameters_of(optimizer)]
+        self.trained = [number for number in self.stack_numbers if number is not None]
         stacks: list[Tensor | None] = []
         for number in self.stack_numbers:
             stacks.append(None if number is None else self.stacks[number])
@@ -235,20 +238,25 @@ class Chunk:
         size = self.batch_size
         num_samples = [order.numel() for order in orders]
         num_full = [count // size for count in num_samples]
-        last_sizes = [count % size for count in num_samples]
         samples = pad_sequence(orders, batch_first=True)
+        rows = list(range(len(orders)))
         for batch in range(max(num_full)):
-            rows = [row for row, count in enumerate(num_full) if count > batch]
+            rows = [row for row in rows if num_full[row] > batch]
             for index, group in self._by_index(rows, batches_before, batch):
-                yield _Call(group, samples[_row_index(group), batch * size : (batch + 1) * size], index)
+                row_index = _row_index(group)
+                yield _Call(group, row_index, samples[row_index, batch * size : (batch + 1) * size], index)
         batches_before_last = [before + full for before, full in zip(batches_before, num_full, strict=True)]
-        for length in sorted(set(last_sizes) - {0}):
-            rows = [row for row, last_size in enumerate(last_sizes) if last_size == length]
+        rows_by_length: dict[int, list[int]] = {}
+        for row, count in enumerate(num_samples):
+            if count % size:
+                rows_by_length.setdefault(count % size, []).append(row)
+        for length, rows in sorted(rows_by_length.items()):
             for index, group in self._by_index(rows, batches_before_last, 0):
                 # The last batches of a length begin at other columns in each row.
                 begins = torch.tensor([num_full[row] * size for row in group])
                 columns = begins[:, None] + torch.arange(length)
-                yield _Call(group, samples[_row_index(group)].gather(1, columns), index)
+                row_index = _row_index(group)
+                yield _Call(group, row_index, samples[row_index].gather(1, columns), index)
 
     def _by_index(self, rows: list[int], batches_before: Sequence[int], batch: int) -> Iterable[tuple[int, list[int]]]:
         """Group rows by the batch index that their step is given; in one group where the step ignores it.
@@ -268,8 +276,8 @@ class Chunk:
     def _make(self, call: _Call) -> None:
         """Make a call, and one step of each of its clients."""
         rows = call.rows
+        row_index = call.row_index
         samples = call.samples
-        row_index = _row_index(rows)
         # A compiled step has graphs for few numbers of rows: the last row is repeated, and the copies are dropped.
         padding = 0
         if self.compiled is not None:
@@ -280,11 +288,13 @@ class Chunk:
             samples = torch.cat([samples, samples[-1:].expand(padding, -1)])
         inputs = self._inputs(rows, padded_index, samples, call.batch_index)
         self.step.recorder.batch_size = samples.shape[1]
-        trained = [number for number in self.stack_numbers if number is not None]
-        outputs = self._gradients(trained, inputs, row_index)
+        outputs = self._gradients(inputs, row_index)
         with torch.no_grad():
             if outputs.logged:
-                self.step.recorder.put(torch.tensor(rows), [value[: len(rows)] for value in outputs.logged])
+                logged = outputs.logged
+                if padding:
+                    logged = [value[: len(rows)] for value in logged]
+                self.step.recorder.put(_row_numbers(row_index), logged)
             self._put_buffers(rows, row_index, outputs.buffers(inputs.buffers))
             if outputs.losses is not None:
                 gradients = self._in_optimizer_order(outputs.gradients, len(rows))
@@ -293,16 +303,16 @@ class Chunk:
         for row in rows:
             counts[row] += 1
 
-    def _gradients(self, trained: Sequence[int], inputs: StepInputs, row_index: RowIndex) -> Gradients:
+    def _gradients(self, inputs: StepInputs, row_index: RowIndex) -> Gradients:
         """Compute the gradients of a call, and where a rate is learned their change along the tangents."""
         if self.tangents is None:
-            return (self.compiled or self.step).gradients(trained, inputs)
+            return (self.compiled or self.step).gradients(self.trained, inputs)
         with self.tangents.level():
             duals = list(inputs.parameters)
             for position, number in enumerate(self.stack_numbers):
                 if number is not None:
                     duals[number] = self.tangents.dual(position, inputs.parameters[number], row_index)
-            outputs = self.step.gradients(trained, inputs._replace(parameters=duals))
+            outputs = self.step.gradients(self.trained, inputs._replace(parameters=duals))
             if outputs.losses is not None:
                 gradients = self._in_optimizer_order(outputs.gradients, len(duals[0]))
                 with torch.no_grad():
@@ -438,10 +448,11 @@ class Chunk:
         for name, buffer in zip(self.step.buffer_names, self.buffers, strict=True):
             buffers[name] = buffer[row].clone()
         local_stacks = self.stacks[self.num_shared :]
-        local = {name: stack[row] for name, stack in zip(engine.layout.local, local_stacks, strict=True)}
+        local = _rows_of(dict(zip(engine.layout.local, local_stacks, strict=True)), row)
         objective_states = []
         if engine.objectives:
-            end = {name: stack[row] for name, stack in zip(engine.layout.names, self.stacks, strict=False)}
+            # Without local parameters, whose stacks come last.
+            end = _rows_of(dict(zip(engine.layout.names, self.stacks, strict=False)), row)
             states = [_rows_of(state, row) for state in self.states]
             # Objectives such as SCAFFOLD's read the rates.
             with scaled_rates(engine.host, engine.plan.lr_scale_of(task.client)):
@@ -487,3 +498,10 @@ def _row_index(rows: list[int]) -> RowIndex:
     if rows[-1] - rows[0] + 1 == len(rows):
         return slice(rows[0], rows[-1] + 1)
     return torch.tensor(rows)
+
+
+def _row_numbers(index: RowIndex) -> Tensor:
+    """Return the rows of an index as a tensor."""
+    if isinstance(index, slice):
+        return torch.arange(index.start, index.stop)
+    return index

@@ -170,7 +170,10 @@ class _Graph:
         losses = None
         if self.has_loss:
             losses = next(remaining)
-        gradients = [next(remaining) if is_used else None for is_used in self.is_used]
+        gradients: list[Tensor | None] = []
+        for is_used in self.is_used:
+            # A graph returns tensors only, so that unused parameters have no output.
+            gradients.append(next(remaining) if is_used else None)
         buffers = list(islice(remaining, self.num_buffers))
         return Gradients(losses, gradients, dict(enumerate(buffers)), list(remaining))
 

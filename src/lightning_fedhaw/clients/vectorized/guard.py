@@ -26,7 +26,7 @@ class StepGuard(TorchFunctionMode):
 
     Attributes:
         generators: Returns a generator for each client of the current call.
-        ticket: Inside a batched call, a batched tensor, which makes the clients' masks batched, too; else ``None``.
+        ticket: Inside a batched call, any batched tensor, which makes the clients' masks batched, too; else ``None``.
         trainable: The identities (``id``) of the clients' parameters in the current call.
         calls: The number of dropout calls.
     """
@@ -37,6 +37,11 @@ class StepGuard(TorchFunctionMode):
         self.ticket: Tensor | None = None
         self.trainable: frozenset[int] = frozenset()
         self.calls = 0
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        # Its memory is that of a batch, which must be free before the next one is made.
+        self.ticket = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -97,7 +102,8 @@ class StepGuard(TorchFunctionMode):
         draw = _Draw(self.generators(), tuple(input.shape), input.dtype, input.device, p)
         if self.ticket is None:
             return multiply(input, draw.masks()[0])
-        return multiply(input, _BatchedMasks.apply(self.ticket, draw))
+        # Without its history: the step may differentiate with respect to its batch.
+        return multiply(input, _BatchedMasks.apply(self.ticket.detach(), draw))
 
 
 def _drops_between_layers(num_layers: int, p: float, training: bool) -> bool:

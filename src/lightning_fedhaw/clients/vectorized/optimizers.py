@@ -15,7 +15,7 @@ from lightning_fedhaw.clients.engine import OptimizerStates, ParameterState, dev
 from lightning_fedhaw.clients.plan import LocalPlan
 from lightning_fedhaw.clients.rates import PROPORTIONAL
 from lightning_fedhaw.clients.rebinding import rebind_optimizer
-from lightning_fedhaw.clients.steps import is_plain_sgd, parameters_of
+from lightning_fedhaw.clients.steps import is_plain_sgd, parameters_of, trainable_among
 from lightning_fedhaw.streams import stream
 
 RowIndex = slice | Tensor
@@ -62,7 +62,7 @@ class StackedOptimizer:
         self.observer = observer
         self.stacks = stacks
         self.row_states = row_states
-        self.is_plain = observer is None and is_plain_sgd(optimizer, _trainable(optimizer))
+        self.is_plain = observer is None and is_plain_sgd(optimizer, trainable_among(parameters_of(optimizer)))
         self._is_fused = any(group.get("fused") for group in optimizer.param_groups)
         # By position of the parameter: the options of its group, and with plain SGD its learning rate.
         self._groups: list[Mapping[str, object]] = []
@@ -91,7 +91,9 @@ class StackedOptimizer:
             self._step_plain(row_index, gradients)
             return
         for begin, end in self._runs(rows):
-            run_gradients = [None if gradient is None else gradient[begin:end] for gradient in gradients]
+            run_gradients: list[Tensor | None] = []
+            for gradient in gradients:
+                run_gradients.append(None if gradient is None else gradient[begin:end])
             self._step_run(rows[begin], rows[end - 1] + 1, run_gradients)
 
     def _step_plain(self, row_index: RowIndex, gradients: Sequence[Tensor | None]) -> None:
@@ -310,7 +312,7 @@ def row_states(optimizer: Optimizer, initial: OptimizerStates) -> frozenset[str]
         ValueError: If it is not element-wise, with the reason.
     """
     name = type(optimizer).__name__
-    if is_plain_sgd(optimizer, _trainable(optimizer)):
+    if is_plain_sgd(optimizer, trainable_among(parameters_of(optimizer))):
         return frozenset()
     try:
         trial = _Trial(optimizer, initial)
@@ -368,15 +370,13 @@ def _is_row_of(together: _TrialResult, alone: _TrialResult, row: int, row_names:
     return True
 
 
-def _trainable(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for parameter in parameters_of(optimizer) if parameter.requires_grad]
-
-
 def _options(optimizer: Optimizer) -> list[dict[str, object]]:
     """Return the options of an optimizer's groups, without the parameters."""
     options = []
     for group in optimizer.param_groups:
-        options.append({name: value for name, value in group.items() if name != "params"})
+        options_of_group = dict(group)
+        del options_of_group["params"]
+        options.append(options_of_group)
     return options
 
 

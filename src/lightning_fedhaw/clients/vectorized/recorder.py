@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_fedhaw.clients.records import Logged, LoggedValues, LogRecorder, LogSettings
+from lightning_fedhaw.clients.steps import as_scalar
 from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
 
 
@@ -67,7 +68,8 @@ class StackRecorder(LogRecorder):
     @staticmethod
     def _snapshot(value: Tensor) -> Tensor:
         """Copy a value; within a batched call no tensor can be read as a number."""
-        return value.detach().clone().reshape(())
+        # Each operation in a batched call has its price. This one is detached, as a stack, when it has left the call.
+        return value.clone()
 
     def take(self, parameter: Tensor) -> list[Tensor]:
         """Take the values that were logged in a batched call, to be returned from the call.
@@ -82,7 +84,7 @@ class StackRecorder(LogRecorder):
             for value, weight in zip(values, weights, strict=True):
                 if not isinstance(value, Tensor):
                     value = torch.tensor(value, dtype=torch.float64)
-                outputs.append(value.reshape(()).to(parameter.device))
+                outputs.append(as_scalar(value).to(parameter.device))
                 self._pending.append(PendingValue(name, settings, weight))
             values.clear()
             weights.clear()

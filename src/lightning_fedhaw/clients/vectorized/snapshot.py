@@ -6,7 +6,7 @@ import inspect
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import CellType, CodeType, FunctionType
@@ -80,20 +80,19 @@ class Attributes:
 
     def changed(self) -> Change | None:
         """Find the first attribute that was changed, added or removed; ``None`` if there is none."""
+        reader = self._reader()
         for number, owner in enumerate(self.owners):
-            names = {**self._fingerprints[number], **dict(owner.items())}
-            for name in names:
-                if self._is_changed(number, name):
-                    return Change(owner.describe_change(name), partial(self._is_changed, number, name))
+            fingerprints = self._fingerprints[number]
+            present = dict(owner.items())
+            for name in {**fingerprints, **present}:
+                if _is_changed(name, fingerprints, present, reader):
+                    return Change(owner.describe_change(name), partial(self._has_changed, number, name))
         return None
 
-    def _is_changed(self, number: int, name: str) -> bool:
+    def _has_changed(self, number: int, name: str) -> bool:
         """Return whether an attribute of the owner with this number was changed."""
-        fingerprints = self._fingerprints[number]
         present = dict(self.owners[number].items())
-        if name not in fingerprints or name not in present:
-            return True
-        return self._reader().of(present[name]) != fingerprints[name]
+        return _is_changed(name, self._fingerprints[number], present, self._reader())
 
     def restore(self) -> None:
         """Restore everything."""
@@ -114,6 +113,22 @@ class Attributes:
                 owner.put(name, value)
         for undo in self._undo:
             undo()
+
+
+def _is_changed(
+    name: str, fingerprints: Mapping[str, Fingerprint], present: Mapping[str, object], reader: Fingerprints
+) -> bool:
+    """Return whether an attribute was changed, added or removed.
+
+    Args:
+        name: Its name.
+        fingerprints: The fingerprints of its owner's attributes as they were.
+        present: The owner's attributes as they are.
+        reader: Takes fingerprints.
+    """
+    if name not in fingerprints or name not in present:
+        return True
+    return reader.of(present[name]) != fingerprints[name]
 
 
 class Snapshot:

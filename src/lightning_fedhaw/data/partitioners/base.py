@@ -83,7 +83,10 @@ class Partitioner(arguments.NamedArguments, ABC):
     def description(self) -> str:
         """The scheme and its settings in one line."""
         # A scheme that is an argument of this one is described the same way.
-        nested = {name: value.description for name, value in vars(self).items() if isinstance(value, Partitioner)}
+        nested = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Partitioner):
+                nested[name] = value.description
         return repr_settings(self, **nested)
 
     def _resolved_clients(self, num_clients: int | None) -> int:
@@ -123,7 +126,10 @@ def _check_partition(partition: Partition, num_clients: int, num_samples: int, s
             f"`indices` of a partition by {scheme} must have one entry per client ({num_clients}), got"
             f" {len(partition.indices)}."
         )
-    empty = [str(client) for client, size in enumerate(partition.sizes.tolist()) if size == 0]
+    empty = []
+    for client, size in enumerate(partition.sizes.tolist()):
+        if size == 0:
+            empty.append(str(client))
     if empty:
         raise ValueError(
             f"`indices` of a partition by {scheme} must give every client a sample, got none for client(s)"

@@ -200,7 +200,8 @@ def clientwise_counts(rng: np.random.Generator, class_sizes: Integers, sizes: In
     missing = sizes.copy()  # [K]
     while missing.any():
         shares = priors * (available > 0)
-        shares[shares.sum(axis=1) == 0] = available > 0  # a prior all of whose classes are used up
+        # A prior all of whose classes are used up.
+        shares[shares.sum(axis=1) == 0] = available > 0
         requests = rng.multinomial(missing, shares / shares.sum(axis=1, keepdims=True))  # [K, C]
         for c in np.flatnonzero(requests.sum(axis=0) > available):
             requests[:, c] = rng.multivariate_hypergeometric(requests[:, c], available[c])

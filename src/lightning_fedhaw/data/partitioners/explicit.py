@@ -47,7 +47,8 @@ class NaturalIdPartitioner(Partitioner):
                     f"`keys` must be one number, string or other hashable value per sample, got"
                     f" {type(key).__name__} for sample {sample}."
                 )
-            if key is None or key != key:  # NaN is the value that differs from itself
+            # NaN is the value that differs from itself.
+            if key is None or key != key:
                 raise ValueError(
                     f"`keys` must have a value for every sample, got {key} for sample {sample}; leave such samples out"
                     " or give them a key of their own."

@@ -68,7 +68,8 @@ class LabelSwapPartitioner(Partitioner):
         if partition.label_swaps:
             raise ValueError(f"`base` must not swap labels itself, got {self.base}; swap once.")
         rng = generator(seed, "label-swap")
-        count = floor(self.fraction * num_clients + 0.5)  # `round` would round halves to even
+        # `round` would round halves to even.
+        count = floor(self.fraction * num_clients + 0.5)
         corrupted = sorted(rng.permutation(num_clients)[:count].tolist())
         common = self.labels
         if common is None and not self.per_client:
