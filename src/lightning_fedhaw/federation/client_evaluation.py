@@ -1,4 +1,4 @@
-"""The evaluation of the global model on every client's own data at the end of a run."""
+"""The evaluation of the global model on every client's own data, at the end of a run and after some rounds."""
 
 from __future__ import annotations
 
@@ -108,9 +108,9 @@ class ClientEvaluation:
                 tensor.copy_(value)
         if unrestored:
             rank_zero_warn(
-                f"The evaluation of the clients at the end of the run has changed {', '.join(unrestored)}, which cannot"
-                " be put back: only values, containers, tensors and objects of your own classes are. If later code"
-                " depends on it, leave the evaluation out by `client_eval=False`."
+                f"The evaluation of the clients has changed {', '.join(unrestored)}, which cannot be put back: only"
+                " values, containers, tensors and objects of your own classes are. If later rounds or your code depend"
+                " on it, leave the evaluation out by `client_eval=False`, without `client_eval_every_n_rounds`."
             )
         return self._merged(shares)
 
