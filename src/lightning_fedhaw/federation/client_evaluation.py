@@ -73,6 +73,7 @@ class ClientEvaluation:
         seed: The federation's seed, for models that draw.
         own: The parameters and buffers that a client has instead of the global model's, by client and name.
         moving: The names of frozen parameters that a step moves.
+        batch_size: Samples in a batch; ``None`` for those of training.
     """
 
     def __init__(
@@ -83,10 +84,11 @@ class ClientEvaluation:
         seed: int,
         own: Mapping[int, Mapping[str, Tensor]],
         moving: Sequence[str] = (),
+        batch_size: int | None = None,
     ) -> None:
         self.host = host
         self.validation: Validation = host.validation
-        self.data = data.for_evaluation(self.validation.collate_fn)
+        self.data = data.for_evaluation(self.validation.collate_fn, batch_size)
         self.ranks = ranks
         self.seed = seed
         self.moving = moving

@@ -460,7 +460,8 @@ class Federation:
             return {}
         try:
             with self.tally.phase("validation"):
-                return spread_of(self.evaluate_clients())
+                # In larger batches than those of training, which may be many small ones.
+                return spread_of(self.evaluate_clients(self.host.validation.batch_size))
         except Exception as error:
             add_note(error, "The clients were being evaluated on their own data (`client_eval_every_n_rounds`).")
             raise
@@ -505,11 +506,15 @@ class Federation:
 
     # ------------------------------------------------------------------ the end of a run, and checkpoints
 
-    def evaluate_clients(self) -> ClientMetrics:
-        """Evaluate the global model on every client's own data, with the client's own local parameters."""
+    def evaluate_clients(self, batch_size: int | None = None) -> ClientMetrics:
+        """Evaluate the global model on every client's own data, with the client's own local parameters.
+
+        Args:
+            batch_size: Samples in a batch; ``None`` for those of training.
+        """
         own = self.run_state.own_tensors_of_all(self.engine)
         moving = self.layout.frozen_parameters
-        return ClientEvaluation(self.host, self.data, self.ranks, self.seed, own, moving).evaluate()
+        return ClientEvaluation(self.host, self.data, self.ranks, self.seed, own, moving, batch_size).evaluate()
 
     def close(self) -> None:
         """End a run, and release the memory of the model's device.
