@@ -140,7 +140,7 @@ def draw_lines(
     axes = figure.subplots()
     for index, (name, values) in enumerate(lines.items()):
         color, _ = color_and_style(index)
-        style = _MARKED_STYLES[index // len(_COLORS) % len(_MARKED_STYLES)]
+        style = _MARKED_STYLES[index % len(_MARKED_STYLES)]
         axes.plot(positions, values, style, color=color, label=name, linewidth=1.5)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(frameon=False)
@@ -419,9 +419,9 @@ def tidy(*panels: Axes) -> None:
 
 
 def color_and_style(index: int) -> tuple[str, str]:
-    """Return color and line style of the method with a number: all colors in one style, then in the next."""
+    """Return color and line style of the method with a number; both differ between neighbors, for prints in gray."""
     color = _COLORS[index % len(_COLORS)]
-    style = _STYLES[index // len(_COLORS) % len(_STYLES)]
+    style = _STYLES[index % len(_STYLES)]
     return color, style
 
 
