@@ -19,6 +19,7 @@ from lightning_fedhaw.diagnostics import (
     Drift,
     LabelCoherence,
     Landscape,
+    ParameterHistogram,
     Shrinking,
 )
 
@@ -29,6 +30,7 @@ OBSERVERS: dict[str, Callable[[], Diagnostic]] = {
     "drift": Drift,
     "label_coherence": LabelCoherence,
     "landscape": partial(Landscape, 1, resolution=3, samples=40),
+    "parameters": partial(ParameterHistogram, 1, bins=7),
     "shrinking": Shrinking,
 }
 """One of each kind, by the first part of the names of its series."""

@@ -290,7 +290,7 @@ def precision(door: int) -> None:
             refuses(door, "precision='16-mixed'", precision="16-mixed")
 
 
-@pytest.mark.filterwarnings("ignore:The evaluation of the clients at the end of the run has changed self.seen")
+@pytest.mark.filterwarnings("ignore:The evaluation of the clients has changed self.seen")
 def test_every_client_is_evaluated_in_low_precision():
     for asked in ("bf16-true", "16-true", "bf16-mixed"):
         trainer = FederatedTrainer(

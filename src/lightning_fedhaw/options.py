@@ -75,6 +75,9 @@ class FederationOptions(arguments.NamedArguments):
         client_val: What is held out of each client's data, if it is not a random fraction: a ``HoldOut``. Cannot be
             combined with ``client_val_fraction``.
         client_eval: Whether the final global model is evaluated on each client's data at the end of ``fit``.
+        client_eval_every_n_rounds: Evaluate the global model on each client's data after every n-th round too, and log
+            how each metric of the validation is spread over the clients, as ``METRIC/clients_worst_decile`` and so on.
+            Default: at the end only.
         storage: Where the vectors of the cohort are stored. ``"auto"``: not at all if the rule only needs their
             weighted sum, else on the model's device. ``"device"``: on the model's device. ``"host"``: in host memory.
         storage_dtype: Dtype of the stored displacements, such as ``torch.bfloat16``. Default: that of the server's
@@ -115,6 +118,7 @@ class FederationOptions(arguments.NamedArguments):
     client_val_fraction: float = 0.0
     client_val: Any = None
     client_eval: bool = True
+    client_eval_every_n_rounds: int | None = None
     storage: Storage = "auto"
     storage_dtype: torch.dtype | None = None
     engine: EngineName = "auto"
@@ -209,6 +213,9 @@ class FederationOptions(arguments.NamedArguments):
             "max_nonfinite_rounds": arguments.integer("max_nonfinite_rounds", self.max_nonfinite_rounds, minimum=1),
             "empty_round": arguments.choice("empty_round", self.empty_round, EmptyRound),
             "client_eval": arguments.flag("client_eval", self.client_eval),
+            "client_eval_every_n_rounds": arguments.optional(
+                arguments.integer, "client_eval_every_n_rounds", self.client_eval_every_n_rounds, minimum=1
+            ),
         }
 
     def _checked_work(self) -> dict[str, object]:

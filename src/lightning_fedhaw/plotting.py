@@ -9,6 +9,7 @@ from lightning_fedhaw.report.plotting import (
     draw_curves,
     draw_labels,
     draw_lines,
+    draw_spread,
     draw_weights,
 )
 
@@ -20,6 +21,7 @@ __all__ = [
     "draw_curves",
     "draw_labels",
     "draw_lines",
+    "draw_spread",
     "draw_weights",
     "main",
     "read_run",

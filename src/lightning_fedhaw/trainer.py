@@ -86,6 +86,9 @@ class FederatedTrainer(pl.Trainer):
         client_val: What is held out of each client's data, if it is not a random fraction: a ``HoldOut``. Cannot be
             combined with ``client_val_fraction``.
         client_eval: Whether the final global model is evaluated on each client's data at the end of ``fit``.
+        client_eval_every_n_rounds: Evaluate the global model on each client's data after every n-th round too, and log
+            how each metric of the validation is spread over the clients, as ``METRIC/clients_worst_decile`` and so on.
+            Default: at the end only.
         storage: Where the vectors of the cohort are stored. ``"auto"``: not at all if the rule only needs their
             weighted sum, else on the model's device. ``"device"``: on the model's device. ``"host"``: in host memory.
         storage_dtype: Dtype of the stored displacements, such as ``torch.bfloat16``. Default: that of the server's
@@ -155,6 +158,7 @@ class FederatedTrainer(pl.Trainer):
         client_val_fraction: float = 0.0,
         client_val: HoldOut | None = None,
         client_eval: bool = True,
+        client_eval_every_n_rounds: int | None = None,
         storage: Literal["auto", "device", "host"] = "auto",
         storage_dtype: torch.dtype | None = None,
         engine: Literal["auto", "sequential", "vectorized"] = "auto",
@@ -187,6 +191,7 @@ class FederatedTrainer(pl.Trainer):
             client_val_fraction=client_val_fraction,
             client_val=client_val,
             client_eval=client_eval,
+            client_eval_every_n_rounds=client_eval_every_n_rounds,
             storage=storage,
             storage_dtype=storage_dtype,
             engine=engine,

@@ -13,6 +13,7 @@ from lightning_fedhaw.diagnostics import (
     label_similarities,
     layer_shares,
     shrinking_terms,
+    symmetric_histogram,
 )
 
 UPDATES = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]], dtype=torch.float64)
@@ -88,3 +89,11 @@ def test_shares_of_layers():
     distances = torch.tensor([[3.0, 4.0], [0.0, 75**0.5]])
     assert layer_shares(distances).tolist() == pytest.approx([0.25, 0.75])
     assert layer_shares(torch.zeros(2, 2)).tolist() == [0, 0]
+
+
+def test_a_histogram_is_symmetric_and_leaves_out_what_is_not_finite():
+    histogram = symmetric_histogram(torch.tensor([-3.0, 0.1, 0.2, 2.9, nan]), 3)
+    assert histogram.limit == 3
+    assert histogram.shares.tolist() == [0.25, 0.5, 0.25]
+    assert symmetric_histogram(torch.zeros(4), 3).shares.tolist() == [0, 1, 0]
+    assert symmetric_histogram(torch.tensor([nan]), 2).shares.tolist() == [0, 0]

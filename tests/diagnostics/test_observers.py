@@ -8,7 +8,15 @@ import torch
 
 from federations import QUIET, Classifier, loader, train, trainer, val_loader
 from lightning_fedhaw import AvailabilityChannel, FedAvgCallback, FederatedCallback, FederatedStrategy, FedLAWCallback
-from lightning_fedhaw.diagnostics import Coherence, Drift, LabelCoherence, Shrinking, cohort_coherence, cosines
+from lightning_fedhaw.diagnostics import (
+    Coherence,
+    Drift,
+    LabelCoherence,
+    ParameterHistogram,
+    Shrinking,
+    cohort_coherence,
+    cosines,
+)
 from lightning_fedhaw.plotting import RunHistory, read_run
 from observed import OBSERVERS, everything_of, proxied
 
@@ -157,6 +165,20 @@ def test_shrinking_reads_a_running_sum():
     train(rounds=2, callbacks=[Shrinking(), summed])
     for name in prefixed("shrinking/mean_update_norm", "shrinking/model_norm"):
         assert kept.curve(name) == pytest.approx(summed.curve(name), rel=1e-5)
+
+
+def test_parameters_are_those_of_the_new_model():
+    run = RunHistory()
+    _, module = train(rounds=2, callbacks=[ParameterHistogram(2, bins=4), run])
+    values = torch.cat([parameter.detach().flatten() for parameter in module.parameters()]).double()
+    assert isnan(run.curve("diagnostics/parameters/mean")[0])
+    assert run.curve("diagnostics/parameters/mean")[1] == pytest.approx(values.mean().item(), rel=1e-5)
+    assert run.curve("diagnostics/parameters/std")[1] == pytest.approx(values.std(correction=0).item(), rel=1e-5)
+    largest = values.abs().max().item()
+    assert run.curve("diagnostics/parameters/largest")[1] == pytest.approx(largest)
+    assert run.tables["diagnostics/parameters/ends"][1].tolist() == pytest.approx([-largest, largest])
+    positive = (values > 0).double().mean().item()
+    assert run.tables["diagnostics/parameters/shares"][1][2:].sum().item() == pytest.approx(positive)
 
 
 @pytest.mark.parametrize("kind", [Coherence, Drift])

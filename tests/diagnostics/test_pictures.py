@@ -1,16 +1,19 @@
 """Pictures of diagnostics: one function each, which returns a figure."""
 
 import pytest
+import torch
 
 from federations import train
 from lightning_fedhaw import FedHAWCallback
 from lightning_fedhaw.diagnostics import (
     Coherence,
     Drift,
+    ParameterHistogram,
     Shrinking,
     draw_coherence,
     draw_cosines,
     draw_drift,
+    draw_parameters,
     draw_shrinking,
 )
 from lightning_fedhaw.plotting import RunHistory, main, read_run
@@ -21,7 +24,7 @@ pytest.importorskip("matplotlib")
 @pytest.fixture(scope="module")
 def run():
     history = RunHistory()
-    observers = [Coherence(), Shrinking(), Drift(every_n_rounds=2)]
+    observers = [Coherence(), Shrinking(), Drift(every_n_rounds=2), ParameterHistogram(bins=5)]
     train(rounds=3, rule=FedHAWCallback(), callbacks=[*observers, history], storage="device")
     return history
 
@@ -55,6 +58,17 @@ def test_cosines_are_drawn_of_a_round(run):
         draw_cosines(run, round_idx=7)
     with pytest.raises(ValueError, match="No run has 'diagnostics/coherence': add its observer"):
         draw_coherence({"empty": [RunHistory()]})
+
+
+def test_parameters_are_drawn_as_a_density(run):
+    axes = draw_parameters({"first": run, "again": run}, "picture.png").axes[0]
+    first, again = axes.get_lines()
+    assert first.get_label() == "first, round 3"
+    low, high = run.tables["diagnostics/parameters/ends"][2].tolist()
+    assert torch.as_tensor(again.get_ydata()).nansum() * (high - low) / 5 == pytest.approx(1)
+    assert draw_parameters({"first": run}, round_idx=0).axes[0].get_lines()[0].get_label() == "first, round 1"
+    with pytest.raises(ValueError, match="must be a round of which the run has kept"):
+        draw_parameters({"first": run}, round_idx=5)
 
 
 def test_a_checkpoint_has_the_tables_and_the_command_draws_the_series():

@@ -18,9 +18,9 @@ from lightning_fedhaw import FedAvgCallback, FederatedDataModule, FederatedTrain
 from lightning_fedhaw.clients.vectorized import fingerprint
 from lightning_fedhaw.federation import client_evaluation, module_snapshot
 from lightning_fedhaw.federation.client_evaluation import ClientMetrics
+from lightning_fedhaw.federation.client_statistics import client_statistics
 from lightning_fedhaw.report.history import find_history
 from lightning_fedhaw.report.plotting import _mean_and_deviation
-from lightning_fedhaw.report.summary import client_statistics
 
 PARTS = [[0, 1], [2, 3, 4], [5, 6, 7, 8]]
 VALUES = torch.tensor([1.0, 3, 2, 2, 5, 0, 4, 4, 8])
@@ -342,12 +342,21 @@ def test_the_statistics_are_told_apart():
         "weighted_mean": pytest.approx(4.7),  # (10 * 1 + 20 * 2 + 70 * 6) / 100
         "std": pytest.approx(7**0.5),  # ((1 - 3)^2 + (2 - 3)^2 + (6 - 3)^2) / (3 - 1)
         "worst_decile": pytest.approx(1.2),
+        "best_decile": pytest.approx(5.2),
+        "gap": 5.0,
         "undefined": 1,
     }
     assert statistics["val_loss"]["worst_decile"] == pytest.approx(5.2)
     assert "validation" not in statistics["val_loss"]
     one = client_statistics(ClientMetrics({"acc": values[:1]}, {}, sizes[:1]), {})
-    assert one["acc"] == {"mean": 1, "weighted_mean": 1, "worst_decile": 1, "undefined": 0}
+    assert one["acc"] == {
+        "mean": 1,
+        "weighted_mean": 1,
+        "worst_decile": 1,
+        "best_decile": 1,
+        "gap": 0,
+        "undefined": 0,
+    }
 
 
 def test_the_deviation_over_runs_is_that_of_a_sample():

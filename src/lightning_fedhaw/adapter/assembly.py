@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_fedhaw.adapter.evaluation import validation_loaders
 from lightning_fedhaw.adapter.host import TrainerHost
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, datamodule_of, is_development_run
 from lightning_fedhaw.adapter.unsupported import check_callbacks
@@ -207,6 +208,10 @@ def build_federation(
     cohort_cap = None
     if is_development_run(trainer):
         cohort_cap = DEVELOPMENT_CLIENTS
+        # As at the end of such a run: there may be many clients.
+        options = replace(options, client_eval_every_n_rounds=None)
+    if options.client_eval_every_n_rounds is not None:
+        _prepare_evaluation(trainer, host)
     return Federation(
         host,
         server,
@@ -220,6 +225,21 @@ def build_federation(
         cohort_cap=cohort_cap,
         ranks=Ranks.of_group(device),
     )
+
+
+def _prepare_evaluation(trainer: pl.Trainer, host: TrainerHost) -> None:
+    """Prepare the evaluation of clients after rounds.
+
+    Raises:
+        ValueError: If their data cannot be run through the module without training on it.
+    """
+    if not host.can_evaluate:
+        raise ValueError(
+            "`client_eval_every_n_rounds` evaluates clients by `validation_step`, and the module has none; with manual"
+            " optimization its `training_step` would train. Define `validation_step`, or leave the argument out."
+        )
+    # Its loader makes the batches of clients from the first round on, whenever the first validation is.
+    validation_loaders(trainer)
 
 
 def reset(federation: Federation, trainer: pl.Trainer) -> None:

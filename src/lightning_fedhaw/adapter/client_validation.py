@@ -47,14 +47,30 @@ class ClientValidation:
     @property
     def collate_fn(self) -> Callable[[list[Any]], Any] | None:
         """The function by which the first validation loader makes batches of samples."""
+        loader = self._loader
+        if loader is None:
+            return None
+        collate_fn: Callable[[list[Any]], Any] = loader.collate_fn
+        return collate_fn
+
+    @property
+    def batch_size(self) -> int | None:
+        """The batch size of the first validation loader; ``None`` if there is none, or it has no fixed one."""
+        loader = self._loader
+        if loader is None:
+            return None
+        return loader.batch_size
+
+    @property
+    def _loader(self) -> DataLoader[Any] | None:
+        """The first validation loader that makes batches of samples."""
         combined_loader = self.trainer.fit_loop.epoch_loop.val_loop._combined_loader
         if not self.has_validation or combined_loader is None:
             return None
         for loader in combined_loader.flattened:
             # Without a batch sampler a loader's data set makes the batches.
             if isinstance(loader, DataLoader) and loader.batch_sampler is not None:
-                collate_fn: Callable[[list[Any]], Any] = loader.collate_fn
-                return collate_fn
+                return loader
         return None
 
     @contextmanager

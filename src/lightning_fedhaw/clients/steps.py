@@ -38,6 +38,10 @@ class Validation(Protocol):
     def collate_fn(self) -> Callable[[list[Any]], BatchData] | None:
         """The function by which validation makes batches; ``None`` if there is no validation, or it makes none."""
 
+    @property
+    def batch_size(self) -> int | None:
+        """The batch size of validation; ``None`` if there is no validation, or its loader has no fixed one."""
+
     def stage(self) -> AbstractContextManager[None]:
         """Return a context in which the trainer validates, and logs nothing."""
 

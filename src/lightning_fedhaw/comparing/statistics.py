@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import isnan, nan, sqrt
 
 from lightning_fedhaw.comparing.running import Record
-from lightning_fedhaw.report.summary import is_better_when_higher
+from lightning_fedhaw.federation.client_statistics import is_better_when_higher
 
 LAST_ROUNDS = 10
 

@@ -350,27 +350,28 @@ class ClientData:
                 else:
                     yield Batch(data, size, batches_of_task - 1, last=ends_task, ends_task=ends_task)
 
-    def for_evaluation(self, collate_fn: Callable[[list[Any]], Any] | None) -> ClientData:
+    def for_evaluation(
+        self, collate_fn: Callable[[list[Any]], Any] | None, batch_size: int | None = None
+    ) -> ClientData:
         """Return the same clients as they are read for evaluation.
 
         Args:
             collate_fn: The function by which validation makes batches; ``None`` for that of training.
+            batch_size: Samples in a batch; ``None`` for those of training.
         """
-        if self.evaluation is not None:
-            reader = copy.copy(self)
-            reader.evaluation = self.evaluation.for_evaluation(collate_fn)
-            return reader
-        dataset = self.dataset
-        if self.evaluation_dataset is not None:
-            dataset = self.evaluation_dataset
-        if collate_fn is None:
-            collate_fn = self.settings.collate_fn
-        if dataset is self.dataset and collate_fn is self.settings.collate_fn:
-            return self
-        channels_last = self._channels_last
         reader = copy.copy(self)
-        reader.dataset = dataset
-        reader.settings = replace(self.settings, collate_fn=collate_fn)
+        if self.evaluation is not None:
+            reader.evaluation = self.evaluation.for_evaluation(collate_fn, batch_size)
+            return reader
+        collate_fn = collate_fn or self.settings.collate_fn
+        reader.settings = replace(
+            self.settings, collate_fn=collate_fn, batch_size=batch_size or self.settings.batch_size
+        )
+        if self.evaluation_dataset is None and collate_fn is self.settings.collate_fn:
+            return reader
+        channels_last = self._channels_last
+        if self.evaluation_dataset is not None:
+            reader.dataset = self.evaluation_dataset
         reader.release()
         reader.place(channels_last=channels_last)
         return reader

@@ -15,6 +15,7 @@ from lightning_fedhaw.diagnostics.held_out import HeldOutLoss
 from lightning_fedhaw.diagnostics.label_coherence import LabelCoherence, label_mixture, label_similarities
 from lightning_fedhaw.diagnostics.landscape import Landscape, barycentric, simplex_grid
 from lightning_fedhaw.diagnostics.lines import eigenvector_losses, loss_of_module, scale_losses, segment_losses
+from lightning_fedhaw.diagnostics.parameters import Histogram, ParameterHistogram, symmetric_histogram
 from lightning_fedhaw.diagnostics.pictures import (
     draw_coherence,
     draw_contributions,
@@ -22,6 +23,7 @@ from lightning_fedhaw.diagnostics.pictures import (
     draw_curvature,
     draw_drift,
     draw_landscape,
+    draw_parameters,
     draw_shrinking,
 )
 from lightning_fedhaw.diagnostics.scores import (
@@ -52,8 +54,10 @@ __all__ = [
     "Eigenvalues",
     "Estimate",
     "HeldOutLoss",
+    "Histogram",
     "LabelCoherence",
     "Landscape",
+    "ParameterHistogram",
     "ShapleyValues",
     "Shrinking",
     "ShrinkingTerms",
@@ -70,6 +74,7 @@ __all__ = [
     "draw_curvature",
     "draw_drift",
     "draw_landscape",
+    "draw_parameters",
     "draw_shrinking",
     "eigenvector_losses",
     "flatness_ratio",
@@ -91,4 +96,5 @@ __all__ = [
     "shapley_values",
     "shrinking_terms",
     "simplex_grid",
+    "symmetric_histogram",
 ]

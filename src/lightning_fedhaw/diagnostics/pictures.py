@@ -194,6 +194,40 @@ def draw_contributions(run: RunHistory, path: str | Path | None = None) -> Figur
     return figure
 
 
+def draw_parameters(
+    runs: Mapping[str, RunHistory], path: str | Path | None = None, *, round_idx: int | None = None
+) -> Figure:
+    """Draw the density of the global model's parameters, a line for each run.
+
+    Args:
+        runs: The history of each run with :class:`ParameterHistogram` among its callbacks, or a checkpoint, by name.
+        path: Where the picture is saved; its suffix chooses the format.
+        round_idx: The round, from 0; by default the last of each run that was measured.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+        ValueError: If a run has not measured the round.
+    """
+    figure = new_figure(6.4, 4.2)
+    axes = figure.subplots()
+    for index, (name, run) in enumerate(runs.items()):
+        chosen, shares = table_of(run, "parameters/shares", round_idx)
+        low, high = run.tables[f"{PREFIX}parameters/ends"][chosen].tolist()
+        edges = torch.linspace(low, high, len(shares) + 1)
+        density = shares * len(shares) / (high - low)
+        # Empty bins have no height on a logarithmic axis.
+        filled = density.where(density > 0, torch.nan)
+        color, style = color_and_style(index)
+        centers = (edges[1:] + edges[:-1]) / 2
+        label = f"{name}, round {chosen + 1}"
+        axes.plot(centers, filled, style, color=color, label=label, linewidth=1.5, drawstyle="steps-mid")
+    axes.set(xlabel="value of a parameter", ylabel="density", yscale="log")
+    axes.legend(frameon=False)
+    tidy(axes)
+    save_figure(figure, path)
+    return figure
+
+
 def draw_landscape(run: RunHistory, path: str | Path | None = None, *, round_idx: int | None = None) -> Figure:
     """Draw the loss over the weights of three clients, with the points of FedAvg, of the rule, and of the minimum.
 

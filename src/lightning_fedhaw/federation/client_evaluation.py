@@ -1,4 +1,4 @@
-"""The evaluation of the global model on every client's own data at the end of a run."""
+"""The evaluation of the global model on every client's own data, at the end of a run and after some rounds."""
 
 from __future__ import annotations
 
@@ -73,6 +73,7 @@ class ClientEvaluation:
         seed: The federation's seed, for models that draw.
         own: The parameters and buffers that a client has instead of the global model's, by client and name.
         moving: The names of frozen parameters that a step moves.
+        batch_size: Samples in a batch; ``None`` for those of training.
     """
 
     def __init__(
@@ -83,10 +84,11 @@ class ClientEvaluation:
         seed: int,
         own: Mapping[int, Mapping[str, Tensor]],
         moving: Sequence[str] = (),
+        batch_size: int | None = None,
     ) -> None:
         self.host = host
         self.validation: Validation = host.validation
-        self.data = data.for_evaluation(self.validation.collate_fn)
+        self.data = data.for_evaluation(self.validation.collate_fn, batch_size)
         self.ranks = ranks
         self.seed = seed
         self.moving = moving
@@ -108,9 +110,9 @@ class ClientEvaluation:
                 tensor.copy_(value)
         if unrestored:
             rank_zero_warn(
-                f"The evaluation of the clients at the end of the run has changed {', '.join(unrestored)}, which cannot"
-                " be put back: only values, containers, tensors and objects of your own classes are. If later code"
-                " depends on it, leave the evaluation out by `client_eval=False`."
+                f"The evaluation of the clients has changed {', '.join(unrestored)}, which cannot be put back: only"
+                " values, containers, tensors and objects of your own classes are. If later rounds or your code depend"
+                " on it, leave the evaluation out by `client_eval=False`, without `client_eval_every_n_rounds`."
             )
         return self._merged(shares)
 

@@ -23,7 +23,9 @@ from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.federation.buffers import Buffers
+from lightning_fedhaw.federation.checks import check_objectives, check_step, local_lr_scale
 from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
+from lightning_fedhaw.federation.client_statistics import spread_of
 from lightning_fedhaw.federation.full_gradient import FullGradient
 from lightning_fedhaw.federation.initial_loss import InitialLosses
 from lightning_fedhaw.federation.memory_advice import memory_advice
@@ -53,7 +55,7 @@ from lightning_fedhaw.objectives.base import ClientObjective, find_objectives
 from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks
-from lightning_fedhaw.rule import LocalLRScale, Rule, RuleOutput
+from lightning_fedhaw.rule import Rule
 from lightning_fedhaw.server import Server
 from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
@@ -117,7 +119,7 @@ class Federation:
         self.ranks = ranks or Ranks()
         channels = [callback for callback in callbacks if isinstance(callback, Channel)]
         objectives = find_objectives(callbacks)
-        _check_objectives(objectives, host)
+        check_objectives(objectives, host)
         self.buffers = Buffers(options.buffers, host, server, data, self.seed)
         plan = LocalPlan.of(options, limit, data.num_clients)
         self.engine: Engine = SequentialEngine(host, self.layout, data, plan, objectives)
@@ -270,7 +272,7 @@ class Federation:
         with self.tally.phase("broadcast"):
             plan = self._broadcast(round_idx, clients)
             own_clients = self.placement.assign(plan.slots, self.engine.cost)
-        self.engine.lr_scale = self._local_lr_scale()
+        self.engine.lr_scale = local_lr_scale(self.rule, self.layout, self.engine.objectives)
         stores = self._make_stores(plan, capacity=len(own_clients))
         received = self._train(plan, own_clients, stores)
         self.screening.check_round(plan, received)
@@ -281,7 +283,8 @@ class Federation:
         probed = self.probing.at_end(plan, self.engine, self.tally, aggregation.metrics, probed)
         # A rule on the server, or the recalibration of buffers, may have run the module's step.
         self.engine.attributes.restore()
-        report = self._report(plan, received, aggregation, probed)
+        spread = self._measure_spread(round_idx)
+        report = self._report(plan, received, aggregation, probed, spread)
         self.on_round_end(report)
         return report
 
@@ -296,20 +299,6 @@ class Federation:
         lost = self.transport.uplink_outages(round_idx, list(broadcast.models))
         factors = self.sampling.inverse_probabilities(clients)
         return RoundPlan(round_idx, clients, start, broadcast.models, lost, factors)
-
-    def _local_lr_scale(self) -> LocalLRScale | None:
-        """Return the rule's scale of the clients' learning rates in this round; ``None`` without one.
-
-        Raises:
-            ValueError: If it changes them and a client objective divides by them.
-        """
-        lr_scale = self.rule.local_lr_scale(self.rule.state, self.layout)
-        if lr_scale is not None and any(objective.needs_learning_rates for objective in self.engine.objectives):
-            raise ValueError(
-                f"`{type(self.rule).__name__}` changes the clients' learning rates within a round, and a client"
-                ' objective divides by them. Use a rule that leaves them alone, or for SCAFFOLD `option="I"`.'
-            )
-        return lr_scale
 
     def _make_stores(self, plan: RoundPlan, capacity: int) -> RoundStores:
         """Make the stores of the vectors that this process's clients send."""
@@ -438,7 +427,7 @@ class Federation:
             # Rules that train on the server's data may use layers that draw (dropout, augmentation).
             seed_randomness(seed_of(self.seed, "round", plan.round, "aggregation"), self.host.device)
             step = self.rule.step(cohort, self.rule.state, self.server)
-        _check_step(step, type(self.rule).__name__, len(cohort))
+        check_step(step, type(self.rule).__name__, len(cohort))
         self.server.install(step.parameters, self.buffers.aggregate(cohort, step, received.updates))
         self.rule.state = dict(step.state)
         self.buffers.complete(plan.round, received.updates)
@@ -460,7 +449,31 @@ class Federation:
         tangents = store.rate_tangents(plan.start, received.records)
         return cohort_of(plan, received, vectors, learning_rates, self.rule, tangents)
 
-    def _report(self, plan: RoundPlan, received: Received, aggregation: Aggregation, probed: Probed) -> Report:
+    def _measure_spread(self, round_idx: int) -> dict[str, float]:
+        """Evaluate the clients, if it is the turn of the round, and return how their metrics are spread.
+
+        Raises:
+            ValueError: If the module has logged nothing.
+        """
+        interval = self.options.client_eval_every_n_rounds
+        if interval is None or (round_idx + 1) % interval != 0:
+            return {}
+        try:
+            with self.tally.phase("validation"):
+                # In larger batches than those of training, which may be many small ones.
+                return spread_of(self.evaluate_clients(self.host.validation.batch_size))
+        except Exception as error:
+            add_note(error, "The clients were being evaluated on their own data (`client_eval_every_n_rounds`).")
+            raise
+
+    def _report(
+        self,
+        plan: RoundPlan,
+        received: Received,
+        aggregation: Aggregation,
+        probed: Probed,
+        spread: Mapping[str, float],
+    ) -> Report:
         """Count the costs of the round, and make its report."""
         updates = received.updates
         lr_scale_bytes = 0
@@ -478,6 +491,7 @@ class Federation:
         metrics = {
             **aggregation.metrics,
             **probed.metrics,
+            **spread,
             "clients_received": float(len(updates)),
             "bytes_down": float(bytes_down),
             "bytes_up": float(bytes_up),
@@ -492,11 +506,15 @@ class Federation:
 
     # ------------------------------------------------------------------ the end of a run, and checkpoints
 
-    def evaluate_clients(self) -> ClientMetrics:
-        """Evaluate the global model on every client's own data, with the client's own local parameters."""
-        own = self.run_state.own_tensors(self.engine)
+    def evaluate_clients(self, batch_size: int | None = None) -> ClientMetrics:
+        """Evaluate the global model on every client's own data, with the client's own local parameters.
+
+        Args:
+            batch_size: Samples in a batch; ``None`` for those of training.
+        """
+        own = self.run_state.own_tensors_of_all(self.engine)
         moving = self.layout.frozen_parameters
-        return ClientEvaluation(self.host, self.data, self.ranks, self.seed, own, moving).evaluate()
+        return ClientEvaluation(self.host, self.data, self.ranks, self.seed, own, moving, batch_size).evaluate()
 
     def close(self) -> None:
         """End a run, and release the memory of the model's device.
@@ -525,32 +543,3 @@ class Federation:
 
 def _ignore(*arguments: object) -> None:
     """Observe nothing."""
-
-
-def _check_objectives(objectives: Sequence[ClientObjective], host: Host) -> None:
-    """Refuse client objectives where there is no loss to which they could be added."""
-    if objectives and not host.module.automatic_optimization:
-        names = ", ".join(type(objective).__name__ for objective in objectives)
-        raise ValueError(
-            f"Client objectives ({names}) are added to the loss that `training_step` returns, and with"
-            " `automatic_optimization=False` it returns none. Add the term in `training_step`, or use automatic"
-            " optimization."
-        )
-
-
-def _check_step(step: Any, rule: str, clients: int) -> None:
-    """Refuse an output of a rule that is of another type, or not for this cohort."""
-    if not isinstance(step, RuleOutput):
-        raise TypeError(
-            f"`{rule}.step` must return a `RuleOutput(parameters, state, weights)`, got {type(step).__name__}."
-        )
-    if not isinstance(step.state, Mapping):
-        raise TypeError(
-            f"`{rule}.step` must return the rule's state as a dictionary, got {type(step.state).__name__}. A rule"
-            " without state returns the one that it was given."
-        )
-    if step.weights.shape != (clients,):
-        raise ValueError(
-            f"`{rule}.step` must return one weight per client of the cohort, [{clients}], got"
-            f" {list(step.weights.shape)}."
-        )

@@ -239,7 +239,7 @@ class Report:
     Attributes:
         round: The round's number, from 0.
         clients: The clients that were sampled.
-        metrics: The rule's, the observers' and the round's own numbers.
+        metrics: The rule's, the observers' and the round's own numbers, with those of the evaluation of the clients.
         logged: The values that the clients' ``training_step`` logged, merged.
         weights: The normalized weight of each client whose vector reached the aggregation.
         tables: The tables that observers keep in the history.

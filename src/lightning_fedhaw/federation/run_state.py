@@ -483,6 +483,14 @@ class RunState:
             own[client] = {**parameters, **self.buffers.local.get(client, {})}
         return own
 
+    def own_tensors_of_all(self, engine: Engine) -> dict[int, dict[str, Tensor]]:
+        """Return what :meth:`own_tensors` returns of the clients of all processes, and change nothing."""
+        own = self.own_tensors(engine)
+        if self.ranks.size == 1 or not self.server.layout.local:
+            return own
+        merged: dict[int, dict[str, Tensor]] = self.placement.merged(self.ranks.gather(own))
+        return merged
+
     def share_own_tensors(self, engine: Engine) -> None:
         """Give every process the local parameters and buffers of all clients, at the end of a run.
 

@@ -8,9 +8,17 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
+from lightning_fedhaw.federation.client_statistics import SPREAD, metrics_with_spread
 from lightning_fedhaw.federation.observation import PREFIX
 from lightning_fedhaw.report.history import RunHistory, read_runs
-from lightning_fedhaw.report.plotting import draw_bands, draw_clients, draw_labels, draw_weights, readable_list
+from lightning_fedhaw.report.plotting import (
+    draw_bands,
+    draw_clients,
+    draw_labels,
+    draw_spread,
+    draw_weights,
+    readable_list,
+)
 
 _BEST_METRICS = ("val_acc", "acc", "val_loss", "loss")
 
@@ -98,7 +106,8 @@ def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, fo
         names.update(run.names)
     logged = sorted(names)
     if metric is None:
-        metric = best_metric(logged)
+        # Of the global model, if it was validated.
+        metric = best_metric([name for name in logged if SPREAD not in name]) or best_metric(logged)
     if metric is None or metric not in logged:
         raise ValueError(f"`--metric` must be one that the runs logged ({readable_list(logged)}), got {metric!r}.")
     pictures: list[Path] = []
@@ -125,6 +134,8 @@ def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, fo
         draw_bands(groups, hypergradients, path_of("hypergradients"), log=True)
     for diagnostic, series in _observed(logged).items():
         draw_bands(groups, series, path_of(diagnostic))
+    for spread in metrics_with_spread(logged):
+        draw_spread(groups, spread, path_of(f"{spread}_over_clients"))
     if any(metric in run.clients for run in runs):
         draw_clients(groups, metric, path_of(f"{metric}_of_clients"))
     for name, group in groups.items():

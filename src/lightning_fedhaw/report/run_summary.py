@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.federation.client_evaluation import measured_on
+from lightning_fedhaw.federation.client_statistics import client_statistics
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.records import PROBE_COUNTS
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.options import FederationOptions, repr_settings
 from lightning_fedhaw.report.history import RunHistory
 from lightning_fedhaw.report.run_report import RunRecord, summary_metrics, summary_of
-from lightning_fedhaw.report.summary import client_statistics
 
 
 def start_up_line(federation: Federation, callbacks: Iterable[Callback], assumed: Sequence[str], round_idx: int) -> str:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from torch import Tensor
-
-from lightning_fedhaw.federation.client_evaluation import ClientMetrics
 
 _INCIDENTS = ("lost_messages", "nonfinite_updates", "skipped_rounds", "skipped_steps", "skipped_probes")
 STATISTICS = {
@@ -17,63 +12,10 @@ STATISTICS = {
     "weighted_mean": "weighted",
     "std": "std",
     "worst_decile": "worst decile",
+    "gap": "gap",
 }
-"""The statistics of a metric over clients, with the heads of their columns. ``validation`` is none of clients: it is
-the metric of the global model on the validation data, over all its samples at once."""
-
-# The shortest abbreviations count as whole words only: "ce" is a part of "performance" too.
-_WORSE_WHEN_HIGHER = re.compile(
-    r"loss|err|mse|mae|perplexity|ppl|nll|fid|entropy|distance|divergence"
-    r"|(?:^|[_/])(?:ce|bce|wer|cer|kl|brier)(?:$|[_/])",
-    re.IGNORECASE,
-)
-
-
-def is_better_when_higher(metric: str) -> bool:
-    """Return whether a higher value of a metric is better, by its name."""
-    return _WORSE_WHEN_HIGHER.search(metric) is None
-
-
-def client_statistics(metrics: ClientMetrics, validated: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Compute the statistics of each metric over the clients where it is defined, and count the others.
-
-    The worst decile is the value that a tenth of the clients does not reach: the 10th percentile where higher is
-    better, the 90th where lower is. Where a metric does not say which, its name decides: losses and errors are better
-    when lower.
-
-    Args:
-        metrics: The metrics of all clients, NaN where one is undefined.
-        validated: What the last validation of the global model logged.
-
-    Returns:
-        For each metric the entries of ``STATISTICS``, without those that have no value, and ``undefined``, the number
-        of clients that are left out.
-    """
-    statistics = {}
-    for name, values in metrics.values.items():
-        is_defined = ~values.isnan()
-        entries = {}
-        if name in validated and not validated[name].isnan():
-            entries["validation"] = float(validated[name])
-        if is_defined.any():
-            worst_quantile = 0.9
-            if metrics.higher_is_better.get(name, is_better_when_higher(name)):
-                worst_quantile = 0.1
-            entries |= _statistics_of(values[is_defined], metrics.num_examples[is_defined], worst_quantile)
-        entries["undefined"] = int((~is_defined).sum())
-        statistics[name] = entries
-    return statistics
-
-
-def _statistics_of(values: Tensor, num_examples: Tensor, worst_quantile: float) -> dict[str, float]:
-    """Compute the statistics of values ``[K]`` over clients with so many examples ``[K]``."""
-    weights = num_examples.double() / num_examples.sum()
-    statistics = {"mean": values.mean().item(), "weighted_mean": weights.dot(values.double()).item()}
-    # The sample standard deviation, with n - 1, has no value for a single client.
-    if len(values) > 1:
-        statistics["std"] = values.std().item()
-    statistics["worst_decile"] = values.quantile(worst_quantile).item()
-    return statistics
+"""The statistics of a metric over clients in the table, with the heads of their columns. ``validation`` is none of
+clients: it is the metric of the global model on the validation data, over all its samples at once."""
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
