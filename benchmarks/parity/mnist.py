@@ -257,12 +257,16 @@ def run(
     )
     # A batch of indices at a time: collating 10,000 samples one by one would cost a fifth of a run.
     batches = BatchSampler(SequentialSampler(data.test), TEST_BATCH_SIZE, drop_last=False)
+    # FedLAW alone: FedHAW's guard would use it too, and the comparison is of what rules do without data on the server.
+    proxy = None
+    if variant == "fedlaw":
+        proxy = data.proxy
     module = FederatedDataModule(
         data.train,
         partitioner=IndexPartitioner(data.clients),
         batch_size=BATCH_SIZE,
         val=DataLoader(data.test, sampler=batches, batch_size=None),
-        proxy=data.proxy,
+        proxy=proxy,
     )
     trainer.fit(MLP(lr), datamodule=module)
     server = trainer.federation_summary["seconds"]["aggregation"] / rounds
