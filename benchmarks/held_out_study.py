@@ -42,6 +42,7 @@ from lightning_fedhaw import (
     FederatedTrainer,
     FedExPCallback,
     FedHAWCallback,
+    GeometricMedianCallback,
     IndexPartitioner,
 )
 from lightning_fedhaw.extending import AggregationRule
@@ -69,8 +70,13 @@ RATES: dict[str, dict[str, Make]] = {
 }
 VARIANTS: dict[str, Make] = {
     "lr_lambda=0.3": partial(FedHAWCallback, lr_lambda=0.3),
+    "lr_gamma=0": partial(FedHAWCallback, lr_gamma=0.0),
+    "step to 1, lr_gamma=0": partial(FedHAWCallback, step_bounds=(1.0, 1.0), lr_gamma=0.0),
+    "step to 2": partial(FedHAWCallback, step_bounds=(1.0, 2.0)),
+    "step to 4": partial(FedHAWCallback, step_bounds=(1.0, 4.0)),
+    "geometric median": GeometricMedianCallback,
 }
-"""Other settings of the default, run only with ``--variants`` and not part of the comparison."""
+"""What else can be chosen, run only with ``--variants`` and not part of the comparison."""
 
 RULES: dict[str, Make] = {**UNTUNED, **VARIANTS}
 for rates in RATES.values():
@@ -256,16 +262,16 @@ def comparison_table(study: Study, cells: list[str], seeds: list[int], rivals: l
     return "\n".join(lines) + "\n"
 
 
-def report(study: Study, seeds: list[int], variants: list[str]) -> str:
-    rivals = [*(name for name in UNTUNED if name != DEFAULT), *RATES, *variants]
-    judged = [name for name, cell in CELLS.items() if not cell.has_label_noise]
-    noisy = [name for name, cell in CELLS.items() if cell.has_label_noise]
-    parts = [
-        comparison_table(study, judged, seeds, rivals),
-        cell_table(study, judged, seeds, [DEFAULT, *rivals]),
-        "With label noise:\n",
-        cell_table(study, noisy, seeds, [DEFAULT, *rivals]),
-    ]
+def report(study: Study, cells: list[str], seeds: list[int], columns: list[str]) -> str:
+    """Return the tables; those over cells leave out the cells with label noise."""
+    shown = [DEFAULT, *(name for name in columns if name != DEFAULT)]
+    judged = [name for name in cells if not CELLS[name].has_label_noise]
+    noisy = [name for name in cells if CELLS[name].has_label_noise]
+    parts: list[str] = []
+    if judged:
+        parts += [comparison_table(study, judged, seeds, shown[1:]), cell_table(study, judged, seeds, shown)]
+    if noisy:
+        parts += ["With label noise:\n", cell_table(study, noisy, seeds, shown)]
     return "\n".join(parts)
 
 
@@ -290,7 +296,8 @@ def main() -> None:
             for cell in args.cells:
                 for column in [*args.columns, *args.variants]:
                     study.column(cell, column, [seed])
-    text = report(Study(args.out, args.packages, run_missing=False), args.seeds, args.variants)
+    stored = Study(args.out, args.packages, run_missing=False)
+    text = report(stored, args.cells, args.seeds, [*args.columns, *args.variants])
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(text)
     print(text)

@@ -15,7 +15,8 @@ that fails does not train, and the model that was just broadcast is used instead
 
 Every (variant, seed) writes its rounds to the folder ``--out`` when it is finished and is not repeated, so an
 interrupted experiment can be resumed. At the end, and with ``--report-only`` at any time, the script creates a table
-and a CSV file (``--results``) and a picture (``--pictures``) from the finished runs.
+and a CSV file (``--results``) and a picture (``--pictures``) from the finished runs. Variants that have no finished run
+in ``--out`` keep what the table and the CSV file say of them.
 """
 
 from __future__ import annotations
@@ -257,12 +258,16 @@ def run(
     )
     # A batch of indices at a time: collating 10,000 samples one by one would cost a fifth of a run.
     batches = BatchSampler(SequentialSampler(data.test), TEST_BATCH_SIZE, drop_last=False)
+    # FedLAW alone: FedHAW's guard would use it too, and the comparison is of what rules do without data on the server.
+    proxy = None
+    if variant == "fedlaw":
+        proxy = data.proxy
     module = FederatedDataModule(
         data.train,
         partitioner=IndexPartitioner(data.clients),
         batch_size=BATCH_SIZE,
         val=DataLoader(data.test, sampler=batches, batch_size=None),
-        proxy=data.proxy,
+        proxy=proxy,
     )
     trainer.fit(MLP(lr), datamodule=module)
     server = trainer.federation_summary["seconds"]["aggregation"] / rounds
@@ -385,7 +390,27 @@ def tidy(runs: Runs) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(runs: Runs, path: Path, title: str) -> None:
+def kept(path: Path, runs: Runs, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a CSV file by variant, for the variants that are wanted and have no finished run."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    if not path.exists():
+        return rows
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["variant"] in args.variants and row["variant"] not in runs:
+                rows.setdefault(row["variant"], []).append(row)
+    return rows
+
+
+def lines_of(markdown: str) -> dict[str, str]:
+    """The lines of a table by the rule's name."""
+    lines: dict[str, str] = {}
+    for line in markdown.splitlines():
+        lines[line.split("|")[1].strip()] = line
+    return lines
+
+
+def draw(rows: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
     """Accuracy and scale by round; bands are one standard deviation over seeds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -393,10 +418,11 @@ def draw(runs: Runs, path: Path, title: str) -> None:
     figure = Figure(figsize=(10.5, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    for variant, seeds in runs.items():
+    for variant, rounds in rows.items():
         color, style = STYLES[variant]
         for axes, name, factor in ((left, "test_accuracy", 100), (right, "scale", 1)):
-            mean, deviation = spread(factor * column(seeds, name))
+            mean = factor * np.array([float(row[f"{name}_mean"]) for row in rounds])
+            deviation = factor * np.array([float(row[f"{name}_std"]) for row in rounds])
             at = np.arange(1, len(mean) + 1)
             axes.plot(at, mean, style, color=color, lw=1.8, label=LABELS[variant])
             axes.fill_between(at, mean - deviation, mean + deviation, color=color, alpha=0.18, lw=0)
@@ -420,14 +446,22 @@ def report(runs: Runs, args: argparse.Namespace) -> None:
     name += "" if args.split == "alpha01" else f"_{args.split}"
     name += apart(args)
     args.results.mkdir(parents=True, exist_ok=True)
-    markdown = table(runs)
-    (args.results / f"{name}.md").write_text(markdown)
-    write_csv(args.results / f"{name}.csv", tidy(runs))
+    table_file = args.results / f"{name}.md"
+    rows = kept(args.results / f"{name}.csv", runs, args)
+    for row in tidy(runs):
+        rows.setdefault(row["variant"], []).append(row)
+    rows = {variant: rows[variant] for variant in args.variants if variant in rows}
+    lines = lines_of(table(runs))
+    if table_file.exists():
+        lines = lines_of(table_file.read_text()) | lines
+    markdown = table({}) + "".join(f"{lines[LABELS[variant]]}\n" for variant in rows)
+    table_file.write_text(markdown)
+    write_csv(args.results / f"{name}.csv", [row for rounds in rows.values() for row in rounds])
     alpha = {"alpha01": "0.1", "alpha1": "1.0"}[args.split]
-    seeds = max(len(r) for r in runs.values())
+    seeds = max(int(rounds[0]["seeds"]) for rounds in rows.values())
     title = f"MNIST, ten clients, the FedHAW authors' Dirichlet({alpha}) split, mean of {seeds} seeds"
     title += f", error rates up to {args.errors:g}" if args.errors else ""
-    draw(runs, args.pictures / f"{name}.png", title)
+    draw(rows, args.pictures / f"{name}.png", title)
     print(markdown)
 
 
