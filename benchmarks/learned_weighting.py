@@ -31,6 +31,7 @@ from lightning_fedhaw.extending import AggregationRule
 
 RESULTS = Path(__file__).parent / "results" / "learned_weighting.jsonl"
 ROUNDS = (10, 50, 100, 200)
+CURVE = (1, *range(5, max(ROUNDS) + 1, 5))
 RATES = (0.03, 0.1)
 RULES = ("examples", "uniform", "from 1, 0.01", "from 1, 0.05", "from 0, 0.01", "from 0, 0.05")
 
@@ -54,7 +55,7 @@ class Logistic(pl.LightningModule):
 
 
 class PooledLoss(pl.Callback):
-    """The loss of all training samples, and the exponent, at some rounds."""
+    """The loss of all training samples, and the learned exponent, over the rounds."""
 
     def __init__(self, data: Synthetic) -> None:
         self.inputs, self.labels = data.train.tensors
@@ -63,10 +64,13 @@ class PooledLoss(pl.Callback):
 
     def on_round_end(self, trainer: pl.Trainer, pl_module: Logistic, report: Any) -> None:
         finished = report.round + 1
-        if finished in ROUNDS:
-            with torch.no_grad():
-                self.losses[finished] = float(cross_entropy(pl_module.net(self.inputs), self.labels))
-            self.exponents[finished] = report.metrics.get("learned/exponent", float("nan"))
+        if finished not in CURVE:
+            return
+        with torch.no_grad():
+            loss = float(cross_entropy(pl_module.net(self.inputs), self.labels))
+        self.losses[finished] = round(loss, 5)
+        if "learned/exponent" in report.metrics:
+            self.exponents[finished] = round(report.metrics["learned/exponent"], 5)
 
 
 def rule_of(name: str, form: str) -> AggregationRule:
@@ -124,8 +128,9 @@ def cells(arguments: argparse.Namespace) -> Iterator[tuple[str, float, int, str]
 
 def run_all(arguments: argparse.Namespace) -> None:
     """Run what is missing."""
-    there = {(r["rule"], r["rate"], r["seed"], r["form"]) for r in finished()}
     for cell in cells(arguments):
+        # Read again for each: two of these programs may share the work.
+        there = {(r["rule"], r["rate"], r["seed"], r["form"]) for r in finished()}
         if cell in there:
             continue
         result = run(*cell)
