@@ -42,12 +42,14 @@ Data = tuple[TensorDataset, TensorDataset, Partitioner]
 
 RULES = {"FedAvg": "FedAvg", "default": "FedHAW", "lr_gamma=0": "FedHAW(lr_gamma=0.0)"}
 TUNED = "published, tuned"
+PROBED_RATES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+"""The same with a probe, whose gradient is that of one step and not of a round's steps."""
 FAMILIES = {
-    TUNED: "",
-    "exact, tuned": ", jacobian='exact'",
-    "exact with a probe, tuned": ", jacobian='exact', probe=Probe()",
+    TUNED: ("", RATES),
+    "exact, tuned": (", jacobian='exact'", RATES),
+    "exact with a probe, tuned": (", jacobian='exact', probe=Probe()", PROBED_RATES),
 }
-"""Forms of the published rule, each with the best of the rates: their arguments beside the step sizes."""
+"""Forms of the published rule: their arguments beside the step sizes, and the rates of which each takes the best."""
 
 
 # ---------------------------------------------------------------------- federations
@@ -237,7 +239,7 @@ def scores_of(comparison: Comparison) -> dict[str, np.ndarray]:
 
 def with_rate(family: str, rate: float) -> str:
     """Return the expression of a form of the published rule with its step sizes."""
-    return f"PublishedFedHAW(lr_gamma={rate:g}, lr_lambda={10 * rate:g}{FAMILIES[family]})"
+    return f"PublishedFedHAW(lr_gamma={rate:g}, lr_lambda={10 * rate:g}{FAMILIES[family][0]})"
 
 
 def study(name: str, args: argparse.Namespace) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -246,7 +248,8 @@ def study(name: str, args: argparse.Namespace) -> tuple[dict[str, np.ndarray], l
     rules = {"FedAvg": RULES["FedAvg"]}
     best_rates = []
     for family in args.published:
-        rates = scores_of(play({f"{rate:g}": with_rate(family, rate) for rate in RATES}, seeds=args.seeds[:1]))
+        methods = {f"{rate:g}": with_rate(family, rate) for rate in FAMILIES[family][1]}
+        rates = scores_of(play(methods, seeds=args.seeds[:1]))
         best = max(rates, key=lambda rate: rates[rate][0])
         rules[family] = with_rate(family, float(best))
         best_rates.append(best)
