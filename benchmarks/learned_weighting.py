@@ -5,7 +5,8 @@
 
 Synthetic(1,1), 100 clients with at most 2,000 samples, 50 of them a round and 50 for the gradient, one local epoch of
 SGD with batches of 10. Every run adds one line to `benchmarks/results/learned_weighting.jsonl`; a run that is there is
-not repeated, so the study may be stopped and continued. The report is of the seeds that all rules have.
+not repeated, so the study may be stopped and continued. The report is of the seeds that all rules have, for each
+client rate.
 """
 
 from __future__ import annotations
@@ -140,22 +141,22 @@ def run_all(arguments: argparse.Namespace) -> None:
 
 
 class Results:
-    """The runs of the parallel form with the seeds that are complete.
+    """The runs of the parallel form.
 
     Attributes:
-        seeds: The seeds with which every rule has run.
+        seeds: For each client rate the seeds with which every rule has run.
     """
 
     def __init__(self) -> None:
         self.runs = {(r["rule"], r["rate"], r["seed"]): r for r in finished() if r["form"] == "parallel"}
-        self.seeds: list[int] = []
-        for seed in sorted({seed for _, _, seed in self.runs}):
-            if all((name, rate, seed) in self.runs for name in RULES for rate in RATES):
-                self.seeds.append(seed)
+        self.seeds: dict[float, list[int]] = {}
+        for rate in RATES:
+            seeds = sorted({seed for _, _, seed in self.runs})
+            self.seeds[rate] = [seed for seed in seeds if all((name, rate, seed) in self.runs for name in RULES)]
 
     def curves(self, name: str, rate: float, quantity: str) -> Tensor:
         """Return ``[seeds, rounds]``, the losses or exponents at the rounds of :data:`CURVE`; empty without them."""
-        rows = [self.runs[name, rate, seed][quantity] for seed in self.seeds]
+        rows = [self.runs[name, rate, seed][quantity] for seed in self.seeds[rate]]
         return torch.tensor([[row[str(t)] for t in CURVE if str(t) in row] for row in rows])
 
     def losses(self, name: str, rate: float, finished_rounds: int) -> Tensor:
@@ -171,8 +172,8 @@ def standard_error(values: Tensor) -> Tensor:
 def table(results: Results) -> str:
     """Return the means and standard errors of the loss, and the mean exponents, in Markdown."""
     lines = [
-        "| client rate | weights | " + " | ".join(f"round {t}" for t in ROUNDS) + " | exponent at these rounds |",
-        "|---|---|" + "---:|" * (len(ROUNDS) + 1),
+        "| client rate | seeds | weights | " + " | ".join(f"round {t}" for t in ROUNDS) + " | exponent then |",
+        "|---|---|---|" + "---:|" * (len(ROUNDS) + 1),
     ]
     for rate in RATES:
         for name in RULES:
@@ -184,7 +185,7 @@ def table(results: Results) -> str:
             shown = ""
             if len(exponents):
                 shown = ", ".join(f"{exponents[CURVE.index(t)]:.2f}" for t in ROUNDS)
-            lines.append(f"| {rate} | {name} | {' | '.join(entries)} | {shown} |")
+            lines.append(f"| {rate} | {len(results.seeds[rate])} | {name} | {' | '.join(entries)} | {shown} |")
     return "\n".join(lines)
 
 
@@ -235,15 +236,17 @@ def draw(results: Results, path: Path) -> None:
                     continue
                 mean = curves.mean(0)
                 error = standard_error(curves)
-                axes.plot(CURVE, mean, line, color=color, label=name if axes is panels[0, 0] else None)
+                axes.plot(CURVE, mean, line, color=color)
+                if axes is panels[0, 0]:
+                    axes.lines[-1].set_label(name if name in ("examples", "uniform") else f"learned {name}")
                 axes.fill_between(CURVE, mean - error, mean + error, color=color, alpha=0.12, lw=0)
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25, lw=0.6)
-        panels[0, column].set(title=f"client rate {rate}", yscale="log")
+        panels[0, column].set(title=f"client rate {rate}")
         panels[1, column].set(xlabel="round")
     panels[0, 0].set(ylabel="loss of all training samples")
     panels[1, 0].set(ylabel="exponent")
-    figure.legend(loc="outside lower center", ncols=len(LOOKS), frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -264,7 +267,7 @@ def main() -> None:
         run_all(arguments)
         return
     results = Results()
-    print(f"Seeds {results.seeds}\n\n{table(results)}\n\n{envelope_table(results)}")
+    print(f"{table(results)}\n\n{envelope_table(results)}")
     draw(results, arguments.picture)
 
 
