@@ -41,9 +41,15 @@ RATES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 Data = tuple[TensorDataset, TensorDataset, Partitioner]
 
 RULES = {"FedAvg": "FedAvg", "default": "FedHAW", "lr_gamma=0": "FedHAW(lr_gamma=0.0)"}
-PUBLISHED = {f"published {rate:g}": f"PublishedFedHAW(lr_gamma={rate:g}, lr_lambda={10 * rate:g})" for rate in RATES}
 TUNED = "published, tuned"
-SHOWN = ["FedAvg", TUNED, "default", "lr_gamma=0"]
+PROBED_RATES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+"""The same with a probe, whose gradient is that of one step and not of a round's steps."""
+FAMILIES = {
+    TUNED: ("", RATES),
+    "exact, tuned": (", jacobian='exact'", RATES),
+    "exact with a probe, tuned": (", jacobian='exact', probe=Probe()", PROBED_RATES),
+}
+"""Forms of the published rule: their arguments beside the step sizes, and the rates of which each takes the best."""
 
 
 # ---------------------------------------------------------------------- federations
@@ -231,22 +237,34 @@ def scores_of(comparison: Comparison) -> dict[str, np.ndarray]:
     return {method: np.array(values) for method, values in scores.items()}
 
 
-def study(name: str, args: argparse.Namespace) -> tuple[dict[str, np.ndarray], str]:
-    """Run a federation, and return its scores ``[seeds]`` by column of the table, and the best published rule."""
+def with_rate(family: str, rate: float) -> str:
+    """Return the expression of a form of the published rule with its step sizes."""
+    return f"PublishedFedHAW(lr_gamma={rate:g}, lr_lambda={10 * rate:g}{FAMILIES[family][0]})"
+
+
+def study(name: str, args: argparse.Namespace) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Run a federation, and return its scores ``[seeds]`` by column of the table, and the best published rates."""
     play = partial(compare, cells=cell(name, args.data), rounds=ROUNDS, output=args.out, jobs=args.jobs, progress=print)
-    rates = scores_of(play(PUBLISHED, seeds=args.seeds[:1]))
-    best = max(rates, key=lambda method: rates[method][0])
-    scores = scores_of(play({**RULES, best: PUBLISHED[best]}, seeds=args.seeds))
-    scores[TUNED] = scores.pop(best)
-    return scores, best.removeprefix("published ")
+    rules = {"FedAvg": RULES["FedAvg"]}
+    best_rates = []
+    for family in args.published:
+        methods = {f"{rate:g}": with_rate(family, rate) for rate in FAMILIES[family][1]}
+        rates = scores_of(play(methods, seeds=args.seeds[:1]))
+        best = max(rates, key=lambda rate: rates[rate][0])
+        rules[family] = with_rate(family, float(best))
+        best_rates.append(best)
+    return scores_of(play({**rules, **RULES}, seeds=args.seeds)), best_rates
 
 
-def table(results: dict[str, tuple[dict[str, np.ndarray], str]]) -> str:
+def table(results: dict[str, tuple[dict[str, np.ndarray], list[str]]]) -> str:
     """Return the Markdown table."""
-    lines = ["| cell | " + " | ".join(SHOWN) + " | best published rate |", "|---|" + "---:|" * (len(SHOWN) + 1)]
-    for name, (scores, best) in results.items():
-        columns = [spread(scores[method]) for method in SHOWN]
-        lines.append(f"| {name} | " + " | ".join(columns) + f" | {best} |")
+    lines: list[str] = []
+    for name, (scores, best_rates) in results.items():
+        if not lines:
+            lines.append("| cell | " + " | ".join(scores) + " | best published rate |")
+            lines.append("|---|" + "---:|" * (len(scores) + 1))
+        columns = [spread(values) for values in scores.values()]
+        lines.append(f"| {name} | " + " | ".join(columns) + f" | {', '.join(best_rates)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -298,6 +316,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/scale_free"), help="folder of the finished runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--cells", nargs="+", choices=FEDERATIONS, default=list(FEDERATIONS), metavar="CELL")
+    parser.add_argument("--published", nargs="+", choices=FAMILIES, default=[TUNED], help="forms of the published rule")
     parser.add_argument("--jobs", type=int, default=1, help="processes that run at the same time")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/scale_free.md"))
     parser.add_argument("--picture", type=Path, default=Path("docs/images/scale_free.png"))

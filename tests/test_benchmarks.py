@@ -254,3 +254,25 @@ def test_time_that_is_over_is_said_and_not_taken(harness, job):
     record = speed.attempt("ours", job, left=60.0, waiting=1)
     assert record["engine"] in ("sequential", "vectorized")
     assert len(record["seconds"]) == job.workload.rounds
+
+
+def test_a_play_is_divided_by_its_speakers(harness, tmp_path):
+    study = harness("learned_server_optimizer")
+    assert study.speeches("ANNE:\nOne.\nTwo.\n\nBOB:\n\nBOB:\nYes.\n\nANNE:\nNo.") == {
+        "ANNE": "One.\nTwo.\nNo.",
+        "BOB": "Yes.",
+    }
+    path = tmp_path / "play.txt"
+    path.write_text(f"ANNE:\n{'abcd' * 250}\n\nBOB:\nab\n\nCLEO:\n{'dcba' * 150}")
+    play = study.play_of(path)
+    assert [part.start for part in play.parts] == [0, 10]
+    assert [len(part) for part in play.parts] == [10, 6]
+    assert len(play.test) == 3
+    assert play.characters == len(set(path.read_text()))
+
+
+def test_the_mean_of_the_best_of_some_draws(harness):
+    mean_of_best = harness("learned_server_optimizer").expected_maximum
+    assert mean_of_best([3.0, 1.0, 2.0], 1) == pytest.approx(2.0)
+    # Of nine pairs of draws five have a 3, three have a 2 and no 3, and one has only a 1.
+    assert mean_of_best([3.0, 1.0, 2.0], 2) == pytest.approx((5 * 3 + 3 * 2 + 1) / 9)

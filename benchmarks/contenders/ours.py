@@ -1,7 +1,7 @@
 """An ordinary LightningModule with ``self.log`` in its step, through ``FederatedTrainer``.
 
-The job's options are arguments of ``FederatedTrainer``. In addition, ``rule="fedhaw"`` uses FedHAW instead of FedAvg,
-and ``logged=True`` adds a CSV logger and a progress bar.
+The job's options are arguments of ``FederatedTrainer``. In addition, ``rule`` is a name in :data:`RULES` instead of
+``"fedavg"``, and ``logged=True`` adds a CSV logger and a progress bar.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,8 +19,21 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 from workloads import Clock, Job, run_contender, train_loss
 
-from lightning_fedhaw import FedAvgCallback, FederatedCallback, FederatedDataModule, FederatedTrainer, FedHAWCallback
+from lightning_fedhaw import (
+    FedAvgCallback,
+    FederatedCallback,
+    FederatedDataModule,
+    FederatedTrainer,
+    FedHAWCallback,
+    FedOptCallback,
+)
 from lightning_fedhaw.data import FixedSequenceSampler, IndexPartitioner
+
+RULES = {
+    "fedavg": FedAvgCallback,
+    "fedhaw": FedHAWCallback,
+    "learned server rate": partial(FedOptCallback, lr=1.0, learn=("lr",)),
+}
 
 
 class Module(pl.LightningModule):
@@ -56,12 +70,13 @@ class Rounds(FederatedCallback):
 def fit(job: Job, clock: Clock) -> tuple[FederatedTrainer, Module]:
     """Train for the job's rounds; the module then has the global model."""
     work, options = job.workload, dict(job.options)
-    logged, rule = options.pop("logged", False), options.pop("rule", "fedavg")
+    logged = options.pop("logged", False)
+    rule = RULES[options.pop("rule", "fedavg")]()
     settings: dict[str, Any] = {
         "rounds": job.rounds,
         "sampler": FixedSequenceSampler(job.cohorts),
         "local_epochs": work.epochs,
-        "callbacks": [FedHAWCallback() if rule == "fedhaw" else FedAvgCallback(), Rounds(clock)],
+        "callbacks": [rule, Rounds(clock)],
         "client_eval": False,
         "accelerator": job.device.split(":")[0],
         "devices": 1,

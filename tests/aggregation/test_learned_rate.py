@@ -60,6 +60,41 @@ class Smooth(Classifier):
         self.net[-3] = nn.Tanh()
 
 
+class Gated(nn.Module):
+    """The last output of a GRU over each sample as three steps of two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRU(2, 4, batch_first=True)
+
+    def forward(self, inputs):
+        return self.cell(inputs.reshape(len(inputs), 3, 2))[0][:, -1]
+
+
+def attention(dropout):
+    """A layer of a transformer over each sample as three tokens of two inputs."""
+    layer = nn.TransformerEncoderLayer(4, 2, 4, dropout, nn.functional.softplus, batch_first=True)
+    return nn.Sequential(nn.Unflatten(1, (3, 2)), nn.Linear(2, 4), layer, nn.Flatten())
+
+
+BODIES = {
+    "GRU": (Gated, 4),
+    "transformer": (partial(attention, 0.0), 12),
+    "transformer with dropout": (partial(attention, 0.2), 12),
+}
+
+
+class Sequences(Classifier):
+    """Classifies samples that are sequences."""
+
+    def __init__(self, name, make):
+        super().__init__(make)
+        body, width = BODIES[name]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(body(), nn.Linear(width, 3))
+
+
 class Kept(LearnedClientRateCallback):
     """Takes given factors, one a round, and keeps each round's model and its derivative in the round's factor."""
 
@@ -125,6 +160,19 @@ def test_the_derivative_on_a_quadratic(steps):
 def test_the_derivative_through_a_network(steps, engine):
     make = partial(Smooth, OPTIMIZERS["Nesterov with decay"], norm=True, dropout=0.3)
     assert_derivative(make, classes, rounds=2, engine=engine, local_steps=steps, client_lr_scale=[0.5, 1.0, 2.0])
+
+
+@pytest.mark.parametrize("engine", ["sequential", "vectorized"])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_the_derivative_through_sequence_models(name, optimizer, engine):
+    make_optimizer = OPTIMIZERS[optimizer]
+    if optimizer == "Adam":
+        # The bias of attention's keys has no gradient but rounding, and Adam's usual `eps` would make steps of it.
+        make_optimizer = partial(make_optimizer, eps=1e-3)
+    make = partial(Sequences, name, make_optimizer)
+    assert_derivative(make, classes, engine=engine, local_steps=2)
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorized"])

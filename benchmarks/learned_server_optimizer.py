@@ -1,0 +1,271 @@
+"""Reproduce Table 4 and Figure 6 of Federated Automatic Differentiation on a small scale: a play by its speakers.
+
+    python benchmarks/learned_server_optimizer.py run --text PLAY.txt --trials 30
+    python benchmarks/learned_server_optimizer.py table
+
+``PLAY.txt`` has speeches that are divided by empty lines; the first line of each is the speaker's name and a colon. A
+client is a speaker, and predicts the next character by a GRU. The last fifth of each speaker's text is for testing.
+
+A trial draws the clients' learning rate log-uniformly from (0.001, 10), and trains with FedAvgM of rate 1.0 and
+momentum 0.9 twice: fixed, and learned as published (SGD with rate 0.01, by the gradient of as many other clients).
+Every run adds one line to ``benchmarks/results/learned_server_optimizer.jsonl``; a run that is there is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+
+from lightning_fedhaw import FedAvgMCallback, FederatedDataModule, FederatedTrainer
+from lightning_fedhaw.data import IndexPartitioner
+
+RESULTS = Path(__file__).parent / "results" / "learned_server_optimizer.jsonl"
+ROUNDS = 40
+COHORT = 20
+BATCH_SIZE = 10
+WINDOW = 80
+"""Characters of a sample."""
+MOST_WINDOWS = 50
+"""Training samples of a speaker at most: the first ones."""
+MOST_TEST_WINDOWS = 10
+"""Test samples of a speaker at most."""
+RATES = (1e-3, 10.0)
+RULES = ("fixed", "learned")
+
+
+class Play(NamedTuple):
+    """A play as a federation.
+
+    Attributes:
+        train: ``[samples, WINDOW + 1]`` int64, the characters' numbers; neighboring samples share one.
+        test: The same for testing.
+        parts: The training samples of each speaker.
+        characters: How many characters there are.
+    """
+
+    train: Tensor
+    test: Tensor
+    parts: list[range]
+    characters: int
+
+
+def speeches(text: str) -> dict[str, str]:
+    """Return what each speaker says, in order of appearance."""
+    lines: dict[str, list[str]] = {}
+    for speech in text.split("\n\n"):
+        speaker, _, words = speech.strip().partition(":\n")
+        if words:
+            lines.setdefault(speaker, []).append(words)
+    return {speaker: "\n".join(parts) for speaker, parts in lines.items()}
+
+
+@lru_cache
+def play_of(path: Path) -> Play:
+    """Read a play. Speakers of fewer than five samples are left out."""
+    text = path.read_text()
+    number_of = {character: number for number, character in enumerate(sorted(set(text)))}
+    train: list[Tensor] = []
+    test: list[Tensor] = []
+    parts: list[range] = []
+    begin = 0
+    for words in speeches(text).values():
+        numbers = torch.tensor([number_of[character] for character in words])
+        if len(numbers) < 5 * WINDOW + 1:
+            continue
+        windows = numbers.unfold(0, WINDOW + 1, WINDOW)
+        held_out = len(windows) // 5
+        kept = min(len(windows) - held_out, MOST_WINDOWS)
+        train.append(windows[:kept])
+        test.append(windows[-held_out:][:MOST_TEST_WINDOWS])
+        parts.append(range(begin, begin + kept))
+        begin += kept
+    return Play(torch.cat(train), torch.cat(test), parts, len(number_of))
+
+
+class Characters(pl.LightningModule):
+    """Predicts the next character."""
+
+    def __init__(self, characters: int, lr: float) -> None:
+        super().__init__()
+        self.lr = lr
+        self.embedding = nn.Embedding(characters, 8)
+        self.cell = nn.GRU(8, 64, batch_first=True)
+        self.head = nn.Linear(64, characters)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        return self.head(self.cell(self.embedding(windows))[0])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        (windows,) = batch
+        scores = self(windows[:, :-1])
+        return cross_entropy(scores.flatten(0, 1), windows[:, 1:].flatten())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Testing(pl.Callback):
+    """Loss and accuracy on the test samples, and what is learned, every ten rounds."""
+
+    def __init__(self, test: Tensor) -> None:
+        self.test = test
+        self.records: list[dict[str, float]] = []
+
+    def on_round_end(self, trainer: pl.Trainer, pl_module: Characters, report: Any) -> None:
+        finished = report.round + 1
+        if finished % 10:
+            return
+        with torch.no_grad():
+            scores = pl_module(self.test[:, :-1]).flatten(0, 1)
+            labels = self.test[:, 1:].flatten()
+            loss = float(cross_entropy(scores, labels))
+            accuracy = float((scores.argmax(1) == labels).float().mean())
+        record = {"round": finished, "loss": round(loss, 5), "accuracy": round(accuracy, 5)}
+        for name in ("learned/lr", "learned/momentum"):
+            if name in report.metrics:
+                record[name] = round(report.metrics[name], 5)
+        self.records.append(record)
+
+
+def rule_of(name: str) -> FedAvgMCallback:
+    """Return the rule of a name in :data:`RULES`."""
+    if name == "fixed":
+        return FedAvgMCallback(lr=1.0, momentum=0.9)
+    return FedAvgMCallback(lr=1.0, momentum=0.9, learn=("lr", "momentum"))
+
+
+def rate_of(trial: int) -> float:
+    """Draw the clients' learning rate of a trial."""
+    share = float(torch.rand((), generator=torch.Generator().manual_seed(trial)))
+    low, high = (math.log(rate) for rate in RATES)
+    return math.exp(low + share * (high - low))
+
+
+def run(path: Path, trial: int, name: str, engine: str) -> dict[str, Any]:
+    """Train once."""
+    play = play_of(path)
+    rate = rate_of(trial)
+    testing = Testing(play.test)
+    trainer = FederatedTrainer(
+        rounds=ROUNDS,
+        clients_per_round=COHORT,
+        seed=trial,
+        engine=engine,
+        client_eval=False,
+        callbacks=[rule_of(name), testing],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    data = FederatedDataModule(
+        TensorDataset(play.train), batch_size=BATCH_SIZE, partitioner=IndexPartitioner(play.parts)
+    )
+    torch.manual_seed(trial)
+    module = Characters(play.characters, rate)
+    begin = time.perf_counter()
+    ended_early = False
+    try:
+        trainer.fit(module, data)
+    except (FloatingPointError, RuntimeError) as error:
+        print(f"{name}, trial {trial}: {error}", flush=True)
+        ended_early = True
+    seconds = round(time.perf_counter() - begin, 1)
+    last = testing.records[-1] if testing.records else {"loss": math.nan, "accuracy": 0.0}
+    # A model that is worse than guessing among all characters has diverged, too.
+    diverged = ended_early or not last["loss"] < math.log(play.characters)
+    cell = {"trial": trial, "rule": name, "rate": rate}
+    return {**cell, "rounds": testing.records, "diverged": diverged, "seconds": seconds}
+
+
+def finished() -> list[dict[str, Any]]:
+    """Return the runs that are there."""
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """Run what is missing, trial after trial."""
+    for trial in range(arguments.trials):
+        for name in RULES:
+            if (trial, name) in {(r["trial"], r["rule"]) for r in finished()}:
+                continue
+            result = run(arguments.text, trial, name, arguments.engine)
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(result, flush=True)
+
+
+def accuracy_of(result: dict[str, Any]) -> float:
+    """Return the test accuracy after the last round, in percent; 0 for a run that has diverged."""
+    if result["diverged"]:
+        return 0.0
+    return 100 * float(result["rounds"][-1]["accuracy"])
+
+
+def expected_maximum(values: list[float], draws: int) -> float:
+    """Return the mean of the largest of some draws with replacement."""
+    count = len(values)
+    total = 0.0
+    for rank, value in enumerate(sorted(values)):
+        total += value * (((rank + 1) / count) ** draws - (rank / count) ** draws)
+    return total
+
+
+def table() -> str:
+    """Return the table of all trials that have both runs, in Markdown."""
+    runs = {(r["trial"], r["rule"]): r for r in finished()}
+    trials = sorted({trial for trial, _ in runs if all((trial, name) in runs for name in RULES)})
+    draws = [draw for draw in (1, 3, 10) if draw < len(trials)]
+    lines = [
+        "| server rate and momentum | trials | best accuracy (%) | "
+        + " | ".join(f"mean best of {draw}" for draw in draws)
+        + " | diverged | best client rate |",
+        "|---|" + "---:|" * (len(draws) + 4),
+    ]
+    for name in RULES:
+        chosen = [runs[trial, name] for trial in trials]
+        values = [accuracy_of(result) for result in chosen]
+        best = chosen[values.index(max(values))]
+        means = " | ".join(f"{expected_maximum(values, draw):.1f}" for draw in draws)
+        diverged = sum(result["diverged"] for result in chosen)
+        lines.append(f"| {name} | {len(trials)} | {max(values):.1f} | {means} | {diverged} | {best['rate']:.3g} |")
+    wins = sum(accuracy_of(runs[trial, "learned"]) > accuracy_of(runs[trial, "fixed"]) for trial in trials)
+    return "\n".join(lines) + f"\n\nLearned is better in {wins} of {len(trials)} trials.\n"
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("--text", type=Path, help="the play, for `run`")
+    parser.add_argument("--trials", type=int, default=30)
+    parser.add_argument("--engine", choices=("auto", "sequential", "vectorized"), default="auto")
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*val_dataloader.*|.*validation_step.*|.*num_workers.*")
+    if arguments.command == "table":
+        print(table())
+        return
+    if arguments.text is None:
+        parser.error("`run` needs the play: --text PLAY.txt")
+    run_all(arguments)
+
+
+if __name__ == "__main__":
+    main()
