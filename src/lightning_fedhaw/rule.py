@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
+from lightning_fedhaw.inquiry import Inquiry
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.options import repr_settings
@@ -178,6 +179,13 @@ class Rule(ABC):
     objectives: tuple[ClientObjective, ...] = ()
     """Client objectives that belong to the rule; their state is checkpointed with the rule's."""
 
+    needs_held_out_data: bool = False
+    """Whether every client needs held-out samples, for the upper loss of an :meth:`inquiry`."""
+
+    upper_loss: str | None = None
+    """The value that ``validation_step`` logs and that is the upper loss of an :meth:`inquiry`; ``None`` for the loss
+    that the module's ``upper_step`` returns."""
+
     probe: Probe | None = None
     """The second cohort whose loss and gradient :meth:`learn_from` receives; ``None`` for a rule that asks nobody."""
 
@@ -235,6 +243,28 @@ class Rule(ABC):
             The new state, and numbers for the log.
         """
         raise NotImplementedError(f"`{type(self).__name__}` sets `probe` and does not implement `learn_from`.")
+
+    def inquiry(self, state: State, server: ServerView) -> Inquiry | None:
+        """Return what the clients of the next round are asked for, which :meth:`step` finds in ``cohort.answers``.
+
+        Args:
+            state: The state after the last round. Not changed.
+            server: The parameter layout.
+
+        Returns:
+            The inquiry; by default ``None``: clients train, and are asked for nothing else.
+        """
+        return None
+
+    def server_parameters(self, state: State) -> Mapping[str, Tensor]:
+        """Return the values of parameters that only the server changes, by name; by default there are none.
+
+        They are frozen in the module, sent to clients with the model, and written into the module after every step.
+
+        Args:
+            state: The state after the last round.
+        """
+        return {}
 
     def weigh(self, update: ClientUpdate) -> float:
         """Return a client's weight before normalization, checked; 0 for a rule without ``unnormalized_weight``.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
 
 from lightning_fedhaw.channel.base import Channel, Link
 from lightning_fedhaw.clients.choice import choose
@@ -23,9 +24,11 @@ from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.federation.buffers import Buffers
+from lightning_fedhaw.federation.checks import check_objectives, check_step, local_lr_scale
 from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
 from lightning_fedhaw.federation.full_gradient import FullGradient
 from lightning_fedhaw.federation.initial_loss import InitialLosses
+from lightning_fedhaw.federation.inquiries import Inquired, Inquiries, ServerParametersPayload
 from lightning_fedhaw.federation.memory_advice import memory_advice
 from lightning_fedhaw.federation.observation import Observation
 from lightning_fedhaw.federation.placement import Placement
@@ -53,7 +56,7 @@ from lightning_fedhaw.objectives.base import ClientObjective, find_objectives
 from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks
-from lightning_fedhaw.rule import LocalLRScale, Rule, RuleOutput
+from lightning_fedhaw.rule import Rule
 from lightning_fedhaw.server import Server
 from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
@@ -117,7 +120,7 @@ class Federation:
         self.ranks = ranks or Ranks()
         channels = [callback for callback in callbacks if isinstance(callback, Channel)]
         objectives = find_objectives(callbacks)
-        _check_objectives(objectives, host)
+        check_objectives(objectives, host)
         self.buffers = Buffers(options.buffers, host, server, data, self.seed)
         plan = LocalPlan.of(options, limit, data.num_clients)
         self.engine: Engine = SequentialEngine(host, self.layout, data, plan, objectives)
@@ -126,13 +129,17 @@ class Federation:
         self.initial_losses = InitialLosses(host, server, data, rule, self.buffers, self.seed)
         self.shared_states = SharedStates(objectives, self.layout, data.num_clients, rule, options, self.ranks)
         rate_tangents = RateTangentPayload(host, server, rule, self.engine)
-        payloads: list[SidePayload] = [self.buffers, self.shared_states, rate_tangents]
+        server_parameters = ServerParametersPayload(server, rule)
+        payloads: list[SidePayload] = [self.buffers, self.shared_states, rate_tangents, server_parameters]
         self.transport = Transport(channels, self.layout, payloads, self.seed)
         clients_remember = self._clients_remember(objectives)
         self.placement = Placement(self.ranks, is_sticky=clients_remember)
         self._prepare_transport(clients_remember)
         self.screening = Screening(options, self.buffers, rule, self.transport.uplink)
         self.probing = Probing(host, server, rule, options, self.buffers, self.placement, self.transport, self.sampling)
+        self.inquiries = Inquiries(
+            host, server, rule, options, self.buffers, data, self.transport, self.ranks, self.seed
+        )
         self.observation = Observation(host, server, self.seed)
         self.run_state = self._make_run_state(objectives)
         self.in_round = False
@@ -270,18 +277,23 @@ class Federation:
         with self.tally.phase("broadcast"):
             plan = self._broadcast(round_idx, clients)
             own_clients = self.placement.assign(plan.slots, self.engine.cost)
-        self.engine.lr_scale = self._local_lr_scale()
+        self.engine.lr_scale = local_lr_scale(self.rule, self.layout, self.engine.objectives)
         stores = self._make_stores(plan, capacity=len(own_clients))
-        received = self._train(plan, own_clients, stores)
-        self.screening.check_round(plan, received)
+        inquiry = self.rule.inquiry(self.rule.state, self.server)
+        trains = inquiry is None or not inquiry.replaces_training
+        received = self._train(plan, own_clients, stores, trains=trains)
+        if trains:
+            self.screening.check_round(plan, received)
+        with self.tally.phase("local training"):
+            inquired = self.inquiries.run(inquiry, plan, received, self.engine, self.tally)
         probed = self.probing.at_start(plan, self.engine, self.tally)
         with self.tally.phase("aggregation"):
-            aggregation = self._aggregate(plan, received, stores.displacements)
+            aggregation = self._aggregate(plan, received, stores.displacements, inquired)
             self.shared_states.aggregate(plan.start, stores.shared, received.from_clients)
         probed = self.probing.at_end(plan, self.engine, self.tally, aggregation.metrics, probed)
         # A rule on the server, or the recalibration of buffers, may have run the module's step.
         self.engine.attributes.restore()
-        report = self._report(plan, received, aggregation, probed)
+        report = self._report(plan, received, aggregation, probed, inquired, trains=trains)
         self.on_round_end(report)
         return report
 
@@ -297,20 +309,6 @@ class Federation:
         factors = self.sampling.inverse_probabilities(clients)
         return RoundPlan(round_idx, clients, start, broadcast.models, lost, factors)
 
-    def _local_lr_scale(self) -> LocalLRScale | None:
-        """Return the rule's scale of the clients' learning rates in this round; ``None`` without one.
-
-        Raises:
-            ValueError: If it changes them and a client objective divides by them.
-        """
-        lr_scale = self.rule.local_lr_scale(self.rule.state, self.layout)
-        if lr_scale is not None and any(objective.needs_learning_rates for objective in self.engine.objectives):
-            raise ValueError(
-                f"`{type(self.rule).__name__}` changes the clients' learning rates within a round, and a client"
-                ' objective divides by them. Use a rule that leaves them alone, or for SCAFFOLD `option="I"`.'
-            )
-        return lr_scale
-
     def _make_stores(self, plan: RoundPlan, capacity: int) -> RoundStores:
         """Make the stores of the vectors that this process's clients send."""
         shared = self.shared_states.make_stores(plan.start, capacity)
@@ -319,9 +317,10 @@ class Federation:
         )
         return RoundStores(displacements, shared)
 
-    def _train(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores) -> Received:
-        """Train the cohort on all processes, and gather their results."""
-        shares = self.ranks.exchange(lambda: self._train_share(plan, own_clients, stores))
+    def _train(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores, *, trains: bool) -> Received:
+        """Train the cohort on all processes, and gather their results; without training, only list who takes part."""
+        work = self._train_share if trains else self._idle_share
+        shares = self.ranks.exchange(lambda: work(plan, own_clients, stores))
         self.engine.restore_end_state([share.end_state for share in shares])
         records = [record for share in shares for record in share.records]
         excluded: dict[int, str] = {}
@@ -364,6 +363,17 @@ class Federation:
             end_state = move_data_to_device(end_state, HOST)
         return LocalResults(records, excluded, end_state)
 
+    def _idle_share(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores) -> LocalResults:
+        """Do this process's part of a round in which clients answer an inquiry instead of training."""
+        records: list[UpdateRecord] = []
+        # An engine without tasks, as in a process that trains nobody: it notes the state of schedules.
+        list(self.engine.run(iter(())))
+        for client in own_clients:
+            if client in plan.trainees:
+                update = self._update_without_training(plan, client, torch.zeros_like(plan.start), num_steps=0)
+                records.append(self._record(update, stores.displacements, received=True))
+        return LocalResults(records, {}, self.engine.end_state())
+
     def _tasks(self, plan: RoundPlan, own_clients: Sequence[int], store: VectorStore) -> Iterator[ClientTask]:
         """Yield one task after another, each when the engine asks for it."""
         for client in own_clients:
@@ -400,12 +410,18 @@ class Federation:
         substitute = plan.lost[client].substitute(client, plan.start)
         if substitute is None:
             return None
+        return self._update_without_training(plan, client, substitute.displacement, substitute.num_steps)
+
+    def _update_without_training(
+        self, plan: RoundPlan, client: int, displacement: Tensor, num_steps: int
+    ) -> ClientUpdate:
+        """Make the update of a client that did not train in this round."""
         return ClientUpdate(
             client=client,
             num_examples=len(self.data.train_indices[client]),
-            num_steps=substitute.num_steps,
+            num_steps=num_steps,
             num_skipped=0,
-            displacement=substitute.displacement,
+            displacement=displacement,
             num_batches=self.engine.num_batches(client),
             lr_scale=self.engine.plan.lr_scale_of(client),
             inverse_probability=plan.inverse_probability(client),
@@ -426,27 +442,28 @@ class Federation:
         abridged = replace(update, displacement=_NO_VECTOR, buffers=buffers, logged=logged, memory={})
         return UpdateRecord(abridged, received, unnormalized_weight, self.ranks.rank, rms)
 
-    def _aggregate(self, plan: RoundPlan, received: Received, store: VectorStore) -> Aggregation:
+    def _aggregate(self, plan: RoundPlan, received: Received, store: VectorStore, inquired: Inquired) -> Aggregation:
         """Let the rule compute a new global model from the cohort, and install it."""
         if self.screening.must_skip(plan, received):
             self.tally.skipped_rounds += 1
             # The module may hold a client's model.
             self.server.write(self.server.parameters(), self.server.buffers)
             return Aggregation({"round_skipped": 1.0}, {})
-        cohort = self._receive(plan, received, store)
+        cohort = self._receive(plan, received, store, inquired)
         with isolated_randomness(self.host.device):
             # Rules that train on the server's data may use layers that draw (dropout, augmentation).
             seed_randomness(seed_of(self.seed, "round", plan.round, "aggregation"), self.host.device)
             step = self.rule.step(cohort, self.rule.state, self.server)
-        _check_step(step, type(self.rule).__name__, len(cohort))
+        check_step(step, type(self.rule).__name__, len(cohort))
         self.server.install(step.parameters, self.buffers.aggregate(cohort, step, received.updates))
         self.rule.state = dict(step.state)
+        self.server.write_server_parameters(self.rule.server_parameters(self.rule.state))
         self.buffers.complete(plan.round, received.updates)
         weights = dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
         observed = self.observation.of(cohort, step)
-        return Aggregation({**step.metrics, **observed.numbers}, weights, observed.tables)
+        return Aggregation({**step.metrics, **inquired.metrics, **observed.numbers}, weights, observed.tables)
 
-    def _receive(self, plan: RoundPlan, received: Received, store: VectorStore) -> Cohort:
+    def _receive(self, plan: RoundPlan, received: Received, store: VectorStore, inquired: Inquired) -> Cohort:
         """Make the cohort that the rule reads from the updates that the server has received."""
         learning_rates: tuple[float, ...] = ()
         if self.rule.needs_learning_rates:
@@ -458,23 +475,29 @@ class Federation:
             with self.tally.phase("channel"):
                 self.transport.superpose(vectors, received.records, round_idx=plan.round, drawn=len(plan.clients))
         tangents = store.rate_tangents(plan.start, received.records)
-        return cohort_of(plan, received, vectors, learning_rates, self.rule, tangents)
+        return cohort_of(plan, received, vectors, learning_rates, self.rule, tangents, inquired.answers)
 
-    def _report(self, plan: RoundPlan, received: Received, aggregation: Aggregation, probed: Probed) -> Report:
+    def _report(
+        self,
+        plan: RoundPlan,
+        received: Received,
+        aggregation: Aggregation,
+        probed: Probed,
+        inquired: Inquired,
+        *,
+        trains: bool,
+    ) -> Report:
         """Count the costs of the round, and make its report."""
         updates = received.updates
         lr_scale_bytes = 0
         if self.engine.lr_scale is not None:
             lr_scale_bytes = self.engine.lr_scale.numbers_sent * self.layout.dtype.itemsize
         bytes_down = self.transport.sent_bytes("downlink", plan.round, plan.clients)
-        bytes_down += len(plan.clients) * lr_scale_bytes + probed.bytes_down
-        bytes_up = self.transport.sent_bytes("uplink", plan.round, [update.client for update in updates])
-        bytes_up += probed.bytes_up
-        self.tally.bytes_down += bytes_down
-        self.tally.bytes_up += bytes_up
-        self.tally.received += len(updates)
-        self.tally.lost_messages += len(plan.clients) - len(plan.trainees)
-        self.tally.skipped_steps += sum(update.num_skipped for update in updates)
+        bytes_down += len(plan.clients) * lr_scale_bytes + probed.bytes_down + inquired.bytes_down
+        bytes_up = probed.bytes_up + inquired.bytes_up
+        if trains:
+            bytes_up += self.transport.sent_bytes("uplink", plan.round, [update.client for update in updates])
+        self.tally.count_round(plan, updates, bytes_down=bytes_down, bytes_up=bytes_up)
         metrics = {
             **aggregation.metrics,
             **probed.metrics,
@@ -525,32 +548,3 @@ class Federation:
 
 def _ignore(*arguments: object) -> None:
     """Observe nothing."""
-
-
-def _check_objectives(objectives: Sequence[ClientObjective], host: Host) -> None:
-    """Refuse client objectives where there is no loss to which they could be added."""
-    if objectives and not host.module.automatic_optimization:
-        names = ", ".join(type(objective).__name__ for objective in objectives)
-        raise ValueError(
-            f"Client objectives ({names}) are added to the loss that `training_step` returns, and with"
-            " `automatic_optimization=False` it returns none. Add the term in `training_step`, or use automatic"
-            " optimization."
-        )
-
-
-def _check_step(step: Any, rule: str, clients: int) -> None:
-    """Refuse an output of a rule that is of another type, or not for this cohort."""
-    if not isinstance(step, RuleOutput):
-        raise TypeError(
-            f"`{rule}.step` must return a `RuleOutput(parameters, state, weights)`, got {type(step).__name__}."
-        )
-    if not isinstance(step.state, Mapping):
-        raise TypeError(
-            f"`{rule}.step` must return the rule's state as a dictionary, got {type(step.state).__name__}. A rule"
-            " without state returns the one that it was given."
-        )
-    if step.weights.shape != (clients,):
-        raise ValueError(
-            f"`{rule}.step` must return one weight per client of the cohort, [{clients}], got"
-            f" {list(step.weights.shape)}."
-        )

@@ -167,6 +167,21 @@ class Transport:
             received[client] = model if model is sent else self.layout.rounded(model)
         return Broadcast(received, up_to_date)
 
+    def deliver(self, round_idx: int, clients: Sequence[int], vector: Tensor) -> dict[int, Tensor]:
+        """Send a vector down in a message that is known to arrive, and return what each client received.
+
+        Args:
+            round_idx: The round's number.
+            clients: The clients that receive it.
+            vector: ``[P]``.
+        """
+        received: dict[int, Tensor] = {}
+        for client in clients:
+            received[client] = vector
+            for channel in self.downlink:
+                received[client] = self._through(channel, received[client], round_idx, client)
+        return received
+
     # ------------------------------------------------------------------ up
 
     def uplink_outages(self, round_idx: int, clients: Sequence[int]) -> dict[int, Channel]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.federation.client_evaluation import measured_on
 from lightning_fedhaw.federation.federation import Federation
-from lightning_fedhaw.federation.records import PROBE_COUNTS
+from lightning_fedhaw.federation.records import INQUIRY_COUNTS, PROBE_COUNTS
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.options import FederationOptions, repr_settings
 from lightning_fedhaw.report.history import RunHistory
@@ -139,6 +139,8 @@ def run_summary(
     probe = {}
     if rule.probe is not None:
         probe = {name: getattr(tally, name) for name in PROBE_COUNTS}
+    if tally.answers:
+        probe.update({name: getattr(tally, name) for name in INQUIRY_COUNTS})
     record = RunRecord(
         rule=type(rule).__name__,
         channels=[f"{type(channel).__name__} ({channel.link})" for channel in channels],

@@ -133,6 +133,9 @@ def _federation_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if "probe_answers" in summary:
         rows.append(("probe", _probe_words(summary)))
+    if "answers" in summary:
+        count = summary["second_derivatives"]
+        rows.append(("inquiries", f"{summary['answers']} answers, {count} products with second derivatives"))
     incidents = []
     for name in _INCIDENTS:
         if summary.get(name):

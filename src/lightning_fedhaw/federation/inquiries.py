@@ -1,0 +1,424 @@
+"""The inquiries of a rule: what clients compute in addition to their updates, or instead of them.
+
+Shapes: P trainable parameters, U parameters that only the server changes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_fedhaw.channel.base import Channel, Link
+from lightning_fedhaw.clients.engine import Engine
+from lightning_fedhaw.clients.steps import Host, turns
+from lightning_fedhaw.cohort import ClientUpdate
+from lightning_fedhaw.data.client_data import Batch as ClientBatch
+from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.federation.buffers import Buffers
+from lightning_fedhaw.federation.local_problem import BilevelLosses, ClientProblem, SizedBatch
+from lightning_fedhaw.federation.probe_batches import with_larger_batches
+from lightning_fedhaw.federation.records import Received, RoundPlan, Tally, UpdateRecord
+from lightning_fedhaw.federation.repeated import RepeatedWarnings
+from lightning_fedhaw.federation.stores import VectorStore, make_sum
+from lightning_fedhaw.federation.transport import Transport
+from lightning_fedhaw.inquiry import Answer, Answers, Inquiry
+from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
+from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.ranks import Ranks
+from lightning_fedhaw.rule import Rule
+from lightning_fedhaw.server import Server, all_finite
+from lightning_fedhaw.streams import seed_of
+from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
+from lightning_fedhaw.vectors.layout import ParameterLayout
+
+_NO_VECTOR = torch.empty(0)
+
+
+class ServerParametersPayload:
+    """The parameters that only the server changes, which clients are sent with the model.
+
+    Args:
+        server: The global model.
+        rule: The aggregation rule, which has the values.
+    """
+
+    links: Sequence[Link] = ("downlink",)
+
+    def __init__(self, server: Server, rule: Rule) -> None:
+        self.server = server
+        self.rule = rule
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes in addition to a model."""
+        total = 0
+        for name in self.rule.server_parameters(self.rule.state):
+            parameter = self.server.module.get_parameter(name)
+            total += parameter.numel() * parameter.element_size()
+        return total
+
+    @property
+    def contents(self) -> list[str]:
+        """Nothing: clients do not send them."""
+        return []
+
+
+@dataclass(frozen=True)
+class Inquired:
+    """The outcome of a round's inquiry.
+
+    Attributes:
+        answers: The answers; ``None`` without an inquiry, or if nobody answered.
+        metrics: Numbers for the log.
+        bytes_down: Bytes that were sent for it.
+        bytes_up: Bytes of the answers.
+    """
+
+    answers: Answers | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+@dataclass(frozen=True)
+class _ShareOfAnswers:
+    """The answers that one process has computed.
+
+    Attributes:
+        records: One record an answer.
+        numbers: The numbers of each answer, by name.
+        excluded: A sentence for each client whose answer is not finite.
+    """
+
+    records: list[UpdateRecord]
+    numbers: list[dict[str, float]]
+    excluded: list[tuple[int, str]]
+
+
+class Inquiries:
+    """The inquiries of a rule that makes some; nothing happens for other rules.
+
+    Each vector takes the channels of the run with draws of its own, and without what channels keep from round to round,
+    such as error feedback, which belongs to the updates. No message is lost for itself: an answer arrives with the
+    client's update or, in a round without training, as an update would.
+
+    Args:
+        host: The trainer around the federation.
+        server: The global model.
+        rule: The aggregation rule.
+        options: The federation's arguments.
+        buffers: The policy for buffers, which knows those that a client starts from.
+        data: The clients' data.
+        transport: The channels of the updates.
+        ranks: The processes.
+        seed: The federation's seed.
+
+    Raises:
+        ValueError: If the rule needs held-out samples of every client, and a client has none.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        server: Server,
+        rule: Rule,
+        options: FederationOptions,
+        buffers: Buffers,
+        data: ClientData,
+        transport: Transport,
+        ranks: Ranks,
+        seed: int,
+    ) -> None:
+        self.host = host
+        self.server = server
+        self.rule = rule
+        self.options = options
+        self.buffers = buffers
+        self.data = data
+        self.ranks = ranks
+        self.seed = seed
+        self.warnings = RepeatedWarnings()
+        self._channels: list[Channel] = [*transport.uplink, *transport.downlink]
+        self._transports: dict[tuple[str, ParameterLayout], Transport] = {}
+        self._passes: dict[bool, ClientData] = {}
+        if rule.needs_held_out_data:
+            self._check_held_out()
+
+    def _check_held_out(self) -> None:
+        """Refuse clients without held-out samples, and held-out samples that are training samples."""
+        name = type(self.rule).__name__
+        remedy = (
+            "Hold some out by `client_val_fraction=0.2`, give `FederatedDataModule(val=[...])` one data set for each"
+            " client, or leave small clients out by `min_client_samples=`."
+        )
+        held_out: Sequence[Tensor] = self.data.held_out_indices
+        evaluation = self.data.evaluation
+        if evaluation is not None:
+            held_out = evaluation.train_indices
+        without = [client for client, samples in enumerate(held_out) if not len(samples)]
+        if without:
+            raise ValueError(
+                f"`{name}` computes the upper loss on held-out samples of every client, and {len(without)} of"
+                f" {self.data.num_clients} clients have none (client {without[0]}). {remedy}"
+            )
+        if evaluation is None or evaluation.dataset is not self.data.dataset:
+            return
+        for client, samples in enumerate(held_out):
+            shared = set(samples.tolist()) & set(self.data.train_indices[client].tolist())
+            if shared:
+                raise ValueError(
+                    f"`{name}` needs held-out samples that no lower loss is computed on, and {len(shared)} of client"
+                    f" {client} are among its training samples (sample {min(shared)}). {remedy}"
+                )
+
+    # ------------------------------------------------------------------ one inquiry
+
+    def run(
+        self, inquiry: Inquiry | None, plan: RoundPlan, received: Received, engine: Engine, tally: Tally
+    ) -> Inquired:
+        """Let the clients whose updates were received answer, and average their answers.
+
+        Args:
+            inquiry: What the rule asks for; ``None`` for nothing.
+            plan: The plan of the round.
+            received: The updates of all processes, which say whose answers arrive.
+            engine: The engine, which knows the clients' local work and own parameters.
+            tally: Counts answers, and the products with second derivatives that they take.
+
+        Raises:
+            FloatingPointError: If an answer is not finite and ``on_nonfinite="raise"``.
+        """
+        if inquiry is None:
+            return Inquired()
+        # A client that trains an outdated model did not receive what is sent with this round's.
+        asked = [record for record in received.from_clients if record.update.client not in plan.outdated]
+        own = [record for record in asked if record.rank == self.ranks.rank]
+        stores = {name: self._store(layout, len(own)) for name, layout in inquiry.vectors.items()}
+        shares = self.ranks.exchange(lambda: self._own_answers(inquiry, plan, own, stores, engine))
+        answered: dict[int, tuple[UpdateRecord, Mapping[str, float]]] = {}
+        for share in shares:
+            for record, own_numbers in zip(share.records, share.numbers, strict=True):
+                answered[record.update.client] = (record, own_numbers)
+            for client, sentence in share.excluded:
+                self.warnings.warn(f"client {client}", f"{sentence} and was left out.")
+        # The order of the cohort, for any number of processes.
+        records = [answered[record.update.client][0] for record in asked if record.update.client in answered]
+        clients = [record.update.client for record in records]
+        bytes_down, bytes_up = self._bytes(inquiry, plan, clients)
+        metrics = {"answers": float(len(records))}
+        if not records:
+            return Inquired(None, metrics, bytes_down, bytes_up)
+        tally.answers += len(records)
+        tally.second_derivatives += len(records) * inquiry.products
+        weights = torch.tensor([record.unnormalized_weight for record in records], dtype=torch.float64)
+        weights = weights / weights.sum()
+        vectors: dict[str, Tensor] = {}
+        for name, store in stores.items():
+            vectors[name] = self._mean(inquiry, plan, name, store, records, weights)
+        numbers: dict[str, float] = {}
+        for name in answered[clients[0]][1]:
+            values = torch.tensor([answered[client][1][name] for client in clients], dtype=torch.float64)
+            numbers[name] = float(weights @ values)
+        return Inquired(Answers(vectors, numbers, len(records)), metrics, bytes_down, bytes_up)
+
+    def _store(self, layout: ParameterLayout, capacity: int) -> VectorStore:
+        """Make a store of the weighted sum of one vector of the answers."""
+        zeros = torch.zeros(layout.numel, dtype=layout.dtype, device=self.server.parameters().device)
+        return make_sum(self.rule, self.options, zeros, capacity, self.ranks)
+
+    def _own_answers(
+        self,
+        inquiry: Inquiry,
+        plan: RoundPlan,
+        own: Sequence[UpdateRecord],
+        stores: Mapping[str, VectorStore],
+        engine: Engine,
+    ) -> _ShareOfAnswers:
+        """Compute the answers of this process's clients, and send them up."""
+        share = _ShareOfAnswers([], [], [])
+        if not own:
+            return share
+        self._settle_passes(engine)
+        sent = self._send_down(inquiry, plan.round, [record.update.client for record in own])
+        with turns(self.host):
+            for record in own:
+                client = record.update.client
+                self.host.stop_if_asked()
+                self.host.client = client
+                with isolated_randomness(self.host.device):
+                    problem = self._problem(inquiry, plan, client, engine)
+                    answer = inquiry.answer(problem, {name: vectors[client] for name, vectors in sent.items()})
+                reason = self._send_up(inquiry, plan.round, record, answer, stores)
+                if reason is not None:
+                    share.excluded.append((client, reason))
+                    continue
+                share.records.append(record)
+                numbers: dict[str, float] = {}
+                for name, value in answer.items():
+                    if name not in stores:
+                        numbers[name] = float(value)
+                share.numbers.append(numbers)
+        return share
+
+    def _send_down(self, inquiry: Inquiry, round_idx: int, clients: Sequence[int]) -> dict[str, Mapping[int, Tensor]]:
+        """Send the vectors of an inquiry to clients, and return what each received, by name."""
+        sent: dict[str, Mapping[int, Tensor]] = {}
+        for name, (vector, layout) in inquiry.sent.items():
+            sent[name] = self._transport(f"{name} down", layout).deliver(round_idx, clients, vector)
+        return sent
+
+    def _send_up(
+        self,
+        inquiry: Inquiry,
+        round_idx: int,
+        record: UpdateRecord,
+        answer: Answer,
+        stores: Mapping[str, VectorStore],
+    ) -> str | None:
+        """Send one client's answer up and store it; return a sentence if it is not finite."""
+        received: list[tuple[VectorStore, ClientUpdate]] = []
+        for name, store in stores.items():
+            vector = answer[name]
+            assert isinstance(vector, Tensor)
+            update = replace(record.update, displacement=vector)
+            if all_finite(vector):
+                self._transport(f"{name} up", inquiry.vectors[name]).transmit(round_idx, update)
+            if not all_finite(update.displacement):
+                return self._nonfinite_sentence(inquiry, round_idx, record.update.client)
+            received.append((store, update))
+        for store, update in received:
+            store.commit(update, record.unnormalized_weight)
+        return None
+
+    def _nonfinite_sentence(self, inquiry: Inquiry, round_idx: int, client: int) -> str:
+        sentence = f"Client {client} answered with a {inquiry.name} that is not finite in round {round_idx}"
+        if self.options.on_nonfinite == "raise":
+            raise FloatingPointError(
+                f'{sentence}, and `on_nonfinite="raise"` ends the run. Lower the rates of the lower problem, or set'
+                ' `on_nonfinite="exclude"`.'
+            )
+        return sentence
+
+    def _mean(
+        self,
+        inquiry: Inquiry,
+        plan: RoundPlan,
+        name: str,
+        store: VectorStore,
+        records: Sequence[UpdateRecord],
+        weights: Tensor,
+    ) -> Tensor:
+        """Return the weighted mean of one vector of the answers."""
+        layout = inquiry.vectors[name]
+        start = torch.zeros(layout.numel, dtype=layout.dtype, device=self.server.parameters().device)
+        vectors = store.vectors(start, records)
+        assert isinstance(vectors, AccumulatedVectors)
+        transport = self._transport(f"{name} up", layout)
+        if transport.is_summed:
+            transport.superpose(vectors, records, round_idx=plan.round, drawn=len(plan.clients))
+        return vectors.displacements.weighted_sum(weights)
+
+    # ------------------------------------------------------------------ messages
+
+    def _transport(self, name: str, layout: ParameterLayout) -> Transport:
+        """Return the transport of one vector, whose channels forget earlier messages."""
+        transport = self._transports.get((name, layout))
+        if transport is None:
+            channels = [copy.copy(channel) for channel in self._channels]
+            transport = Transport(channels, layout, [], seed_of(self.seed, "inquiry", name))
+            sizes = self.data.num_examples
+            transport.prepare(sizes, self.rule, drawn_uniformly=None, clients_remember=False, is_probe=True)
+            self._transports[name, layout] = transport
+        for channel in (*transport.uplink, *transport.downlink):
+            channel.reset()
+        return transport
+
+    def _bytes(self, inquiry: Inquiry, plan: RoundPlan, clients: Sequence[int]) -> tuple[int, int]:
+        """Count the bytes that were sent down to all clients of the round, and up by those that answered."""
+        down = 0
+        for name, (_, layout) in inquiry.sent.items():
+            down += self._transport(f"{name} down", layout).sent_bytes("downlink", plan.round, plan.clients)
+        up = 0
+        for name, layout in inquiry.vectors.items():
+            up += self._transport(f"{name} up", layout).sent_bytes("uplink", plan.round, clients)
+        return down, up
+
+    # ------------------------------------------------------------------ a client's problem
+
+    def _problem(self, inquiry: Inquiry, plan: RoundPlan, client: int, engine: Engine) -> ClientProblem:
+        """Make the problem of one client at the model that it received."""
+        layout, upper = self._upper()
+        losses = BilevelLosses(self.server, layout, self.rule.upper_loss)
+        name = ("client", client, "round", plan.round, "inquiry")
+        return ClientProblem(
+            losses=losses,
+            lower=plan.models[client],
+            upper=upper,
+            own={"buffers": self.buffers.start(client), "local_parameters": engine.local_parameters.start(client)},
+            seed=partial(seed_randomness, seed_of(self.seed, *name), self.host.device),
+            training=partial(self._full_pass, client, plan.round, engine, held_out=False),
+            held_out=partial(self._full_pass, client, plan.round, engine, held_out=True),
+            local_training=partial(self._local_training, client, plan.round, engine),
+        )
+
+    def _upper(self) -> tuple[ParameterLayout, Tensor]:
+        """Return the layout of the parameters that only the server changes, and their values ``[U]``."""
+        values = self.rule.server_parameters(self.rule.state)
+        layout = ParameterLayout.of_tensors(values)
+        return layout, layout.read(list(values.values()))
+
+    def _full_pass(self, client: int, round_idx: int, engine: Engine, *, held_out: bool) -> Iterator[SizedBatch]:
+        """Make one pass over a client's training or held-out samples."""
+        data = self._passes[held_out]
+        return self._prepared(data.full_pass(client, round_idx, held_out=held_out, limit=engine.plan.limit))
+
+    def _settle_passes(self, engine: Engine) -> None:
+        """Choose the size of the batches in which samples are read, once a run."""
+        if self._passes:
+            return
+        self._passes = {held_out: self._with_larger_batches(engine, held_out=held_out) for held_out in (False, True)}
+
+    def _with_larger_batches(self, engine: Engine, *, held_out: bool) -> ClientData:
+        """Take larger batches than in training where they give the same gradient, because they take less time."""
+        if held_out and not self.rule.needs_held_out_data:
+            return self.data
+        layout, upper = self._upper()
+        losses = BilevelLosses(self.server, layout, self.rule.upper_loss)
+        lower = self.server.parameters()
+        own = {"buffers": self.server.buffers, "local_parameters": self.server.local_parameters}
+
+        def gradient(client: int, batches: Iterable[ClientBatch]) -> Tensor:
+            problem = ClientProblem(
+                losses=losses,
+                lower=lower,
+                upper=upper,
+                own=own,
+                seed=partial(seed_randomness, seed_of(self.seed, "inquiry", "batch size"), self.host.device),
+                training=lambda: self._prepared(batches),
+                held_out=lambda: self._prepared(batches),
+                local_training=lambda: (),
+            )
+            with isolated_randomness(self.host.device), turns(self.host):
+                self.host.client = client
+                if held_out:
+                    return problem.upper_gradients().lower
+                return problem.lower_gradient()
+
+        return with_larger_batches(self.data, gradient, held_out=held_out, limit=engine.plan.limit)
+
+    def _local_training(self, client: int, round_idx: int, engine: Engine) -> Iterator[SizedBatch]:
+        """Make the batches of a client's local training in a round."""
+        plan = engine.plan
+        epochs = plan.epochs_of(client)
+        steps = plan.steps_of(client)
+        return self._prepared(self.data.batches(client, round_idx, epochs=epochs, num_batches=steps, limit=plan.limit))
+
+    def _prepared(self, batches: Iterable[ClientBatch]) -> Iterator[SizedBatch]:
+        """Move batches to the model's device, each when it is asked for."""
+        for batch in batches:
+            yield self.host.prepare(batch.data), batch.index, batch.size
