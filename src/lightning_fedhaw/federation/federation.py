@@ -289,11 +289,12 @@ class Federation:
         probed = self.probing.at_start(plan, self.engine, self.tally)
         with self.tally.phase("aggregation"):
             aggregation = self._aggregate(plan, received, stores.displacements, inquired)
-            self.shared_states.aggregate(plan.start, stores.shared, received.from_clients)
+            if trains:
+                self.shared_states.aggregate(plan.start, stores.shared, received.from_clients)
         probed = self.probing.at_end(plan, self.engine, self.tally, aggregation.metrics, probed)
         # A rule on the server, or the recalibration of buffers, may have run the module's step.
         self.engine.attributes.restore()
-        report = self._report(plan, received, aggregation, probed, inquired, trains=trains)
+        report = self._report(plan, received, aggregation, probed, inquired)
         self.on_round_end(report)
         return report
 
@@ -460,6 +461,9 @@ class Federation:
         self.server.write_server_parameters(self.rule.server_parameters(self.rule.state))
         self.buffers.complete(plan.round, received.updates)
         weights = dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
+        if inquired.replaced_training:
+            # There are no updates to observe.
+            return Aggregation({**step.metrics, **inquired.metrics}, weights)
         observed = self.observation.of(cohort, step)
         return Aggregation({**step.metrics, **inquired.metrics, **observed.numbers}, weights, observed.tables)
 
@@ -484,8 +488,6 @@ class Federation:
         aggregation: Aggregation,
         probed: Probed,
         inquired: Inquired,
-        *,
-        trains: bool,
     ) -> Report:
         """Count the costs of the round, and make its report."""
         updates = received.updates
@@ -495,7 +497,7 @@ class Federation:
         bytes_down = self.transport.sent_bytes("downlink", plan.round, plan.clients)
         bytes_down += len(plan.clients) * lr_scale_bytes + probed.bytes_down + inquired.bytes_down
         bytes_up = probed.bytes_up + inquired.bytes_up
-        if trains:
+        if not inquired.replaced_training:
             bytes_up += self.transport.sent_bytes("uplink", plan.round, [update.client for update in updates])
         self.tally.count_round(plan, updates, bytes_down=bytes_down, bytes_up=bytes_up)
         metrics = {

@@ -77,12 +77,14 @@ class Inquired:
         metrics: Numbers for the log.
         bytes_down: Bytes that were sent for it.
         bytes_up: Bytes of the answers.
+        replaced_training: Whether clients have answered instead of training.
     """
 
     answers: Answers | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
+    replaced_training: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,13 @@ class _ShareOfAnswers:
     Attributes:
         records: One record an answer.
         numbers: The numbers of each answer, by name.
+        rms: The root mean square of each vector of each answer, by name, where a channel acts on the sum.
         excluded: A sentence for each client whose answer is not finite.
     """
 
     records: list[UpdateRecord]
     numbers: list[dict[str, float]]
+    rms: list[dict[str, float]]
     excluded: list[tuple[int, str]]
 
 
@@ -200,31 +204,37 @@ class Inquiries:
         own = [record for record in asked if record.rank == self.ranks.rank]
         stores = {name: self._store(layout, len(own)) for name, layout in inquiry.vectors.items()}
         shares = self.ranks.exchange(lambda: self._own_answers(inquiry, plan, own, stores, engine))
-        answered: dict[int, tuple[UpdateRecord, Mapping[str, float]]] = {}
+        answered: dict[int, UpdateRecord] = {}
+        numbers_of: dict[int, Mapping[str, float]] = {}
+        rms_of: dict[int, Mapping[str, float]] = {}
         for share in shares:
-            for record, own_numbers in zip(share.records, share.numbers, strict=True):
-                answered[record.update.client] = (record, own_numbers)
+            for record, own_numbers, own_rms in zip(share.records, share.numbers, share.rms, strict=True):
+                answered[record.update.client] = record
+                numbers_of[record.update.client] = own_numbers
+                rms_of[record.update.client] = own_rms
             for client, sentence in share.excluded:
                 self.warnings.warn(f"client {client}", f"{sentence} and was left out.")
         # The order of the cohort, for any number of processes.
-        records = [answered[record.update.client][0] for record in asked if record.update.client in answered]
+        records = [answered[record.update.client] for record in asked if record.update.client in answered]
         clients = [record.update.client for record in records]
         bytes_down, bytes_up = self._bytes(inquiry, plan, clients)
         metrics = {"answers": float(len(records))}
         if not records:
-            return Inquired(None, metrics, bytes_down, bytes_up)
+            return Inquired(None, metrics, bytes_down, bytes_up, inquiry.replaces_training)
         tally.answers += len(records)
         tally.second_derivatives += len(records) * inquiry.products
         weights = torch.tensor([record.unnormalized_weight for record in records], dtype=torch.float64)
         weights = weights / weights.sum()
         vectors: dict[str, Tensor] = {}
         for name, store in stores.items():
-            vectors[name] = self._mean(inquiry, plan, name, store, records, weights)
+            named = [replace(record, rms=rms_of[record.update.client][name]) for record in records]
+            vectors[name] = self._mean(inquiry, plan, name, store, named, weights)
         numbers: dict[str, float] = {}
-        for name in answered[clients[0]][1]:
-            values = torch.tensor([answered[client][1][name] for client in clients], dtype=torch.float64)
+        for name in numbers_of[clients[0]]:
+            values = torch.tensor([numbers_of[client][name] for client in clients], dtype=torch.float64)
             numbers[name] = float(weights @ values)
-        return Inquired(Answers(vectors, numbers, len(records)), metrics, bytes_down, bytes_up)
+        answers = Answers(vectors, numbers, len(records))
+        return Inquired(answers, metrics, bytes_down, bytes_up, inquiry.replaces_training)
 
     def _store(self, layout: ParameterLayout, capacity: int) -> VectorStore:
         """Make a store of the weighted sum of one vector of the answers."""
@@ -240,7 +250,7 @@ class Inquiries:
         engine: Engine,
     ) -> _ShareOfAnswers:
         """Compute the answers of this process's clients, and send them up."""
-        share = _ShareOfAnswers([], [], [])
+        share = _ShareOfAnswers([], [], [], [])
         if not own:
             return share
         self._settle_passes(engine)
@@ -253,11 +263,12 @@ class Inquiries:
                 with isolated_randomness(self.host.device):
                     problem = self._problem(inquiry, plan, client, engine)
                     answer = inquiry.answer(problem, {name: vectors[client] for name, vectors in sent.items()})
-                reason = self._send_up(inquiry, plan.round, record, answer, stores)
-                if reason is not None:
-                    share.excluded.append((client, reason))
+                rms = self._send_up(inquiry, plan.round, record, answer, stores)
+                if rms is None:
+                    share.excluded.append((client, self._nonfinite_sentence(inquiry, plan.round, client)))
                     continue
                 share.records.append(record)
+                share.rms.append(rms)
                 numbers: dict[str, float] = {}
                 for name, value in answer.items():
                     if name not in stores:
@@ -279,21 +290,29 @@ class Inquiries:
         record: UpdateRecord,
         answer: Answer,
         stores: Mapping[str, VectorStore],
-    ) -> str | None:
-        """Send one client's answer up and store it; return a sentence if it is not finite."""
+    ) -> dict[str, float] | None:
+        """Send one client's answer up and store it.
+
+        Returns:
+            The root mean square of each of its vectors, by name; ``None`` if the answer is not finite.
+        """
         received: list[tuple[VectorStore, ClientUpdate]] = []
+        rms: dict[str, float] = {}
         for name, store in stores.items():
             vector = answer[name]
             assert isinstance(vector, Tensor)
             update = replace(record.update, displacement=vector)
+            transport = self._transport(f"{name} up", inquiry.vectors[name])
             if all_finite(vector):
-                self._transport(f"{name} up", inquiry.vectors[name]).transmit(round_idx, update)
+                transport.transmit(round_idx, update)
             if not all_finite(update.displacement):
-                return self._nonfinite_sentence(inquiry, round_idx, record.update.client)
+                return None
+            rms[name] = transport.rms(update)
             received.append((store, update))
+        # Only a whole answer is added to the sums.
         for store, update in received:
             store.commit(update, record.unnormalized_weight)
-        return None
+        return rms
 
     def _nonfinite_sentence(self, inquiry: Inquiry, round_idx: int, client: int) -> str:
         sentence = f"Client {client} answered with a {inquiry.name} that is not finite in round {round_idx}"
@@ -360,7 +379,7 @@ class Inquiries:
             lower=plan.models[client],
             upper=upper,
             own={"buffers": self.buffers.start(client), "local_parameters": engine.local_parameters.start(client)},
-            seed=partial(seed_randomness, seed_of(self.seed, *name), self.host.device),
+            seed=lambda number: seed_randomness(seed_of(self.seed, *name, number), self.host.device),
             training=partial(self._full_pass, client, plan.round, engine, held_out=False),
             held_out=partial(self._full_pass, client, plan.round, engine, held_out=True),
             local_training=partial(self._local_training, client, plan.round, engine),
@@ -369,7 +388,8 @@ class Inquiries:
     def _upper(self) -> tuple[ParameterLayout, Tensor]:
         """Return the layout of the parameters that only the server changes, and their values ``[U]``."""
         values = self.rule.server_parameters(self.rule.state)
-        layout = ParameterLayout.of_tensors(values)
+        # In the module's dtypes: the rule may keep the values in a wider one.
+        layout = ParameterLayout.of_tensors({name: self.server.module.get_parameter(name) for name in values})
         return layout, layout.read(list(values.values()))
 
     def _full_pass(self, client: int, round_idx: int, engine: Engine, *, held_out: bool) -> Iterator[SizedBatch]:
@@ -398,7 +418,7 @@ class Inquiries:
                 lower=lower,
                 upper=upper,
                 own=own,
-                seed=partial(seed_randomness, seed_of(self.seed, "inquiry", "batch size"), self.host.device),
+                seed=lambda _: seed_randomness(seed_of(self.seed, "inquiry", "batch size"), self.host.device),
                 training=lambda: self._prepared(batches),
                 held_out=lambda: self._prepared(batches),
                 local_training=lambda: (),

@@ -95,8 +95,8 @@ class ClientProblem:
         lower: ``[P]``, the lower variables at which derivatives are taken.
         upper: ``[U]``, the upper variables at which derivatives are taken.
         own: The client's buffers and own parameters.
-        seed: Seeds the draws of the module: every pass of a round draws the same, so that upper and lower loss see one
-            dropout mask where their batches have the same size.
+        seed: Seeds the draws of the module, by the number of a batch of local training, or 0: every pass of a round
+            draws the same, so that upper and lower loss see one dropout mask where their batches have the same size.
         training: Makes one pass over the client's training samples.
         held_out: Makes one pass over its held-out samples.
         local_training: Makes the batches of a round of local training.
@@ -106,7 +106,7 @@ class ClientProblem:
     lower: Tensor
     upper: Tensor
     own: Mapping[str, Any]
-    seed: Callable[[], None]
+    seed: Callable[[int], None]
     training: Callable[[], Iterable[SizedBatch]]
     held_out: Callable[[], Iterable[SizedBatch]]
     local_training: Callable[[], Iterable[SizedBatch]]
@@ -174,8 +174,9 @@ class ClientProblem:
 
     def batches(self) -> Iterator[ClientProblem]:
         """Yield the problem on each batch of a round of local training."""
-        for batch in self.local_training():
-            yield replace(self, training=partial(tuple, [batch]))
+        for number, batch in enumerate(self.local_training(), 1):
+            # Other draws for each batch, as in ordinary training, and the same ones at other variables.
+            yield replace(self, training=partial(tuple, [batch]), seed=partial(_seed_batch, self.seed, number))
 
     def _variables(self) -> tuple[Tensor, Tensor]:
         """Return copies of both kinds of variables as leaves of a graph."""
@@ -189,7 +190,7 @@ class ClientProblem:
     @contextmanager
     def _differentiation(self) -> Iterator[None]:
         """Compute with the draws of this round, by kernels that have second derivatives."""
-        self.seed()
+        self.seed(0)
         with torch.enable_grad(), twice_differentiable():
             yield
 
@@ -216,6 +217,10 @@ class _Mean:
     def values(self) -> list[Tensor]:
         """Return the means."""
         return [total.div_(self._count) for total in self._totals]
+
+
+def _seed_batch(seed: Callable[[int], None], number: int, _: int) -> None:
+    seed(number)
 
 
 def _upper_step(module: Any, batch: Batch, batch_idx: int) -> object:
