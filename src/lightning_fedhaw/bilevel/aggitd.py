@@ -62,6 +62,7 @@ class AggITDCallback(BilevelRule):
     """
 
     key = "AggITDCallback"
+    structure = ("lower_rounds", "q", "lower", "upper_steps")
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -87,6 +87,9 @@ class BilevelRule(AggregationRule):
         weighting: Whether clients are weighted equally (``"uniform"``), as in the papers, or by ``"examples"``.
         federation: The arguments of :class:`~lightning_fedhaw.FederationOptions`.
     """
+
+    structure: ClassVar[Sequence[str]] = ("upper_steps",)
+    """The arguments on which the rounds of an outer step depend."""
 
     takes_substitutes = False
     needs_held_out_data = True
@@ -363,17 +366,20 @@ class BilevelRule(AggregationRule):
         for optimizer in local_training.optimizers:
             for group in optimizer.param_groups:
                 rates.add(float(group["lr"]))
-                if type(optimizer) is not torch.optim.SGD or group["momentum"] or group["weight_decay"]:
+                if type(optimizer) is not torch.optim.SGD:
                     raise ValueError(self._no_rate(f"the clients' optimizer is {type(optimizer).__name__}"))
+                changed = [name for name in ("momentum", "weight_decay", "maximize") if group[name]]
+                if changed:
+                    raise ValueError(self._no_rate(f"the clients' SGD has `{changed[0]}`={group[changed[0]]}"))
         if len(rates) != 1:
             raise ValueError(self._no_rate(f"the clients train with the rates {sorted(rates)}"))
         self._rate = rates.pop()
 
     def _no_rate(self, finding: str) -> str:
         return (
-            f"`{type(self).__name__}` multiplies second derivatives by the rate of a lower step, and takes that of SGD"
-            f" without momentum and weight decay, but {finding}. Give `lower_lr=`, a number below 2 divided by the"
-            " largest eigenvalue of the lower loss's Hessian."
+            f"`{type(self).__name__}` multiplies second derivatives by the rate of a lower step, and takes that of"
+            f" plain SGD, but {finding}. Give `lower_lr=`, a number below 2 divided by the largest eigenvalue of the"
+            " lower loss's Hessian."
         )
 
     def describe(self) -> str:
@@ -383,7 +389,10 @@ class BilevelRule(AggregationRule):
     @property
     def resume_key(self) -> str:
         """The settings that a resumed run must share: the split of the variables, and the rounds of an outer step."""
-        return f"{type(self).key}(upper={self.upper!r}, rounds={self.rounds_per_outer_step})"
+        settings = [f"upper={self.upper!r}"]
+        for name in self.structure:
+            settings.append(f"{name}={getattr(self, name)!r}")
+        return f"{type(self).key}({', '.join(settings)})"
 
     def summary(self) -> dict[str, float]:
         """Return the number of finished outer steps."""

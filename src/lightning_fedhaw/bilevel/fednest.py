@@ -70,6 +70,7 @@ class FedNestCallback(BilevelRule):
     """
 
     key = "FedNestCallback"
+    structure = ("lower_rounds", "terms", "variant", "series", "upper_steps")
 
     def __init__(
         self,

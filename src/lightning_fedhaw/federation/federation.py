@@ -28,7 +28,7 @@ from lightning_fedhaw.federation.checks import check_objectives, check_step, loc
 from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
 from lightning_fedhaw.federation.full_gradient import FullGradient
 from lightning_fedhaw.federation.initial_loss import InitialLosses
-from lightning_fedhaw.federation.inquiries import Inquired, Inquiries, ServerParametersPayload
+from lightning_fedhaw.federation.inquiries import Inquired, Inquiries, ServerParametersPayload, note_idle_round
 from lightning_fedhaw.federation.memory_advice import memory_advice
 from lightning_fedhaw.federation.observation import Observation
 from lightning_fedhaw.federation.placement import Placement
@@ -138,7 +138,7 @@ class Federation:
         self.screening = Screening(options, self.buffers, rule, self.transport.uplink)
         self.probing = Probing(host, server, rule, options, self.buffers, self.placement, self.transport, self.sampling)
         self.inquiries = Inquiries(
-            host, server, rule, options, self.buffers, data, self.transport, self.ranks, self.seed
+            host, server, rule, options, self.buffers, data, self.transport, self.screening, self.ranks, self.seed
         )
         self.observation = Observation(host, server, self.seed)
         self.run_state = self._make_run_state(objectives)
@@ -367,8 +367,7 @@ class Federation:
     def _idle_share(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores) -> LocalResults:
         """Do this process's part of a round in which clients answer an inquiry instead of training."""
         records: list[UpdateRecord] = []
-        # An engine without tasks, as in a process that trains nobody: it notes the state of schedules.
-        list(self.engine.run(iter(())))
+        note_idle_round(self.engine, self.host)
         for client in own_clients:
             if client in plan.trainees:
                 update = self._update_without_training(plan, client, torch.zeros_like(plan.start), num_steps=0)

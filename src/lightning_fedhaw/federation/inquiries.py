@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -20,10 +21,11 @@ from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.data.client_data import Batch as ClientBatch
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.federation.buffers import Buffers
+from lightning_fedhaw.federation.checks import check_held_out, check_inquiring
 from lightning_fedhaw.federation.local_problem import BilevelLosses, ClientProblem, SizedBatch
 from lightning_fedhaw.federation.probe_batches import with_larger_batches
 from lightning_fedhaw.federation.records import Received, RoundPlan, Tally, UpdateRecord
-from lightning_fedhaw.federation.repeated import RepeatedWarnings
+from lightning_fedhaw.federation.screening import Screening
 from lightning_fedhaw.federation.stores import VectorStore, make_sum
 from lightning_fedhaw.federation.transport import Transport
 from lightning_fedhaw.inquiry import Answer, Answers, Inquiry
@@ -119,11 +121,13 @@ class Inquiries:
         buffers: The policy for buffers, which knows those that a client starts from.
         data: The clients' data.
         transport: The channels of the updates.
+        screening: Ends the run where all answers are excluded.
         ranks: The processes.
         seed: The federation's seed.
 
     Raises:
-        ValueError: If the rule needs held-out samples of every client, and a client has none.
+        ValueError: If the rule needs held-out samples of every client, and a client has none; or if a channel or the
+            module does not allow inquiries.
     """
 
     def __init__(
@@ -135,6 +139,7 @@ class Inquiries:
         buffers: Buffers,
         data: ClientData,
         transport: Transport,
+        screening: Screening,
         ranks: Ranks,
         seed: int,
     ) -> None:
@@ -146,39 +151,17 @@ class Inquiries:
         self.data = data
         self.ranks = ranks
         self.seed = seed
-        self.warnings = RepeatedWarnings()
+        self.screening = screening
         self._channels: list[Channel] = [*transport.uplink, *transport.downlink]
         self._transports: dict[tuple[str, ParameterLayout], Transport] = {}
         self._passes: dict[bool, ClientData] = {}
-        if rule.needs_held_out_data:
-            self._check_held_out()
-
-    def _check_held_out(self) -> None:
-        """Refuse clients without held-out samples, and held-out samples that are training samples."""
-        name = type(self.rule).__name__
-        remedy = (
-            "Hold some out by `client_val_fraction=0.2`, give `FederatedDataModule(val=[...])` one data set for each"
-            " client, or leave small clients out by `min_client_samples=`."
-        )
-        held_out: Sequence[Tensor] = self.data.held_out_indices
-        evaluation = self.data.evaluation
-        if evaluation is not None:
-            held_out = evaluation.train_indices
-        without = [client for client, samples in enumerate(held_out) if not len(samples)]
-        if without:
-            raise ValueError(
-                f"`{name}` computes the upper loss on held-out samples of every client, and {len(without)} of"
-                f" {self.data.num_clients} clients have none (client {without[0]}). {remedy}"
-            )
-        if evaluation is None or evaluation.dataset is not self.data.dataset:
+        if type(rule).inquiry is Rule.inquiry:
             return
-        for client, samples in enumerate(held_out):
-            shared = set(samples.tolist()) & set(self.data.train_indices[client].tolist())
-            if shared:
-                raise ValueError(
-                    f"`{name}` needs held-out samples that no lower loss is computed on, and {len(shared)} of client"
-                    f" {client} are among its training samples (sample {min(shared)}). {remedy}"
-                )
+        check_inquiring(rule, host)
+        if rule.needs_held_out_data:
+            check_held_out(rule, data)
+        # A channel that does not take such messages says so now, and not in the middle of the run.
+        self._transport("inquiry", server.layout)
 
     # ------------------------------------------------------------------ one inquiry
 
@@ -207,16 +190,18 @@ class Inquiries:
         answered: dict[int, UpdateRecord] = {}
         numbers_of: dict[int, Mapping[str, float]] = {}
         rms_of: dict[int, Mapping[str, float]] = {}
+        excluded: dict[int, str] = {}
         for share in shares:
             for record, own_numbers, own_rms in zip(share.records, share.numbers, share.rms, strict=True):
                 answered[record.update.client] = record
                 numbers_of[record.update.client] = own_numbers
                 rms_of[record.update.client] = own_rms
-            for client, sentence in share.excluded:
-                self.warnings.warn(f"client {client}", f"{sentence} and was left out.")
+            excluded.update(share.excluded)
         # The order of the cohort, for any number of processes.
         records = [answered[record.update.client] for record in asked if record.update.client in answered]
         clients = [record.update.client for record in records]
+        tally.nonfinite_answers += len(excluded)
+        self.screening.check_answers(plan, Received(records, excluded))
         bytes_down, bytes_up = self._bytes(inquiry, plan, clients)
         metrics = {"answers": float(len(records))}
         if not records:
@@ -229,11 +214,7 @@ class Inquiries:
         for name, store in stores.items():
             named = [replace(record, rms=rms_of[record.update.client][name]) for record in records]
             vectors[name] = self._mean(inquiry, plan, name, store, named, weights)
-        numbers: dict[str, float] = {}
-        for name in numbers_of[clients[0]]:
-            values = torch.tensor([numbers_of[client][name] for client in clients], dtype=torch.float64)
-            numbers[name] = float(weights @ values)
-        answers = Answers(vectors, numbers, len(records))
+        answers = Answers(vectors, _mean_numbers([numbers_of[client] for client in clients], weights), len(records))
         return Inquired(answers, metrics, bytes_down, bytes_up, inquiry.replaces_training)
 
     def _store(self, layout: ParameterLayout, capacity: int) -> VectorStore:
@@ -263,16 +244,15 @@ class Inquiries:
                 with isolated_randomness(self.host.device):
                     problem = self._problem(inquiry, plan, client, engine)
                     answer = inquiry.answer(problem, {name: vectors[client] for name, vectors in sent.items()})
-                rms = self._send_up(inquiry, plan.round, record, answer, stores)
+                numbers = {name: float(value) for name, value in answer.items() if name not in stores}
+                rms = None
+                if all(map(isfinite, numbers.values())):
+                    rms = self._send_up(inquiry, plan.round, record, answer, stores)
                 if rms is None:
                     share.excluded.append((client, self._nonfinite_sentence(inquiry, plan.round, client)))
                     continue
                 share.records.append(record)
                 share.rms.append(rms)
-                numbers: dict[str, float] = {}
-                for name, value in answer.items():
-                    if name not in stores:
-                        numbers[name] = float(value)
                 share.numbers.append(numbers)
         return share
 
@@ -315,7 +295,7 @@ class Inquiries:
         return rms
 
     def _nonfinite_sentence(self, inquiry: Inquiry, round_idx: int, client: int) -> str:
-        sentence = f"Client {client} answered with a {inquiry.name} that is not finite in round {round_idx}"
+        sentence = f"The answer of client {client} ({inquiry.name}) in round {round_idx} is not finite"
         if self.options.on_nonfinite == "raise":
             raise FloatingPointError(
                 f'{sentence}, and `on_nonfinite="raise"` ends the run. Lower the rates of the lower problem, or set'
@@ -442,3 +422,21 @@ class Inquiries:
         """Move batches to the model's device, each when it is asked for."""
         for batch in batches:
             yield self.host.prepare(batch.data), batch.index, batch.size
+
+
+def note_idle_round(engine: Engine, host: Host) -> None:
+    """Let an engine note a round in which nobody trains, whose learning rates and schedules move on all the same."""
+    # Without tasks, as in a process that trains nobody, it notes the state of schedules.
+    list(engine.run(iter(())))
+    for optimizer in host.optimizers:
+        # A schedule steps after this round too, and would warn that no optimizer has.
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def _mean_numbers(numbers: Sequence[Mapping[str, float]], weights: Tensor) -> dict[str, float]:
+    """Return the weighted mean of each number of the answers, by name; ``weights`` is ``[K]`` and sums to one."""
+    means: dict[str, float] = {}
+    for name in numbers[0]:
+        values = torch.tensor([own[name] for own in numbers], dtype=torch.float64)
+        means[name] = float(weights @ values)
+    return means

@@ -25,7 +25,7 @@ PHASES = ("broadcast", "local training", "channel", "aggregation", "validation")
 PROBE_COUNTS = ("probe_answers", "probe_rounds", "skipped_probes")
 """What is counted of a rule's probe."""
 
-INQUIRY_COUNTS = ("answers", "second_derivatives")
+INQUIRY_COUNTS = ("answers", "nonfinite_answers", "second_derivatives")
 """What is counted of a rule's inquiries."""
 
 
@@ -46,6 +46,7 @@ class Tally:
         probe_rounds: Communication rounds in addition to the run's, for a probe at the new model.
         skipped_probes: Rounds in which nothing was learned, because no answer of the probe was received and finite.
         answers: Answers to a rule's inquiries that were received, over all rounds.
+        nonfinite_answers: Answers that were excluded because they held NaN or infinity.
         second_derivatives: Products with second derivatives of a loss that clients computed for them.
     """
 
@@ -61,6 +62,7 @@ class Tally:
     probe_rounds: int = 0
     skipped_probes: int = 0
     answers: int = 0
+    nonfinite_answers: int = 0
     second_derivatives: int = 0
 
     @contextmanager

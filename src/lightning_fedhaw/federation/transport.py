@@ -84,7 +84,7 @@ class Transport:
             rule: The aggregation rule.
             drawn_uniformly: See :class:`~lightning_fedhaw.channel.base.ChannelContext`.
             clients_remember: Whether messages of clients depend on earlier rounds, apart from the downlink's channels.
-            is_probe: Whether the messages are those of a rule's probe.
+            is_probe: Whether the messages are those of a rule's probe or inquiry.
         """
         remember = clients_remember or any(channel.remembers for channel in self.downlink)
         contents = [content for payload in self.payloads for content in payload.contents]

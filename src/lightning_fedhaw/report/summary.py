@@ -10,7 +10,14 @@ from torch import Tensor
 
 from lightning_fedhaw.federation.client_evaluation import ClientMetrics
 
-_INCIDENTS = ("lost_messages", "nonfinite_updates", "skipped_rounds", "skipped_steps", "skipped_probes")
+_INCIDENTS = (
+    "lost_messages",
+    "nonfinite_updates",
+    "nonfinite_answers",
+    "skipped_rounds",
+    "skipped_steps",
+    "skipped_probes",
+)
 STATISTICS = {
     "validation": "validation",
     "mean": "mean",
