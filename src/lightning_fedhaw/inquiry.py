@@ -83,6 +83,8 @@ class Inquiry:
         name: The name in random streams and messages.
         answer: Computes one client's answer from its problem and from the vectors that it was sent.
         vectors: The layout of each vector of an answer, by name. All else in an answer are numbers.
+        placed: The layout of each vector of an answer that stays with the clients, by name. It is not sent, and the
+            sum over clients is returned: each client fills the rows of its own samples, counted along the data set.
         sent: The vectors that are sent with the model, by name, each with its layout.
         replaces_training: Whether clients answer instead of training: the round has no updates.
         products: How many products with second derivatives an answer takes, for the count.
@@ -92,6 +94,7 @@ class Inquiry:
     answer: Callable[[LocalProblem, Mapping[str, Tensor]], Answer]
     vectors: Mapping[str, ParameterLayout]
     sent: Mapping[str, tuple[Tensor, ParameterLayout]] = field(default_factory=dict)
+    placed: Mapping[str, ParameterLayout] = field(default_factory=dict)
     replaces_training: bool = False
     products: int = 0
 
@@ -101,7 +104,7 @@ class Answers:
     """The answers to an inquiry, as the server received them.
 
     Attributes:
-        vectors: The weighted means of the clients' vectors, by name.
+        vectors: The weighted means of the clients' vectors, by name, and the sums of those that stay with them.
         numbers: The weighted means of the clients' numbers, by name.
         count: The number of clients that answered.
     """

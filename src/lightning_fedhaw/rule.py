@@ -9,7 +9,7 @@ Shapes: N clients exist, K of them are in the cohort, P trainable parameters.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -178,6 +178,9 @@ class Rule(ABC):
 
     objectives: tuple[ClientObjective, ...] = ()
     """Client objectives that belong to the rule; their state is checkpointed with the rule's."""
+
+    client_placed: Collection[str] = ()
+    """Names among :meth:`server_parameters` of which each client has its own rows, so that they are not sent."""
 
     needs_held_out_data: bool = False
     """Whether every client needs held-out samples, for the upper loss of an :meth:`inquiry`."""

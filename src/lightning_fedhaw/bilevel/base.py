@@ -230,12 +230,14 @@ class BilevelRule(AggregationRule):
     def _ask_hypergradient(self, state: State, server: ServerView, factor: float) -> Inquiry:
         def answer(problem: LocalProblem, sent: Mapping[str, Tensor]) -> Answer:
             estimate, loss = hypergradient(problem, sent["vector"], factor)
-            return {"hypergradient": estimate, "upper loss": loss}
+            return self.direction_and_loss(estimate, loss)
 
+        layouts = self.layouts_of_direction()
         return Inquiry(
             "hypergradient",
             answer,
-            {"hypergradient": self.upper.layout},
+            layouts["vectors"],
+            placed=layouts["placed"],
             sent={"vector": (state["vector"], server.layout)},
             replaces_training=True,
             products=1,
@@ -243,11 +245,11 @@ class BilevelRule(AggregationRule):
 
     def _finish_hypergradient(self, cohort: Cohort, answers: Answers | None, state: State) -> Progress:
         assert answers is not None
-        return self.upper_step(state, answers.vectors["hypergradient"], answers.numbers["upper loss"])
+        return self.upper_step(state, self.direction_of(answers), answers.numbers["upper loss"])
 
     def _keep_hypergradient(self, cohort: Cohort, answers: Answers | None, state: State) -> Progress:
         assert answers is not None
-        direction = within(answers.vectors["hypergradient"], self.clip)
+        direction = within(answers.vectors["shared"], self.clip)
         return Progress({"hypergradient": direction, "upper_loss": answers.numbers["upper loss"]})
 
     def _ask_corrected_upper_steps(self, state: State, server: ServerView) -> Inquiry:
@@ -269,8 +271,32 @@ class BilevelRule(AggregationRule):
         assert answers is not None
         return self.upper_step(state, answers.vectors["upper steps"] / -self.upper_lr, state["upper_loss"])
 
+    def layouts_of_direction(self) -> dict[str, dict[str, ParameterLayout]]:
+        """Return the layouts of an answer with a direction of the upper variables, as arguments of an inquiry."""
+        layouts: dict[str, dict[str, ParameterLayout]] = {"vectors": {}, "placed": {}}
+        if self.upper.shared.numel:
+            layouts["vectors"]["shared"] = self.upper.shared
+        if self.upper.placed.numel:
+            layouts["placed"]["placed"] = self.upper.placed
+        return layouts
+
+    def direction_and_loss(self, direction: Tensor, loss: float) -> dict[str, Tensor | float]:
+        """Return a client's answer: a direction ``[U]``, of which it keeps the rows of its own samples, and a loss."""
+        parts = self.upper.split(direction)
+        if "placed" in parts:
+            # The server does not see it, so each client bounds its own.
+            parts["placed"] = within(parts["placed"], self.clip)
+        return {**parts, "upper loss": loss}
+
+    def direction_of(self, answers: Answers) -> Tensor:
+        """Return the direction ``[U]`` of all upper variables from the answers."""
+        parts = [answers.vectors[name] for name in ("shared", "placed") if name in answers.vectors]
+        return torch.cat(parts)
+
     def upper_step(self, state: State, direction: Tensor, upper_loss: float) -> Progress:
-        """Step the upper variables on the server.
+        """Step the upper variables, those that are shared on the server.
+
+        A client's own rows change only if the client has answered: values and memory of the others stay.
 
         Args:
             state: The state, with the upper variables.
@@ -280,11 +306,20 @@ class BilevelRule(AggregationRule):
         Raises:
             FloatingPointError: If the upper variables would not be finite.
         """
-        gradient = within(direction, self.clip).to(state["upper"])
-        values, memory = optimizer_step(
-            self.upper_optimizer, self.upper_lr, [state["upper"]], [gradient], state["memory"]
+        gradients = self.upper.split(direction.to(state["upper"]))
+        if "shared" in gradients:
+            gradients["shared"] = within(gradients["shared"], self.clip)
+        values = self.upper.split(state["upper"])
+        stepped, memory = optimizer_step(
+            self.upper_optimizer, self.upper_lr, list(values.values()), list(gradients.values()), state["memory"]
         )
-        if not torch.isfinite(values[0]).all():
+        if "placed" in gradients:
+            number = len(values) - 1
+            is_own = gradients["placed"] != 0
+            stepped[number] = torch.where(is_own, stepped[number], values["placed"])
+            memory = _kept_rows(memory, state["memory"], number, is_own)
+        upper = torch.cat(stepped)
+        if not torch.isfinite(upper).all():
             raise FloatingPointError(
                 f"The upper variables are not finite after outer step {state['outer_step'] + 1}: the model is the one"
                 f" before this round. Lower `upper_lr` ({self.upper_lr:g}), or bound the hypergradient by `clip=`."
@@ -293,7 +328,7 @@ class BilevelRule(AggregationRule):
             "bilevel/upper_loss": upper_loss,
             "bilevel/hypergradient_norm": float(torch.linalg.vector_norm(direction)),
         }
-        return Progress({"upper": values[0], "memory": memory}, metrics=metrics)
+        return Progress({"upper": upper, "memory": memory}, metrics=metrics)
 
     def checked_vector(self, vector: Tensor, first_norm: float) -> Tensor:
         """Clip a vector of second derivatives ``[P]``, and refuse one that explodes.
@@ -322,6 +357,12 @@ class BilevelRule(AggregationRule):
         """Freeze the upper variables, before optimizers are made."""
         if stage == "fit":
             self.upper.freeze(pl_module)
+            self.client_placed = self.upper.placed.names
+            if self.upper.placed.numel and self.upper_steps > 1:
+                raise ValueError(
+                    f"`upper_steps`={self.upper_steps} corrects a direction that the server sends, and"
+                    f" `{self.upper.placed.names[0]}` stays with the clients. Use `upper_steps=1`."
+                )
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -430,9 +471,31 @@ def _merged(first: Inquiry, second: Inquiry) -> Inquiry:
         answer,
         {**first.vectors, **second.vectors},
         {**first.sent, **second.sent},
+        {**first.placed, **second.placed},
         replaces_training=first.replaces_training or second.replaces_training,
         products=first.products + second.products,
     )
+
+
+def _kept_rows(memory: dict[Any, Any], before: Mapping[Any, Any], number: int, is_own: Tensor) -> dict[Any, Any]:
+    """Return an optimizer's memory in which the rows of clients that did not answer are as they were.
+
+    Args:
+        memory: The new memory, by the number of the tensor that it belongs to.
+        before: The memory before the step; empty before the first one.
+        number: The number of the clients' tensor.
+        is_own: ``[U]``, where a client that has answered has its rows.
+    """
+    kept: dict[str, Any] = {}
+    for name, value in memory.get(number, {}).items():
+        # Before the first step there is none, and rows without a gradient begin theirs in it.
+        old = before.get(number, {}).get(name, value)
+        if isinstance(value, Tensor) and value.shape == is_own.shape:
+            value = torch.where(is_own, value, old.to(value))
+        kept[name] = value
+    if not kept:
+        return memory
+    return {**memory, number: kept}
 
 
 def _nothing(state: State, server: ServerView) -> None:

@@ -174,12 +174,19 @@ class FedNestCallback(BilevelRule):
                     first_loss = loss
             assert first_loss is not None
             # The direction of all steps together, which the server's optimizer takes.
-            return {"hypergradient": (problem.upper - upper) / self.upper_lr, "upper loss": first_loss}
+            return self.direction_and_loss((problem.upper - upper) / self.upper_lr, first_loss)
 
         products = self.upper_steps * (self.terms + 1)
-        vectors = {"hypergradient": self.upper.layout}
-        return Inquiry("own hypergradient", answer, vectors, replaces_training=True, products=products)
+        layouts = self.layouts_of_direction()
+        return Inquiry(
+            "own hypergradient",
+            answer,
+            layouts["vectors"],
+            placed=layouts["placed"],
+            replaces_training=True,
+            products=products,
+        )
 
     def _finish_local(self, cohort: Cohort, answers: Answers | None, state: State) -> Progress:
         assert answers is not None
-        return self.upper_step(state, answers.vectors["hypergradient"], answers.numbers["upper loss"])
+        return self.upper_step(state, self.direction_of(answers), answers.numbers["upper loss"])

@@ -85,35 +85,33 @@ class SimFBOCallback(BilevelRule):
         def answer(problem: LocalProblem, sent: Mapping[str, Tensor]) -> Answer:
             return self._directions(problem, sent["vector"])
 
-        layout = server.layout
+        layouts = self.layouts_of_direction()
         return Inquiry(
             "directions",
             answer,
-            {"lower": layout, "vector": layout, "upper": self.upper.layout},
-            sent={"vector": (state["vector"], layout)},
+            {"lower": server.layout, "vector": server.layout, **layouts["vectors"]},
+            placed=layouts["placed"],
+            sent={"vector": (state["vector"], server.layout)},
             replaces_training=True,
             products=2 * self.single_loop_steps,
         )
 
-    def _directions(self, problem: LocalProblem, vector: Tensor) -> dict[str, Tensor | float]:
-        """Take a client's local steps, and return the sums of its directions."""
+    def _directions(self, problem: LocalProblem, vector: Tensor) -> Answer:
+        """Take a client's local steps, and return the sums of its directions and the first upper loss."""
         lower_rate, vector_rate = self._rates()
-        totals: dict[str, Tensor | float] = {}
         local_vector = vector
+        sums = [torch.zeros_like(problem.lower), torch.zeros_like(vector), torch.zeros_like(problem.upper)]
+        losses: list[float] = []
         for _ in range(self.single_loop_steps):
-            lower, change, upper, loss = single_loop_directions(problem, local_vector)
-            if not totals:
-                totals = {"lower": lower, "vector": change, "upper": upper, "upper loss": loss}
-            else:
-                totals = {
-                    "lower": totals["lower"] + lower,
-                    "vector": totals["vector"] + change,
-                    "upper": totals["upper"] + upper,
-                    "upper loss": totals["upper loss"],
-                }
+            *directions, loss = single_loop_directions(problem, local_vector)
+            for total, direction in zip(sums, directions, strict=True):
+                total += direction
+            lower, change, upper = directions
             local_vector = within(local_vector - vector_rate * change, self.radius)
             problem = problem.at(problem.lower - lower_rate * lower, problem.upper - self.upper_lr * upper)
-        return totals
+            losses.append(loss)
+        lower_sum, vector_sum, upper_sum = sums
+        return {"lower": lower_sum, "vector": vector_sum, **self.direction_and_loss(upper_sum, losses[0])}
 
     def _finish(self, cohort: Cohort, answers: Answers | None, state: State) -> Progress:
         assert answers is not None
@@ -123,6 +121,6 @@ class SimFBOCallback(BilevelRule):
         norm = float(torch.linalg.vector_norm(vector))
         first_norm = state.get("first_norm") or norm
         vector = self.checked_vector(within(vector, self.radius), first_norm)
-        progress = self.upper_step(state, answers.vectors["upper"], answers.numbers["upper loss"])
+        progress = self.upper_step(state, self.direction_of(answers), answers.numbers["upper loss"])
         metrics = {**progress.metrics, "bilevel/vector_norm": norm}
         return Progress({**progress.state, "vector": vector, "first_norm": first_norm}, lower, metrics)

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,11 +21,16 @@ from lightning_fedhaw.vectors.layout import ParameterLayout
 class UpperVariables:
     """The upper variables of a run, selected by names.
 
+    Those of a submodule with the attribute ``is_client_placed`` belong to clients: each client reads and changes only
+    the rows of its own samples, and nothing of them is sent.
+
     Args:
         names: Names of submodules or parameters, or patterns of them, such as ``"net.0.*"``.
 
     Attributes:
-        layout: Where each of them lives in a vector ``[U]``; known once they are frozen.
+        layout: Where each of them lives in a vector ``[U]``, those that are shared first; known once they are frozen.
+        shared: The layout of those that are sent.
+        placed: The layout of those that stay with the clients.
 
     Raises:
         ValueError: If no name is given.
@@ -39,7 +45,7 @@ class UpperVariables:
             if not isinstance(pattern, str) or not pattern:
                 raise arguments.invalid("upper", allowed, names)
         self.patterns = tuple(patterns)
-        self.layout = ParameterLayout.of_tensors({})
+        self.layout = self.shared = self.placed = ParameterLayout.of_tensors({})
         self._parameters: dict[str, nn.Parameter] = {}
 
     def __repr__(self) -> str:
@@ -66,9 +72,14 @@ class UpperVariables:
                 f"`upper`={self!r} names all {len(trainable)} trainable parameters, and none is left for clients to"
                 " train. Leave some out, such as the head of the model."
             )
+        placed_names = _client_placed(module)
         # In the module's order, whatever the order of the patterns.
-        self._parameters = {name: parameter for name, parameter in trainable.items() if name in upper}
+        shared = {name: trainable[name] for name in trainable if name in upper and name not in placed_names}
+        placed = {name: trainable[name] for name in trainable if name in upper and name in placed_names}
+        self._parameters = {**shared, **placed}
         self.layout = ParameterLayout.of_tensors(self._parameters)
+        self.shared = ParameterLayout.of_tensors(shared)
+        self.placed = ParameterLayout.of_tensors(placed)
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
 
@@ -77,6 +88,19 @@ class UpperVariables:
         for parameter in self._parameters.values():
             parameter.requires_grad_(True)
         self._parameters = {}
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """Return the shared part of a vector ``[U]`` and that of the clients, by ``"shared"`` and ``"placed"``.
+
+        A part without variables is left out.
+        """
+        shared, placed = torch.split(vector, [self.shared.numel, self.placed.numel])
+        parts: dict[str, Tensor] = {}
+        if self.shared.numel:
+            parts["shared"] = shared
+        if self.placed.numel:
+            parts["placed"] = placed
+        return parts
 
     def read(self) -> Tensor:
         """Return the values of the upper variables in the module, ``[U]``."""
@@ -100,6 +124,16 @@ class UpperVariables:
                         f"`configure_optimizers` makes an optimizer of the upper variable `{names[0]}`, which the rule"
                         " steps on the server by `upper_optimizer`. Leave it out of `configure_optimizers`."
                     )
+
+
+def _client_placed(module: nn.Module) -> set[str]:
+    """Return the names of the parameters of which each client has its own rows."""
+    names: set[str] = set()
+    for prefix, submodule in module.named_modules():
+        if getattr(submodule, "is_client_placed", False):
+            for name, _ in submodule.named_parameters():
+                names.add(f"{prefix}.{name}" if prefix else name)
+    return names
 
 
 def _matches(name: str, pattern: str) -> bool:

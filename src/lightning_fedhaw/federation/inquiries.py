@@ -60,6 +60,8 @@ class ServerParametersPayload:
         """Bytes in addition to a model."""
         total = 0
         for name in self.rule.server_parameters(self.rule.state):
+            if name in self.rule.client_placed:
+                continue
             parameter = self.server.module.get_parameter(name)
             total += parameter.numel() * parameter.element_size()
         return total
@@ -185,7 +187,8 @@ class Inquiries:
         # A client that trains an outdated model did not receive what is sent with this round's.
         asked = [record for record in received.from_clients if record.update.client not in plan.outdated]
         own = [record for record in asked if record.rank == self.ranks.rank]
-        stores = {name: self._store(layout, len(own)) for name, layout in inquiry.vectors.items()}
+        layouts = {**inquiry.vectors, **inquiry.placed}
+        stores = {name: self._store(layout, len(own)) for name, layout in layouts.items()}
         shares = self.ranks.exchange(lambda: self._own_answers(inquiry, plan, own, stores, engine))
         answered: dict[int, UpdateRecord] = {}
         numbers_of: dict[int, Mapping[str, float]] = {}
@@ -211,7 +214,10 @@ class Inquiries:
         weights = torch.tensor([record.unnormalized_weight for record in records], dtype=torch.float64)
         weights = weights / weights.sum()
         vectors: dict[str, Tensor] = {}
-        for name, store in stores.items():
+        for name in inquiry.placed:
+            vectors[name] = self._sum(inquiry.placed[name], stores[name], records)
+        for name in inquiry.vectors:
+            store = stores[name]
             named = [replace(record, rms=rms_of[record.update.client][name]) for record in records]
             vectors[name] = self._mean(inquiry, plan, name, store, named, weights)
         answers = Answers(vectors, _mean_numbers([numbers_of[client] for client in clients], weights), len(records))
@@ -276,23 +282,46 @@ class Inquiries:
         Returns:
             The root mean square of each of its vectors, by name; ``None`` if the answer is not finite.
         """
-        received: list[tuple[VectorStore, ClientUpdate]] = []
+        received: list[tuple[VectorStore, ClientUpdate, float]] = []
         rms: dict[str, float] = {}
         for name, store in stores.items():
             vector = answer[name]
             assert isinstance(vector, Tensor)
             update = replace(record.update, displacement=vector)
+            if name in inquiry.placed:
+                if not all_finite(vector):
+                    return None
+                self._check_rows(inquiry.placed[name], update)
+                received.append((store, update, 1.0))
+                continue
             transport = self._transport(f"{name} up", inquiry.vectors[name])
             if all_finite(vector):
                 transport.transmit(round_idx, update)
             if not all_finite(update.displacement):
                 return None
             rms[name] = transport.rms(update)
-            received.append((store, update))
+            received.append((store, update, record.unnormalized_weight))
         # Only a whole answer is added to the sums.
-        for store, update in received:
-            store.commit(update, record.unnormalized_weight)
+        for store, update, weight in received:
+            store.commit(update, weight)
         return rms
+
+    def _check_rows(self, layout: ParameterLayout, update: ClientUpdate) -> None:
+        """Refuse a client that reads rows of other clients' samples.
+
+        Raises:
+            ValueError: Naming the client and the row.
+        """
+        own = self.data.train_indices[update.client]
+        for name, rows in layout.views(update.displacement).items():
+            used = rows.reshape(len(rows), -1).any(1).nonzero().flatten().cpu()
+            foreign = used[~torch.isin(used, own)]
+            if len(foreign):
+                raise ValueError(
+                    f"Client {update.client} reads row {int(foreign[0])} of `{name}`, which belongs to another client:"
+                    " each client has the rows of its own samples. Give each sample its number in the data set"
+                    " (`with_indices(dataset)`), and use it as the row."
+                )
 
     def _nonfinite_sentence(self, inquiry: Inquiry, round_idx: int, client: int) -> str:
         sentence = f"The answer of client {client} ({inquiry.name}) in round {round_idx} is not finite"
@@ -302,6 +331,13 @@ class Inquiries:
                 ' `on_nonfinite="exclude"`.'
             )
         return sentence
+
+    def _sum(self, layout: ParameterLayout, store: VectorStore, records: Sequence[UpdateRecord]) -> Tensor:
+        """Return the sum of what clients keep, each of whom has filled rows of its own."""
+        start = torch.zeros(layout.numel, dtype=layout.dtype, device=self.server.parameters().device)
+        vectors = store.vectors(start, [replace(record, unnormalized_weight=1.0) for record in records])
+        assert isinstance(vectors, AccumulatedVectors)
+        return vectors.total
 
     def _mean(
         self,
