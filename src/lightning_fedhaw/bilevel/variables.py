@@ -68,9 +68,13 @@ class UpperVariables:
             )
         # In the module's order, whatever the order of the patterns.
         self._parameters = {name: parameter for name, parameter in trainable.items() if name in upper}
-        self.layout = ParameterLayout.of_tensors(self._parameters)
+        self.update_layout()
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
+
+    def update_layout(self) -> None:
+        """Read shapes and dtypes again, which a trainer may have changed since the upper variables were frozen."""
+        self.layout = ParameterLayout.of_tensors(self._parameters)
 
     def release(self) -> None:
         """Make the upper variables trainable again."""
