@@ -169,7 +169,7 @@ def test_rounds_of_an_outer_step(rule: Any, rounds: int) -> None:
 
 def test_single_loop_converges_to_the_bilevel_solution() -> None:
     module = Quadratic()
-    play(SimFBOCallback("x", lower_lr=0.3, upper_lr=0.2), module, rounds=300)
+    play(SimFBOCallback("x", lower_lr=0.5, upper_lr=0.5), module, rounds=60)
     hessian = H.mean(0)
     # y*(x) = H^-1 (B x + c); F(x) = mean |y* - a|^2 / 2 + 0.05 x^2, whose derivative is zero at x.
     slope = torch.linalg.solve(hessian, B.mean(0))
