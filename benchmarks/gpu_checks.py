@@ -64,6 +64,14 @@ PROXY_RULES: dict[str, dict[str, Any]] = {
 }
 """Rules that learn on the server's data, with settings for a short run."""
 
+UPPER: dict[str, Any] = {"upper": "net.0", "upper_loss": None, "upper_lr": 0.1}
+BILEVEL_RULES: dict[str, dict[str, Any]] = {
+    "AggITDCallback": {"lower_rounds": 3, **UPPER},
+    "FedNestCallback": {"terms": 1, **UPPER},
+    "SimFBOCallback": UPPER,
+}
+"""Rules that learn on the clients' held-out samples; the checkpoint is in the middle of an outer step."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -122,6 +130,9 @@ class Module(pl.LightningModule):
         loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
         self.log("train_loss", loss)
         return loss
+
+    def upper_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.parameters())
@@ -297,8 +308,12 @@ def rules(lab: Lab) -> Iterator[tuple[str, Check]]:
     """Compare every rule, resumed from a checkpoint after the second of four rounds, with the uninterrupted run."""
 
     def resumed(name: str) -> Finding:
-        settings = {"proxy": 60} if name in PROXY_RULES else {}
-        make = partial(getattr(fed, name), **PROXY_RULES.get(name, {}))
+        settings: dict[str, Any] = {}
+        if name in PROXY_RULES:
+            settings["proxy"] = 60
+        if name in BILEVEL_RULES:
+            settings["client_val_fraction"] = 0.2
+        make = partial(getattr(fed, name), **PROXY_RULES.get(name, {}), **BILEVEL_RULES.get(name, {}))
         folder = lab.folder / name
         keep = pl.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
         straight = lab.displacement(mlp, make(), rounds=4, callbacks=(keep,), **settings)

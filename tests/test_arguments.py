@@ -38,6 +38,7 @@ DATA = TensorDataset(torch.randn(8, 2), torch.arange(8) % 2)
 # What a constructor needs beside the argument that is looked at, and where that depends on the argument.
 NEEDS: dict[str, dict[str, Any]] = {
     "AWGNChannel": {"snr_db": 3.0},
+    **{name: {"upper": "net.0"} for name in ("AggITDCallback", "FedNestCallback", "SimFBOCallback")},
     "AWGNChannel.noise_std": {"snr_db": None},
     "BitFlipChannel": {"rate": 0.1},
     "DirichletPartitioner": {"alpha": 0.5},
@@ -138,6 +139,8 @@ WRONG: dict[str, Any] = {
     "storage_dtype": torch.int8,
     "target_transform": 3,
     "trace": [[2.0]],
+    "upper": 3,
+    "upper_optimizer": 3,
     "train": 3,
     "train_eval": 3,
     "trainable": None,
@@ -238,20 +241,32 @@ def public_classes() -> list[type]:
     return [found[name] for name in sorted(found)]
 
 
+def constructor_arguments(kind: type) -> dict[str, tuple[Any, Any]]:
+    """Annotation and default of each argument of a class, and of its base where it takes ``**settings`` of that."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for base in kind.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        if not base.__module__.startswith("lightning_fedhaw"):
+            break  # no constructor of the package's own, such as that of an observer
+        hints = get_type_hints(base.__init__)
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        for p in parameters:
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                found.setdefault(p.name, (hints[p.name], p.default))
+        if not any(p.name == "settings" for p in parameters):
+            break
+    return found
+
+
 def cases() -> list[Any]:
     listed = []
     for kind in public_classes():
         own = kind.__name__
-        constructor = next((base for base in kind.__mro__ if "__init__" in vars(base)), object)
-        if not constructor.__module__.startswith("lightning_fedhaw"):
-            continue  # no constructor of the package's own, such as that of an observer
-        hints = get_type_hints(constructor.__init__)
-        for p in list(inspect.signature(constructor.__init__).parameters.values())[1:]:
-            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-                continue
-            needs = {**NEEDS.get(own, {}), **NEEDS.get(f"{own}.{p.name}", {})}
-            case = Case(kind, p.name, hints[p.name], p.default, needs)
-            listed.append(pytest.param(case, id=f"{own}.{p.name}"))
+        for name, (hint, default) in constructor_arguments(kind).items():
+            needs = {**NEEDS.get(own, {}), **NEEDS.get(f"{own}.{name}", {})}
+            case = Case(kind, name, hint, default, needs)
+            listed.append(pytest.param(case, id=f"{own}.{name}"))
     return listed
 
 

@@ -48,6 +48,8 @@ RULES = [
     for name in lightning_fedhaw.__all__
     if inspect.isclass(kind := getattr(lightning_fedhaw, name)) and issubclass(kind, AggregationRule)
 ]
+REQUIRED = {name: ["--rule.upper=net.0"] for name in ("AggITDCallback", "FedNestCallback", "SimFBOCallback")}
+"""Arguments without which a rule cannot be made."""
 SAVED = "lightning_logs/version_0"
 
 
@@ -197,14 +199,14 @@ def test_a_class_of_ones_own():
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_survives_a_configuration_file(parser, name):
     """With its defaults, by its short name, and without the settings that the federation has."""
-    config = parser.parse_args([*TASK, f"--rule={name}"])
+    config = parser.parse_args([*TASK, f"--rule={name}", *REQUIRED.get(name, [])])
     written = parser.dump(config, skip_none=False)
     assert "Unable to serialize" not in written
     again = parser.parse_string(written)
     assert parser.dump(again, skip_none=False) == written
     arguments = yaml.safe_load(written)["rule"].get("init_args", {})
     own = inspect.signature(getattr(lightning_fedhaw, name)).parameters
-    assert set(own) - {"federation", "options"} <= set(arguments)
+    assert set(own) - {"federation", "options", "settings"} <= set(arguments)
     assert "num_clients" not in arguments
     rule = parser.instantiate_classes(again)["rule"]
     assert type(rule) is getattr(lightning_fedhaw, name)
@@ -303,14 +305,16 @@ def test_a_number_of_clients_stays_whole_in_lightnings_own_command_line(text, va
         (["--rule=FedHAV"], "`--rule`: there is no class `FedHAV`.*Did you mean `FedHAWCallback`?"),
         (
             ["--rule=AggregationRule"],
-            "`AggregationRule` is a base class. Give a class that derives from it: Co",
+            "`AggregationRule` is a base class. Give a class that derives from it: Ag",
         ),
-        (["--rule=Best"], "There are CoordinateMedianCallback, .*TrimmedMeanCallback"),
+        (["--rule=Best"], "There are AggITDCallback, .*TrimmedMeanCallback"),
         (["--channel+=ErasureChannl"], "Did you mean `ErasureChannel`?"),
         (["--channel=AWGN"], "there is no class `AWGN`.*Did you mean `AWGNChannel`?"),
         (["--objective=FedProxx"], "there is no class `FedProxx`.*Did you mean `FedProx`?"),
         (["--federation.partitioner=Dirichlet"], "Did you mean `DirichletPartitioner`?"),
         (["--optimizer=SGD", "--lr_scheduler=StepLRR"], "no class `StepLRR`; give a name or an import path.$"),
+        (["--rule=AggITDCallback"], "upper"),
+        (["--rule=AggITDCallback", "--rule.upper=a", "--rule.uper_lr=1"], "Did you mean `upper_lr`?"),
         (["--rule=FedHAWCallback", "--rule.lr_gamm=1"], "'lr_gamm' is not accepted. Did you mean `lr_gamma`?"),
         (["--rule=FedHAWCallback", "--rule.jacobian=exact"], "It is an argument of `PublishedFedHAWCallback`"),
         (["--rule=PublishedFedHAWCallback", "--rule.lr_step=1"], "It is an argument of `FedHAWCallback`"),
@@ -490,6 +494,31 @@ def test_the_command_lists_plot_and_compare(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main([f"--config={tmp_path}/empty.yaml", "plot"])
     assert "`plot` comes first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", REQUIRED)
+def test_a_bilevel_rule_has_all_its_arguments(parser, kind, tmp_path):
+    flags = [
+        f"--rule={kind}",
+        '--rule.upper=["net.0", "net.*.bias"]',
+        "--rule.upper_optimizer=torch.optim.Adam",
+        "--rule.upper_optimizer.weight_decay=0.1",
+        "--rule.upper_lr=3e-2",
+        "--rule.lower_lr=0.5",
+        "--rule.clip=10",
+        "--rule.weighting=examples",
+        "--rule.upper_loss=null",
+    ]
+    by_flags = parser.parse_args([*TASK, *flags])
+    path = tmp_path / "rule.yaml"
+    path.write_text(parser.dump(by_flags, skip_none=False))
+    rule = parser.instantiate_classes(parser.parse_path(path))["rule"]
+    assert rule.upper.patterns == ("net.0", "net.*.bias")
+    optimizer = rule.upper_optimizer([torch.zeros(1)], lr=rule.upper_lr)
+    assert type(optimizer) is torch.optim.Adam
+    assert optimizer.defaults["weight_decay"] == 0.1
+    assert (rule.upper_lr, rule.lower_lr, rule.clip) == (0.03, 0.5, 10.0)
+    assert (rule.weighting, rule.upper_loss, rule.upper_steps) == ("examples", None, 1)
 
 
 @pytest.mark.parametrize("kind", ["FedAvgMCallback", "FedOptCallback"])

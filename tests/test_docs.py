@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lightning_fedhaw
-from lightning_fedhaw import autodiff, channel, comparing, data, diagnostics, extending, objectives, plotting
+from lightning_fedhaw import autodiff, bilevel, channel, comparing, data, diagnostics, extending, objectives, plotting
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,7 +37,18 @@ def test_the_reference_names_everything_public_once():
     pages = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
     paths = re.findall(r"^::: ([\w.]+)$", pages, flags=re.MULTILINE)
     shown = [pkgutil.resolve_name(path) for path in paths]
-    modules = (lightning_fedhaw, autodiff, channel, comparing, data, diagnostics, extending, objectives, plotting)
+    modules = (
+        lightning_fedhaw,
+        autodiff,
+        bilevel,
+        channel,
+        comparing,
+        data,
+        diagnostics,
+        extending,
+        objectives,
+        plotting,
+    )
     public = {name: getattr(module, name) for module in modules for name in module.__all__}
     assert {path.rpartition(".")[2] for path in paths} == set(public)
     assert len(set(map(id, shown))) == len(shown)

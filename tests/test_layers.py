@@ -18,14 +18,14 @@ FILES = sorted(ROOT.rglob("*.py"))
 # one way. The table in docs/architecture.md is this one.
 ROWS = {
     1: {"arguments", "per_client", "notes", "streams", "isolation", "ranks", "keys", "files", "user_functions"},
-    2: {"options", "vectors", "cohort", "objectives", "models", "probe"},
+    2: {"options", "vectors", "cohort", "objectives", "models", "probe", "inquiry"},
     3: {"autodiff", "data", "rule"},
     4: {"server", "channel", "clients"},
     5: {"federation"},
     6: {"observer", "report"},
     7: {"adapter"},
     8: {"trainer", "aggregation"},
-    9: {"diagnostics"},
+    9: {"diagnostics", "bilevel"},
     10: {"__init__", "alias_pytorch_lightning", "extending", "plotting"},
     11: {"cli_messages", "cli_yaml", "comparing"},
     12: {"cli"},

@@ -33,6 +33,7 @@ from lightning_fedhaw.aggregation import (
     ServerFineTuningCallback,
     TrimmedMeanCallback,
 )
+from lightning_fedhaw.bilevel import AggITDCallback, FedNestCallback, SimFBOCallback
 from lightning_fedhaw.channel import (
     AvailabilityChannel,
     AWGNChannel,
@@ -77,6 +78,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MOON",
     "AWGNChannel",
+    "AggITDCallback",
     "AvailabilityChannel",
     "BitFlipChannel",
     "CoordinateMedianCallback",
@@ -99,6 +101,7 @@ __all__ = [
     "FedLAWCallback",
     "FedLWSCallback",
     "FedNTD",
+    "FedNestCallback",
     "FedNovaCallback",
     "FedOptCallback",
     "FedProx",
@@ -136,6 +139,7 @@ __all__ = [
     "ScaffoldCallback",
     "ServerFineTuningCallback",
     "ShardPartitioner",
+    "SimFBOCallback",
     "SparsificationChannel",
     "StragglerChannel",
     "TimmClassifier",

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 import lightning_fedhaw
+from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.data.hold_out import HoldOut
@@ -126,7 +127,7 @@ def _class_argument_hint(class_name: str, name: str) -> str:
     elsewhere = getattr(kind, "arguments_elsewhere", {})
     if name in elsewhere:
         return f"It is an argument of `{elsewhere[name]}`."
-    return _argument_hint(name, inspect.signature(kind).parameters)
+    return _argument_hint(name, arguments.constructor_names(kind))
 
 
 def _one_line(message: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fedhaw.inquiry import Answers
 from lightning_fedhaw.vectors.base import CohortVectors
 
 
@@ -92,6 +93,7 @@ class Cohort:
             being sampled; ``None`` if the chances are equal.
         rate_tangents: The derivatives of the clients' displacements in the factor on their learning rates; ``None``
             unless the rule sets ``needs_rate_tangents``.
+        answers: The clients' answers to the rule's inquiry; ``None`` if it made none or nobody answered.
     """
 
     round: int
@@ -110,6 +112,7 @@ class Cohort:
     lr_scales: Tensor | None = None
     inverse_probabilities: Tensor | None = None
     rate_tangents: CohortVectors | None = None
+    answers: Answers | None = None
 
     @property
     def example_weights(self) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
@@ -90,3 +91,29 @@ def substituted_tensors(module: nn.Module, substitutes: Mapping[str, Tensor]) ->
     finally:
         for holder, name, tensor in replaced:
             holder[name] = tensor
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, and each of its parts back into its own mode."""
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, mode in modes:
+            submodule.training = mode
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Use kernels that have a second derivative, and products in full precision."""
+    matmul = torch.backends.cuda.matmul
+    was_allowed = matmul.allow_tf32
+    matmul.allow_tf32 = False
+    try:
+        # Fused attention and cuDNN's recurrent layers have first derivatives only.
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False, allow_tf32=False):
+            yield
+    finally:
+        matmul.allow_tf32 = was_allowed

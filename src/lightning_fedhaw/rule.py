@@ -9,7 +9,7 @@ Shapes: N clients exist, K of them are in the cohort, P trainable parameters.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
+from lightning_fedhaw.inquiry import Inquiry
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.options import repr_settings
@@ -178,6 +179,16 @@ class Rule(ABC):
     objectives: tuple[ClientObjective, ...] = ()
     """Client objectives that belong to the rule; their state is checkpointed with the rule's."""
 
+    client_placed: Collection[str] = ()
+    """Names among :meth:`server_parameters` of which each client has its own rows, so that they are not sent."""
+
+    needs_held_out_data: bool = False
+    """Whether every client needs held-out samples, for the upper loss of an :meth:`inquiry`."""
+
+    upper_loss: str | None = None
+    """The value that ``validation_step`` logs and that is the upper loss of an :meth:`inquiry`; ``None`` for the loss
+    that the module's ``upper_step`` returns."""
+
     probe: Probe | None = None
     """The second cohort whose loss and gradient :meth:`learn_from` receives; ``None`` for a rule that asks nobody."""
 
@@ -235,6 +246,28 @@ class Rule(ABC):
             The new state, and numbers for the log.
         """
         raise NotImplementedError(f"`{type(self).__name__}` sets `probe` and does not implement `learn_from`.")
+
+    def inquiry(self, state: State, server: ServerView) -> Inquiry | None:
+        """Return what the clients of the next round are asked for, which :meth:`step` finds in ``cohort.answers``.
+
+        Args:
+            state: The state after the last round. Not changed.
+            server: The parameter layout.
+
+        Returns:
+            The inquiry; by default ``None``: clients train, and are asked for nothing else.
+        """
+        return None
+
+    def server_parameters(self, state: State) -> Mapping[str, Tensor]:
+        """Return the values of parameters that only the server changes, by name; by default there are none.
+
+        They are frozen in the module, sent to clients with the model, and written into the module after every step.
+
+        Args:
+            state: The state after the last round.
+        """
+        return {}
 
     def weigh(self, update: ClientUpdate) -> float:
         """Return a client's weight before normalization, checked; 0 for a rule without ``unnormalized_weight``.

@@ -21,7 +21,7 @@ from torchmetrics import Metric
 
 from lightning_fedhaw.data.labels import find_labels
 from lightning_fedhaw.data.tensors import tensors_of
-from lightning_fedhaw.isolation import isolated_randomness, substituted_tensors
+from lightning_fedhaw.isolation import evaluation_mode, isolated_randomness, substituted_tensors
 from lightning_fedhaw.rule import Batch, PredictionFunction
 from lightning_fedhaw.vectors.layout import ParameterLayout, own_memory
 
@@ -271,9 +271,7 @@ class Server:
         Raises:
             ValueError: If ``training_step`` returns no loss.
         """
-        output = self._call(
-            _training_step, vector, batch, batch_idx, buffers=buffers, local_parameters=local_parameters
-        )
+        output = self.call(_training_step, vector, batch, batch_idx, buffers=buffers, local_parameters=local_parameters)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise ValueError("`training_step` must return a loss, or a dict with the key 'loss', got no loss.")
@@ -307,14 +305,9 @@ class Server:
         Raises:
             TypeError: If the predictions are not a tensor.
         """
-        modes = [(submodule, submodule.training) for submodule in self.module.modules()]
-        try:
-            if not training:
-                self.module.eval()
-            predictions = self._call(function or _forward, vector, batch, buffers=buffers)
-        finally:
-            for submodule, mode in modes:
-                submodule.training = mode
+        mode = nullcontext() if training else evaluation_mode(self.module)
+        with mode:
+            predictions = self.call(function or _forward, vector, batch, buffers=buffers)
         if not isinstance(predictions, Tensor):
             raise TypeError(f"predictions must be a tensor [batch, ...], got {type(predictions).__name__}")
         return predictions
@@ -330,15 +323,32 @@ class Server:
             return dict(self.buffers)
         return averaged_buffers(self.buffers, clients, weights)
 
-    def _call(
+    @torch.no_grad()
+    def write_server_parameters(self, values: Mapping[str, Tensor]) -> None:
+        """Write the values of parameters that only the server changes into the module, by name."""
+        for name, value in values.items():
+            self.module.get_parameter(name).copy_(value)
+
+    def call(
         self,
         function: Callable[..., Any],
         vector: Tensor,
         *arguments: Any,
         buffers: Mapping[str, Tensor] | None = None,
         local_parameters: Mapping[str, Tensor] | None = None,
+        log: Callable[..., None] | None = None,
     ) -> Any:
-        """Return ``function(module, *arguments)`` with other parameters ``[P]`` and buffers in the module."""
+        """Return ``function(module, *arguments)`` with other parameters ``[P]`` and buffers in the module.
+
+        Args:
+            function: Called with the module.
+            vector: ``[P]``.
+            arguments: Its further arguments.
+            buffers: Buffers to use instead of the module's, by name.
+            local_parameters: Values of parameters that are not in the vector, by name; by default those of the global
+                model that stay with the clients.
+            log: Called instead of the module's ``log``; by default nothing is.
+        """
         substitutes = buffers or {}
         state: dict[str, Tensor] = {}
         views = self.layout.views(vector)
@@ -355,7 +365,11 @@ class Server:
         for name in self.layout.frozen_parameters:
             # A step that moves a teacher may assign it again, which a module allows to a parameter only.
             state[name] = nn.Parameter(state[name], requires_grad=False)
-        with self._context(), _without_side_effects(self.module), substituted_tensors(self.module, state):
+        with (
+            self._context(),
+            _without_side_effects(self.module, log or _ignore),
+            substituted_tensors(self.module, state),
+        ):
             return function(self.module, *arguments)
 
 
@@ -403,12 +417,12 @@ class _MetricSnapshot:
 
 
 @contextmanager
-def _without_side_effects(module: nn.Module) -> Iterator[None]:
-    """Ignore a module's calls of ``log``, and restore its metrics afterwards."""
+def _without_side_effects(module: nn.Module, log: Callable[..., None]) -> Iterator[None]:
+    """Call another function instead of a module's ``log``, and restore its metrics afterwards."""
     replaced_log = vars(module).get("log")
     snapshots = [_MetricSnapshot.of(metric) for metric in module.modules() if isinstance(metric, Metric)]
     # In the instance's own dictionary, where it hides the method of the class and can be removed again.
-    vars(module)["log"] = _ignore
+    vars(module)["log"] = log
     try:
         yield
     finally:

@@ -177,7 +177,7 @@ def test_the_first_pattern_that_matches_is_the_policy(door):
     last = [[starts.ends[1, client][f"sum_{name}"][0].item() for name in ("a", "b", "c")] for client in (0, 1)]
     assert last == [[2.0, 1.0, 5.0], [10.0, 5.0, 9.0]]
     # Eight bytes of `sum_c`, and four of the weight.
-    assert runner.fit_loop.federation.message_bytes("uplink") == 12
+    assert runner.fit_loop.federation.transport.message_bytes("uplink") == 12
     assert set(runner.fit_loop.federation.state_dict()["buffers"][0]) == {"sum_a"}
 
 
@@ -374,7 +374,7 @@ def test_a_teacher_is_averaged(move, door):
     assert module.net.weight.item() == 4.0
     assert module.teacher.weight.item() == 3.0
     assert not module.teacher.weight.requires_grad
-    assert runner.fit_loop.federation.message_bytes("downlink") == 8
+    assert runner.fit_loop.federation.transport.message_bytes("downlink") == 8
 
 
 def test_a_teacher_may_stay_with_its_client_or_not_move_at_all():
@@ -382,7 +382,7 @@ def test_a_teacher_may_stay_with_its_client_or_not_move_at_all():
     runner = unequal(2, module, buffers={"teacher.*": "local"}, callbacks=[starts])
     assert [float(starts.ends[1, client]["teacher.weight"]) for client in (0, 1)] == [0.75, 3.75]
     assert float(module.teacher.weight) == 0.0
-    assert runner.fit_loop.federation.message_bytes("downlink") == 4
+    assert runner.fit_loop.federation.transport.message_bytes("downlink") == 4
     unequal(2, module, buffers={"teacher.*": "keep"})
     assert float(module.teacher.weight) == 0.0
 

@@ -103,7 +103,7 @@ def test_clients_are_drawn_afresh_and_those_outside_of_the_cohort_are_sent_the_m
     assert all(len(clients) == 3 and clients == sorted(clients) for clients in drawn)
     assert len({tuple(clients) for clients in drawn}) > 3
     federation = runner.fit_loop.federation
-    message = federation.message_bytes("downlink")
+    message = federation.transport.message_bytes("downlink")
     strangers = sum(len(set(clients) - set(federation.cohort(t))) for t, clients in enumerate(drawn))
     assert runner.federation_summary["bytes_down"] == message * (6 * 2 + strangers)
     assert runner.federation_summary["bytes_up"] == message * (6 * 2 + 18) + 4 * 18
@@ -209,7 +209,9 @@ def test_messages_of_the_probe_go_through_the_channels_with_draws_of_their_own()
     summed, _ = ask(Probe("cohort"), callbacks=[OverTheAirChannel(snr_db=40.0)])
     assert summed.heard[0].gradient.tolist() == pytest.approx(clear.heard[0].gradient.tolist(), rel=0.2)
     assert not torch.equal(summed.heard[0].gradient, clear.heard[0].gradient)
-    with pytest.raises(ValueError, match="accounts for one message a client and round, and the probe of Listener"):
+    with pytest.raises(
+        ValueError, match="accounts for one message a client and round, and Listener asks clients for further ones"
+    ):
         private = DifferentialPrivacyChannel(1.0, 0.5, delta=None)
         train(rule=Listener(Probe(), weighting="uniform"), callbacks=[private])
 

@@ -62,6 +62,7 @@ SOUND: dict[str, tuple[Any, ...]] = {
     "server_epochs": (1, 0, 3),
     "packet_bytes": (64, 1),
     "lr": (0.01, 1e-30, 1e30),
+    "upper": ("net.0", "net.*.bias", "nothing"),
 }
 """Values that are sound, or just about, for arguments that have no default."""
 

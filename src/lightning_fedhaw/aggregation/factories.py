@@ -6,11 +6,13 @@ A rule needs a new optimizer in every round, so its argument is a factory, such 
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 """Makes an optimizer from ``(parameters, lr=...)``."""
@@ -49,6 +51,35 @@ def check_optimizer(
         step_argument=step_argument,
     )
     return optimizer
+
+
+def optimizer_step(
+    factory: OptimizerFactory,
+    lr: float,
+    values: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    memory: Mapping[Any, Any],
+) -> tuple[list[Tensor], dict[Any, Any]]:
+    """Take one step of an optimizer whose memory is a rule's state.
+
+    Args:
+        factory: Makes the optimizer from ``(parameters, lr=...)``.
+        lr: The learning rate.
+        values: The numbers to step. Not changed.
+        gradients: Their gradients.
+        memory: What the optimizer remembers of its last steps; empty before the first. Not changed.
+
+    Returns:
+        The new values, and the new memory.
+    """
+    variables = [value.detach().clone().requires_grad_() for value in values]
+    optimizer = factory(variables, lr=lr)
+    # The new optimizer's own settings, so that a resumed run may change them; a copy, because steps change memory.
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": copy.deepcopy(dict(memory))})
+    for variable, gradient in zip(variables, gradients, strict=True):
+        variable.grad = gradient
+    optimizer.step()
+    return [variable.detach() for variable in variables], dict(optimizer.state_dict()["state"])
 
 
 def check_schedule(name: str, factory: SchedulerFactory | None, optimizer: torch.optim.Optimizer) -> None:

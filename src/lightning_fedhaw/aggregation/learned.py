@@ -11,7 +11,6 @@ Shapes: P trainable parameters.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.aggregation.base import AggregationRule
-from lightning_fedhaw.aggregation.factories import OptimizerFactory, check_optimizer
+from lightning_fedhaw.aggregation.factories import OptimizerFactory, check_optimizer, optimizer_step
 from lightning_fedhaw.options import repr_settings
 from lightning_fedhaw.probe import ProbeResult
 from lightning_fedhaw.rule import ServerView, State
@@ -182,16 +181,14 @@ class Learned:
         self, state: Mapping[str, Any], slopes: Mapping[str, Tensor], round_idx: int
     ) -> tuple[State, dict[str, float]]:
         """Take one step of the hyper-optimizer along ``dL/da`` ``[]`` of each number."""
-        variables = [state["raw"][name].clone().requires_grad_() for name in self.starts]
-        optimizer = self.hyper_optimizer(variables, lr=self.hyper_lr)
-        # The new optimizer's own settings, so that a resumed run may change them; a copy, because steps change memory.
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": copy.deepcopy(state["memory"])})
-        for name, variable in zip(self.starts, variables, strict=True):
-            variable.grad = slopes[name] * LINKS[self.links[name]].slope(variable.detach())
-        optimizer.step()
+        values = [state["raw"][name] for name in self.starts]
+        gradients = []
+        for name, value in zip(self.starts, values, strict=True):
+            gradients.append(slopes[name] * LINKS[self.links[name]].slope(value))
+        stepped, memory = optimizer_step(self.hyper_optimizer, self.hyper_lr, values, gradients, state["memory"])
         raw = {}
-        for name, variable in zip(self.starts, variables, strict=True):
-            raw[name] = self._bounded(name, variable.detach())
+        for name, value in zip(self.starts, stepped, strict=True):
+            raw[name] = self._bounded(name, value)
         metrics = {f"hypergradient/{name}": slope.item() for name, slope in slopes.items()}
         unusable = [name for name in raw if not torch.isfinite(raw[name] + slopes[name])]
         if unusable:
@@ -200,7 +197,7 @@ class Learned:
                 f" refused: what is learned stays as it was. Lower `hyper_lr` ({self.hyper_lr:g}), or set bounds."
             )
             return dict(state), {**dict.fromkeys(metrics, 0.0), "hyper_steps_refused": 1.0}
-        return {"raw": raw, "memory": dict(optimizer.state_dict()["state"])}, metrics
+        return {"raw": raw, "memory": memory}, metrics
 
     def _bounded(self, name: str, raw: Tensor) -> Tensor:
         """Keep a raw number ``[]`` within the bounds of its value."""

@@ -87,7 +87,8 @@ class ChannelContext:
         drawn_uniformly: The number of clients per round, if every set of that many clients is equally likely;
             ``None`` with any other sampler.
         clients_remember: Whether what a client sends depends on earlier rounds in which it participated.
-        is_probe: Whether the messages are those of a rule's probe, which clients send in addition to their updates.
+        is_probe: Whether the messages are those of a rule's probe or inquiry, which clients send in addition to their
+            updates or instead of them.
     """
 
     layout: ParameterLayout

@@ -133,9 +133,9 @@ class DifferentialPrivacyChannel(AggregateChannel):
         """
         if context.is_probe:
             raise ValueError(
-                f"`DifferentialPrivacyChannel` accounts for one message a client and round, and the probe of"
-                f" {context.rule} is a second one that it would not count. Let the rule probe the server's own data"
-                ' (`probe=Probe("proxy")`), or use a rule without a probe.'
+                "`DifferentialPrivacyChannel` accounts for one message a client and round, and"
+                f" {context.rule} asks clients for further ones (a probe or an inquiry), which it would not count. Let"
+                ' a rule probe the server\'s own data (`probe=Probe("proxy")`), or use a rule that reads updates only.'
             )
         super().prepare(context)
         assert context.unnormalized_weight is not None

@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_fedhaw import arguments
@@ -22,7 +21,12 @@ from lightning_fedhaw.clients.attributes import ClientAttributes
 from lightning_fedhaw.diagnostics.base import Diagnostic
 from lightning_fedhaw.diagnostics.spectrum import largest_eigenvalues
 from lightning_fedhaw.federation.federation import Federation
-from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
+from lightning_fedhaw.isolation import (
+    evaluation_mode,
+    isolated_randomness,
+    seed_randomness,
+    twice_differentiable,
+)
 from lightning_fedhaw.rule import Batch
 from lightning_fedhaw.server import Server
 from lightning_fedhaw.streams import seed_of, stream
@@ -49,7 +53,7 @@ class HeldOutLoss:
     def __call__(self, vector: Tensor, buffers: Mapping[str, Tensor] | None = None) -> float:
         """Return the mean loss at parameters ``[P]``, with other buffers than the global model's if they are given."""
         total = 0.0
-        with _evaluation_mode(self.server.module):
+        with evaluation_mode(self.server.module):
             for index, (size, batch) in enumerate(self.batches):
                 total += size * self._loss(index, batch, vector, buffers).item()
         return total / self.samples
@@ -72,7 +76,7 @@ class HeldOutLoss:
             RuntimeError: If the loss has no second derivative.
         """
         leaf = vector.detach().clone().requires_grad_()
-        with _evaluation_mode(self.server.module), _twice_differentiable(), torch.enable_grad():
+        with evaluation_mode(self.server.module), twice_differentiable(), torch.enable_grad():
             for index, (size, batch) in enumerate(self.batches):
                 loss = self._loss(index, batch, leaf) * (size / self.samples)
                 (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
@@ -227,29 +231,3 @@ def _validation_data(trainer: pl.Trainer) -> tuple[Any, Any]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-@contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode, and each of its parts back into its own mode."""
-    modes = [(submodule, submodule.training) for submodule in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, mode in modes:
-            submodule.training = mode
-
-
-@contextmanager
-def _twice_differentiable() -> Iterator[None]:
-    """Use kernels that have a second derivative, and products in full precision."""
-    matmul = torch.backends.cuda.matmul
-    was_allowed = matmul.allow_tf32
-    matmul.allow_tf32 = False
-    try:
-        # Fused attention and cuDNN's recurrent layers have first derivatives only.
-        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False, allow_tf32=False):
-            yield
-    finally:
-        matmul.allow_tf32 = was_allowed

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from lightning_fedhaw.clients.steps import Host
+from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.data.origins import count_shared
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.rule import LocalLRScale, Rule, RuleOutput
 from lightning_fedhaw.vectors.layout import ParameterLayout
@@ -20,6 +24,42 @@ def check_objectives(objectives: Sequence[ClientObjective], host: Host) -> None:
             " `automatic_optimization=False` it returns none. Add the term in `training_step`, or use automatic"
             " optimization."
         )
+
+
+def check_inquiring(rule: Rule, host: Host) -> None:
+    """Refuse a rule that asks clients for derivatives where there is no loss to derive."""
+    if not host.module.automatic_optimization:
+        raise ValueError(
+            f"`{type(rule).__name__}` asks clients for derivatives of the loss that `training_step` returns, and with"
+            " `automatic_optimization=False` it returns none. Use automatic optimization, or another rule."
+        )
+
+
+def check_held_out(rule: Rule, data: ClientData) -> None:
+    """Refuse clients without held-out samples, and held-out samples that are training samples."""
+    name = type(rule).__name__
+    remedy = (
+        "Hold some out by `client_val_fraction=0.2`, give `FederatedDataModule(val=[...])` one data set for each"
+        " client, or leave small clients out by `min_client_samples=`."
+    )
+    held_out: Sequence[Tensor] = data.held_out_indices
+    if data.evaluation is not None:
+        held_out = data.evaluation.train_indices
+    without = [client for client, samples in enumerate(held_out) if not len(samples)]
+    if without:
+        raise ValueError(
+            f"`{name}` computes the upper loss on held-out samples of every client, and {len(without)} of"
+            f" {data.num_clients} clients have none (client {without[0]}). {remedy}"
+        )
+    if data.evaluation is None:
+        return
+    for client, samples in enumerate(held_out):
+        shared = count_shared(data.dataset, data.train_indices[client], data.evaluation.dataset, samples)
+        if shared:
+            raise ValueError(
+                f"`{name}` needs held-out samples that no lower loss is computed on, and {shared} of client {client}"
+                f" are among its training samples. {remedy}"
+            )
 
 
 def check_step(step: Any, rule: str, clients: int) -> None:

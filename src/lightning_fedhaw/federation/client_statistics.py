@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
 from lightning_fedhaw.federation.client_evaluation import ClientMetrics
+from lightning_fedhaw.federation.records import Tally
+from lightning_fedhaw.notes import add_note
+from lightning_fedhaw.options import FederationOptions
 
 SPREAD = "/clients_"
 """What stands between a metric and a statistic over clients in the name of a number that a round logs."""
@@ -101,3 +104,28 @@ def metrics_with_spread(names: Iterable[str]) -> list[str]:
     """List the metrics whose spread over the clients is among the names of what rounds have logged."""
     suffix = f"{SPREAD}mean"
     return [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+
+
+def spread_in_round(
+    options: FederationOptions, round_idx: int, tally: Tally, evaluate: Callable[[], ClientMetrics]
+) -> dict[str, float]:
+    """Evaluate the clients, if it is the turn of the round, and return how their metrics are spread.
+
+    Args:
+        options: The federation's arguments, which say how often.
+        round_idx: The round's number.
+        tally: Counts the time.
+        evaluate: Evaluates all clients.
+
+    Raises:
+        ValueError: If the module has logged nothing.
+    """
+    interval = options.client_eval_every_n_rounds
+    if interval is None or (round_idx + 1) % interval != 0:
+        return {}
+    try:
+        with tally.phase("validation"):
+            return spread_of(evaluate())
+    except Exception as error:  # the user's module runs, which may raise anything
+        add_note(error, "The clients were being evaluated on their own data (`client_eval_every_n_rounds`).")
+        raise

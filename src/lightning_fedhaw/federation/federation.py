@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
 
-from lightning_fedhaw.channel.base import Channel, Link
+from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.clients.choice import choose
 from lightning_fedhaw.clients.engine import ClientTask, Engine
 from lightning_fedhaw.clients.local_parameters import LocalParameters
@@ -25,12 +26,13 @@ from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.checks import check_objectives, check_step, local_lr_scale
 from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
-from lightning_fedhaw.federation.client_statistics import spread_of
+from lightning_fedhaw.federation.client_statistics import spread_in_round
 from lightning_fedhaw.federation.full_gradient import FullGradient
 from lightning_fedhaw.federation.initial_loss import InitialLosses
+from lightning_fedhaw.federation.inquiries import Inquired, Inquiries, ServerParametersPayload, note_idle_round
 from lightning_fedhaw.federation.memory_advice import memory_advice
 from lightning_fedhaw.federation.observation import Observation
-from lightning_fedhaw.federation.placement import Placement
+from lightning_fedhaw.federation.placement import Placement, do_clients_remember
 from lightning_fedhaw.federation.probing import Probed, Probing
 from lightning_fedhaw.federation.rate_tangents import RateTangentPayload
 from lightning_fedhaw.federation.records import (
@@ -128,13 +130,17 @@ class Federation:
         self.initial_losses = InitialLosses(host, server, data, rule, self.buffers, self.seed)
         self.shared_states = SharedStates(objectives, self.layout, data.num_clients, rule, options, self.ranks)
         rate_tangents = RateTangentPayload(host, server, rule, self.engine)
-        payloads: list[SidePayload] = [self.buffers, self.shared_states, rate_tangents]
+        server_parameters = ServerParametersPayload(server, rule)
+        payloads: list[SidePayload] = [self.buffers, self.shared_states, rate_tangents, server_parameters]
         self.transport = Transport(channels, self.layout, payloads, self.seed)
-        clients_remember = self._clients_remember(objectives)
+        clients_remember = do_clients_remember(options, self.buffers, self.layout, self.uplink, objectives)
         self.placement = Placement(self.ranks, is_sticky=clients_remember)
         self._prepare_transport(clients_remember)
         self.screening = Screening(options, self.buffers, rule, self.transport.uplink)
         self.probing = Probing(host, server, rule, options, self.buffers, self.placement, self.transport, self.sampling)
+        self.inquiries = Inquiries(
+            host, server, rule, options, self.buffers, data, self.transport, self.screening, self.ranks, self.seed
+        )
         self.observation = Observation(host, server, self.seed)
         self.run_state = self._make_run_state(objectives)
         self.in_round = False
@@ -143,16 +149,6 @@ class Federation:
         self.on_client_start: Callable[[ClientTask], None] = _ignore
         self.on_client_end: Callable[[ClientUpdate], None] = _ignore
         self.on_round_end: Callable[[Report], None] = _ignore
-
-    def _clients_remember(self, objectives: Sequence[ClientObjective]) -> bool:
-        """Return whether clients keep any state from round to round."""
-        return (
-            self.options.optimizer_state == "kept"
-            or self.buffers.remembers
-            or bool(self.layout.local)
-            or any(channel.remembers for channel in self.transport.uplink)
-            or any(objective.remembers for objective in objectives)
-        )
 
     def _prepare_transport(self, clients_remember: bool) -> None:
         """Describe the federation to the channels."""
@@ -200,10 +196,6 @@ class Federation:
     def downlink(self) -> Sequence[Channel]:
         """The channels from server to clients."""
         return self.transport.downlink
-
-    def message_bytes(self, link: Link) -> int:
-        """Count the bytes of one message on a link, side payloads included."""
-        return self.transport.message_bytes(link)
 
     def check_agreement(self) -> None:
         """Refuse to continue where processes have different data or another split.
@@ -274,17 +266,26 @@ class Federation:
             own_clients = self.placement.assign(plan.slots, self.engine.cost)
         self.engine.lr_scale = local_lr_scale(self.rule, self.layout, self.engine.objectives)
         stores = self._make_stores(plan, capacity=len(own_clients))
-        received = self._train(plan, own_clients, stores)
-        self.screening.check_round(plan, received)
+        inquiry = self.rule.inquiry(self.rule.state, self.server)
+        trains = inquiry is None or not inquiry.replaces_training
+        received = self._train(plan, own_clients, stores, trains=trains)
+        if trains:
+            self.screening.check_round(plan, received)
+        with self.tally.phase("local training"):
+            inquired = self.inquiries.run(inquiry, plan, received, self.engine, self.tally)
         probed = self.probing.at_start(plan, self.engine, self.tally)
         with self.tally.phase("aggregation"):
-            aggregation = self._aggregate(plan, received, stores.displacements)
-            self.shared_states.aggregate(plan.start, stores.shared, received.from_clients)
+            aggregation = self._aggregate(plan, received, stores.displacements, inquired)
+            if trains:
+                self.shared_states.aggregate(plan.start, stores.shared, received.from_clients)
         probed = self.probing.at_end(plan, self.engine, self.tally, aggregation.metrics, probed)
         # A rule on the server, or the recalibration of buffers, may have run the module's step.
         self.engine.attributes.restore()
-        spread = self._measure_spread(round_idx)
-        report = self._report(plan, received, aggregation, probed, spread)
+        # In larger batches than those of training, which may be many small ones.
+        spread = spread_in_round(
+            self.options, round_idx, self.tally, lambda: self.evaluate_clients(self.host.validation.batch_size)
+        )
+        report = self._report(plan, received, aggregation, probed, inquired, spread)
         self.on_round_end(report)
         return report
 
@@ -298,7 +299,7 @@ class Federation:
             self.shared_states.record_broadcast(broadcast.up_to_date)
         lost = self.transport.uplink_outages(round_idx, list(broadcast.models))
         factors = self.sampling.inverse_probabilities(clients)
-        return RoundPlan(round_idx, clients, start, broadcast.models, lost, factors)
+        return RoundPlan(round_idx, clients, start, broadcast.models, lost, factors, broadcast.outdated)
 
     def _make_stores(self, plan: RoundPlan, capacity: int) -> RoundStores:
         """Make the stores of the vectors that this process's clients send."""
@@ -308,9 +309,10 @@ class Federation:
         )
         return RoundStores(displacements, shared)
 
-    def _train(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores) -> Received:
-        """Train the cohort on all processes, and gather their results."""
-        shares = self.ranks.exchange(lambda: self._train_share(plan, own_clients, stores))
+    def _train(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores, *, trains: bool) -> Received:
+        """Train the cohort on all processes, and gather their results; without training, only list who takes part."""
+        work = self._train_share if trains else self._idle_share
+        shares = self.ranks.exchange(lambda: work(plan, own_clients, stores))
         self.engine.restore_end_state([share.end_state for share in shares])
         records = [record for share in shares for record in share.records]
         excluded: dict[int, str] = {}
@@ -353,6 +355,16 @@ class Federation:
             end_state = move_data_to_device(end_state, HOST)
         return LocalResults(records, excluded, end_state)
 
+    def _idle_share(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores) -> LocalResults:
+        """Do this process's part of a round in which clients answer an inquiry instead of training."""
+        records: list[UpdateRecord] = []
+        note_idle_round(self.engine, self.host)
+        for client in own_clients:
+            if client in plan.trainees:
+                update = self._update_without_training(plan, client, torch.zeros_like(plan.start), num_steps=0)
+                records.append(self._record(update, stores.displacements, received=True))
+        return LocalResults(records, {}, self.engine.end_state())
+
     def _tasks(self, plan: RoundPlan, own_clients: Sequence[int], store: VectorStore) -> Iterator[ClientTask]:
         """Yield one task after another, each when the engine asks for it."""
         for client in own_clients:
@@ -389,12 +401,18 @@ class Federation:
         substitute = plan.lost[client].substitute(client, plan.start)
         if substitute is None:
             return None
+        return self._update_without_training(plan, client, substitute.displacement, substitute.num_steps)
+
+    def _update_without_training(
+        self, plan: RoundPlan, client: int, displacement: Tensor, num_steps: int
+    ) -> ClientUpdate:
+        """Make the update of a client that did not train in this round."""
         return ClientUpdate(
             client=client,
             num_examples=len(self.data.train_indices[client]),
-            num_steps=substitute.num_steps,
+            num_steps=num_steps,
             num_skipped=0,
-            displacement=substitute.displacement,
+            displacement=displacement,
             num_batches=self.engine.num_batches(client),
             lr_scale=self.engine.plan.lr_scale_of(client),
             inverse_probability=plan.inverse_probability(client),
@@ -415,14 +433,14 @@ class Federation:
         abridged = replace(update, displacement=_NO_VECTOR, buffers=buffers, logged=logged, memory={})
         return UpdateRecord(abridged, received, unnormalized_weight, self.ranks.rank, rms)
 
-    def _aggregate(self, plan: RoundPlan, received: Received, store: VectorStore) -> Aggregation:
+    def _aggregate(self, plan: RoundPlan, received: Received, store: VectorStore, inquired: Inquired) -> Aggregation:
         """Let the rule compute a new global model from the cohort, and install it."""
         if self.screening.must_skip(plan, received):
             self.tally.skipped_rounds += 1
             # The module may hold a client's model.
             self.server.write(self.server.parameters(), self.server.buffers)
             return Aggregation({"round_skipped": 1.0}, {})
-        cohort = self._receive(plan, received, store)
+        cohort = self._receive(plan, received, store, inquired)
         with isolated_randomness(self.host.device):
             # Rules that train on the server's data may use layers that draw (dropout, augmentation).
             seed_randomness(seed_of(self.seed, "round", plan.round, "aggregation"), self.host.device)
@@ -430,12 +448,16 @@ class Federation:
         check_step(step, type(self.rule).__name__, len(cohort))
         self.server.install(step.parameters, self.buffers.aggregate(cohort, step, received.updates))
         self.rule.state = dict(step.state)
+        self.server.write_server_parameters(self.rule.server_parameters(self.rule.state))
         self.buffers.complete(plan.round, received.updates)
         weights = dict(zip(cohort.clients.tolist(), step.weights.tolist(), strict=True))
+        if inquired.replaced_training:
+            # There are no updates to observe.
+            return Aggregation({**step.metrics, **inquired.metrics}, weights)
         observed = self.observation.of(cohort, step)
-        return Aggregation({**step.metrics, **observed.numbers}, weights, observed.tables)
+        return Aggregation({**step.metrics, **inquired.metrics, **observed.numbers}, weights, observed.tables)
 
-    def _receive(self, plan: RoundPlan, received: Received, store: VectorStore) -> Cohort:
+    def _receive(self, plan: RoundPlan, received: Received, store: VectorStore, inquired: Inquired) -> Cohort:
         """Make the cohort that the rule reads from the updates that the server has received."""
         learning_rates: tuple[float, ...] = ()
         if self.rule.needs_learning_rates:
@@ -447,24 +469,7 @@ class Federation:
             with self.tally.phase("channel"):
                 self.transport.superpose(vectors, received.records, round_idx=plan.round, drawn=len(plan.clients))
         tangents = store.rate_tangents(plan.start, received.records)
-        return cohort_of(plan, received, vectors, learning_rates, self.rule, tangents)
-
-    def _measure_spread(self, round_idx: int) -> dict[str, float]:
-        """Evaluate the clients, if it is the turn of the round, and return how their metrics are spread.
-
-        Raises:
-            ValueError: If the module has logged nothing.
-        """
-        interval = self.options.client_eval_every_n_rounds
-        if interval is None or (round_idx + 1) % interval != 0:
-            return {}
-        try:
-            with self.tally.phase("validation"):
-                # In larger batches than those of training, which may be many small ones.
-                return spread_of(self.evaluate_clients(self.host.validation.batch_size))
-        except Exception as error:
-            add_note(error, "The clients were being evaluated on their own data (`client_eval_every_n_rounds`).")
-            raise
+        return cohort_of(plan, received, vectors, learning_rates, self.rule, tangents, inquired.answers)
 
     def _report(
         self,
@@ -472,6 +477,7 @@ class Federation:
         received: Received,
         aggregation: Aggregation,
         probed: Probed,
+        inquired: Inquired,
         spread: Mapping[str, float],
     ) -> Report:
         """Count the costs of the round, and make its report."""
@@ -480,14 +486,11 @@ class Federation:
         if self.engine.lr_scale is not None:
             lr_scale_bytes = self.engine.lr_scale.numbers_sent * self.layout.dtype.itemsize
         bytes_down = self.transport.sent_bytes("downlink", plan.round, plan.clients)
-        bytes_down += len(plan.clients) * lr_scale_bytes + probed.bytes_down
-        bytes_up = self.transport.sent_bytes("uplink", plan.round, [update.client for update in updates])
-        bytes_up += probed.bytes_up
-        self.tally.bytes_down += bytes_down
-        self.tally.bytes_up += bytes_up
-        self.tally.received += len(updates)
-        self.tally.lost_messages += len(plan.clients) - len(plan.trainees)
-        self.tally.skipped_steps += sum(update.num_skipped for update in updates)
+        bytes_down += len(plan.clients) * lr_scale_bytes + probed.bytes_down + inquired.bytes_down
+        bytes_up = probed.bytes_up + inquired.bytes_up
+        if not inquired.replaced_training:
+            bytes_up += self.transport.sent_bytes("uplink", plan.round, [update.client for update in updates])
+        self.tally.count_round(plan, updates, bytes_down=bytes_down, bytes_up=bytes_up)
         metrics = {
             **aggregation.metrics,
             **probed.metrics,

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lightning_fedhaw.channel.base import Channel
+from lightning_fedhaw.federation.buffers import Buffers
+from lightning_fedhaw.objectives.base import ClientObjective
+from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks, assign
+from lightning_fedhaw.vectors.layout import ParameterLayout
 
 
 class Placement:
@@ -84,3 +89,20 @@ class Placement:
             if memory.get(client) is not None:
                 merged[client] = memory[client]
         return merged
+
+
+def do_clients_remember(
+    options: FederationOptions,
+    buffers: Buffers,
+    layout: ParameterLayout,
+    uplink: Sequence[Channel],
+    objectives: Sequence[ClientObjective],
+) -> bool:
+    """Return whether clients keep any state from round to round."""
+    return (
+        options.optimizer_state == "kept"
+        or buffers.remembers
+        or bool(layout.local)
+        or any(channel.remembers for channel in uplink)
+        or any(objective.remembers for objective in objectives)
+    )

@@ -15,6 +15,7 @@ from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.clients.engine import EndState
 from lightning_fedhaw.clients.records import Logged, values_of
 from lightning_fedhaw.cohort import ClientUpdate, Cohort, factors_of
+from lightning_fedhaw.inquiry import Answers
 from lightning_fedhaw.rule import Rule
 from lightning_fedhaw.vectors.base import CohortVectors
 
@@ -23,6 +24,9 @@ PHASES = ("broadcast", "local training", "channel", "aggregation", "validation")
 
 PROBE_COUNTS = ("probe_answers", "probe_rounds", "skipped_probes")
 """What is counted of a rule's probe."""
+
+INQUIRY_COUNTS = ("answers", "nonfinite_answers", "second_derivatives")
+"""What is counted of a rule's inquiries."""
 
 
 @dataclass
@@ -41,6 +45,9 @@ class Tally:
         probe_answers: Answers of a rule's probe that were received, over all rounds.
         probe_rounds: Communication rounds in addition to the run's, for a probe at the new model.
         skipped_probes: Rounds in which nothing was learned, because no answer of the probe was received and finite.
+        answers: Answers to a rule's inquiries that were received, over all rounds.
+        nonfinite_answers: Answers that were excluded because they held NaN or infinity.
+        second_derivatives: Products with second derivatives of a loss that clients computed for them.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -54,6 +61,9 @@ class Tally:
     probe_answers: int = 0
     probe_rounds: int = 0
     skipped_probes: int = 0
+    answers: int = 0
+    nonfinite_answers: int = 0
+    second_derivatives: int = 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -64,10 +74,25 @@ class Tally:
         finally:
             self.seconds[name] += time.perf_counter() - begin
 
+    def count_round(self, plan: RoundPlan, updates: Sequence[ClientUpdate], *, bytes_down: int, bytes_up: int) -> None:
+        """Count the costs of a round.
+
+        Args:
+            plan: The plan of the round.
+            updates: The updates that were received from their clients.
+            bytes_down: Bytes that were sent to clients.
+            bytes_up: Bytes that they sent.
+        """
+        self.bytes_down += bytes_down
+        self.bytes_up += bytes_up
+        self.received += len(updates)
+        self.lost_messages += len(plan.clients) - len(plan.trainees)
+        self.skipped_steps += sum(update.num_skipped for update in updates)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of all numbers, for a checkpoint; those of a probe only if there was one."""
+        """Return a copy of all numbers, for a checkpoint; those of probes and inquiries only if there were some."""
         state = {**vars(self), "seconds": dict(self.seconds)}
-        for name in PROBE_COUNTS:
+        for name in (*PROBE_COUNTS, *INQUIRY_COUNTS):
             if not state[name]:
                 del state[name]
         return state
@@ -179,6 +204,7 @@ def cohort_of(
     learning_rates: tuple[float, ...],
     rule: Rule,
     rate_tangents: CohortVectors | None = None,
+    answers: Answers | None = None,
 ) -> Cohort:
     """Make the cohort that a rule reads.
 
@@ -189,6 +215,7 @@ def cohort_of(
         learning_rates: The local learning rates, where the rule reads them.
         rule: The rule, which says what else it needs.
         rate_tangents: Their rate tangents, where the rule reads them.
+        answers: The answers to the rule's inquiry.
     """
     updates = [record.update for record in received.records]
     weights: list[float] = []
@@ -214,6 +241,7 @@ def cohort_of(
         lr_scales=factors_of([update.lr_scale for update in updates]),
         inverse_probabilities=factors_of([update.inverse_probability for update in updates]),
         rate_tangents=rate_tangents,
+        answers=answers,
     )
 
 

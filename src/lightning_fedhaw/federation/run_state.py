@@ -252,6 +252,7 @@ class RunState:
         self.rule.state = snapshot.rule
         # The module may hold the model of the client that failed.
         self.server.put_back(snapshot.parameters, snapshot.buffers)
+        self.server.write_server_parameters(self.rule.server_parameters(snapshot.rule))
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -106,23 +106,36 @@ class Screening:
             FloatingPointError: If nothing was received because every update was excluded, in this round or in
                 ``max_nonfinite_rounds`` rounds in a row.
         """
+        self.check_answers(plan, received)
+        updates = received.updates
+        if updates and not any(update.num_steps for update in updates):
+            self.warnings.warn(
+                "no step",
+                f"No client made an optimizer step in round {plan.round}; `training_step` may return None.",
+            )
+
+    def check_answers(self, plan: RoundPlan, received: Received) -> None:
+        """Warn of excluded updates or answers, and end the run where nothing was received because all were excluded.
+
+        Args:
+            plan: The clients of the round.
+            received: The updates that were received, or those of clients whose answers to an inquiry were.
+
+        Raises:
+            FloatingPointError: As :meth:`check_round`.
+        """
         for client, sentence in received.excluded.items():
             self.warnings.warn(f"client {client}", f"{sentence} and was left out of the aggregation.")
         updates = received.updates
         self._count_round(received)
         # If channels lost most of the cohort, the few clients that trained may be the few that always fail.
-        if not updates and len(plan.trainees) > len(plan.clients) / 2:
+        if received.excluded and not updates and len(plan.trainees) > len(plan.clients) / 2:
             raise self._divergence(f"Every client of round {plan.round} returned non-finite values", received)
         if self.nonfinite_rounds >= self.options.max_nonfinite_rounds:
             raise self._divergence(
                 f"In {self.nonfinite_rounds} rounds in a row, up to round {plan.round}, every client whose update was"
                 " received returned non-finite values",
                 received,
-            )
-        if updates and not any(update.num_steps for update in updates):
-            self.warnings.warn(
-                "no step",
-                f"No client made an optimizer step in round {plan.round}; `training_step` may return None.",
             )
 
     def _count_round(self, received: Received) -> None:

@@ -46,6 +46,11 @@ class Broadcast:
     models: dict[int, Tensor]
     up_to_date: set[int]
 
+    @property
+    def outdated(self) -> set[int]:
+        """The clients that start from an older model."""
+        return set(self.models) - self.up_to_date
+
 
 class Transport:
     """The transport of messages through the channels of their link, in list order.
@@ -84,7 +89,7 @@ class Transport:
             rule: The aggregation rule.
             drawn_uniformly: See :class:`~lightning_fedhaw.channel.base.ChannelContext`.
             clients_remember: Whether messages of clients depend on earlier rounds, apart from the downlink's channels.
-            is_probe: Whether the messages are those of a rule's probe.
+            is_probe: Whether the messages are those of a rule's probe or inquiry.
         """
         remember = clients_remember or any(channel.remembers for channel in self.downlink)
         contents = [content for payload in self.payloads for content in payload.contents]
@@ -166,6 +171,21 @@ class Transport:
             # The model that most clients share is rounded already.
             received[client] = model if model is sent else self.layout.rounded(model)
         return Broadcast(received, up_to_date)
+
+    def deliver(self, round_idx: int, clients: Sequence[int], vector: Tensor) -> dict[int, Tensor]:
+        """Send a vector down in a message that is known to arrive, and return what each client received.
+
+        Args:
+            round_idx: The round's number.
+            clients: The clients that receive it.
+            vector: ``[P]``.
+        """
+        received: dict[int, Tensor] = {}
+        for client in clients:
+            received[client] = vector
+            for channel in self.downlink:
+                received[client] = self._through(channel, received[client], round_idx, client)
+        return received
 
     # ------------------------------------------------------------------ up
 

@@ -13,7 +13,7 @@ from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.federation.client_evaluation import measured_on
 from lightning_fedhaw.federation.client_statistics import client_statistics
 from lightning_fedhaw.federation.federation import Federation
-from lightning_fedhaw.federation.records import PROBE_COUNTS
+from lightning_fedhaw.federation.records import INQUIRY_COUNTS, PROBE_COUNTS
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.options import FederationOptions, repr_settings
 from lightning_fedhaw.report.history import RunHistory
@@ -60,8 +60,8 @@ def start_up_line(federation: Federation, callbacks: Iterable[Callback], assumed
 
 def _traffic(federation: Federation, cohort_size: int) -> str:
     """Describe how much is sent in a round: one message down and one up for each client that takes part."""
-    down = cohort_size * federation.message_bytes("downlink") / 1e6
-    up = cohort_size * federation.message_bytes("uplink") / 1e6
+    down = cohort_size * federation.transport.message_bytes("downlink") / 1e6
+    up = cohort_size * federation.transport.message_bytes("uplink") / 1e6
     if down == up:
         return f"{down:.3g} MB each way"
     return f"{down:.3g} MB down and {up:.3g} MB up"
@@ -139,6 +139,8 @@ def run_summary(
     probe = {}
     if rule.probe is not None:
         probe = {name: getattr(tally, name) for name in PROBE_COUNTS}
+    if tally.answers:
+        probe.update({name: getattr(tally, name) for name in INQUIRY_COUNTS})
     record = RunRecord(
         rule=type(rule).__name__,
         channels=[f"{type(channel).__name__} ({channel.link})" for channel in channels],

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_INCIDENTS = ("lost_messages", "nonfinite_updates", "skipped_rounds", "skipped_steps", "skipped_probes")
+_INCIDENTS = (
+    "lost_messages",
+    "nonfinite_updates",
+    "nonfinite_answers",
+    "skipped_rounds",
+    "skipped_steps",
+    "skipped_probes",
+)
 STATISTICS = {
     "validation": "validation",
     "mean": "mean",
@@ -75,6 +82,9 @@ def _federation_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if "probe_answers" in summary:
         rows.append(("probe", _probe_words(summary)))
+    if "answers" in summary:
+        count = summary["second_derivatives"]
+        rows.append(("inquiries", f"{summary['answers']} answers, {count} products with second derivatives"))
     incidents = []
     for name in _INCIDENTS:
         if summary.get(name):

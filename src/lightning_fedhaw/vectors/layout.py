@@ -93,6 +93,19 @@ class ParameterLayout:
             local=tuple(local_names),
         )
 
+    @classmethod
+    def of_tensors(cls, named: Mapping[str, Tensor]) -> ParameterLayout:
+        """Make the layout of named tensors, in their order."""
+        dtype = torch.float32
+        for tensor in named.values():
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        return cls(
+            names=tuple(named),
+            shapes=tuple(tensor.shape for tensor in named.values()),
+            dtypes=tuple(tensor.dtype for tensor in named.values()),
+            dtype=dtype,
+        )
+
     @property
     def numel(self) -> int:
         """P, the number of trainable parameters."""
