@@ -70,7 +70,17 @@ def test_personalization(tmp_path):
     assert len(table.strip().splitlines()) == 3 + 4 + 1
 
 
-@pytest.mark.parametrize("name", ["learned_client_rate", "learned_server_optimizer", "learned_weighting"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data_cleaning",
+        "hyper_representation",
+        "learned_client_rate",
+        "learned_server_optimizer",
+        "learned_weighting",
+        "loss_tuning",
+    ],
+)
 def test_what_is_learned(name, tmp_path):
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py"), "--rounds", "2", "--output", "pictures"],
@@ -80,5 +90,5 @@ def test_what_is_learned(name, tmp_path):
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    assert "learned" in done.stdout
+    assert f"picture: pictures/{name}.png" in done.stdout
     assert (tmp_path / "pictures" / f"{name}.png").stat().st_size > 5_000

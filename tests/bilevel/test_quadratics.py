@@ -169,7 +169,7 @@ def test_rounds_of_an_outer_step(rule: Any, rounds: int) -> None:
 
 def test_single_loop_converges_to_the_bilevel_solution() -> None:
     module = Quadratic()
-    play(SimFBOCallback("x", lower_lr=0.3, upper_lr=0.2), module, rounds=300)
+    play(SimFBOCallback("x", lower_lr=0.5, upper_lr=0.5), module, rounds=60)
     hessian = H.mean(0)
     # y*(x) = H^-1 (B x + c); F(x) = mean |y* - a|^2 / 2 + 0.05 x^2, whose derivative is zero at x.
     slope = torch.linalg.solve(hessian, B.mean(0))
@@ -194,6 +194,42 @@ def test_clients_and_server_agree_on_the_vector_without_a_series() -> None:
     own = hypergradient(FedNestCallback("x", terms=2, series="own", upper_lr=1.0))
     average = hypergradient(FedNestCallback("x", terms=2, upper_lr=1.0))
     assert own != pytest.approx(average, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(AggITDCallback, "x", lower_rounds=16, q="sum"),
+        partial(FedNestCallback, "x", terms=16),
+        partial(FedNestCallback, "x", terms=16, series="own"),
+        partial(SimFBOCallback, "x"),
+    ],
+)
+def test_a_vector_that_explodes_ends_the_run_or_is_clipped(make: Any) -> None:
+    # The largest eigenvalue of the mean Hessian is 2.1, so the rate has to be below 0.95.
+    settings = {"lower_lr": 3.0, "upper_lr": 1e-9}
+    module = Quadratic()
+    with pytest.raises(FloatingPointError, match=r"explodes: its norm grew from .*\(3\) must be .* Lower `lower_lr`"):
+        play(make(**settings), module, rounds=20)
+    assert torch.isfinite(torch.cat([module.x, module.y])).all()
+    rule = make(**settings, clip=2.0)
+    play(rule, Quadratic(), rounds=18)
+    assert float(torch.linalg.vector_norm(rule.state["vector"])) <= 2.0 + 1e-9
+
+
+def test_the_rates_of_a_schedule() -> None:
+    class Slowing(Quadratic):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD([self.y], lr=RATE)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+    found = hypergradient(AggITDCallback("x", lower_rounds=2, q="sum", upper_lr=1.0), Slowing())
+    # Each round multiplies by the rate of its lower step.
+    hessian = H.mean(0)
+    first = RATE * (B.mean(0) + C.mean(0))
+    z = -A.mean(0)
+    z = z - RATE / 2 * hessian @ z + first - A.mean(0)
+    assert found == pytest.approx(0.1 + RATE / 4 * float(B.mean(0) @ z), abs=1e-12)
 
 
 def test_a_series_without_its_factor() -> None:

@@ -209,7 +209,9 @@ def test_messages_of_the_probe_go_through_the_channels_with_draws_of_their_own()
     summed, _ = ask(Probe("cohort"), callbacks=[OverTheAirChannel(snr_db=40.0)])
     assert summed.heard[0].gradient.tolist() == pytest.approx(clear.heard[0].gradient.tolist(), rel=0.2)
     assert not torch.equal(summed.heard[0].gradient, clear.heard[0].gradient)
-    with pytest.raises(ValueError, match="accounts for one message a client and round, and the probe of Listener"):
+    with pytest.raises(
+        ValueError, match="accounts for one message a client and round, and Listener asks clients for further ones"
+    ):
         private = DifferentialPrivacyChannel(1.0, 0.5, delta=None)
         train(rule=Listener(Probe(), weighting="uniform"), callbacks=[private])
 

@@ -78,6 +78,11 @@ class AggITDCallback(BilevelRule):
         self.q: StartOfProduct = arguments.choice("q", q, StartOfProduct)
         self.lower: LowerSteps = arguments.choice("lower", lower, LowerSteps)
 
+    @property
+    def clients_train(self) -> bool:
+        """Whether lower steps are those of the clients' optimizer."""
+        return self.lower == "sgd"
+
     def outer_rounds(self) -> Sequence[OuterRound]:
         """List the lower rounds, and the rounds of the upper step."""
         rounds: list[OuterRound] = []

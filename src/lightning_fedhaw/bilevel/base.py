@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
+from lightning_fedhaw.adapter.trainer_attributes import callbacks_of
 from lightning_fedhaw.aggregation.base import AggregationRule, Weighting
 from lightning_fedhaw.aggregation.factories import OptimizerFactory, check_optimizer, optimizer_step
 from lightning_fedhaw.bilevel.estimates import (
@@ -26,6 +27,7 @@ from lightning_fedhaw.bilevel.estimates import (
 from lightning_fedhaw.bilevel.variables import UpperVariables
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.inquiry import Answer, Answers, Inquiry, LocalProblem
+from lightning_fedhaw.objectives.base import find_objectives
 from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.options import repr_settings
 from lightning_fedhaw.rule import RuleOutput, ServerView, State
@@ -119,6 +121,8 @@ class BilevelRule(AggregationRule):
         self.lower_lr = arguments.optional(arguments.number, "lower_lr", lower_lr, above=0)
         self.clip = arguments.optional(arguments.number, "clip", clip, above=0)
         self.weighting: Weighting = arguments.choice("weighting", weighting, Weighting)
+        # Their rates are refused where they differ from client to client.
+        self.needs_learning_rates = self.lower_lr is None
         self._rate = self.lower_lr or 0.0
         self._layout: ParameterLayout | None = None
 
@@ -127,6 +131,11 @@ class BilevelRule(AggregationRule):
     @abstractmethod
     def outer_rounds(self) -> Sequence[OuterRound]:
         """List the communication rounds of one outer step, in their order."""
+
+    @property
+    def clients_train(self) -> bool:
+        """Whether clients train lower variables with their optimizer, in some round."""
+        return False
 
     @property
     def rounds_per_outer_step(self) -> int:
@@ -380,6 +389,28 @@ class BilevelRule(AggregationRule):
                 f"The upper loss '{self.upper_loss}' is logged by `validation_step`, and {name} has none. Implement it,"
                 " or implement `upper_step(batch, batch_idx)` and give `upper_loss=None`."
             )
+
+        objectives = [type(objective).__name__ for objective in find_objectives(callbacks_of(trainer))]
+        if objectives and not self.clients_train:
+            raise ValueError(self._no_training(f"client objectives ({', '.join(objectives)}) would change nothing"))
+
+    def check(self, server: ServerView) -> None:
+        """Read the dtypes of the upper variables, which the trainer's precision has set by now.
+
+        Raises:
+            ValueError: If there are parameters that stay with the clients, and nobody would train them.
+        """
+        self.upper.update_layout()
+        if server.layout.local and not self.clients_train:
+            raise ValueError(
+                self._no_training("parameters that stay with the clients (`local_parameters`) would never be trained")
+            )
+
+    def _no_training(self, consequence: str) -> str:
+        return (
+            f"In the rounds of {self.describe()} clients answer with gradients and do not train with their optimizer,"
+            f' so {consequence}. Use `AggITDCallback(lower="sgd")` or `FedNestCallback(variant="FedNest_SGD")`.'
+        )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make the upper variables trainable again."""

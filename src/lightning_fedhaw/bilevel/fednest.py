@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_fedhaw import arguments
 from lightning_fedhaw.bilevel.base import BilevelRule, LowerSteps, OuterRound, Progress
-from lightning_fedhaw.bilevel.estimates import local_hypergradient, multiplied, neumann_sum
+from lightning_fedhaw.bilevel.estimates import local_hypergradient, multiplied, neumann_sum, within
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.inquiry import Answer, Answers, Inquiry, LocalProblem
 from lightning_fedhaw.rule import ServerView, State
@@ -90,6 +90,11 @@ class FedNestCallback(BilevelRule):
         self.series: Series = arguments.choice("series", series, Series)
         self.scales_series = arguments.flag("scales_series", scales_series)
 
+    @property
+    def clients_train(self) -> bool:
+        """Whether lower steps are those of the clients' optimizer."""
+        return LOWER_STEPS[self.variant] == "sgd"
+
     def outer_rounds(self) -> Sequence[OuterRound]:
         """List the lower updates, the powers of the series, and the rounds of the upper step."""
         rounds: list[OuterRound] = []
@@ -116,7 +121,9 @@ class FedNestCallback(BilevelRule):
     def _start_series(self, cohort: Cohort, answers: Answers | None, state: State) -> Progress:
         assert answers is not None
         power = answers.vectors["power"]
-        return Progress({"power": power, "vector": power, "first_norm": float(torch.linalg.vector_norm(power))})
+        norm = float(torch.linalg.vector_norm(power))
+        power = self.checked_vector(power, norm)
+        return Progress({"power": power, "vector": power, "first_norm": norm})
 
     def _ask_power(self, state: State, server: ServerView) -> Inquiry:
         def answer(problem: LocalProblem, sent: Mapping[str, Tensor]) -> Answer:
@@ -127,7 +134,7 @@ class FedNestCallback(BilevelRule):
     def _add_power(self, cohort: Cohort, answers: Answers | None, state: State) -> Progress:
         assert answers is not None
         power = self.checked_vector(answers.vectors["power"], state["first_norm"])
-        return Progress({"power": power, "vector": state["vector"] + power})
+        return Progress({"power": power, "vector": within(state["vector"] + power, self.clip)})
 
     # ------------------------------------------------------------------ series of the clients' own Hessians
 

@@ -47,6 +47,7 @@ class UpperVariables:
         self.patterns = tuple(patterns)
         self.layout = self.shared = self.placed = ParameterLayout.of_tensors({})
         self._parameters: dict[str, nn.Parameter] = {}
+        self._placed_names: set[str] = set()
 
     def __repr__(self) -> str:
         if len(self.patterns) == 1:
@@ -72,16 +73,22 @@ class UpperVariables:
                 f"`upper`={self!r} names all {len(trainable)} trainable parameters, and none is left for clients to"
                 " train. Leave some out, such as the head of the model."
             )
-        placed_names = _client_placed(module)
-        # In the module's order, whatever the order of the patterns.
-        shared = {name: trainable[name] for name in trainable if name in upper and name not in placed_names}
-        placed = {name: trainable[name] for name in trainable if name in upper and name in placed_names}
-        self._parameters = {**shared, **placed}
+        self._placed_names = _client_placed(module) & upper.keys()
+        # In the module's order, whatever the order of the patterns, those that are shared first.
+        names = [name for name in trainable if name in upper]
+        names.sort(key=lambda name: name in self._placed_names)
+        self._parameters = {name: trainable[name] for name in names}
+        self.update_layout()
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(False)
+
+    def update_layout(self) -> None:
+        """Read shapes and dtypes again, which a trainer may have changed since the upper variables were frozen."""
+        shared = {name: p for name, p in self._parameters.items() if name not in self._placed_names}
+        placed = {name: p for name, p in self._parameters.items() if name in self._placed_names}
         self.layout = ParameterLayout.of_tensors(self._parameters)
         self.shared = ParameterLayout.of_tensors(shared)
         self.placed = ParameterLayout.of_tensors(placed)
-        for parameter in self._parameters.values():
-            parameter.requires_grad_(False)
 
     def release(self) -> None:
         """Make the upper variables trainable again."""

@@ -308,7 +308,7 @@ class Federation:
             self.shared_states.record_broadcast(broadcast.up_to_date)
         lost = self.transport.uplink_outages(round_idx, list(broadcast.models))
         factors = self.sampling.inverse_probabilities(clients)
-        return RoundPlan(round_idx, clients, start, broadcast.models, lost, factors)
+        return RoundPlan(round_idx, clients, start, broadcast.models, lost, factors, broadcast.outdated)
 
     def _make_stores(self, plan: RoundPlan, capacity: int) -> RoundStores:
         """Make the stores of the vectors that this process's clients send."""
@@ -481,12 +481,7 @@ class Federation:
         return cohort_of(plan, received, vectors, learning_rates, self.rule, tangents, inquired.answers)
 
     def _report(
-        self,
-        plan: RoundPlan,
-        received: Received,
-        aggregation: Aggregation,
-        probed: Probed,
-        inquired: Inquired,
+        self, plan: RoundPlan, received: Received, aggregation: Aggregation, probed: Probed, inquired: Inquired
     ) -> Report:
         """Count the costs of the round, and make its report."""
         updates = received.updates

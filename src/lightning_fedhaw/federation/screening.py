@@ -128,7 +128,7 @@ class Screening:
         updates = received.updates
         self._count_round(received)
         # If channels lost most of the cohort, the few clients that trained may be the few that always fail.
-        if not updates and len(plan.trainees) > len(plan.clients) / 2:
+        if received.excluded and not updates and len(plan.trainees) > len(plan.clients) / 2:
             raise self._divergence(f"Every client of round {plan.round} returned non-finite values", received)
         if self.nonfinite_rounds >= self.options.max_nonfinite_rounds:
             raise self._divergence(

@@ -46,6 +46,11 @@ class Broadcast:
     models: dict[int, Tensor]
     up_to_date: set[int]
 
+    @property
+    def outdated(self) -> set[int]:
+        """The clients that start from an older model."""
+        return set(self.models) - self.up_to_date
+
 
 class Transport:
     """The transport of messages through the channels of their link, in list order.
