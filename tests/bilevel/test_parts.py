@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from federations import QUIET, samples
 from lightning_fedhaw import FederatedDataModule, FederatedTrainer, IndexPartitioner
@@ -179,7 +179,7 @@ def test_class_logits_by_hand() -> None:
 
 
 def test_samples_with_their_numbers() -> None:
-    images = [(torch.zeros(2), 1), (torch.ones(2), 0)]
+    images = Subset(TensorDataset(torch.eye(4), torch.tensor([3, 1, 2, 0])), [2, 3])
     numbered = with_indices(images)
     assert len(numbered) == 2
-    assert numbered[1][1:] == (0, 1)
+    assert numbered[1][1:] == (torch.tensor(0), 1)
