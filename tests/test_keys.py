@@ -32,7 +32,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_p
 # Written down once. A class may be renamed, and its line here gets the new name on the left; the right side stays.
 KEYS = {
     "AggregationRule": "AggregationRule",
+    "AggITDCallback": "AggITDCallback",
     "FedAdagradCallback": "FedAdagradCallback",
+    "FedNestCallback": "FedNestCallback",
+    "SimFBOCallback": "SimFBOCallback",
     "FedAdamCallback": "FedAdamCallback",
     "FedAdpCallback": "FedAdpCallback",
     "FedAWACallback": "FedAWACallback",

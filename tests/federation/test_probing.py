@@ -164,6 +164,21 @@ def test_answers_that_are_lost_are_left_out_and_without_any_nothing_is_learned()
     assert runner.federation_summary["skipped_probes"] == 1
 
 
+class Misses(ErasureChannel):
+    """Keeps the model of round 1 from client 0, which then trains that of round 0."""
+
+    def outage(self, round_idx, clients, seed):
+        return torch.tensor([round_idx == 1 and client == 0 for client in clients])
+
+
+def test_a_client_with_an_outdated_model_does_not_answer():
+    rule, _ = ask(Probe("cohort"), rounds=2, callbacks=[Misses(0.1, link="downlink", fallback="reuse_model")])
+    first, second = rule.heard
+    assert first.clients.tolist() == [0, 1]
+    assert second.clients.tolist() == [1]
+    assert torch.allclose(second.gradient, second.model - torch.tensor([0.0, 6.0]))
+
+
 class Spoiled(Point):
     """The loss of a client is not a number where one of its points is far away."""
 

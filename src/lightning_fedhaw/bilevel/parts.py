@@ -139,7 +139,9 @@ def with_indices(dataset: Any) -> Any:
         >>> with_indices(TensorDataset(torch.zeros(5, 2)))[3]
         (tensor([0., 0.]), tensor(3))
     """
-    if not isinstance(dataset, (list, tuple)):
+    # A list of samples is a data set; a list of data sets is one for each client.
+    is_list = isinstance(dataset, (list, tuple)) and all(isinstance(own, Dataset) for own in dataset)
+    if not is_list:
         return _counted(dataset, 0)
     first = 0
     numbered: list[Any] = []
