@@ -243,6 +243,40 @@ def test_anchors_that_repeat_each_other_without_end_are_refused(parser, link, ca
     assert "its anchors repeat each other to more than 1,000,000 values" in capsys.readouterr().err
 
 
+def deep(levels):
+    return "".join("  " * level + "a:\n" for level in range(levels))
+
+
+def chained(levels):
+    lines = ["a0: &a0 {x: 1}"]
+    for level in range(1, levels):
+        lines.append(f"a{level}: &a{level} {{x: *a{level - 1}}}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("text", [deep(200), chained(200)])
+def test_values_within_values_are_limited(parser, text, capsys):
+    Path("deep.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--config=deep.yaml"])
+    assert "it is nested too deeply: it has more than 100 values within each other" in capsys.readouterr().err
+
+
+def test_a_value_that_yaml_cannot_read_is_one_sentence(parser, capsys):
+    # Python limits the digits of numbers.
+    Path("value.yaml").write_text(f"trainer:\n  rounds: {'9' * 5000}\n")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--config=value.yaml"])
+    assert "it holds a value that cannot be read" in capsys.readouterr().err
+
+
+def test_a_checkpoint_instead_of_a_configuration_is_one_sentence(capsys):
+    torch.save({"weights": torch.arange(250.0)}, "last.ckpt")
+    with pytest.raises(SystemExit):
+        run("fit", "--config=last.ckpt")
+    assert "A configuration must be a text in UTF-8" in capsys.readouterr().err
+
+
 def test_ordinary_anchors_are_read(parser):
     Path("anchors.yaml").write_text("federation:\n  local_parameters: &names [a.*, b]\n  buffers: keep\n")
     config = parser.parse_args([*TASK, "--rule=FedAvgCallback", "--config=anchors.yaml"])

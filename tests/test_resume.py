@@ -344,3 +344,55 @@ def test_the_closing_table_says_nothing_twice():
     runner = trainer(rounds=1)
     runner.fit(Both(), loader())
     assert set(runner.federation_summary["metrics"]) == {"train_loss", "both"}
+
+
+class Phases(pl.Callback):
+    """Notes when rounds begin."""
+
+    def __init__(self):
+        self.rounds = 0
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.rounds += 1
+
+
+def without_times(trainer):
+    return {name: value for name, value in trainer.federation_summary.items() if name != "seconds"}
+
+
+def test_a_run_that_ended_before_its_summary_reports_when_it_is_resumed(tmp_path):
+    def run(rounds, ckpt_path=None):
+        phases = Phases()
+        runner = trainer(rounds=rounds, rule=rule(), callbacks=[phases])
+        module = Classifier()
+        runner.fit(module, loader(), val_loader(), ckpt_path=ckpt_path)
+        return runner, module, phases
+
+    whole, module, _ = run(2)
+    file = str(tmp_path / "finished.ckpt")
+    whole.save_checkpoint(file)
+    resumed, again, phases = run(2, file)
+    assert phases.rounds == 0
+    assert resumed.current_epoch == resumed.global_step == 2
+    assert torch.equal(flat(again), flat(module))
+    assert without_times(resumed) == without_times(whole)
+    assert "val_acc" in resumed.federation_summary["client_metrics"]
+    # A second `fit` has nothing to do either, and keeps the summary.
+    resumed.fit(again, loader(), val_loader())
+    assert phases.rounds == 0
+    assert without_times(resumed) == without_times(whole)
+    # And what was written or counted meanwhile does not change the rounds that follow.
+    resumed.save_checkpoint(file)
+    assert torch.equal(flat(run(3, file)[1]), flat(run(3)[1]))
+
+
+def test_another_optimizer_is_refused_by_the_name_of_its_settings(tmp_path):
+    first = trainer(rounds=1)
+    first.fit(Classifier(partial(torch.optim.SGD, lr=0.05)), loader())
+    file = str(tmp_path / "sgd.ckpt")
+    first.save_checkpoint(file)
+    resumed = trainer(rounds=2)
+    with pytest.raises(
+        ValueError, match=r"sgd.ckpt' was written with another optimizer: it lacks `betas`, `eps` of Adam"
+    ):
+        resumed.fit(Classifier(partial(torch.optim.Adam, lr=0.05)), loader(), ckpt_path=file)

@@ -423,6 +423,17 @@ def overfit_batches(door: int) -> None:
     refuses(door, "overfit_batches=2.*Use `limit_train_batches`", overfit_batches=2)
 
 
+@pytest.mark.parametrize("door", [1, 2])
+@pytest.mark.parametrize("name", ["accumulate_grad_batches", "check_val_every_n_epoch"])
+def test_intervals_of_zero_are_refused(door, name):
+    refuses(door, f"`{name}` must be a whole number of at least 1, got 0", **{name: 0})
+
+
+@pytest.mark.parametrize("door", [1, 2])
+def test_clipping_to_nan_is_refused(door):
+    refuses(door, "`gradient_clip_val` must be a number, got nan", gradient_clip_val=float("nan"))
+
+
 @row
 def val_check_interval(door: int) -> None:
     for arguments, rounds in (

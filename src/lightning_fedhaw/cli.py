@@ -168,6 +168,13 @@ class FederatedCLI(LightningCLI):
                 raise
             self._parser(self.subcommand).error(str(refusal), error)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and refuse a configuration that is another kind of file, such as a checkpoint, in one sentence."""
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            parser.error(f"A configuration must be a text in UTF-8, got a file that is not ({error}).", error)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the federation's groups; a class that overrides this calls it too."""
         parser.add_class_arguments(

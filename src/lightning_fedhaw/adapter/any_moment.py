@@ -174,6 +174,23 @@ def _state_to_save(trainer: pl.Trainer) -> BetweenRounds | None:
 class AnyMomentConnector(_CheckpointConnector):
     """Puts checkpoints together, at any moment and in any thread."""
 
+    def restore_optimizers(self) -> None:
+        """Restore the optimizers, which have to be of the classes that the checkpoint was written with.
+
+        Raises:
+            ValueError: If one of them lacks a setting afterwards.
+        """
+        super().restore_optimizers()
+        for optimizer in self.trainer.strategy.optimizers:
+            for group in optimizer.param_groups:
+                missing = [name for name in optimizer.defaults if name not in group]
+                if missing:
+                    raise ValueError(
+                        f"The checkpoint {str(self.trainer.ckpt_path)!r} was written with another optimizer: it lacks"
+                        f" {', '.join(f'`{name}`' for name in missing)} of {type(optimizer).__name__}. Resume with the"
+                        " optimizer of that run, or start a new run from its weights with `load_from_checkpoint`."
+                    )
+
     def dump_checkpoint(self, weights_only: bool | None = None) -> dict[str, Any]:
         """Return the content of a checkpoint."""
         with GATE:

@@ -170,6 +170,13 @@ class RoundLoop(_FitLoop):
             self.federation.close()
         release()
 
+    @property
+    def skip(self) -> bool:
+        """Whether a fit ends without a run; one whose rounds are all over still evaluates the clients and reports."""
+        if self.epoch_loop.global_step > 0 and self._assigned is not None:
+            return False
+        return bool(super().skip)
+
     def teardown(self) -> None:
         """Finish, after callbacks have saved what was left of an interrupted run."""
         self.between_rounds = None

@@ -12,6 +12,8 @@ from lightning.pytorch.accelerators import Accelerator, MPSAccelerator
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_fedhaw import arguments
+
 # By name: not every version of Lightning has all of them.
 _CALLBACKS: dict[str, str] = {
     "StochasticWeightAveraging": "it replaces learning-rate schedules and batch-norm statistics in the middle of a fit."
@@ -127,7 +129,17 @@ def check_trainer(trainer: pl.Trainer, *, sync_batchnorm: bool = False) -> None:
         )
     if sync_batchnorm:
         _refuse("sync_batchnorm=True", "clients never see each other's batches. Choose a policy with `buffers=`")
+    _check_numbers(trainer)
     _check_validation_interval(trainer)
+
+
+def _check_numbers(trainer: pl.Trainer) -> None:
+    """Refuse numbers that Lightning accepts, and fails with in the middle of a run."""
+    arguments.integer("accumulate_grad_batches", trainer.accumulate_grad_batches, minimum=1)
+    if trainer.check_val_every_n_epoch is not None:
+        arguments.integer("check_val_every_n_epoch", trainer.check_val_every_n_epoch, minimum=1)
+    if trainer.gradient_clip_val is not None:
+        arguments.number("gradient_clip_val", trainer.gradient_clip_val, infinite=True)
 
 
 def _check_validation_interval(trainer: pl.Trainer) -> None:
