@@ -396,3 +396,9 @@ def test_another_optimizer_is_refused_by_the_name_of_its_settings(tmp_path):
         ValueError, match=r"sgd.ckpt' was written with another optimizer: it lacks `betas`, `eps` of Adam"
     ):
         resumed.fit(Classifier(partial(torch.optim.Adam, lr=0.05)), loader(), ckpt_path=file)
+
+
+def test_other_rates_of_clients_are_said():
+    fit(2, client_lr_scale=0.5)
+    with pytest.warns(UserWarning, match=r"other settings of a round: `client_lr_scale` from 0.5 to 2.0"):
+        fit(3, "kept/last.ckpt", client_lr_scale=2.0)

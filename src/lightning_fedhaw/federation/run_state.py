@@ -277,9 +277,12 @@ class RunState:
 
     @property
     def round_options(self) -> dict[str, Any]:
-        """The values of ``ROUND_OPTIONS``, and the batch size."""
+        """The values of ``ROUND_OPTIONS``, the batch size, and the clients' rates unless a function gives them."""
         options = {name: getattr(self.options, name) for name in ROUND_OPTIONS}
-        return {**options, "batch_size": self.data.settings.batch_size}
+        options["batch_size"] = self.data.settings.batch_size
+        if not callable(self.options.client_lr_scale):
+            options["client_lr_scale"] = self.options.client_lr_scale
+        return options
 
     def check_agreement(self) -> None:
         """Refuse to continue where processes have different data or another split.
@@ -439,7 +442,7 @@ class RunState:
         current = self.round_options
         changes = []
         for name, value in state["round_options"].items():
-            if value != current[name]:
+            if name in current and value != current[name]:
                 changes.append(f"`{name}` from {value} to {current[name]}")
         if changes:
             rank_zero_warn(f"The run is resumed with other settings of a round: {', '.join(changes)}.")
