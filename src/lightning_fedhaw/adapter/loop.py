@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -151,17 +151,15 @@ class RoundLoop(_FitLoop):
 
     def run(self) -> None:
         """Run the rounds, and leave nothing on the device, however they end."""
-        with ExitStack() as end:
-            end.callback(self._close_after_failure)
+        try:
             with ending_together(self.trainer):
                 super().run()
-            end.pop_all()
+        except BaseException:
+            # A device that has failed may fail here again, and the first error is the one that says why.
+            with suppress(RuntimeError):
+                self._close()
+            raise
         self._close()
-
-    def _close_after_failure(self) -> None:
-        # A device that has failed may fail here again, and the first error is the one that says why.
-        with suppress(RuntimeError):
-            self._close()
 
     def _close(self) -> None:
         if self._assigned is not None:
@@ -248,10 +246,8 @@ class RoundLoop(_FitLoop):
 
     def _warn_if_modules_in_eval_mode(self) -> None:
         """Warn as Lightning does, unless only frozen modules are in evaluation mode, where they belong."""
-        for module in self.trainer.lightning_module.modules():
-            if not module.training and trainable(module):
-                super()._warn_if_modules_in_eval_mode()
-                return
+        if any(not module.training and trainable(module) for module in self.trainer.lightning_module.modules()):
+            super()._warn_if_modules_in_eval_mode()
 
     def _iteration_based_training(self) -> bool:
         """Return False: with ``max_steps`` too, a step is a whole epoch, and a resumed run continues its count."""
