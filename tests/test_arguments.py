@@ -165,6 +165,7 @@ ANYTHING = {
 # What the package makes and users read: no user writes these calls.
 RECORDS = {"Arrivals", "Batch", "ClientData", "ClientUpdate", "ClientVectors", "Cohort", "Substitute", "LoaderSettings"}
 RECORDS |= {
+    "Histogram",
     "LocalTraining",
     "Aggregated",
     "Eigenvalues",

@@ -90,5 +90,5 @@ def test_what_is_learned(name, tmp_path):
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    assert f"picture: pictures/{name}.png" in done.stdout
+    assert f"pictures/{name}.png" in done.stdout
     assert (tmp_path / "pictures" / f"{name}.png").stat().st_size > 5_000

@@ -143,7 +143,7 @@ def test_the_closing_table_says_what_was_spent_by_the_sampling_in_use(capsys, tm
 
 def test_without_the_extra_there_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    with pytest.raises(ModuleNotFoundError, match=r'`pip install "lightning-fedhaw\[privacy\]"`'):
+    with pytest.raises(ModuleNotFoundError, match="`pip install dp-accounting`"):
         fit(DifferentialPrivacyChannel(1.0, 1.0))
     fit(DifferentialPrivacyChannel(1.0, 1.0, delta=None))
 

@@ -67,7 +67,7 @@ def test_picture_touches_no_global_state():
 
 def test_matplotlib_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r'`draw_histogram` needs .* `pip install "lightning-fedhaw\[plot\]"`'):
+    with pytest.raises(ImportError, match="`draw_histogram` needs .* `pip install matplotlib`"):
         draw_histogram(SMALL)
 
 
