@@ -171,9 +171,8 @@ class RoundLoop(_FitLoop):
     @property
     def skip(self) -> bool:
         """Whether a fit ends without a run; one whose rounds are all over still evaluates the clients and reports."""
-        if self.epoch_loop.global_step > 0 and self._assigned is not None:
-            return False
-        return bool(super().skip)
+        has_rounds = self.epoch_loop.global_step > 0 and self._assigned is not None
+        return bool(super().skip) and not has_rounds
 
     def teardown(self) -> None:
         """Finish, after callbacks have saved what was left of an interrupted run."""
@@ -525,8 +524,7 @@ def _state_for_second_fit(federation: Federation, previous: Federation) -> dict[
     # Rounded as the module rounds them: a module in bfloat16 cannot hold the server's float32 vector.
     at_end = federation.layout.rounded(previous.server.parameters())
     if not torch.equal(at_end.to(present.device), present):
-        # The user has changed the weights since.
-        state.pop("parameters", None)
+        state.pop("parameters", None)  # the user has changed the weights since
     return state
 
 
