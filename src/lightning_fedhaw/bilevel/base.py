@@ -124,7 +124,6 @@ class BilevelRule(AggregationRule):
         # Their rates are refused where they differ from client to client.
         self.needs_learning_rates = self.lower_lr is None
         self._rate = self.lower_lr or 0.0
-        self._layout: ParameterLayout | None = None
 
     # ------------------------------------------------------------------ the outer step
 
@@ -148,7 +147,6 @@ class BilevelRule(AggregationRule):
 
     def inquiry(self, state: State, server: ServerView) -> Inquiry | None:
         """Return what the clients of the next round are asked for."""
-        self._layout = server.layout
         return self.outer_rounds()[state["position"]].ask(state, server)
 
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
@@ -389,7 +387,6 @@ class BilevelRule(AggregationRule):
                 f"The upper loss '{self.upper_loss}' is logged by `validation_step`, and {name} has none. Implement it,"
                 " or implement `upper_step(batch, batch_idx)` and give `upper_loss=None`."
             )
-
         objectives = [type(objective).__name__ for objective in find_objectives(callbacks_of(trainer))]
         if objectives and not self.clients_train:
             raise ValueError(self._no_training(f"client objectives ({', '.join(objectives)}) would change nothing"))

@@ -5,7 +5,6 @@ Shapes: P trainable parameters, U parameters that only the server changes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +13,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.channel.base import Channel, Link
+from lightning_fedhaw.channel.base import Link
 from lightning_fedhaw.clients.engine import Engine
 from lightning_fedhaw.clients.steps import Host, turns
 from lightning_fedhaw.cohort import ClientUpdate
@@ -37,8 +36,6 @@ from lightning_fedhaw.server import Server, all_finite
 from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
 from lightning_fedhaw.vectors.layout import ParameterLayout
-
-_NO_VECTOR = torch.empty(0)
 
 
 class ServerParametersPayload:
@@ -154,7 +151,7 @@ class Inquiries:
         self.ranks = ranks
         self.seed = seed
         self.screening = screening
-        self._channels: list[Channel] = [*transport.uplink, *transport.downlink]
+        self.transport = transport
         self._transports: dict[tuple[str, ParameterLayout], Transport] = {}
         self._passes: dict[bool, ClientData] = {}
         if type(rule).inquiry is Rule.inquiry:
@@ -364,13 +361,10 @@ class Inquiries:
         """Return the transport of one vector, whose channels forget earlier messages."""
         transport = self._transports.get((name, layout))
         if transport is None:
-            channels = [copy.copy(channel) for channel in self._channels]
-            transport = Transport(channels, layout, [], seed_of(self.seed, "inquiry", name))
             sizes = self.data.num_examples
-            transport.prepare(sizes, self.rule, drawn_uniformly=None, clients_remember=False, is_probe=True)
+            transport = self.transport.for_further_messages(layout, sizes, self.rule, "inquiry", name)
             self._transports[name, layout] = transport
-        for channel in (*transport.uplink, *transport.downlink):
-            channel.reset()
+        transport.forget()
         return transport
 
     def _bytes(self, inquiry: Inquiry, plan: RoundPlan, clients: Sequence[int]) -> tuple[int, int]:

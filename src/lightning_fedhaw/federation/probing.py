@@ -5,7 +5,6 @@ Shapes: C clients have answered, P trainable parameters.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.clients.engine import Engine
 from lightning_fedhaw.clients.steps import Host, turns
 from lightning_fedhaw.cohort import ClientUpdate
@@ -140,13 +138,9 @@ class Probing:
             self.data = with_batch_size(self.data, probe.batch_size)
         self._is_size_open = probe.batch_size is None and probe.source != "proxy"
         self._check_source(probe)
-        channels: list[Channel] = []
-        if probe.source != "proxy":
-            channels = [copy.copy(channel) for channel in (*transport.uplink, *transport.downlink)]
-        self.transport = Transport(channels, server.layout, [], seed_of(self.seed, "probe"))
-        self._forget_messages()
-        sizes = self.data.num_examples
-        self.transport.prepare(sizes, rule, drawn_uniformly=None, clients_remember=False, is_probe=True)
+        self.transport = transport.for_further_messages(
+            server.layout, self.data.num_examples, rule, "probe", has_channels=probe.source != "proxy"
+        )
 
     def _check_source(self, probe: Probe) -> None:
         """Refuse a probe of data that is not there."""
@@ -174,11 +168,6 @@ class Probing:
         if self.data.evaluation is not None:
             held_out = self.data.evaluation.train_indices
         return [client for client, samples in enumerate(held_out) if len(samples)]
-
-    def _forget_messages(self) -> None:
-        """Let no message depend on an earlier one."""
-        for channel in (*self.transport.uplink, *self.transport.downlink):
-            channel.reset()
 
     # ------------------------------------------------------------------ the two forms
 
@@ -272,7 +261,7 @@ class Probing:
 
     def _ask(self, plan: RoundPlan, model: Tensor, *, is_new_model: bool) -> _Question:
         """Draw the clients, and send the model to those that do not have it."""
-        self._forget_messages()
+        self.transport.forget()
         drawn = self._draw(plan)
         models: dict[int, Tensor] = {}
         sent_to = []

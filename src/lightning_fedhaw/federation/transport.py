@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,7 @@ from lightning_fedhaw.channel.base import AggregateChannel, Arrivals, Channel, C
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.federation.records import UpdateRecord
 from lightning_fedhaw.rule import Rule
+from lightning_fedhaw.streams import PathPart, seed_of
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
@@ -112,6 +114,34 @@ class Transport:
                 channel.prepare(context)
                 size = channel.encode(size)
             self._sizes[link] = size
+
+    def for_further_messages(
+        self, layout: ParameterLayout, num_examples: Tensor, rule: Rule, *name: PathPart, has_channels: bool = True
+    ) -> Transport:
+        """Return a transport of the same channels for messages in addition to the updates.
+
+        Its channels are copies with draws of their own, and without what channels keep from round to round, such as
+        error feedback, which belongs to the updates.
+
+        Args:
+            layout: Where each parameter lives in such a message.
+            num_examples: ``[N]`` int64, training examples of every client.
+            rule: The aggregation rule.
+            name: The name of the messages in random streams.
+            has_channels: Whether the messages take the channels; those of the server to itself take none.
+        """
+        channels: list[Channel] = []
+        if has_channels:
+            channels = [copy.copy(channel) for channel in (*self.uplink, *self.downlink)]
+        transport = Transport(channels, layout, [], seed_of(self.seed, *name))
+        transport.forget()
+        transport.prepare(num_examples, rule, drawn_uniformly=None, clients_remember=False, is_probe=True)
+        return transport
+
+    def forget(self) -> None:
+        """Let no message depend on an earlier one."""
+        for channel in (*self.uplink, *self.downlink):
+            channel.reset()
 
     # ------------------------------------------------------------------ bytes
 
