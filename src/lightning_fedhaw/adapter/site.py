@@ -157,18 +157,23 @@ def prepare_server(trainer: pl.Trainer) -> FederationOptions:
     Returns:
         The arguments of the federation, of the trainer and the rule together.
     """
-    loop = trainer.fit_loop
-    if not isinstance(loop, RoundLoop):
-        loop = RoundLoop(trainer, FederationOptions())
-        trainer.fit_loop = loop
-    rule = find_rule(callbacks_of(trainer))
-    rule_options: FederationOptions = getattr(rule, "options", FederationOptions())
-    options = loop.trainer_options.merged(rule_options)
-    loop.trainer_options = _without_split(options)
-    # Merged with the trainer's when `fit` begins.
-    rule.options = FederationOptions()  # type: ignore[attr-defined]
+    options = options_of(trainer)
+    loop = RoundLoop(trainer, _without_split(options))
+    trainer.fit_loop = loop
+    # They are merged with the trainer's when `fit` begins.
+    find_rule(callbacks_of(trainer)).options = FederationOptions()  # type: ignore[attr-defined]
     publish_options(trainer, loop.trainer_options)
     return options
+
+
+def options_of(trainer: pl.Trainer) -> FederationOptions:
+    """Return the arguments of the federation that trainer and rule were given."""
+    loop = trainer.fit_loop
+    options = FederationOptions()
+    if isinstance(loop, RoundLoop):
+        options = loop.trainer_options
+    rule_options: FederationOptions = getattr(find_rule(callbacks_of(trainer)), "options", FederationOptions())
+    return options.merged(rule_options)
 
 
 def _without_split(options: FederationOptions) -> FederationOptions:

@@ -40,10 +40,10 @@ def terms_of(module: nn.Module, callbacks: Sequence[object], options: Federation
         if policy == "keep":
             fixed[name] = buffers[name]
     parameters = {}
-    for name, shape, dtype in zip(layout.names, layout.shapes, layout.dtypes, strict=True):
-        parameters[name] = f"{list(shape)} {dtype}"
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        parameters[name] = f"{list(shape)}"
     for name, policy in policies.items():
-        parameters[name] = f"{list(buffers[name].shape)} {buffers[name].dtype} ({policy})"
+        parameters[name] = f"{list(buffers[name].shape)} ({policy})"
     return {
         "parameters": parameters,
         "local": sorted(local),

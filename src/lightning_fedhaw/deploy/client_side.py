@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.adapter.site import run_at_site
+from lightning_fedhaw.adapter.site import options_of, run_at_site
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of
 from lightning_fedhaw.clients.engine import ClientTask
 from lightning_fedhaw.clients.records import Logged
@@ -87,9 +87,12 @@ class ClientSide:
             if self._memory_file is not None:
                 memory = self._memory_file.read_bytes() if self._memory_file.exists() else None
             work = _WORKS[task](unpacked(message), memory)
+            trainer = self.make_trainer()
             module = self._copy_of_model()
-            run_at_site(self.make_trainer(), module, self._data, work)
-            work.reply["name"] = self.name
+            if task == "query":
+                work.reply["name"] = self.name
+                work.reply["terms"] = terms_of(module, callbacks_of(trainer), options_of(trainer))
+            run_at_site(trainer, module, self._data, work)
             reply = packed(work.reply)
         except Exception as error:  # the user's code runs, which may raise anything; the server names the site
             return Message(error=f"{type(error).__name__}: {error}"), None
@@ -208,7 +211,7 @@ class _Work:
 
 
 class _Query(_Work):
-    """The site introduces itself: its examples, and what it has to agree in with the server."""
+    """The site introduces itself, and counts its examples."""
 
     def prepare(self, federation: Federation) -> None:
         """Install nothing: the site has no number yet."""
@@ -216,8 +219,6 @@ class _Query(_Work):
     def do(self, federation: Federation) -> None:
         """Count the examples."""
         self.reply["num_examples"] = len(federation.data.train_indices[self.client])
-        callbacks = callbacks_of(federation.host.module.trainer)
-        self.reply["terms"] = terms_of(federation.host.module, callbacks, federation.options)
 
 
 class _Training(_Work):

@@ -107,6 +107,9 @@ class RemoteEngine(SequentialEngine):
     def run(self, tasks: Iterable[ClientTask]) -> Generator[ClientUpdate, None, None]:
         """Let the sites train, and yield their updates as the replies come in, in the order of the tasks."""
         tasks_of = {task.client: task for task in tasks}
+        for optimizer in self.host.optimizers:
+            # The sites step; a schedule of the server would warn that nobody does.
+            optimizer._opt_called = True  # type: ignore[attr-defined]
         begin = self.current_state()
         self._end_state = begin
         end_states = [begin]

@@ -27,6 +27,7 @@ from lightning_fedhaw.deploy.sites import Sites, Task
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.repeated import RepeatedWarnings
 from lightning_fedhaw.files import load_checked
+from lightning_fedhaw.report.history import find_history
 
 LAST_CHECKPOINT = "last.ckpt"
 POLL_SECONDS = 1.0
@@ -308,6 +309,7 @@ class ServerSide:
             return str(error)
         federation.rule.state = state
         federation.data.append(num_examples)
+        find_history(callbacks_of(self.trainer)).admit(num_examples)
         number = self.roster.add(identity, num_examples)
         rank_zero_info(f"Site {identity!r} with {num_examples} samples has joined as client {number}.")
         return None
@@ -328,6 +330,7 @@ class ServerSide:
                 self._warn(client, f"was not there when it was asked to {task}")
         by_address = {address: messages[client] for address, client in clients.items()}
         answered: set[int] = set()
+        failures: list[str] = []
         for address, reply in self.sites.ask(task, by_address, self.round_timeout):
             client = clients[address]
             answered.add(client)
@@ -336,9 +339,12 @@ class ServerSide:
                     raise ValueError(f"it failed: {reply.error}")
                 content = unpacked(reply)
             except ValueError as error:
-                self._warn(client, f"is left out, because {error}")
+                failures.append(f"Site {self.roster.identities[client]!r} (client {client}) is left out: {error}.")
+                self._warnings.warn(f"failed {client}", failures[-1])
                 continue
             yield client, content
+        if failures and len(failures) == len(messages):
+            raise RuntimeError(f"All sites failed when they were asked to {task}. {failures[0]}")
         for client in clients.values():
             if client not in answered:
                 self._warn(client, f"did not answer within {self.round_timeout:.0f} s when it was asked to {task}")
