@@ -110,7 +110,7 @@ class Scripted:
         self.rounds = {"query": -1, "train": -1, "evaluate": -1}
         self.bytes = {"down": 0, "up": 0}
 
-    def present(self) -> list[str]:
+    def present(self) -> dict[str, str]:
         return self.inner.present()
 
     def ask(self, task: Any, messages: Mapping[str, Message], timeout: float) -> Iterator[tuple[str, Message]]:

@@ -77,6 +77,8 @@ class SiteLoop(RoundLoop):
 
     def setup_data(self) -> None:
         """Take the training data of the site."""
+        if self._combined_loader is not None:
+            return
         # One client trains, so there is no batched step to try; splits and samplers are the server's.
         self.options = replace(
             self.options,

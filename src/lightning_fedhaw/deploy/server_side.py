@@ -204,10 +204,12 @@ class ServerSide:
         Returns:
             The training examples of sites that are not in the roster, by identity.
         """
-        present = list(self.sites.present())
+        present = self.sites.present()
         for identity, address in list(self._addresses.items()):
             if address not in present:
                 del self._addresses[identity]
+                # A site that came back under another address was the second one of its identity until now.
+                self._refused.clear()
         self._refused = {address: reason for address, reason in self._refused.items() if address in present}
         known = {*self._addresses.values(), *self._refused}
         new = [address for address in present if address not in known]
@@ -217,18 +219,19 @@ class ServerSide:
         newcomers: dict[str, int] = {}
         messages = dict.fromkeys(new, question)
         for address, reply in self.sites.ask("query", messages, self.round_timeout):
-            self._introduce(address, reply, newcomers)
+            self._introduce(address, present[address], reply, newcomers)
         return newcomers
 
     @property
     def _num_clients(self) -> int:
         return max(len(self.roster), self.num_sites)
 
-    def _introduce(self, address: str, reply: Message, newcomers: dict[str, int]) -> None:
+    def _introduce(self, address: str, vouched: str, reply: Message, newcomers: dict[str, int]) -> None:
         """Take a site that has introduced itself, or say why it is left out.
 
         Args:
             address: Its address.
+            vouched: The identity that the engine vouches for; empty if there is none.
             reply: Its reply.
             newcomers: Gets its training examples, if it is not in the roster.
         """
@@ -236,7 +239,7 @@ class ServerSide:
             if reply.error:
                 raise ValueError(f"it failed: {reply.error}")
             content = unpacked(reply)
-            identity = content["name"] or address
+            identity = vouched or content["name"] or address
             num_examples = int(content["num_examples"])
             terms = content["terms"]
         except (KeyError, TypeError, ValueError) as error:

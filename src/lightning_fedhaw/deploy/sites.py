@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Literal, Protocol
 
 from lightning_fedhaw.deploy.client_side import ClientSide
@@ -15,8 +15,11 @@ Task = Literal["query", "train", "evaluate"]
 class Sites(Protocol):
     """What the server asks of an engine: who is there, and to carry messages."""
 
-    def present(self) -> Sequence[str]:
-        """Return the addresses of the sites that are connected now."""
+    def present(self) -> Mapping[str, str]:
+        """Return the addresses of the sites that are connected now, with the identity that the engine vouches for.
+
+        An identity is empty where the engine knows none; then it is the name that the site gives itself.
+        """
 
     def ask(self, task: Task, messages: Mapping[str, Message], timeout: float) -> Iterator[tuple[str, Message]]:
         """Send messages, and yield the replies in the order of the messages, one at a time.
@@ -44,9 +47,9 @@ class InMemorySites:
         self.clients = dict(clients)
         self.memories: dict[str, bytes] = {}
 
-    def present(self) -> list[str]:
-        """Return the addresses."""
-        return list(self.clients)
+    def present(self) -> dict[str, str]:
+        """Return the addresses; nobody vouches for names."""
+        return dict.fromkeys(self.clients, "")
 
     def ask(self, task: Task, messages: Mapping[str, Message], timeout: float) -> Iterator[tuple[str, Message]]:
         """Let the sites answer, in the order of the messages."""
