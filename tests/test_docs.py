@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 import lightning_fedhaw
-from lightning_fedhaw import autodiff, bilevel, channel, comparing, data, diagnostics, extending, objectives, plotting
+from lightning_fedhaw import (
+    autodiff,
+    bilevel,
+    channel,
+    comparing,
+    data,
+    deploy,
+    diagnostics,
+    extending,
+    objectives,
+    plotting,
+)
+from lightning_fedhaw.deploy import flower, nvflare
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,8 +56,11 @@ def test_the_reference_names_everything_public_once():
         channel,
         comparing,
         data,
+        deploy,
         diagnostics,
         extending,
+        flower,
+        nvflare,
         objectives,
         plotting,
     )

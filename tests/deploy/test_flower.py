@@ -52,7 +52,7 @@ def test_a_strategy_of_any_rule_equals_the_simulator(named, monkeypatch):
         monkeypatch.setattr(task_identity.TaskIdentity, name, 1)
     make = lambda: [ScaffoldCallback()]  # noqa: E731
     app = client_app(
-        lambda config: client_side(make, part=config["part"], name=None if named else NAMES[config["part"]])
+        lambda config, run_config: client_side(make, part=config["part"], name=None if named else NAMES[config["part"]])
     )
     nodes = [Node(90 - 9 * part, NAMES[part] if named else "") for part in range(3)]
     grid = OneProcess(app, nodes)

@@ -19,13 +19,15 @@ from lightning_fedhaw.deploy.server_side import ServerSide
 from lightning_fedhaw.deploy.sites import Task
 from lightning_fedhaw.report.history import find_history
 
+__all__ = ["client_app", "flower_strategy"]
+
 MEMORY = "lightning_fedhaw"
 """The record in a node's state with what the site keeps."""
 
 POLL_SECONDS = 0.2
 """Seconds between two looks for a reply."""
 
-MakeSite = Callable[[Mapping[str, Any]], ClientSide]
+MakeSite = Callable[[Mapping[str, Any], Mapping[str, Any]], ClientSide]
 
 
 class GridSites:
@@ -144,7 +146,8 @@ def client_app(make_site: MakeSite) -> Any:
     """Make a Flower client app, whose nodes query, train and evaluate.
 
     Args:
-        make_site: ``make_site(node_config)`` makes the client side of a node from its configuration.
+        make_site: ``make_site(node_config, run_config)`` makes the client side of a node from the configurations of the
+            node and of the run.
 
     Returns:
         A ``flwr.clientapp.ClientApp``.
@@ -159,7 +162,7 @@ def client_app(make_site: MakeSite) -> Any:
 
     def answer(message: Any, context: Any) -> Any:
         if context.node_id not in sites:
-            sites[context.node_id] = make_site(context.node_config)
+            sites[context.node_id] = make_site(context.node_config, context.run_config)
         site = sites[context.node_id]
         kept = context.state.get(MEMORY)
         task = message.metadata.message_type.partition(".")[0]

@@ -17,6 +17,8 @@ from lightning_fedhaw.deploy.messages import Message
 from lightning_fedhaw.deploy.server_side import ServerSide
 from lightning_fedhaw.deploy.sites import Sites, Task
 
+__all__ = ["collab_functions", "collab_recipe"]
+
 MakeSite = Callable[[str], ClientSide]
 MakeServer = Callable[[Sites], ServerSide]
 

@@ -80,7 +80,9 @@ class ServerSide:
         self.model: pl.LightningModule = arguments.instance(
             "model", model, pl.LightningModule, example="your LightningModule"
         )
-        self.sites = sites
+        self.sites: Sites = arguments.provider(
+            "sites", sites, "ask", kind="lightning_fedhaw.deploy.Sites", example="InMemorySites({...})"
+        )
         self.options = prepare_server(trainer)
         self.num_sites = _number_of_sites(num_sites, self.options.num_clients)
         self.batch_size = arguments.integer("batch_size", batch_size, minimum=1)
@@ -89,7 +91,9 @@ class ServerSide:
         self.round_timeout = arguments.number("round_timeout", round_timeout, above=0)
         self.roster = Roster()
         self._val = val
-        self._proxy = proxy
+        self._proxy: Dataset[object] | None = arguments.optional(
+            arguments.provider, "proxy", proxy, "__getitem__", kind="torch.utils.data.Dataset", example="your data set"
+        )
         callbacks = callbacks_of(trainer)
         refuse(trainer, callbacks, model, self.options)
         self._terms = terms_of(model, callbacks, self.options)

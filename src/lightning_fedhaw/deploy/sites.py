@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Literal, Protocol
 
+from lightning_fedhaw import arguments
 from lightning_fedhaw.deploy.client_side import ClientSide
 from lightning_fedhaw.deploy.messages import Message
 
@@ -44,7 +45,9 @@ class InMemorySites:
     """
 
     def __init__(self, clients: Mapping[str, ClientSide]) -> None:
-        self.clients = dict(clients)
+        self.clients: dict[str, ClientSide] = {}
+        for address, client in clients.items():
+            self.clients[address] = arguments.instance("clients", client, ClientSide, example='{"a": ClientSide(...)}')
         self.memories: dict[str, bytes] = {}
 
     def present(self) -> dict[str, str]:
