@@ -155,7 +155,7 @@ class Deployment:
 
     def await_end(self, run: str) -> None:
         """Wait until a run is over, and fail if it has failed."""
-        wait(f"run {run}", lambda: self.status(run).startswith("finished"), 3600, every=5.0)
+        wait(f"run {run}", lambda: self.status(run).startswith("finished"), 3600, every=15.0)
         status = self.status(run)
         if status != "finished:completed":
             raise RuntimeError(f"Run {run} is {status}: see {self.folder / 'superlink.log'}")

@@ -57,6 +57,7 @@ def make_trainer(rule: str = RULE) -> FederatedTrainer:
         callbacks=[RULES[rule]()],
         accelerator="cpu",
         logger=False,
+        enable_checkpointing=False,  # the server side keeps its own
         enable_progress_bar=False,
         enable_model_summary=False,
     )

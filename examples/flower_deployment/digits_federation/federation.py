@@ -48,7 +48,7 @@ def make_trainer(rule: str, rounds: int) -> FederatedTrainer:
         callbacks=[RULES[rule]()],
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=rounds > 0,
+        enable_checkpointing=False,  # the server side keeps its own
         enable_progress_bar=False,
         enable_model_summary=False,
     )
