@@ -190,15 +190,18 @@ class RunState:
             RuntimeError: If processes have made different changes.
         """
         changes = self.server.present()
+        own = self.server.changed_parameters(self.rule.server_parameters(self.rule.state))
         if self.ranks.size > 1:
-            self._check_changes(changes)
+            self._check_changes(changes, own)
         self.server.adopt(changes)
+        if own:
+            self.rule.state = dict(self.rule.with_server_parameters(self.rule.state, own))
         self.buffers.reset_local(changes.names)
 
-    def _check_changes(self, changes: ModuleChanges) -> None:
+    def _check_changes(self, changes: ModuleChanges, own: Mapping[str, Tensor]) -> None:
         """Refuse changes of the global model that are not the same on all processes."""
-        tensors = {**self.server.layout.views(changes.parameters), **changes.buffers}
-        checksums = self.ranks.gather({name: _checksum(tensors[name]) for name in changes.names})
+        tensors = {**self.server.layout.views(changes.parameters), **changes.buffers, **own}
+        checksums = self.ranks.gather({name: _checksum(tensors[name]) for name in (*changes.names, *own)})
         for rank, other in enumerate(checksums):
             different = []
             for name in {**checksums[0], **other}:
@@ -372,6 +375,8 @@ class RunState:
             model[name] = value.to(dtype, copy=True)
         for name, value in {**self.server.local_parameters, **snapshot.buffers}.items():
             model[name] = value.clone()
+        for name, value in self.rule.server_parameters(snapshot.rule).items():
+            model[name] = value.to(self.server.module.get_parameter(name).dtype, copy=True)
         return model
 
     @property
