@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset
 
@@ -215,6 +216,11 @@ def test_a_module_that_optimizes_by_hand() -> None:
         AGGITD(),
         Manual(),
     )
+
+
+def test_a_loss_scale() -> None:
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    refused(r"which underflow with a loss scale\. Use `precision=\"bf16-mixed\"`", AGGITD(), plugins=[plugin])
 
 
 # ---------------------------------------------------------------------- rates

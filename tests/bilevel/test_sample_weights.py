@@ -120,6 +120,15 @@ def test_a_run_goes_on_from_the_middle_of_an_outer_step(tmp_path: Path) -> None:
     assert torch.equal(straight.y, resumed.y)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_run_is_not_resumed_with_samples_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _ = play(AggITDCallback("weights", lower_rounds=1), 1)
+    trainer.save_checkpoint("other.ckpt")
+    monkeypatch.setattr(f"{__name__}.TARGETS", [[3.0, 1.0], TARGETS[1]])
+    with pytest.raises(ValueError, match="is of another federation: the checksum of the training samples, for which"):
+        play(AggITDCallback("weights", lower_rounds=1), 2, ckpt_path="other.ckpt")
+
+
 def numbered(count: int = 24) -> TensorDataset:
     return with_indices(TensorDataset(torch.arange(count, dtype=torch.float64), torch.arange(count) % 2))
 

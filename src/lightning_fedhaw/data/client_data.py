@@ -186,7 +186,10 @@ class ClientData:
             tensors.append(self.settings.draws.weights)
         for tensor in tensors:
             step = max(1, len(tensor) // _HASHED_ROWS)
-            rows = tensor[::step].contiguous().cpu()
+            rows = tensor[::step].cpu()
+            if self._channels_last and rows.ndim == 4:
+                rows = rows.movedim(-1, 1)
+            rows = rows.contiguous()
             digest.update(rows.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 

@@ -34,6 +34,11 @@ def check_inquiring(rule: Rule, host: Host, buffers: Buffers) -> None:
             f"`{type(rule).__name__}` asks clients for derivatives of the loss that `training_step` returns, and with"
             " `automatic_optimization=False` it returns none. Use automatic optimization, or another rule."
         )
+    if host.scaler is not None:
+        raise ValueError(
+            f"`{type(rule).__name__}` asks clients for second derivatives, which underflow with a loss scale. Use"
+            ' `precision="bf16-mixed"` or "32-true".'
+        )
     moving = [name for name in buffers.kinds.statistics if buffers.policy_of.get(name) in ("average", "local")]
     if moving and not rule.clients_train:
         raise ValueError(

@@ -42,6 +42,7 @@ FINGERPRINT_WORDS = {
     "seed": "`seed` (or that of `seed_everything`)",
     "parameters": "the number of trainable parameters",
     "local_parameters": "the set of local parameters",
+    "samples": "the checksum of the training samples, for which clients keep parameters,",
 }
 """The entries of a fingerprint, apart from the split, in words."""
 
@@ -175,6 +176,7 @@ class RunState:
         self.ranks = ranks
         self.seed = seed
         self.run = new_run()
+        self._samples = data.sample_hash() if rule.client_placed else None
         self.tally = Tally()
         # Their state changes on the process that trains the client. The state of downlink channels is equal on all
         # processes, each of which computes the broadcast to all clients.
@@ -271,6 +273,9 @@ class RunState:
         }
         if self.server.layout.local:
             fingerprint["local_parameters"] = list(self.server.layout.local)
+        if self._samples is not None:
+            # Parameters of samples are found by position, which another order of the same samples would change.
+            fingerprint["samples"] = self._samples
         return fingerprint
 
     @property
