@@ -19,6 +19,7 @@ from torchmetrics.utilities.prints import rank_zero_only
 from lightning_fedhaw.clients.records import EvaluationRecorder, Logged
 from lightning_fedhaw.clients.steps import Host, Validation
 from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.data.numbered import NumberedDataset
 from lightning_fedhaw.federation.module_snapshot import ModuleSnapshot
 from lightning_fedhaw.federation.run_state import metrics_of
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
@@ -213,7 +214,7 @@ def measured_on(data: ClientData, collate_fn: CollateFunction | None) -> str:
 
 def has_transform(dataset: object) -> bool:
     """Return whether a data set, or one inside it, has a transform in the attribute that torchvision gives it."""
-    if isinstance(dataset, Subset):
+    if isinstance(dataset, (Subset, NumberedDataset)):
         return has_transform(dataset.dataset)
     if isinstance(dataset, ConcatDataset):
         return any(has_transform(inner) for inner in dataset.datasets)
