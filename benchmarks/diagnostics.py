@@ -1,9 +1,10 @@
-"""Two studies with diagnostics, on scikit-learn's digits or on MNIST: statements of the FedLAW paper, and wrong labels.
+"""Studies with diagnostics on scikit-learn's digits or MNIST: statements of FedLAW's paper, wrong labels, and the cost.
 
     python benchmarks/diagnostics.py fedlaw --clients 20 --rounds 200 --epochs 1 5 10 --seeds 0 1 2
     python benchmarks/diagnostics.py fedlaw --mnist SPLIT.npz --alpha 1 --rounds 100 --epochs 1 5 10
     python benchmarks/diagnostics.py noise --rounds 100 --alpha 0.5
     python benchmarks/diagnostics.py table
+    python benchmarks/diagnostics.py cost
 
 ``fedlaw`` asks what Z. Li, T. Lin, X. Shang and C. Wu (Revisiting Weighted Aggregation in Federated Learning with
 Neural Networks, ICML 2023, sections 4 and 5) report of CIFAR-10: the coherence of updates around the critical round
@@ -12,6 +13,9 @@ go along with.
 
 ``noise`` gives 3 of 10 clients wrong labels, half of them or all, and asks how well each score of a client separates
 them: the area under the ROC curve.
+
+``cost`` measures what observers add to a round of digits, in processor time: they measure in every second round, and
+each of these rounds is compared with its neighbor. The table has the median over the pairs.
 
 ``SPLIT.npz`` is the file of ``parity/mnist.py``: 4,000 of its training images, which keep their clients under the split
 of Dirichlet(0.1) or Dirichlet(1), and local training as in the paper. Every run adds a line to ``--results`` and is not
@@ -31,7 +35,7 @@ from dataclasses import asdict, dataclass
 from io import StringIO
 from math import nan
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 import lightning.pytorch as pl
@@ -56,6 +60,9 @@ from lightning_fedhaw.diagnostics import (
     Coherence,
     Contributions,
     Curvature,
+    Drift,
+    LabelCoherence,
+    ParameterHistogram,
     Shrinking,
     client_scores,
     critical_round,
@@ -402,6 +409,45 @@ def _mean_cosines(history: RunHistory) -> Tensor:
     return torch.stack(means).mean(0)
 
 
+# ---------------------------------------------------------------------- cost
+
+
+class Clock(pl.Callback):
+    """Reads the processor time at the start of every round."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds.append(time.process_time())
+
+
+def cost(rounds: int) -> None:
+    """Print what observers add to a round, when they measure in every second one."""
+    samples = digits_samples(0, 10, 0.5)
+    spread = {"client_eval_every_n_rounds": 2}
+    cases: dict[str, tuple[Sequence[Callable[[int], pl.Callback]], dict[str, Any]]] = {
+        "nothing": ([], {}),
+        "`Coherence`": ([Coherence], {}),
+        "`LabelCoherence`": ([LabelCoherence], {}),
+        "`Shrinking`": ([Shrinking], {}),
+        "`Drift`": ([Drift], {}),
+        "`ParameterHistogram`": ([ParameterHistogram], {}),
+        "`client_eval_every_n_rounds`": ([], spread),
+        "`Coherence`, `Shrinking`, `Drift` and `client_eval_every_n_rounds`": ([Coherence, Shrinking, Drift], spread),
+    }
+    print("| measured | share of a round, % | ms |\n|---|---|---|")
+    for name, (observers, options) in cases.items():
+        clock = Clock()
+        callbacks = [*[make(2) for make in observers], clock]
+        fit(FedAvgCallback(), samples.data(), 0, rounds, 1, callbacks, engine="sequential", **options)
+        # The first round warms up, so the second, which is measured, is the first of a pair.
+        durations = [end - start for start, end in zip(clock.seconds[1:], clock.seconds[2:], strict=False)]
+        pairs = list(zip(durations[0::2], durations[1::2], strict=False))
+        added = median(measured / plain - 1 for measured, plain in pairs)
+        print(f"| {name} | {100 * added:.1f} | {1000 * added * min(durations):.2f} |", flush=True)
+
+
 # ---------------------------------------------------------------------- tables
 
 Groups = dict[tuple[str, ...], list[dict[str, float | None]]]
@@ -491,7 +537,7 @@ def _cell(measured: Sequence[Mapping[str, float | None]], name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=("fedlaw", "noise", "table"))
+    parser.add_argument("study", choices=("fedlaw", "noise", "table", "cost"))
     parser.add_argument("--mnist", type=Path, help="the split of MNIST, an npz file; without it, digits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--clients", type=int, default=10, help="of digits; the file has 10")
@@ -506,6 +552,9 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if args.study == "cost":
+        cost(args.rounds)
+        return
     perform(plan(args), args.mnist, args.results)
 
 
