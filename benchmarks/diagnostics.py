@@ -44,7 +44,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedhaw import (
     DirichletPartitioner,
@@ -424,28 +424,38 @@ class Clock(pl.Callback):
 
 def cost(rounds: int) -> None:
     """Print what observers add to a round, when they measure in every second one."""
-    samples = digits_samples(0, 10, 0.5)
-    spread = {"client_eval_every_n_rounds": 2}
-    cases: dict[str, tuple[Sequence[Callable[[int], pl.Callback]], dict[str, Any]]] = {
-        "nothing": ([], {}),
-        "`Coherence`": ([Coherence], {}),
-        "`LabelCoherence`": ([LabelCoherence], {}),
-        "`Shrinking`": ([Shrinking], {}),
-        "`Drift`": ([Drift], {}),
-        "`ParameterHistogram`": ([ParameterHistogram], {}),
-        "`client_eval_every_n_rounds`": ([], spread),
-        "`Coherence`, `Shrinking`, `Drift` and `client_eval_every_n_rounds`": ([Coherence, Shrinking, Drift], spread),
+    cases: dict[str, tuple[Sequence[Callable[[int], pl.Callback]], bool]] = {
+        "nothing": ([], False),
+        "`Coherence`": ([Coherence], False),
+        "`LabelCoherence`": ([LabelCoherence], False),
+        "`Shrinking`": ([Shrinking], False),
+        "`Drift`": ([Drift], False),
+        "`ParameterHistogram`": ([ParameterHistogram], False),
+        "`client_eval_every_n_rounds`": ([], True),
+        "it, `Coherence`, `Shrinking` and `Drift`": ([Coherence, Shrinking, Drift], True),
     }
-    print("| measured | share of a round, % | ms |\n|---|---|---|")
-    for name, (observers, options) in cases.items():
-        clock = Clock()
-        callbacks = [*[make(2) for make in observers], clock]
-        fit(FedAvgCallback(), samples.data(), 0, rounds, 1, callbacks, engine="sequential", **options)
-        # The first round warms up, so the second, which is measured, is the first of a pair.
-        durations = [end - start for start, end in zip(clock.seconds[1:], clock.seconds[2:], strict=False)]
-        pairs = list(zip(durations[0::2], durations[1::2], strict=False))
-        added = median(measured / plain - 1 for measured, plain in pairs)
-        print(f"| {name} | {100 * added:.1f} | {1000 * added * min(durations):.2f} |", flush=True)
+    print("| measured | batches of validation | share of a round, % | ms |\n|---|---|---|---|")
+    for name, (observers, evaluates) in cases.items():
+        for batch_size in (16, 64) if evaluates else (16,):
+            added, milliseconds = _cost(observers, rounds, batch_size, 2 if evaluates else None)
+            print(f"| {name} | {batch_size} | {100 * added:.1f} | {milliseconds:.2f} |", flush=True)
+
+
+def _cost(
+    observers: Sequence[Callable[[int], pl.Callback]], rounds: int, batch_size: int, interval: int | None
+) -> tuple[float, float]:
+    """Return what a round costs more with observers, as a share of it and in milliseconds."""
+    samples = digits_samples(0, 10, 0.5)
+    data = samples.data()
+    data.val_dataloader = lambda: DataLoader(samples.validation, batch_size)  # type: ignore[method-assign]
+    clock = Clock()
+    callbacks = [*[make(2) for make in observers], clock]
+    fit(FedAvgCallback(), data, 0, rounds, 1, callbacks, engine="sequential", client_eval_every_n_rounds=interval)
+    # The first round warms up, so the second, which is measured, is the first of a pair.
+    durations = [end - start for start, end in zip(clock.seconds[1:], clock.seconds[2:], strict=False)]
+    pairs = zip(durations[0::2], durations[1::2], strict=False)
+    added = median(measured / plain - 1 for measured, plain in pairs)
+    return added, 1000 * added * min(durations)
 
 
 # ---------------------------------------------------------------------- tables
