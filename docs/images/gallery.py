@@ -16,8 +16,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import torch  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
-from diagnostics import PROXY, VALIDATION, Digits, data_of, digits, fit, part  # noqa: E402
-from lightning_fedhaw import DirichletPartitioner, FedAvgCallback, FedHAWCallback, FedLAWCallback  # noqa: E402
+from diagnostics import PROXY, VALIDATION, Digits, digits, digits_samples, fit, part  # noqa: E402
+from lightning_fedhaw import FedAvgCallback, FedHAWCallback, FedLAWCallback  # noqa: E402
 from lightning_fedhaw.diagnostics import (  # noqa: E402
     Coherence,
     Contributions,
@@ -38,7 +38,7 @@ from lightning_fedhaw.diagnostics import (  # noqa: E402
     loss_of_module,
     scale_losses,
 )
-from lightning_fedhaw.plotting import RunHistory, draw_lines, draw_spread  # noqa: E402
+from lightning_fedhaw.plotting import RunHistory, draw_client_curves, draw_lines, draw_spread  # noqa: E402
 
 ROUNDS = 24
 SEEDS = (1,)
@@ -73,7 +73,7 @@ def runs() -> tuple[dict[str, list[RunHistory]], dict[str, Digits]]:
             if name == "FedLAW":
                 observers += [Landscape(8, samples=200), Contributions(12, permutations=4, samples=200)]
             models[name] = Digits(seed)
-            data = data_of(seed, 10, DirichletPartitioner(0.3))
+            data = digits_samples(seed, 10, 0.3).data()
             run = fit(make(), data, seed, ROUNDS, 1, observers, models[name], client_eval_every_n_rounds=1)
             histories.setdefault(name, []).append(run)
     return histories, models
@@ -100,6 +100,7 @@ def main() -> None:
     save(draw_shrinking(histories), "shrinking")
     save(draw_curvature(histories), "curvature")
     save(draw_spread(histories, "val_acc"), "spread")
+    save(draw_client_curves(histories["FedAvg"][0], "val_acc"), "client_curves")
     save(draw_parameters({name: group[0] for name, group in histories.items()}), "parameters")
     run = histories["FedLAW"][0]
     save(draw_cosines(run, round_idx=0), "cosines")

@@ -126,7 +126,9 @@ class ClientEvaluation:
             EvaluationRecorder(self.host.module, self.host.callbacks) as recorder,
         ):
             for client in range(self.ranks.rank, self.data.num_clients, self.ranks.size):
-                snapshot.put_back()
+                if share.rows:
+                    # The first client finds the module as the snapshot took it.
+                    snapshot.put_back()
                 self.host.client = client
                 self._load(client)
                 self._prepare_metrics()

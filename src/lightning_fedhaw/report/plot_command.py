@@ -10,12 +10,12 @@ from pathlib import Path
 
 from lightning_fedhaw.federation.client_statistics import SPREAD, metrics_with_spread
 from lightning_fedhaw.federation.observation import PREFIX
+from lightning_fedhaw.report.client_pictures import draw_client_curves, draw_spread, metrics_of_each_client
 from lightning_fedhaw.report.history import RunHistory, read_runs
 from lightning_fedhaw.report.plotting import (
     draw_bands,
     draw_clients,
     draw_labels,
-    draw_spread,
     draw_weights,
     readable_list,
 )
@@ -143,6 +143,8 @@ def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, fo
         run = group[0]
         if run.sizes:
             draw_labels(run, path_of(f"{name}_labels"))
+        if metric in metrics_of_each_client(run):
+            draw_client_curves(run, metric, path_of(f"{name}_{metric}_of_each_client"))
         if run.weight_changes() is not None:
             draw_weights(run, path_of(f"{name}_weights"), f"weights that {name} learned")
     return pictures

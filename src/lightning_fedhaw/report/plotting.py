@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw.data.preview import draw_histogram
-from lightning_fedhaw.federation.client_statistics import SPREAD, metrics_with_spread
 from lightning_fedhaw.report.history import RunHistory, read_run, read_runs
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ __all__ = [
     "draw_curves",
     "draw_labels",
     "draw_lines",
-    "draw_spread",
     "draw_weights",
     "read_run",
     "read_runs",
@@ -198,7 +196,7 @@ def draw_band(axes: Axes, index: int, name: str, curves: Sequence[Sequence[float
         log: Whether the axis is logarithmic.
     """
     color, style = color_and_style(index)
-    values = _padded(curves)
+    values = padded(curves)
     rounds = (~values.isnan()).any(0).nonzero()[:, 0]
     mean, deviation = _mean_and_deviation(values[:, rounds])
     if log:
@@ -217,61 +215,6 @@ def draw_band(axes: Axes, index: int, name: str, curves: Sequence[Sequence[float
             # A band that reaches 0 would have no lower edge on a logarithmic axis.
             low = torch.maximum(low, mean / 10)
         axes.fill_between(rounds + 1, low, mean + deviation, color=color, alpha=0.18, linewidth=0)
-
-
-def draw_spread(groups: Mapping[str, Sequence[RunHistory]], metric: str, path: str | Path | None = None) -> Figure:
-    """Draw how a metric is spread over the clients, round by round: the mean, between the worst and the best decile.
-
-    Of several runs of a method, the means of their lines are drawn. A second panel has the standard deviations.
-
-    Args:
-        groups: The runs of each method with ``client_eval_every_n_rounds``, by name.
-        metric: The metric, as ``validation_step`` logs it.
-        path: Where the picture is saved; its suffix chooses the format.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is missing.
-        ValueError: If no run has the metric.
-    """
-    names = {name for runs in groups.values() for run in runs for name in run.names}
-    measured = metrics_with_spread(sorted(names))
-    if metric not in measured:
-        raise ValueError(
-            "`metric` must be one whose spread was logged after rounds, with `client_eval_every_n_rounds`"
-            f" ({readable_list(measured)}), got {metric!r}."
-        )
-    figure = new_figure(11, 4.2)
-    values, deviations = figure.subplots(1, 2, width_ratios=(1.4, 1))
-    for index, (name, runs) in enumerate(groups.items()):
-        _draw_deciles(values, index, name, runs, metric)
-        draw_band(deviations, index, name, [run.curve(f"{metric}{SPREAD}std") for run in runs], log=False)
-    values.set(xlabel="round", ylabel=metric, title="mean of the clients, worst to best decile")
-    deviations.set(xlabel="round", ylabel=f"standard deviation of {metric}", title="spread over the clients")
-    use_whole_numbers(values, deviations)
-    values.legend(frameon=False)
-    tidy(values, deviations)
-    save_figure(figure, path)
-    return figure
-
-
-def _draw_deciles(axes: Axes, index: int, name: str, runs: Sequence[RunHistory], metric: str) -> None:
-    """Draw the mean over clients and a band between the deciles, in the rounds in which they were measured."""
-    lines = []
-    for statistic in ("mean", "worst_decile", "best_decile"):
-        curves = _padded([run.curve(f"{metric}{SPREAD}{statistic}") for run in runs])
-        lines.append(curves.nanmean(0))
-    mean = lines[0]
-    rounds = (~mean.isnan()).nonzero()[:, 0]
-    if len(rounds) == 0:
-        return
-    color, style = color_and_style(index)
-    # A curve of a single point has no line to see.
-    marker = "o" if len(rounds) == 1 else None
-    axes.plot(rounds + 1, mean[rounds], style, marker=marker, color=color, label=name, linewidth=2)
-    axes.fill_between(rounds + 1, lines[1][rounds], lines[2][rounds], color=color, alpha=0.15, linewidth=0)
-    # Edges in the method's style, which tell overlapping bands apart, in print too.
-    for edge in lines[1:]:
-        axes.plot(rounds + 1, edge[rounds], style, color=color, linewidth=0.6)
 
 
 def draw_weights(history: RunHistory, path: str | Path | None = None, title: str = "aggregation weights") -> Figure:
@@ -330,7 +273,7 @@ def draw_clients(groups: Mapping[str, Sequence[RunHistory]], metric: str, path: 
         by_client.plot(values, rows, "o", color=color, alpha=0.85, markersize=5, label=name)
         # Ranks, because client 3 of one seed is another client than client 3 of the next.
         values_by_rank = [_sorted_values(run.clients[metric]) for run in runs]
-        mean, deviation = _mean_and_deviation(_padded(values_by_rank))
+        mean, deviation = _mean_and_deviation(padded(values_by_rank))
         percent = 100 * torch.arange(1, len(mean) + 1) / len(mean)
         ranked.plot(percent, mean, style, color=color, linewidth=2, label=name)
         if len(runs) > 1:
@@ -482,7 +425,7 @@ def use_whole_numbers(*panels: Axes) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
 
 
-def _padded(curves: Sequence[Sequence[float]]) -> Tensor:
+def padded(curves: Sequence[Sequence[float]]) -> Tensor:
     """Stack curves to ``[runs, rounds]``; short ones are filled up with NaN."""
     longest = max(len(curve) for curve in curves)
     stack = torch.full((len(curves), longest), nan, dtype=torch.float64)
