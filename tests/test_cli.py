@@ -415,7 +415,7 @@ def test_what_the_guide_says_is_understood(parser, page, tmp_path, monkeypatch):
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if " fit " in f" {line}" and "fedhaw" in line]
     for line in lines:
-        arguments = line.partition("fedhaw fit ")[2].partition(" #")[0].partition(" >")[0].replace("$lr", "0.1").split()
+        arguments = line.partition("fedhaw fit ")[2].partition(" #")[0].partition(" >")[0].split()
         parser.parse_args([part for part in arguments if part != "--print_config"])
     configurations = [yaml.safe_load(each) for each in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)]
     for configuration in configurations:
