@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 import lightning_fedhaw
-from lightning_fedhaw import autodiff, bilevel, channel, comparing, data, diagnostics, extending, objectives, plotting, sweeping
+from lightning_fedhaw import (
+    autodiff,
+    bilevel,
+    channel,
+    comparing,
+    data,
+    diagnostics,
+    extending,
+    objectives,
+    plotting,
+    sweeping,
+)
 
 ROOT = Path(__file__).parents[1]
 
