@@ -127,8 +127,19 @@ BATCH = 14
 SIDE = 8
 """Height and width of an image."""
 
-NOT_RECORDED = ("ModelCheckpoint", "channels_and_objectives", "format", "run_id", "scheme", "seconds")
-"""Keys of a checkpoint or a log that hold paths, names, descriptions and times, and no results."""
+NOT_RECORDED = (
+    "ModelCheckpoint",
+    "best",
+    "best_client",
+    "channels_and_objectives",
+    "format",
+    "run",
+    "run_id",
+    "scheme",
+    "seconds",
+    "worst_client",
+)
+"""Keys of a checkpoint or a log that hold paths, names, descriptions and times, and no results of their own."""
 
 Record = dict[str, str]
 
