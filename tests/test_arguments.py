@@ -125,6 +125,7 @@ WRONG: dict[str, Any] = {
     "local_parameters": 3,
     "logits": 3,
     "model_kwargs": 3,
+    "RoundTable.metrics": "val_acc",
     "optimizer": 3,
     "partitioner": "iid",
     "phases": ["noon"],

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 import lightning_fedhaw
-from lightning_fedhaw import autodiff, bilevel, channel, comparing, data, diagnostics, extending, objectives, plotting
+from lightning_fedhaw import (
+    autodiff,
+    bilevel,
+    channel,
+    comparing,
+    data,
+    diagnostics,
+    extending,
+    objectives,
+    plotting,
+    sweeping,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +54,7 @@ def test_the_reference_names_everything_public_once():
         bilevel,
         channel,
         comparing,
+        sweeping,
         data,
         diagnostics,
         extending,

@@ -28,7 +28,7 @@ ROWS = {
     9: {"diagnostics", "bilevel"},
     10: {"__init__", "alias_pytorch_lightning", "extending", "plotting"},
     11: {"cli_messages", "cli_yaml", "comparing"},
-    12: {"cli"},
+    12: {"cli", "sweeping"},
     13: {"__main__"},
 }
 ROW_OF = {module: number for number, modules in ROWS.items() for module in modules}
