@@ -16,12 +16,14 @@ from lightning_fedhaw import (
     channel,
     comparing,
     data,
+    deploy,
     diagnostics,
     extending,
     objectives,
     plotting,
     sweeping,
 )
+from lightning_fedhaw.deploy import flower, nvflare
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,8 +58,11 @@ def test_the_reference_names_everything_public_once():
         comparing,
         sweeping,
         data,
+        deploy,
         diagnostics,
         extending,
+        flower,
+        nvflare,
         objectives,
         plotting,
     )

@@ -25,7 +25,7 @@ ROWS = {
     6: {"observer", "report"},
     7: {"adapter"},
     8: {"trainer", "aggregation"},
-    9: {"diagnostics", "bilevel"},
+    9: {"diagnostics", "bilevel", "deploy"},
     10: {"__init__", "alias_pytorch_lightning", "extending", "plotting"},
     11: {"cli_messages", "cli_yaml", "comparing"},
     12: {"cli", "sweeping"},

@@ -62,6 +62,8 @@ def choose(
     Raises:
         ValueError: If the vectorized engine was requested and the module does not allow it.
     """
+    if sequential.elsewhere is not None:
+        return sequential, f"Clients train {sequential.elsewhere}."
     if requested == "sequential":
         return sequential, _sequential_line(None, compile_clients)
     if requested == "auto":
