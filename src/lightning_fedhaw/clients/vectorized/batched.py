@@ -39,6 +39,15 @@ class StepInputs(NamedTuple):
     starts: Named | None = None
     states: Sequence[ClientState] = ()
 
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors as one list."""
+        tensors = [*self.parameters, *self.buffers, *self.batch]
+        if self.starts is not None:
+            tensors += self.starts.values()
+        for state in self.states:
+            tensors += state.values()
+        return tensors
+
 
 class StepOutputs(NamedTuple):
     """The outputs of one batched call.

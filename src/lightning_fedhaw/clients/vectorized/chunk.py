@@ -20,6 +20,7 @@ from lightning_fedhaw.clients.tangents import RATE_TANGENT, OptimizerState, Rate
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep, Gradients, StepInputs
 from lightning_fedhaw.clients.vectorized.compiled import CompiledStep
 from lightning_fedhaw.clients.vectorized.optimizers import RowIndex, StackedOptimizer
+from lightning_fedhaw.clients.vectorized.repeated import RepeatedStep
 from lightning_fedhaw.clients.vectorized.trial import Facts
 from lightning_fedhaw.cohort import ClientUpdate, factors_of
 from lightning_fedhaw.data.partitioners.partition import swap_labels
@@ -53,6 +54,7 @@ class Chunk:
         step: The batched step.
         facts: What the trial found out about the step.
         compiled: The compiled step, to be called instead of the batched one.
+        repeated: The step that repeats recorded calls, to be called instead of the batched one.
 
     Attributes:
         made: The optimizer steps that each row has made.
@@ -66,12 +68,14 @@ class Chunk:
         step: BatchedStep,
         facts: Facts,
         compiled: CompiledStep | None = None,
+        repeated: RepeatedStep | None = None,
     ) -> None:
         self.engine = engine
         self.step = step
         self.facts = facts
         # A graph would not carry tangents.
         self.compiled = compiled if engine.gradient_slope is None else None
+        self.quick_step = self.compiled or repeated or step
         self.batch_size = engine.data.settings.batch_size
         self._sort(tasks)
         self.made = [0] * len(tasks)
@@ -306,7 +310,7 @@ class Chunk:
     def _gradients(self, inputs: StepInputs, row_index: RowIndex) -> Gradients:
         """Compute the gradients of a call, and where a rate is learned their change along the tangents."""
         if self.tangents is None:
-            return (self.compiled or self.step).gradients(self.trained, inputs)
+            return self.quick_step.gradients(self.trained, inputs)
         with self.tangents.level():
             duals = list(inputs.parameters)
             for position, number in enumerate(self.stack_numbers):

@@ -190,12 +190,6 @@ def _flattened(inputs: StepInputs) -> tuple[list[Tensor], Callable[[Sequence[Ten
         start_names = list(inputs.starts)
     state_names = [list(state) for state in inputs.states]
 
-    flat = [*inputs.parameters, *inputs.buffers, *inputs.batch]
-    if inputs.starts is not None:
-        flat += inputs.starts.values()
-    for state in inputs.states:
-        flat += state.values()
-
     def build(tensors: Sequence[Tensor]) -> StepInputs:
         remaining = iter(tensors)
         parameters = list(islice(remaining, num_parameters))
@@ -207,7 +201,7 @@ def _flattened(inputs: StepInputs) -> tuple[list[Tensor], Callable[[Sequence[Ten
         states = [_named(remaining, names) for names in state_names]
         return StepInputs(parameters, buffers, batch, batch_index, starts, states)
 
-    return flat, build
+    return inputs.tensors(), build
 
 
 def _named(tensors: Iterator[Tensor], names: Sequence[str]) -> dict[str, Tensor]:

@@ -67,6 +67,11 @@ class Facts:
     bytes_per_client: int
     frozen: int
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all calls are the same operations: without random numbers, and whatever the batch index is."""
+        return not (self.uses_index or self.draws_dropout or self.draws_other)
+
 
 def probe(
     host: Host,
