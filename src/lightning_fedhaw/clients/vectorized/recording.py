@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 _aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ class Constant(NamedTuple):
     """A tensor that the step had from elsewhere, such as a frozen parameter or a number that was made a tensor.
 
     Attributes:
-        number: Its number among those of the recording.
+        number: Its number among those of the recording: -1, -2 and so on, since no :class:`Value` may be equal to it.
     """
 
     number: int
@@ -98,11 +99,11 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.outputs: Any = None
         self.obstacle: str | None = None
         # Without owning the tensors, so that a recorded call needs no more memory than any other.
-        self._numbers: Any = WeakTensorKeyDictionary()
+        self._numbers: dict[int, _Numbered] = {}
         self._num_values = 0
         for tensor in inputs:
-            if tensor not in self._numbers:
-                self._numbers[tensor] = self._num_values
+            if self._number_of(tensor) is None:
+                self._numbers[id(tensor)] = _Numbered(weakref.ref(tensor), self._num_values)
             self._num_values += 1
 
     def __torch_dispatch__(
@@ -123,11 +124,14 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Raises:
             NotRepeatableError: If it gives a number to Python, or changes more of a tensor than its elements.
         """
-        if torch.Tag.inplace_view in function.tags:
+        if _changes_shape(function):
             raise NotRepeatableError(f"{function} changes the shape of a tensor in place")
-        arguments = self._described((args, dict(kwargs)))
-        results = result if isinstance(result, (tuple, list)) else (result,)
-        made = tuple(self._numbered(output, function) for output in results)
+        arguments = [self._described(args), self._described(kwargs)]
+        made: tuple[int | None, ...]
+        if isinstance(result, (tuple, list)):
+            made = tuple(self._numbered(output, function) for output in result)
+        else:
+            made = (self._numbered(result, function),)
         passes = function in _PASSING and _is_alike(args[0], result)
         self.operations.append(Operation(function, arguments, made, passes))
 
@@ -137,13 +141,21 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         if not isinstance(output, Tensor):
             raise NotRepeatableError(f"{function} gives Python a {type(output).__name__}")
-        if output in self._numbers:
+        if self._number_of(output) is not None:
             # It was changed in place.
             return None
         number = self._num_values
-        self._numbers[output] = number
+        self._numbers[id(output)] = _Numbered(weakref.ref(output), number)
         self._num_values += 1
         return number
+
+    def _number_of(self, tensor: Tensor) -> int | None:
+        """Return the number of a tensor; ``None`` if it has none."""
+        numbered = self._numbers.get(id(tensor))
+        # Another tensor may have been at its address before.
+        if numbered is None or numbered.tensor() is not tensor:
+            return None
+        return numbered.number
 
     def _described(self, argument: object) -> Any:
         """Replace the tensors in an argument by their numbers.
@@ -152,23 +164,26 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             NotRepeatableError: If there is a random generator in it, whose seed is that of a single round.
         """
         if isinstance(argument, Tensor):
-            if argument in self._numbers:
-                return Value(self._numbers[argument])
-            return self._constant(argument)
+            number = self._number_of(argument)
+            if number is None:
+                return self._constant(argument)
+            return Value(number)
+        if argument is None or type(argument) in (int, bool, float):
+            return argument
         if isinstance(argument, (list, tuple)):
             return [self._described(entry) for entry in argument]
-        if isinstance(argument, dict):
+        if isinstance(argument, Mapping):
             return {name: self._described(entry) for name, entry in argument.items()}
         if isinstance(argument, torch.Generator):
             raise NotRepeatableError("a random generator is drawn from")
         return argument
 
     def _constant(self, tensor: Tensor) -> Constant:
-        for number, constant in enumerate(self.constants):
+        for number, constant in enumerate(self.constants, start=1):
             if constant is tensor:
-                return Constant(number)
+                return Constant(-number)
         self.constants.append(tensor)
-        return Constant(len(self.constants) - 1)
+        return Constant(-len(self.constants))
 
     def finish(self, outputs: object) -> None:
         """Note what the call gave.
@@ -181,6 +196,19 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.outputs = self._described(outputs)
             except NotRepeatableError as error:
                 self.obstacle = str(error)
+
+
+class _Numbered(NamedTuple):
+    """A tensor with its number, without owning it."""
+
+    tensor: weakref.ref[Tensor]
+    number: int
+
+
+@cache
+def _changes_shape(function: OpOverload) -> bool:
+    """Return whether a function changes more of a tensor than its elements."""
+    return torch.Tag.inplace_view in function.tags
 
 
 def _is_alike(source: Tensor, output: object) -> bool:
@@ -198,7 +226,6 @@ class Pattern:
     Attributes:
         operations: The operations; an integer among their arguments that grows with the rows is a :class:`Rows`.
         rows: The number of rows that it is for; ``None`` for any.
-        is_confirmed: Whether a second recording has agreed.
     """
 
     def __init__(self, recording: Recording) -> None:
@@ -207,7 +234,6 @@ class Pattern:
         self.outputs = recording.outputs
         self.num_inputs = recording.num_inputs
         self.rows: int | None = recording.rows
-        self.is_confirmed = False
 
     def confirm(self, recording: Recording) -> None:
         """Learn from another recording.
@@ -222,12 +248,14 @@ class Pattern:
         for old, new in zip(self.operations, recording.operations, strict=True):
             if (old.function, old.made, old.passes) != (new.function, new.made, new.passes):
                 raise DifferenceError
-            operations.append(old._replace(arguments=join(old.arguments, new.arguments)))
+            # Most are equal as they are, which is quickly found out.
+            if old.arguments != new.arguments:
+                old = old._replace(arguments=join(old.arguments, new.arguments))
+            operations.append(old)
         join(self.outputs, recording.outputs)
         self.operations = operations
         if recording.rows != self.rows:
             self.rows = None
-        self.is_confirmed = True
 
     def _has_constants_of(self, recording: Recording) -> bool:
         """Return whether a recording had the same tensors from elsewhere, or equal ones."""
@@ -281,7 +309,7 @@ class _Join:
             self._check(self.old_rows is not None and old % self.old_rows == 0)
             assert self.old_rows is not None
             return self._rows(old // self.old_rows, new)
-        # Text, because NaN is no number that is equal to itself, and 0 and -0 are two.
+        # Text, because NaN is not equal to itself.
         self._check(repr(old) == repr(new))
         return old
 

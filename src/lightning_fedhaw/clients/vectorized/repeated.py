@@ -63,11 +63,11 @@ class RepeatedStep:
         kind = self._kind_of(rows, tensors)
         if kind.num_changes > MAX_CHANGES:
             return self.step.gradients(trained, inputs)
-        if kind.program is None or not kind.serves(rows):
+        if not kind.serves(rows):
             return self._recorded(kind, rows, trained, inputs)
         try:
             with torch.no_grad():
-                losses, gradients, replaced, logged = kind.program(rows, tensors)
+                losses, gradients, replaced, logged = kind.program()(rows, tensors)
         except Exception as error:
             self.is_off = True
             if is_out_of_memory(error):
@@ -103,46 +103,51 @@ class _Kind:
     """Calls of one kind: with batches of one length.
 
     Attributes:
-        program: Repeats a call; ``None`` until two recordings have agreed.
         pending: The values that a call logs.
-        is_current: Whether a call of this round has been compared.
+        is_current: Whether calls of this round have been compared with each other, or with those of earlier rounds.
         num_changes: How often a recording was another one than those before it.
     """
 
     def __init__(self) -> None:
-        self.program: Program | None = None
         self.pending: list[PendingValue] = []
         self.is_current = False
         self.num_changes = 0
         self._pattern: Pattern | None = None
+        self._program: Program | None = None
 
     def serves(self, rows: int) -> bool:
-        """Return whether the program may be used in this round, for a number of rows."""
+        """Return whether calls with a number of rows can be repeated in this round."""
+        return self._pattern is not None and self.is_current and self._pattern.rows in (None, rows)
+
+    def program(self) -> Program:
+        """Return the program of the calls, which is written for the first one."""
         assert self._pattern is not None
-        return self.is_current and self._pattern.rows in (None, rows)
+        if self._program is None:
+            self._program = program_of(self._pattern)
+        return self._program
 
     def learn(self, recording: Recording, pending: list[PendingValue]) -> None:
         """Learn from a recording."""
         if recording.obstacle is not None:
             self.num_changes = MAX_CHANGES + 1
             return
-        pattern = self._pattern
-        if pattern is not None:
-            was_for = pattern.rows
-            is_new = not pattern.is_confirmed
-            try:
-                if pending != self.pending:
-                    raise DifferenceError
-                pattern.confirm(recording)
-            except DifferenceError:
-                self.num_changes += 1
-                pattern = None
-            else:
-                self.is_current = True
-                if is_new or pattern.rows != was_for:
-                    self.program = program_of(pattern)
-        if pattern is None:
-            self._pattern = Pattern(recording)
-            self.pending = pending
-            self.program = None
-            self.is_current = False
+        if self._pattern is not None and self._confirms(self._pattern, recording, pending):
+            self.is_current = True
+            return
+        if self._pattern is not None:
+            self.num_changes += 1
+        self._pattern = Pattern(recording)
+        self._program = None
+        self.pending = pending
+        self.is_current = False
+
+    def _confirms(self, pattern: Pattern, recording: Recording, pending: list[PendingValue]) -> bool:
+        """Return whether a recording agrees with the pattern, which may now be one for more numbers of rows."""
+        rows = pattern.rows
+        try:
+            pattern.confirm(recording)
+        except DifferenceError:
+            return False
+        if pattern.rows != rows:
+            self._program = None
+        return pending == self.pending
