@@ -303,7 +303,7 @@ def draw_landscape(run: RunHistory, path: str | Path | None = None, *, round_idx
         axes.text(corner[0], corner[1] + shift, f"client {client}", ha="center", va="center")
     axes.set_axis_off()
     axes.set(aspect="equal", title=f"round {chosen + 1}", ylim=(-0.1, 0.95))
-    axes.legend(loc="upper left", facecolor="0.75")
+    axes.legend(loc="upper left", facecolor="0.75", labelcolor="black")
     figure.colorbar(image, ax=axes, label="loss of the weighted mean of the models", format=plain_number)
     save_figure(figure, path)
     return figure

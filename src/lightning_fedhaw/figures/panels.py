@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 LINES_IN_PANEL = 10
 """Lines at most that a panel has; more of them get a small panel each."""
 
-_COLUMNS = 4
+_COLUMNS = 3
+
+_SMALL_COLUMNS = 4
 
 _MANY_TIMES = 10.0
 """An outlier is this many times as large as what the lines of a panel usually are."""
@@ -69,7 +71,7 @@ def panels_of_lines(
         axes = figure.subplots()
         axes.set(xlabel=xlabel, ylabel=ylabel)
         return dict.fromkeys(names, axes)
-    rows, columns = shape_of_grid(len(names))
+    rows, columns = shape_of_grid(len(names), _SMALL_COLUMNS)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     panels = {}
     for place, axes in enumerate(grid.flat):
@@ -96,7 +98,7 @@ def height_of_lines(number: int, height: float, lines_each: int = 1) -> float:
     """
     if lines_each * number <= LINES_IN_PANEL:
         return height
-    rows, _ = shape_of_grid(number)
+    rows, _ = shape_of_grid(number, _SMALL_COLUMNS)
     return 0.8 + 1.35 * rows
 
 

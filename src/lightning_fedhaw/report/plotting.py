@@ -164,7 +164,7 @@ def figure_of_series(
     """
     if len(groups) <= LINES_IN_PANEL:
         rows, columns = shape_of_grid(len(labels))
-        figure = new_figure(1.4 + 5.2 * columns, 4.2 * rows)
+        figure = new_figure(1.0 + 4.4 * columns, 3.8 * rows)
         for (metric, label), axes in zip(labels.items(), grid_of_panels(figure, len(labels)), strict=True):
             axes.set(xlabel="round", ylabel=label)
             draw_series(dict.fromkeys(groups, axes), groups, metric, log=log)
