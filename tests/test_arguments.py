@@ -134,6 +134,7 @@ WRONG: dict[str, Any] = {
     "local_parameters": 3,
     "logits": 3,
     "model_kwargs": 3,
+    "RoundTable.metrics": "val_acc",
     "make_data": 3,
     "make_model": 3,
     "make_trainer": 3,

@@ -1,5 +1,6 @@
 """The documentation builds without a warning, and its reference is complete."""
 
+import html
 import os
 import pkgutil
 import re
@@ -21,6 +22,7 @@ from lightning_fedhaw import (
     extending,
     objectives,
     plotting,
+    sweeping,
 )
 from lightning_fedhaw.deploy import flower, nvflare
 
@@ -43,6 +45,15 @@ def test_the_site_builds_without_a_warning(tmp_path):
     page = (tmp_path / "site/api/rules/index.html").read_text()
     assert 'id="lightning_fedhaw.FedHAWCallback"' in page
     assert ":class:" not in page
+    text = html.unescape(re.sub(r"<[^>]+>", "", page))
+    assert "lr_gamma=1.0" in text, "signatures have the defaults"
+    assert 'id="lightning_fedhaw.FedHAWCallback.step"' not in page, "internals are left out"
+    rules = (tmp_path / "site/rules/index.html").read_text()
+    assert r'<div class="arithmatex">\[' in rules
+    assert "$$" not in rules, "all formulas are typeset"
+    for file in re.findall(r'(?:src|href)="([^"#]*katex[^"]*)"', rules):
+        assert (tmp_path / "site/rules" / file).exists()
+    assert not re.search(r'(?:src|<link[^>]* href)="https?:', rules), "the site needs no network"
 
 
 def test_the_reference_names_everything_public_once():
@@ -55,6 +66,7 @@ def test_the_reference_names_everything_public_once():
         bilevel,
         channel,
         comparing,
+        sweeping,
         data,
         deploy,
         diagnostics,
@@ -65,6 +77,7 @@ def test_the_reference_names_everything_public_once():
         plotting,
     )
     public = {name: getattr(module, name) for module in modules for name in module.__all__}
+    public["FederatedCLI"] = pkgutil.resolve_name("lightning_fedhaw.cli.FederatedCLI")
     assert {path.rpartition(".")[2] for path in paths} == set(public)
     assert len(set(map(id, shown))) == len(shown)
     for name in lightning_fedhaw.__all__:

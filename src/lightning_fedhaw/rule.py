@@ -185,6 +185,9 @@ class Rule(ABC):
     client_placed: Collection[str] = ()
     """Names among :meth:`server_parameters` of which each client has its own rows, so that they are not sent."""
 
+    clients_train: bool = True
+    """Whether clients train with their optimizer in some round, and do not answer an :meth:`inquiry` in all of them."""
+
     needs_held_out_data: bool = False
     """Whether every client needs held-out samples, for the upper loss of an :meth:`inquiry`."""
 
@@ -288,6 +291,15 @@ class Rule(ABC):
             state: The state after the last round.
         """
         return {}
+
+    def with_server_parameters(self, state: State, values: Mapping[str, Tensor]) -> State:
+        """Return a state with other values of :meth:`server_parameters`, which the user's code has set in the module.
+
+        Args:
+            state: The state after the last round. Not changed: the new state is returned.
+            values: The new values, by name, of those that have changed; by default they are ignored.
+        """
+        return state
 
     def weigh(self, update: ClientUpdate) -> float:
         """Return a client's weight before normalization, checked; 0 for a rule without ``unnormalized_weight``.

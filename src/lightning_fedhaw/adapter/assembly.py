@@ -23,6 +23,7 @@ from lightning_fedhaw.data.hold_out import HoldOut
 from lightning_fedhaw.data.labels import find_labels
 from lightning_fedhaw.data.loader_settings import LoaderSettings, training_samples
 from lightning_fedhaw.data.module import FederatedDataModule
+from lightning_fedhaw.data.partitioners import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler, FullParticipationSampler, UniformSampler
 from lightning_fedhaw.data.small_clients import large_clients, only
 from lightning_fedhaw.data.split import split
@@ -48,10 +49,12 @@ class AssignedData:
 
     Attributes:
         clients: The data of all clients.
+        partitioner: How it was split.
         assumed: What is assumed of the split because no argument says it.
     """
 
     clients: ClientData
+    partitioner: Partitioner
     assumed: list[str]
 
 
@@ -86,7 +89,7 @@ def assign_data(trainer: pl.Trainer, loader: DataLoader[Any], options: Federatio
     """
     settings = LoaderSettings.of(loader)
     dataset, labels = training_samples(loader, options.labels, options.partitioner)
-    partition, classes, assumed = split(
+    partition, classes, assumed, partitioner = split(
         dataset,
         num_clients=options.num_clients,
         alpha=options.alpha,
@@ -117,7 +120,7 @@ def assign_data(trainer: pl.Trainer, loader: DataLoader[Any], options: Federatio
     )
     if isinstance(datamodule, FederatedDataModule):
         datamodule.partition_in_use = partition
-    return AssignedData(clients, assumed)
+    return AssignedData(clients, partitioner, assumed)
 
 
 def hold_out(options: FederationOptions) -> HoldOut | None:

@@ -26,6 +26,7 @@ from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, publish_cl
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.labels import find_labels
 from lightning_fedhaw.data.loader_settings import LoaderSettings, training_samples
+from lightning_fedhaw.data.partitioners import IndexPartitioner
 from lightning_fedhaw.data.partitioners.partition import Partition
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.options import FederationOptions
@@ -91,7 +92,8 @@ class SiteLoop(RoundLoop):
         publish_options(self.trainer, self.options)
         loader = _request_dataloader(self._data_source)
         data = _site_data(self.trainer, loader, self.options, self.work.num_clients)
-        self._assigned = AssignedData(data, [])
+        all_samples = IndexPartitioner([range(len(data.dataset))])  # type: ignore[arg-type]
+        self._assigned = AssignedData(data, all_samples, [])
         self._combined_loader = CombinedLoader(loader, "max_size_cycle")
         self._combined_loader.limits = [1]
         self.max_batches = 1

@@ -19,6 +19,7 @@ from torchmetrics.utilities.prints import rank_zero_only
 from lightning_fedhaw.clients.records import EvaluationRecorder, Logged
 from lightning_fedhaw.clients.steps import Host, Validation
 from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.data.numbered import NumberedDataset
 from lightning_fedhaw.federation.module_snapshot import ModuleSnapshot
 from lightning_fedhaw.federation.run_state import metrics_of
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
@@ -137,7 +138,9 @@ class ClientEvaluation:
             EvaluationRecorder(self.host.module, self.host.callbacks) as recorder,
         ):
             for client in clients:
-                snapshot.put_back()
+                if share.rows:
+                    # The first client finds the module as the snapshot took it.
+                    snapshot.put_back()
                 self.host.client = client
                 self._load(client)
                 self._prepare_metrics()
@@ -232,7 +235,7 @@ def measured_on(data: ClientData, collate_fn: CollateFunction | None) -> str:
 
 def has_transform(dataset: object) -> bool:
     """Return whether a data set, or one inside it, has a transform in the attribute that torchvision gives it."""
-    if isinstance(dataset, Subset):
+    if isinstance(dataset, (Subset, NumberedDataset)):
         return has_transform(dataset.dataset)
     if isinstance(dataset, ConcatDataset):
         return any(has_transform(inner) for inner in dataset.datasets)

@@ -26,7 +26,7 @@ from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.checks import check_objectives, check_step, local_lr_scale
 from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
-from lightning_fedhaw.federation.client_statistics import spread_in_round
+from lightning_fedhaw.federation.client_statistics import Spread, spread_in_round
 from lightning_fedhaw.federation.full_gradient import FullGradient
 from lightning_fedhaw.federation.initial_loss import InitialLosses
 from lightning_fedhaw.federation.inquiries import Inquired, Inquiries, ServerParametersPayload, note_idle_round
@@ -482,7 +482,7 @@ class Federation:
         aggregation: Aggregation,
         probed: Probed,
         inquired: Inquired,
-        spread: Mapping[str, float],
+        spread: Spread,
     ) -> Report:
         """Count the costs of the round, and make its report."""
         updates = received.updates
@@ -498,13 +498,14 @@ class Federation:
         metrics = {
             **aggregation.metrics,
             **probed.metrics,
-            **spread,
+            **spread.numbers,
             "clients_received": float(len(updates)),
             "bytes_down": float(bytes_down),
             "bytes_up": float(bytes_up),
         }
         logged = merge(update.logged for update in updates)
-        return Report(plan.round, plan.clients, metrics, logged, aggregation.weights, aggregation.tables)
+        tables = {**aggregation.tables, **spread.tables}
+        return Report(plan.round, plan.clients, metrics, logged, aggregation.weights, tables)
 
     # ------------------------------------------------------------------ the end of a run, and checkpoints
 

@@ -258,7 +258,7 @@ class Aggregation:
     Attributes:
         metrics: The rule's and the observers' numbers for the log.
         weights: The normalized weight of each client whose vector reached the aggregation.
-        tables: The tables that observers keep in the history.
+        tables: The tables that observers and the evaluation of the clients keep in the history.
     """
 
     metrics: Mapping[str, float]
@@ -276,7 +276,7 @@ class Report:
         metrics: The rule's, the observers' and the round's own numbers, with those of the evaluation of the clients.
         logged: The values that the clients' ``training_step`` logged, merged.
         weights: The normalized weight of each client whose vector reached the aggregation.
-        tables: The tables that observers keep in the history.
+        tables: The tables that observers and the evaluation of the clients keep in the history.
     """
 
     round: int

@@ -42,6 +42,7 @@ FINGERPRINT_WORDS = {
     "seed": "`seed` (or that of `seed_everything`)",
     "parameters": "the number of trainable parameters",
     "local_parameters": "the set of local parameters",
+    "samples": "the checksum of the training samples, for which clients keep parameters,",
 }
 """The entries of a fingerprint, apart from the split, in words."""
 
@@ -175,6 +176,7 @@ class RunState:
         self.ranks = ranks
         self.seed = seed
         self.run = new_run()
+        self._samples = data.sample_hash() if rule.client_placed else None
         self.tally = Tally()
         # Their state changes on the process that trains the client. The state of downlink channels is equal on all
         # processes, each of which computes the broadcast to all clients.
@@ -190,15 +192,18 @@ class RunState:
             RuntimeError: If processes have made different changes.
         """
         changes = self.server.present()
+        own = self.server.changed_parameters(self.rule.server_parameters(self.rule.state))
         if self.ranks.size > 1:
-            self._check_changes(changes)
+            self._check_changes(changes, own)
         self.server.adopt(changes)
+        if own:
+            self.rule.state = dict(self.rule.with_server_parameters(self.rule.state, own))
         self.buffers.reset_local(changes.names)
 
-    def _check_changes(self, changes: ModuleChanges) -> None:
+    def _check_changes(self, changes: ModuleChanges, own: Mapping[str, Tensor]) -> None:
         """Refuse changes of the global model that are not the same on all processes."""
-        tensors = {**self.server.layout.views(changes.parameters), **changes.buffers}
-        checksums = self.ranks.gather({name: _checksum(tensors[name]) for name in changes.names})
+        tensors = {**self.server.layout.views(changes.parameters), **changes.buffers, **own}
+        checksums = self.ranks.gather({name: _checksum(tensors[name]) for name in (*changes.names, *own)})
         for rank, other in enumerate(checksums):
             different = []
             for name in {**checksums[0], **other}:
@@ -268,6 +273,9 @@ class RunState:
         }
         if self.server.layout.local:
             fingerprint["local_parameters"] = list(self.server.layout.local)
+        if self._samples is not None:
+            # Parameters of samples are found by position, which another order of the same samples would change.
+            fingerprint["samples"] = self._samples
         return fingerprint
 
     @property
@@ -372,6 +380,8 @@ class RunState:
             model[name] = value.to(dtype, copy=True)
         for name, value in {**self.server.local_parameters, **snapshot.buffers}.items():
             model[name] = value.clone()
+        for name, value in self.rule.server_parameters(snapshot.rule).items():
+            model[name] = value.to(self.server.module.get_parameter(name).dtype, copy=True)
         return model
 
     @property
