@@ -17,7 +17,18 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Bottom up. A module (a file or a folder) may import rows below its own. Within a row and within a folder imports run
 # one way. The table in docs/architecture.md is this one.
 ROWS = {
-    1: {"arguments", "per_client", "notes", "streams", "isolation", "ranks", "keys", "files", "user_functions"},
+    1: {
+        "arguments",
+        "per_client",
+        "notes",
+        "streams",
+        "isolation",
+        "ranks",
+        "keys",
+        "files",
+        "user_functions",
+        "starter",
+    },
     2: {"options", "vectors", "cohort", "objectives", "models", "probe", "inquiry"},
     3: {"autodiff", "data", "rule"},
     4: {"server", "channel", "clients"},
