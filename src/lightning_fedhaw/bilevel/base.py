@@ -452,7 +452,7 @@ class BilevelRule(AggregationRule):
         )
 
     def describe(self) -> str:
-        """Return the rule and its settings, for the start-up line."""
+        """Return the rule and its settings, for the start-up block."""
         return repr_settings(self, upper=repr(self.upper))
 
     @property
