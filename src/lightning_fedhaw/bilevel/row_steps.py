@@ -42,7 +42,7 @@ def step_of_rows(
     tensors = {name: tensor.clone() for name, tensor in memory.get("tensors", {}).items()}
     numbers = dict(memory.get("numbers", {}))
     stepped = values.clone()
-    for count in steps[rows].unique().tolist():
+    for count in sorted(set(steps[rows].tolist())):
         group = rows & (steps == count)
         own: dict[int, Any] = {}
         if count:
