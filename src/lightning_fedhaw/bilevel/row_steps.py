@@ -38,11 +38,14 @@ def step_of_rows(
     Returns:
         The new values, and the new memory.
     """
-    steps: Tensor = memory.get("steps", torch.zeros(len(values), dtype=torch.int64, device=values.device))
-    tensors = {name: tensor.clone() for name, tensor in memory.get("tensors", {}).items()}
+    # A checkpoint has them in host memory.
+    device = values.device
+    rows = rows.to(device)
+    steps: Tensor = memory.get("steps", torch.zeros(len(values), dtype=torch.int64)).to(device)
+    tensors = {name: tensor.to(device, copy=True) for name, tensor in memory.get("tensors", {}).items()}
     numbers = dict(memory.get("numbers", {}))
     stepped = values.clone()
-    for count in sorted(set(steps[rows].tolist())):
+    for count in torch.unique(steps[rows]).tolist():
         group = rows & (steps == count)
         own: dict[int, Any] = {}
         if count:
@@ -54,7 +57,7 @@ def step_of_rows(
                 numbers[count + 1][name] = value
                 continue
             if name not in tensors:
-                tensors[name] = torch.zeros(len(values), dtype=value.dtype, device=values.device)
+                tensors[name] = torch.zeros(len(values), dtype=value.dtype, device=device)
             tensors[name][group] = value
     steps = steps + rows
     numbers = {count: own for count, own in numbers.items() if (steps == count).any()}
