@@ -453,11 +453,16 @@ def _without_side_effects(module: nn.Module, log: Callable[..., None]) -> Iterat
 
 def step_arguments(step: Callable[..., Any], batch: Batch, batch_idx: int) -> tuple[Any, ...]:
     """Return the arguments of a ``*_step`` method, whose ``batch_idx`` and ``dataloader_idx`` are optional."""
+    return (batch, batch_idx, 0)[: num_step_arguments(step)]
+
+
+def num_step_arguments(step: Callable[..., Any]) -> int:
+    """Count the arguments that a ``*_step`` method takes of batch, ``batch_idx`` and ``dataloader_idx``."""
     kinds = [parameter.kind for parameter in inspect.signature(step).parameters.values()]
     count = kinds.count(Parameter.POSITIONAL_ONLY) + kinds.count(Parameter.POSITIONAL_OR_KEYWORD)
     if Parameter.VAR_POSITIONAL in kinds:
         count = max(count, 2)
-    return (batch, batch_idx, 0)[: max(count, 1)]
+    return max(count, 1)
 
 
 @torch.no_grad()

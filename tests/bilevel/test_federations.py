@@ -70,6 +70,7 @@ def left_behind(rule: Any, **options: Any) -> dict[str, Any]:
     runner, module = play(rule, **options)
     summary = dict(runner.federation_summary)
     del summary["seconds"]
+    del summary["run"]
     return {"model": dict(module.state_dict()), "rule": rule.state_dict(), "summary": summary}
 
 

@@ -46,6 +46,12 @@ def is_development_run(trainer: pl.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
+def logs_settings(trainer: pl.Trainer) -> bool:
+    """Return whether settings are given to the loggers: the argument ``enable_autolog_hparams``."""
+    # Older versions of Lightning do not have the attribute.
+    return bool(getattr(trainer, "enable_autolog_hparams", True))
+
+
 def log_every_round(trainer: pl.Trainer) -> None:
     """Let callbacks that log by themselves do so after every batch, which is a round."""
     trainer.log_every_n_steps = 1  # type: ignore[attr-defined]

@@ -152,6 +152,15 @@ class ClientData:
         # A copy: samplers and rules, which may be the user's, receive it.
         return self._num_examples.clone()
 
+    def append(self, num_examples: int) -> None:
+        """Add a client that is elsewhere, with the last number and so many training examples."""
+        begin = sum(len(samples) for samples in self.partition.indices)
+        samples = torch.arange(begin, begin + num_examples)
+        self.partition = replace(self.partition, indices=(*self.partition.indices, samples))
+        self.train_indices = (*self.train_indices, samples)
+        self.held_out_indices = (*self.held_out_indices, samples[:0])
+        self._num_examples = torch.tensor([len(samples) for samples in self.train_indices])
+
     def subset(self, client: int, indices: Tensor, *, for_evaluation: bool = False) -> Dataset[object]:
         """Return some of a client's samples as a data set, with the labels that the client sees.
 

@@ -232,7 +232,7 @@ class RunState:
             state = {name: copy.copy(value) for name, value in callback.state_dict().items()}
             callbacks.append(CallbackState(callback, state))
         return RoundSnapshot(
-            entries=self._entries(engine),
+            entries=self.entries(engine),
             attributes=engine.attributes.snapshot(),
             callbacks=callbacks,
             rule=self.rule.state,
@@ -247,7 +247,7 @@ class RunState:
             engine: The engine of the round.
             snapshot: The state from before the round.
         """
-        self._take(snapshot.entries, engine)
+        self.take(snapshot.entries, engine)
         engine.attributes.undo(snapshot.attributes)
         for saved in snapshot.callbacks:
             saved.callback.load_state_dict(saved.state)
@@ -319,7 +319,7 @@ class RunState:
             engine: The engine, which holds the clients' optimizer states.
         """
         self._collect(engine)
-        state = {**self._resume_keys, **self._entries(engine)}
+        state = {**self._resume_keys, **self.entries(engine)}
         if not self.server.layout.is_exact:
             state["parameters"] = self.server.present().parameters.cpu()
         return state
@@ -335,7 +335,7 @@ class RunState:
             state["parameters"] = snapshot.parameters.cpu()
         return state
 
-    def _entries(self, engine: Engine) -> dict[str, Any]:
+    def entries(self, engine: Engine) -> dict[str, Any]:
         """Return what clients keep, and what the run counts, as entries of a checkpoint."""
         entries: dict[str, Any] = {
             "optimizers": dict(engine.optimizer_states),
@@ -351,8 +351,8 @@ class RunState:
             entries["placement"] = placement
         return entries
 
-    def _take(self, entries: Mapping[str, Any], engine: Engine) -> None:
-        """Take what :meth:`_entries` returned, except for the attributes, which an undo and a checkpoint restore apart.
+    def take(self, entries: Mapping[str, Any], engine: Engine) -> None:
+        """Take what :meth:`entries` returned, except for the attributes, which an undo and a checkpoint restore apart.
 
         Args:
             entries: The entries, perhaps among others.
@@ -411,7 +411,7 @@ class RunState:
         self._check_fingerprint(state["fingerprint"], state["scheme"], source)
         self._warn_of_changes(state, source)
         self.run = state.get("run_id", self.run)
-        self._take(state, engine)
+        self.take(state, engine)
         # A checkpoint of an earlier version has none.
         if "attributes" in state:
             engine.attributes.load_state_dict(state["attributes"])
