@@ -4,7 +4,7 @@
 
 Ten clients; half of the labels of five of them are wrong. Each client holds out some samples whose labels were checked.
 AggITD learns one weight for each training sample, which never leaves its client. Default: scikit-learn's digits, no
-download, about a minute on two cores. Prints accuracy, and how well the weights tell wrong labels from right ones (AUC:
+download, half a minute on two cores. Prints accuracy, and how well the weights tell wrong labels from right ones (AUC:
 0.5 is chance, 1 is perfect); writes `outputs/data_cleaning.png`.
 """
 

@@ -269,6 +269,11 @@ def test_several_rates() -> None:
         (AggITDCallback("net.3", lower_rounds=2), "upper='net.0'", "upper='net.3'"),
         (AggITDCallback("net.0", lower_rounds=3), "lower_rounds=2", "lower_rounds=3"),
         (AggITDCallback("net.0", lower_rounds=2, q="sum"), "q='random'", "q='sum'"),
+        (
+            AggITDCallback("net.0", lower_rounds=2, upper_optimizer=torch.optim.Adam),
+            "upper_optimizer=SGD",
+            "upper_optimizer=Adam",
+        ),
         (FedNestCallback("net.0"), "AggITDCallback", "FedNestCallback"),
     ],
 )

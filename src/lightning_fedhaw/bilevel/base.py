@@ -90,7 +90,7 @@ class BilevelRule(AggregationRule):
         self.upper = UpperVariables(upper)
         self.upper_loss = arguments.optional(arguments.text, "upper_loss", upper_loss)
         self.upper_lr = arguments.number("upper_lr", upper_lr, above=0)
-        check_optimizer("upper_optimizer", upper_optimizer, self.upper_lr)
+        self._optimizer_name = type(check_optimizer("upper_optimizer", upper_optimizer, self.upper_lr)).__name__
         self.upper_optimizer = upper_optimizer
         self.upper_steps = arguments.integer("upper_steps", upper_steps, minimum=1)
         self.lower_lr = arguments.optional(arguments.number, "lower_lr", lower_lr, above=0)
@@ -466,8 +466,8 @@ class BilevelRule(AggregationRule):
 
     @property
     def resume_key(self) -> str:
-        """The settings that a resumed run must share: the split of the variables, and the rounds of an outer step."""
-        settings = [f"upper={self.upper!r}"]
+        """The settings that a resumed run must share: variables, the optimizer's class, rounds of an outer step."""
+        settings = [f"upper={self.upper!r}", f"upper_optimizer={self._optimizer_name}"]
         for name in self.structure:
             settings.append(f"{name}={getattr(self, name)!r}")
         return f"{type(self).key}({', '.join(settings)})"
