@@ -227,7 +227,6 @@ def fit(
         rounds=rounds,
         local_epochs=local_epochs,
         storage="device",
-        client_eval=False,
         seed=seed,
         callbacks=[rule, *observers, run],
         logger=False,
@@ -235,7 +234,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         accelerator="cpu",
-        **options,
+        **{"client_eval": False, **options},
     )
     with redirect_stdout(StringIO()):
         trainer.fit(model or Digits(seed), data)

@@ -17,7 +17,18 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Bottom up. A module (a file or a folder) may import rows below its own. Within a row and within a folder imports run
 # one way. The table in docs/architecture.md is this one.
 ROWS = {
-    1: {"arguments", "per_client", "notes", "streams", "isolation", "ranks", "keys", "files", "user_functions"},
+    1: {
+        "arguments",
+        "per_client",
+        "notes",
+        "streams",
+        "isolation",
+        "ranks",
+        "keys",
+        "files",
+        "figures",
+        "user_functions",
+    },
     2: {"options", "vectors", "cohort", "objectives", "models", "probe", "inquiry"},
     3: {"autodiff", "data", "rule"},
     4: {"server", "channel", "clients"},
@@ -25,10 +36,10 @@ ROWS = {
     6: {"observer", "report"},
     7: {"adapter"},
     8: {"trainer", "aggregation"},
-    9: {"diagnostics", "bilevel"},
+    9: {"diagnostics", "bilevel", "deploy"},
     10: {"__init__", "alias_pytorch_lightning", "extending", "plotting"},
     11: {"cli_messages", "cli_yaml", "comparing"},
-    12: {"cli"},
+    12: {"cli", "sweeping"},
     13: {"__main__"},
 }
 ROW_OF = {module: number for number, modules in ROWS.items() for module in modules}

@@ -329,6 +329,23 @@ class Server:
         for name, value in values.items():
             self.module.get_parameter(name).copy_(value)
 
+    @torch.no_grad()
+    def changed_parameters(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the present values of those parameters that are not what :meth:`write_server_parameters` wrote.
+
+        Where the module still holds a value as it was rounded for it, the value keeps its precision.
+
+        Args:
+            values: What was written, by name.
+        """
+        in_module = {name: self.module.get_parameter(name) for name in values}
+        written = {name: value.to(in_module[name].dtype) for name, value in values.items()}
+        changed: dict[str, Tensor] = {}
+        for name in _changed(in_module, written):
+            present = in_module[name].detach()
+            changed[name] = torch.where(present == written[name], values[name], present.to(values[name]))
+        return changed
+
     def call(
         self,
         function: Callable[..., Any],

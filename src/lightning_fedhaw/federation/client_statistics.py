@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from torch import Tensor
 
@@ -92,6 +93,31 @@ def _statistics_of(values: Tensor, num_examples: Tensor, worst_quantile: float) 
     statistics["best_decile"] = values.quantile(1 - worst_quantile).item()
     statistics["gap"] = (values.max() - values.min()).item()
     return statistics
+
+
+def extreme_clients(metrics: ClientMetrics) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Find the best client and the worst one by each metric.
+
+    Args:
+        metrics: The metrics of all clients, NaN where one is undefined.
+
+    Returns:
+        The best ones and the worst ones: by metric the number of the ``client`` and its ``value``, without metrics
+        that no client has.
+    """
+    best: dict[str, dict[str, float]] = {}
+    worst: dict[str, dict[str, float]] = {}
+    for name, values in metrics.values.items():
+        if values.isnan().all():
+            continue
+        lowest = int(values.nan_to_num(nan=inf).argmin())
+        highest = int(values.nan_to_num(nan=-inf).argmax())
+        ends = [worst, best]
+        if not metrics.higher_is_better.get(name, is_better_when_higher(name)):
+            ends = [best, worst]
+        for end, client in zip(ends, (lowest, highest), strict=True):
+            end[name] = {"client": client, "value": float(values[client])}
+    return best, worst
 
 
 def spread_of(metrics: ClientMetrics) -> dict[str, float]:

@@ -144,6 +144,8 @@ class Federation:
         self.observation = Observation(host, server, self.seed)
         self.run_state = self._make_run_state(objectives)
         self.in_round = False
+        # Where clients are not in this process.
+        self.evaluate_elsewhere: Callable[[int | None], ClientMetrics] | None = None
         self.on_round_start: Callable[[int, list[int]], None] = _ignore
         self.on_snapshot: Callable[[RoundSnapshot], None] = _ignore
         self.on_client_start: Callable[[ClientTask], None] = _ignore
@@ -254,7 +256,8 @@ class Federation:
         except BaseException as error:
             # An interrupted round (Ctrl+C) is undone like one that failed.
             if is_out_of_memory(error):
-                add_note(error, self._memory_advice())
+                summed = self.transport.is_summed
+                add_note(error, memory_advice(self.host.device, self.data, self.rule, self.options, is_summed=summed))
             self.run_state.restore(self.engine, snapshot)
             raise
         finally:
@@ -269,6 +272,7 @@ class Federation:
         inquiry = self.rule.inquiry(self.rule.state, self.server)
         trains = inquiry is None or not inquiry.replaces_training
         received = self._train(plan, own_clients, stores, trains=trains)
+        plan = plan.without(self.engine.absent)
         if trains:
             self.screening.check_round(plan, received)
         with self.tally.phase("local training"):
@@ -503,11 +507,6 @@ class Federation:
         tables = {**aggregation.tables, **spread.tables}
         return Report(plan.round, plan.clients, metrics, logged, aggregation.weights, tables)
 
-    def _memory_advice(self) -> str:
-        """Return advice for the user when memory has run out."""
-        is_summed = self.transport.is_summed
-        return memory_advice(self.host.device, self.data, self.rule, self.options, is_summed=is_summed)
-
     # ------------------------------------------------------------------ the end of a run, and checkpoints
 
     def evaluate_clients(self, batch_size: int | None = None) -> ClientMetrics:
@@ -516,6 +515,8 @@ class Federation:
         Args:
             batch_size: Samples in a batch; ``None`` for those of training.
         """
+        if self.evaluate_elsewhere is not None:
+            return self.evaluate_elsewhere(batch_size)
         own = self.run_state.own_tensors_of_all(self.engine)
         moving = self.layout.frozen_parameters
         return ClientEvaluation(self.host, self.data, self.ranks, self.seed, own, moving, batch_size).evaluate()

@@ -1,184 +1,274 @@
-"""Pictures of how a metric is spread over the clients, round by round."""
+"""Pictures of single clients: their weights, labels and results. Needs matplotlib: ``pip install matplotlib``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import ceil
+from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from lightning_fedhaw import arguments
-from lightning_fedhaw.federation.client_statistics import OF_CLIENTS, SPREAD, metrics_with_spread
-from lightning_fedhaw.report.history import RunHistory
-from lightning_fedhaw.report.plotting import (
+from lightning_fedhaw.data.preview import draw_histogram
+from lightning_fedhaw.figures.base import (
+    axis_label,
     color_and_style,
-    draw_band,
     new_figure,
-    padded,
-    readable_list,
+    plain_number,
     save_figure,
     tidy,
     use_whole_numbers,
 )
+from lightning_fedhaw.figures.panels import (
+    LINES_IN_PANEL,
+    add_legends,
+    distinct,
+    height_of_lines,
+    keep_outliers_out,
+    panels_of_lines,
+)
+from lightning_fedhaw.report.history import RunHistory
+from lightning_fedhaw.report.plotting import mean_and_deviation, padded, readable_list
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
-_MOST_NAMED = 6
+_MOST_LABELS = 40
 
 
-def draw_spread(groups: Mapping[str, Sequence[RunHistory]], metric: str, path: str | Path | None = None) -> Figure:
-    """Draw how a metric is spread over the clients, round by round: the mean, between the worst and the best decile.
-
-    Of several runs of a method, the means of their lines are drawn. A second panel has the standard deviations.
+def draw_comparison(
+    runs: Mapping[str, RunHistory],
+    learned: str,
+    sizes: Sequence[int],
+    path: str | Path | None = None,
+    metric: str = "val_acc",
+) -> Figure:
+    """Draw several runs' metric and scale over rounds, and the weights that one of them learned.
 
     Args:
-        groups: The runs of each method with ``client_eval_every_n_rounds``, by name.
-        metric: The metric, as ``validation_step`` logs it.
+        runs: The history of each run, by name.
+        learned: The name of the run whose weights are drawn.
+        sizes: Training samples of each client, ``[N]``.
+        path: Where the picture is saved; its suffix chooses the format.
+        metric: The metric of the curves.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+    """
+    figure = new_figure(11, 4.8)
+    panels = figure.subplot_mosaic([["curves", "heat"], ["scale", "heat"]], width_ratios=(1, 1.1), height_ratios=(2, 1))
+    curves = panels["curves"]
+    scale = panels["scale"]
+    heat = panels["heat"]
+    for index, (name, history) in enumerate(runs.items()):
+        color, style = color_and_style(index)
+        values = history.curve(metric)
+        rounds = range(1, len(values) + 1)
+        curves.plot(rounds, values, style, color=color, label=name, linewidth=2)
+        # A rule that learns no scale uses 1, and so does every rule in a round that was skipped.
+        scales = [1.0 if isnan(value) else value for value in history.curve("scale")]
+        scale.plot(rounds, scales, style, color=color, linewidth=2)
+    curves.set(ylabel=metric, title=f"{metric} of the global model")
+    curves.legend(frameon=False)
+    scale.set(xlabel="round", ylabel="scale")
+    use_whole_numbers(curves, scale)
+    tidy(curves, scale)
+    keep_outliers_out([curves], metric)
+    keep_outliers_out([scale])
+    _draw_heat_map(heat, runs[learned], sizes)
+    heat.set_title(f"weights that {learned} learned")
+    save_figure(figure, path)
+    return figure
+
+
+def draw_weights(history: RunHistory, path: str | Path | None = None, title: str = "aggregation weights") -> Figure:
+    """Draw weights over rounds, relative to each client's share of the samples received that round.
+
+    The largest client is on top.
+
+    Args:
+        history: The history of the run.
+        path: Where the picture is saved; its suffix chooses the format.
+        title: The title of the picture.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+        ValueError: If the history has no weights.
+    """
+    if not len(history.weights):
+        raise ValueError("The run kept no weights: it has no `weights.csv` and no round, or more than 1,000 clients.")
+    figure = new_figure(7.2, min(1.8 + 0.24 * len(history.sizes), 8.0))
+    axes = figure.subplots()
+    _draw_heat_map(axes, history, history.sizes)
+    axes.set_title(title)
+    save_figure(figure, path)
+    return figure
+
+
+def draw_clients(groups: Mapping[str, Sequence[RunHistory]], metric: str, path: str | Path | None = None) -> Figure:
+    """Draw a metric of the final model on each client's own data: client by client, and from the worst to the best.
+
+    More than ten methods are drawn from the worst client to the best only, in a small panel each.
+
+    Args:
+        groups: The runs of each method, by name. The left panel shows the first of each.
+        metric: The metric.
         path: Where the picture is saved; its suffix chooses the format.
 
     Raises:
         ModuleNotFoundError: If matplotlib is missing.
         ValueError: If no run has the metric.
     """
-    names = {name for runs in groups.values() for run in runs for name in run.names}
-    measured = metrics_with_spread(sorted(names))
-    if metric not in measured:
+    measured = _runs_with_client_metric(groups, metric)
+    if not measured:
         raise ValueError(
-            "`metric` must be one whose spread was logged after rounds, with `client_eval_every_n_rounds`"
-            f" ({readable_list(measured)}), got {metric!r}."
+            f"`metric` must be one that was measured on the clients ({readable_list(_client_metrics(groups))}),"
+            f" got {metric!r}."
         )
-    figure = new_figure(11, 4.2)
-    values, deviations = figure.subplots(1, 2, width_ratios=(1.4, 1))
-    for index, (name, runs) in enumerate(groups.items()):
-        _draw_deciles(values, index, name, runs, metric)
-        draw_band(deviations, index, name, [run.curve(f"{metric}{SPREAD}std") for run in runs], log=False)
-    values.set(xlabel="round", ylabel=metric, title="mean of the clients, worst to best decile")
-    deviations.set(xlabel="round", ylabel=f"standard deviation of {metric}", title="spread over the clients")
-    use_whole_numbers(values, deviations)
-    values.legend(frameon=False)
-    tidy(values, deviations)
+    sizes = max((runs[0].sizes for runs in measured.values()), key=len)
+    if len(measured) > LINES_IN_PANEL:
+        figure = new_figure(10, height_of_lines(len(measured), 0))
+        _draw_ranks(figure, measured, metric)
+        save_figure(figure, path)
+        return figure
+    height = 4.2
+    if len(sizes) > 12:
+        height = min(1.6 + 0.24 * len(sizes), 8.0)
+    figure = new_figure(11, height)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.15))[0]
+    by_client = left.subplots()
+    row_of = {client: row for row, client in enumerate(_largest_first(sizes))}
+    for index, (name, runs) in enumerate(measured.items()):
+        color, _ = color_and_style(index)
+        values = runs[0].clients[metric]
+        rows = [row_of[client] for client in range(len(values))]
+        by_client.plot(values, rows, "o", color=color, alpha=0.85, markersize=5, label=name)
+    _label_clients(by_client, sizes)
+    by_client.set_ylim(len(sizes) - 0.4, -0.6)
+    title = "client by client"
+    if any(len(runs) > 1 for runs in measured.values()):
+        title += ", first run"
+    by_client.set(xlabel=axis_label(metric), title=title)
+    tidy(by_client)
+    _draw_ranks(right, measured, metric)
     save_figure(figure, path)
     return figure
 
 
-def _draw_deciles(axes: Axes, index: int, name: str, runs: Sequence[RunHistory], metric: str) -> None:
-    """Draw the mean over clients and a band between the deciles, in the rounds in which they were measured."""
-    lines = []
-    for statistic in ("mean", "worst_decile", "best_decile"):
-        curves = padded([run.curve(f"{metric}{SPREAD}{statistic}") for run in runs])
-        lines.append(curves.nanmean(0))
-    mean = lines[0]
-    rounds = (~mean.isnan()).nonzero()[:, 0]
-    if len(rounds) == 0:
-        return
-    color, style = color_and_style(index)
-    # A curve of a single point has no line to see.
-    marker = "o" if len(rounds) == 1 else None
-    axes.plot(rounds + 1, mean[rounds], style, marker=marker, color=color, label=name, linewidth=2)
-    axes.fill_between(rounds + 1, lines[1][rounds], lines[2][rounds], color=color, alpha=0.15, linewidth=0)
-    # Edges in the method's style, which tell overlapping bands apart, in print too.
-    for edge in lines[1:]:
-        axes.plot(rounds + 1, edge[rounds], style, color=color, linewidth=0.6)
-
-
-def draw_client_curves(
-    run: RunHistory, metric: str, path: str | Path | None = None, *, clients: Sequence[int] | None = None
-) -> Figure:
-    """Draw a metric of every client over rounds, with the mean and a band from the worst client to the worst decile.
+def _draw_ranks(figure: Figure | SubFigure, measured: Mapping[str, Sequence[RunHistory]], metric: str) -> None:
+    """Draw a metric from the worst client to the best, as mean and deviation over the runs of a method.
 
     Args:
-        run: The history of a run with ``client_eval_every_n_rounds``, or a checkpoint of it.
-        metric: The metric, as ``validation_step`` logs it.
+        figure: The figure, or a part of it.
+        measured: The runs of each method that measured the metric, by name.
+        metric: The metric.
+    """
+    panels = panels_of_lines(figure, list(measured), "clients, worst first, %", axis_label(metric))
+    for index, (name, runs) in enumerate(measured.items()):
+        color, style = color_and_style(index)
+        # Ranks, because client 3 of one seed is another client than client 3 of the next.
+        values_by_rank = [_sorted_values(run.clients[metric]) for run in runs]
+        mean, deviation = mean_and_deviation(padded(values_by_rank))
+        percent = 100 * torch.arange(1, len(mean) + 1) / len(mean)
+        # A curve of a single client has no line to see.
+        marker = "o" if len(mean) == 1 else None
+        panels[name].plot(percent, mean, style, marker=marker, color=color, linewidth=2, label=name)
+        if len(runs) > 1:
+            panels[name].fill_between(percent, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0)
+    shown = distinct(panels.values())
+    if len(shown) == 1:
+        shown[0].set_title("from the worst client to the best")
+    add_legends(*shown)
+    tidy(*shown)
+    keep_outliers_out(shown, metric)
+
+
+def _runs_with_client_metric(
+    groups: Mapping[str, Sequence[RunHistory]], metric: str
+) -> dict[str, Sequence[RunHistory]]:
+    """Return the runs that measured a metric on each client; groups without such a run are left out."""
+    measured: dict[str, Sequence[RunHistory]] = {}
+    for name, runs in groups.items():
+        runs_with_metric = []
+        for run in runs:
+            if metric in run.clients:
+                runs_with_metric.append(run)
+        if runs_with_metric:
+            measured[name] = runs_with_metric
+    return measured
+
+
+def _client_metrics(groups: Mapping[str, Sequence[RunHistory]]) -> list[str]:
+    """List all metrics that some run measured on each client."""
+    metrics: set[str] = set()
+    for runs in groups.values():
+        for run in runs:
+            metrics |= run.clients.keys()
+    return sorted(metrics)
+
+
+def draw_labels(history: RunHistory, path: str | Path | None = None) -> Figure:
+    """Draw the label histogram of every client, or its size where the labels are not known.
+
+    Args:
+        history: The history of the run.
         path: Where the picture is saved; its suffix chooses the format.
-        clients: The clients whose curves are named; by default the worst tenth in the last measurement, up to six.
 
     Raises:
-        ModuleNotFoundError: If matplotlib is missing.
-        ValueError: If the run has not kept the metric of each client, or has no client of such a number.
+        ImportError: If matplotlib is missing.
     """
-    curves = run.client_curves(metric)
-    if not curves.numel():
-        raise ValueError(
-            "`metric` must be one of which the run has kept each client's value, with `client_eval_every_n_rounds`"
-            f" ({readable_list(metrics_of_each_client(run))}), got {metric!r}. A log has no such values: take the run"
-            " itself or a checkpoint."
-        )
-    if clients is None:
-        clients = _worst_clients(run, metric, curves)
-    for client in clients:
-        arguments.integer("clients", client, minimum=0, maximum=len(run.sizes) - 1)
-    figure = new_figure(7.2, 4.4)
-    axes = figure.subplots()
-    _draw_worst_decile(axes, run, metric, curves)
-    _draw_each_client(axes, run, metric, curves, clients)
-    axes.set(xlabel="round", ylabel=metric, title=f"{metric} of each client")
-    use_whole_numbers(axes)
-    axes.legend(frameon=False, fontsize=8)
-    tidy(axes)
-    save_figure(figure, path)
-    return figure
+    if history.labels is not None:
+        return draw_histogram(history.labels, path, history.class_names)
+    return draw_histogram(torch.tensor(history.sizes)[:, None], path, ["any"])
 
 
-def _draw_each_client(axes: Axes, run: RunHistory, metric: str, curves: Tensor, named: Sequence[int]) -> None:
-    """Draw the curve of every client and their mean, in the rounds in which they were measured."""
-    measured = (~curves.isnan()).any(1).nonzero()[:, 0]
-    # A curve of a single point has no line to see.
-    marker = "o" if len(measured) == 1 else None
-    axes.plot(measured + 1, curves[measured], color="0.75", marker=marker, linewidth=0.8)
-    mean = torch.tensor(run.curve(f"{metric}{SPREAD}mean"))
-    axes.plot(measured + 1, mean[measured], color="black", marker=marker, linewidth=2, label="mean of the clients")
-    for index, client in enumerate(named):
-        color, style = color_and_style(index)
-        label = f"client {client}  ({run.sizes[client]:,})"
-        axes.plot(measured + 1, curves[measured, client], style, color=color, marker=marker, linewidth=1.5, label=label)
+def _draw_heat_map(axes: Axes, history: RunHistory, sizes: Sequence[int]) -> None:
+    """Draw the change of weights relative to the shares of samples, and its color bar.
 
-
-def metrics_of_each_client(run: RunHistory) -> list[str]:
-    """List the metrics of which a run has kept each client's value over rounds."""
-    return [name.removesuffix(OF_CLIENTS) for name in run.tables if name.endswith(OF_CLIENTS)]
-
-
-def _draw_worst_decile(axes: Axes, run: RunHistory, metric: str, curves: Tensor) -> None:
-    """Draw a band from the bound of the worst tenth of the clients to the worst client."""
-    bound = torch.tensor(run.curve(f"{metric}{SPREAD}worst_decile"))
-    rounds = (~bound.isnan()).nonzero()[:, 0]
-    worst = torch.stack([_worst(values[~values.isnan()], run, metric) for values in curves[rounds]])
-    # Hatched, so that the band is one in gray prints, too.
-    axes.fill_between(
-        rounds + 1,
-        worst,
-        bound[rounds],
-        facecolor="#D55E00",
-        alpha=0.25,
-        hatch="///",
-        linewidth=0,
-        label="worst decile",
+    Args:
+        axes: The panel.
+        history: The history of the run.
+        sizes: Training samples of each client, ``[N]``.
+    """
+    changes = history.weight_changes()
+    if changes is None:
+        # Every weight is its share of the samples: a change of 0 where an update was received.
+        changes = torch.where(history.weights.isnan(), nan, 0.0)
+    # Symmetric around 0, so that white is no change; the smallest range keeps rounding from filling the colors.
+    limit = 100 * max(1e-3, changes.nan_to_num(0.0).abs().max().item())
+    image = axes.imshow(
+        changes.T[_largest_first(sizes)].numpy() * 100,
+        aspect="auto",
+        cmap="RdBu_r",
+        vmin=-limit,
+        vmax=limit,
+        interpolation="nearest",
+        extent=(0.5, len(changes) + 0.5, len(sizes) - 0.5, -0.5),
     )
+    axes.set_facecolor("0.85")
+    axes.set(xlabel="round")
+    use_whole_numbers(axes)
+    _label_clients(axes, sizes)
+    axes.figure.colorbar(image, ax=axes, label="change against the share of samples, %", format=plain_number)
 
 
-def _worst_clients(run: RunHistory, metric: str, curves: Tensor) -> list[int]:
-    """Return the worst tenth of the clients in the last measurement, the worst first."""
-    last = curves[~curves.isnan().all(1)][-1]
-    clients = (~last.isnan()).nonzero()[:, 0]
-    order = last[clients].argsort(descending=not _is_better_when_higher(run, metric), stable=True)
-    count = min(ceil(len(clients) / 10), _MOST_NAMED)
-    worst: list[int] = clients[order[:count]].tolist()
-    return worst
+def _label_clients(axes: Axes, sizes: Sequence[int]) -> None:
+    """Label the rows of a panel with the clients and their samples, or say how many there are if they are too many."""
+    if len(sizes) <= _MOST_LABELS:
+        names = [f"client {client}  ({sizes[client]:,})" for client in _largest_first(sizes)]
+        axes.set_yticks(range(len(sizes)), names)
+    else:
+        axes.set_yticks([])
+        axes.set_ylabel(f"{len(sizes)} clients, largest first")
+    axes.tick_params(axis="y", length=0)
 
 
-def _worst(values: Tensor, run: RunHistory, metric: str) -> Tensor:
-    if _is_better_when_higher(run, metric):
-        return values.min()
-    return values.max()
+def _largest_first(sizes: Sequence[int]) -> list[int]:
+    """Sort clients by their samples; clients of one size stay in order."""
+    return sorted(range(len(sizes)), key=lambda client: -sizes[client])
 
 
-def _is_better_when_higher(run: RunHistory, metric: str) -> bool:
-    """Return whether a metric is better when higher, by its logged deciles."""
-    worst = torch.tensor(run.curve(f"{metric}{SPREAD}worst_decile"))
-    best = torch.tensor(run.curve(f"{metric}{SPREAD}best_decile"))
-    return bool((best - worst).nansum() >= 0)
+def _sorted_values(values: Sequence[float]) -> list[float]:
+    """Sort values, without those of clients for which a metric is undefined."""
+    return sorted(value for value in values if not isnan(value))

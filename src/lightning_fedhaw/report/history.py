@@ -106,6 +106,12 @@ class RunHistory(KeyedCallback, FederatedCallback):
         # A checkpoint may be older than the history in memory, or have been written without one.
         self._cut_or_fill(rounds)
 
+    def admit(self, num_examples: int) -> None:
+        """Make room for a client that joins a run, with so many training examples."""
+        self.sizes = [*self.sizes, num_examples]
+        column = self._no_weights()[-1:]
+        self._weights = [torch.cat([row, column]) for row in self._weights]
+
     def _cut_or_fill(self, rounds: int) -> None:
         """Have one row for each of some rounds."""
         self.metrics = self.metrics[:rounds]
