@@ -130,6 +130,9 @@ SIDE = 8
 NOT_RECORDED = ("ModelCheckpoint", "channels_and_objectives", "format", "run_id", "scheme", "seconds")
 """Keys of a checkpoint or a log that hold paths, names, descriptions and times, and no results."""
 
+REPEATED = ("best", "best_client", "run", "worst_client")
+"""Entries of the run summary that hold times and paths, or pick out numbers that are recorded elsewhere."""
+
 Record = dict[str, str]
 
 
@@ -692,13 +695,17 @@ def logged_numbers(folder: Path) -> Iterator[tuple[str, str]]:
     for row in rows:
         cells = dict(zip(names, row.split(","), strict=True))
         for name, cell in cells.items():
-            if cell and name != "step" and "seconds" not in name:
+            is_repeated = name.startswith(tuple(f"summary/{entry}/" for entry in REPEATED))
+            if cell and name != "step" and "seconds" not in name and not is_repeated:
                 yield f"logged/{name}/{cells['step']}", cell
 
 
 def summary_numbers(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the numbers of the run summary, without descriptions."""
-    numbers = {name: value for name, value in summary.items() if isinstance(value, (int, float, Mapping))}
+    numbers = {}
+    for name, value in summary.items():
+        if isinstance(value, (int, float, Mapping)) and name not in REPEATED:
+            numbers[name] = value
     yield from flattened(numbers, "summary")
 
 

@@ -10,7 +10,6 @@ download, about a minute on two cores. Prints accuracy, and how well the weights
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -90,11 +89,10 @@ class NoisyFederation:
 
 def main() -> None:
     """Compare FedAvg with learned weights, over seeds."""
-    seeds = seeds_of(sys.argv)
-    arguments = read_arguments(__doc__, rounds=120, has_data=True)
+    arguments = read_arguments(__doc__, rounds=60, has_data=True, has_seeds=True)
     train, test = images(arguments.data)
     print(f"{'rule':10}{'seed':>6}{'accuracy':>10}{'AUC':>8}")
-    for seed in seeds:
+    for seed in arguments.seeds:
         federation = NoisyFederation(train, seed)
         rules: dict[str, AggregationRule] = {
             "FedAvg": FedAvgCallback(),
@@ -112,19 +110,6 @@ def main() -> None:
     path = arguments.output / "data_cleaning.png"
     draw(weights, federation.is_wrong, path)
     print(f"picture: {path}")
-
-
-def seeds_of(command: list[str]) -> list[int]:
-    """Take the seeds out of the command line, which the other examples do not have."""
-    if "--seeds" not in command:
-        return [0]
-    begin = command.index("--seeds")
-    end = begin + 1
-    while end < len(command) and command[end].isdigit():
-        end += 1
-    seeds = [int(word) for word in command[begin + 1 : end]]
-    del command[begin:end]
-    return seeds
 
 
 @torch.no_grad()

@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 
 import lightning_fedhaw
-from lightning_fedhaw import autodiff, bilevel, channel, comparing, data, diagnostics, extending, objectives, plotting
+from lightning_fedhaw import (
+    autodiff,
+    bilevel,
+    channel,
+    comparing,
+    data,
+    deploy,
+    diagnostics,
+    extending,
+    objectives,
+    plotting,
+    sweeping,
+)
+from lightning_fedhaw.deploy import flower, nvflare
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,9 +66,13 @@ def test_the_reference_names_everything_public_once():
         bilevel,
         channel,
         comparing,
+        sweeping,
         data,
+        deploy,
         diagnostics,
         extending,
+        flower,
+        nvflare,
         objectives,
         plotting,
     )

@@ -642,10 +642,13 @@ RULES = {
 def test_the_opening_line_has_the_settings_and_the_table_what_was_learned(make, opening, closing, caplog, capsys):
     beside = [ErasureChannel(0.25, fallback="discard"), FedProx(mu=0.5)]
     train(rounds=3, rule=make(), callbacks=beside, seed=4, client_eval=False)
-    (line,) = [message for message in caplog.messages if message.startswith("Federation: ")]
+    (block,) = [message for message in caplog.messages if message.startswith("Federation:")]
     table = capsys.readouterr().out
-    assert opening in line
-    assert "), ErasureChannel(probability=0.25, link=uplink, fallback=discard), FedProx(mu=0.5), 4 clients" in line
+    lines = {line.split()[0]: line for line in block.splitlines()[1:]}
+    assert opening in lines["rule"]
+    assert lines["channels"].endswith(" ErasureChannel(probability=0.25, link=uplink, fallback=discard)")
+    assert "FedProx(mu=0.5)" in lines["objectives"]
+    assert "4 clients with " in lines["clients"]
     for word in (*closing, "ErasureChannel (uplink)", "objectives"):
         assert word in table, word
 

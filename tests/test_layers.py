@@ -36,10 +36,10 @@ ROWS = {
     6: {"observer", "report"},
     7: {"adapter"},
     8: {"trainer", "aggregation"},
-    9: {"diagnostics", "bilevel"},
+    9: {"diagnostics", "bilevel", "deploy"},
     10: {"__init__", "alias_pytorch_lightning", "extending", "plotting"},
     11: {"cli_messages", "cli_yaml", "comparing"},
-    12: {"cli"},
+    12: {"cli", "sweeping"},
     13: {"__main__"},
 }
 ROW_OF = {module: number for number, modules in ROWS.items() for module in modules}

@@ -138,7 +138,6 @@ def no_collection(monkeypatch):
     gc.disable()
     yield
     gc.enable()
-    gc.unfreeze()
 
 
 class Counts(FederatedCallback):

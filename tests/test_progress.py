@@ -1,10 +1,15 @@
-"""What the progress bar says of a round."""
+"""What the progress bar and the table say of a round."""
+
+import logging
+import warnings
+from io import StringIO
 
 import pytest
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
 
-from federations import Classifier, loader, trainer
-from lightning_fedhaw import RoundProgressBar
+from federations import Classifier, loader, trainer, val_loader
+from lightning_fedhaw import ErasureChannel, RoundProgressBar, RoundTable
 
 
 @pytest.mark.parametrize(
@@ -41,3 +46,77 @@ def test_the_bar_says_who_trains_at_the_moment(options, said, monkeypatch):
     later = said if len(said) == 3 else ["clients 1-2 at once of 3", "client 3 of 3"]
     expected = [*said, "Rounds", *later, "Rounds"]
     assert seen[1:] == [text if text == "Rounds" else f"Rounds ({text})" for text in expected]
+
+
+def test_the_table_has_a_line_a_round_with_its_own_values_only(capsys):
+    runner = trainer(
+        rounds=3,
+        num_clients=4,
+        seed=1,
+        callbacks=[RoundTable(), ErasureChannel(probability=[0.0, 0.0, 0.0, 1.0])],
+        check_val_every_n_epoch=2,
+        run_summary=False,
+    )
+    runner.fit(Classifier(), loader(), val_loader())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["round", "clients", "seconds", "train_loss"]
+    assert [line[0] for line in lines] == ["round", "1/3", "round", "2/3", "3/3"]
+    assert lines[2] == ["round", "clients", "seconds", "train_loss", "val_loss", "val_acc"]
+    assert {line[1] for line in lines if line[0] != "round"} == {"3/4"}
+    # The third round has no validation: its columns do not repeat the second round's values.
+    assert lines[4][4:] == ["-", "-"]
+    accuracy = float(runner.callback_metrics["val_acc"])
+    assert lines[3][5] == f"{100 * accuracy:.4g}%"
+    assert lines[4][3] == f"{float(runner.callback_metrics['train_loss']):.4g}"
+
+
+def test_the_table_shows_what_it_is_asked_for_when_it_is_asked_to(capsys):
+    table = RoundTable(["train_loss"], every_n_rounds=2)
+    trainer(rounds=3, callbacks=[table], run_summary=False).fit(Classifier(), loader())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["round", "2/3", "3/3"]
+    assert all(len(line) == 4 for line in lines)
+
+
+class Terminal(StringIO):
+    """A screen of 100 columns."""
+
+    def isatty(self):
+        return True
+
+    def lines(self):
+        """What is left on the screen: a carriage return begins a line again, and blanks clear it."""
+        shown = []
+        for line in self.getvalue().split("\n"):
+            screen = ""
+            for part in line.split("\r"):
+                screen = part + screen[len(part) :]
+            shown.append(screen.rstrip())
+        return shown
+
+
+def test_messages_come_above_the_bar_and_leave_no_copy_of_it(monkeypatch):
+    screen = Terminal()
+
+    class Talking(Callback):
+        def on_round_start(self, trainer, pl_module, round_idx, clients):
+            if round_idx == 1:
+                with pytest.warns(UserWarning, match="take care"):
+                    # As a warning goes to a terminal, where pytest catches it.
+                    warnings.warn("take care", stacklevel=1)
+                rank_zero_info("a message")
+
+    handler = logging.StreamHandler(screen)
+    logger = logging.getLogger("lightning.pytorch")
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers, handler])
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: (100, 24))
+    bar = RoundProgressBar()
+    runner = trainer(rounds=2, enable_progress_bar=True, callbacks=[Talking(), bar], run_summary=False)
+    show_warning = warnings.showwarning
+    runner.fit(Classifier(), loader())
+    lines = screen.lines()
+    assert "a message" in lines
+    assert [line[:12] for line in lines if "Rounds" in line] == ["Rounds: 100%"]
+    assert warnings.showwarning == show_warning
+    assert not any(isinstance(entry, logging.Filter) for entry in handler.filters)

@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,8 +23,9 @@ from federations import QUIET, Classifier, flat, loader, samples, trainer, val_l
 from lightning_fedhaw import FedAvgCallback, FedHAWCallback, IIDPartitioner
 from lightning_fedhaw.plotting import draw_bands, draw_clients, draw_labels, draw_weights
 from lightning_fedhaw.report.history import RunHistory, find_history, read_run, read_runs
+from lightning_fedhaw.report.metric_names import names_of_results
 from lightning_fedhaw.report.plot_command import main
-from lightning_fedhaw.report.run_report import RunRecord, summary_metrics, summary_of
+from lightning_fedhaw.report.run_report import RunRecord, best_values, summary_of
 from lightning_fedhaw.report.summary import flat_numbers, format_summary
 
 LOST = "The numbers of the run summary, the table of the clients and the picture"
@@ -282,9 +283,11 @@ def test_wandb_offline(monkeypatch, tmp_path):
         _, history = play(logger=logger)
         run = logger.experiment
         summary = dict(run.summary)
+        config = dict(run.config)
         media = Path(run.dir) / "media"
     finally:
         wandb.finish()
+    assert (config["rule"], config["rule.lr_lambda"], config["federation.alpha"]) == ("FedHAWCallback", 0.3, 1.0)
     assert began == ["lightning.pytorch.loggers.wandb"]  # by the user's logger, and once
     assert summary["scale"] == pytest.approx(history.curve("scale")[-1])
     (file,) = media.rglob("*.table.json")
@@ -512,11 +515,55 @@ def test_the_table_of_a_record():
     assert ["incidents", "3", "lost", "messages,", "1", "skipped", "rounds"] in lines
     assert ["privacy", "of", "a", "client", "epsilon", "2", "at", "delta", "0.001"] in lines
     assert "over 10 clients, their held-out data" in table
-    assert ["val_acc", "0.6", "0.5", "0.55", "0.1", "0.25"] in lines
+    assert ["val_acc", "60%", "50%", "55%", "10%", "25%"] in lines
     assert ["auc", "-", "-", "-", "-", "-"] in lines
     assert " measured through the training transform\n val_acc: 2 of 10 clients undefined\n auc: 10 of 10" in table
 
 
 def test_the_summary_has_each_metric_once_and_none_of_the_rules_internal_ones():
-    metrics = {name: torch.tensor(1.0) for name in ("loss", "loss_step", "loss_epoch", "gamma", "time_step")}
-    assert summary_metrics(metrics, {"gamma"}) == {"loss": 1.0, "time_step": 1.0}
+    names = ["loss", "loss_step", "loss_epoch", "gamma", "time_step", "lr", "lr-SGD", "SGD/momentum", "solver"]
+    monitor = LearningRateMonitor()
+    monitor.lrs = {"lr-SGD": [0.1]}
+    monitor.last_momentum_values = {"SGD/momentum": 0.9}
+    assert names_of_results(names, {"gamma"}, [monitor]) == ["loss", "time_step", "solver"]
+
+
+def test_the_best_value_of_a_metric_has_the_number_of_its_round():
+    history = RunHistory()
+    history.metrics = [{"val_acc": 0.5, "val_loss": 3.0}, {"val_acc": 0.75}, {"val_acc": 0.75, "val_loss": 2.0}]
+    assert best_values(history, ["val_acc", "val_loss", "other"]) == {
+        "val_acc": {"value": 0.75, "round": 2},
+        "val_loss": {"value": 2.0, "round": 3},
+    }
+
+
+def test_the_summary_names_settings_extremes_time_and_files(capsys):
+    module = Classifier()
+    settings = {"alpha": 1.0, "seed": 1, "local_epochs": 2, "enable_checkpointing": True, "logger": CSVLogger(".")}
+    runner = trainer(rounds=2, **settings)
+    runner.fit(module, loader(), val_loader())
+    summary = runner.federation_summary
+    accuracies = find_history(runner.callbacks).clients["val_acc"]
+    assert accuracies[summary["best_client"]["val_acc"]["client"]] == max(accuracies)
+    assert accuracies[summary["worst_client"]["val_acc"]["client"]] == min(accuracies)
+    assert summary["run"]["wall_seconds"] > sum(summary["seconds"].values())
+    assert summary["run"]["peak_memory_bytes"] > 2**20
+    assert Path(summary["run"]["checkpoint"]).is_file()
+    printed = capsys.readouterr().out
+    for said in (
+        "DirichletPartitioner(alpha=1), seed 1",
+        "2 local epochs, SGD at learning rate 0.1",
+        f"best client {summary['best_client']['val_acc']['client']} ({100 * max(accuracies):.4g}%)",
+        f"(best {100 * summary['best']['val_acc']['value']:.4g}%, round",
+        "rounds a second",
+        summary["run"]["checkpoint"],
+        "fedhaw plot lightning_logs/version_0",
+    ):
+        assert said in printed, said
+    settings_in_log = (Path(runner.logger.log_dir) / "hparams.yaml").read_text()
+    assert "rule: FedAvgCallback" in settings_in_log
+    assert "federation.local_epochs: 2" in settings_in_log
+    runner = trainer(rounds=1, seed=1, run_summary=False)
+    runner.fit(module, loader())
+    assert runner.federation_summary["rounds"] == 1
+    assert "wall time" not in capsys.readouterr().out

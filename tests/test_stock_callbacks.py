@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -466,9 +467,17 @@ def ProgressBar(door: int, _: Any) -> None:
     assert (bar.rounds, bar.steps) == (4, 4 * CLIENTS * BATCHES)
 
 
+@contextmanager
+def in_a_terminal():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_fedhaw.adapter.progress.is_shown_live", lambda: True)
+        yield
+
+
 @row
 def TQDMProgressBar(door: int, capsys: Any) -> None:
-    trainer, module = play(door, stock.TQDMProgressBar(), enable_progress_bar=True)
+    with in_a_terminal():
+        trainer, module = play(door, stock.TQDMProgressBar(), enable_progress_bar=True)
     bar = trainer.progress_bar_callback
     assert type(bar) is RoundProgressBar
     assert bar.train_progress_bar.n == bar.train_progress_bar.total == 4
@@ -506,10 +515,16 @@ def TQDMProgressBar(door: int, capsys: Any) -> None:
 @row
 def RichProgressBar(door: int, capsys: Any) -> None:
     pytest.importorskip("rich")
-    trainer, _module = play(door, stock.RichProgressBar(), enable_progress_bar=True)
+    theme = stock.RichProgressBar().theme
+    trainer, _module = play(door, stock.RichProgressBar(refresh_rate=7, theme=theme), enable_progress_bar=True)
     bar = trainer.progress_bar_callback
-    assert type(bar) is RoundProgressBar
-    assert bar.train_progress_bar.n == 4
+    assert isinstance(bar, stock.RichProgressBar), "a bar of the user's stays, in a file too"
+    assert (bar.refresh_rate, bar.theme) == (7, theme)
+    assert bar.train_progress_bar.completed == bar.train_progress_bar.total == 4
+    with in_a_terminal():
+        trainer, _module = play(door, enable_progress_bar=True)
+    assert isinstance(trainer.progress_bar_callback, stock.RichProgressBar)
+    assert trainer.progress_bar_callback.train_progress_bar.completed == 4
 
     class Mine(stock.RichProgressBar):
         rounds = 0

@@ -1,21 +1,27 @@
 """The sweep files: W&B accepts them, its agent's command lines are understood, and one of them runs."""
 
 import inspect
-import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import yaml
 
 import lightning_fedhaw
-from lightning_fedhaw import objectives
+from cli_task import Network, Samples
+from federations import QUIET
+from lightning_fedhaw import FederatedTrainer, objectives
+from lightning_fedhaw.__main__ import main
 from lightning_fedhaw.cli import FederatedCLI
 from lightning_fedhaw.extending import AggregationRule, ClientObjective
+from lightning_fedhaw.sweeping import sweep
+from lightning_fedhaw.sweeping.parameters import draws
 
 SWEEPS = Path(__file__).parents[1] / "examples" / "sweeps"
 FILES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(SWEEPS.glob("*.yaml")) if path.stem != "base"}
@@ -35,10 +41,8 @@ def choices(parameter):
 
 
 def combinations(parameters):
-    """Every value of every parameter; the full product for those that are few."""
+    """Every value of every parameter, in as few combinations as have them all."""
     values = {name: choices(parameter) for name, parameter in parameters.items()}
-    if math.prod(map(len, values.values())) <= 40:
-        return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
     longest = max(map(len, values.values()))
     return [{name: options[i % len(options)] for name, options in values.items()} for i in range(longest)]
 
@@ -118,14 +122,17 @@ def test_numbers_are_numbers(name):
 
 @each
 def test_the_command_lines_are_understood(parser, name, monkeypatch):
-    """Every one is read, in the file's order and in alphabetical order, and each value arrives where it belongs."""
+    """Each is read, the first also in alphabetical order, and every value arrives where it belongs."""
     config = FILES[name]
     monkeypatch.chdir(SWEEPS)
-    for values in combinations(config["parameters"]):
+    for number, values in enumerate(combinations(config["parameters"])):
         env, program, subcommand, *arguments = command_line(config, values)
         assert (env, program, subcommand, arguments[:2]) == ("/usr/bin/env", "fedhaw", "fit", ["--config", "base.yaml"])
         assert len(arguments) == 2 + len(values)
-        for order in (arguments, arguments[:2] + sorted(arguments[2:], key=lambda part: part.split("=")[0])):
+        orders = [arguments]
+        if number == 0:
+            orders.append(arguments[:2] + sorted(arguments[2:], key=lambda part: part.split("=")[0]))
+        for order in orders:
             read = parser.parse_args(order)
             for key, value in values.items():
                 group, _, rest = key.partition(".")
@@ -191,3 +198,87 @@ def test_the_shortest_runs_as_the_agent_would_start_it(tmp_path):
 def test_the_package_starts_no_wandb_run():
     package = Path(lightning_fedhaw.__file__).parent
     assert not any("wandb.init" in path.read_text() for path in package.rglob("*.py"))
+
+
+# ---------------------------------------------------------------------- on this machine
+
+
+SWEEP = """
+command: [fedhaw, fit, --config=base.yaml, "${args}"]
+method: METHOD
+metric: {name: val_acc, goal: maximize}
+parameters:
+  rule: {values: [FedAvgCallback, FedHAWCallback]}
+  model.hidden: PARAMETER
+"""
+BASE = """
+model: cli_task.Network
+data: cli_task.Samples
+federation: {num_clients: 4, alpha: 1.0, client_eval: false}
+trainer: {rounds: 1, accelerator: cpu, logger: WandbLogger}
+"""
+
+
+def write_sweep(method, parameter):
+    Path("base.yaml").write_text(BASE)
+    Path("mine.yaml").write_text(SWEEP.replace("METHOD", method).replace("PARAMETER", parameter))
+
+
+def test_a_grid_on_this_machine_is_compared_and_not_repeated(capsys):
+    write_sweep("grid", "{values: [3]}")
+    assert main(["sweep", "mine.yaml", "--jobs=1", "--trainer.rounds=2", "--seeds", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "[2/2] mine, FedHAW, model.hidden=3, seed 5: val_acc" in printed
+    assert re.search(r"FedAvg, model.hidden=3 +\d", printed)
+    assert "fedhaw fit --config=base.yaml --rule=Fed" in printed
+    folder = Path("sweeps/mine/runs/mine/FedHAW_model.hidden=3/seed_5")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["rounds"] == 2
+    pl.seed_everything(5)
+    module = Network(hidden=3)
+    data = {"num_clients": 4, "alpha": 1.0}
+    trainer = FederatedTrainer(rounds=2, callbacks=[lightning_fedhaw.FedHAWCallback()], **data, **QUIET)
+    trainer.fit(module, datamodule=Samples())
+    results = sweep("mine.yaml", seeds=[5], further=["--trainer.rounds=2"], progress=print)
+    assert results.records[1]["curve"][-1] == float(trainer.callback_metrics["val_acc"])
+    assert "[1/" not in capsys.readouterr().out, "nothing is repeated"
+
+
+@pytest.mark.parametrize(
+    ("method", "parameter", "arguments", "said"),
+    [
+        ("grid", "{min: 1, max: 3}", [], "`model.hidden` has a range, and `method: grid` needs `values`"),
+        ("random", "{min: 1, max: 3}", [], "`method: random` draws without end, and 'mine.yaml' has no `run_cap`"),
+        ("random", "{min: 1e-3, max: 3.0}", [], "`model.hidden` must have a `value`, `values`, or `min` and `max`"),
+        ("guess", "{value: 3}", [], "`method` must be one of 'grid', 'random', 'bayes', got 'guess'"),
+        ("grid", "{value: many}", [], "`--hidden`: Expected a <class 'int'>. Got value: many"),
+        ("grid", "{value: 3}", ["--trainer.roundz=1"], "Did you mean `rounds`?"),
+    ],
+)
+def test_mistakes_in_a_sweep_are_one_sentence(method, parameter, arguments, said, capsys):
+    write_sweep(method, parameter)
+    with pytest.raises(SystemExit):
+        main(["sweep", "mine.yaml", *arguments])
+    message = capsys.readouterr().err
+    assert said in message
+    assert "Traceback" not in message
+
+
+def test_draws_are_of_their_distributions_and_stay_the_same_when_more_are_asked_for():
+    parameters = {
+        "integer": {"min": 2, "max": 4},
+        "rate": {"distribution": "log_uniform_values", "min": 1e-3, "max": 1.0},
+        "power": {"distribution": "log_uniform", "min": -2.0, "max": 0.0},
+        "step": {"distribution": "q_uniform", "min": 0.0, "max": 1.0, "q": 0.25},
+        "name": {"values": ["a", "b"], "probabilities": [0.0, 1.0]},
+        "normal": {"distribution": "normal", "mu": 3.0, "sigma": 0.0},
+    }
+    drawn = draws(parameters, 200, seed=1)
+    assert drawn[:5] == draws(parameters, 5, seed=1)
+    assert drawn[:5] != draws(parameters, 5, seed=2)
+    assert {values["integer"] for values in drawn} == {2, 3, 4}
+    assert {values["step"] for values in drawn} == {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert all((values["name"], values["normal"]) == ("b", 3.0) for values in drawn)
+    assert all(math.exp(-2) <= values["power"] <= 1 for values in drawn)
+    # Half of the draws of a log-uniform rate lie below the geometric mean of its bounds.
+    below = sum(values["rate"] < math.sqrt(1e-3) for values in drawn)
+    assert 80 <= below <= 120

@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import torch  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
-from diagnostics import PROXY, VALIDATION, Digits, data_of, digits, fit, part  # noqa: E402
-from lightning_fedhaw import DirichletPartitioner, FedAvgCallback, FedHAWCallback, FedLAWCallback  # noqa: E402
+from diagnostics import PROXY, VALIDATION, Digits, digits, digits_samples, fit, part  # noqa: E402
+from lightning_fedhaw import FedAvgCallback, FedHAWCallback, FedLAWCallback  # noqa: E402
 from lightning_fedhaw.diagnostics import (  # noqa: E402
     Coherence,
     Contributions,
@@ -43,6 +43,7 @@ from lightning_fedhaw.diagnostics import (  # noqa: E402
 from lightning_fedhaw.plotting import (  # noqa: E402
     RunHistory,
     draw_bands,
+    draw_client_curves,
     draw_clients,
     draw_labels,
     draw_lines,
@@ -91,7 +92,7 @@ def runs() -> tuple[dict[str, list[RunHistory]], dict[str, Digits]]:
             if name == "FedLAW":
                 observers += [Landscape(8, samples=200), Contributions(12, permutations=4, samples=200)]
             models[name] = Digits(seed)
-            data = data_of(seed, 10, DirichletPartitioner(0.3))
+            data = digits_samples(seed, 10, 0.3).data()
             run = fit(make(), data, seed, ROUNDS, 1, observers, models[name], client_eval_every_n_rounds=1)
             histories.setdefault(name, []).append(run)
     return histories, models
@@ -116,7 +117,7 @@ def draw_runs() -> None:
     groups: dict[str, list[RunHistory]] = {}
     for name, make in (("FedAvg", FedAvgCallback), ("FedHAW", partial(FedHAWCallback, lr_lambda=0.3))):
         for seed in (1, 2, 3):
-            data = data_of(seed, 10, DirichletPartitioner(0.1))
+            data = digits_samples(seed, 10, 0.1).data()
             run = fit(make(), data, seed, 40, 1, [], Digits(seed), client_eval=True)
             groups.setdefault(name, []).append(run)
     first = groups["FedHAW"][0]
@@ -138,6 +139,7 @@ def main() -> None:
         "shrinking": partial(draw_shrinking, histories),
         "curvature": partial(draw_curvature, histories),
         "spread": partial(draw_spread, histories, "val_acc"),
+        "client_curves": partial(draw_client_curves, histories["FedAvg"][0], "val_acc"),
         "parameters": partial(draw_parameters, last),
         "cosines": partial(draw_cosines, run, round_idx=0),
         "drift": partial(draw_drift, run),

@@ -71,6 +71,7 @@ from lightning_fedhaw.observer import FederatedCallback
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.probe import Probe
 from lightning_fedhaw.report.history import RunHistory
+from lightning_fedhaw.report.round_table import RoundTable
 from lightning_fedhaw.trainer import FederatedTrainer
 
 __version__ = "0.1.0"
@@ -135,6 +136,7 @@ __all__ = [
     "QuantitySkewPartitioner",
     "QuantizationChannel",
     "RoundProgressBar",
+    "RoundTable",
     "RunHistory",
     "ScaffoldCallback",
     "ServerFineTuningCallback",

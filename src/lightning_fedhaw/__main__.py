@@ -29,8 +29,12 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[:1] == ["plot"]:
         import_module("lightning_fedhaw.report.plot_command").main(arguments[1:])
         return 0
+    status: int
     if arguments[:1] == ["compare"]:
-        status: int = import_module("lightning_fedhaw.comparing.command").main(arguments[1:])
+        status = import_module("lightning_fedhaw.comparing.command").main(arguments[1:])
+        return status
+    if arguments[:1] == ["sweep"]:
+        status = import_module("lightning_fedhaw.sweeping.command").main(arguments[1:])
         return status
     try:
         from lightning_fedhaw.cli import FedhawCommand

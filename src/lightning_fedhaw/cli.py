@@ -71,7 +71,7 @@ class FederatedArgumentParser(LightningArgumentParser):
             cli = instantiator.cli
             outer_class = ""
             if instantiator.key == "data":
-                class_path = getattr(_entry(cli, cli.config, "data"), "class_path", "")
+                class_path = getattr(entry(cli, cli.config, "data"), "class_path", "")
                 outer_class = class_path.rpartition(".")[2]
             if outer_class not in ("", kind.__name__):
                 return kind(*args, **kwargs)
@@ -189,11 +189,11 @@ class FederatedCLI(LightningCLI):
         Raises:
             ValueError: If ``fit`` has no rule.
         """
-        config = _entry(self, self.config_init, "trainer")
+        config = entry(self, self.config_init, "trainer")
         callbacks = _as_list(config.get("callbacks"))
         for group in GROUPS:
-            callbacks += _as_list(_entry(self, self.config_init, group))
-        settings: dict[str, Any] = {**_entry(self, self.config_init, "federation")}
+            callbacks += _as_list(entry(self, self.config_init, group))
+        settings: dict[str, Any] = {**entry(self, self.config_init, "federation")}
         settings["callbacks"] = callbacks
         if self.subcommand != "fit" and config.get("rounds") is None and config.get("max_epochs") is None:
             # Nothing is trained, but the trainer requires a number of rounds.
@@ -213,6 +213,7 @@ class FederatedCLI(LightningCLI):
 _FURTHER_COMMANDS = {
     "plot": "Draw pictures of finished runs.",
     "compare": "Compare rules on the same federations, over seeds and settings.",
+    "sweep": "Run a W&B sweep file on this machine, without an account.",
 }
 """Commands with parsers of their own, and their purposes."""
 
@@ -237,7 +238,7 @@ class FedhawCommand(FederatedCLI):
             parser.error(f"`{name}` comes first, and its options follow: `fedhaw {name} --help` lists them.")
 
 
-def _entry(cli: LightningCLI, config: Any, key: str) -> Any:
+def entry(cli: LightningCLI, config: Any, key: str) -> Any:
     """Return an entry of a configuration, which may be that of a subcommand."""
     return config.get(str(cli.subcommand), config).get(key)
 

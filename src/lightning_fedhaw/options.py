@@ -78,6 +78,8 @@ class FederationOptions(arguments.NamedArguments):
         client_eval_every_n_rounds: Evaluate the global model on each client's data after every n-th round too, and log
             how each metric of the validation is spread over the clients, as ``METRIC/clients_worst_decile`` and so on.
             Default: at the end only.
+        run_summary: Whether the run summary is printed at the end of ``fit``. ``federation_summary`` and the loggers
+            have it in any case.
         storage: Where the vectors of the cohort are stored. ``"auto"``: not at all if the rule only needs their
             weighted sum, else on the model's device. ``"device"``: on the model's device. ``"host"``: in host memory.
         storage_dtype: Dtype of the stored displacements, such as ``torch.bfloat16``. Default: that of the server's
@@ -119,6 +121,7 @@ class FederationOptions(arguments.NamedArguments):
     client_val: Any = None
     client_eval: bool = True
     client_eval_every_n_rounds: int | None = None
+    run_summary: bool = True
     storage: Storage = "auto"
     storage_dtype: torch.dtype | None = None
     engine: EngineName = "auto"
@@ -216,6 +219,7 @@ class FederationOptions(arguments.NamedArguments):
             "client_eval_every_n_rounds": arguments.optional(
                 arguments.integer, "client_eval_every_n_rounds", self.client_eval_every_n_rounds, minimum=1
             ),
+            "run_summary": arguments.flag("run_summary", self.run_summary),
         }
 
     def _checked_work(self) -> dict[str, object]:

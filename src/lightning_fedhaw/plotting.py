@@ -1,6 +1,7 @@
 """Figures of finished runs, under the name that projects import."""
 
 from lightning_fedhaw.figures.base import theme
+from lightning_fedhaw.report.client_curves import draw_client_curves
 from lightning_fedhaw.report.client_pictures import draw_clients, draw_comparison, draw_labels, draw_weights
 from lightning_fedhaw.report.history import RunHistory, read_run, read_runs
 from lightning_fedhaw.report.plot_command import main
@@ -9,6 +10,7 @@ from lightning_fedhaw.report.plotting import draw_bands, draw_curves, draw_lines
 __all__ = [
     "RunHistory",
     "draw_bands",
+    "draw_client_curves",
     "draw_clients",
     "draw_comparison",
     "draw_curves",

@@ -89,6 +89,8 @@ class FederatedTrainer(pl.Trainer):
         client_eval_every_n_rounds: Evaluate the global model on each client's data after every n-th round too, and log
             how each metric of the validation is spread over the clients, as ``METRIC/clients_worst_decile`` and so on.
             Default: at the end only.
+        run_summary: Whether the run summary is printed at the end of ``fit``. ``federation_summary`` and the loggers
+            have it in any case.
         storage: Where the vectors of the cohort are stored. ``"auto"``: not at all if the rule only needs their
             weighted sum, else on the model's device. ``"device"``: on the model's device. ``"host"``: in host memory.
         storage_dtype: Dtype of the stored displacements, such as ``torch.bfloat16``. Default: that of the server's
@@ -159,6 +161,7 @@ class FederatedTrainer(pl.Trainer):
         client_val: HoldOut | None = None,
         client_eval: bool = True,
         client_eval_every_n_rounds: int | None = None,
+        run_summary: bool = True,
         storage: Literal["auto", "device", "host"] = "auto",
         storage_dtype: torch.dtype | None = None,
         engine: Literal["auto", "sequential", "vectorized"] = "auto",
@@ -192,6 +195,7 @@ class FederatedTrainer(pl.Trainer):
             client_val=client_val,
             client_eval=client_eval,
             client_eval_every_n_rounds=client_eval_every_n_rounds,
+            run_summary=run_summary,
             storage=storage,
             storage_dtype=storage_dtype,
             engine=engine,
@@ -202,7 +206,8 @@ class FederatedTrainer(pl.Trainer):
             reduction=reduction,
             seed=seed,
         )
-        callbacks = _as_list(kwargs.get("callbacks"))
+        # A copy: Lightning adds its own callbacks to the list that it is given.
+        callbacks = list(_as_list(kwargs.get("callbacks")))
         _check_callback_list(callbacks)
         _check_names(kwargs)
         if checkpoint_every_n_rounds is not None:
@@ -218,7 +223,7 @@ class FederatedTrainer(pl.Trainer):
         check_world_size(self.num_devices * self.num_nodes)
         check_trainer(self, sync_batchnorm=bool(kwargs.get("sync_batchnorm")))
         check_callbacks(callbacks_of(self))
-        replace_default_bar(self)
+        replace_default_bar(self, callbacks)
         add_history(callbacks_of(self))
 
     def fit(self, model: pl.LightningModule, *args: Any, **kwargs: Any) -> None:

@@ -44,6 +44,7 @@ from lightning_fedhaw.adapter.round_log import (
     names_for_callbacks,
     show_earlier_rounds,
 )
+from lightning_fedhaw.adapter.run_reports import RunClock, close_run, open_run
 from lightning_fedhaw.adapter.stopping import ending_together, save_and_requeue
 from lightning_fedhaw.adapter.trainer_attributes import (
     callbacks_of,
@@ -52,7 +53,6 @@ from lightning_fedhaw.adapter.trainer_attributes import (
     log_every_round,
     profiler_of,
     publish_clients,
-    publish_summary,
     start_validation_clock,
 )
 from lightning_fedhaw.adapter.units import warn_of_units
@@ -64,9 +64,6 @@ from lightning_fedhaw.federation.run_state import RoundSnapshot
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import CheckpointRequested
 from lightning_fedhaw.report.history import find_history
-from lightning_fedhaw.report.loggers import report
-from lightning_fedhaw.report.run_summary import evaluate_clients, run_summary, start_up_line
-from lightning_fedhaw.report.summary import flat_numbers, format_summary
 from lightning_fedhaw.vectors.layout import trainable
 from lightning_fedhaw.vectors.memory import release
 
@@ -108,6 +105,7 @@ class RoundLoop(_FitLoop):
         self._counters: Counters = {}
         self._federation_state: dict[str, Any] | None = None
         self._assigned: AssignedData | None = None
+        self._clock = RunClock.start(0)
 
     @property
     def current_federation(self) -> Federation:
@@ -209,6 +207,7 @@ class RoundLoop(_FitLoop):
         federation.on_round_end = observers(trainer, "on_round_end")
         federation.observation.observe = aggregation_observer(trainer)
         first_round = self.epoch_loop.global_step
+        self._clock = RunClock.start(first_round)
         if options.sampler is not None and self.max_epochs is not None:
             # A sampler of the user's may fail in a late round: this is found before the first one.
             for round_idx in range(first_round, self.max_epochs):
@@ -216,7 +215,7 @@ class RoundLoop(_FitLoop):
         publish_clients(self.trainer, FederationClients(federation))
         observers(trainer, "on_federation_start")(federation)
         show_earlier_rounds(trainer, find_history(callbacks_of(trainer)).latest())
-        rank_zero_info(start_up_line(federation, callbacks_of(trainer), self._assigned.assumed, first_round))
+        open_run(trainer, federation, self._assigned.partitioner, self._assigned.assumed, first_round)
 
     def _reset_or_resume(self, federation: Federation, previous: Federation | None) -> None:
         """Start a federation from round 0, from a checkpoint, or from the end of the previous ``fit``.
@@ -303,26 +302,17 @@ class RoundLoop(_FitLoop):
     def on_run_end(self) -> None:
         """Evaluate the clients, and report the run summary."""
         super().on_run_end()
-        trainer = self.trainer
-        federation = self.current_federation
-        history = find_history(callbacks_of(trainer))
-        federation.run_state.share_own_tensors(federation.engine)
-        client_metrics = {}
-        if federation.options.client_eval and federation.host.can_evaluate and not is_development_run(trainer):
-            validated = {}
-            if self.epoch_loop.val_loop._combined_loader is not None:
-                validated = trainer.callback_metrics
-            with self._holding_other_values():
-                client_metrics = evaluate_clients(federation, history, validated)
-        rounds = self.epoch_loop.global_step
-        summary = run_summary(
-            federation, rounds, trainer.callback_metrics, self.epoch_loop.rule_metrics, client_metrics
+        assert self._assigned is not None
+        close_run(
+            self.trainer,
+            self.current_federation,
+            rounds=self.epoch_loop.global_step,
+            clock=self._clock,
+            partitioner=self._assigned.partitioner,
+            rule_metrics=self.epoch_loop.rule_metrics,
+            is_validated=self.epoch_loop.val_loop._combined_loader is not None,
+            holding_other_values=self._holding_other_values,
         )
-        publish_summary(trainer, summary)
-        if trainer.is_global_zero:
-            last_round = max(rounds - 1, 0)
-            report(trainer.loggers, history, flat_numbers(summary), last_round)
-            print(format_summary(summary))
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.trainer import call
 
 from lightning_fedhaw.federation.clients import FederationClients
 from lightning_fedhaw.options import FederationOptions
@@ -26,6 +27,14 @@ def datamodule_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
     return datamodule
 
 
+def configure_model(trainer: pl.Trainer) -> None:
+    """Let the module make what it makes in ``configure_model``, which Lightning does after all callbacks' ``setup``.
+
+    Lightning will call the hook again: it has to allow for that in any case.
+    """
+    call._call_configure_model(trainer)
+
+
 def profiler_of(trainer: pl.Trainer) -> Profiler:
     """Return a trainer's profiler, which does nothing unless one was given."""
     profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]
@@ -35,6 +44,12 @@ def profiler_of(trainer: pl.Trainer) -> Profiler:
 def is_development_run(trainer: pl.Trainer) -> bool:
     """Return whether a trainer was given ``fast_dev_run``, which may be a flag or a number of batches."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def logs_settings(trainer: pl.Trainer) -> bool:
+    """Return whether settings are given to the loggers: the argument ``enable_autolog_hparams``."""
+    # Older versions of Lightning do not have the attribute.
+    return bool(getattr(trainer, "enable_autolog_hparams", True))
 
 
 def log_every_round(trainer: pl.Trainer) -> None:

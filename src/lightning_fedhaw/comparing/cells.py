@@ -12,8 +12,8 @@ from torch import nn
 from lightning_fedhaw import arguments
 from lightning_fedhaw.options import FederationOptions
 
-_FIXED = ("seed", "client_eval")
-"""The seed is a dimension of its own, and an evaluation of each client is no part of a comparison."""
+_FIXED = ("seed", "client_eval", "run_summary")
+"""The seed is a dimension of its own; the evaluation of each client and the run summary are no part of a comparison."""
 
 OPTIONS = tuple(option.name for option in fields(FederationOptions) if option.name not in _FIXED)
 """The federation's options that a cell may set and a comparison may vary."""

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         # Mistakes in the arguments, which all have been looked at before the first run, and processes that died.
         parser.error(str(error))
-    return _report(comparison)
+    return report(comparison)
 
 
 def _parser(dotted: Sequence[str]) -> argparse.ArgumentParser:
@@ -168,8 +168,8 @@ def _unknown_sentence(parser: argparse.ArgumentParser, option: str) -> str:
     return f"There is no option `{name}`. {hint}"
 
 
-def _report(comparison: Comparison) -> int:
-    """Print tables and paths, draw the curves, and return the exit status."""
+def report(comparison: Comparison) -> int:
+    """Print tables and paths, draw the curves, and return the exit status: 1 if a run failed."""
     paths = [comparison.output / name for name in ("table.tex", "table.md", "results.csv", "results.json")]
     if comparison.records:
         print(f"\n{comparison.table()}\n{comparison.differences()}")

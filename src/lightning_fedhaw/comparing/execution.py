@@ -7,7 +7,7 @@ import os
 import pickle
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -15,10 +15,14 @@ from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
-from lightning_fedhaw.comparing.plan import RunPlan
-from lightning_fedhaw.comparing.running import Record, run
+from lightning_fedhaw.comparing.plan import Plan
+from lightning_fedhaw.comparing.running import PlanKind, Record
 
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+Run = Callable[[PlanKind, Path], Record]
+"""A function of a module that carries out a plan, with the folder of all results."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Failure:
         details: Its traceback.
     """
 
-    plan: RunPlan
+    plan: Plan
     error: str
     details: str
 
@@ -43,13 +47,16 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def execute(plans: Sequence[RunPlan], output: Path, jobs: int) -> Iterator[tuple[RunPlan, Record | Failure]]:
+def execute(
+    plans: Sequence[PlanKind], output: Path, jobs: int, run: Run[PlanKind]
+) -> Iterator[tuple[PlanKind, Record | Failure]]:
     """Carry out runs, and return each as soon as it is finished.
 
     Args:
         plans: The runs.
         output: The folder of the comparison.
         jobs: The number of processes; with 1, runs are carried out in this one.
+        run: Carries out one.
 
     Raises:
         ValueError: If a run cannot be sent to another process.
@@ -57,7 +64,7 @@ def execute(plans: Sequence[RunPlan], output: Path, jobs: int) -> Iterator[tuple
     """
     if jobs == 1 or len(plans) < 2:
         for plan in plans:
-            yield plan, _attempt(plan, output)
+            yield plan, _attempt(plan, output, run)
         return
     # Beforehand: the pool would say only that something cannot be pickled, and not which run it is.
     for plan in plans:
@@ -67,9 +74,9 @@ def execute(plans: Sequence[RunPlan], output: Path, jobs: int) -> Iterator[tuple
             min(jobs, len(plans)), mp_context=_context(), initializer=_begin, initargs=(sys.path,)
         )
         try:
-            plan_of: dict[Future[Record | Failure], RunPlan] = {}
+            plan_of: dict[Future[Record | Failure], PlanKind] = {}
             for plan in plans:
-                plan_of[pool.submit(_attempt, plan, output)] = plan
+                plan_of[pool.submit(_attempt, plan, output, run)] = plan
             for future in as_completed(plan_of):
                 yield plan_of[future], future.result()
         except BrokenProcessPool as error:
@@ -95,7 +102,7 @@ def _context() -> BaseContext:
     return context
 
 
-def _attempt(plan: RunPlan, output: Path) -> Record | Failure:
+def _attempt(plan: PlanKind, output: Path, run: Run[PlanKind]) -> Record | Failure:
     try:
         return run(plan, output)
     except Exception as error:
@@ -104,7 +111,7 @@ def _attempt(plan: RunPlan, output: Path) -> Record | Failure:
         return Failure(plan, f"{type(error).__name__}: {text}", traceback.format_exc())
 
 
-def _check_portable(plan: RunPlan) -> None:
+def _check_portable(plan: Plan) -> None:
     try:
         pickle.dumps(plan)
     except (pickle.PicklingError, AttributeError, TypeError) as error:

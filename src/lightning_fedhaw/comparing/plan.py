@@ -8,7 +8,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from lightning.pytorch import Callback
 
@@ -33,6 +33,37 @@ SETTINGS = (*CALLBACKS, *OPTIONS)
 
 _LONGEST_NAME = 120
 """Characters of a file's name; file systems allow about 255, with a suffix."""
+
+
+class Plan(Protocol):
+    """A run that is planned; another process must be able to receive it."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of the federation and of the initial model."""
+
+    @property
+    def rounds(self) -> int:
+        """The number of rounds."""
+
+    @property
+    def metric(self) -> str | None:
+        """The metric that is compared; None if the plan does not say which."""
+
+    @property
+    def key(self) -> str:
+        """The identity of the run, for its record."""
+
+    @property
+    def title(self) -> str:
+        """The run in words."""
+
+    @property
+    def folder(self) -> str:
+        """The folder of the method's runs below that of all results; each seed has its own in it."""
+
+    def describe(self) -> dict[str, object]:
+        """Return what identifies the run, as plain values."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from math import isnan, nan
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -28,6 +28,7 @@ from lightning_fedhaw.comparing.plan import (
     CALLBACKS,
     CENTRALIZED,
     FEDERATED,
+    Plan,
     RunPlan,
     build_callbacks,
     build_cell,
@@ -40,6 +41,8 @@ from lightning_fedhaw.report.history import LOG, RunHistory
 from lightning_fedhaw.report.plot_command import best_metric
 from lightning_fedhaw.trainer import FederatedTrainer
 from lightning_fedhaw.vectors.client_vectors import ClientVectors
+
+PlanKind = TypeVar("PlanKind", bound=Plan)
 
 _SPLIT = ("alpha", "partitioner", "num_clients", "min_client_samples")
 
@@ -82,17 +85,31 @@ def run(plan: RunPlan, output: Path) -> Record:
     Raises:
         ValueError: If the metric was not logged.
     """
+    return recorded(plan, output, _RUNNERS[plan.kind])
+
+
+def recorded(plan: PlanKind, output: Path, train: Callable[[PlanKind, Path], Outcome]) -> Record:
+    """Carry out a planned run of any kind, and return its record.
+
+    Args:
+        plan: The run.
+        output: The folder of all results.
+        train: Trains, with the folder of the run's log.
+
+    Raises:
+        ValueError: If the metric was not logged.
+    """
     folder = output / "runs" / plan.folder / f"seed_{plan.seed}"
     # A run that was cut off has left a log, to which this one must not be appended.
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    with _quiet(folder.with_suffix(".txt")), _seeded(plan.seed), _one_thread():
-        outcome = _RUNNERS[plan.kind](plan, folder)
+    with quiet(folder.with_suffix(".txt")), seeded(plan.seed), one_thread():
+        outcome = train(plan, folder)
     metric = plan.metric or outcome.metric or best_metric(outcome.history.names)
     if metric not in outcome.history.names:
         raise ValueError(
-            f"`metric` must be one that `{plan.cell.label}` logs in its validation"
+            f"`metric` must be one that `{plan.describe()['cell']}` logs in its validation"
             f" ({', '.join(outcome.history.names) or 'none'}), got {metric!r}."
         )
     summary = outcome.summary
@@ -102,7 +119,7 @@ def run(plan: RunPlan, output: Path) -> Record:
     return Record(
         run=plan.describe(),
         metric=metric,
-        curve=_filled(outcome.history.curve(metric), plan.rounds),
+        curve=filled(outcome.history.curve(metric), plan.rounds),
         diverged=outcome.diverged,
         seconds=time.perf_counter() - begin,
         server_seconds=server_seconds,
@@ -113,7 +130,7 @@ def run(plan: RunPlan, output: Path) -> Record:
     )
 
 
-def _filled(curve: Sequence[float], rounds: int) -> list[float]:
+def filled(curve: Sequence[float], rounds: int) -> list[float]:
     """Return one value for each round: where none was logged, the one before."""
     filled = []
     latest = nan
@@ -125,7 +142,7 @@ def _filled(curve: Sequence[float], rounds: int) -> list[float]:
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
     """What a run left.
 
     Attributes:
@@ -143,9 +160,7 @@ class _Outcome:
     state_bytes: int | None = None
 
 
-def _run(
-    plan: RunPlan, changes: Mapping[str, Any], callbacks: Sequence[Callback], logger: CSVLogger | bool
-) -> _Outcome:
+def _run(plan: RunPlan, changes: Mapping[str, Any], callbacks: Sequence[Callback], logger: CSVLogger | bool) -> Outcome:
     """Train one federation.
 
     Args:
@@ -176,8 +191,8 @@ def _run(
         trainer.fit(module, datamodule=data)
     except FloatingPointError:
         # The end of a method that diverges is a result, which a comparison shows.
-        return _Outcome(history, cell.metric, diverged=True)
-    return _Outcome(history, cell.metric, summary=trainer.federation_summary, state_bytes=state_bytes(rule.state))
+        return Outcome(history, cell.metric, diverged=True)
+    return Outcome(history, cell.metric, summary=trainer.federation_summary, state_bytes=state_bytes(rule.state))
 
 
 def _module_and_data(cell: Cell, plan: RunPlan) -> tuple[pl.LightningModule, pl.LightningDataModule]:
@@ -204,23 +219,23 @@ def _changes(plan: RunPlan) -> tuple[dict[str, Any], list[Callback]]:
     return options, callbacks
 
 
-def _federated(plan: RunPlan, folder: Path) -> _Outcome:
+def _federated(plan: RunPlan, folder: Path) -> Outcome:
     options, callbacks = _changes(plan)
-    return _run(plan, options, [*build_method(plan.method), *callbacks], _logger(folder))
+    return _run(plan, options, [*build_method(plan.method), *callbacks], logger_of(folder))
 
 
-def _centralized(plan: RunPlan, folder: Path) -> _Outcome:
+def _centralized(plan: RunPlan, folder: Path) -> Outcome:
     """Train on all data at once: one client has it, and keeps its optimizer. A round is its local epochs."""
     options, _ = _changes(plan)
     for name in _SPLIT:
         options.pop(name, None)
     changes = {**options, "partitioner": IIDPartitioner(), "num_clients": 1, "clients_per_round": None}
     changes |= {"min_client_samples": None, "optimizer_state": "kept"}
-    outcome = _run(plan, changes, build_method(plan.method), _logger(folder))
-    return _Outcome(outcome.history, outcome.metric, outcome.diverged)
+    outcome = _run(plan, changes, build_method(plan.method), logger_of(folder))
+    return Outcome(outcome.history, outcome.metric, outcome.diverged)
 
 
-def _alone(plan: RunPlan, folder: Path) -> _Outcome:
+def _alone(plan: RunPlan, folder: Path) -> Outcome:
     """Train each client alone, on the data and batches that it has in the federation; curves are means over clients."""
     options, _ = _changes(plan)
     histories: list[RunHistory] = []
@@ -238,7 +253,7 @@ def _alone(plan: RunPlan, folder: Path) -> _Outcome:
         histories.append(outcome.history)
     mean = _mean_history(histories, plan.rounds)
     _write_log(mean, folder)
-    return _Outcome(mean, outcome.metric, diverged)
+    return Outcome(mean, outcome.metric, diverged)
 
 
 def _mean_history(histories: Sequence[RunHistory], rounds: int) -> RunHistory:
@@ -246,7 +261,7 @@ def _mean_history(histories: Sequence[RunHistory], rounds: int) -> RunHistory:
     mean = RunHistory()
     mean.metrics = [{} for _ in range(rounds)]
     for name in histories[0].names:
-        curves = torch.tensor([_filled(history.curve(name), rounds) for history in histories], dtype=torch.float64)
+        curves = torch.tensor([filled(history.curve(name), rounds) for history in histories], dtype=torch.float64)
         for row, value in zip(mean.metrics, curves.mean(0).tolist(), strict=True):
             row[name] = value
     return mean
@@ -262,11 +277,12 @@ def _write_log(history: RunHistory, folder: Path) -> None:
             writer.writerow([number, *(row[name] for name in history.names), number])
 
 
-def _logger(folder: Path) -> CSVLogger:
+def logger_of(folder: Path) -> CSVLogger:
+    """Return a logger that writes into exactly this folder."""
     return CSVLogger(folder.parent, name="", version=folder.name)
 
 
-_RUNNERS: dict[str, Callable[[RunPlan, Path], _Outcome]] = {
+_RUNNERS: dict[str, Callable[[RunPlan, Path], Outcome]] = {
     FEDERATED: _federated,
     CENTRALIZED: _centralized,
     ALONE: _alone,
@@ -285,7 +301,7 @@ def state_bytes(state: object) -> int:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed everything that a module or a data module may draw from, and restore it at the end."""
     variable = "PL_GLOBAL_SEED"
     earlier_value = os.environ.get(variable)
@@ -303,7 +319,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Use one thread, so that the result does not depend on how many runs share the machine."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -314,15 +330,24 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(path: Path) -> Iterator[None]:
+def quiet(path: Path) -> Iterator[None]:
     """Write what is printed and warned of to a file, and turn off Lightning's advice."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    with without_advice(), path.open("w", encoding="utf-8") as file, warnings.catch_warnings():
+        warnings.simplefilter("default")
+        with redirect_stdout(file), redirect_stderr(file):
+            yield
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Turn off what Lightning logs for information."""
+    levels = {}
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        levels[logger] = logger.level
+        logger.setLevel(logging.WARNING)
     try:
-        with path.open("w", encoding="utf-8") as file, warnings.catch_warnings():
-            warnings.simplefilter("default")
-            with redirect_stdout(file), redirect_stderr(file):
-                yield
+        yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)

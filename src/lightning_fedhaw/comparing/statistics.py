@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import isnan, nan, sqrt
 
 from lightning_fedhaw.comparing.running import Record
 from lightning_fedhaw.federation.client_statistics import is_better_when_higher
+from lightning_fedhaw.report.metric_names import is_share
 
 LAST_ROUNDS = 10
 
@@ -136,14 +138,8 @@ class Group:
     @property
     def is_share(self) -> bool:
         """Whether the metric is shown in percent: an accuracy between 0 and 1."""
-        if "acc" not in self.metric:
-            return False
-        for runs in self.records.values():
-            for record in runs.values():
-                # Not the reverse comparison: NaN, of a run that diverged early, is neither.
-                if any(value < 0 or value > 1 for value in record["curve"]):
-                    return False
-        return True
+        curves = [record["curve"] for runs in self.records.values() for record in runs.values()]
+        return is_share(self.metric, chain.from_iterable(curves))
 
     @property
     def factor(self) -> float:

@@ -12,7 +12,7 @@ import torch
 from lightning_fedhaw import arguments
 from lightning_fedhaw.comparing import execution
 from lightning_fedhaw.comparing.cells import OPTIONS, Cell, merged_options
-from lightning_fedhaw.comparing.execution import Failure
+from lightning_fedhaw.comparing.execution import Failure, Run
 from lightning_fedhaw.comparing.journal import Journal
 from lightning_fedhaw.comparing.plan import (
     BASELINES,
@@ -27,7 +27,7 @@ from lightning_fedhaw.comparing.plan import (
     plan_runs,
     recipes,
 )
-from lightning_fedhaw.comparing.running import Record
+from lightning_fedhaw.comparing.running import PlanKind, Record, run
 from lightning_fedhaw.comparing.statistics import Group, groups_of
 from lightning_fedhaw.comparing.tables import FORMATS, differences_table, results_json, results_table, runs_csv
 from lightning_fedhaw.isolation import isolated_randomness
@@ -212,7 +212,7 @@ def compare(
         raise arguments.invalid("reference", f"one of the methods ({', '.join(methods)})", reference)
     folder = Path(output)
     journal = Journal(folder)
-    failures = _run_missing(plans, journal, folder, jobs, progress)
+    failures = run_missing(plans, journal, folder, jobs, progress, run)
     if failures and progress is None:
         warnings.warn(
             f"{len(failures)} of {len(plans)} runs failed and are missing in the tables, the first with"
@@ -229,13 +229,27 @@ def compare(
     return comparison
 
 
-def _run_missing(
-    plans: Sequence[RunPlan], journal: Journal, folder: Path, jobs: int, progress: Callable[[str], None] | None
+def run_missing(
+    plans: Sequence[PlanKind],
+    journal: Journal,
+    folder: Path,
+    jobs: int,
+    progress: Callable[[str], None] | None,
+    run: Run[PlanKind],
 ) -> list[Failure]:
-    """Carry out the runs that have no record, and return those that raised an error."""
+    """Carry out the runs that have no record, and return those that raised an error.
+
+    Args:
+        plans: All runs.
+        journal: The records of finished ones; receives the new ones.
+        folder: The folder of all results.
+        jobs: The number of processes.
+        progress: Called with one line after each run.
+        run: Carries out one run.
+    """
     missing = [plan for plan in plans if journal.get(plan.key) is None]
     failures: list[Failure] = []
-    for number, (plan, result) in enumerate(execution.execute(missing, folder, jobs), 1):
+    for number, (plan, result) in enumerate(execution.execute(missing, folder, jobs, run), 1):
         if isinstance(result, Failure):
             failures.append(result)
             line = result.error

@@ -21,11 +21,13 @@ class Split(NamedTuple):
         partition: The samples of each client.
         classes: The labels and the names of classes, where they were needed or are stored.
         assumptions: One phrase for each default that was used.
+        partitioner: The scheme.
     """
 
     partition: Partition
     classes: ClassLabels | None
     assumptions: list[str]
+    partitioner: Partitioner
 
 
 def split(
@@ -81,7 +83,7 @@ def _explicit_split(
     known_labels = None if classes is None else classes.labels
     num_samples = len(cast(Sized, dataset))
     partition = partitioner.partition(count, num_samples=num_samples, labels=known_labels, seed=seed)
-    return Split(partition, classes, assumptions)
+    return Split(partition, classes, assumptions, partitioner)
 
 
 def _default_split(dataset: Dataset[object], num_clients: int | None, labels: object, seed: int, bulk: bool) -> Split:
@@ -99,7 +101,7 @@ def _default_split(dataset: Dataset[object], num_clients: int | None, labels: ob
         scheme = f"a label-skewed Dirichlet({DEFAULT_ALPHA}) split"
     if num_clients is not None:
         partition = partitioner.partition(num_clients, num_samples=num_samples, labels=known_labels, seed=seed)
-        return Split(partition, classes, [scheme])
+        return Split(partition, classes, [scheme], partitioner)
 
     for count in range(DEFAULT_CLIENTS, 0, -1):
         try:
@@ -112,5 +114,5 @@ def _default_split(dataset: Dataset[object], num_clients: int | None, labels: ob
         clients = f"{count} clients"
         if count < DEFAULT_CLIENTS:
             clients += f" (the split is infeasible for {DEFAULT_CLIENTS})"
-        return Split(partition, classes, [clients, scheme])
+        return Split(partition, classes, [clients, scheme], partitioner)
     raise AssertionError("unreachable: the loop returns or raises at one client")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from math import inf
 
 from torch import Tensor
 
@@ -15,12 +17,31 @@ from lightning_fedhaw.options import FederationOptions
 SPREAD = "/clients_"
 """What stands between a metric and a statistic over clients in the name of a number that a round logs."""
 
+OF_CLIENTS = "/of_clients"
+"""What follows a metric in the name of the table with each client's value."""
+
+MOST_CLIENTS = 1000
+"""Clients up to which values of each client are collected: a checkpoint grows with rounds times clients."""
+
 # The shortest abbreviations count as whole words only: "ce" is a part of "performance" too.
 _WORSE_WHEN_HIGHER = re.compile(
     r"loss|err|mse|mae|perplexity|ppl|nll|fid|entropy|distance|divergence"
     r"|(?:^|[_/])(?:ce|bce|wer|cer|kl|brier)(?:$|[_/])",
     re.IGNORECASE,
 )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How metrics are spread over the clients after a round.
+
+    Attributes:
+        numbers: The statistics that the round logs, by their names.
+        tables: The value of each client ``[N]`` by the name of the table; none with more than 1,000 clients.
+    """
+
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def is_better_when_higher(metric: str) -> bool:
@@ -74,6 +95,31 @@ def _statistics_of(values: Tensor, num_examples: Tensor, worst_quantile: float) 
     return statistics
 
 
+def extreme_clients(metrics: ClientMetrics) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Find the best client and the worst one by each metric.
+
+    Args:
+        metrics: The metrics of all clients, NaN where one is undefined.
+
+    Returns:
+        The best ones and the worst ones: by metric the number of the ``client`` and its ``value``, without metrics
+        that no client has.
+    """
+    best: dict[str, dict[str, float]] = {}
+    worst: dict[str, dict[str, float]] = {}
+    for name, values in metrics.values.items():
+        if values.isnan().all():
+            continue
+        lowest = int(values.nan_to_num(nan=inf).argmin())
+        highest = int(values.nan_to_num(nan=-inf).argmax())
+        ends = [worst, best]
+        if not metrics.higher_is_better.get(name, is_better_when_higher(name)):
+            ends = [best, worst]
+        for end, client in zip(ends, (lowest, highest), strict=True):
+            end[name] = {"client": client, "value": float(values[client])}
+    return best, worst
+
+
 def spread_of(metrics: ClientMetrics) -> dict[str, float]:
     """Return the statistics of each metric over clients as numbers that a round logs.
 
@@ -106,9 +152,18 @@ def metrics_with_spread(names: Iterable[str]) -> list[str]:
     return [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
 
 
+def values_of_clients(metrics: ClientMetrics) -> dict[str, Tensor]:
+    """Return the tables with each client's value ``[N]`` that the history keeps; none with more than 1,000 clients."""
+    tables: dict[str, Tensor] = {}
+    if len(metrics.num_examples) <= MOST_CLIENTS:
+        for metric, values in metrics.values.items():
+            tables[f"{metric}{OF_CLIENTS}"] = values.float()
+    return tables
+
+
 def spread_in_round(
     options: FederationOptions, round_idx: int, tally: Tally, evaluate: Callable[[], ClientMetrics]
-) -> dict[str, float]:
+) -> Spread:
     """Evaluate the clients, if it is the turn of the round, and return how their metrics are spread.
 
     Args:
@@ -122,10 +177,11 @@ def spread_in_round(
     """
     interval = options.client_eval_every_n_rounds
     if interval is None or (round_idx + 1) % interval != 0:
-        return {}
+        return Spread()
     try:
         with tally.phase("validation"):
-            return spread_of(evaluate())
+            metrics = evaluate()
+            return Spread(spread_of(metrics), values_of_clients(metrics))
     except Exception as error:  # the user's module runs, which may raise anything
         add_note(error, "The clients were being evaluated on their own data (`client_eval_every_n_rounds`).")
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isnan
 
 import numpy as np
@@ -45,6 +45,36 @@ def report(loggers: Sequence[Logger], history: RunHistory, numbers: dict[str, fl
                 f"The numbers of the run summary, the table of the clients and the picture of their weights could not"
                 f" all be given to the {type(logger).__name__} ({type(error).__name__}: {error})."
             )
+
+
+def log_settings(loggers: Sequence[Logger], settings: Mapping[str, object]) -> None:
+    """Give the rule's and the federation's settings to the loggers that keep a configuration: CSV, W&B and MLflow.
+
+    Args:
+        loggers: The trainer's loggers.
+        settings: The settings as plain values, by the names of the command line.
+    """
+    for logger in loggers:
+        try:
+            if isinstance(logger, WandbLogger):
+                _to_wandb_config(logger, settings)
+            elif isinstance(logger, (CSVLogger, MLFlowLogger)):
+                logger.log_hyperparams(dict(settings))
+        except Exception as error:
+            # As with the final report: a logger may fail in any way, and must not cost the user the run.
+            rank_zero_warn(
+                f"The settings of the run could not be given to the {type(logger).__name__}"
+                f" ({type(error).__name__}: {error})."
+            )
+
+
+def _to_wandb_config(logger: WandbLogger, settings: Mapping[str, object]) -> None:
+    run = logger.experiment
+    changes = dict(settings)
+    if run.sweep_id:
+        # A sweep has set its own parameters, under the same names, and refuses to have them changed.
+        changes = {name: value for name, value in settings.items() if name not in run.config}
+    logger.log_hyperparams(changes)
 
 
 def _log_clients(logger: Logger, history: RunHistory, step: int) -> None:

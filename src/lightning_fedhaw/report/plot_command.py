@@ -14,6 +14,7 @@ import torch
 from lightning_fedhaw.federation.client_statistics import SPREAD, metrics_with_spread
 from lightning_fedhaw.federation.observation import PREFIX
 from lightning_fedhaw.figures.base import FORMATS, THEMES, save_figure, theme
+from lightning_fedhaw.report.client_curves import draw_client_curves, metrics_of_each_client
 from lightning_fedhaw.report.client_pictures import draw_clients, draw_labels, draw_weights
 from lightning_fedhaw.report.history import RunHistory, read_runs
 from lightning_fedhaw.report.plotting import draw_bands, draw_spread, readable_list
@@ -150,6 +151,9 @@ def _pictures_of_rounds(groups: Mapping[str, Sequence[RunHistory]], metric: str 
         yield f"{spread}_over_clients", draw_spread(groups, spread)
     if any(metric in run.clients for run in runs):
         yield f"{metric}_of_clients", draw_clients(groups, metric)
+    for name, group in groups.items():
+        if metric in metrics_of_each_client(group[0]):
+            yield f"{name}_{metric}_of_each_client", draw_client_curves(group[0], metric)
 
 
 def _pictures_of_methods(groups: Mapping[str, Sequence[RunHistory]]) -> Iterator[tuple[str, Figure]]:

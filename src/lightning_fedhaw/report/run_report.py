@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from typing import Any
 
-from torch import Tensor
+from lightning_fedhaw.federation.client_statistics import is_better_when_higher
+from lightning_fedhaw.report.history import RunHistory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,10 @@ class RunRecord:
         skipped_steps: Local steps that did not step the optimizer.
         seconds: Seconds in each phase of a round.
         probe: What the rule's probe has counted, by name; empty for a rule without one.
+        best: For each metric its best value and the number of its round, from 1.
+        best_client: For each metric of the clients the number of the best client, and its value.
+        worst_client: Likewise of the worst one.
+        run: The settings of the run, its time and memory, and the paths of what it wrote.
     """
 
     rule: str
@@ -59,6 +65,10 @@ class RunRecord:
     skipped_steps: int
     seconds: Mapping[str, float]
     probe: Mapping[str, int] = field(default_factory=dict)
+    best: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    best_client: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    worst_client: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    run: Mapping[str, object] = field(default_factory=dict)
 
 
 def summary_of(record: RunRecord) -> dict[str, Any]:
@@ -79,10 +89,13 @@ def summary_of(record: RunRecord) -> dict[str, Any]:
         "parameters": record.num_parameters,
         "local_parameters": list(record.local_parameters),
         "metrics": dict(record.metrics),
+        "best": dict(record.best),
         **record.learned,
         "learned": list(record.learned),
         **record.channel_numbers,
         "client_metrics": dict(record.client_metrics),
+        "best_client": dict(record.best_client),
+        "worst_client": dict(record.worst_client),
         "clients_measured_on": record.measured_on,
         "bytes_down": record.bytes_down,
         "bytes_up": record.bytes_up,
@@ -92,25 +105,27 @@ def summary_of(record: RunRecord) -> dict[str, Any]:
         "skipped_steps": record.skipped_steps,
         **record.probe,
         "seconds": dict(record.seconds),
+        "run": dict(record.run),
     }
 
 
-def summary_metrics(metrics: Mapping[str, Tensor], internal: Collection[str]) -> dict[str, float]:
-    """Select the metrics that belong in the run summary.
+def best_values(history: RunHistory, names: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Find the best value of some metrics over the rounds of a run; whether higher is better says the name.
 
     Args:
-        metrics: Everything that callbacks can see at the end of the run.
-        internal: Names that the rule and the round log, whose last values alone say little.
+        history: The history of the run.
+        names: The metrics.
 
     Returns:
-        The other metrics, each once: where Lightning has a metric under its own name and under those with the suffixes
-        ``_step`` and ``_epoch``, only its own name is used.
+        By metric its ``value`` and the number of the ``round``, from 1, without metrics that no round has.
     """
-    forks = set()
-    for name in metrics:
-        forks |= {f"{name}_step", f"{name}_epoch"}
-    selected = {}
-    for name, value in metrics.items():
-        if name not in internal and name not in forks:
-            selected[name] = float(value)
-    return selected
+    best: dict[str, dict[str, float]] = {}
+    for name in names:
+        is_higher_better = is_better_when_higher(name)
+        for number, value in enumerate(history.curve(name), 1):
+            if isnan(value):
+                continue
+            earlier = best.get(name, {"value": value, "round": number})
+            is_better = value > earlier["value"] if is_higher_better else value < earlier["value"]
+            best[name] = {"value": value, "round": number} if is_better else earlier
+    return best

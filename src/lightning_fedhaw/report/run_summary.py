@@ -1,85 +1,70 @@
-"""The start-up line of a federation and its run summary, from the objects that hold their numbers."""
+"""The run summary of a federation, from the objects that hold its numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.federation.client_evaluation import measured_on
-from lightning_fedhaw.federation.client_statistics import client_statistics
+from lightning_fedhaw.federation.client_statistics import client_statistics, extreme_clients
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.records import INQUIRY_COUNTS, PROBE_COUNTS
-from lightning_fedhaw.objectives.base import ClientObjective
-from lightning_fedhaw.options import FederationOptions, repr_settings
 from lightning_fedhaw.report.history import RunHistory
-from lightning_fedhaw.report.run_report import RunRecord, summary_metrics, summary_of
+from lightning_fedhaw.report.metric_names import names_of_results
+from lightning_fedhaw.report.run_report import RunRecord, best_values, summary_of
+from lightning_fedhaw.report.settings_in_words import local_work_in_words, optimizers_in_words
+
+OfClients = Mapping[str, Mapping[str, float]]
+"""Numbers of a metric over the clients, by metric and by name."""
 
 
-def start_up_line(federation: Federation, callbacks: Iterable[Callback], assumed: Sequence[str], round_idx: int) -> str:
-    """Describe in one line what will run, and what is assumed because no argument says it.
+@dataclass(frozen=True)
+class EvaluatedClients:
+    """What the evaluation of the final model on each client's own data gave; empty if there was none.
 
-    Args:
-        federation: The federation.
-        callbacks: The trainer's callbacks, of which channels and objectives are described.
-        assumed: The assumptions about the split of the data.
-        round_idx: The number of the first round that will run.
+    Attributes:
+        statistics: Each metric's statistics over clients.
+        best: For each metric the number of the best client, and its value.
+        worst: Likewise of the worst one.
     """
-    data = federation.data
-    layout = federation.layout
-    cohort_size = len(federation.cohort(round_idx))
-    settings = [federation.rule.describe()]
-    for callback in callbacks:
-        if isinstance(callback, (Channel, ClientObjective)):
-            settings.append(repr_settings(callback))
-    line = (
-        f"Federation: {', '.join(settings)}, {data.num_clients} clients with {_range(data.num_examples)} samples,"
-        f" {cohort_size} a round, batch size {data.settings.batch_size}, {layout.numel:,} parameters,"
-        f" {_traffic(federation, cohort_size)} a round"
-    )
-    if layout.local:
-        # Said at the start, because whoever validates the global model would not expect it.
-        line += (
-            f", local are {', '.join(layout.local[:5])}{' ...' if len(layout.local) > 5 else ''}: each client has its"
-            " own, and the global model (validation, checkpoints) keeps their initial values"
-        )
-    if federation.rule.keeps_cohort:
-        megabytes = cohort_size * layout.numel * layout.dtype.itemsize / 1e6
-        line += f", a checkpoint holds {megabytes:.3g} MB of client vectors"
-    if federation.ranks.size > 1:
-        line += f", {federation.ranks.size} processes"
-    assumptions = [*assumed, *_assumptions(federation.options)]
-    if assumptions:
-        line += f". Assumed: {'; '.join(assumptions)}"
-    return f"{line}."
+
+    statistics: OfClients = field(default_factory=dict)
+    best: OfClients = field(default_factory=dict)
+    worst: OfClients = field(default_factory=dict)
 
 
-def _traffic(federation: Federation, cohort_size: int) -> str:
-    """Describe how much is sent in a round: one message down and one up for each client that takes part."""
-    down = cohort_size * federation.transport.message_bytes("downlink") / 1e6
-    up = cohort_size * federation.transport.message_bytes("uplink") / 1e6
-    if down == up:
-        return f"{down:.3g} MB each way"
-    return f"{down:.3g} MB down and {up:.3g} MB up"
+@dataclass(frozen=True)
+class RunFacts:
+    """What only the trainer knows of a run.
+
+    Attributes:
+        rounds: Rounds that are over, with those before a checkpoint.
+        rounds_of_fit: Rounds that this ``fit`` ran.
+        wall_seconds: Seconds that it took, with validation and everything else.
+        peak_memory_bytes: Most bytes in use: on a GPU those of its tensors, on the CPU those of the process; 0 where
+            that is not known.
+        split: How the training data is split, with the settings of the scheme.
+        log: The folder of the log; empty if there is none.
+        checkpoint: The best checkpoint, else the last one; empty if there is none.
+        pictures: The command that draws the run; empty if nothing was written.
+    """
+
+    rounds: int
+    rounds_of_fit: int
+    wall_seconds: float
+    peak_memory_bytes: int
+    split: str
+    log: str
+    checkpoint: str
+    pictures: str
 
 
-def _assumptions(options: FederationOptions) -> list[str]:
-    """List what is assumed of a round because no argument says it."""
-    assumptions = []
-    if options.clients_per_round is None and options.sampler is None:
-        assumptions.append("all clients participate")
-    if options.local_epochs is None and options.local_steps is None:
-        assumptions.append("one local epoch")
-    return assumptions
-
-
-def evaluate_clients(
-    federation: Federation, history: RunHistory, validated: Mapping[str, Tensor]
-) -> dict[str, dict[str, float]]:
+def evaluate_clients(federation: Federation, history: RunHistory, validated: Mapping[str, Tensor]) -> EvaluatedClients:
     """Evaluate the final global model on each client's own data.
 
     Args:
@@ -88,7 +73,7 @@ def evaluate_clients(
         validated: What the last validation of the global model logged; empty if there was none.
 
     Returns:
-        Each metric's statistics over clients; empty if the evaluation failed, of which a warning says why.
+        The numbers; empty if the evaluation failed, of which a warning says why.
     """
     try:
         metrics = federation.evaluate_clients()
@@ -104,25 +89,29 @@ def evaluate_clients(
             f"The clients could not be evaluated on their own data ({type(error).__name__}: {error}), so the"
             " run summary has no client metrics. `client_eval=False` skips this."
         )
-        return {}
-    return statistics
+        return EvaluatedClients()
+    return EvaluatedClients(statistics, *extreme_clients(metrics))
 
 
 def run_summary(
     federation: Federation,
-    rounds: int,
+    facts: RunFacts,
     metrics: Mapping[str, Tensor],
     rule_metrics: Collection[str],
-    client_metrics: Mapping[str, Mapping[str, float]],
+    callbacks: Iterable[Callback],
+    history: RunHistory,
+    clients: EvaluatedClients,
 ) -> dict[str, Any]:
     """Return the summary of a run as plain values.
 
     Args:
         federation: The federation.
-        rounds: Rounds that were run.
+        facts: What the trainer knows of the run.
         metrics: Everything that callbacks can see at the end of the run.
         rule_metrics: Names of the rule's and the round's own numbers among them.
-        client_metrics: The statistics over clients that :func:`evaluate_clients` returned.
+        callbacks: The trainer's callbacks.
+        history: The history of the run.
+        clients: What the evaluation of the clients gave.
     """
     rule = federation.rule
     tally = federation.tally
@@ -141,19 +130,20 @@ def run_summary(
         probe = {name: getattr(tally, name) for name in PROBE_COUNTS}
     if tally.answers:
         probe.update({name: getattr(tally, name) for name in INQUIRY_COUNTS})
+    results = {name: float(metrics[name]) for name in names_of_results(metrics, rule_metrics, callbacks)}
     record = RunRecord(
         rule=type(rule).__name__,
         channels=[f"{type(channel).__name__} ({channel.link})" for channel in channels],
         objectives=[type(objective).__name__ for objective in federation.engine.objectives],
-        rounds=rounds,
+        rounds=facts.rounds,
         num_clients=federation.data.num_clients,
         num_received=tally.received,
         num_parameters=federation.layout.numel,
         local_parameters=federation.layout.local,
-        metrics=summary_metrics(metrics, rule_metrics),
+        metrics=results,
         learned=learned,
         channel_numbers=channel_numbers,
-        client_metrics=client_metrics,
+        client_metrics=clients.statistics,
         measured_on=measured_on(federation.data, federation.host.validation.collate_fn),
         bytes_down=tally.bytes_down,
         bytes_up=tally.bytes_up,
@@ -163,14 +153,28 @@ def run_summary(
         skipped_steps=tally.skipped_steps,
         seconds=tally.seconds,
         probe=probe,
+        best=best_values(history, results),
+        best_client=clients.best,
+        worst_client=clients.worst,
+        run=_run_entries(federation, facts),
     )
     return summary_of(record)
 
 
-def _range(sizes: Tensor) -> str:
-    """Format the smallest and the largest of some sizes ``[N]``."""
-    smallest = int(sizes.min())
-    largest = int(sizes.max())
-    if smallest == largest:
-        return f"{smallest}"
-    return f"{smallest} to {largest}"
+def _run_entries(federation: Federation, facts: RunFacts) -> dict[str, object]:
+    """Return the settings of the run, its time and memory, and its paths."""
+    rounds_per_second = 0.0
+    if facts.wall_seconds > 0:
+        rounds_per_second = facts.rounds_of_fit / facts.wall_seconds
+    return {
+        "seed": federation.options.resolved_seed,
+        "split": facts.split,
+        "local_work": local_work_in_words(federation.options),
+        "optimizer": optimizers_in_words(federation.host.optimizers),
+        "wall_seconds": facts.wall_seconds,
+        "rounds_per_second": rounds_per_second,
+        "peak_memory_bytes": facts.peak_memory_bytes,
+        "log": facts.log,
+        "checkpoint": facts.checkpoint,
+        "pictures": facts.pictures,
+    }

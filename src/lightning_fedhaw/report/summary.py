@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_fedhaw.report.metric_names import in_unit, is_share, written
+
 _INCIDENTS = (
     "lost_messages",
     "nonfinite_updates",
@@ -44,9 +46,11 @@ def _client_table(summary: Mapping[str, Any]) -> str:
             keys.append(key)
     rows = []
     for name, entries in statistics.items():
+        # Deviations and gaps are in the unit of the values, of which these decide.
+        is_percentage = is_share(name, [entries[key] for key in ("mean", "worst_decile") if key in entries])
         cells = []
         for key in keys:
-            cells.append(f"{entries[key]:.4g}" if key in entries else "-")
+            cells.append(in_unit(entries[key], is_percentage) if key in entries else "-")
         rows.append((name, *cells))
     samples, _, _ = summary["clients_measured_on"].partition(", ")
     head = f"over {summary['clients']} clients, their {samples}"
@@ -56,8 +60,15 @@ def _client_table(summary: Mapping[str, Any]) -> str:
 
 
 def _client_notes(summary: Mapping[str, Any]) -> list[str]:
-    """Say how the clients' samples were read, and for how many clients a metric is undefined."""
+    """Say which clients are best and worst, how their samples were read, and where a metric is undefined."""
     notes = []
+    for name, best in summary["best_client"].items():
+        worst = summary["worst_client"][name]
+        if best["client"] != worst["client"]:
+            notes.append(
+                f" {name}: best client {best['client']} ({written(name, best['value'])}), worst client"
+                f" {worst['client']} ({written(name, worst['value'])})"
+            )
     _, _, reading = summary["clients_measured_on"].partition(", ")
     if reading:
         notes.append(f" measured {reading}")
@@ -76,6 +87,7 @@ def _federation_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += [
         ("rounds", str(summary["rounds"])),
         ("clients", f"{summary['clients']}, {summary['clients_per_round']:.4g} received a round"),
+        *_setting_rows(summary["run"]),
         ("parameters", f"{summary['parameters']:,}"),
         *_local_row(summary["local_parameters"]),
         ("sent down / up", f"{_bytes(summary['bytes_down'])} / {_bytes(summary['bytes_up'])}"),
@@ -96,7 +108,35 @@ def _federation_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name in summary["learned"]:
         rows.append((name.replace("_", " "), f"{summary[name]:.4g}"))
     for name, value in summary["metrics"].items():
-        rows.append((name, f"{value:.4g}"))
+        text = written(name, value)
+        best = summary["best"].get(name)
+        if best is not None:
+            text += f" (best {written(name, best['value'])}, round {best['round']})"
+        rows.append((name, text))
+    rows += _file_rows(summary["run"])
+    return rows
+
+
+def _setting_rows(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List how the data was split and how clients trained."""
+    if not run:
+        return []
+    return [
+        ("split", f"{run['split']}, seed {run['seed']}"),
+        ("local training", f"{run['local_work']}, {run['optimizer']}"),
+    ]
+
+
+def _file_rows(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List what the run took, and where its files are."""
+    if not run:
+        return []
+    rows = [("wall time", f"{run['wall_seconds']:.3g} s, {run['rounds_per_second']:.3g} rounds a second")]
+    if run["peak_memory_bytes"]:
+        rows.append(("peak memory", _bytes(run["peak_memory_bytes"])))
+    for name in ("log", "checkpoint", "pictures"):
+        if run[name]:
+            rows.append((name, run[name]))
     return rows
 
 

@@ -65,6 +65,8 @@ class CompiledStep:
     def gradients(self, trained: Sequence[int], inputs: StepInputs) -> Gradients:
         """Compute losses and gradients; the arguments are those of :meth:`BatchedStep.gradients`."""
         shape = tuple(tensor.shape for tensor in inputs.batch)
+        if inputs.lengths is not None:
+            shape += (inputs.lengths.shape,)
         is_new = shape not in self._graphs
         if self.is_off or (is_new and len(self._graphs) >= MAX_SHAPES):
             return self.step.gradients(trained, inputs)
@@ -185,29 +187,27 @@ def _flattened(inputs: StepInputs) -> tuple[list[Tensor], Callable[[Sequence[Ten
     num_buffers = len(inputs.buffers)
     num_data = len(inputs.batch)
     batch_index = inputs.batch_index
+    has_lengths = inputs.lengths is not None
     start_names: list[str] | None = None
     if inputs.starts is not None:
         start_names = list(inputs.starts)
     state_names = [list(state) for state in inputs.states]
-
-    flat = [*inputs.parameters, *inputs.buffers, *inputs.batch]
-    if inputs.starts is not None:
-        flat += inputs.starts.values()
-    for state in inputs.states:
-        flat += state.values()
 
     def build(tensors: Sequence[Tensor]) -> StepInputs:
         remaining = iter(tensors)
         parameters = list(islice(remaining, num_parameters))
         buffers = list(islice(remaining, num_buffers))
         batch = list(islice(remaining, num_data))
+        lengths = None
+        if has_lengths:
+            lengths = next(remaining)
         starts = None
         if start_names is not None:
             starts = _named(remaining, start_names)
         states = [_named(remaining, names) for names in state_names]
-        return StepInputs(parameters, buffers, batch, batch_index, starts, states)
+        return StepInputs(parameters, buffers, batch, batch_index, starts, states, lengths)
 
-    return flat, build
+    return inputs.tensors(), build
 
 
 def _named(tensors: Iterator[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
