@@ -1,5 +1,6 @@
 """Recorded calls that are repeated, and calls that clients with shorter batches share."""
 
+import time
 from itertools import accumulate, pairwise
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from engines import assert_equal_engines, play
 from federations import Classifier, flat
 from lightning_fedhaw import FederatedCallback, FedProx
-from lightning_fedhaw.clients.vectorized import batched, repeated
+from lightning_fedhaw.clients.vectorized import batched, compiled, repeated
 from lightning_fedhaw.clients.vectorized.calls import Sharing, worth_sharing
 from lightning_fedhaw.clients.vectorized.program import program_of
 from lightning_fedhaw.clients.vectorized.recording import DifferenceError, Pattern, Recording
@@ -235,3 +236,22 @@ def test_other_steps_do_not(kind):
 def test_long_padding_is_not_worth_a_call():
     assert worth_sharing(10, 3, rows=5, parameters=610)
     assert not worth_sharing(64, 3, rows=1, parameters=118_282)
+
+
+# ---------------------------------------------------------------------- compiled
+
+
+def test_graphs_that_are_slower_are_given_up(monkeypatch):
+    call = compiled._Graph.__call__
+
+    def slow(self, inputs):
+        time.sleep(0.2)
+        return call(self, inputs)
+
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    monkeypatch.setattr(compiled._Graph, "__call__", slow)
+    monkeypatch.setattr(compiled, "ENOUGH_SAMPLES", 2)
+    with pytest.warns(UserWarning, match=r"no effect from now on: a call takes \d+\.\d\d ms with a graph and"):
+        _, module, _ = play("vectorized", Logs, **unequal(rounds=3, local_epochs=2, compile_clients=True))
+    _, expected, _ = play("vectorized", Logs, **unequal(rounds=3, local_epochs=2))
+    assert torch.allclose(flat(module), flat(expected), rtol=1e-5, atol=1e-6)
