@@ -461,7 +461,7 @@ class BilevelRule(AggregationRule):
             self._rate = rate_of_lower_step(type(self).__name__, local_training.optimizers)
 
     def describe(self) -> str:
-        """Return the rule and its settings, for the start-up line."""
+        """Return the rule and its settings, for the start-up block."""
         return repr_settings(self, upper=repr(self.upper))
 
     @property
