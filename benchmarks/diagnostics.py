@@ -1,7 +1,10 @@
-"""Two studies with diagnostics on scikit-learn's digits: statements of the FedLAW paper, and clients with wrong labels.
+"""Studies with diagnostics on scikit-learn's digits or MNIST: statements of FedLAW's paper, wrong labels, and the cost.
 
-    python benchmarks/diagnostics.py fedlaw --seeds 0 1 2
-    python benchmarks/diagnostics.py noise --seeds 0 1 2
+    python benchmarks/diagnostics.py fedlaw --clients 20 --rounds 200 --epochs 1 5 10 --seeds 0 1 2
+    python benchmarks/diagnostics.py fedlaw --mnist SPLIT.npz --alpha 1 --rounds 100 --epochs 1 5 10
+    python benchmarks/diagnostics.py noise --rounds 100 --alpha 0.5
+    python benchmarks/diagnostics.py table
+    python benchmarks/diagnostics.py cost
 
 ``fedlaw`` asks what Z. Li, T. Lin, X. Shang and C. Wu (Revisiting Weighted Aggregation in Federated Learning with
 Neural Networks, ICML 2023, sections 4 and 5) report of CIFAR-10: the coherence of updates around the critical round
@@ -11,27 +14,37 @@ go along with.
 ``noise`` gives 3 of 10 clients wrong labels, half of them or all, and asks how well each score of a client separates
 them: the area under the ROC curve.
 
-Both print tables in Markdown. Other values of ``--clients``, ``--rounds`` and ``--epochs`` make longer studies.
+``cost`` measures what observers add to a round of digits, in processor time: they measure in every second round, and
+each of these rounds is compared with its neighbor. The table has the median over the pairs.
+
+``SPLIT.npz`` is the file of ``parity/mnist.py``: 4,000 of its training images, which keep their clients under the split
+of Dirichlet(0.1) or Dirichlet(1), and local training as in the paper. Every run adds a line to ``--results`` and is not
+repeated, so that an interrupted study resumes; ``table`` prints the finished runs as tables in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
 from io import StringIO
 from math import nan
-from statistics import fmean, stdev
+from pathlib import Path
+from statistics import fmean, median, stdev
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedhaw import (
     DirichletPartitioner,
@@ -47,6 +60,9 @@ from lightning_fedhaw.diagnostics import (
     Coherence,
     Contributions,
     Curvature,
+    Drift,
+    LabelCoherence,
+    ParameterHistogram,
     Shrinking,
     client_scores,
     critical_round,
@@ -56,19 +72,36 @@ from lightning_fedhaw.diagnostics import (
 from lightning_fedhaw.extending import AggregationRule
 from lightning_fedhaw.plotting import RunHistory
 
+RESULTS = Path(__file__).parent / "results" / "diagnostics.jsonl"
 PROXY = 100
 VALIDATION = 360
-Rules = Mapping[str, Callable[[], AggregationRule]]
+MNIST_SAMPLES = 4000
+MNIST_SPLITS = {0.1: "client_alpha01", 1.0: "client_alpha1"}
+BAD_CLIENTS = 3
+WRONG = (0.5, 1.0)
+FEDLAW_RULES: Mapping[str, Callable[[], AggregationRule]] = {
+    "FedAvg": FedAvgCallback,
+    "learned scale": lambda: FedLAWCallback("scale", server_epochs=30),
+    "FedLAW": lambda: FedLAWCallback("both", server_epochs=60),
+}
+NOISE_RULES: Mapping[str, Callable[[], AggregationRule]] = {
+    "FedAvg": FedAvgCallback,
+    "FedHAW": lambda: FedHAWCallback(lr_lambda=0.3),
+    "FedLAW": lambda: FedLAWCallback("both", server_epochs=60),
+    "FedAdp": FedAdpCallback,
+}
 
 
 class Digits(pl.LightningModule):
-    """A network of 4,810 parameters."""
+    """A network of 4,810 parameters for digits."""
+
+    pixels = 64
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+            self.net = torch.nn.Sequential(torch.nn.Linear(self.pixels, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -83,6 +116,16 @@ class Digits(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
+class Mnist(Digits):
+    """A network of 50,890 parameters for MNIST, with the local training of the FedLAW paper."""
+
+    pixels = 784
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.08, momentum=0.9, weight_decay=5e-4)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)}
+
+
 def digits(seed: int) -> tuple[Tensor, Tensor]:
     """Return the samples in an order of the seed."""
     pixels, labels = load_digits(return_X_y=True)
@@ -92,6 +135,80 @@ def digits(seed: int) -> tuple[Tensor, Tensor]:
 
 def part(pixels: Tensor, labels: Tensor, begin: int, end: int | None) -> TensorDataset:
     return TensorDataset(pixels[begin:end], labels[begin:end])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a study.
+
+    Attributes:
+        network: Makes the model of a seed.
+        pixels: The images of training, as the rows of a matrix.
+        labels: Their labels.
+        clients: The numbers of each client's training samples.
+        proxy: The proxy data.
+        validation: The validation data.
+        batch_size: The samples in a batch of local training.
+    """
+
+    network: Callable[[int], Digits]
+    pixels: Tensor
+    labels: Tensor
+    clients: list[Tensor]
+    proxy: TensorDataset
+    validation: TensorDataset
+    batch_size: int
+
+    def data(self, labels: Tensor | None = None) -> FederatedDataModule:
+        """Return the data of a run, with other labels of training if they are given."""
+        if labels is None:
+            labels = self.labels
+        return FederatedDataModule(
+            TensorDataset(self.pixels, labels),
+            num_clients=len(self.clients),
+            partitioner=IndexPartitioner([samples.tolist() for samples in self.clients]),
+            batch_size=self.batch_size,
+            val=self.validation,
+            proxy=self.proxy,
+        )
+
+
+def digits_samples(seed: int, clients: int, alpha: float) -> Samples:
+    """Split scikit-learn's digits by Dirichlet(alpha)."""
+    pixels, labels = digits(seed)
+    training = labels[PROXY + VALIDATION :]
+    split = DirichletPartitioner(alpha).partition(clients, num_samples=len(training), labels=training, seed=seed)
+    return Samples(
+        network=Digits,
+        pixels=pixels[PROXY + VALIDATION :],
+        labels=training,
+        clients=[torch.as_tensor(samples) for samples in split.indices],
+        proxy=part(pixels, labels, 0, PROXY),
+        validation=part(pixels, labels, PROXY, PROXY + VALIDATION),
+        batch_size=16,
+    )
+
+
+def mnist_samples(path: Path, seed: int, alpha: float) -> Samples:
+    """Draw training images of MNIST, which stay with their clients of the file, and test images for the server."""
+    generator = torch.Generator().manual_seed(seed)
+    with np.load(path) as arrays:
+        drawn = torch.randperm(len(arrays["train_y"]), generator=generator)[:MNIST_SAMPLES].numpy()
+        tested = torch.randperm(len(arrays["test_y"]), generator=generator)[: PROXY + VALIDATION].numpy()
+        pixels = torch.tensor(arrays["train_x"][drawn]).flatten(1).float() / 255
+        labels = torch.tensor(arrays["train_y"][drawn]).long()
+        client_of = torch.tensor(arrays[MNIST_SPLITS[alpha]][drawn]).long()
+        test_pixels = torch.tensor(arrays["test_x"][tested]).flatten(1).float() / 255
+        test_labels = torch.tensor(arrays["test_y"][tested]).long()
+    return Samples(
+        network=Mnist,
+        pixels=pixels,
+        labels=labels,
+        clients=[(client_of == client).nonzero()[:, 0] for client in range(int(client_of.max()) + 1)],
+        proxy=part(test_pixels, test_labels, 0, PROXY),
+        validation=part(test_pixels, test_labels, PROXY, None),
+        batch_size=32,
+    )
 
 
 def fit(
@@ -110,7 +227,6 @@ def fit(
         rounds=rounds,
         local_epochs=local_epochs,
         storage="device",
-        client_eval=False,
         seed=seed,
         callbacks=[rule, *observers, run],
         logger=False,
@@ -118,187 +234,339 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         accelerator="cpu",
-        **options,
+        **{"client_eval": False, **options},
     )
     with redirect_stdout(StringIO()):
         trainer.fit(model or Digits(seed), data)
     return run
 
 
-def data_of(
-    seed: int, clients: int, partitioner: Any, wrong: Callable[[Tensor], Tensor] | None = None
-) -> FederatedDataModule:
-    """Make the data: proxy, validation, and training samples, whose labels ``wrong(labels)`` may replace."""
-    pixels, labels = digits(seed)
-    training = labels[PROXY + VALIDATION :]
-    if wrong is not None:
-        training = wrong(training)
-    return FederatedDataModule(
-        TensorDataset(pixels[PROXY + VALIDATION :], training),
-        num_clients=clients,
-        partitioner=partitioner,
-        batch_size=16,
-        val=part(pixels, labels, PROXY, PROXY + VALIDATION),
-        proxy=part(pixels, labels, 0, PROXY),
-    )
+# ---------------------------------------------------------------------- runs, and their records
+
+
+@dataclass(frozen=True)
+class Run:
+    """What identifies a run: the study, its setting, the method and the seed.
+
+    Attributes:
+        study: ``"fedlaw"`` or ``"noise"``.
+        data: ``"digits"`` or ``"MNIST"``.
+        clients: The number of clients.
+        rounds: The communication rounds.
+        epochs: The local epochs in a round.
+        alpha: The parameter of the Dirichlet split.
+        wrong: The share of wrong labels of bad clients.
+        method: The name of the rule.
+        seed: Of the data, the model and the federation.
+    """
+
+    study: str
+    data: str
+    clients: int
+    rounds: int
+    epochs: int
+    alpha: float
+    wrong: float
+    method: str
+    seed: int
+
+
+Records = dict[Run, dict[str, float | None]]
+"""What was measured of each finished run; ``None`` where it is undefined."""
+
+
+def finished(path: Path) -> Records:
+    """Read the records of the runs that are finished."""
+    records: Records = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            records[Run(**entry["run"])] = entry["measured"]
+    return records
+
+
+def plan(args: argparse.Namespace) -> list[Run]:
+    """List the runs of a study; all methods of a seed come before the next seed."""
+    rules, shares = (FEDLAW_RULES, (0.0,)) if args.study == "fedlaw" else (NOISE_RULES, WRONG)
+    data = "digits" if args.mnist is None else "MNIST"
+    runs = []
+    for seed in args.seeds:
+        for epochs in args.epochs:
+            for share in shares:
+                for method in rules:
+                    runs.append(
+                        Run(args.study, data, args.clients, args.rounds, epochs, args.alpha, share, method, seed)
+                    )
+    return runs
+
+
+def perform(runs: Iterable[Run], mnist: Path | None, results: Path) -> None:
+    """Perform the runs that are not finished, and write a line for each."""
+    done = finished(results)
+    for run in runs:
+        if run in done:
+            continue
+        if mnist is None:
+            samples = digits_samples(run.seed, run.clients, run.alpha)
+        else:
+            samples = mnist_samples(mnist, run.seed, run.alpha)
+        start = time.process_time()
+        measured = {"fedlaw": fedlaw, "noise": noise}[run.study](run, samples)
+        # JSON knows no NaN.
+        entry = {name: value if value == value else None for name, value in measured.items()}
+        entry["processor_seconds"] = round(time.process_time() - start, 1)
+        line = json.dumps({"run": asdict(run), "measured": entry})
+        with results.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
 
 
 # ---------------------------------------------------------------------- statements of the FedLAW paper
 
 
-def fedlaw(seeds: Sequence[int], clients: int, rounds: int, epochs: Sequence[int], alpha: float) -> None:
-    """Print what was measured with and without a learned scale, for each number of local epochs."""
-    rules: Rules = {
-        "FedAvg": FedAvgCallback,
-        "learned scale": lambda: FedLAWCallback("scale", server_epochs=30),
-        "FedLAW": lambda: FedLAWCallback("both", server_epochs=60),
+def fedlaw(run: Run, samples: Samples) -> dict[str, float]:
+    """Measure what the statements are about."""
+    observers = [Coherence(), Shrinking(), Curvature(run.rounds, samples=VALIDATION, steps=40)]
+    rule = FEDLAW_RULES[run.method]()
+    history = fit(rule, samples.data(), run.seed, run.rounds, run.epochs, observers, samples.network(run.seed))
+    coherence = history.curve("diagnostics/coherence")
+    critical = critical_round(coherence)
+    end = len(coherence) if critical is None else critical
+    measured = {
+        "accuracy": 100 * fmean(history.curve("val_acc")[-10:]),
+        "critical": nan if critical is None else critical + 1.0,
+        "coherence_first": fmean(coherence[:5]),
+        "coherence_before": fmean(coherence[:end] or [nan]),
+        "coherence_after": fmean(coherence[end:] or [nan]),
+        "coherence_last": fmean(coherence[-10:]),
+        "scale": fmean(history.curve("scale")[-10:]),
+        "ratio": float(torch.tensor(history.curve("diagnostics/shrinking/ratio")).nanmedian()),
+        "eigenvalue": history.curve("diagnostics/curvature/eigenvalue_1")[-1],
+        "flatness": history.curve("diagnostics/curvature/ratio")[-1],
     }
-    print(
-        "| method | local epochs | accuracy, % | coherence, first 5 rounds | last 10 rounds | critical round"
-        " | scale, last 10 rounds | ratio r | largest eigenvalue | largest / fifth |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    correlations: dict[tuple[int, str], list[float]] = {}
-    for local_epochs in epochs:
-        for name, make in rules.items():
-            rows = []
-            criticals = []
-            for seed in seeds:
-                observers = [Coherence(), Shrinking(), Curvature(rounds, samples=VALIDATION, steps=40)]
-                data = data_of(seed, clients, DirichletPartitioner(alpha))
-                run = fit(make(), data, seed, rounds, local_epochs, observers)
-                rows.append(_measured(run))
-                criticals.append(critical_round(run.curve("diagnostics/coherence")))
-                if name == "FedLAW":
-                    for quantity, value in _correlations(run).items():
-                        correlations.setdefault((local_epochs, quantity), []).append(value)
-            cells = [_cell(column) for column in zip(*rows, strict=True)]
-            critical = ", ".join("none" if number is None else str(number + 1) for number in criticals)
-            print(f"| {name} | {local_epochs} | {' | '.join([*cells[:3], critical, *cells[3:]])} |", flush=True)
-    print("\n| local epochs | quantity of a client | correlation with its weight |\n|---|---|---|")
-    for (local_epochs, quantity), values in correlations.items():
-        print(f"| {local_epochs} | {quantity} | {_cell(values)} |")
+    if run.method == "FedLAW":
+        measured |= _correlations(history)
+    return measured
 
 
-def _measured(run: RunHistory) -> list[float]:
-    coherence = run.curve("diagnostics/coherence")
-    ratios = torch.tensor(run.curve("diagnostics/shrinking/ratio"))
-    scales = torch.tensor(run.curve("scale"))
-    return [
-        100 * fmean(run.curve("val_acc")[-10:]),
-        fmean(coherence[:5]),
-        fmean(coherence[-10:]),
-        float(scales[-10:].nanmean()),
-        float(ratios.nanmedian()),
-        run.curve("diagnostics/curvature/eigenvalue_1")[-1],
-        run.curve("diagnostics/curvature/ratio")[-1],
-    ]
-
-
-def _correlations(run: RunHistory) -> dict[str, float]:
+def _correlations(history: RunHistory) -> dict[str, float]:
     """Correlate the mean weights with size and heterogeneity degree, as Table 11 of the paper does."""
-    assert run.labels is not None
-    weights = client_scores(run)
-    sizes = torch.tensor(run.sizes, dtype=torch.float64)
-    shares = run.labels.double() / run.labels.sum(1, keepdim=True)
+    assert history.labels is not None
+    weights = client_scores(history)
+    sizes = torch.tensor(history.sizes, dtype=torch.float64)
+    shares = history.labels.double() / history.labels.sum(1, keepdim=True)
     degrees = 1 / shares.var(1)
     quantities = {"size": sizes, "1 / variance of its label shares": degrees, "product of both": sizes * degrees}
-    return {name: pearson(weights, values) for name, values in quantities.items()}
+    return {f"correlation with {name}": pearson(weights, values) for name, values in quantities.items()}
 
 
 # ---------------------------------------------------------------------- clients with wrong labels
 
 
-def noise(seeds: Sequence[int], clients: int, rounds: int, epochs: Sequence[int], alpha: float) -> None:
-    """Print how well each score separates 3 clients with wrong labels."""
-    rules: Rules = {
-        "FedAvg": FedAvgCallback,
-        "FedHAW": lambda: FedHAWCallback(lr_lambda=0.3),
-        "FedLAW": lambda: FedLAWCallback("both", server_epochs=60),
-        "FedAdp": FedAdpCallback,
-    }
-    shares = (0.5, 1.0)
-    results: dict[tuple[str, str], dict[float, list[float]]] = {}
-    for share in shares:
-        for seed in seeds:
-            bad = [client < 3 for client in range(clients)]
-            data = _noisy_data(seed, clients, alpha, share, bad)
-            for name, make in rules.items():
-                observers: list[pl.Callback] = [Coherence()]
-                if name == "FedAvg":
-                    observers.append(Contributions(5, permutations=5))
-                run = fit(make(), data, seed, rounds, epochs[0], observers)
-                for score, values in _scores(name, run).items():
-                    column = results.setdefault((name, score), {}).setdefault(share, [])
-                    column.append(separation(values, bad))
-    heads = " | ".join(f"{share:.0%} wrong" for share in shares)
-    print(f"| run | score | {heads} |\n|---|---|{'---|' * len(shares)}")
-    for (name, score), columns in results.items():
-        print(f"| {name} | {score} | {' | '.join(_cell(columns[share]) for share in shares)} |")
+def noise(run: Run, samples: Samples) -> dict[str, float]:
+    """Measure how well each score separates the clients with wrong labels."""
+    is_bad = [client < BAD_CLIENTS for client in range(len(samples.clients))]
+    observers: list[pl.Callback] = [Coherence()]
+    if run.method == "FedAvg":
+        observers.append(Contributions(5, permutations=5))
+    rule = NOISE_RULES[run.method]()
+    data = samples.data(_noisy_labels(run, samples))
+    history = fit(rule, data, run.seed, run.rounds, run.epochs, observers, samples.network(run.seed))
+    measured = {"accuracy": 100 * fmean(history.curve("val_acc")[-10:])}
+    for score, values in _scores(run.method, history).items():
+        measured[score] = separation(values, is_bad)
+    return measured
 
 
-def _noisy_data(seed: int, clients: int, alpha: float, share: float, bad: Sequence[bool]) -> FederatedDataModule:
-    """Split by the true labels, and replace a share of the labels of bad clients by others."""
-    _, labels = digits(seed)
-    training = labels[PROXY + VALIDATION :]
-    split = DirichletPartitioner(alpha).partition(clients, num_samples=len(training), labels=training, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    indices = [torch.as_tensor(samples) for samples in split.indices]
-
-    def wrong(clean: Tensor) -> Tensor:
-        changed = clean.clone()
-        for samples, is_bad in zip(indices, bad, strict=True):
-            if is_bad:
-                chosen = samples[torch.rand(len(samples), generator=generator) < share]
-                # By 1 to 9, so that every one of them is wrong.
-                changed[chosen] = (clean[chosen] + torch.randint(1, 10, chosen.shape, generator=generator)) % 10
-        return changed
-
-    return data_of(seed, clients, IndexPartitioner([samples.tolist() for samples in indices]), wrong)
+def _noisy_labels(run: Run, samples: Samples) -> Tensor:
+    """Replace a share of the labels of bad clients by others."""
+    generator = torch.Generator().manual_seed(run.seed)
+    labels = samples.labels.clone()
+    for numbers in samples.clients[:BAD_CLIENTS]:
+        chosen = numbers[torch.rand(len(numbers), generator=generator) < run.wrong]
+        # By 1 to 9, so that every one of them is wrong.
+        labels[chosen] = (labels[chosen] + torch.randint(1, 10, chosen.shape, generator=generator)) % 10
+    return labels
 
 
-def _scores(name: str, run: RunHistory) -> dict[str, Tensor]:
+def _scores(method: str, history: RunHistory) -> dict[str, Tensor]:
     """Return every score of the clients of a run."""
-    scores = {"mean cosine with the others": _mean_cosines(run)}
-    if name == "FedAvg":
-        scores["leave-one-out"] = client_scores(run, "leave_one_out")
-        scores["Shapley value"] = client_scores(run, "shapley")
+    scores = {"mean cosine with the others": _mean_cosines(history)}
+    if method == "FedAvg":
+        scores["leave-one-out"] = client_scores(history, "leave_one_out")
+        scores["Shapley value"] = client_scores(history, "shapley")
         return scores
     # Against the share of the samples, because a small client is not a bad one.
-    sizes = torch.tensor(run.sizes, dtype=torch.float64)
-    scores["weight / share of the samples"] = client_scores(run) / (sizes / sizes.sum())
+    sizes = torch.tensor(history.sizes, dtype=torch.float64)
+    scores["weight / share of the samples"] = client_scores(history) / (sizes / sizes.sum())
     return scores
 
 
-def _mean_cosines(run: RunHistory) -> Tensor:
+def _mean_cosines(history: RunHistory) -> Tensor:
     means = []
-    for pairs in run.tables["diagnostics/cosines"].values():
+    for pairs in history.tables["diagnostics/cosines"].values():
         means.append((pairs.double().sum(1) - 1) / (len(pairs) - 1))
     return torch.stack(means).mean(0)
 
 
-def _cell(values: Sequence[float]) -> str:
+# ---------------------------------------------------------------------- cost
+
+
+class Clock(pl.Callback):
+    """Reads the processor time at the start of every round."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds.append(time.process_time())
+
+
+def cost(rounds: int) -> None:
+    """Print what observers add to a round, when they measure in every second one."""
+    cases: dict[str, tuple[Sequence[Callable[[int], pl.Callback]], bool]] = {
+        "nothing": ([], False),
+        "`Coherence`": ([Coherence], False),
+        "`LabelCoherence`": ([LabelCoherence], False),
+        "`Shrinking`": ([Shrinking], False),
+        "`Drift`": ([Drift], False),
+        "`ParameterHistogram`": ([ParameterHistogram], False),
+        "`client_eval_every_n_rounds`": ([], True),
+        "it, `Coherence`, `Shrinking` and `Drift`": ([Coherence, Shrinking, Drift], True),
+    }
+    print("| measured | batches of validation | share of a round, % | ms |\n|---|---|---|---|")
+    for name, (observers, evaluates) in cases.items():
+        for batch_size in (16, 64) if evaluates else (16,):
+            added, milliseconds = _cost(observers, rounds, batch_size, 2 if evaluates else None)
+            print(f"| {name} | {batch_size} | {100 * added:.1f} | {milliseconds:.2f} |", flush=True)
+
+
+def _cost(
+    observers: Sequence[Callable[[int], pl.Callback]], rounds: int, batch_size: int, interval: int | None
+) -> tuple[float, float]:
+    """Return what a round costs more with observers, as a share of it and in milliseconds."""
+    samples = digits_samples(0, 10, 0.5)
+    data = samples.data()
+    data.val_dataloader = lambda: DataLoader(samples.validation, batch_size)  # type: ignore[method-assign]
+    clock = Clock()
+    callbacks = [*[make(2) for make in observers], clock]
+    fit(FedAvgCallback(), data, 0, rounds, 1, callbacks, engine="sequential", client_eval_every_n_rounds=interval)
+    # The first round warms up, so the second, which is measured, is the first of a pair.
+    durations = [end - start for start, end in zip(clock.seconds[1:], clock.seconds[2:], strict=False)]
+    pairs = zip(durations[0::2], durations[1::2], strict=False)
+    added = median(measured / plain - 1 for measured, plain in pairs)
+    return added, 1000 * added * min(durations)
+
+
+# ---------------------------------------------------------------------- tables
+
+Groups = dict[tuple[str, ...], list[dict[str, float | None]]]
+"""The records of the seeds of each row, by what identifies the row."""
+
+
+def print_tables(records: Records) -> None:
+    """Print the tables of both studies, with the number of seeds in every row."""
+    print_fedlaw(records)
+    print_correlations(records)
+    print_noise(records)
+
+
+def print_fedlaw(records: Records) -> None:
+    """Print what was measured with and without a learned scale, for each number of local epochs."""
+    columns = {
+        "accuracy": "accuracy, %",
+        "critical": "critical round",
+        "coherence_first": "coherence, first 5 rounds",
+        "coherence_before": "before the critical round",
+        "coherence_after": "after the critical round",
+        "coherence_last": "last 10 rounds",
+        "scale": "scale, last 10 rounds",
+        "ratio": "ratio r",
+        "eigenvalue": "largest eigenvalue",
+        "flatness": "largest / fifth",
+    }
+    print(f"| data | local epochs | method | seeds | {' | '.join(columns.values())} |")
+    print(f"|---|---|---|---|{'---|' * len(columns)}")
+    for row, measured in _groups(records, "fedlaw").items():
+        cells = [_cell(measured, name) for name in columns]
+        print(f"| {' | '.join([*row[:3], str(len(measured)), *cells])} |")
+
+
+def print_correlations(records: Records) -> None:
+    """Print what the weights of FedLAW go along with."""
+    names = ["size", "1 / variance of its label shares", "product of both"]
+    print(f"\n| data | local epochs | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
+    for row, measured in _groups(records, "fedlaw").items():
+        if row[2] == "FedLAW":
+            cells = [_cell(measured, f"correlation with {name}") for name in names]
+            print(f"| {' | '.join([*row[:2], *cells])} |")
+
+
+def print_noise(records: Records) -> None:
+    """Print how well each score separates, with the lowest of the seeds."""
+    print("\n| data | run | score | wrong | seeds | area under the ROC curve | lowest |\n|---|---|---|---|---|---|---|")
+    for row, measured in _groups(records, "noise").items():
+        for name in measured[0]:
+            if name not in ("accuracy", "processor_seconds"):
+                lowest = min(_defined(measured, name), default=nan)
+                cells = [row[0], row[2], name, row[3], str(len(measured)), _cell(measured, name), f"{lowest:.2f}"]
+                print(f"| {' | '.join(cells)} |")
+
+
+def _groups(records: Records, study: str) -> Groups:
+    """Return the records of a study by data, epochs, method and share of wrong labels."""
+    groups: Groups = {}
+    for run, measured in records.items():
+        if run.study == study:
+            data = f"{run.data}, {run.clients} clients, Dirichlet({run.alpha:g}), {run.rounds} rounds"
+            groups.setdefault((data, str(run.epochs), run.method, f"{run.wrong:.0%}"), []).append(measured)
+    return groups
+
+
+def _defined(measured: Sequence[Mapping[str, float | None]], name: str) -> list[float]:
+    """Return a value of each seed in which it is defined."""
+    values = []
+    for record in measured:
+        value = record.get(name)
+        if value is not None:
+            values.append(value)
+    return values
+
+
+def _cell(measured: Sequence[Mapping[str, float | None]], name: str) -> str:
     """Format the mean and the standard deviation over seeds."""
-    kept = [value for value in values if value == value]
-    if not kept:
+    values = _defined(measured, name)
+    if not values:
         return "-"
-    deviation = stdev(kept) if len(kept) > 1 else nan
-    return f"{fmean(kept):.3g} ± {deviation:.2g}"
+    text = f"{fmean(values):.3g}"
+    if len(values) > 1:
+        text += f" ± {stdev(values):.2g}"
+    if len(values) < len(measured):
+        text += f" ({len(values)} of {len(measured)})"
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=("fedlaw", "noise"))
+    parser.add_argument("study", choices=("fedlaw", "noise", "table", "cost"))
+    parser.add_argument("--mnist", type=Path, help="the split of MNIST, an npz file; without it, digits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--clients", type=int, default=10, help="of digits; the file has 10")
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 5])
-    parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet split")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[1])
+    parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet split; of MNIST 0.1 or 1")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.study == "table":
+        print_tables(finished(args.results))
+        return
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    study = {"fedlaw": fedlaw, "noise": noise}[args.study]
-    study(args.seeds, args.clients, args.rounds, args.epochs, args.alpha)
+    torch.set_num_threads(1)
+    if args.study == "cost":
+        cost(args.rounds)
+        return
+    perform(plan(args), args.mnist, args.results)
 
 
 if __name__ == "__main__":

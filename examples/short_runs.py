@@ -21,14 +21,18 @@ from lightning_fedhaw.extending import AggregationRule
 from lightning_fedhaw.plotting import RunHistory
 
 
-def read_arguments(description: str | None, rounds: int = 30, *, has_data: bool = False) -> argparse.Namespace:
-    """Read the number of rounds, the folder for pictures and, where it is asked for, the data; and make runs quiet."""
+def read_arguments(
+    description: str | None, rounds: int = 30, *, has_data: bool = False, has_seeds: bool = False
+) -> argparse.Namespace:
+    """Read the number of rounds, the folder for pictures and, where asked for, data and seeds; and make runs quiet."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--output", type=Path, default=Path("outputs"))
     if has_data:
         text = "an npz file with train_x, train_y, test_x and test_y, such as MNIST; default: scikit-learn's digits"
         parser.add_argument("--data", type=Path, default=None, help=text)
+    if has_seeds:
+        parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

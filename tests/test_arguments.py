@@ -20,13 +20,14 @@ import torch
 from torch.utils.data import TensorDataset
 
 import lightning_fedhaw
-from federations import QUIET
+from federations import QUIET, Classifier
 from lightning_fedhaw import (
     FederatedDataModule,
     FederatedTrainer,
     arguments,
     channel,
     data,
+    deploy,
     diagnostics,
     extending,
     objectives,
@@ -67,6 +68,13 @@ NEEDS: dict[str, dict[str, Any]] = {
     "OverTheAirChannel": {"snr_db": 3.0},
     "PacketLossChannel": {"probability": 0.1},
     "DifferentialPrivacyChannel": {"clip": 1.0, "noise_multiplier": 0.5},
+    "ClientSide": {"make_trainer": len, "make_model": len, "make_data": len},
+    "ServerSide": {
+        "trainer": FederatedTrainer(rounds=1, callbacks=[lightning_fedhaw.FedAvgCallback()], **QUIET),
+        "model": Classifier(),
+        "sites": deploy.InMemorySites({}),
+        "num_sites": 3,
+    },
     "SparsificationChannel": {"fraction": 0.5},
     "StanfordDogs": {"root": "nowhere"},
     "TimmClassifier": {"model_name": "test_vit", "num_classes": 3, "model_kwargs": {"img_size": 32}},
@@ -113,6 +121,7 @@ WRONG: dict[str, Any] = {
     "beta_bounds": "wide",
     "burst": (0.1, 0.5),
     "client_val": 3,
+    "clients": {"a": 3},
     "cohorts": [["a"]],
     "RowsDataModule.columns": "x",
     "LeafDataModule.shape": "flat",
@@ -130,6 +139,12 @@ WRONG: dict[str, Any] = {
     "logits": 3,
     "model_kwargs": 3,
     "RoundTable.metrics": "val_acc",
+    "make_data": 3,
+    "make_model": 3,
+    "make_trainer": 3,
+    "ServerSide.model": 3,
+    "ServerSide.sites": 3,
+    "ServerSide.trainer": 3,
     "optimizer": 3,
     "partitioner": "iid",
     "phases": ["noon"],
@@ -162,6 +177,8 @@ WRONG: dict[str, Any] = {
 ANYTHING = {
     "checkpoint_path": "a path of any kind; a file that is not there is refused when it is read",
     "labels": "an array of any library, or a function; what it holds is checked with the data in hand",
+    "folder": "a path of any kind",
+    "memory_folder": "a path of any kind",
     "root": "a path of any kind; a folder without the data is refused when it is read",
     "test": "whatever `test_dataloader` may return, which Lightning checks",
     "val": "whatever `val_dataloader` may return, which Lightning checks",
@@ -179,6 +196,7 @@ RECORDS |= {
     "ShapleyValues",
     "ShrinkingTerms",
     "ParameterLayout",
+    "Message",
     "ProbeResult",
     "MessageSize",
     "Partition",
@@ -239,7 +257,7 @@ def parts(hint: Any) -> tuple[Any, ...]:
 
 def public_classes() -> list[type]:
     found = {}
-    for module in (lightning_fedhaw, channel, data, diagnostics, extending, objectives):
+    for module in (lightning_fedhaw, channel, data, deploy, diagnostics, extending, objectives):
         for name in module.__all__:
             kind = getattr(module, name)
             if inspect.isclass(kind) and not inspect.isabstract(kind) and name not in RECORDS:

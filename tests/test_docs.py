@@ -1,5 +1,6 @@
 """The documentation builds without a warning, and its reference is complete."""
 
+import html
 import os
 import pkgutil
 import re
@@ -16,12 +17,14 @@ from lightning_fedhaw import (
     channel,
     comparing,
     data,
+    deploy,
     diagnostics,
     extending,
     objectives,
     plotting,
     sweeping,
 )
+from lightning_fedhaw.deploy import flower, nvflare
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +37,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "REPOSITORY_URL": "https://example.org/repository"},
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
@@ -42,6 +45,19 @@ def test_the_site_builds_without_a_warning(tmp_path):
     page = (tmp_path / "site/api/rules/index.html").read_text()
     assert 'id="lightning_fedhaw.FedHAWCallback"' in page
     assert ":class:" not in page
+    text = html.unescape(re.sub(r"<[^>]+>", "", page))
+    assert "lr_gamma=1.0" in text, "signatures have the defaults"
+    assert 'id="lightning_fedhaw.FedHAWCallback.step"' not in page, "internals are left out"
+    rules = (tmp_path / "site/rules/index.html").read_text()
+    assert 'href="https://example.org/repository"' in rules
+    assert "md-footer__link--prev" in rules
+    assert "md-footer__link--next" in rules
+    assert (tmp_path / "site/tutorial/index.html").read_text().count("<img alt=") == 4
+    assert r'<div class="arithmatex">\[' in rules
+    assert "$$" not in rules, "all formulas are typeset"
+    for file in re.findall(r'(?:src|href)="([^"#]*katex[^"]*)"', rules):
+        assert (tmp_path / "site/rules" / file).exists()
+    assert not re.search(r'(?:src|<link[^>]* href)="https?:', rules), "the site needs no network"
 
 
 def test_the_reference_names_everything_public_once():
@@ -56,12 +72,16 @@ def test_the_reference_names_everything_public_once():
         comparing,
         sweeping,
         data,
+        deploy,
         diagnostics,
         extending,
+        flower,
+        nvflare,
         objectives,
         plotting,
     )
     public = {name: getattr(module, name) for module in modules for name in module.__all__}
+    public["FederatedCLI"] = pkgutil.resolve_name("lightning_fedhaw.cli.FederatedCLI")
     assert {path.rpartition(".")[2] for path in paths} == set(public)
     assert len(set(map(id, shown))) == len(shown)
     for name in lightning_fedhaw.__all__:

@@ -1,5 +1,7 @@
-"""The examples run as a newcomer runs them."""
+"""The examples run as a newcomer runs them; all but the first in this process, which has imported torch before."""
 
+import logging
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,24 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run_example(monkeypatch, capsys):
+    """Run an example with its command line, and return what it prints."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    # Python puts the folder of a script first.
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def run(name, *arguments):
+        script = str(EXAMPLES / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out
+
+    yield run
+    logger.setLevel(level)
 
 
 def test_digits(tmp_path):
@@ -25,32 +45,19 @@ def test_digits(tmp_path):
         assert (tmp_path / "pictures" / name).stat().st_size > 5_000
 
 
-def test_compare_rules(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "compare_rules.py"), "--rounds", "2", "--output", "pictures"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    table = done.stdout[done.stdout.index("server ms") :]
-    for name in ("FedAvg ", "FedHyper G+CL", "FedLAW in stages", "GeometricMedian"):
-        assert name in table
+def test_compare_rules(run_example, tmp_path):
+    rules = ("FedAvg", "FedHyper G+CL", "FedLAW in stages", "GeometricMedian")
+    printed = run_example("compare_rules", "--rounds", "2", "--output", "pictures", "--rules", *rules)
+    table = printed[printed.index("server ms") :]
+    for name in rules:
+        assert f"{name} " in table
     assert (tmp_path / "pictures" / "rules.png").stat().st_size > 5_000
 
 
-def test_communication_errors(tmp_path):
-    command = [sys.executable, str(EXAMPLES / "communication_errors.py"), "--rounds", "2", "--output", "pictures"]
-    done = subprocess.run(
-        [*command, "--methods", "FedAvg", "FedHAW", "--errors", "0.8", "0", "--legacy-seed", "23"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    table = done.stdout[done.stdout.index("method ") :]
+def test_communication_errors(run_example, tmp_path):
+    short = ["--rounds", "2", "--methods", "FedAvg", "FedHAW", "--errors", "0.8", "0", "--legacy-seed", "23"]
+    printed = run_example("communication_errors", *short, "--output", "pictures")
+    table = printed[printed.index("method ") :]
     assert table.index("errors up to 0 ") < table.index("errors up to 0.8")
     for name in ("FedAvg", "FedHAW"):
         assert name in table
@@ -58,13 +65,9 @@ def test_communication_errors(tmp_path):
         assert (tmp_path / "pictures" / name).stat().st_size > 5_000
 
 
-def test_personalization(tmp_path):
-    command = [sys.executable, str(EXAMPLES / "personalization.py"), "--rounds", "2", "--clients", "4"]
-    done = subprocess.run(
-        [*command, "--fine-tuning-epochs", "1"], capture_output=True, text=True, cwd=tmp_path, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    table = done.stdout[done.stdout.index("Accuracy on each client's held-out samples") :]
+def test_personalization(run_example):
+    printed = run_example("personalization", "--rounds", "2", "--clients", "4", "--fine-tuning-epochs", "1")
+    table = printed[printed.index("Accuracy on each client's held-out samples") :]
     for name in ("local only", "global", "fine-tuned", "FedPer"):
         assert name in table
     assert len(table.strip().splitlines()) == 3 + 4 + 1
@@ -81,14 +84,7 @@ def test_personalization(tmp_path):
         "loss_tuning",
     ],
 )
-def test_what_is_learned(name, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), "--rounds", "2", "--output", "pictures"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"pictures/{name}.png" in done.stdout
+def test_what_is_learned(name, run_example, tmp_path):
+    printed = run_example(name, "--rounds", "2", "--output", "pictures")
+    assert f"pictures/{name}.png" in printed
     assert (tmp_path / "pictures" / f"{name}.png").stat().st_size > 5_000

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from federations import QUIET, Classifier, flat, loader, samples, trainer, val_loader
 from lightning_fedhaw import FedAvgCallback, FedHAWCallback, IIDPartitioner
+from lightning_fedhaw.plotting import draw_bands, draw_clients, draw_labels, draw_weights
 from lightning_fedhaw.report.history import RunHistory, find_history, read_run, read_runs
 from lightning_fedhaw.report.metric_names import names_of_results
 from lightning_fedhaw.report.plot_command import main
-from lightning_fedhaw.report.plotting import draw_bands, draw_clients, draw_labels, draw_weights
 from lightning_fedhaw.report.run_report import RunRecord, best_values, summary_of
 from lightning_fedhaw.report.summary import flat_numbers, format_summary
 
@@ -385,17 +385,16 @@ def test_fedhaw_plot(logs, capsys):
         "scale.png",
         "hypergradients.png",
         "val_acc_of_clients.png",
-        "FedAvg_labels.png",
-        "FedHAW_labels.png",
+        "labels.png",
         "FedHAW_weights.png",
     ]
     assert all(p.stat().st_size > 5000 for p in pictures)
-    assert capsys.readouterr().out.split("\n")[-8:-1] == [str(p) for p in pictures]
+    assert capsys.readouterr().out.split("\n")[-7:-1] == [str(p) for p in pictures]
     named = main(["a=logs/FedHAW/version_0", "logs/FedHAW/version_1", "--metric", "val_loss", "--output", "pictures"])
     assert [p.name for p in named][-4:] == [
         "a_labels.png",
-        "a_weights.png",
         "FedHAW_version_1_labels.png",
+        "a_weights.png",
         "FedHAW_version_1_weights.png",
     ]
     for wrong, match in (

@@ -1,7 +1,6 @@
 """The sweep files: W&B accepts them, its agent's command lines are understood, and one of them runs."""
 
 import inspect
-import itertools
 import json
 import math
 import os
@@ -42,10 +41,8 @@ def choices(parameter):
 
 
 def combinations(parameters):
-    """Every value of every parameter; the full product for those that are few."""
+    """Every value of every parameter, in as few combinations as have them all."""
     values = {name: choices(parameter) for name, parameter in parameters.items()}
-    if math.prod(map(len, values.values())) <= 40:
-        return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
     longest = max(map(len, values.values()))
     return [{name: options[i % len(options)] for name, options in values.items()} for i in range(longest)]
 
@@ -125,14 +122,17 @@ def test_numbers_are_numbers(name):
 
 @each
 def test_the_command_lines_are_understood(parser, name, monkeypatch):
-    """Every one is read, in the file's order and in alphabetical order, and each value arrives where it belongs."""
+    """Each is read, the first also in alphabetical order, and every value arrives where it belongs."""
     config = FILES[name]
     monkeypatch.chdir(SWEEPS)
-    for values in combinations(config["parameters"]):
+    for number, values in enumerate(combinations(config["parameters"])):
         env, program, subcommand, *arguments = command_line(config, values)
         assert (env, program, subcommand, arguments[:2]) == ("/usr/bin/env", "fedhaw", "fit", ["--config", "base.yaml"])
         assert len(arguments) == 2 + len(values)
-        for order in (arguments, arguments[:2] + sorted(arguments[2:], key=lambda part: part.split("=")[0])):
+        orders = [arguments]
+        if number == 0:
+            orders.append(arguments[:2] + sorted(arguments[2:], key=lambda part: part.split("=")[0]))
+        for order in orders:
             read = parser.parse_args(order)
             for key, value in values.items():
                 group, _, rest = key.partition(".")

@@ -6,8 +6,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-INK, SERVER, CLIENT = "#222222", "#cfe3f5", "#d9eedd"
-VALUE, DERIVATIVE = INK, "#c2410c"
+# Ink, server, client and derivative on light and on dark pages.
+PALETTES = {
+    "": ("#222222", "#cfe3f5", "#d9eedd", "#c2410c", "#ffffff"),
+    "_dark": ("#dfe1e6", "#27435e", "#2a4a34", "#ff9d66", "#1e2129"),
+}
+INK, SERVER, CLIENT, DERIVATIVE, PAGE = PALETTES[""]
+VALUE = INK
 ROWS = (2.75, 1.75, 0.75)
 
 Point = tuple[float, float]
@@ -30,7 +35,7 @@ def label(axes: Axes, x: float, y: float, text: str, color: str) -> None:
 
 def stage(before: str, client: str, after: str) -> tuple[Figure, Axes]:
     """Draw the server on both sides of three clients."""
-    figure = Figure(figsize=(9.6, 4.2), dpi=130)
+    figure = Figure(figsize=(9.6, 4.2), dpi=130, facecolor=PAGE)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, 9.6), ylim=(0, 4.2))
     axes.axis("off")
@@ -98,5 +103,8 @@ def mixed(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for draw in (forward, reverse, mixed):
-        draw(Path(__file__).with_name(f"autodiff_{draw.__name__}.png"))
+    for suffix, palette in PALETTES.items():
+        INK, SERVER, CLIENT, DERIVATIVE, PAGE = palette
+        VALUE = INK
+        for draw in (forward, reverse, mixed):
+            draw(Path(__file__).with_name(f"autodiff_{draw.__name__}{suffix}.png"))

@@ -6,7 +6,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-INK, SERVER, AIR, CLIENT, AWAY = "#222222", "#cfe3f5", "#f3e6c8", "#d9eedd", "#eeeeee"
+# Ink, server, channels, client, absent client and page, on light and on dark pages.
+PALETTES = {
+    "": ("#222222", "#cfe3f5", "#f3e6c8", "#d9eedd", "#eeeeee", "#ffffff"),
+    "_dark": ("#dfe1e6", "#27435e", "#57482a", "#2a4a34", "#2b2e36", "#1e2129"),
+}
+INK, SERVER, AIR, CLIENT, AWAY, PAGE = PALETTES[""]
 HISTOGRAMS = ((5, 1, 0), (0, 4, 2), (1, 1, 5), (3, 3, 0), (0, 2, 4))
 COMES, LOST = (0, 1, 3, 4), 3
 
@@ -25,7 +30,7 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> N
 
 
 def draw(path: Path) -> None:
-    figure = Figure(figsize=(11, 5.2), dpi=130)
+    figure = Figure(figsize=(11, 5.2), dpi=130, facecolor=PAGE)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, 11), ylim=(0, 5.2))
     axes.axis("off")
@@ -48,7 +53,7 @@ def draw(path: Path) -> None:
         if comes and not lost:
             arrow(axes, (8.05, y + 0.31), (8.95, 2.75))
         if lost:
-            axes.text(8.25, y + 0.31, "×", ha="center", va="center", fontsize=20, color="#b00000")
+            axes.text(8.25, y + 0.31, "×", ha="center", va="center", fontsize=20, color="#d62728")
     axes.plot((9.9, 9.9, 1.1), (1.9, 0.3, 0.3), color=INK, lw=1.2)
     arrow(axes, (1.1, 0.3), (1.1, 1.9))
     for x, y, text in (
@@ -64,4 +69,6 @@ def draw(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(Path(__file__).with_suffix(".png"))
+    for suffix, palette in PALETTES.items():
+        INK, SERVER, AIR, CLIENT, AWAY, PAGE = palette
+        draw(Path(__file__).with_name(f"round{suffix}.png"))

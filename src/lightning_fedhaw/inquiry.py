@@ -32,9 +32,9 @@ class UpperGradients:
 class LocalProblem(Protocol):
     """The two losses of one client, as functions of lower and upper variables, with exact derivatives.
 
-    The lower loss ``g`` is that of ``training_step``, a mean over the client's training samples. The upper loss ``f``
-    is a mean over its held-out samples. Lower variables ``y`` are the trainable parameters, upper variables ``x`` those
-    that only the server changes.
+    The lower loss ``g`` is that of ``training_step``, a mean over the client's training samples, plus what the weight
+    decay of the clients' optimizer adds to it. The upper loss ``f`` is a mean over its held-out samples. Lower
+    variables ``y`` are the trainable parameters, upper variables ``x`` those that only the server changes.
     """
 
     @property
@@ -64,6 +64,9 @@ class LocalProblem(Protocol):
     def hessian_product(self, vector: Tensor) -> Tensor:
         """Return ``H v`` ``[P]`` alone, which is cheaper."""
 
+    def mixed_product(self, vector: Tensor) -> Tensor:
+        """Return ``J v`` ``[U]`` alone, which is cheaper."""
+
     def batches(self) -> Iterator[LocalProblem]:
         """Yield the problem whose lower loss is that of one batch, for each batch of a round's local training."""
 
@@ -84,7 +87,7 @@ class Inquiry:
         answer: Computes one client's answer from its problem and from the vectors that it was sent.
         vectors: The layout of each vector of an answer, by name. All else in an answer are numbers.
         placed: The layout of each vector of an answer that stays with the clients, by name. It is not sent, and the
-            sum over clients is returned: each client fills the rows of its own samples, counted along the data set.
+            sum over clients is returned: each client fills the rows of its own samples, by their numbers.
         sent: The vectors that are sent with the model, by name, each with its layout.
         replaces_training: Whether clients answer instead of training: the round has no updates.
         products: How many products with second derivatives an answer takes, for the count.
@@ -107,8 +110,10 @@ class Answers:
         vectors: The weighted means of the clients' vectors, by name, and the sums of those that stay with them.
         numbers: The weighted means of the clients' numbers, by name.
         count: The number of clients that answered.
+        rows: For each vector that stays with the clients a bool vector of its shape: the rows of those that answered.
     """
 
     vectors: Mapping[str, Tensor]
     numbers: Mapping[str, float]
     count: int
+    rows: Mapping[str, Tensor] = field(default_factory=dict)

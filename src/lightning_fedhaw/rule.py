@@ -161,6 +161,9 @@ class Rule(ABC):
     """Whether the rule reads ``cohort.rate_tangents``, the derivatives of the clients' displacements in the constant
     factor of :meth:`local_lr_scale`. Clients carry them through their local steps, and send one more vector."""
 
+    reads_buffers: bool = False
+    """Whether the rule reads ``cohort.buffers``, which clients elsewhere send only if the server averages them."""
+
     keeps_cohort: bool = False
     """Whether the state holds a cohort's vectors, so that a checkpoint grows with them."""
 
@@ -181,6 +184,9 @@ class Rule(ABC):
 
     client_placed: Collection[str] = ()
     """Names among :meth:`server_parameters` of which each client has its own rows, so that they are not sent."""
+
+    clients_train: bool = True
+    """Whether clients train with their optimizer in some round, and do not answer an :meth:`inquiry` in all of them."""
 
     needs_held_out_data: bool = False
     """Whether every client needs held-out samples, for the upper loss of an :meth:`inquiry`."""
@@ -219,6 +225,23 @@ class Rule(ABC):
             num_examples: ``[N]`` int64, training examples of every client.
         """
         return {}
+
+    def admit(self, state: State, num_examples: Tensor) -> State:
+        """Return the state after a client has joined a federation that runs; by default it is refused.
+
+        Only a deployed federation admits clients. The new one has the last number.
+
+        Args:
+            state: The state after the last round. Not changed.
+            num_examples: ``[N]`` int64, training examples of every client, the new one's last.
+
+        Raises:
+            ValueError: If the rule cannot go on with more clients.
+        """
+        raise ValueError(
+            f"`{type(self).__name__}` admits no client after the first round. Use a rule that implements `admit`, such"
+            " as `FedHAWCallback`, or start a new run with all clients."
+        )
 
     @abstractmethod
     def step(self, cohort: Cohort, state: State, server: ServerView) -> RuleOutput:
@@ -268,6 +291,15 @@ class Rule(ABC):
             state: The state after the last round.
         """
         return {}
+
+    def with_server_parameters(self, state: State, values: Mapping[str, Tensor]) -> State:
+        """Return a state with other values of :meth:`server_parameters`, which the user's code has set in the module.
+
+        Args:
+            state: The state after the last round. Not changed: the new state is returned.
+            values: The new values, by name, of those that have changed; by default they are ignored.
+        """
+        return state
 
     def weigh(self, update: ClientUpdate) -> float:
         """Return a client's weight before normalization, checked; 0 for a rule without ``unnormalized_weight``.

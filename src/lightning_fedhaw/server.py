@@ -329,6 +329,23 @@ class Server:
         for name, value in values.items():
             self.module.get_parameter(name).copy_(value)
 
+    @torch.no_grad()
+    def changed_parameters(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the present values of those parameters that are not what :meth:`write_server_parameters` wrote.
+
+        Where the module still holds a value as it was rounded for it, the value keeps its precision.
+
+        Args:
+            values: What was written, by name.
+        """
+        in_module = {name: self.module.get_parameter(name) for name in values}
+        written = {name: value.to(in_module[name].dtype) for name, value in values.items()}
+        changed: dict[str, Tensor] = {}
+        for name in _changed(in_module, written):
+            present = in_module[name].detach()
+            changed[name] = torch.where(present == written[name], values[name], present.to(values[name]))
+        return changed
+
     def call(
         self,
         function: Callable[..., Any],
@@ -436,11 +453,16 @@ def _without_side_effects(module: nn.Module, log: Callable[..., None]) -> Iterat
 
 def step_arguments(step: Callable[..., Any], batch: Batch, batch_idx: int) -> tuple[Any, ...]:
     """Return the arguments of a ``*_step`` method, whose ``batch_idx`` and ``dataloader_idx`` are optional."""
+    return (batch, batch_idx, 0)[: num_step_arguments(step)]
+
+
+def num_step_arguments(step: Callable[..., Any]) -> int:
+    """Count the arguments that a ``*_step`` method takes of batch, ``batch_idx`` and ``dataloader_idx``."""
     kinds = [parameter.kind for parameter in inspect.signature(step).parameters.values()]
     count = kinds.count(Parameter.POSITIONAL_ONLY) + kinds.count(Parameter.POSITIONAL_OR_KEYWORD)
     if Parameter.VAR_POSITIONAL in kinds:
         count = max(count, 2)
-    return (batch, batch_idx, 0)[: max(count, 1)]
+    return max(count, 1)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset
 
@@ -114,6 +115,11 @@ def test_no_names(upper: Any) -> None:
         AggITDCallback(upper)
 
 
+def test_an_optimizer_of_matrices() -> None:
+    with pytest.raises(ValueError, match=r"`upper_optimizer` steps one vector of all upper .* Muon refuses"):
+        AGGITD(upper_optimizer=torch.optim.Muon)
+
+
 class Apart(Classifier):
     """Has a parameter that only the upper loss depends on."""
 
@@ -123,6 +129,18 @@ class Apart(Classifier):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", self.net(batch[0]).square().mean() + self.extra.sum())
+
+
+class InSomeBatches(Apart):
+    """Has a parameter that only the lower loss of some batches depends on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss * self.extra.prod() if batch_idx == 1 else loss
+
+
+def test_upper_variables_of_some_batches_are_accepted() -> None:
+    fit(AggITDCallback("extra", lower_rounds=1), InSomeBatches())
 
 
 @pytest.mark.parametrize("kind", [AggITDCallback, FedNestCallback, SimFBOCallback])
@@ -205,6 +223,11 @@ def test_a_module_that_optimizes_by_hand() -> None:
     )
 
 
+def test_a_loss_scale() -> None:
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    refused(r"which underflow with a loss scale\. Use `precision=\"bf16-mixed\"`", AGGITD(), plugins=[plugin])
+
+
 # ---------------------------------------------------------------------- rates
 
 
@@ -213,13 +236,21 @@ def test_a_module_that_optimizes_by_hand() -> None:
     [
         (torch.optim.Adam, "the clients' optimizer is Adam"),
         (partial(torch.optim.SGD, lr=0.1, momentum=0.9), "the clients' SGD has `momentum`=0.9"),
-        (partial(torch.optim.SGD, lr=0.1, weight_decay=0.1), "the clients' SGD has `weight_decay`=0.1"),
-        (partial(torch.optim.SGD, lr=0.1, maximize=True), "the clients' SGD has `maximize`=True"),
     ],
 )
 def test_optimizers_whose_steps_are_not_proportional_to_gradients(make: Any, finding: str) -> None:
     refused(rf"takes that of plain SGD, but {finding}\. Give `lower_lr=`", AGGITD(), Classifier(make))
     fit(AGGITD(lower_lr=0.05), Classifier(make), rounds=1)
+
+
+def test_optimizers_that_solve_another_problem() -> None:
+    refused(
+        "their SGD has `maximize=True`. Return the negative loss",
+        AGGITD(lower_lr=0.1),
+        Classifier(partial(torch.optim.SGD, lr=0.1, maximize=True)),
+    )
+    with pytest.warns(UserWarning, match=r"AdamW shrinks parameters by `weight_decay`=0.01 apart from the loss, which"):
+        fit(AGGITD(lower_lr=0.1), Classifier(torch.optim.AdamW), rounds=1)
 
 
 def test_several_rates() -> None:
@@ -243,6 +274,11 @@ def test_several_rates() -> None:
         (AggITDCallback("net.3", lower_rounds=2), "upper='net.0'", "upper='net.3'"),
         (AggITDCallback("net.0", lower_rounds=3), "lower_rounds=2", "lower_rounds=3"),
         (AggITDCallback("net.0", lower_rounds=2, q="sum"), "q='random'", "q='sum'"),
+        (
+            AggITDCallback("net.0", lower_rounds=2, upper_optimizer=torch.optim.Adam),
+            "upper_optimizer=SGD",
+            "upper_optimizer=Adam",
+        ),
         (FedNestCallback("net.0"), "AggITDCallback", "FedNestCallback"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from federations import QUIET, Classifier, flat, loader, trainer
+from federations import QUIET, Classifier, flat, loader, trainer, val_loader
 from lightning_fedhaw import (
     AggITDCallback,
     AWGNChannel,
@@ -83,6 +83,8 @@ def test_several_processes_give_the_bits_of_one(name: str, processes: int) -> No
     def ends(**place: Any) -> dict[str, Any]:
         module = Classifier(norm=True, dropout=0.2)
         options = {"num_clients": 5, "clients_per_round": 4, "reduction": "ordered", "callbacks": [ErasureChannel(0.2)]}
+        if name != "AggITD":
+            options["buffers"] = "recalibrate"
         return left_behind(RULES[name](), module=module, **options, **place)
 
     assert_same(ends(), ends(devices=processes, strategy="federated_notebook"))
@@ -368,13 +370,67 @@ def test_local_parameters_stay_with_their_clients(make: Any, engine: str) -> Non
 def test_what_only_training_uses_is_refused_where_nobody_trains(make: Any) -> None:
     with pytest.raises(ValueError, match=r"`local_parameters`\) would never be trained. Use `AggITDCallback\(lower="):
         play(make(), Personal(), local_parameters="net.4.*")
-    with pytest.raises(ValueError, match=r"client objectives \(FedProx\) would change nothing. Use"):
-        play(make(), callbacks=[FedProx(0.1)])
+    sentence = r"client objectives \(FedProx\) and `gradient_clip_val`=1.0 would change nothing. Use"
+    with pytest.raises(ValueError, match=sentence):
+        play(make(), callbacks=[FedProx(0.1)], gradient_clip_val=1.0)
+    with pytest.raises(ValueError, match=r"running statistics .* \(`net.1.running_mean`\) would stay .* Set `buffers="):
+        play(make(), Classifier(norm=True))
 
 
 def test_a_client_objective_takes_part_where_clients_train() -> None:
     with_term = flat(play(RULES["AggITD"](), callbacks=[FedProx(1.0)])[1])
     assert not torch.allclose(with_term, flat(play(RULES["AggITD"]())[1]), atol=1e-5)
+
+
+def test_upper_variables_that_the_users_code_changes_between_rounds() -> None:
+    class Bounds(FederatedCallback):
+        def on_round_end(self, trainer: Any, pl_module: Any, report: Any) -> None:
+            with torch.no_grad():
+                pl_module.net[0].bias.clamp_(-0.1, 0.1)
+
+    # Its own steps are small.
+    rule = SimFBOCallback("net.0", upper_lr=1e-6)
+    play(rule, callbacks=[Bounds()], rounds=2)
+    start = Classifier().net[0].bias.detach()
+    assert float(start.abs().max()) > 0.2
+    assert torch.allclose(rule.state["upper"][-8:], start.clamp(-0.1, 0.1), atol=1e-4)
+
+
+def test_a_checkpoint_within_a_round_has_the_upper_variables_of_its_start() -> None:
+    saved: list[Any] = []
+
+    class Saves(FederatedCallback):
+        def on_validation_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.current_epoch == 1:
+                saved.append(trainer._checkpoint_connector.dump_checkpoint())
+
+    rule = RULES["SimFBO"]()
+    runner = trainer(2, rule, [Saves()], client_eval=False, client_val_fraction=0.2, num_sanity_val_steps=0)
+    runner.fit(Classifier(), loader(), val_loader())
+    # Validation follows the step, and the checkpoint is that of the round before.
+    upper = next(state["upper"] for key, state in saved[0]["callbacks"].items() if "SimFBO" in key)
+    assert torch.equal(saved[0]["state_dict"]["net.0.weight"].flatten(), upper[:48])
+
+
+class Late(Classifier):
+    """Makes its last layers when Lightning asks for it, and has two names for the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alias = self.net[0]
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "late"):
+            self.late = nn.Linear(3, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(self.late(self.net(batch[0])), batch[1])
+
+
+def test_parts_of_configure_model_and_other_names() -> None:
+    rule = AggITDCallback(["late", "alias"], lower_rounds=1)
+    play(rule, Late(), rounds=2)
+    assert rule.upper.layout.names == ("net.0.weight", "net.0.bias", "late.weight", "late.bias")
 
 
 def test_a_checkpoint_is_that_of_an_ordinary_module() -> None:

@@ -38,6 +38,8 @@ class Asks(BilevelRule):
             hessian_product, mixed_product = problem.products(v)
             FOUND["hessian"] = (hessian_product, (ahead - behind) / (2 * step))
             FOUND["alone"] = problem.hessian_product(v)
+            FOUND["mixed product"] = mixed_product
+            FOUND["mixed alone"] = problem.mixed_product(v)
             # v'J w both ways: J v is derived in the lower variables, the difference in the upper ones.
             ahead = problem.at(lower, upper + step * w).lower_gradient()
             behind = problem.at(lower, upper - step * w).lower_gradient()
@@ -92,8 +94,9 @@ def ask(
 ) -> None:
     """Let the one client of a federation answer."""
     rule = Asks(upper, upper_loss=None)
-    trainer = FederatedTrainer(rounds=1, callbacks=[rule], client_eval=False, **QUIET)
+    trainer = FederatedTrainer(rounds=1, callbacks=[rule], client_eval=False, buffers="keep", **QUIET)
     trainer.fit(module, FederatedDataModule([train], val=[held_out], batch_size=batch_size))
+    assert torch.equal(FOUND["mixed alone"], FOUND["mixed product"])
 
 
 def transformer() -> nn.Module:

@@ -217,19 +217,55 @@ def test_a_vector_that_explodes_ends_the_run_or_is_clipped(make: Any) -> None:
     assert float(torch.linalg.vector_norm(rule.state["vector"])) <= 2.0 + 1e-9
 
 
-def test_the_rates_of_a_schedule() -> None:
+ESTIMATES = [
+    partial(AggITDCallback, lower_rounds=3),
+    partial(AggITDCallback, lower_rounds=3, q="sum"),
+    partial(FedNestCallback, terms=2),
+    partial(FedNestCallback, terms=2, variant="LFedNest"),
+]
+
+
+@pytest.mark.parametrize("make", ESTIMATES)
+def test_a_schedule_changes_no_estimate(make: Any) -> None:
     class Slowing(Quadratic):
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD([self.y], lr=RATE)
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
 
-    found = hypergradient(AggITDCallback("x", lower_rounds=2, q="sum", upper_lr=1.0), Slowing())
-    # Each round multiplies by the rate of its lower step.
-    hessian = H.mean(0)
-    first = RATE * (B.mean(0) + C.mean(0))
-    z = -A.mean(0)
-    z = z - RATE / 2 * hessian @ z + first - A.mean(0)
-    assert found == pytest.approx(0.1 + RATE / 4 * float(B.mean(0) @ z), abs=1e-12)
+    found = []
+    for module in (Quadratic(), Slowing()):
+        # Where no lower step moves, all terms of an estimate have the rate with which the outer step begins.
+        module.y.data.copy_(torch.linalg.solve(H.mean(0), B.mean(0) + C.mean(0)))
+        found.append(hypergradient(make("x", upper_lr=1.0), module))
+    assert found[1] == pytest.approx(found[0], abs=1e-12)
+
+
+@pytest.mark.parametrize("make", [*ESTIMATES[1:3], partial(SimFBOCallback)])
+def test_a_weight_decay_is_a_part_of_the_lower_problem(make: Any) -> None:
+    class Decaying(Quadratic):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD([self.y], lr=RATE, weight_decay=0.5)
+
+    class Penalized(Quadratic):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + 0.25 * self.y @ self.y
+
+    ends = []
+    for module in (Decaying(), Penalized()):
+        play(make("x", upper_lr=1.0), module, rounds=6)
+        ends.append(torch.cat([module.x, module.y]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-12)
+
+
+def test_a_gradient_that_grows_from_nothing_is_no_explosion() -> None:
+    class Far(Quadratic):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            # Flat at the start, where y is zero.
+            self.log("val_loss", (self.y**4).sum() * 1e9 + 1e-8 * self.y.sum())
+
+    rule = AggITDCallback("x", lower_rounds=3, q="sum", upper_lr=1e-12)
+    play(rule, Far(), rounds=4)
+    assert rule.state["outer_step"] >= 1
 
 
 def test_a_series_without_its_factor() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
 
 from federations import QUIET
 from lightning_fedhaw import FederatedDataModule, FederatedTrainer
 from lightning_fedhaw.bilevel import AggITDCallback, SampleWeights, with_indices
+from lightning_fedhaw.bilevel.row_steps import step_of_rows
+from lightning_fedhaw.data.labels import find_labels
 
 RATE = 0.5
 TARGETS = [[1.0, 3.0], [2.0, -4.0, 5.0]]
@@ -116,3 +119,159 @@ def test_a_run_goes_on_from_the_middle_of_an_outer_step(tmp_path: Path) -> None:
     _, resumed = play(rule(), 9, ckpt_path=path, clients_per_round=1)
     assert torch.equal(straight.weights.logits, resumed.weights.logits)
     assert torch.equal(straight.y, resumed.y)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_run_is_not_resumed_with_samples_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _ = play(AggITDCallback("weights", lower_rounds=1), 1)
+    trainer.save_checkpoint("other.ckpt")
+    monkeypatch.setattr(f"{__name__}.TARGETS", [[3.0, 1.0], TARGETS[1]])
+    with pytest.raises(ValueError, match="is of another federation: the checksum of the training samples, for which"):
+        play(AggITDCallback("weights", lower_rounds=1), 2, ckpt_path="other.ckpt")
+
+
+def numbered(count: int = 24) -> TensorDataset:
+    return with_indices(TensorDataset(torch.arange(count, dtype=torch.float64), torch.arange(count) % 2))
+
+
+class Numbers(Mean):
+    """Takes the number from any batch, and knows which samples were read for the upper loss."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.weights = SampleWeights(rows).double()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return (self.weights(batch[-1]) * (self.y - batch[0] / 10) ** 2).mean() / 2
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", ((self.y - batch[0] / 10) ** 2).mean() / 2)
+
+
+def changed(data: Any, rows: int = 24, rounds: int = 2, **options: Any) -> list[int]:
+    """Return the samples whose weights two clients change."""
+    module = Numbers(rows)
+    settings = {**QUIET, "client_eval": False, "num_clients": 2, "client_val_fraction": 0.25, **options}
+    rule = AggITDCallback("weights", lower_rounds=1, upper_lr=1.0)
+    FederatedTrainer(rounds=rounds, callbacks=[rule], **settings).fit(module, data)
+    return module.weights.logits.detach().nonzero().flatten().tolist()
+
+
+def test_numbers_stay_with_their_samples() -> None:
+    part = Subset(numbered(), range(4, 24))
+    assert len(changed(DataLoader(part, batch_size=4, shuffle=True))) == 14
+    data = FederatedDataModule(numbered(), num_clients=2, batch_size=4, proxy=4)
+    assert len(changed(data, num_clients=None)) == 14
+
+
+def test_numbers_that_are_no_rows() -> None:
+    with pytest.raises(ValueError, match=r"`weights.logits` has 20 rows, and training samples are numbered up to 2\d"):
+        changed(DataLoader(numbered(), batch_size=4), rows=20)
+    with pytest.raises(ValueError, match=r"2 training samples have the number \d+, and each needs a row of its own"):
+        changed(DataLoader(ConcatDataset([numbered(), numbered()]), batch_size=4))
+
+
+def test_no_sample_is_left_out_for_good() -> None:
+    """Nine training samples of each client make two whole batches, and a limit leaves one of them."""
+    dropping = DataLoader(numbered(), batch_size=4, shuffle=True, drop_last=True)
+    assert len(changed(dropping, rounds=16)) == 18
+    assert len(changed(DataLoader(numbered(), batch_size=4, shuffle=True), rounds=16, limit_train_batches=1)) > 12
+
+
+def test_a_sampler_that_never_draws_a_sample() -> None:
+    weights = [float(number % 2) for number in range(24)]
+    drawn = changed(DataLoader(numbered(), batch_size=4, sampler=WeightedRandomSampler(weights, 24)), rounds=8)
+    assert drawn
+    assert all(number % 2 for number in drawn)
+
+
+def test_a_derivative_that_is_zero_is_one() -> None:
+    rule = AggITDCallback("weights", upper_lr=1.0, upper_optimizer=partial(torch.optim.SGD, momentum=0.5))
+    rule.upper.freeze(Mean())
+    state = rule.init(torch.zeros(1, dtype=torch.float64), torch.tensor([2, 3]))
+    everybody = {"placed": torch.ones(5, dtype=torch.bool)}
+    state = {**state, **rule.upper_step(state, torch.ones(5, dtype=torch.float64), 0.0, everybody).state}
+    others = {"placed": torch.tensor([True, True, False, False, False])}
+    after = rule.upper_step(state, torch.zeros(5, dtype=torch.float64), 0.0, others).state["upper"]
+    # The momentum of those who answered goes on, and the others stand still.
+    assert after.tolist() == [-1.5, -1.5, -1, -1, -1]
+
+
+def test_each_client_counts_its_own_steps() -> None:
+    """Adam's first step has the length of the rate, also where others have made many."""
+    values = torch.zeros(2, dtype=torch.float64)
+    memory: dict[str, Any] = {}
+    for rows in ([True, False],) * 9 + ([False, True], [True, True]):
+        values, memory = step_of_rows(
+            torch.optim.Adam, 0.1, values, torch.ones_like(values), torch.tensor(rows), memory
+        )
+    assert values.tolist() == [pytest.approx(-1.0), pytest.approx(-0.2)]
+    assert memory["steps"].tolist() == [10, 2]
+    assert sorted(memory["numbers"]) == [2, 10]
+
+
+class Normalized(Numbers):
+    """Divides by the sum of the weights of a batch, which changes nothing while they are all one."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        weights = self.weights(batch[-1])
+        return (weights * (self.y - batch[0] / 10) ** 2).sum() / weights.sum() / 2
+
+
+@pytest.mark.parametrize(("kind", "size"), [(Numbers, 1024), (Normalized, 4)])
+def test_larger_batches_have_the_same_derivatives_in_both_kinds_of_variables(kind: Any, size: int) -> None:
+    rule = AggITDCallback("weights", lower_rounds=1)
+    settings = {**QUIET, "client_eval": False, "num_clients": 2, "client_val_fraction": 0.25}
+    trainer = FederatedTrainer(rounds=1, callbacks=[rule], **settings)
+    trainer.fit(kind(24), DataLoader(numbered(), batch_size=4))
+    passes = trainer.fit_loop.federation.inquiries._passes
+    assert passes[False].settings.batch_size == size
+
+
+class Noisy(Dataset[Any]):
+    """Adds a thousand to each sample, as an augmentation does."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.dataset[index][0] + 1000, *self.dataset[index][1:])
+
+
+def test_held_out_samples_are_read_as_for_evaluation() -> None:
+    read: list[float] = []
+
+    class Reads(Numbers):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            read.extend(batch[0].tolist())
+            super().validation_step(batch, batch_idx)
+
+    data = FederatedDataModule(Noisy(numbered()), train_eval=numbered(), num_clients=2, batch_size=4)
+    settings = {**QUIET, "client_eval": False, "client_val_fraction": 0.25}
+    rule = AggITDCallback("weights", lower_rounds=1, lower_lr=1e-9)
+    FederatedTrainer(rounds=1, callbacks=[rule], **settings).fit(Reads(24), data)
+    assert read
+    assert max(read) < 24
+
+
+class Dictionaries(Dataset[Any]):
+    """Samples without labels of their own."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        return {"pixels": index}
+
+
+def test_a_number_is_no_label() -> None:
+    assert find_labels(with_indices(Dictionaries())) is None
+    assert find_labels(with_indices(TensorDataset(torch.zeros(4, 2)))) is None
+    labeled = TensorDataset(torch.zeros(3), torch.tensor([2, 0, 1]))
+    for dataset in (with_indices(labeled), Subset(with_indices(Subset(labeled, range(3))), [0, 1, 2])):
+        labels = find_labels(dataset)
+        assert labels is not None
+        assert labels.tolist() == [2, 0, 1]

@@ -195,6 +195,12 @@ def test_labels_that_are_not_known():
         train(data=data, alpha=None, callbacks=[LabelCoherence()])
 
 
+def test_one_client_a_round_has_nobody_to_agree_with():
+    with pytest.raises(ValueError, match="`Coherence` compares .* one takes part: raise `clients_per_round`"):
+        train(callbacks=[Coherence()], storage="device", clients_per_round=1)
+    assert isnan(cohort_coherence(torch.ones(1, 1), torch.ones(1)))
+
+
 def test_two_of_a_kind():
     with pytest.raises(ValueError, match="`callbacks` has 2 of `Coherence`"):
         train(callbacks=[Coherence(), Coherence(printed=True)], storage="device")

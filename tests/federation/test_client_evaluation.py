@@ -20,7 +20,7 @@ from lightning_fedhaw.federation import client_evaluation, module_snapshot
 from lightning_fedhaw.federation.client_evaluation import ClientMetrics
 from lightning_fedhaw.federation.client_statistics import client_statistics
 from lightning_fedhaw.report.history import find_history
-from lightning_fedhaw.report.plotting import _mean_and_deviation
+from lightning_fedhaw.report.plotting import mean_and_deviation
 
 PARTS = [[0, 1], [2, 3, 4], [5, 6, 7, 8]]
 VALUES = torch.tensor([1.0, 3, 2, 2, 5, 0, 4, 4, 8])
@@ -360,7 +360,7 @@ def test_the_statistics_are_told_apart():
 
 
 def test_the_deviation_over_runs_is_that_of_a_sample():
-    mean, deviation = _mean_and_deviation(torch.tensor([[1.0, 2.0], [3.0, torch.nan]]))
+    mean, deviation = mean_and_deviation(torch.tensor([[1.0, 2.0], [3.0, torch.nan]]))
     assert mean.tolist() == [2, 2]
     assert deviation[0] == pytest.approx(2**0.5)
     assert deviation[1].isnan()

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from federations import QUIET, Classifier, flat, loader, samples, trainer, val_loader
 from lightning_fedhaw import ErasureChannel, FedAvgCallback, FederatedTrainer, FedHAWCallback, IndexPartitioner
 from lightning_fedhaw.federation.client_evaluation import ClientMetrics
-from lightning_fedhaw.federation.client_statistics import spread_of
-from lightning_fedhaw.plotting import RunHistory, draw_spread, main, read_run
+from lightning_fedhaw.federation.client_statistics import spread_of, values_of_clients
+from lightning_fedhaw.plotting import RunHistory, draw_client_curves, draw_spread, main, read_run
 from resuming import assert_same, check_resume
 
 STATISTICS = ("best_decile", "gap", "mean", "std", "weighted_mean", "worst_decile")
@@ -247,7 +247,7 @@ def test_a_development_run_leaves_it_out():
 def test_pictures(capsys):
     split = IndexPartitioner([list(range(40)), list(range(40, 45)), list(range(45, 120))])
     options = {"partitioner": split, "num_clients": None, "alpha": None, "client_eval_every_n_rounds": 2}
-    runner, history = run(6, logger=CSVLogger("logs"), **options)
+    runner, history = run(6, **options)
     figure = draw_spread({"FedHAW": [history], "again": [history, history]}, "val_acc", "pictures/spread.pdf")
     values, deviations = figure.axes
     assert values.get_ylabel() == deviations.get_ylabel().removeprefix("standard deviation of ") == "val_acc"
@@ -257,7 +257,44 @@ def test_pictures(capsys):
     assert len(values.collections) == 2
     with pytest.raises(ValueError, match=r"`client_eval_every_n_rounds` \(`val_acc`, `val_loss`\), got 'f1'"):
         draw_spread({"FedHAW": [history]}, "f1")
-    paths = [path.name for path in main([runner.logger.log_dir, "--output", "drawn"])]
+    runner.save_checkpoint("run.ckpt")
+    # Not the log, which has no value of a single client after a round.
+    paths = [path.name for path in main(["FedHAW=run.ckpt", "--output", "drawn"])]
     assert paths[0] == "val_acc.png"
-    assert {"val_acc_over_clients.png", "val_loss_over_clients.png"} <= set(paths)
+    assert {"val_acc_over_clients.png", "val_loss_over_clients.png", "FedHAW_val_acc_of_each_client.png"} <= set(paths)
     capsys.readouterr()
+
+
+def test_each_client_over_rounds():
+    """Each metric of each client in the last measured round is what the summary's table has of the same model."""
+    runner, history = run(4, client_eval_every_n_rounds=2)
+    curves = history.client_curves("val_loss")
+    assert curves.isnan().all(1).tolist() == [True, False, True, False]
+    assert curves[-1].tolist() == pytest.approx(history.clients["val_loss"], abs=1e-6)
+    assert curves[1].mean().item() == pytest.approx(history.curve("val_loss/clients_mean")[1])
+
+    axes = draw_client_curves(history, "val_loss", "pictures/clients.pdf").axes[0]
+    worst = int(curves[-1].argmax())
+    last = axes.get_lines()[-1]
+    assert last.get_label() == f"client {worst}  ({history.sizes[worst]:,})"
+    assert last.get_xdata().tolist() == [2, 4]
+    assert last.get_ydata().tolist() == curves[1::2, worst].tolist()
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() == pytest.approx(curves[1::2].max().item())
+    assert len(draw_client_curves(history, "val_acc", clients=[3, 0]).axes[0].get_lines()) == 4 + 1 + 2
+
+    runner.save_checkpoint("run.ckpt")
+    assert torch.equal(read_run("run.ckpt").client_curves("val_loss")[1::2], curves[1::2])
+
+
+def test_curves_of_clients_that_are_not_there():
+    history = RunHistory()
+    history.metrics = [{}]
+    with pytest.raises(ValueError, match=r"each client's value, with `client_eval_every_n_rounds` \(none\), got 'f1'"):
+        draw_client_curves(history, "f1")
+    history.sizes = [1, 2]
+    history.tables = {"f1/of_clients": {0: torch.ones(2)}}
+    with pytest.raises(ValueError, match="`clients` must be a whole number from 0 to 1, got 2"):
+        draw_client_curves(history, "f1", clients=[2])
+    many = ClientMetrics({"f1": torch.zeros(1001)}, {}, torch.ones(1001))
+    assert values_of_clients(many) == {}

@@ -107,26 +107,23 @@ def assign_data(trainer: pl.Trainer, loader: DataLoader[Any], options: Federatio
         kept = large_clients(partition, options.min_client_samples)
         partition = only(partition, kept)
     datamodule = datamodule_of(trainer)
-    evaluation_dataset = None
-    if isinstance(datamodule, FederatedDataModule):
-        evaluation_dataset = datamodule.train_eval_dataset
     clients = ClientData(
         dataset,
         partition,
         settings,
         seed=options.resolved_seed,
-        held_out=_hold_out(options),
+        held_out=hold_out(options),
         labels=_labels(dataset, None if classes is None else classes.labels, options),
         class_names=None if classes is None else classes.names,
         evaluation=_evaluation_data(trainer, settings, options.resolved_seed, num_clients, kept),
-        evaluation_dataset=evaluation_dataset,
+        evaluation_dataset=evaluation_dataset(trainer),
     )
     if isinstance(datamodule, FederatedDataModule):
         datamodule.partition_in_use = partition
     return AssignedData(clients, partitioner, assumed)
 
 
-def _hold_out(options: FederationOptions) -> HoldOut | None:
+def hold_out(options: FederationOptions) -> HoldOut | None:
     """Return what is held out of each client's data; None for nothing."""
     if options.client_val_fraction:
         return HoldOut(options.client_val_fraction)
@@ -153,17 +150,35 @@ def _evaluation_data(
         num_clients: The number of clients of the split.
         kept: Those that take part.
     """
-    datamodule = datamodule_of(trainer)
-    if not isinstance(datamodule, FederatedDataModule):
-        return None
-    datasets = datamodule.evaluation_sets(num_clients)
+    datasets = evaluation_sets(trainer, num_clients)
     if datasets is None:
         return None
     return ClientData.of_sets([datasets[client] for client in kept], settings, seed=seed)
 
 
+def evaluation_sets(trainer: pl.Trainer, num_clients: int) -> Sequence[Dataset[object]] | None:
+    """Return the data sets on which clients are evaluated, if the data module has one for each of so many clients."""
+    datamodule = datamodule_of(trainer)
+    if not isinstance(datamodule, FederatedDataModule):
+        return None
+    return datamodule.evaluation_sets(num_clients)
+
+
+def evaluation_dataset(trainer: pl.Trainer) -> Dataset[object] | None:
+    """Return the training data as it is read for evaluation, if the data module has it in another way."""
+    datamodule = datamodule_of(trainer)
+    if not isinstance(datamodule, FederatedDataModule):
+        return None
+    return datamodule.train_eval_dataset
+
+
 def build_federation(
-    trainer: pl.Trainer, data: ClientData, options: FederationOptions, nonfinite_buffers: frozenset[str] = frozenset()
+    trainer: pl.Trainer,
+    data: ClientData,
+    options: FederationOptions,
+    nonfinite_buffers: frozenset[str] = frozenset(),
+    *,
+    aggregates: bool = True,
 ) -> Federation:
     """Build the federation of a run, on the trainer's device.
 
@@ -172,6 +187,7 @@ def build_federation(
         data: The clients' data; moved to the device that the options name.
         options: The federation's arguments, merged with those of the data module.
         nonfinite_buffers: Names of buffers that were NaN or infinite when ``fit`` was called.
+        aggregates: Whether the rule aggregates in this process, whose server it then checks.
 
     Raises:
         ValueError: If rule, module, data and options do not fit together.
@@ -207,7 +223,8 @@ def build_federation(
         prepare=host.prepare,
         context=host.precision.train_step_context,
     )
-    rule.check(server)
+    if aggregates:
+        rule.check(server)
     cohort_cap = None
     if is_development_run(trainer):
         cohort_cap = DEVELOPMENT_CLIENTS

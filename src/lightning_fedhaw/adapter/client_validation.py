@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
-from lightning_fedhaw.server import step_arguments
+from lightning_fedhaw.server import num_step_arguments
 
 
 class ClientValidation:
@@ -79,12 +79,24 @@ class ClientValidation:
         state = self.trainer.state
         stage = state.stage
         state.stage = RunningStage.VALIDATING
+        # Not for every batch, because to inspect three functions takes as long as a small step.
+        self._count_arguments()
         try:
             # What a module draws for one validation would be drawn once for every client.
             with self.logging_to(DummyLogger()):
                 yield
         finally:
             state.stage = stage
+
+    def _count_arguments(self) -> None:
+        """Count the arguments that the step and the hooks around it take."""
+        if not self.has_validation:
+            return
+        module = self.module
+        self._step_takes = num_step_arguments(module.validation_step)
+        self._start_takes = num_step_arguments(module.on_validation_batch_start)
+        # The first argument of this hook is the output of the step.
+        self._end_takes = num_step_arguments(partial(module.on_validation_batch_end, None))
 
     def start(self) -> None:
         """Put the module into evaluation mode, and call the hooks at the start of a validation."""
@@ -102,11 +114,12 @@ class ClientValidation:
         if not self.has_validation:
             self.train_step(data, batch_idx)
             return
-        module.on_validation_batch_start(*step_arguments(module.on_validation_batch_start, data, batch_idx))
+        # The last number is that of the loader.
+        arguments = (data, batch_idx, 0)
+        module.on_validation_batch_start(*arguments[: self._start_takes])
         with self.trainer.precision_plugin.val_step_context():
-            output = module.validation_step(*step_arguments(module.validation_step, data, batch_idx))
-        on_batch_end = partial(module.on_validation_batch_end, output)
-        on_batch_end(*step_arguments(on_batch_end, data, batch_idx))
+            output = module.validation_step(*arguments[: self._step_takes])
+        module.on_validation_batch_end(output, *arguments[: self._end_takes])
 
     def epoch_end(self) -> None:
         """Call the hook in which a module logs what it has collected."""

@@ -349,7 +349,11 @@ class TrainerHost:
     @property
     def validation(self) -> ClientValidation:
         """The validation of clients one by one."""
-        return ClientValidation(self.trainer, self.transfer, self.forward, self.logging_to)
+        transfer = self.transfer
+        if self.device.type == "cpu":
+            # Elsewhere, data for evaluation may lie in other memory than those of training.
+            transfer = self.prepare
+        return ClientValidation(self.trainer, transfer, self.forward, self.logging_to)
 
     def client_pass(self, num_batches: int) -> AbstractContextManager[BatchProgress]:
         """Let the trainer's numbers of batches be those of one client inside the context."""

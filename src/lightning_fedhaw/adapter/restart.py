@@ -18,7 +18,7 @@ def settle(loop: _FitLoop) -> None:
         loop: The fit loop, before a run. What is left of an epoch whose round is over (validation, and the hooks at its
             end) makes it a loop that restarts, and any other one begins an epoch.
     """
-    _, present = _counters(loop.epoch_progress)
+    _, present = trackers(loop.epoch_progress)
     epochs = present.processed
     is_complete = present.ready == epochs and present.started == epochs
     rounds = loop.epoch_loop.global_step
@@ -34,13 +34,13 @@ def settle(loop: _FitLoop) -> None:
 
 def _set_complete(progress: _Progress, begun: int) -> None:
     """Let everything that was processed be complete, and so many more be begun."""
-    for counters in _counters(progress):
+    for counters in trackers(progress):
         counters.ready = counters.processed + begun
         counters.started = counters.processed + begun
         counters.completed = counters.processed
 
 
-def _counters(progress: _Progress) -> tuple[_ProcessedTracker, _ProcessedTracker]:
+def trackers(progress: _Progress) -> tuple[_ProcessedTracker, _ProcessedTracker]:
     """Return the counters of all fits and those of the present one, by their own type."""
     total = progress.total
     current = progress.current
@@ -51,5 +51,5 @@ def _counters(progress: _Progress) -> tuple[_ProcessedTracker, _ProcessedTracker
 
 def is_validated(loop: _EvaluationLoop) -> bool:
     """Return whether the validation of an interrupted epoch was over, whose counters begin at 0 in every epoch."""
-    total, _ = _counters(loop.batch_progress)
+    total, _ = trackers(loop.batch_progress)
     return total.completed > 0 and total.completed == total.ready and loop.batch_progress.is_last_batch

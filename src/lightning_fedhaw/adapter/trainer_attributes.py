@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.trainer import call
 
 from lightning_fedhaw.federation.clients import FederationClients
 from lightning_fedhaw.options import FederationOptions
@@ -24,6 +25,14 @@ def datamodule_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
     """Return the data module of the present ``fit``; None if it was given loaders."""
     datamodule: pl.LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
     return datamodule
+
+
+def configure_model(trainer: pl.Trainer) -> None:
+    """Let the module make what it makes in ``configure_model``, which Lightning does after all callbacks' ``setup``.
+
+    Lightning will call the hook again: it has to allow for that in any case.
+    """
+    call._call_configure_model(trainer)
 
 
 def profiler_of(trainer: pl.Trainer) -> Profiler:

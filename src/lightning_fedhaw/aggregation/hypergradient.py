@@ -114,6 +114,16 @@ class HypergradientRule(GuardedRule):
         # Float64: step sizes as small as the published 1e-7 would be lost in the rounding of a float32 logit.
         return {"gamma": torch.zeros((), dtype=torch.float64), "lambda_": normalized(num_examples).log()}
 
+    def admit(self, state: State, num_examples: Tensor) -> State:
+        """Return the state with a logit for a client that joins, ``log(n / sum_j n_j)`` over the clients before it."""
+        others = num_examples[:-1].sum()
+        logit = (num_examples[-1:].to(torch.float64) / others).log().to(state["lambda_"])
+        new_state = {**state, "lambda_": torch.cat([state["lambda_"], logit])}
+        memory = state.get("lambda_optimizer")
+        if isinstance(memory, dict):
+            new_state["lambda_optimizer"] = {name: _with_zero(value, len(logit)) for name, value in memory.items()}
+        return new_state
+
     def summary(self) -> dict[str, float]:
         """Return the scale, and the range of the weights over all clients."""
         weights = torch.softmax(self.state["lambda_"], 0)
@@ -160,3 +170,10 @@ class HypergradientRule(GuardedRule):
         if not new_memory:
             return variable.detach(), {}
         return variable.detach(), {entry: dict(new_memory)}
+
+
+def _with_zero(value: object, count: int) -> object:
+    """Append zeros to what an optimizer remembers of each logit; its counters stay."""
+    if isinstance(value, Tensor) and value.ndim == 1:
+        return torch.cat([value, value.new_zeros(count)])
+    return value

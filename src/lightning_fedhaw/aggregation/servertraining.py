@@ -170,6 +170,8 @@ class Distillation(ServerTraining):
         settings: As in the base class.
     """
 
+    reads_buffers = True
+
     def __init__(
         self, *, ensemble: Ensemble = "logits", logits: PredictionFunction | None = None, **settings: Any
     ) -> None:

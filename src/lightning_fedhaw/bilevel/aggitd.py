@@ -19,14 +19,17 @@ Shapes: P lower variables, U upper variables.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.bilevel.base import BilevelRule, LowerSteps, OuterRound, Progress
+from lightning_fedhaw.bilevel.base import BilevelRule, LowerSteps
 from lightning_fedhaw.bilevel.estimates import multiplied
+from lightning_fedhaw.bilevel.rounds import OuterRound, Progress
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.inquiry import Answer, Answers, Inquiry, LocalProblem
 from lightning_fedhaw.rule import ServerView, State
@@ -79,7 +82,7 @@ class AggITDCallback(BilevelRule):
         self.lower: LowerSteps = arguments.choice("lower", lower, LowerSteps)
 
     @property
-    def clients_train(self) -> bool:
+    def clients_train(self) -> bool:  # type: ignore[override]
         """Whether lower steps are those of the clients' optimizer."""
         return self.lower == "sgd"
 
@@ -88,10 +91,8 @@ class AggITDCallback(BilevelRule):
         rounds: list[OuterRound] = []
         for number in range(self.lower_rounds):
             rounds += self.lower_rounds_of(self.lower, self._rider(number))
-        factor = self._rate
-        if self.q == "random":
-            factor *= self.lower_rounds
-        return [*rounds, *self.upper_rounds(factor)]
+        multiple = self.lower_rounds if self.q == "random" else 1
+        return [*rounds, *self.upper_rounds(multiple)]
 
     def _rider(self, number: int) -> OuterRound:
         """Return what the clients of one lower round are asked for in addition to their training."""
@@ -106,7 +107,7 @@ class AggITDCallback(BilevelRule):
                 return Inquiry("upper gradient", _upper_gradient, {"vector": server.layout})
             return Inquiry(
                 "vector of second derivatives",
-                self._multiply,
+                partial(self._multiply, self.rate_of(state)),
                 {"vector": server.layout},
                 sent={"vector": (state["vector"], server.layout)},
                 products=1,
@@ -114,11 +115,12 @@ class AggITDCallback(BilevelRule):
 
         return OuterRound(ask, self._keep_vector)
 
-    def _multiply(self, problem: LocalProblem, sent: Mapping[str, Tensor]) -> Answer:
-        vector = multiplied(problem, sent["vector"], self._rate)
-        if self.q == "sum":
-            vector = vector + problem.upper_gradients().lower
-        return {"vector": vector}
+    def _multiply(self, rate: float, problem: LocalProblem, sent: Mapping[str, Tensor]) -> Answer:
+        vector = multiplied(problem, sent["vector"], rate)
+        if self.q == "random":
+            return {"vector": vector}
+        gradient = problem.upper_gradients().lower
+        return {"vector": vector + gradient, "added norm": float(torch.linalg.vector_norm(gradient))}
 
     def _keep_vector(self, cohort: Cohort, answers: Answers | None, state: State) -> Progress:
         """Keep the mean of the clients' vectors."""
@@ -126,15 +128,16 @@ class AggITDCallback(BilevelRule):
             return Progress({"vector": None, "first_norm": None})
         vector = answers.vectors["vector"]
         norm = float(torch.linalg.vector_norm(vector))
-        first_norm = state.get("first_norm")
-        if first_norm is None:
-            first_norm = norm
+        # The gradient may be zero or tiny in the first round, and longer where it is added later.
+        first_norm = max(state.get("first_norm") or norm, answers.numbers.get("added norm", 0.0))
         vector = self.checked_vector(vector, first_norm)
         return Progress({"vector": vector, "first_norm": first_norm}, metrics={"bilevel/vector_norm": norm})
 
-    def upper_step(self, state: State, direction: Tensor, upper_loss: float) -> Progress:
+    def upper_step(
+        self, state: State, direction: Tensor, upper_loss: float, rows: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Progress:
         """Step the upper variables, and forget the vector."""
-        progress = super().upper_step(state, direction, upper_loss)
+        progress = super().upper_step(state, direction, upper_loss, rows)
         return Progress({**progress.state, "vector": None, "first_norm": None}, metrics=progress.metrics)
 
 

@@ -6,8 +6,8 @@ Shapes: P lower variables (the trainable parameters), U upper variables.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.adapter.trainer_attributes import callbacks_of
+from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, configure_model
 from lightning_fedhaw.aggregation.base import AggregationRule, Weighting
-from lightning_fedhaw.aggregation.factories import OptimizerFactory, check_optimizer, optimizer_step
+from lightning_fedhaw.aggregation.factories import OptimizerFactory, optimizer_step
 from lightning_fedhaw.bilevel.estimates import (
     corrected_lower_steps,
     corrected_upper_steps,
     hypergradient,
     within,
 )
+from lightning_fedhaw.bilevel.lower_problem import check_lower_problem, rate_of_lower_step
+from lightning_fedhaw.bilevel.rounds import OuterRound, Progress, with_rider
+from lightning_fedhaw.bilevel.row_steps import optimizer_of_vectors, step_of_rows
 from lightning_fedhaw.bilevel.variables import UpperVariables
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.inquiry import Answer, Answers, Inquiry, LocalProblem
@@ -38,34 +41,6 @@ LowerSteps = Literal["sgd", "svrg"]
 EXPLOSION = 1e4
 """How many times its first length a vector of second derivatives may get, before the run ends. A rate that is small
 enough shortens it in every round; it grows by the negative curvature of a loss that is not convex."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The outcome of one communication round of an outer step.
-
-    Attributes:
-        state: The entries of the rule's state that the round changes.
-        lower: ``[P]``, the new lower variables; ``None`` where they stay.
-        metrics: Numbers for the log.
-    """
-
-    state: Mapping[str, Any] = field(default_factory=dict)
-    lower: Tensor | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class OuterRound:
-    """One communication round of an outer step.
-
-    Attributes:
-        ask: Returns what clients are asked for; ``None`` where they only train.
-        finish: Takes what the server received; it is given the cohort, its answers and the state.
-    """
-
-    ask: Callable[[State, ServerView], Inquiry | None]
-    finish: Callable[[Cohort, Answers | None, State], Progress]
 
 
 class BilevelRule(AggregationRule):
@@ -115,7 +90,7 @@ class BilevelRule(AggregationRule):
         self.upper = UpperVariables(upper)
         self.upper_loss = arguments.optional(arguments.text, "upper_loss", upper_loss)
         self.upper_lr = arguments.number("upper_lr", upper_lr, above=0)
-        check_optimizer("upper_optimizer", upper_optimizer, self.upper_lr)
+        self._optimizer_name = optimizer_of_vectors(upper_optimizer, self.upper_lr)
         self.upper_optimizer = upper_optimizer
         self.upper_steps = arguments.integer("upper_steps", upper_steps, minimum=1)
         self.lower_lr = arguments.optional(arguments.number, "lower_lr", lower_lr, above=0)
@@ -124,6 +99,7 @@ class BilevelRule(AggregationRule):
         # Their rates are refused where they differ from client to client.
         self.needs_learning_rates = self.lower_lr is None
         self._rate = self.lower_lr or 0.0
+        self._has_warned = False
 
     # ------------------------------------------------------------------ the outer step
 
@@ -132,7 +108,7 @@ class BilevelRule(AggregationRule):
         """List the communication rounds of one outer step, in their order."""
 
     @property
-    def clients_train(self) -> bool:
+    def clients_train(self) -> bool:  # type: ignore[override]
         """Whether clients train lower variables with their optimizer, in some round."""
         return False
 
@@ -144,6 +120,17 @@ class BilevelRule(AggregationRule):
     def init(self, start: Tensor, num_examples: Tensor) -> State:
         """Read the upper variables from the module."""
         return {"upper": self.upper.read().to(start.device), "memory": {}, "position": 0, "outer_step": 0}
+
+    def rate_of(self, state: State) -> float:
+        """Return the rate by which second derivatives are multiplied: that of the first round of the outer step.
+
+        A schedule may change the clients' rate from round to round, and all terms of one estimate need the same one.
+        """
+        if state["position"] == 0:
+            return self._rate
+        # A checkpoint of an earlier version has none.
+        rate: float = state.get("rate", self._rate)
+        return rate
 
     def inquiry(self, state: State, server: ServerView) -> Inquiry | None:
         """Return what the clients of the next round are asked for."""
@@ -159,7 +146,7 @@ class BilevelRule(AggregationRule):
             # Nobody has answered: the next cohort is asked again, so that no factor of a product is left out.
             return RuleOutput(cohort.start, state, weights, {"bilevel/repeated_rounds": 1.0})
         progress = current.finish(cohort, cohort.answers, state)
-        new_state = {**state, **progress.state, "position": position + 1}
+        new_state = {**state, **progress.state, "rate": self.rate_of(state), "position": position + 1}
         if new_state["position"] == len(rounds):
             new_state["position"] = 0
             new_state["outer_step"] = state["outer_step"] + 1
@@ -217,14 +204,16 @@ class BilevelRule(AggregationRule):
         assert answers is not None
         return Progress(lower=cohort.start + answers.vectors["lower steps"].to(cohort.start))
 
-    def upper_rounds(self, factor: float) -> list[OuterRound]:
+    def upper_rounds(self, multiple: float | None) -> list[OuterRound]:
         """List the rounds in which upper variables are changed by a vector that is in the state.
 
         Args:
-            factor: The factor of the mixed derivatives times the vector.
+            multiple: The factor of the mixed derivatives times the vector, as a multiple of the rate of a lower step;
+                ``None`` for no factor.
         """
 
         def ask(state: State, server: ServerView) -> Inquiry:
+            factor = 1.0 if multiple is None else self.rate_of(state) * multiple
             return self._ask_hypergradient(state, server, factor)
 
         if self.upper_steps == 1:
@@ -252,7 +241,7 @@ class BilevelRule(AggregationRule):
 
     def _finish_hypergradient(self, cohort: Cohort, answers: Answers | None, state: State) -> Progress:
         assert answers is not None
-        return self.upper_step(state, self.direction_of(answers), answers.numbers["upper loss"])
+        return self.upper_step(state, self.direction_of(answers), answers.numbers["upper loss"], answers.rows)
 
     def _keep_hypergradient(self, cohort: Cohort, answers: Answers | None, state: State) -> Progress:
         assert answers is not None
@@ -300,7 +289,9 @@ class BilevelRule(AggregationRule):
         parts = [answers.vectors[name] for name in ("shared", "placed") if name in answers.vectors]
         return torch.cat(parts)
 
-    def upper_step(self, state: State, direction: Tensor, upper_loss: float) -> Progress:
+    def upper_step(
+        self, state: State, direction: Tensor, upper_loss: float, rows: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Progress:
         """Step the upper variables, those that are shared on the server.
 
         A client's own rows change only if the client has answered: values and memory of the others stay.
@@ -309,22 +300,31 @@ class BilevelRule(AggregationRule):
             state: The state, with the upper variables.
             direction: ``[U]``, the hypergradient or the clients' mean displacement over ``-upper_lr``.
             upper_loss: The upper loss before the step, for the log.
+            rows: ``"placed"``: the rows of the clients that have answered, where some upper variables stay with them.
 
         Raises:
             FloatingPointError: If the upper variables would not be finite.
         """
         gradients = self.upper.split(direction.to(state["upper"]))
-        if "shared" in gradients:
-            gradients["shared"] = within(gradients["shared"], self.clip)
         values = self.upper.split(state["upper"])
-        stepped, memory = optimizer_step(
-            self.upper_optimizer, self.upper_lr, list(values.values()), list(gradients.values()), state["memory"]
-        )
+        memory = dict(state["memory"])
+        stepped: list[Tensor] = []
+        if "shared" in gradients:
+            gradient = within(gradients["shared"], self.clip)
+            own = {0: memory[0]} if 0 in memory else {}
+            shared, own = optimizer_step(self.upper_optimizer, self.upper_lr, [values["shared"]], [gradient], own)
+            stepped += shared
+            memory.update(own)
         if "placed" in gradients:
-            number = len(values) - 1
-            is_own = gradients["placed"] != 0
-            stepped[number] = torch.where(is_own, stepped[number], values["placed"])
-            memory = _kept_rows(memory, state["memory"], number, is_own)
+            placed, memory["placed"] = step_of_rows(
+                self.upper_optimizer,
+                self.upper_lr,
+                values["placed"],
+                gradients["placed"],
+                rows["placed"],
+                memory.get("placed", {}),
+            )
+            stepped.append(placed)
         upper = torch.cat(stepped)
         if not torch.isfinite(upper).all():
             raise FloatingPointError(
@@ -361,8 +361,14 @@ class BilevelRule(AggregationRule):
     # ------------------------------------------------------------------ around a run
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Freeze the upper variables, before optimizers are made."""
+        """Freeze the upper variables, before optimizers are made.
+
+        Raises:
+            ValueError: If there are none, or no others; or if they cannot be stepped as the arguments say.
+        """
         if stage == "fit":
+            if not self.upper.are_in(pl_module):
+                configure_model(trainer)
             self.upper.freeze(pl_module)
             self.client_placed = self.upper.placed.names
             if self.upper.placed.numel and self.upper_steps > 1:
@@ -387,9 +393,21 @@ class BilevelRule(AggregationRule):
                 f"The upper loss '{self.upper_loss}' is logged by `validation_step`, and {name} has none. Implement it,"
                 " or implement `upper_step(batch, batch_idx)` and give `upper_loss=None`."
             )
+        if not self.clients_train:
+            self._refuse_settings_of_training(trainer)
+
+    def _refuse_settings_of_training(self, trainer: pl.Trainer) -> None:
+        """Refuse what is for local training only, where clients do not train."""
+        settings: list[str] = []
         objectives = [type(objective).__name__ for objective in find_objectives(callbacks_of(trainer))]
-        if objectives and not self.clients_train:
-            raise ValueError(self._no_training(f"client objectives ({', '.join(objectives)}) would change nothing"))
+        if objectives:
+            settings.append(f"client objectives ({', '.join(objectives)})")
+        if trainer.gradient_clip_val:
+            settings.append(f"`gradient_clip_val`={trainer.gradient_clip_val}")
+        if trainer.accumulate_grad_batches != 1:
+            settings.append(f"`accumulate_grad_batches`={trainer.accumulate_grad_batches}")
+        if settings:
+            raise ValueError(self._no_training(f"{' and '.join(settings)} would change nothing"))
 
     def check(self, server: ServerView) -> None:
         """Read the dtypes of the upper variables, which the trainer's precision has set by now.
@@ -423,33 +441,24 @@ class BilevelRule(AggregationRule):
             return {}
         return self.upper.layout.views(state["upper"])
 
+    def with_server_parameters(self, state: State, values: Mapping[str, Tensor]) -> State:
+        """Return a state with upper variables that the user's code has changed, such as by a bound."""
+        upper = state["upper"].clone()
+        views = self.upper.layout.views(upper)
+        for name, value in values.items():
+            views[name].copy_(value)
+        return {**state, "upper": upper}
+
     def read_local_training(self, local_training: LocalTraining) -> None:
-        """Read the rate of a lower step, where it is not given.
+        """Read the rate of a lower step, where it is not given, and refuse optimizers that solve another problem.
 
         Raises:
-            ValueError: If a step of the clients' optimizer is not proportional to the gradient.
+            ValueError: If a step of the clients' optimizer is not proportional to the gradient and ``lower_lr`` is not
+                given, or if the optimizer maximizes.
         """
-        if self.lower_lr is not None:
-            return
-        rates: set[float] = set()
-        for optimizer in local_training.optimizers:
-            for group in optimizer.param_groups:
-                rates.add(float(group["lr"]))
-                if type(optimizer) is not torch.optim.SGD:
-                    raise ValueError(self._no_rate(f"the clients' optimizer is {type(optimizer).__name__}"))
-                changed = [name for name in ("momentum", "weight_decay", "maximize") if group[name]]
-                if changed:
-                    raise ValueError(self._no_rate(f"the clients' SGD has `{changed[0]}`={group[changed[0]]}"))
-        if len(rates) != 1:
-            raise ValueError(self._no_rate(f"the clients train with the rates {sorted(rates)}"))
-        self._rate = rates.pop()
-
-    def _no_rate(self, finding: str) -> str:
-        return (
-            f"`{type(self).__name__}` multiplies second derivatives by the rate of a lower step, and takes that of"
-            f" plain SGD, but {finding}. Give `lower_lr=`, a number below 2 divided by the largest eigenvalue of the"
-            " lower loss's Hessian."
-        )
+        self._has_warned = check_lower_problem(type(self).__name__, local_training.optimizers, self._has_warned)
+        if self.lower_lr is None:
+            self._rate = rate_of_lower_step(type(self).__name__, local_training.optimizers)
 
     def describe(self) -> str:
         """Return the rule and its settings, for the start-up block."""
@@ -457,8 +466,8 @@ class BilevelRule(AggregationRule):
 
     @property
     def resume_key(self) -> str:
-        """The settings that a resumed run must share: the split of the variables, and the rounds of an outer step."""
-        settings = [f"upper={self.upper!r}"]
+        """The settings that a resumed run must share: variables, the optimizer's class, rounds of an outer step."""
+        settings = [f"upper={self.upper!r}", f"upper_optimizer={self._optimizer_name}"]
         for name in self.structure:
             settings.append(f"{name}={getattr(self, name)!r}")
         return f"{type(self).key}({', '.join(settings)})"
@@ -466,64 +475,6 @@ class BilevelRule(AggregationRule):
     def summary(self) -> dict[str, float]:
         """Return the number of finished outer steps."""
         return {"outer_steps": float(self.state.get("outer_step", 0))}
-
-
-def with_rider(outer_round: OuterRound, rider: OuterRound | None) -> OuterRound:
-    """Return a round in which clients also send what a rider asks for."""
-    if rider is None:
-        return outer_round
-
-    def ask(state: State, server: ServerView) -> Inquiry | None:
-        inquiry = outer_round.ask(state, server)
-        addition = rider.ask(state, server)
-        if inquiry is None or addition is None:
-            return inquiry or addition
-        return _merged(inquiry, addition)
-
-    def finish(cohort: Cohort, answers: Answers | None, state: State) -> Progress:
-        progress = outer_round.finish(cohort, answers, state)
-        addition = rider.finish(cohort, answers, state)
-        return Progress({**progress.state, **addition.state}, progress.lower, {**progress.metrics, **addition.metrics})
-
-    return OuterRound(ask, finish)
-
-
-def _merged(first: Inquiry, second: Inquiry) -> Inquiry:
-    """Return an inquiry for what two inquiries ask."""
-
-    def answer(problem: LocalProblem, sent: Mapping[str, Tensor]) -> Answer:
-        return {**first.answer(problem, sent), **second.answer(problem, sent)}
-
-    return Inquiry(
-        f"{first.name} and {second.name}",
-        answer,
-        {**first.vectors, **second.vectors},
-        {**first.sent, **second.sent},
-        {**first.placed, **second.placed},
-        replaces_training=first.replaces_training or second.replaces_training,
-        products=first.products + second.products,
-    )
-
-
-def _kept_rows(memory: dict[Any, Any], before: Mapping[Any, Any], number: int, is_own: Tensor) -> dict[Any, Any]:
-    """Return an optimizer's memory in which the rows of clients that did not answer are as they were.
-
-    Args:
-        memory: The new memory, by the number of the tensor that it belongs to.
-        before: The memory before the step; empty before the first one.
-        number: The number of the clients' tensor.
-        is_own: ``[U]``, where a client that has answered has its rows.
-    """
-    kept: dict[str, Any] = {}
-    for name, value in memory.get(number, {}).items():
-        # Before the first step there is none, and rows without a gradient begin theirs in it.
-        old = before.get(number, {}).get(name, value)
-        if isinstance(value, Tensor) and value.shape == is_own.shape:
-            value = torch.where(is_own, value, old.to(value))
-        kept[name] = value
-    if not kept:
-        return memory
-    return {**memory, number: kept}
 
 
 def _nothing(state: State, server: ServerView) -> None:

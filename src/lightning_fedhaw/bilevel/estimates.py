@@ -37,8 +37,7 @@ def hypergradient(problem: LocalProblem, vector: Tensor, factor: float) -> tuple
         factor: The factor.
     """
     gradients = problem.upper_gradients()
-    _, mixed_product = problem.products(vector)
-    return gradients.upper - factor * mixed_product, gradients.loss
+    return gradients.upper - factor * problem.mixed_product(vector), gradients.loss
 
 
 def neumann_sum(multiply: Callable[[Tensor], Tensor], start: Tensor, terms: int) -> Tensor:
@@ -67,8 +66,7 @@ def local_hypergradient(problem: LocalProblem, rate: float, terms: int) -> tuple
     """
     gradients = problem.upper_gradients()
     series = neumann_sum(lambda vector: multiplied(problem, vector, rate), gradients.lower, terms)
-    _, mixed_product = problem.products(series)
-    return gradients.upper - rate * mixed_product, gradients.loss
+    return gradients.upper - rate * problem.mixed_product(series), gradients.loss
 
 
 def corrected_lower_steps(problem: LocalProblem, mean_gradient: Tensor, rate: float) -> Tensor:

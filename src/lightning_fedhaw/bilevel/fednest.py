@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.bilevel.base import BilevelRule, LowerSteps, OuterRound, Progress
+from lightning_fedhaw.bilevel.base import BilevelRule, LowerSteps
 from lightning_fedhaw.bilevel.estimates import local_hypergradient, multiplied, neumann_sum, within
+from lightning_fedhaw.bilevel.rounds import OuterRound, Progress
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.inquiry import Answer, Answers, Inquiry, LocalProblem
 from lightning_fedhaw.rule import ServerView, State
@@ -91,7 +92,7 @@ class FedNestCallback(BilevelRule):
         self.scales_series = arguments.flag("scales_series", scales_series)
 
     @property
-    def clients_train(self) -> bool:
+    def clients_train(self) -> bool:  # type: ignore[override]
         """Whether lower steps are those of the clients' optimizer."""
         return LOWER_STEPS[self.variant] == "sgd"
 
@@ -107,8 +108,8 @@ class FedNestCallback(BilevelRule):
             rounds.append(OuterRound(self._ask_own_series, self._keep_series))
         else:
             rounds += [OuterRound(self._ask_power, self._add_power)] * self.terms
-        factor = self._rate if self.scales_series else 1.0
-        return [*rounds, *self.upper_rounds(factor)]
+        multiple = 1 if self.scales_series else None
+        return [*rounds, *self.upper_rounds(multiple)]
 
     # ------------------------------------------------------------------ the series of the mean Hessian
 
@@ -126,8 +127,10 @@ class FedNestCallback(BilevelRule):
         return Progress({"power": power, "vector": power, "first_norm": norm})
 
     def _ask_power(self, state: State, server: ServerView) -> Inquiry:
+        rate = self.rate_of(state)
+
         def answer(problem: LocalProblem, sent: Mapping[str, Tensor]) -> Answer:
-            return {"power": multiplied(problem, sent["power"], self._rate)}
+            return {"power": multiplied(problem, sent["power"], rate)}
 
         return self._inquiry_of_series("power of the Neumann series", answer, "power", state, server, products=1)
 
@@ -139,9 +142,11 @@ class FedNestCallback(BilevelRule):
     # ------------------------------------------------------------------ series of the clients' own Hessians
 
     def _ask_own_series(self, state: State, server: ServerView) -> Inquiry:
+        rate = self.rate_of(state)
+
         def answer(problem: LocalProblem, sent: Mapping[str, Tensor]) -> Answer:
             def multiply(vector: Tensor) -> Tensor:
-                return multiplied(problem, vector, self._rate)
+                return multiplied(problem, vector, rate)
 
             return {"series": neumann_sum(multiply, sent["power"], self.terms)}
 
@@ -167,7 +172,7 @@ class FedNestCallback(BilevelRule):
     # ------------------------------------------------------------------ the clients' own hypergradients
 
     def _ask_local(self, state: State, server: ServerView) -> Inquiry:
-        factor_rate = self._rate
+        factor_rate = self.rate_of(state)
         step_rate = self.upper_lr / self.upper_steps
 
         def answer(problem: LocalProblem, sent: Mapping[str, Tensor]) -> Answer:
@@ -196,4 +201,4 @@ class FedNestCallback(BilevelRule):
 
     def _finish_local(self, cohort: Cohort, answers: Answers | None, state: State) -> Progress:
         assert answers is not None
-        return self.upper_step(state, self.direction_of(answers), answers.numbers["upper loss"])
+        return self.upper_step(state, self.direction_of(answers), answers.numbers["upper loss"], answers.rows)

@@ -6,11 +6,9 @@ Each is a submodule with parameters, whose name is given to a bilevel rule as ``
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
 
 from lightning_fedhaw import arguments
 
@@ -110,54 +108,6 @@ class SampleWeights(nn.Module):
     def forward(self, index: Tensor) -> Tensor:
         """Return the weights of samples by their numbers in the data set, both ``[batch]``."""
         return 2 * torch.sigmoid(self.logits[index])
-
-
-class _WithIndices(Dataset[Any]):
-    """A data set whose samples end with their number."""
-
-    def __init__(self, dataset: Any, first: int) -> None:
-        self.dataset = dataset
-        self.first = first
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        sample = self.dataset[index]
-        parts = sample if isinstance(sample, (tuple, list)) else (sample,)
-        return (*parts, self.first + index)
-
-
-def with_indices(dataset: Any) -> Any:
-    """Return a data set whose samples end with their number, for :class:`SampleWeights`.
-
-    Args:
-        dataset: A map-style data set, or a list with one for each client, whose samples are counted on from client to
-            client. A ``TensorDataset`` stays one, so that batches are made as fast as before.
-
-    Example:
-        >>> with_indices(TensorDataset(torch.zeros(5, 2)))[3]
-        (tensor([0., 0.]), tensor(3))
-    """
-    # A list of samples is a data set; a list of data sets is one for each client.
-    is_list = isinstance(dataset, (list, tuple)) and all(isinstance(own, Dataset) for own in dataset)
-    if not is_list:
-        return _counted(dataset, 0)
-    first = 0
-    numbered: list[Any] = []
-    for own in dataset:
-        numbered.append(_counted(own, first))
-        first += len(own)
-    return numbered
-
-
-def _counted(dataset: Any, first: int) -> Any:
-    """Return a data set whose samples end with their number, counted from the first one's."""
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise arguments.invalid("dataset", "a map-style data set, or a list of these", dataset)
-    if type(dataset) is TensorDataset:
-        return TensorDataset(*dataset.tensors, torch.arange(first, first + len(dataset)))
-    return _WithIndices(dataset, first)
 
 
 def _tensors(parameters: nn.Module | Iterable[Tensor]) -> list[Tensor]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw import arguments
-from lightning_fedhaw.bilevel.base import BilevelRule, OuterRound, Progress
+from lightning_fedhaw.bilevel.base import BilevelRule
 from lightning_fedhaw.bilevel.estimates import single_loop_directions, within
+from lightning_fedhaw.bilevel.rounds import OuterRound, Progress
 from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.inquiry import Answer, Answers, Inquiry, LocalProblem
 from lightning_fedhaw.rule import ServerView, State
@@ -121,6 +122,6 @@ class SimFBOCallback(BilevelRule):
         norm = float(torch.linalg.vector_norm(vector))
         first_norm = state.get("first_norm") or norm
         vector = self.checked_vector(within(vector, self.radius), first_norm)
-        progress = self.upper_step(state, self.direction_of(answers), answers.numbers["upper loss"])
+        progress = self.upper_step(state, self.direction_of(answers), answers.numbers["upper loss"], answers.rows)
         metrics = {**progress.metrics, "bilevel/vector_norm": norm}
         return Progress({**progress.state, "vector": vector, "first_norm": first_norm}, lower, metrics)

@@ -54,6 +54,11 @@ class UpperVariables:
             return repr(self.patterns[0])
         return repr(list(self.patterns))
 
+    def are_in(self, module: pl.LightningModule) -> bool:
+        """Return whether a module has parameters with all of the names."""
+        names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+        return all(any(_matches(name, pattern) for name in names) for pattern in self.patterns)
+
     def freeze(self, module: pl.LightningModule) -> None:
         """Freeze the upper variables, so that clients do not train them.
 
@@ -62,9 +67,14 @@ class UpperVariables:
         """
         self.release()
         trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        first_name = {parameter: name for name, parameter in trainable.items()}
         upper: dict[str, nn.Parameter] = {}
         for pattern in self.patterns:
-            matching = {name: trainable[name] for name in trainable if _matches(name, pattern)}
+            matching: dict[str, nn.Parameter] = {}
+            # By all names of a parameter that several submodules share.
+            for name, parameter in module.named_parameters(remove_duplicate=False):
+                if parameter in first_name and _matches(name, pattern):
+                    matching[first_name[parameter]] = parameter
             if not matching:
                 raise ValueError(_no_match(pattern, module, trainable))
             upper.update(matching)

@@ -62,6 +62,8 @@ def choose(
     Raises:
         ValueError: If the vectorized engine was requested and the module does not allow it.
     """
+    if sequential.elsewhere is not None:
+        return sequential, f"Clients train {sequential.elsewhere}."
     if requested == "sequential":
         return sequential, _sequential_line(None, compile_clients)
     if requested == "auto":
@@ -97,8 +99,6 @@ def _vectorized(
         memory: Bytes in use at a time.
         compile_clients: Whether the batched step is compiled, if it can be.
     """
-    # A graph would repeat the index and the random numbers that it was traced with.
-    can_be_compiled = not (facts.uses_index or facts.draws_dropout or facts.draws_other)
     fallback = None
     if requested == "auto":
         fallback = sequential
@@ -110,7 +110,8 @@ def _vectorized(
         sequential.objectives,
         facts=facts,
         chunk_memory=memory,
-        compile_clients=compile_clients and can_be_compiled,
+        # A graph would repeat the index and the random numbers that it was traced with.
+        compile_clients=compile_clients and facts.is_fixed,
         fallback=fallback,
     )
     # States that a checkpoint was loaded into.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -109,7 +109,13 @@ class Engine(ABC):
             it.
         gradient_slope: Computes how the gradient of a batch changes along a tangent; ``None`` where the clients' rate
             is not learned by its derivative.
+        absent: The clients of the last run whose update did not arrive.
     """
+
+    elsewhere: str | None = None
+    """Where clients train, if it is not in this process; what they keep is there, too."""
+
+    absent: Collection[int] = ()
 
     def __init__(
         self,

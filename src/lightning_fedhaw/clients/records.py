@@ -289,6 +289,10 @@ class LogRecorder:
         """Return the numbers that were recorded since the last :meth:`collect`, by name."""
         return {name: entry.values for name, entry in self._entries.items()}
 
+    def examples(self) -> dict[str, list[float]]:
+        """Return the number of examples that each of these numbers was computed from."""
+        return {name: entry.weights for name, entry in self._entries.items()}
+
     def collect(self) -> dict[str, Logged]:
         """Merge the values recorded since the last call over the steps, and wait for the device once."""
         totals: dict[str, Tensor] = {}

@@ -59,7 +59,7 @@ class SequentialEngine(Engine):
         """
         host = self.host
         parameters = self.layout.tensors(host.module)
-        begin = self._current_state()
+        begin = self.current_state()
         # A round that fails, or is not run to its end, is run again from where it began.
         end = begin
         self._scaled_optimizer: ScaledOptimizer | None = None
@@ -135,7 +135,7 @@ class SequentialEngine(Engine):
             yield update
             host.client = None
             if _progress(host.schedules()) > _progress(furthest.schedules):
-                furthest = self._current_state()
+                furthest = self.current_state()
                 if scale != 1.0:
                     furthest = unscaled(furthest, begin, scale)
             if host.scaler is not None:
@@ -155,7 +155,7 @@ class SequentialEngine(Engine):
     def restore_end_state(self, end_states: Sequence[EndState]) -> None:
         """Load the furthest schedule and the smallest loss scale of all processes."""
         super().restore_end_state(end_states)
-        furthest = max(end_states, key=lambda state: _progress(state.schedules))
+        furthest = furthest_of(end_states)
         restore_settings(self.host.optimizers, furthest.settings)
         self.host.load_schedules(furthest.schedules)
         scales = list(chain.from_iterable(state.scales for state in end_states))
@@ -166,7 +166,8 @@ class SequentialEngine(Engine):
 
     # ------------------------------------------------------------------ the state of settings, schedules, loss scale
 
-    def _current_state(self) -> EndState:
+    def current_state(self) -> EndState:
+        """Return settings, schedules and loss scale as they are now."""
         scales = []
         if self.host.scaler is not None:
             scales.append(self.host.scaler.state_dict())
@@ -396,6 +397,11 @@ def _same_shape(name: str, end: Tensor | None, start: Tensor) -> Tensor:
         " their shape cannot be sent. Keep its shape, or hold it in an attribute that is not a buffer. If the first"
         " batch sets the shape, as with observers of quantization, run one batch through the model before `fit`."
     )
+
+
+def furthest_of(end_states: Sequence[EndState]) -> EndState:
+    """Return the first end state whose schedules have made the most steps."""
+    return max(end_states, key=lambda state: _progress(state.schedules))
 
 
 def _progress(schedules: ScheduleStates) -> int:

@@ -152,6 +152,15 @@ class ClientData:
         # A copy: samplers and rules, which may be the user's, receive it.
         return self._num_examples.clone()
 
+    def append(self, num_examples: int) -> None:
+        """Add a client that is elsewhere, with the last number and so many training examples."""
+        begin = sum(len(samples) for samples in self.partition.indices)
+        samples = torch.arange(begin, begin + num_examples)
+        self.partition = replace(self.partition, indices=(*self.partition.indices, samples))
+        self.train_indices = (*self.train_indices, samples)
+        self.held_out_indices = (*self.held_out_indices, samples[:0])
+        self._num_examples = torch.tensor([len(samples) for samples in self.train_indices])
+
     def subset(self, client: int, indices: Tensor, *, for_evaluation: bool = False) -> Dataset[object]:
         """Return some of a client's samples as a data set, with the labels that the client sees.
 
@@ -186,7 +195,10 @@ class ClientData:
             tensors.append(self.settings.draws.weights)
         for tensor in tensors:
             step = max(1, len(tensor) // _HASHED_ROWS)
-            rows = tensor[::step].contiguous().cpu()
+            rows = tensor[::step].cpu()
+            if self._channels_last and rows.ndim == 4:
+                rows = rows.movedim(-1, 1)
+            rows = rows.contiguous()
             digest.update(rows.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
@@ -435,6 +447,20 @@ class ClientData:
         samples = samples[: whole_batches * self.settings.batch_size]
         count = self._batches_of(samples)
         for index, (data, size) in enumerate(self._pass(client, samples, "round", round_idx, "probe workers")):
+            yield Batch(data, size, index, last=index + 1 == count)
+
+    def typical_pass(self, client: int, round_idx: int, *, limit: int | float | None = None) -> Iterator[Batch]:
+        """Make batches whose mean loss is that of a client's training: every call of a round makes the same ones.
+
+        They are those of :meth:`full_pass`, whose arguments these are. Where training leaves samples out, or draws some
+        more often, they are those of the first pass of the round, so that no sample is left out for good.
+        """
+        if limit is None and self.settings.draws is None and not self.settings.drop_last:
+            yield from self.full_pass(client, round_idx)
+            return
+        (order,) = self.orders(client, round_idx, epochs=1, limit=limit)
+        count = self._batches_of(order)
+        for index, (data, size) in enumerate(self._pass(client, order, "round", round_idx, "probe workers")):
             yield Batch(data, size, index, last=index + 1 == count)
 
     def _batches_of(self, order: Tensor) -> int:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
+from lightning_fedhaw.data.numbered import has_numbers, unnumbered
 from lightning_fedhaw.isolation import isolated_randomness
 from lightning_fedhaw.user_functions import called
 
@@ -118,6 +119,9 @@ def _stored_values(dataset: object) -> _Values | None:
         return values[np.asarray(list(dataset.indices), dtype=np.int64)]
     if isinstance(dataset, ConcatDataset):
         return _values_of_members(dataset)
+    if unnumbered(dataset) is not None:
+        # The number of a sample is no label.
+        return _stored_values(unnumbered(dataset))
     if isinstance(dataset, TensorDataset):
         if len(dataset.tensors) < 2:
             return None
@@ -177,10 +181,12 @@ def _read_one_by_one(dataset: Dataset[object]) -> Tensor | None:
     if not isinstance(dataset, Sized) or not hasattr(type(dataset), "__getitem__"):
         return None
     labels: list[int] = []
+    are_numbered = has_numbers(dataset)
     # Random transforms draw while samples are read; reading labels must not change what training draws later.
     with isolated_randomness(torch.device("cpu")):
         for index in range(len(dataset)):
-            label = _label_of(_second_item(dataset[index]))
+            # The number of a sample is no label.
+            label = _label_of(_second_item(dataset[index], 3 if are_numbered else 2))
             if label is None:
                 return None
             labels.append(label)
@@ -205,9 +211,9 @@ def _read_in_bulk(dataset: Dataset[object]) -> Tensor | None:
     return torch.cat(labels)
 
 
-def _second_item(sample: object) -> object:
-    """Take the second item of a sample; None if there is none."""
-    if not isinstance(sample, (tuple, list)) or len(sample) < 2:
+def _second_item(sample: object, num_items: int = 2) -> object:
+    """Take the second item of a sample; None if it has fewer items than that."""
+    if not isinstance(sample, (tuple, list)) or len(sample) < num_items:
         return None
     return cast(object, sample[1])
 

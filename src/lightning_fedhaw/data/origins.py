@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from lightning_fedhaw.data.numbered import unnumbered
+
 Origins = dict[int, tuple[Any, Tensor]]
 """Data sets that hold the samples themselves, by their ``id``, each with the indices of the samples in it."""
 
@@ -21,6 +23,8 @@ def origins(dataset: Dataset[Any], indices: Tensor) -> Origins:
     """
     if isinstance(dataset, Subset):
         return origins(dataset.dataset, torch.as_tensor(dataset.indices, dtype=torch.int64)[indices])
+    if unnumbered(dataset) is not None:
+        return origins(unnumbered(dataset), indices)
     if not isinstance(dataset, ConcatDataset):
         return {id(dataset): (dataset, indices)}
     found: Origins = {}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from lightning_fedhaw.figures.base import new_figure, save_figure, use_plain_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,21 +69,20 @@ def draw_histogram(
         The matplotlib figure, which belongs to no window and to no global state.
 
     Raises:
-        ImportError: If matplotlib is not installed.
+        ModuleNotFoundError: If matplotlib is not installed.
         ValueError: If the histogram is not a table of counts, or there are not C names.
     """
     counts = _checked_counts(histogram)
     names = _checked_names(class_names, counts.shape[1])
-    try:
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "`draw_histogram` needs matplotlib, which is not installed; run `pip install matplotlib`."
-        ) from error
-
     num_clients, num_classes = counts.shape
+    height_of_bars = 1.2 + 0.26 * num_clients
+    height_of_legend = 0.9 + 0.22 * min(num_classes, _MOST_DISTINCT_COLORS)
+    height = min(max(height_of_bars, height_of_legend), 10.0)
+    missing = "`draw_histogram` needs matplotlib, which is not installed; run `pip install matplotlib`."
+    figure = new_figure(7.0, height, missing)
+
+    from matplotlib import colormaps
+
     if num_classes <= 10:
         colors = colormaps["tab10"](np.arange(num_classes))
     elif num_classes <= _MOST_DISTINCT_COLORS:
@@ -91,18 +91,11 @@ def draw_histogram(
         # Both ends of this colormap are nearly black, and would look alike.
         colors = colormaps["turbo"](np.linspace(0.02, 0.98, num_classes))
 
-    height_of_bars = 1.2 + 0.26 * num_clients
-    height_of_legend = 0.9 + 0.22 * min(num_classes, _MOST_DISTINCT_COLORS)
-    height = min(max(height_of_bars, height_of_legend), 10.0)
-    figure = Figure(figsize=(7.0, height), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _draw_bars(axes, counts, colors)
     _format_axes(axes, counts)
     _draw_legend(figure, names, colors)
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     return figure
 
 
@@ -130,13 +123,13 @@ def _draw_bars(axes: Axes, counts: _Counts, colors: _Colors) -> None:
     half_height = 0.4 if num_clients <= 200 else 0.5
     x = np.stack([starts, ends, ends, starts], axis=1)
     y = client[:, None] + half_height * np.array([-1, -1, 1, 1])
-    # A thin white line between neighbors, but not around narrow rectangles, which it would hide.
+    # A thin line between neighbors, but not around narrow rectangles, which it would hide.
     is_wide = ends - starts > 0.01 * _longest_bar(counts)
     has_room = num_classes <= _MOST_DISTINCT_COLORS and num_clients <= 60
     line_widths = np.where(is_wide & has_room, 0.6, 0.0)
     rectangles = list(np.stack([x, y], axis=2))  # [4, 2] each
     axes.add_collection(
-        PolyCollection(rectangles, facecolors=colors[label], edgecolors="white", linewidths=line_widths)
+        PolyCollection(rectangles, facecolors=colors[label], edgecolors=axes.get_facecolor(), linewidths=line_widths)
     )
 
 
@@ -151,7 +144,8 @@ def _format_axes(axes: Axes, counts: _Counts) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=20, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
     axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="0.9", linewidth=0.8)
+    axes.grid(axis="x", alpha=0.25, linewidth=0.8)
+    use_plain_numbers(axes)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
 

@@ -9,7 +9,7 @@ Shapes: K clients are in the cohort, C classes in the data.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isnan
+from math import isnan, nan
 
 import torch
 from torch import Tensor
@@ -46,7 +46,12 @@ def cohort_coherence(pairs: Tensor, weights: Tensor, *, printed: bool = False) -
         weights: ``[K]``, the weights s, which sum to one.
         printed: Whether it is divided by K, as the paper's Definition 5.1 is printed. Its Figure 5 shows larger values
             than that allows.
+
+    Returns:
+        The coherence; NaN of a single client, which has no pair.
     """
+    if len(weights) < 2:
+        return nan
     products = weights[:, None] * weights * pairs
     total = products.sum() - products.diagonal().sum()
     if printed:
@@ -95,8 +100,14 @@ class Coherence(Diagnostic):
         self.printed = arguments.flag("printed", printed)
 
     def check(self, federation: Federation) -> None:
-        """Refuse a federation that keeps only the sum of the updates."""
-        check_single_updates(type(self).__name__, federation)
+        """Refuse a federation that keeps only the sum of the updates, or in which one client takes part in a round."""
+        name = type(self).__name__
+        check_single_updates(name, federation)
+        if len(federation.cohort(0)) < 2:
+            raise ValueError(
+                f"`{name}` compares the updates of a round's clients, and one takes part: raise `clients_per_round` or"
+                f" `num_clients`, or remove `{name}`."
+            )
 
     def measure(self, aggregated: Aggregated) -> None:
         """Compute the cosines of all pairs, and log the coherence."""

@@ -32,7 +32,7 @@ def layer_shares(distances: Tensor) -> Tensor:
 
 
 def merged_layers(groups: Mapping[str, Sequence[slice]], depth: int | None) -> dict[str, list[slice]]:
-    """Merge layers whose names share their first parts.
+    """Merge layers whose names share their first parts, and neighboring slices of a layer.
 
     Args:
         groups: The slices of each layer in the flat vector, by the name of the layer.
@@ -42,7 +42,17 @@ def merged_layers(groups: Mapping[str, Sequence[slice]], depth: int | None) -> d
     for name, slices in groups.items():
         parts = name.split(".")[:depth]
         merged.setdefault(".".join(parts) or "model", []).extend(slices)
-    return merged
+    return {name: _joined(slices) for name, slices in merged.items()}
+
+
+def _joined(slices: Sequence[slice]) -> list[slice]:
+    """Join neighboring slices, each of which takes a pass of its own."""
+    joined: list[slice] = []
+    for part in slices:
+        if joined and joined[-1].stop == part.start:
+            part = slice(joined.pop().start, part.stop)
+        joined.append(part)
+    return joined
 
 
 class Drift(Diagnostic):

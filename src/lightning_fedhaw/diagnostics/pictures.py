@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,15 +14,25 @@ from lightning_fedhaw.diagnostics.coherence import critical_round
 from lightning_fedhaw.diagnostics.landscape import barycentric, simplex_grid
 from lightning_fedhaw.diagnostics.scores import client_scores, scores_of, shapley_errors
 from lightning_fedhaw.federation.observation import PREFIX
-from lightning_fedhaw.report.history import RunHistory
-from lightning_fedhaw.report.plotting import (
+from lightning_fedhaw.figures.base import (
     color_and_style,
-    draw_band,
+    ink,
     new_figure,
+    plain_number,
     save_figure,
     tidy,
     use_whole_numbers,
 )
+from lightning_fedhaw.figures.panels import (
+    LINES_IN_PANEL,
+    add_legends,
+    distinct,
+    grid_of_panels,
+    height_of_lines,
+    panels_of_lines,
+)
+from lightning_fedhaw.report.history import RunHistory
+from lightning_fedhaw.report.plotting import draw_series, figure_of_series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,13 +55,15 @@ def draw_coherence(groups: Groups, path: str | Path | None = None, window: int =
         ValueError: If no run has measured it.
     """
     metric = f"{PREFIX}coherence"
-    figure = _series(groups, {metric: "coherence of the cohort"})
-    axes = figure.axes[0]
-    axes.axhline(0, color="0.4", linewidth=0.8)
+    figure = _series(groups, {metric: "coherence of the cohort, cosine"})
+    for axes in figure.axes:
+        axes.axhline(0, color=ink(), alpha=0.6, linewidth=0.8)
     for index, runs in enumerate(groups.values()):
         critical = critical_round(runs[0].curve(metric), window)
         if critical is not None:
             color, style = color_and_style(index)
+            # The panel of the method, where it has one of its own.
+            axes = figure.axes[index % len(figure.axes)]
             axes.axvline(critical + 1, color=color, linestyle=style, linewidth=0.8)
     save_figure(figure, path)
     return figure
@@ -110,18 +122,41 @@ def draw_drift(run: RunHistory, path: str | Path | None = None) -> Figure:
         ModuleNotFoundError: If matplotlib is missing.
         ValueError: If the run has not measured it.
     """
-    prefix = f"{PREFIX}drift/share/"
-    names = [name for name in run.names if name.startswith(prefix)]
-    figure = _series({"mean of the clients": [run]}, {f"{PREFIX}drift/mean": "distance from the global model"}, 2)
-    axes = figure.axes[1]
-    for index, name in enumerate(names):
-        _draw_measured(axes, index, name.removeprefix(prefix), [100 * value for value in run.curve(name)])
-    axes.set(xlabel="round", ylabel="share of the layer, %")
-    use_whole_numbers(axes)
-    axes.legend(frameon=False)
-    tidy(axes)
+    metric = f"{PREFIX}drift/mean"
+    _check_logged([run], [metric])
+    figure = new_figure(10, 3.8)
+    distance, shares = grid_of_panels(figure, 2)
+    distance.set(xlabel="round", ylabel="distance from the global model")
+    draw_series({"mean of the clients": distance}, {"mean of the clients": [run]}, metric)
+    for index, (name, values) in enumerate(_largest_shares(run).items()):
+        _draw_measured(shares, index, name, values)
+    shares.set(xlabel="round", ylabel="share of the layer, %")
+    use_whole_numbers(shares)
+    add_legends(shares)
+    tidy(shares)
     save_figure(figure, path)
     return figure
+
+
+def _largest_shares(run: RunHistory) -> dict[str, list[float]]:
+    """Return the share of each layer in the drift over rounds, in percent; of many layers, the rest is one line."""
+    prefix = f"{PREFIX}drift/share/"
+    curves: dict[str, list[float]] = {}
+    for name in run.names:
+        if name.startswith(prefix):
+            curves[name.removeprefix(prefix)] = [100 * value for value in run.curve(name)]
+    if len(curves) <= LINES_IN_PANEL:
+        return curves
+    stack = torch.tensor(list(curves.values()), dtype=torch.float64)
+    order = stack.nanmean(1).argsort(descending=True)
+    is_largest = torch.zeros(len(stack), dtype=torch.bool)
+    is_largest[order[: LINES_IN_PANEL - 1]] = True
+    shares = {}
+    for name, large in zip(curves, is_largest, strict=True):
+        if large:
+            shares[name] = curves[name]
+    shares[f"{int((~is_largest).sum())} other layers"] = stack[~is_largest].sum(0).tolist()
+    return shares
 
 
 def draw_cosines(run: RunHistory, path: str | Path | None = None, *, round_idx: int | None = None) -> Figure:
@@ -148,7 +183,7 @@ def draw_cosines(run: RunHistory, path: str | Path | None = None, *, round_idx: 
         axes.set_xticks(range(len(clients)), clients)
         axes.set_yticks(range(len(clients)), clients)
     axes.set(xlabel="client", ylabel="client", title=f"round {chosen + 1}")
-    figure.colorbar(image, ax=axes, label="cosine of the updates")
+    figure.colorbar(image, ax=axes, label="cosine of the updates", format=plain_number)
     save_figure(figure, path)
     return figure
 
@@ -182,8 +217,8 @@ def draw_contributions(run: RunHistory, path: str | Path | None = None) -> Figur
         if score == "shapley":
             errors = shapley_errors(run)[order].nan_to_num().tolist()
         color, _ = color_and_style(index)
-        axes.barh(range(len(order)), values, xerr=errors, color=color, ecolor="0.2", capsize=2)
-        axes.axvline(0, color="0.4", linewidth=0.8)
+        axes.barh(range(len(order)), values, xerr=errors, color=color, ecolor=ink(), capsize=2)
+        axes.axvline(0, color=ink(), alpha=0.6, linewidth=0.8)
         axes.set(xlabel=labels[score])
         tidy(axes)
     if len(order) <= 40:
@@ -208,8 +243,8 @@ def draw_parameters(
         ModuleNotFoundError: If matplotlib is missing.
         ValueError: If a run has not measured the round.
     """
-    figure = new_figure(6.4, 4.2)
-    axes = figure.subplots()
+    figure = new_figure(6.4, height_of_lines(len(runs), 4.2))
+    panels = panels_of_lines(figure, list(runs), "value of a parameter", "density, 1 / unit of the value")
     for index, (name, run) in enumerate(runs.items()):
         chosen, shares = table_of(run, "parameters/shares", round_idx)
         low, high = run.tables[f"{PREFIX}parameters/ends"][chosen].tolist()
@@ -220,10 +255,11 @@ def draw_parameters(
         color, style = color_and_style(index)
         centers = (edges[1:] + edges[:-1]) / 2
         label = f"{name}, round {chosen + 1}"
-        axes.plot(centers, filled, style, color=color, label=label, linewidth=1.5, drawstyle="steps-mid")
-    axes.set(xlabel="value of a parameter", ylabel="density", yscale="log")
-    axes.legend(frameon=False)
-    tidy(axes)
+        panels[name].plot(centers, filled, style, color=color, label=label, linewidth=1.5, drawstyle="steps-mid")
+        panels[name].set_yscale("log")
+    shown = distinct(panels.values())
+    add_legends(*shown)
+    tidy(*shown)
     save_figure(figure, path)
     return figure
 
@@ -267,8 +303,8 @@ def draw_landscape(run: RunHistory, path: str | Path | None = None, *, round_idx
         axes.text(corner[0], corner[1] + shift, f"client {client}", ha="center", va="center")
     axes.set_axis_off()
     axes.set(aspect="equal", title=f"round {chosen + 1}", ylim=(-0.1, 0.95))
-    axes.legend(loc="upper left", facecolor="0.75")
-    figure.colorbar(image, ax=axes, label="loss of the weighted mean of the models")
+    axes.legend(loc="upper left", facecolor="0.75", labelcolor="black")
+    figure.colorbar(image, ax=axes, label="loss of the weighted mean of the models", format=plain_number)
     save_figure(figure, path)
     return figure
 
@@ -296,36 +332,28 @@ def table_of(run: RunHistory, name: str, round_idx: int | None) -> tuple[int, Te
     return round_idx, tables[round_idx]
 
 
-def _series(groups: Groups, panels: Mapping[str, str], columns: int | None = None) -> Figure:
+def _series(groups: Groups, labels: Mapping[str, str]) -> Figure:
     """Draw series over rounds, a panel for each.
 
     Args:
         groups: The runs of each method, by name.
-        panels: The label of each series.
-        columns: The panels of the figure, of which the last ones may stay empty; by default one for each series.
+        labels: The label of each series, by its name.
 
     Raises:
         ValueError: If no run has one of them.
     """
-    columns = columns or len(panels)
-    figure = new_figure(1.0 + 4.4 * columns, 3.8)
-    axes_of = figure.subplots(1, columns, squeeze=False)[0]
-    for (metric, label), axes in zip(panels.items(), axes_of, strict=False):
-        for index, (name, runs) in enumerate(groups.items()):
-            draw_band(axes, index, name, [run.curve(metric) for run in runs], log=False)
-        axes.set(xlabel="round", ylabel=label)
-        use_whole_numbers(axes)
-        if axes.get_lines():
-            axes.legend(frameon=False)
-        tidy(axes)
+    _check_logged([run for runs in groups.values() for run in runs], labels)
+    return figure_of_series(groups, labels)
+
+
+def _check_logged(runs: Iterable[RunHistory], metrics: Iterable[str]) -> None:
+    """Refuse runs of which none has a metric."""
     logged: set[str] = set()
-    for runs in groups.values():
-        for run in runs:
-            logged.update(run.names)
-    for metric in panels:
+    for run in runs:
+        logged.update(run.names)
+    for metric in metrics:
         if metric not in logged:
             raise ValueError(f"No run has {metric!r}: add its observer to `callbacks` of the run.")
-    return figure
 
 
 def _draw_measured(axes: Axes, index: int, label: str, values: Sequence[float]) -> None:

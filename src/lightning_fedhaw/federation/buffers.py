@@ -44,10 +44,13 @@ class Buffers:
         policy_of: The policy of each buffer by name.
         kinds: The kinds of the buffers.
         local: Each client's own buffers, with ``"local"``, in host memory.
+        are_elsewhere: Whether clients are not in this process, and keep their own buffers themselves.
 
     Raises:
         ValueError: If a pattern matches nothing, or buffers cannot be recalibrated by the user's module.
     """
+
+    are_elsewhere = False
 
     def __init__(self, policies: BufferPolicies, host: Host, server: Server, data: ClientData, seed: int) -> None:
         self.policies = policies
@@ -115,6 +118,16 @@ class Buffers:
         """The kinds of data that clients send, in words."""
         return ["buffers"] if self._averaged else []
 
+    @property
+    def kept_by_clients(self) -> frozenset[str]:
+        """The names of the buffers of which each client has its own from its first update on."""
+        return frozenset(self._kept_by_clients(self.server.buffers))
+
+    @property
+    def averaged(self) -> Sequence[str]:
+        """The names of the buffers that the server combines, which clients have to send."""
+        return self._averaged
+
     def start(self, client: int) -> Mapping[str, Tensor]:
         """Return the buffers that a client starts from."""
         own = self.local.get(client)
@@ -140,7 +153,7 @@ class Buffers:
 
     def remember(self, update: ClientUpdate) -> None:
         """Keep the buffers of a client whose update was received for its next round, with ``"local"``."""
-        if not self.remembers:
+        if not self.remembers or self.are_elsewhere:
             return
         own = self._kept_by_clients(update.buffers)
         self.local[update.client] = {name: buffer.to(HOST) for name, buffer in own.items()}

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.origins import count_shared
+from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.rule import LocalLRScale, Rule, RuleOutput
 from lightning_fedhaw.vectors.layout import ParameterLayout
@@ -26,12 +27,24 @@ def check_objectives(objectives: Sequence[ClientObjective], host: Host) -> None:
         )
 
 
-def check_inquiring(rule: Rule, host: Host) -> None:
-    """Refuse a rule that asks clients for derivatives where there is no loss to derive."""
+def check_inquiring(rule: Rule, host: Host, buffers: Buffers) -> None:
+    """Refuse a rule that asks clients for derivatives where there is no loss to derive, or one that cannot be right."""
     if not host.module.automatic_optimization:
         raise ValueError(
             f"`{type(rule).__name__}` asks clients for derivatives of the loss that `training_step` returns, and with"
             " `automatic_optimization=False` it returns none. Use automatic optimization, or another rule."
+        )
+    if host.scaler is not None:
+        raise ValueError(
+            f"`{type(rule).__name__}` asks clients for second derivatives, which underflow with a loss scale. Use"
+            ' `precision="bf16-mixed"` or "32-true".'
+        )
+    moving = [name for name in buffers.kinds.statistics if buffers.policy_of.get(name) in ("average", "local")]
+    if moving and not rule.clients_train:
+        raise ValueError(
+            f"In the rounds of `{type(rule).__name__}` clients answer with gradients and do not train, so the running"
+            f" statistics of normalization layers (`{min(moving)}`) would stay as they are, and validation reads them."
+            ' Set `buffers="recalibrate"`, or `buffers="keep"` for those of a pretrained model.'
         )
 
 

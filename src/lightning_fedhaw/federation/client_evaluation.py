@@ -19,6 +19,7 @@ from torchmetrics.utilities.prints import rank_zero_only
 from lightning_fedhaw.clients.records import EvaluationRecorder, Logged
 from lightning_fedhaw.clients.steps import Host, Validation
 from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.data.numbered import NumberedDataset
 from lightning_fedhaw.federation.module_snapshot import ModuleSnapshot
 from lightning_fedhaw.federation.run_state import metrics_of
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
@@ -94,15 +95,27 @@ class ClientEvaluation:
         self.moving = moving
         self.own = own
 
-    @torch.no_grad()
     def evaluate(self) -> ClientMetrics:
         """Evaluate the model that is in the module on all clients."""
+        clients = range(self.ranks.rank, self.data.num_clients, self.ranks.size)
+        return self._merged(self.measure(clients))
+
+    @torch.no_grad()
+    def measure(self, clients: Sequence[int]) -> list[EvaluationShare]:
+        """Evaluate the model that is in the module on some clients.
+
+        Args:
+            clients: The clients that this process evaluates.
+
+        Returns:
+            The metrics of the clients of each process.
+        """
         snapshot = ModuleSnapshot(self.host.module, self.moving)
         self._global_model = self._tensors_of_which_clients_have_their_own()
         unrestored: list[str] = []
         try:
             with self.validation.stage(), _each_warning_once():
-                shares = self.ranks.exchange(lambda: self._evaluate_share(snapshot))
+                shares = self.ranks.exchange(lambda: self._evaluate_share(snapshot, clients))
         finally:
             self.host.client = None
             unrestored = snapshot.restore()
@@ -114,18 +127,20 @@ class ClientEvaluation:
                 " values, containers, tensors and objects of your own classes are. If later rounds or your code depend"
                 " on it, leave the evaluation out by `client_eval=False`, without `client_eval_every_n_rounds`."
             )
-        return self._merged(shares)
+        return shares
 
-    def _evaluate_share(self, snapshot: ModuleSnapshot) -> EvaluationShare:
-        """Evaluate every ``size``-th client, beginning with the one of this process's number."""
+    def _evaluate_share(self, snapshot: ModuleSnapshot, clients: Sequence[int]) -> EvaluationShare:
+        """Evaluate clients in this process."""
         share = EvaluationShare()
         with (
             self.ranks.alone(),
             isolated_randomness(self.host.device),
             EvaluationRecorder(self.host.module, self.host.callbacks) as recorder,
         ):
-            for client in range(self.ranks.rank, self.data.num_clients, self.ranks.size):
-                snapshot.put_back()
+            for client in clients:
+                if share.rows:
+                    # The first client finds the module as the snapshot took it.
+                    snapshot.put_back()
                 self.host.client = client
                 self._load(client)
                 self._prepare_metrics()
@@ -174,16 +189,23 @@ class ClientEvaluation:
         for client in range(self.data.num_clients):
             share = shares[client % self.ranks.size]
             rows.append(share.rows[client // self.ranks.size])
-        names: dict[str, None] = {}
-        for row in rows:
-            names.update(dict.fromkeys(row))
-        values = {}
-        for name in names:
-            values[name] = torch.tensor([row.get(name, nan) for row in rows])
         higher_is_better = {}
         for share in shares:
             higher_is_better.update(share.higher_is_better)
-        return ClientMetrics(values, higher_is_better, self.data.num_evaluation_examples)
+        return metrics_of_rows(rows, higher_is_better, self.data.num_evaluation_examples)
+
+
+def metrics_of_rows(
+    rows: Sequence[Mapping[str, float]], higher_is_better: dict[str, bool], num_examples: Tensor
+) -> ClientMetrics:
+    """Return the metrics of all clients from those of each, in their order."""
+    names: dict[str, None] = {}
+    for row in rows:
+        names.update(dict.fromkeys(row))
+    values = {}
+    for name in names:
+        values[name] = torch.tensor([row.get(name, nan) for row in rows])
+    return ClientMetrics(values, higher_is_better, num_examples)
 
 
 def measured_on(data: ClientData, collate_fn: CollateFunction | None) -> str:
@@ -213,7 +235,7 @@ def measured_on(data: ClientData, collate_fn: CollateFunction | None) -> str:
 
 def has_transform(dataset: object) -> bool:
     """Return whether a data set, or one inside it, has a transform in the attribute that torchvision gives it."""
-    if isinstance(dataset, Subset):
+    if isinstance(dataset, (Subset, NumberedDataset)):
         return has_transform(dataset.dataset)
     if isinstance(dataset, ConcatDataset):
         return any(has_transform(inner) for inner in dataset.datasets)

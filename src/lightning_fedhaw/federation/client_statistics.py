@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from math import inf
 
 from torch import Tensor
@@ -16,12 +17,31 @@ from lightning_fedhaw.options import FederationOptions
 SPREAD = "/clients_"
 """What stands between a metric and a statistic over clients in the name of a number that a round logs."""
 
+OF_CLIENTS = "/of_clients"
+"""What follows a metric in the name of the table with each client's value."""
+
+MOST_CLIENTS = 1000
+"""Clients up to which values of each client are collected: a checkpoint grows with rounds times clients."""
+
 # The shortest abbreviations count as whole words only: "ce" is a part of "performance" too.
 _WORSE_WHEN_HIGHER = re.compile(
     r"loss|err|mse|mae|perplexity|ppl|nll|fid|entropy|distance|divergence"
     r"|(?:^|[_/])(?:ce|bce|wer|cer|kl|brier)(?:$|[_/])",
     re.IGNORECASE,
 )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How metrics are spread over the clients after a round.
+
+    Attributes:
+        numbers: The statistics that the round logs, by their names.
+        tables: The value of each client ``[N]`` by the name of the table; none with more than 1,000 clients.
+    """
+
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def is_better_when_higher(metric: str) -> bool:
@@ -132,9 +152,18 @@ def metrics_with_spread(names: Iterable[str]) -> list[str]:
     return [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
 
 
+def values_of_clients(metrics: ClientMetrics) -> dict[str, Tensor]:
+    """Return the tables with each client's value ``[N]`` that the history keeps; none with more than 1,000 clients."""
+    tables: dict[str, Tensor] = {}
+    if len(metrics.num_examples) <= MOST_CLIENTS:
+        for metric, values in metrics.values.items():
+            tables[f"{metric}{OF_CLIENTS}"] = values.float()
+    return tables
+
+
 def spread_in_round(
     options: FederationOptions, round_idx: int, tally: Tally, evaluate: Callable[[], ClientMetrics]
-) -> dict[str, float]:
+) -> Spread:
     """Evaluate the clients, if it is the turn of the round, and return how their metrics are spread.
 
     Args:
@@ -148,10 +177,11 @@ def spread_in_round(
     """
     interval = options.client_eval_every_n_rounds
     if interval is None or (round_idx + 1) % interval != 0:
-        return {}
+        return Spread()
     try:
         with tally.phase("validation"):
-            return spread_of(evaluate())
+            metrics = evaluate()
+            return Spread(spread_of(metrics), values_of_clients(metrics))
     except Exception as error:  # the user's module runs, which may raise anything
         add_note(error, "The clients were being evaluated on their own data (`client_eval_every_n_rounds`).")
         raise

@@ -26,7 +26,7 @@ from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.checks import check_objectives, check_step, local_lr_scale
 from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
-from lightning_fedhaw.federation.client_statistics import spread_in_round
+from lightning_fedhaw.federation.client_statistics import Spread, spread_in_round
 from lightning_fedhaw.federation.full_gradient import FullGradient
 from lightning_fedhaw.federation.initial_loss import InitialLosses
 from lightning_fedhaw.federation.inquiries import Inquired, Inquiries, ServerParametersPayload, note_idle_round
@@ -144,6 +144,8 @@ class Federation:
         self.observation = Observation(host, server, self.seed)
         self.run_state = self._make_run_state(objectives)
         self.in_round = False
+        # Where clients are not in this process.
+        self.evaluate_elsewhere: Callable[[int | None], ClientMetrics] | None = None
         self.on_round_start: Callable[[int, list[int]], None] = _ignore
         self.on_snapshot: Callable[[RoundSnapshot], None] = _ignore
         self.on_client_start: Callable[[ClientTask], None] = _ignore
@@ -254,7 +256,8 @@ class Federation:
         except BaseException as error:
             # An interrupted round (Ctrl+C) is undone like one that failed.
             if is_out_of_memory(error):
-                add_note(error, self._memory_advice())
+                summed = self.transport.is_summed
+                add_note(error, memory_advice(self.host.device, self.data, self.rule, self.options, is_summed=summed))
             self.run_state.restore(self.engine, snapshot)
             raise
         finally:
@@ -269,6 +272,7 @@ class Federation:
         inquiry = self.rule.inquiry(self.rule.state, self.server)
         trains = inquiry is None or not inquiry.replaces_training
         received = self._train(plan, own_clients, stores, trains=trains)
+        plan = plan.without(self.engine.absent)
         if trains:
             self.screening.check_round(plan, received)
         with self.tally.phase("local training"):
@@ -478,7 +482,7 @@ class Federation:
         aggregation: Aggregation,
         probed: Probed,
         inquired: Inquired,
-        spread: Mapping[str, float],
+        spread: Spread,
     ) -> Report:
         """Count the costs of the round, and make its report."""
         updates = received.updates
@@ -494,18 +498,14 @@ class Federation:
         metrics = {
             **aggregation.metrics,
             **probed.metrics,
-            **spread,
+            **spread.numbers,
             "clients_received": float(len(updates)),
             "bytes_down": float(bytes_down),
             "bytes_up": float(bytes_up),
         }
         logged = merge(update.logged for update in updates)
-        return Report(plan.round, plan.clients, metrics, logged, aggregation.weights, aggregation.tables)
-
-    def _memory_advice(self) -> str:
-        """Return advice for the user when memory has run out."""
-        is_summed = self.transport.is_summed
-        return memory_advice(self.host.device, self.data, self.rule, self.options, is_summed=is_summed)
+        tables = {**aggregation.tables, **spread.tables}
+        return Report(plan.round, plan.clients, metrics, logged, aggregation.weights, tables)
 
     # ------------------------------------------------------------------ the end of a run, and checkpoints
 
@@ -515,6 +515,8 @@ class Federation:
         Args:
             batch_size: Samples in a batch; ``None`` for those of training.
         """
+        if self.evaluate_elsewhere is not None:
+            return self.evaluate_elsewhere(batch_size)
         own = self.run_state.own_tensors_of_all(self.engine)
         moving = self.layout.frozen_parameters
         return ClientEvaluation(self.host, self.data, self.ranks, self.seed, own, moving, batch_size).evaluate()

@@ -31,7 +31,12 @@ class InitialLosses:
         rule: The aggregation rule, which says whether it needs the losses.
         buffers: The policy for buffers, which knows those that a client starts from.
         seed: The federation's seed, for models that draw.
+
+    Attributes:
+        are_sent: Whether clients are not in this process, and send their losses with their updates.
     """
+
+    are_sent = False
 
     def __init__(self, host: Host, server: Server, data: ClientData, rule: Rule, buffers: Buffers, seed: int) -> None:
         self.host = host
@@ -48,7 +53,7 @@ class InitialLosses:
             update: The client's update.
             models: The model that each client received, ``[P]``.
         """
-        if not self.rule.needs_initial_loss:
+        if not self.rule.needs_initial_loss or self.are_sent:
             return update
         return replace(update, initial_loss=self.compute(update.client, models[update.client]))
 

@@ -24,9 +24,11 @@ from lightning_fedhaw.federation.checks import check_held_out, check_inquiring
 from lightning_fedhaw.federation.local_problem import BilevelLosses, ClientProblem, SizedBatch
 from lightning_fedhaw.federation.probe_batches import with_larger_batches
 from lightning_fedhaw.federation.records import Received, RoundPlan, Tally, UpdateRecord
+from lightning_fedhaw.federation.sample_rows import SampleRows
 from lightning_fedhaw.federation.screening import Screening
 from lightning_fedhaw.federation.stores import VectorStore, make_sum
 from lightning_fedhaw.federation.transport import Transport
+from lightning_fedhaw.federation.weight_decay import weight_decay
 from lightning_fedhaw.inquiry import Answer, Answers, Inquiry
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.options import FederationOptions
@@ -154,11 +156,14 @@ class Inquiries:
         self.transport = transport
         self._transports: dict[tuple[str, ParameterLayout], Transport] = {}
         self._passes: dict[bool, ClientData] = {}
+        self._rows: SampleRows | None = None
         if type(rule).inquiry is Rule.inquiry:
             return
-        check_inquiring(rule, host)
+        check_inquiring(rule, host, buffers)
         if rule.needs_held_out_data:
             check_held_out(rule, data)
+        if rule.client_placed:
+            self._rows = SampleRows(data, {name: len(server.module.get_parameter(name)) for name in rule.client_placed})
         # A channel that does not take such messages says so now, and not in the middle of the run.
         self._transport("inquiry", server.layout)
 
@@ -184,6 +189,8 @@ class Inquiries:
         # A client that trains an outdated model did not receive what is sent with this round's.
         asked = [record for record in received.from_clients if record.update.client not in plan.outdated]
         own = [record for record in asked if record.rank == self.ranks.rank]
+        if self._rows is None and inquiry.placed:
+            self._rows = SampleRows(self.data, _rows_of(inquiry.placed))
         layouts = {**inquiry.vectors, **inquiry.placed}
         stores = {name: self._store(layout, len(own)) for name, layout in layouts.items()}
         shares = self.ranks.exchange(lambda: self._own_answers(inquiry, plan, own, stores, engine))
@@ -211,13 +218,17 @@ class Inquiries:
         weights = torch.tensor([record.unnormalized_weight for record in records], dtype=torch.float64)
         weights = weights / weights.sum()
         vectors: dict[str, Tensor] = {}
-        for name in inquiry.placed:
-            vectors[name] = self._sum(inquiry.placed[name], stores[name], records)
+        rows: dict[str, Tensor] = {}
+        for name, layout in inquiry.placed.items():
+            assert self._rows is not None
+            vectors[name] = self._sum(layout, stores[name], records)
+            rows[name] = self._rows.mask(clients, layout, vectors[name].device)
         for name in inquiry.vectors:
             store = stores[name]
             named = [replace(record, rms=rms_of[record.update.client][name]) for record in records]
             vectors[name] = self._mean(inquiry, plan, name, store, named, weights)
-        answers = Answers(vectors, _mean_numbers([numbers_of[client] for client in clients], weights), len(records))
+        numbers = _mean_numbers([numbers_of[client] for client in clients], weights)
+        answers = Answers(vectors, numbers, len(records), rows)
         return Inquired(answers, metrics, bytes_down, bytes_up, inquiry.replaces_training)
 
     def _store(self, layout: ParameterLayout, capacity: int) -> VectorStore:
@@ -239,13 +250,14 @@ class Inquiries:
             return share
         self._settle_passes(engine)
         sent = self._send_down(inquiry, plan.round, [record.update.client for record in own])
+        decay = weight_decay(self.host.module, self.host.optimizers, self.server.layout)
         with turns(self.host):
             for record in own:
                 client = record.update.client
                 self.host.stop_if_asked()
                 self.host.client = client
                 with isolated_randomness(self.host.device):
-                    problem = self._problem(inquiry, plan, client, engine)
+                    problem = replace(self._problem(inquiry, plan, client, engine), decay=decay)
                     answer = inquiry.answer(problem, {name: vectors[client] for name, vectors in sent.items()})
                 numbers = {name: float(value) for name, value in answer.items() if name not in stores}
                 rms = None
@@ -288,7 +300,8 @@ class Inquiries:
             if name in inquiry.placed:
                 if not all_finite(vector):
                     return None
-                self._check_rows(inquiry.placed[name], update)
+                assert self._rows is not None
+                self._rows.check(update.client, inquiry.placed[name], vector)
                 received.append((store, update, 1.0))
                 continue
             transport = self._transport(f"{name} up", inquiry.vectors[name])
@@ -302,23 +315,6 @@ class Inquiries:
         for store, update, weight in received:
             store.commit(update, weight)
         return rms
-
-    def _check_rows(self, layout: ParameterLayout, update: ClientUpdate) -> None:
-        """Refuse a client that reads rows of other clients' samples.
-
-        Raises:
-            ValueError: Naming the client and the row.
-        """
-        own = self.data.train_indices[update.client]
-        for name, rows in layout.views(update.displacement).items():
-            used = rows.reshape(len(rows), -1).any(1).nonzero().flatten().cpu()
-            foreign = used[~torch.isin(used, own)]
-            if len(foreign):
-                raise ValueError(
-                    f"Client {update.client} reads row {int(foreign[0])} of `{name}`, which belongs to another client:"
-                    " each client has the rows of its own samples. Give each sample its number in the data set"
-                    " (`with_indices(dataset)`), and use it as the row."
-                )
 
     def _nonfinite_sentence(self, inquiry: Inquiry, round_idx: int, client: int) -> str:
         sentence = f"The answer of client {client} ({inquiry.name}) in round {round_idx} is not finite"
@@ -390,8 +386,8 @@ class Inquiries:
             upper=upper,
             own={"buffers": self.buffers.start(client), "local_parameters": engine.local_parameters.start(client)},
             seed=lambda number: seed_randomness(seed_of(self.seed, *name, number), self.host.device),
-            training=partial(self._full_pass, client, plan.round, engine, held_out=False),
-            held_out=partial(self._full_pass, client, plan.round, engine, held_out=True),
+            training=partial(self._training_pass, client, plan.round, engine),
+            held_out=partial(self._held_out_pass, client, plan.round, engine),
             local_training=partial(self._local_training, client, plan.round, engine),
         )
 
@@ -402,44 +398,48 @@ class Inquiries:
         layout = ParameterLayout.of_tensors({name: self.server.module.get_parameter(name) for name in values})
         return layout, layout.read(list(values.values()))
 
-    def _full_pass(self, client: int, round_idx: int, engine: Engine, *, held_out: bool) -> Iterator[SizedBatch]:
-        """Make one pass over a client's training or held-out samples."""
-        data = self._passes[held_out]
-        return self._prepared(data.full_pass(client, round_idx, held_out=held_out, limit=engine.plan.limit))
+    def _training_pass(self, client: int, round_idx: int, engine: Engine) -> Iterator[SizedBatch]:
+        """Make one pass over a client's training samples."""
+        data = self._passes[False]
+        return self._prepared(data.typical_pass(client, round_idx, limit=engine.plan.limit))
+
+    def _held_out_pass(self, client: int, round_idx: int, engine: Engine) -> Iterator[SizedBatch]:
+        """Make one pass over a client's held-out samples."""
+        data = self._passes[True]
+        return self._prepared(data.full_pass(client, round_idx, held_out=True, limit=engine.plan.limit))
 
     def _settle_passes(self, engine: Engine) -> None:
-        """Choose the size of the batches in which samples are read, once a run."""
+        """Choose how samples are read, once a run: in larger batches where they give the same gradients."""
         if self._passes:
             return
-        self._passes = {held_out: self._with_larger_batches(engine, held_out=held_out) for held_out in (False, True)}
+        self._passes[False] = with_larger_batches(self.data, self._gradients, held_out=False, limit=engine.plan.limit)
+        if not self.rule.needs_held_out_data:
+            return
+        # As validation reads them, without what is for training only, such as augmentation.
+        held_out = self.data.for_evaluation(self.host.validation.collate_fn)
+        held_out.settings = replace(held_out.settings, drop_last=False)
+        gradients = partial(self._gradients, held_out=True)
+        self._passes[True] = with_larger_batches(held_out, gradients, held_out=True, limit=engine.plan.limit)
 
-    def _with_larger_batches(self, engine: Engine, *, held_out: bool) -> ClientData:
-        """Take larger batches than in training where they give the same gradient, because they take less time."""
-        if held_out and not self.rule.needs_held_out_data:
-            return self.data
+    def _gradients(self, client: int, batches: Iterable[ClientBatch], *, held_out: bool = False) -> Sequence[Tensor]:
+        """Return the gradients ``[P]`` and ``[U]`` of one of the losses over some batches, at the global model."""
         layout, upper = self._upper()
-        losses = BilevelLosses(self.server, layout, self.rule.upper_loss)
-        lower = self.server.parameters()
-        own = {"buffers": self.server.buffers, "local_parameters": self.server.local_parameters}
-
-        def gradient(client: int, batches: Iterable[ClientBatch]) -> Tensor:
-            problem = ClientProblem(
-                losses=losses,
-                lower=lower,
-                upper=upper,
-                own=own,
-                seed=lambda _: seed_randomness(seed_of(self.seed, "inquiry", "batch size"), self.host.device),
-                training=lambda: self._prepared(batches),
-                held_out=lambda: self._prepared(batches),
-                local_training=lambda: (),
-            )
-            with isolated_randomness(self.host.device), turns(self.host):
-                self.host.client = client
-                if held_out:
-                    return problem.upper_gradients().lower
-                return problem.lower_gradient()
-
-        return with_larger_batches(self.data, gradient, held_out=held_out, limit=engine.plan.limit)
+        problem = ClientProblem(
+            losses=BilevelLosses(self.server, layout, self.rule.upper_loss),
+            lower=self.server.parameters(),
+            upper=upper,
+            own={"buffers": self.server.buffers, "local_parameters": self.server.local_parameters},
+            seed=lambda _: seed_randomness(seed_of(self.seed, "inquiry", "batch size"), self.host.device),
+            training=lambda: self._prepared(batches),
+            held_out=lambda: self._prepared(batches),
+            local_training=lambda: (),
+        )
+        with isolated_randomness(self.host.device), turns(self.host):
+            self.host.client = client
+            if not held_out:
+                return problem.lower_gradients()
+            gradients = problem.upper_gradients()
+            return gradients.lower, gradients.upper
 
     def _local_training(self, client: int, round_idx: int, engine: Engine) -> Iterator[SizedBatch]:
         """Make the batches of a client's local training in a round."""
@@ -461,6 +461,15 @@ def note_idle_round(engine: Engine, host: Host) -> None:
     for optimizer in host.optimizers:
         # A schedule steps after this round too, and would warn that no optimizer has.
         optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def _rows_of(layouts: Mapping[str, ParameterLayout]) -> dict[str, int]:
+    """Count the rows of each parameter of some layouts, by the parameter's name."""
+    num_rows: dict[str, int] = {}
+    for layout in layouts.values():
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            num_rows[name] = shape[0]
+    return num_rows
 
 
 def _mean_numbers(numbers: Sequence[Mapping[str, float]], weights: Tensor) -> dict[str, float]:

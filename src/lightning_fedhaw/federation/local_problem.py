@@ -100,6 +100,8 @@ class ClientProblem:
         training: Makes one pass over the client's training samples.
         held_out: Makes one pass over its held-out samples.
         local_training: Makes the batches of a round of local training.
+        decay: The weight decay of the clients' optimizer, a scalar or ``[P]``, which is a part of the lower problem;
+            ``None`` without one.
     """
 
     losses: BilevelLosses
@@ -110,6 +112,7 @@ class ClientProblem:
     training: Callable[[], Iterable[SizedBatch]]
     held_out: Callable[[], Iterable[SizedBatch]]
     local_training: Callable[[], Iterable[SizedBatch]]
+    decay: Tensor | None = None
 
     def at(self, lower: Tensor, upper: Tensor) -> ClientProblem:
         """Return the client's problem at other variables."""
@@ -123,7 +126,18 @@ class ClientProblem:
             for batch in self.training():
                 loss = self.losses.lower(lower, upper, batch, self.own)
                 mean.add(torch.autograd.grad(loss, (lower,)), batch)
-        return mean.values()[0]
+        return self._with_decay(mean.values()[0], self.lower)
+
+    def lower_gradients(self) -> tuple[Tensor, Tensor]:
+        """Return the gradients ``[P]`` and ``[U]`` of the module's lower loss in both kinds of variables."""
+        pair = self._variables()
+        mean = _Mean(*pair)
+        with self._differentiation():
+            for batch in self.training():
+                loss = self.losses.lower(*pair, batch, self.own)
+                mean.add(torch.autograd.grad(loss, pair, allow_unused=True), batch)
+        lower_slope, upper_slope = mean.values()
+        return lower_slope, upper_slope
 
     def upper_gradients(self) -> UpperGradients:
         """Return the upper loss and its gradients."""
@@ -144,33 +158,47 @@ class ClientProblem:
             ValueError: If the lower loss does not depend on both kinds of variables together.
         """
         lower, upper = self._variables()
-        mean = _Mean(lower, upper)
-        with self._differentiation():
-            for batch in self.training():
-                gradient = self._gradient_with_graph(lower, upper, batch)
-                pair = (lower, upper)
-                slopes: tuple[Tensor | None, ...] = (None, None)
-                if gradient.requires_grad:
-                    slopes = torch.autograd.grad(gradient, pair, vector.to(gradient), allow_unused=True)
-                if slopes[1] is None:
-                    names = ", ".join(self.losses.upper_layout.names[:5])
-                    raise ValueError(NO_MIXED_DERIVATIVE.format(names=names))
-                mean.add(slopes, batch)
-        hessian_product, mixed_product = mean.values()
-        return hessian_product, mixed_product
+        hessian_product, mixed_product = self._products(vector, lower, upper, (lower, upper))
+        return self._with_decay(hessian_product, vector), mixed_product
 
     def hessian_product(self, vector: Tensor) -> Tensor:
         """Return the Hessian of the lower loss in the lower variables times a vector, both ``[P]``."""
         lower, upper = self._variables()
-        mean = _Mean(lower)
+        return self._with_decay(self._products(vector, lower, upper, (lower,))[0], vector)
+
+    def mixed_product(self, vector: Tensor) -> Tensor:
+        """Return the mixed derivatives ``[U]`` of the lower loss times a vector ``[P]``.
+
+        Raises:
+            ValueError: If the lower loss does not depend on both kinds of variables together.
+        """
+        lower, upper = self._variables()
+        return self._products(vector, lower, upper, (upper,))[0]
+
+    def _products(self, vector: Tensor, lower: Tensor, upper: Tensor, variables: tuple[Tensor, ...]) -> list[Tensor]:
+        """Return the derivatives of the lower gradient, times a vector ``[P]``, in some of the variables."""
+        mean = _Mean(*variables)
+        depends_on_upper = False
         with self._differentiation():
             for batch in self.training():
-                gradient = self._gradient_with_graph(lower, upper, batch)
+                loss = self.losses.lower(lower, upper, batch, self.own)
+                (gradient,) = torch.autograd.grad(loss, lower, create_graph=True)
+                slopes: tuple[Tensor | None, ...] = (None,) * len(variables)
                 if gradient.requires_grad:
-                    mean.add(torch.autograd.grad(gradient, (lower,), vector.to(gradient), allow_unused=True), batch)
-                else:
-                    mean.add((None,), batch)
-        return mean.values()[0]
+                    slopes = torch.autograd.grad(gradient, variables, vector.to(gradient), allow_unused=True)
+                depends_on_upper = depends_on_upper or slopes[-1] is not None
+                mean.add(slopes, batch)
+        # Some batches may do without them, such as those of one of several domains.
+        if variables[-1] is upper and not depends_on_upper:
+            names = ", ".join(self.losses.upper_layout.names[:5])
+            raise ValueError(NO_MIXED_DERIVATIVE.format(names=names))
+        return mean.values()
+
+    def _with_decay(self, derivative: Tensor, vector: Tensor) -> Tensor:
+        """Add the derivative of the optimizer's weight decay, which is the decay times a vector ``[P]``."""
+        if self.decay is None:
+            return derivative
+        return derivative + self.decay * vector.to(derivative)
 
     def batches(self) -> Iterator[ClientProblem]:
         """Yield the problem on each batch of a round of local training."""
@@ -181,11 +209,6 @@ class ClientProblem:
     def _variables(self) -> tuple[Tensor, Tensor]:
         """Return copies of both kinds of variables as leaves of a graph."""
         return self.lower.detach().clone().requires_grad_(), self.upper.detach().clone().requires_grad_()
-
-    def _gradient_with_graph(self, lower: Tensor, upper: Tensor, batch: SizedBatch) -> Tensor:
-        loss = self.losses.lower(lower, upper, batch, self.own)
-        (gradient,) = torch.autograd.grad(loss, lower, create_graph=True)
-        return gradient
 
     @contextmanager
     def _differentiation(self) -> Iterator[None]:

@@ -122,6 +122,9 @@ def _unrestorable_values(module: nn.Module, is_restorable: Callable[[object], bo
             # The trainer and Lightning's own objects are no part of the module.
             if name in ("_trainer", "_fabric", "log"):
                 continue
+            if isinstance(value, dict) and not value:
+                # As most dictionaries of hooks are, a dozen in every layer. One that is filled is emptied again.
+                continue
             is_large = isinstance(value, (Tensor, np.ndarray)) and value.nbytes > MAX_BYTES
             is_foreign = is_plain_object(value) and not isinstance(value, (Metric, Tensor, np.ndarray))
             if is_large or (is_foreign and not is_restorable(value)):

@@ -6,7 +6,7 @@ Shapes: P trainable parameters.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -36,7 +36,11 @@ def with_batch_size(data: ClientData, batch_size: int) -> ClientData:
 
 
 def with_larger_batches(
-    data: ClientData, gradient: Callable[[int, Iterable[Batch]], Tensor], *, held_out: bool, limit: int | float | None
+    data: ClientData,
+    gradients: Callable[[int, Iterable[Batch]], Sequence[Tensor]],
+    *,
+    held_out: bool,
+    limit: int | float | None,
 ) -> ClientData:
     """Return the same clients with larger batches, if two batches in one have the mean of their gradients.
 
@@ -45,7 +49,7 @@ def with_larger_batches(
 
     Args:
         data: The clients' data, with the batches of training.
-        gradient: Returns the mean gradient ``[P]`` over a client's batches.
+        gradients: Returns the mean gradients over a client's batches, one a kind of variables; all have to agree.
         held_out: Whether the probe is of held-out data.
         limit: Batches of a pass at most, which would be other samples in larger batches.
     """
@@ -66,12 +70,14 @@ def with_larger_batches(
     if larger < 2 * batch_size:
         return data
     together = islice(with_batch_size(data, 2 * batch_size).full_pass(largest, 0, held_out=held_out), 1)
-    difference = torch.linalg.vector_norm(gradient(largest, together) - gradient(largest, pair))
-    # Of single batches: the mean of their gradients is near zero where training has converged.
-    length = sum(torch.linalg.vector_norm(gradient(largest, [batch])) for batch in pair) / 2
-    if difference <= TOLERANCE * length:
-        return with_batch_size(data, larger)
-    return data
+    # Of single batches, too: the mean of their gradients is near zero where training has converged.
+    parts = [gradients(largest, [batch]) for batch in pair]
+    for joint, split, *singles in zip(gradients(largest, together), gradients(largest, pair), *parts, strict=True):
+        difference = torch.linalg.vector_norm(joint - split)
+        length = sum(torch.linalg.vector_norm(single) for single in singles) / len(singles)
+        if not difference <= TOLERANCE * length:
+            return data
+    return with_batch_size(data, larger)
 
 
 def _numbers(batch: Batch) -> int:

@@ -231,16 +231,16 @@ class Probing:
             return
         model = self.server.parameters()
 
-        def gradient(client: int, batches: Iterable[ClientBatch]) -> Tensor:
+        def gradients(client: int, batches: Iterable[ClientBatch]) -> list[Tensor]:
             # The global model's buffers and own parameters: those of a client may be in another process.
             with isolated_randomness(self.host.device), turns(self.host):
                 self.host.client = client
                 seed_randomness(seed_of(self.seed, "probe", "batch size"), self.host.device)
                 prepared = ((self.host.prepare(batch.data), batch.index, batch.size) for batch in batches)
-                return self._loss_and_gradient(model, prepared, buffers=self.server.buffers)[1]
+                return [self._loss_and_gradient(model, prepared, buffers=self.server.buffers)[1]]
 
         is_held_out = self._probe.source == "validation"
-        self.data = with_larger_batches(self.data, gradient, held_out=is_held_out, limit=engine.plan.limit)
+        self.data = with_larger_batches(self.data, gradients, held_out=is_held_out, limit=engine.plan.limit)
         self._is_size_open = False
 
     def _learn(self, round_idx: int, result: ProbeResult | None, tally: Tally) -> dict[str, float]:

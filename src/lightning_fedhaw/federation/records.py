@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -128,6 +128,12 @@ class RoundPlan:
     def inverse_probability(self, client: int) -> float:
         """Return the factor on a client's weight."""
         return self.inverse_probabilities.get(client, 1.0)
+
+    def without(self, absent: Collection[int]) -> RoundPlan:
+        """Return the plan as if the model had not reached some clients, whose updates did not arrive."""
+        if not absent:
+            return self
+        return replace(self, models={client: model for client, model in self.models.items() if client not in absent})
 
     @property
     def trainees(self) -> list[int]:
@@ -252,7 +258,7 @@ class Aggregation:
     Attributes:
         metrics: The rule's and the observers' numbers for the log.
         weights: The normalized weight of each client whose vector reached the aggregation.
-        tables: The tables that observers keep in the history.
+        tables: The tables that observers and the evaluation of the clients keep in the history.
     """
 
     metrics: Mapping[str, float]
@@ -270,7 +276,7 @@ class Report:
         metrics: The rule's, the observers' and the round's own numbers, with those of the evaluation of the clients.
         logged: The values that the clients' ``training_step`` logged, merged.
         weights: The normalized weight of each client whose vector reached the aggregation.
-        tables: The tables that observers keep in the history.
+        tables: The tables that observers and the evaluation of the clients keep in the history.
     """
 
     round: int

@@ -42,6 +42,7 @@ FINGERPRINT_WORDS = {
     "seed": "`seed` (or that of `seed_everything`)",
     "parameters": "the number of trainable parameters",
     "local_parameters": "the set of local parameters",
+    "samples": "the checksum of the training samples, for which clients keep parameters,",
 }
 """The entries of a fingerprint, apart from the split, in words."""
 
@@ -175,6 +176,7 @@ class RunState:
         self.ranks = ranks
         self.seed = seed
         self.run = new_run()
+        self._samples = data.sample_hash() if rule.client_placed else None
         self.tally = Tally()
         # Their state changes on the process that trains the client. The state of downlink channels is equal on all
         # processes, each of which computes the broadcast to all clients.
@@ -190,15 +192,18 @@ class RunState:
             RuntimeError: If processes have made different changes.
         """
         changes = self.server.present()
+        own = self.server.changed_parameters(self.rule.server_parameters(self.rule.state))
         if self.ranks.size > 1:
-            self._check_changes(changes)
+            self._check_changes(changes, own)
         self.server.adopt(changes)
+        if own:
+            self.rule.state = dict(self.rule.with_server_parameters(self.rule.state, own))
         self.buffers.reset_local(changes.names)
 
-    def _check_changes(self, changes: ModuleChanges) -> None:
+    def _check_changes(self, changes: ModuleChanges, own: Mapping[str, Tensor]) -> None:
         """Refuse changes of the global model that are not the same on all processes."""
-        tensors = {**self.server.layout.views(changes.parameters), **changes.buffers}
-        checksums = self.ranks.gather({name: _checksum(tensors[name]) for name in changes.names})
+        tensors = {**self.server.layout.views(changes.parameters), **changes.buffers, **own}
+        checksums = self.ranks.gather({name: _checksum(tensors[name]) for name in (*changes.names, *own)})
         for rank, other in enumerate(checksums):
             different = []
             for name in {**checksums[0], **other}:
@@ -227,7 +232,7 @@ class RunState:
             state = {name: copy.copy(value) for name, value in callback.state_dict().items()}
             callbacks.append(CallbackState(callback, state))
         return RoundSnapshot(
-            entries=self._entries(engine),
+            entries=self.entries(engine),
             attributes=engine.attributes.snapshot(),
             callbacks=callbacks,
             rule=self.rule.state,
@@ -242,7 +247,7 @@ class RunState:
             engine: The engine of the round.
             snapshot: The state from before the round.
         """
-        self._take(snapshot.entries, engine)
+        self.take(snapshot.entries, engine)
         engine.attributes.undo(snapshot.attributes)
         for saved in snapshot.callbacks:
             saved.callback.load_state_dict(saved.state)
@@ -268,6 +273,9 @@ class RunState:
         }
         if self.server.layout.local:
             fingerprint["local_parameters"] = list(self.server.layout.local)
+        if self._samples is not None:
+            # Parameters of samples are found by position, which another order of the same samples would change.
+            fingerprint["samples"] = self._samples
         return fingerprint
 
     @property
@@ -311,7 +319,7 @@ class RunState:
             engine: The engine, which holds the clients' optimizer states.
         """
         self._collect(engine)
-        state = {**self._resume_keys, **self._entries(engine)}
+        state = {**self._resume_keys, **self.entries(engine)}
         if not self.server.layout.is_exact:
             state["parameters"] = self.server.present().parameters.cpu()
         return state
@@ -327,7 +335,7 @@ class RunState:
             state["parameters"] = snapshot.parameters.cpu()
         return state
 
-    def _entries(self, engine: Engine) -> dict[str, Any]:
+    def entries(self, engine: Engine) -> dict[str, Any]:
         """Return what clients keep, and what the run counts, as entries of a checkpoint."""
         entries: dict[str, Any] = {
             "optimizers": dict(engine.optimizer_states),
@@ -343,8 +351,8 @@ class RunState:
             entries["placement"] = placement
         return entries
 
-    def _take(self, entries: Mapping[str, Any], engine: Engine) -> None:
-        """Take what :meth:`_entries` returned, except for the attributes, which an undo and a checkpoint restore apart.
+    def take(self, entries: Mapping[str, Any], engine: Engine) -> None:
+        """Take what :meth:`entries` returned, except for the attributes, which an undo and a checkpoint restore apart.
 
         Args:
             entries: The entries, perhaps among others.
@@ -372,6 +380,8 @@ class RunState:
             model[name] = value.to(dtype, copy=True)
         for name, value in {**self.server.local_parameters, **snapshot.buffers}.items():
             model[name] = value.clone()
+        for name, value in self.rule.server_parameters(snapshot.rule).items():
+            model[name] = value.to(self.server.module.get_parameter(name).dtype, copy=True)
         return model
 
     @property
@@ -401,7 +411,7 @@ class RunState:
         self._check_fingerprint(state["fingerprint"], state["scheme"], source)
         self._warn_of_changes(state, source)
         self.run = state.get("run_id", self.run)
-        self._take(state, engine)
+        self.take(state, engine)
         # A checkpoint of an earlier version has none.
         if "attributes" in state:
             engine.attributes.load_state_dict(state["attributes"])

@@ -14,10 +14,14 @@ from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.records import Received, RoundPlan
 from lightning_fedhaw.federation.repeated import RepeatedWarnings
+from lightning_fedhaw.federation.shared_states import SHARED_CHANGES
 from lightning_fedhaw.federation.stores import VectorStore
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.rule import Rule
 from lightning_fedhaw.server import all_finite
+
+NONFINITE = "non-finite content"
+"""The entry of an update's memory that names what is not finite in the state that a client elsewhere keeps."""
 
 
 class Screening:
@@ -62,7 +66,7 @@ class Screening:
         Raises:
             FloatingPointError: If the update is not finite and ``on_nonfinite="raise"``.
         """
-        content = self._nonfinite_content(update)
+        content = update.memory.get(NONFINITE) or self.nonfinite_content(update)
         if content is None:
             return None
         sentence = f"Client {update.client} returned non-finite {content} in round {round_idx}{circumstance}"
@@ -182,11 +186,11 @@ class Screening:
             return ""
         return f" Or {' and '.join(names)} spoiled what they sent; then make it gentler."
 
-    def _nonfinite_content(self, update: ClientUpdate) -> str | None:
+    def nonfinite_content(self, update: ClientUpdate) -> str | None:
         """Name the content of an update that is not finite; ``None`` if all is finite."""
         buffers = self.buffers.sent(update)
         states: list[Tensor] = []
-        for state in update.memory["objectives"]:
+        for state in (*update.memory["objectives"], *update.memory.get(SHARED_CHANGES, ())):
             states += state.values()
         local_parameters = list(update.memory[LOCAL_PARAMETERS].values())
         # Almost always all is finite, which this finds out with one wait for the device.

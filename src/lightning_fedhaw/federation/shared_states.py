@@ -12,11 +12,14 @@ from lightning_fedhaw.channel.base import Link
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.federation.records import UpdateRecord
 from lightning_fedhaw.federation.stores import VectorStore, make_sum
-from lightning_fedhaw.objectives.base import ClientObjective
+from lightning_fedhaw.objectives.base import ClientObjective, ClientState
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.rule import Rule
 from lightning_fedhaw.vectors.layout import ParameterLayout
+
+SHARED_CHANGES = "changes of shared states"
+"""The entry of an update's memory with the changes of shared states, where the client is not in this process."""
 
 
 class SharedStates:
@@ -81,14 +84,21 @@ class SharedStates:
 
     def collect(self, update: ClientUpdate, stores: Sequence[VectorStore]) -> None:
         """Store the changes of a client's states, which it sends with its update."""
-        states = dict(zip(self.objectives, update.memory["objectives"], strict=True))
-        for objective, store in zip(self.sharing, stores, strict=True):
+        for change, store in zip(self.changes(update), stores, strict=True):
             # States of parameters that the objective leaves out have not changed.
             vector = torch.zeros_like(update.displacement)
             views = self.layout.views(vector)
-            for name, value in objective.change(update.client, states[objective]).items():
+            for name, value in change.items():
                 views[name].copy_(value)
             store.commit(replace(update, displacement=vector), 1.0)
+
+    def changes(self, update: ClientUpdate) -> list[ClientState]:
+        """Return the change of each shared state, by parameter: as the client sent it, or from the client's states."""
+        if SHARED_CHANGES in update.memory:
+            sent: list[ClientState] = update.memory[SHARED_CHANGES]
+            return sent
+        states = dict(zip(self.objectives, update.memory["objectives"], strict=True))
+        return [objective.change(update.client, states[objective]) for objective in self.sharing]
 
     def aggregate(self, start: Tensor, stores: Sequence[VectorStore], records: Sequence[UpdateRecord]) -> None:
         """Add the changes that were received to the means of all N clients' states.

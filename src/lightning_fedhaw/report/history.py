@@ -14,14 +14,12 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from lightning_fedhaw.federation.client_statistics import MOST_CLIENTS, OF_CLIENTS
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.records import Report
 from lightning_fedhaw.files import load_checked
 from lightning_fedhaw.keys import KeyedCallback
 from lightning_fedhaw.observer import FederatedCallback
-
-MOST_CLIENTS = 1000
-"""Clients up to which weights and labels of each client are collected: a checkpoint grows with rounds times clients."""
 
 MOST_ROUNDS = 1_000_000
 """A round number from which a log is taken for damaged: one spoilt number would fill the memory with empty rounds."""
@@ -71,8 +69,8 @@ class RunHistory(KeyedCallback, FederatedCallback):
         labels: ``[N, C]``, samples of each client in each class, where the data set shows its labels.
         class_names: The name of each class, where that is not its number.
         clients: Metrics of the final model on each client's own data, ``[N]`` each; empty before the end of ``fit``.
-        tables: What observers keep of rounds: by name, and by the number of the round. Checkpoints hold them, logs do
-            not.
+        tables: What observers and the evaluation of the clients keep of rounds: by name, and by the number of the
+            round. Checkpoints hold them, logs do not.
     """
 
     key = "History"
@@ -107,6 +105,12 @@ class RunHistory(KeyedCallback, FederatedCallback):
             self.class_names = histogram.names
         # A checkpoint may be older than the history in memory, or have been written without one.
         self._cut_or_fill(rounds)
+
+    def admit(self, num_examples: int) -> None:
+        """Make room for a client that joins a run, with so many training examples."""
+        self.sizes = [*self.sizes, num_examples]
+        column = self._no_weights()[-1:]
+        self._weights = [torch.cat([row, column]) for row in self._weights]
 
     def _cut_or_fill(self, rounds: int) -> None:
         """Have one row for each of some rounds."""
@@ -177,6 +181,23 @@ class RunHistory(KeyedCallback, FederatedCallback):
     def curve(self, name: str) -> list[float]:
         """Return a metric over rounds; NaN where it was not logged."""
         return [row.get(name, nan) for row in self.metrics]
+
+    def client_curves(self, metric: str) -> Tensor:
+        """Return a metric of each client over rounds, as ``client_eval_every_n_rounds`` measured it.
+
+        Args:
+            metric: The metric, as ``validation_step`` logs it.
+
+        Returns:
+            ``[rounds, N]``, NaN in rounds without the measurement and for clients where it is undefined. Of no clients
+            if nothing is kept: without the argument, with more than 1,000 clients, and of a run that is read from a
+            log.
+        """
+        tables = self.tables.get(f"{metric}{OF_CLIENTS}", {})
+        curves = torch.full((len(self.metrics), len(self.sizes) if tables else 0), nan)
+        for round_idx, values in tables.items():
+            curves[round_idx] = values
+        return curves
 
     @property
     def names(self) -> list[str]:

@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
+from lightning_fedhaw.report.client_pictures import draw_weights
 from lightning_fedhaw.report.history import CLIENT_TABLE, WEIGHT_TABLE, RunHistory
-from lightning_fedhaw.report.plotting import draw_weights
 
 _TABLE = "federation/per_client"
 _PICTURE = "federation/weights"

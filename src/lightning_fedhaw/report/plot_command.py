@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 
 from lightning_fedhaw.federation.client_statistics import SPREAD, metrics_with_spread
 from lightning_fedhaw.federation.observation import PREFIX
+from lightning_fedhaw.figures.base import FORMATS, THEMES, save_figure, theme
+from lightning_fedhaw.report.client_curves import draw_client_curves, metrics_of_each_client
+from lightning_fedhaw.report.client_pictures import draw_clients, draw_labels, draw_weights
 from lightning_fedhaw.report.history import RunHistory, read_runs
-from lightning_fedhaw.report.plotting import (
-    draw_bands,
-    draw_clients,
-    draw_labels,
-    draw_spread,
-    draw_weights,
-    readable_list,
-)
+from lightning_fedhaw.report.plotting import draw_bands, draw_spread, readable_list
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _BEST_METRICS = ("val_acc", "acc", "val_loss", "loss")
 
@@ -45,10 +47,23 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     )
     parser.add_argument("--output", type=Path, default=Path("pictures"), help="folder of the pictures")
     parser.add_argument("--metric", help="what the curves show; default: an accuracy, else a loss")
+    parser.add_argument(
+        "--format",
+        action="append",
+        choices=FORMATS,
+        help="format of the pictures, default png; give it again for several, such as `--format pdf --format svg`",
+    )
+    parser.add_argument("--theme", choices=THEMES, default="light", help="for light or for dark pages; default light")
     args = parser.parse_args(argv)
+    pictures = []
     try:
         groups = read_groups(args.runs)
-        pictures = _draw_all(groups, args.metric, args.output)
+        with theme(args.theme):
+            for name, figure in _draw_all(groups, args.metric):
+                for suffix in args.format or ["png"]:
+                    picture = args.output / f"{name}.{suffix}"
+                    save_figure(figure, picture)
+                    pictures.append(picture)
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
     for picture in pictures:
@@ -89,17 +104,23 @@ def _name(path: Path) -> str:
     return folder.name
 
 
-def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, folder: Path) -> list[Path]:
+def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None) -> Iterator[tuple[str, Figure]]:
     """Draw every picture for which some run has the numbers.
 
     Args:
         groups: The runs of each method, by name.
         metric: The metric of the curves; by default an accuracy if one was logged, else a loss.
-        folder: Where the pictures are saved.
 
-    Returns:
-        The paths of the pictures.
+    Yields:
+        The name of each picture's file, without a suffix, and the picture.
     """
+    for name, figure in chain(_pictures_of_rounds(groups, metric), _pictures_of_methods(groups)):
+        # Names of metrics have slashes, and those of methods brackets.
+        yield re.sub(r"[^A-Za-z0-9.=+-]+", "_", name), figure
+
+
+def _pictures_of_rounds(groups: Mapping[str, Sequence[RunHistory]], metric: str | None) -> Iterator[tuple[str, Figure]]:
+    """Draw what all methods logged over rounds, and their results on the clients."""
     runs = list(chain.from_iterable(groups.values()))
     names: set[str] = set()
     for run in runs:
@@ -110,17 +131,9 @@ def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, fo
         metric = best_metric([name for name in logged if SPREAD not in name]) or best_metric(logged)
     if metric is None or metric not in logged:
         raise ValueError(f"`--metric` must be one that the runs logged ({readable_list(logged)}), got {metric!r}.")
-    pictures: list[Path] = []
-
-    def path_of(name: str) -> Path:
-        """Return the path of the next picture, and add it to the list."""
-        # Names of metrics have slashes, and those of methods brackets.
-        pictures.append(folder / f"{re.sub(r'[^A-Za-z0-9.=+-]+', '_', name)}.png")
-        return pictures[-1]
-
-    draw_bands(groups, [metric], path_of(metric))
+    yield metric, draw_bands(groups, [metric])
     if "scale" in logged:
-        draw_bands(groups, ["scale"], path_of("scale"))
+        yield "scale", draw_bands(groups, ["scale"])
     learned = []
     hypergradients = []
     for name in logged:
@@ -129,23 +142,49 @@ def _draw_all(groups: Mapping[str, Sequence[RunHistory]], metric: str | None, fo
         elif name.startswith("hypergradient_"):
             hypergradients.append(name)
     if learned:
-        draw_bands(groups, learned, path_of("learned"))
+        yield "learned", draw_bands(groups, learned)
     if hypergradients:
-        draw_bands(groups, hypergradients, path_of("hypergradients"), log=True)
+        yield "hypergradients", draw_bands(groups, hypergradients, log=True)
     for diagnostic, series in _observed(logged).items():
-        draw_bands(groups, series, path_of(diagnostic))
+        yield diagnostic, draw_bands(groups, series)
     for spread in metrics_with_spread(logged):
-        draw_spread(groups, spread, path_of(f"{spread}_over_clients"))
+        yield f"{spread}_over_clients", draw_spread(groups, spread)
     if any(metric in run.clients for run in runs):
-        draw_clients(groups, metric, path_of(f"{metric}_of_clients"))
+        yield f"{metric}_of_clients", draw_clients(groups, metric)
     for name, group in groups.items():
-        # One picture a method: its runs differ by their seeds only.
+        if metric in metrics_of_each_client(group[0]):
+            yield f"{name}_{metric}_of_each_client", draw_client_curves(group[0], metric)
+
+
+def _pictures_of_methods(groups: Mapping[str, Sequence[RunHistory]]) -> Iterator[tuple[str, Figure]]:
+    """Draw each split and the weights of each method; one run a method, since its runs differ by their seeds only."""
+    splits = _distinct_splits(groups)
+    for name, run in splits.items():
+        # The name of the method says nothing where all have the same split.
+        picture = "labels"
+        if len(splits) > 1:
+            picture = f"{name}_labels"
+        yield picture, draw_labels(run)
+    for name, group in groups.items():
+        if group[0].weight_changes() is not None:
+            yield f"{name}_weights", draw_weights(group[0], title=f"weights that {name} learned")
+
+
+def _distinct_splits(groups: Mapping[str, Sequence[RunHistory]]) -> dict[str, RunHistory]:
+    """Return a run for each split of the data, by the name of the first method that has it."""
+    splits: dict[str, RunHistory] = {}
+    for name, group in groups.items():
         run = group[0]
-        if run.sizes:
-            draw_labels(run, path_of(f"{name}_labels"))
-        if run.weight_changes() is not None:
-            draw_weights(run, path_of(f"{name}_weights"), f"weights that {name} learned")
-    return pictures
+        if run.sizes and not any(_have_same_split(run, other) for other in splits.values()):
+            splits[name] = run
+    return splits
+
+
+def _have_same_split(run: RunHistory, other: RunHistory) -> bool:
+    """Return whether the clients of two runs have as many samples of each class."""
+    if run.labels is None or other.labels is None:
+        return run.labels is other.labels and run.sizes == other.sizes
+    return torch.equal(run.labels, other.labels)
 
 
 def _observed(names: Sequence[str]) -> dict[str, list[str]]:

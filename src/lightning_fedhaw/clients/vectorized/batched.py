@@ -16,6 +16,7 @@ from lightning_fedhaw.clients.steps import Host, Terms, as_scalar, loss_of
 from lightning_fedhaw.clients.vectorized.guard import StepGuard
 from lightning_fedhaw.clients.vectorized.recorder import StackRecorder
 from lightning_fedhaw.clients.vectorized.recurrent import following_parameters
+from lightning_fedhaw.clients.vectorized.weighted import Counted
 from lightning_fedhaw.objectives.base import ClientObjective, ClientState, Named, make_watch
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
@@ -30,6 +31,7 @@ class StepInputs(NamedTuple):
         batch_index: The second argument of ``training_step``.
         starts: With client objectives: the models that the clients started from, ``[rows, *shape]`` by name.
         states: With client objectives: the clients' states of each objective, ``[rows, *shape]`` by name.
+        lengths: ``[rows]``, the number of samples of each batch that count, the first ones; ``None`` where all do.
     """
 
     parameters: Sequence[Tensor]
@@ -38,6 +40,33 @@ class StepInputs(NamedTuple):
     batch_index: int
     starts: Named | None = None
     states: Sequence[ClientState] = ()
+    lengths: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors as one list."""
+        tensors = [*self.parameters, *self.buffers, *self.batch]
+        if self.lengths is not None:
+            tensors.append(self.lengths)
+        if self.starts is not None:
+            tensors += self.starts.values()
+        for state in self.states:
+            tensors += state.values()
+        return tensors
+
+    def first(self, rows: int) -> StepInputs:
+        """Return the inputs of the first rows."""
+        starts = None
+        if self.starts is not None:
+            starts = {name: value[:rows] for name, value in self.starts.items()}
+        return StepInputs(
+            parameters=[tensor[:rows].detach().requires_grad_() for tensor in self.parameters],
+            buffers=[tensor[:rows] for tensor in self.buffers],
+            batch=[tensor[:rows] for tensor in self.batch],
+            batch_index=self.batch_index,
+            starts=starts,
+            states=[{name: value[:rows] for name, value in state.items()} for state in self.states],
+            lengths=None if self.lengths is None else self.lengths[:rows],
+        )
 
 
 class StepOutputs(NamedTuple):
@@ -127,13 +156,17 @@ class BatchedStep:
         self._counts = (0, 0, 0)
         self._state_names: list[list[str]] = []
         self._has_loss = True
+        self._has_lengths = False
         self._replaced: list[int] = []
 
     def __call__(self, inputs: StepInputs) -> StepOutputs:
         """Compute the clients' losses."""
-        parameters, buffers, batch, self._batch_index, starts, states = inputs
+        parameters, buffers, batch, self._batch_index, starts, states, lengths = inputs
         self._counts = (len(parameters), len(buffers), len(batch))
         extra: list[Tensor] = []
+        self._has_lengths = lengths is not None
+        if lengths is not None:
+            extra.append(lengths)
         if self._open and starts is not None:
             self._state_names = [list(states[i]) for i in self._open]
             extra += starts.values()
@@ -181,6 +214,8 @@ class BatchedStep:
         batch = list(islice(remaining, num_data))
         self.guard.ticket = batch[0]
         self.guard.trainable = frozenset(map(id, parameters))
+        if self._has_lengths:
+            self.guard.counted = Counted(len(batch[0]), next(remaining))
         with (
             _substituted(self._parameter_slots, parameters),
             _substituted(self._buffer_slots, buffers) as read_back,

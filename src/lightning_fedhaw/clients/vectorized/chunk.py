@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lightning_fedhaw.clients.clipping import clipped
 from lightning_fedhaw.clients.engine import ClientTask, Engine
@@ -18,30 +17,16 @@ from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.clients.steps import parameters_of
 from lightning_fedhaw.clients.tangents import RATE_TANGENT, OptimizerState, RateTangents, constant_factor
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep, Gradients, StepInputs
+from lightning_fedhaw.clients.vectorized.calls import Call, CallPlan, Sharing, row_index_of
 from lightning_fedhaw.clients.vectorized.compiled import CompiledStep
 from lightning_fedhaw.clients.vectorized.optimizers import RowIndex, StackedOptimizer
+from lightning_fedhaw.clients.vectorized.repeated import RepeatedStep
 from lightning_fedhaw.clients.vectorized.trial import Facts
 from lightning_fedhaw.cohort import ClientUpdate, factors_of
 from lightning_fedhaw.data.partitioners.partition import swap_labels
 from lightning_fedhaw.isolation import seed_randomness
 from lightning_fedhaw.objectives.base import ClientState, Named
 from lightning_fedhaw.streams import seed_of
-
-
-class _Call(NamedTuple):
-    """One batched call.
-
-    Attributes:
-        rows: The rows that take part, in ascending order.
-        row_index: The same as an index.
-        samples: ``[rows, batch]`` int64, the indices of their samples.
-        batch_index: The batch's number, the second argument of ``training_step``.
-    """
-
-    rows: list[int]
-    row_index: RowIndex
-    samples: Tensor
-    batch_index: int
 
 
 class Chunk:
@@ -53,6 +38,7 @@ class Chunk:
         step: The batched step.
         facts: What the trial found out about the step.
         compiled: The compiled step, to be called instead of the batched one.
+        repeated: The step that repeats recorded calls, to be called instead of the batched one.
 
     Attributes:
         made: The optimizer steps that each row has made.
@@ -66,12 +52,14 @@ class Chunk:
         step: BatchedStep,
         facts: Facts,
         compiled: CompiledStep | None = None,
+        repeated: RepeatedStep | None = None,
     ) -> None:
         self.engine = engine
         self.step = step
         self.facts = facts
         # A graph would not carry tangents.
         self.compiled = compiled if engine.gradient_slope is None else None
+        self.plain_step = repeated or step
         self.batch_size = engine.data.settings.batch_size
         self._sort(tasks)
         self.made = [0] * len(tasks)
@@ -213,67 +201,22 @@ class Chunk:
                 if number is not None and value is not None:
                     views[number].copy_(value)
 
-    def _calls(self) -> Iterator[_Call]:
-        """Plan the calls, pass by pass."""
-        # With `local_steps` the batches are numbered through all passes; otherwise each pass begins with 0.
-        counts_steps = self.engine.plan.steps is not None
-        batches_before = [0] * len(self.orders)
-        for pass_idx in range(max(map(len, self.orders))):
-            orders = []
-            for passes in self.orders:
-                # A client without this pass takes part with no samples.
-                orders.append(passes[pass_idx] if pass_idx < len(passes) else passes[0][:0])
-            yield from self._calls_of_pass(orders, batches_before)
-            if counts_steps:
-                for row, order in enumerate(orders):
-                    batches_before[row] += _num_batches(order, self.batch_size)
+    def _calls(self) -> CallPlan:
+        """Plan the calls."""
+        sharing = self.facts.sharing
+        if self.tangents is not None:
+            # They are carried for each batch as it is.
+            sharing = Sharing()
+        return CallPlan(
+            self.orders,
+            self.batch_size,
+            counts_steps=self.engine.plan.steps is not None,
+            uses_index=self.facts.uses_index,
+            sharing=sharing,
+            parameters=self.engine.layout.numel,
+        )
 
-    def _calls_of_pass(self, orders: list[Tensor], batches_before: Sequence[int]) -> Iterator[_Call]:
-        """Plan the calls of one pass: full batches, of fewer and fewer rows, then the shorter last ones by length.
-
-        Args:
-            orders: By row, the samples of the pass in their order.
-            batches_before: By row, the batches of earlier passes.
-        """
-        size = self.batch_size
-        num_samples = [order.numel() for order in orders]
-        num_full = [count // size for count in num_samples]
-        samples = pad_sequence(orders, batch_first=True)
-        rows = list(range(len(orders)))
-        for batch in range(max(num_full)):
-            rows = [row for row in rows if num_full[row] > batch]
-            for index, group in self._by_index(rows, batches_before, batch):
-                row_index = _row_index(group)
-                yield _Call(group, row_index, samples[row_index, batch * size : (batch + 1) * size], index)
-        batches_before_last = [before + full for before, full in zip(batches_before, num_full, strict=True)]
-        rows_by_length: dict[int, list[int]] = {}
-        for row, count in enumerate(num_samples):
-            if count % size:
-                rows_by_length.setdefault(count % size, []).append(row)
-        for length, rows in sorted(rows_by_length.items()):
-            for index, group in self._by_index(rows, batches_before_last, 0):
-                # The last batches of a length begin at other columns in each row.
-                begins = torch.tensor([num_full[row] * size for row in group])
-                columns = begins[:, None] + torch.arange(length)
-                row_index = _row_index(group)
-                yield _Call(group, row_index, samples[row_index].gather(1, columns), index)
-
-    def _by_index(self, rows: list[int], batches_before: Sequence[int], batch: int) -> Iterable[tuple[int, list[int]]]:
-        """Group rows by the batch index that their step is given; in one group where the step ignores it.
-
-        Args:
-            rows: The rows, at least one.
-            batches_before: By row, the batches to count before ``batch``.
-            batch: The number of the batch after these.
-        """
-        if not self.facts.uses_index:
-            return [(batches_before[rows[0]] + batch, rows)]
-        groups: dict[int, list[int]] = {}
-        for row in rows:
-            groups.setdefault(batches_before[row] + batch, []).append(row)
-        return groups.items()
-
-    def _make(self, call: _Call) -> None:
+    def _make(self, call: Call) -> None:
         """Make a call, and one step of each of its clients."""
         rows = call.rows
         row_index = call.row_index
@@ -284,17 +227,20 @@ class Chunk:
             padding = self.compiled.padding(len(rows), len(self.tasks))
         padded_index = row_index
         if padding:
-            padded_index = _row_index(rows + rows[-1:] * padding)
+            padded_index = row_index_of(rows + rows[-1:] * padding)
             samples = torch.cat([samples, samples[-1:].expand(padding, -1)])
-        inputs = self._inputs(rows, padded_index, samples, call.batch_index)
+        lengths = call.lengths
+        if lengths is not None:
+            lengths = torch.cat([lengths, lengths[-1:].expand(padding)]).to(self.engine.host.device)
+        inputs = self._inputs(rows, padded_index, samples, call.batch_index)._replace(lengths=lengths)
         self.step.recorder.batch_size = samples.shape[1]
-        outputs = self._gradients(inputs, row_index)
+        outputs = self._gradients(inputs, row_index, len(rows))
         with torch.no_grad():
             if outputs.logged:
                 logged = outputs.logged
                 if padding:
                     logged = [value[: len(rows)] for value in logged]
-                self.step.recorder.put(_row_numbers(row_index), logged)
+                self.step.recorder.put(_row_numbers(row_index), logged, call.lengths)
             self._put_buffers(rows, row_index, outputs.buffers(inputs.buffers))
             if outputs.losses is not None:
                 gradients = self._in_optimizer_order(outputs.gradients, len(rows))
@@ -303,10 +249,18 @@ class Chunk:
         for row in rows:
             counts[row] += 1
 
-    def _gradients(self, inputs: StepInputs, row_index: RowIndex) -> Gradients:
-        """Compute the gradients of a call, and where a rate is learned their change along the tangents."""
+    def _gradients(self, inputs: StepInputs, row_index: RowIndex, num_rows: int) -> Gradients:
+        """Compute the gradients of a call, and where a rate is learned their change along the tangents.
+
+        Args:
+            inputs: The inputs of the call.
+            row_index: Its rows.
+            num_rows: Their number, without copies of the last one.
+        """
         if self.tangents is None:
-            return (self.compiled or self.step).gradients(self.trained, inputs)
+            if self.compiled is not None:
+                return self.compiled.gradients(self.trained, inputs, num_rows)
+            return self.plain_step.gradients(self.trained, inputs)
         with self.tangents.level():
             duals = list(inputs.parameters)
             for position, number in enumerate(self.stack_numbers):
@@ -483,21 +437,9 @@ def _num_samples(passes: Sequence[Tensor]) -> int:
     return sum(order.numel() for order in passes)
 
 
-def _num_batches(order: Tensor, batch_size: int) -> int:
-    """Return the number of batches of a pass, the shorter last one included."""
-    return -(-order.numel() // batch_size)
-
-
 def _rows_of(stacks: Mapping[str, Tensor], index: RowIndex | int) -> dict[str, Tensor]:
     """Pick rows of named stacks."""
     return {name: stack[index] for name, stack in stacks.items()}
-
-
-def _row_index(rows: list[int]) -> RowIndex:
-    """Return rows as a slice where they are neighbors, which makes no copies; else as an index tensor."""
-    if rows[-1] - rows[0] + 1 == len(rows):
-        return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows)
 
 
 def _row_numbers(index: RowIndex) -> Tensor:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from itertools import chain, islice
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lightning_fedhaw.clients.engine import ClientTask, Engine, locate, restore_settings, settings_of
 from lightning_fedhaw.clients.plan import LocalPlan
@@ -18,6 +19,7 @@ from lightning_fedhaw.clients.vectorized.compiled import CompiledStep
 from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
 from lightning_fedhaw.clients.vectorized.guard import StepGuard
 from lightning_fedhaw.clients.vectorized.recorder import StackRecorder
+from lightning_fedhaw.clients.vectorized.repeated import RepeatedStep, RepeatError
 from lightning_fedhaw.clients.vectorized.snapshot import Attributes
 from lightning_fedhaw.clients.vectorized.tracing import explained, quiet_collector
 from lightning_fedhaw.clients.vectorized.trial import Facts
@@ -75,6 +77,9 @@ class VectorizedEngine(Engine):
         self.compile_clients = compile_clients
         self.rounds = 0
         self.compiled: CompiledStep | None = None
+        self.repeated: RepeatedStep | None = None
+        if facts.is_fixed and not _has_hooks(host.module):
+            self.repeated = RepeatedStep()
 
     @property
     def clients_at_once(self) -> int:
@@ -98,8 +103,10 @@ class VectorizedEngine(Engine):
             # From the second round on, so that a run of one round does not wait for the compiler.
             if self.compile_clients and self.rounds and self.compiled is None:
                 self.compiled = CompiledStep()
+            if self.repeated is not None:
+                self.repeated.begin(step)
             if self.compiled is not None:
-                self.compiled.begin(step)
+                self.compiled.begin(step, self.repeated or step)
             self.rounds += 1
             while not self.gave_up:
                 chunk_tasks = failed.popleft() if failed else list(islice(pending, self.chunk))
@@ -139,7 +146,7 @@ class VectorizedEngine(Engine):
         optimizers = self.host.optimizers
         settings = settings_of(optimizers)
         try:
-            chunk = Chunk(self, tasks, step, self.facts, self.compiled)
+            chunk = Chunk(self, tasks, step, self.facts, self.compiled, self.repeated)
             with quiet_collector(runs=True), many_clients(self.host):
                 self._train(chunk)
             if repr(settings_of(optimizers)) != repr(settings):
@@ -177,6 +184,9 @@ class VectorizedEngine(Engine):
         Returns:
             Whether the clients can be trained again; false if neither helps.
         """
+        if isinstance(error, RepeatError):
+            # The step itself makes the calls from now on.
+            return True
         if is_out_of_memory(error) and len(tasks) > 1:
             self.chunk = (len(tasks) + 1) // 2
             rank_zero_warn(
@@ -202,3 +212,8 @@ class VectorizedEngine(Engine):
             ' `engine="sequential"` trains one after another, and takes any step.',
         )
         return False
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Return whether a layer has hooks, which would not be called where a recorded call is repeated."""
+    return any(layer._forward_hooks or layer._forward_pre_hooks for layer in module.modules())

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
 from lightning_fedhaw.clients.vectorized.recurrent import CELLS, run_layers
+from lightning_fedhaw.clients.vectorized.weighted import MEANS, Counted
 
 
 class StepGuard(TorchFunctionMode):
@@ -22,12 +23,14 @@ class StepGuard(TorchFunctionMode):
     Each client is given the dropout masks that it would draw if it trained alone on the CPU, also outside of a batched
     call and on any device. Recurrent layers are computed step by step, because their kernels cannot be batched.
     Embedding options that batching silently gets wrong are refused. The clients' parameters say that they require
-    gradients, which no tensor says inside of a batched call.
+    gradients, which no tensor says inside of a batched call. Where only the first samples of a batch count, means over
+    the batch are means over these.
 
     Attributes:
         generators: Returns a generator for each client of the current call.
         ticket: Inside a batched call, any batched tensor, which makes the clients' masks batched, too; else ``None``.
         trainable: The identities (``id``) of the clients' parameters in the current call.
+        counted: Inside a batched call with batches of different lengths, the samples that count.
         calls: The number of dropout calls.
     """
 
@@ -36,18 +39,22 @@ class StepGuard(TorchFunctionMode):
         self.generators: Callable[[], Sequence[torch.Generator]] = tuple
         self.ticket: Tensor | None = None
         self.trainable: frozenset[int] = frozenset()
+        self.counted: Counted | None = None
         self.calls = 0
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
         # Its memory is that of a batch, which must be free before the next one is made.
         self.ticket = None
+        self.counted = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         if func in _GUARDED:
             func = getattr(self, _GUARDED[func])
+        elif self.counted is not None and func in MEANS:
+            return self.counted.call(func, args, kwargs or {})
         elif func in CELLS:
             func = partial(self._recurrent, func)
         return func(*args, **(kwargs or {}))

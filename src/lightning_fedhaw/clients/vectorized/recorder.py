@@ -35,12 +35,12 @@ class _LoggedStack(NamedTuple):
     Attributes:
         rows: ``[clients]``, their rows.
         values: ``[clients]``.
-        weight: The number of examples that each was computed from.
+        weights: The number of examples that they were computed from: ``[clients]``, or one number for all.
     """
 
     rows: Tensor
     values: Tensor
-    weight: float
+    weights: Tensor | float
 
 
 class StackRecorder(LogRecorder):
@@ -100,16 +100,20 @@ class StackRecorder(LogRecorder):
         """Expect these values at the next :meth:`put`, of a compiled call, which does not call :meth:`log`."""
         self._pending = list(pending)
 
-    def put(self, rows: Tensor, stacks: Iterable[Tensor]) -> None:
+    def put(self, rows: Tensor, stacks: Iterable[Tensor], lengths: Tensor | None = None) -> None:
         """Receive the values after a batched call.
 
         Args:
             rows: The rows of the call.
             stacks: The values that :meth:`take` returned inside the call, ``[len(rows)]`` each.
+            lengths: ``[len(rows)]``, the number of samples in each row, where they differ.
         """
         for (name, settings, weight), stack in zip(self._pending, stacks, strict=True):
+            weights: Tensor | float = weight
+            if lengths is not None and weight == self.batch_size:
+                weights = lengths
             self._entries.setdefault(name, LoggedValues(settings, [], []))
-            self._stacks.setdefault(name, []).append(_LoggedStack(rows, stack, weight))
+            self._stacks.setdefault(name, []).append(_LoggedStack(rows, stack, weights))
         self._pending.clear()
 
     def stacks(self) -> dict[str, list[Tensor]]:
@@ -117,6 +121,13 @@ class StackRecorder(LogRecorder):
         received = {}
         for name, stacks in self._stacks.items():
             received[name] = [stack.values for stack in stacks]
+        return received
+
+    def stack_examples(self) -> dict[str, list[Tensor]]:
+        """Return the numbers of examples behind :meth:`stacks`, in the same order."""
+        received = {}
+        for name, stacks in self._stacks.items():
+            received[name] = [_weights_of(stack) for stack in stacks]
         return received
 
     def collect_rows(self, count: int) -> list[dict[str, Logged]]:
@@ -155,10 +166,7 @@ def _merged(stacks: Sequence[_LoggedStack], reduction: str, count: int) -> tuple
     device = stacks[0].values.device
     rows = torch.cat([stack.rows for stack in stacks]).to(device)
     values = torch.cat([stack.values.double() for stack in stacks])
-    # All rows of one call have the weight of its batch.
-    lengths = torch.tensor([len(stack.rows) for stack in stacks])
-    weights = torch.tensor([stack.weight for stack in stacks], dtype=torch.float64)
-    weights = weights.repeat_interleave(lengths).to(device)
+    weights = torch.cat([_weights_of(stack) for stack in stacks]).to(device)
     totals = torch.zeros(count, dtype=torch.float64, device=device)
     if reduction == "mean":
         totals.index_add_(0, rows, values * weights)
@@ -168,3 +176,8 @@ def _merged(stacks: Sequence[_LoggedStack], reduction: str, count: int) -> tuple
         extremum = "amin" if reduction == "min" else "amax"
         totals.scatter_reduce_(0, rows, values, extremum, include_self=False)
     return totals, torch.zeros_like(totals).index_add_(0, rows, weights)
+
+
+def _weights_of(stack: _LoggedStack) -> Tensor:
+    """Return the weight of each value, ``[clients]`` in float64 and in host memory."""
+    return torch.as_tensor(stack.weights, dtype=torch.float64).expand(len(stack.rows))

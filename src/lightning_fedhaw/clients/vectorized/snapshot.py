@@ -22,6 +22,9 @@ from lightning_fedhaw.clients.vectorized.fingerprint import Fingerprint, Fingerp
 from lightning_fedhaw.clients.vectorized.tracing import is_users, is_users_class
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
+# Tensors and layers are compared elsewhere; the trainer is shared; `log` is the recorder's while a step runs.
+_EXCLUDED = frozenset({"_parameters", "_buffers", "_modules", "_trainer", "_fabric", "log"})
+
 
 class Change(NamedTuple):
     """A change that a step made and that would pass from client to client.
@@ -103,14 +106,15 @@ class Attributes:
     def put_back(self) -> None:
         """Restore everything, where nothing asks for changes afterwards."""
         for owner, values in zip(self.owners, self.values, strict=True):
-            if holds(dict(owner.items()), values):
+            present = dict(owner.items())
+            if holds(present, values):
                 continue
-            # A list first: names are removed from what `items` iterates over.
-            added = [name for name, _ in owner.items() if name not in values]
-            for name in added:
-                owner.remove(name)
-            for name, value in owner.missing(values):
-                owner.put(name, value)
+            for name in present:
+                if name not in values:
+                    owner.remove(name)
+            for name, value in values.items():
+                if name not in present or present[name] is not value:
+                    owner.put(name, value)
         for undo in self._undo:
             undo()
 
@@ -312,20 +316,9 @@ class _Owner:
 
     def items(self) -> Iterator[tuple[str, Any]]:
         """Yield the names and values that a step may change."""
-        # Tensors and layers are compared elsewhere; the trainer is shared; `log` is the recorder's while a step runs.
-        excluded = {"_parameters", "_buffers", "_modules", "_trainer", "_fabric", "log"}
         for name, value in vars(self.holder).items():
-            if name not in excluded:
+            if name not in _EXCLUDED:
                 yield name, value
-
-    def missing(self, values: dict[str, Any]) -> list[tuple[str, Any]]:
-        """Return those of the earlier values that were removed or replaced."""
-        present = dict(self.items())
-        missing = []
-        for name, value in values.items():
-            if name not in present or present[name] is not value:
-                missing.append((name, value))
-        return missing
 
     def put(self, name: str, value: object) -> None:
         """Restore a value."""

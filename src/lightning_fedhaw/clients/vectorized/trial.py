@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,35 +14,26 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_fedhaw.clients.engine import states_of
 from lightning_fedhaw.clients.plan import LocalPlan
-from lightning_fedhaw.clients.records import LogRecorder
-from lightning_fedhaw.clients.steps import Host, Terms, loss_of
-from lightning_fedhaw.clients.vectorized.batched import BatchedStep, StepInputs
-from lightning_fedhaw.clients.vectorized.comparison import (
-    GRADIENT,
-    LOSS,
-    Values,
-    cast_all,
-    cast_tensor,
-    distance,
-    first_difference,
-    is_finite,
-    number_of_bytes,
-)
+from lightning_fedhaw.clients.steps import Host
+from lightning_fedhaw.clients.vectorized.calls import Sharing, worth_sharing
+from lightning_fedhaw.clients.vectorized.comparison import first_difference, is_finite, number_of_bytes
 from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
 from lightning_fedhaw.clients.vectorized.guard import NoLogger, StepGuard
 from lightning_fedhaw.clients.vectorized.optimizers import check_scalable, row_states
-from lightning_fedhaw.clients.vectorized.recorder import StackRecorder
+from lightning_fedhaw.clients.vectorized.pair import DifferenceError, Pair
 from lightning_fedhaw.clients.vectorized.snapshot import Snapshot
 from lightning_fedhaw.clients.vectorized.tracing import LineFinder, explained, quiet_collector, reads_index
 from lightning_fedhaw.clients.vectorized.turns import many_clients
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.isolation import foreign_random_states, isolated_randomness, seed_randomness, torch_random_states
-from lightning_fedhaw.objectives.base import ClientObjective, ClientState, make_watch
-from lightning_fedhaw.streams import seed_of, stream
+from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
 FEW_SAMPLES = 8
 """The samples of a client that are enough for the comparison: float64 is slow on many devices."""
+
+MAX_LENGTHS = 64
+"""The number of lengths of shorter batches that are tried in a call with longer ones."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +48,7 @@ class Facts:
         is_compared: Whether its values could be compared with those of a client alone.
         bytes_per_client: The memory of one more client, in bytes.
         frozen: The number of frozen parameters that the step computes with.
+        sharing: The shorter batches that may be part of a call with longer ones.
     """
 
     row_states: frozenset[str]
@@ -66,6 +58,12 @@ class Facts:
     is_compared: bool
     bytes_per_client: int
     frozen: int
+    sharing: Sharing
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all calls are the same operations: without random numbers, and whatever the batch index is."""
+        return not (self.uses_index or self.draws_dropout or self.draws_other)
 
 
 def probe(
@@ -108,73 +106,23 @@ def probe(
     snapshot = Snapshot(host.module, host.optimizers, layout)
     with isolated_randomness(host.device), quiet_collector(), host.logging_to(NoLogger()), many_clients(host):
         try:
-            return _Trial(host, layout, data, plan, objectives, snapshot).facts(names, uses_index)
+            return _Trial(host, layout, data, plan, objectives, snapshot).facts(names, uses_index, data)
         except NotVectorizableError as error:
             raise NotVectorizableError(f"{step} {error}") from error
         finally:
             snapshot.restore()
 
 
-class _Trial:
-    """A trial of a step on two clients with different models and data.
+class _Trial(Pair):
+    """A trial of a step, by two clients with different models and data."""
 
-    Args:
-        host: The trainer around the module.
-        layout: Its trainable parameters.
-        data: The clients' data.
-        plan: The local work of a client in a round.
-        objectives: The terms that clients add to their loss.
-        snapshot: Detects and undoes what the step changes.
-    """
-
-    def __init__(
-        self,
-        host: Host,
-        layout: ParameterLayout,
-        data: ClientData,
-        plan: LocalPlan,
-        objectives: Sequence[ClientObjective],
-        snapshot: Snapshot,
-    ) -> None:
-        self.host = host
-        self.layout = layout
-        # Like the layout, but local parameters, which are trained as well, have their place at the end of the vector.
-        self.trained = layout.with_local(host.module)
-        self.objectives = objectives
-        self.snapshot = snapshot
-        self.parameters = layout.trained_tensors(host.module)
-        self.seeds = [seed_of(plan.seed, "probe", row) for row in (0, 1)]
-        start = self.trained.read(self.parameters)
-        noise = torch.randn(2, self.trained.numel, generator=stream(plan.seed, "probe"), dtype=torch.float64)
-        # Different models, close enough to the real one that no value overflows.
-        self.vectors = [self.trained.rounded(start + 0.01 * row.to(start)) for row in noise]
-        # Different data: those of the largest client, once from its beginning and once from its end.
-        largest = int(data.num_examples.argmax())
-        indices = data.train_indices[largest]
-        self.batch_size = min(data.settings.batch_size, len(indices))
-        self.batch = data.gather(torch.stack([indices[: self.batch_size], indices.flip(0)[: self.batch_size]]))
-        shared = layout.views(start[: layout.numel])
-        self.starts = {name: value.expand(2, *value.shape) for name, value in shared.items()}
-        # What the clients keep, as `Engine.begin_objectives` passes it on.
-        start_buffers: dict[str, Tensor] = dict(layout.tracked_buffers(host.module))
-        for name, parameter in layout.local_tensors(host.module).items():
-            start_buffers[name] = parameter.detach()
-        self.states: list[ClientState] = []
-        for objective in objectives:
-            state = objective.begin_client(largest, shared, start_buffers)
-            self.states.append({name: torch.stack([value, value]).to(host.device) for name, value in state.items()})
-        self.index = 0
-        # Set while the step runs in another precision than its own.
-        self.dtype: torch.dtype | None = None
-        self.activations = 0
-        self.frozen: dict[Tensor, int] = {}
-
-    def facts(self, row_states: frozenset[str], uses_index: bool) -> Facts:
+    def facts(self, row_states: frozenset[str], uses_index: bool, data: ClientData) -> Facts:
         """Try the step, and return what was found out.
 
         Args:
             row_states: Names of the optimizer's states that have the parameter's shape.
             uses_index: Whether the step reads ``batch_idx``.
+            data: The clients' data.
 
         Raises:
             NotVectorizableError: If the step cannot be batched.
@@ -189,6 +137,9 @@ class _Trial:
                 self._try_alone(row)
             draws_other |= self._try_together(guard)
             is_compared &= self._compare(draws_other)
+        sharing = Sharing()
+        if is_compared and not (uses_index or guard.calls or draws_other):
+            sharing = self._sharing(data)
         return Facts(
             row_states=row_states,
             uses_index=uses_index,
@@ -197,6 +148,7 @@ class _Trial:
             is_compared=is_compared,
             bytes_per_client=self._bytes(len(row_states)),
             frozen=sum(self.frozen.values()),
+            sharing=sharing,
         )
 
     # ------------------------------------------------------------------ one client, and both at once
@@ -223,12 +175,12 @@ class _Trial:
     def _run_measured(self, row: int) -> None:
         """Run the step for one client, and measure the memory of its activations."""
         try:
-            self._alone(row, self._measured())
+            self.alone(row, self._measured())
         except RuntimeError:
             # Steps that compute gradients themselves may not allow the measurement. Then activations are estimated, at
             # ten times the batch.
             seed_randomness(self.seeds[row], self.host.device)
-            self._alone(row, nullcontext())
+            self.alone(row, nullcontext())
             self.activations = max(self.activations, 10 * sum(number_of_bytes(tensor[row]) for tensor in self.batch))
 
     def _try_together(self, guard: StepGuard) -> bool:
@@ -244,55 +196,11 @@ class _Trial:
         seed_randomness(self.seeds[0], self.host.device)
         state_before = torch_random_states(self.host.device)
         with _errors_refuse():
-            self._together(guard)
+            self.together(guard)
         change = self.snapshot.changed()
         if change is not None:
             raise NotVectorizableError(change.description)
         return not torch.equal(state_before, torch_random_states(self.host.device))
-
-    def _alone(self, row: int, context: AbstractContextManager[object]) -> Values:
-        """Run one client's step in the module itself, and return all its values.
-
-        Args:
-            row: The client, 0 or 1.
-            context: A context for the call of ``training_step``.
-        """
-        self.snapshot.restore()
-        host = self.host
-        self.trained.write(self.vectors[row], self.parameters)
-        self.snapshot.mark()
-        batch = self._prepared([tensor[row].clone() for tensor in self.batch])
-        with LogRecorder(host.module, host.callbacks) as recorder:
-            recorder.batch_size = self.batch_size
-            arguments = host.arguments(batch, self.index)
-            terms = self._terms(row)
-            with host.step_context(), context:
-                output = terms.watched(lambda: host.module.training_step(*arguments), batch)
-            loss, _ = loss_of(output)
-            if loss is None:
-                raise RuntimeError("`training_step` returned None")
-            loss = terms.added_to(loss, terms.open)
-            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            logged = recorder.recorded()
-        values: Values = {LOSS: loss.detach().reshape(())}
-        for name, gradient in zip(self.trained.names, gradients, strict=True):
-            values[f"{GRADIENT} `{name}`"] = gradient
-        for name, buffer in self.layout.tracked_buffers(host.module).items():
-            values[f"buffer `{name}`"] = buffer.detach().clone()
-        for name, numbers in logged.items():
-            values[f"logged `{name}`"] = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
-        return values
-
-    def _terms(self, row: int) -> Terms:
-        """Return the terms that objectives add to one client's loss."""
-        # Without local parameters, which come last: no term acts on them.
-        parameters = dict(zip(self.layout.names, self.parameters, strict=False))
-        start = {name: value[row] for name, value in self.starts.items()}
-        states = []
-        for state in self.states:
-            states.append({name: value[row] for name, value in state.items()})
-        watch = make_watch(self.objectives, self.host.module, self.host.step_context)
-        return Terms(self.objectives, parameters, start, states, watch)
 
     @contextmanager
     def _measured(self) -> Iterator[None]:
@@ -316,77 +224,6 @@ class _Trial:
         ):
             yield
         self.activations = sum(saved_bytes.values())
-
-    def _together(self, guard: StepGuard, same_draws: bool = False) -> list[Values]:
-        """Run both clients' steps at once, and return the values of each.
-
-        Args:
-            guard: Surrounds the clients' steps.
-            same_draws: Whether both are given the same random numbers other than dropout's.
-        """
-        host = self.host
-        layout = self.layout
-        stacks = []
-        for view, parameter in zip(
-            self.trained.views(torch.stack(self.vectors)).values(), self.parameters, strict=True
-        ):
-            stacks.append(view.to(parameter.dtype).requires_grad_())
-        buffers = [torch.stack([buffer, buffer]) for buffer in layout.tracked_buffers(host.module).values()]
-        generators = self._generators()
-        guard.generators = lambda: generators
-        with StackRecorder(host.module, host.callbacks) as recorder:
-            recorder.batch_size = self.batch_size
-            step = BatchedStep(host, layout, self.objectives, recorder, guard, same_draws)
-            batch = self._prepared([tensor.clone() for tensor in self.batch])
-            outputs = step(StepInputs(stacks, buffers, batch, self.index, self.starts, self.states))
-            assert outputs.losses is not None
-            gradients = self._stack_gradients(outputs.losses, stacks)
-            recorder.put(torch.arange(2), outputs.logged)
-            logged = {name: torch.stack(numbers) for name, numbers in recorder.stacks().items()}
-        for i, value in outputs.replaced.items():
-            buffers[i] = value
-        values_of_clients = []
-        for row in (0, 1):
-            values: Values = {LOSS: outputs.losses[row].detach()}
-            for name, gradient in zip(self.trained.names, gradients, strict=True):
-                values[f"{GRADIENT} `{name}`"] = None if gradient is None else gradient[row]
-            for name, buffer in zip(step.buffer_names, buffers, strict=True):
-                values[f"buffer `{name}`"] = buffer[row]
-            for name, stack in logged.items():
-                values[f"logged `{name}`"] = stack[:, row].detach()
-            values_of_clients.append(values)
-        return values_of_clients
-
-    def _stack_gradients(self, losses: Tensor, stacks: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Compute the gradients of the clients' losses.
-
-        Args:
-            losses: ``[2]``.
-            stacks: ``[2, *shape]``, the clients' parameters.
-
-        Raises:
-            NotVectorizableError: If the step used the module's own parameters instead of the clients'.
-        """
-        gradients: Sequence[Tensor | None]
-        gradients = torch.autograd.grad(losses.sum(), [*stacks, *self.parameters], allow_unused=True)
-        for name, gradient in zip(self.trained.names, gradients[len(stacks) :], strict=True):
-            if gradient is not None:
-                raise NotVectorizableError(
-                    f"reaches the parameter `{name}` through a list or an object that holds it, and not through the"
-                    " module"
-                )
-        return gradients[: len(stacks)]
-
-    def _prepared(self, data: list[Tensor]) -> list[Tensor]:
-        """Prepare a batch for ``training_step``, in the current precision."""
-        prepared: list[Tensor] = self.host.prepare(data)
-        if self.dtype is None:
-            return prepared
-        return [cast_tensor(tensor, self.dtype) for tensor in prepared]
-
-    def _generators(self) -> list[torch.Generator]:
-        """Make a generator for the dropout masks of each of the two clients."""
-        return [torch.Generator(self.host.device).manual_seed(seed) for seed in self.seeds]
 
     # ------------------------------------------------------------------ the comparison
 
@@ -414,13 +251,13 @@ class _Trial:
         ):
             self.snapshot.restore()
             try:
-                with self._computing_in(precision, dtype, size):
-                    alone = [self._alone_with_masks(row) for row in (0, 1)]
+                with self.computing_in(precision, dtype, size):
+                    alone = [self.alone_with_masks(row) for row in (0, 1)]
                     self.snapshot.restore()
                     seed_randomness(self.seeds[0], self.host.device)
-                    together = self._together(StepGuard(), same_draws=True)
-                    self._check_equal(together, alone, dtype)
-            except _DifferenceError as error:
+                    together = self.together(StepGuard(), same_draws=True)
+                    self.check_equal(together, alone, dtype)
+            except DifferenceError as error:
                 raise NotVectorizableError(f"{error}{self._step_line()}") from error
             except Exception as error:
                 # The user's code may raise anything in a precision that is not its own, so the next one is tried.
@@ -431,63 +268,45 @@ class _Trial:
             return False
         raise NotVectorizableError(f"cannot be compared in float64 or float32: it {explained(failure)}") from failure
 
-    def _check_equal(self, together: Sequence[Values], alone: Sequence[Values], dtype: torch.dtype) -> None:
-        """Refuse a step that gives one of two clients other values than alone.
+    def _sharing(self, data: ClientData) -> Sharing:
+        """Try the lengths of the clients' last batches in calls with longer batches, whose further samples are ignored.
 
-        Raises:
-            _DifferenceError: Naming the first value that differs by more than rounding.
+        A step qualifies if its loss and all that it logs are means over samples that do not influence each other. Every
+        length is tried: a step may do something else with a batch of one sample.
         """
-        for row in (0, 1):
-            if first_difference(together[row], alone[row], dtype) is None:
-                continue
-            # Parts of a step may compute in less precision than the one it is run in, so rounding is measured.
-            noise = self._noise(row, alone[row])
-            try:
-                name = first_difference(together[row], alone[row], dtype, noise)
-            except NotVectorizableError as error:
-                raise _DifferenceError(str(error)) from error
-            if name is not None:
-                raise _DifferenceError(f"gives another value of {name} for two clients at once than alone")
-
-    @contextmanager
-    def _computing_in(self, precision: Precision, dtype: torch.dtype, size: int) -> Iterator[None]:
-        """Run the module in another precision inside the context, on the first samples of each client's batch."""
-        original_inputs = (self.vectors, self.starts, self.states, self.batch, self.batch_size)
-        self.dtype = dtype
-        self.vectors = [vector.to(dtype) for vector in self.vectors]
-        self.starts = cast_all(self.starts, dtype)
-        self.states = [cast_all(state, dtype) for state in self.states]
-        self.batch = [tensor[:, :size] for tensor in self.batch]
-        self.batch_size = size
+        size = self.batch_size
+        remainders = torch.unique(data.num_examples % data.settings.batch_size).tolist()
+        lengths = []
+        for length in remainders:
+            if 0 < length < size and worth_sharing(size, length, 1, self.layout.numel):
+                lengths.append(length)
+        if not lengths or data.settings.drop_last:
+            return Sharing()
+        lengths = lengths[-MAX_LENGTHS:]
+        self.snapshot.restore()
         try:
-            with self.snapshot.cast(dtype), self.host.computing_in(precision):
-                yield
-        finally:
-            self.dtype = None
-            self.vectors, self.starts, self.states, self.batch, self.batch_size = original_inputs
+            with self.computing_in(DoublePrecision(), torch.float64, size):
+                for pair in _pairs([size, *lengths]):
+                    if not self._is_mean(pair):
+                        return Sharing()
+        except Exception:
+            # The user's code may raise anything with other batches than its own. Then no calls are shared.
+            return Sharing()
+        return Sharing(size, frozenset(lengths))
 
-    def _alone_with_masks(self, row: int) -> Values:
-        """Run one client alone, with the dropout masks and other draws that it is given in the batched call."""
-        seed_randomness(self.seeds[0], self.host.device)
-        guard = StepGuard()
-        generators = self._generators()[row : row + 1]
-        guard.generators = lambda: generators
-        return self._alone(row, guard)
+    def _is_mean(self, lengths: Sequence[int]) -> bool:
+        """Return whether the values of two clients with longer batches are those of their first samples alone.
 
-    def _noise(self, row: int, values: Values) -> dict[str, float]:
-        """Measure the rounding noise of each value: how far it changes when parameters are rounded in another way."""
-        # Half of the distance of two float32 numbers near 1; on GPUs convolutions may be computed in TF32.
-        unit = 2.0**-24 if self.host.device.type == "cpu" else 2.0**-11
-        vector = self.vectors[row]
-        noise = dict.fromkeys(values, 0.0)
-        for draw in range(4):
-            generator = stream(self.seeds[row], "rounding", draw)
-            signs = torch.randint(2, vector.shape, generator=generator).mul_(2).sub_(1).to(vector)
-            self.vectors[row] = vector * (1 + unit * signs)
-            for name, value in self._alone_with_masks(row).items():
-                noise[name] = max(noise[name], distance(value, values[name]))
-        self.vectors[row] = vector
-        return noise
+        Args:
+            lengths: The number of samples of each.
+        """
+        alone = [self.alone(row, nullcontext(), length) for row, length in enumerate(lengths)]
+        self.snapshot.restore()
+        together = self.together(StepGuard(), lengths=lengths)
+        for row in (0, 1):
+            if not is_finite(alone[row]) or first_difference(together[row], alone[row], torch.float64) is not None:
+                return False
+        return True
 
     # ------------------------------------------------------------------ lines of code, and memory
 
@@ -503,7 +322,7 @@ class _Trial:
         self.snapshot.restore()
         finder = LineFinder(changed)
         try:
-            self._alone(0, finder)
+            self.alone(0, finder)
         except Exception:
             # The second run of the user's code may fail where the first did not; then the line remains unknown.
             return ""
@@ -542,5 +361,8 @@ def _errors_refuse() -> Iterator[None]:
         raise NotVectorizableError(explained(error)) from error
 
 
-class _DifferenceError(Exception):
-    """The error of two clients at once whose values differ from those alone, or cannot be compared."""
+def _pairs(lengths: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Yield lengths two by two; a last one together with the first."""
+    for begin in range(0, len(lengths), 2):
+        pair = lengths[begin : begin + 2]
+        yield pair if len(pair) == 2 else [*pair, lengths[0]]

@@ -1,0 +1,1 @@
+"""The digits federation on Flower."""

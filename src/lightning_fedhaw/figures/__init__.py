@@ -1,0 +1,1 @@
+"""What all figures share: how they are made, styled, divided into panels and saved."""
