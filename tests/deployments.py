@@ -8,6 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset
 
 from federations import QUIET, Classifier, samples
@@ -19,6 +21,26 @@ PARTS = [Subset(DATA, range(0, 7)), Subset(DATA, range(7, 19)), Subset(DATA, ran
 PROXY = samples(12, seed=4)
 NAMES = ["a", "b", "c"]
 
+
+class Plain(Classifier):
+    """A small module that can be called, without metrics of torchmetrics."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        del self.accuracy
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", cross_entropy(self(batch[0]), batch[1]))
+
+
 MakeCallbacks = Callable[[], Sequence[pl.Callback]]
 
 
@@ -27,19 +49,19 @@ def make_trainer(callbacks: MakeCallbacks, rounds: int = 2, **options: Any) -> F
     return FederatedTrainer(rounds=rounds, callbacks=list(callbacks()), **{"client_eval": False, **QUIET, **options})
 
 
-def client_side(callbacks: MakeCallbacks, model: Any = Classifier, part: int = 0, **kwargs: Any) -> ClientSide:
+def client_side(callbacks: MakeCallbacks, model: Any = Plain, part: int = 0, **kwargs: Any) -> ClientSide:
     """A site with the data of one client."""
     side = {name: kwargs.pop(name) for name in ("name", "memory_folder") if name in kwargs}
     data = kwargs.pop("data", None) or (lambda: DataLoader(PARTS[part], batch_size=4, shuffle=True))
     return ClientSide(partial(make_trainer, callbacks, **kwargs), model, data, **{"name": NAMES[part], **side})
 
 
-def in_memory(callbacks: MakeCallbacks, model: Any = Classifier, parts: Sequence[int] = (0, 1, 2), **kwargs: Any):
+def in_memory(callbacks: MakeCallbacks, model: Any = Plain, parts: Sequence[int] = (0, 1, 2), **kwargs: Any):
     """Sites in memory; their addresses say nothing about their numbers."""
     return InMemorySites({f"node {9 - part}": client_side(callbacks, model, part, **kwargs) for part in parts})
 
 
-def server_side(callbacks: MakeCallbacks, sites: Any, model: Any = Classifier, **kwargs: Any) -> ServerSide:
+def server_side(callbacks: MakeCallbacks, sites: Any, model: Any = Plain, **kwargs: Any) -> ServerSide:
     """A server that waits for nobody."""
     names = ("num_sites", "val", "proxy", "folder", "wait_timeout")
     side = {name: kwargs.pop(name) for name in names if name in kwargs}
@@ -47,7 +69,7 @@ def server_side(callbacks: MakeCallbacks, sites: Any, model: Any = Classifier, *
     return ServerSide(trainer, model(), sites, **{"num_sites": 3, "wait_timeout": 0, **side})
 
 
-def deploy(callbacks: MakeCallbacks, model: Any = Classifier, sites: Any = None, **kwargs: Any) -> ServerSide:
+def deploy(callbacks: MakeCallbacks, model: Any = Plain, sites: Any = None, **kwargs: Any) -> ServerSide:
     """Run a deployment in memory."""
     options = {name: value for name, value in kwargs.items() if name not in ("folder", "val", "proxy", "num_sites")}
     side = server_side(callbacks, sites or in_memory(callbacks, model, **options), model, **kwargs)
@@ -55,7 +77,7 @@ def deploy(callbacks: MakeCallbacks, model: Any = Classifier, sites: Any = None,
     return side
 
 
-def simulate(callbacks: MakeCallbacks, model: Any = Classifier, val: Any = None, proxy: Any = None, **options: Any):
+def simulate(callbacks: MakeCallbacks, model: Any = Plain, val: Any = None, proxy: Any = None, **options: Any):
     """Run the same federation in the simulator; return trainer and module."""
     trainer = make_trainer(callbacks, seed=5, engine="sequential", **options)
     module = model()

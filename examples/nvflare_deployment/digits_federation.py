@@ -19,7 +19,12 @@ from lightning_fedhaw.deploy import ClientSide, ServerSide, Sites
 from lightning_fedhaw.deploy.nvflare import collab_functions
 
 SITES = ("site-0", "site-1", "site-2")
-RULES = {"FedAvg": FedAvgCallback, "FedHAW": FedHAWCallback, "SCAFFOLD": ScaffoldCallback}
+RULES = {
+    "FedAvg": FedAvgCallback,
+    # With a learned weight for each site.
+    "FedHAW": partial(FedHAWCallback, lr_lambda=0.3),
+    "SCAFFOLD": ScaffoldCallback,
+}
 # The settings of a run; the script that starts all on one machine sets them in the environment of all.
 RULE = os.environ.get("DIGITS_RULE", "FedHAW")
 ROUNDS = int(os.environ.get("DIGITS_ROUNDS", "3"))
@@ -57,6 +62,7 @@ def make_trainer(rule: str = RULE) -> FederatedTrainer:
         callbacks=[RULES[rule]()],
         accelerator="cpu",
         logger=False,
+        enable_checkpointing=False,  # the server side keeps its own
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -92,8 +98,8 @@ def make_server(sites: Sites) -> ServerSide:
         sites,
         num_sites=len(SITES),
         folder=FOLDER / "server" / RULE,
-        wait_timeout=300.0,
-        round_timeout=120.0,
+        wait_timeout=600.0,
+        round_timeout=600.0,
     )
 
 

@@ -1,6 +1,7 @@
 """Sites that come and go, fail and send anything; servers that are started again."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from deployments import (
     DATA,
     NAMES,
+    Plain,
     Scripted,
     client_side,
     deploy,
@@ -23,7 +25,7 @@ from deployments import (
     server_side,
     simulate,
 )
-from federations import Classifier, momentum, samples
+from federations import momentum, samples
 from lightning_fedhaw import ErasureChannel, FedAvgCallback, FedHAWCallback, FedLAWCallback, FedProx, ScaffoldCallback
 from lightning_fedhaw.deploy import ClientSide, InMemorySites, ServerSide
 from lightning_fedhaw.extending import Channel
@@ -63,10 +65,10 @@ def assert_same_end(first, second):
 def test_a_site_whose_update_is_lost_is_as_if_it_had_not_taken_part(rule):
     """It has trained, and forgets what it has kept of that: the server tells it which of its updates was received."""
     options = {"rounds": 4}
-    model = Classifier
+    model = Plain
     if rule is not ScaffoldCallback:
         options["optimizer_state"] = "kept"
-        model = partial(Classifier, momentum)
+        model = partial(Plain, momentum)
     sites = Scripted(
         in_memory(lambda: [rule()], model, **options),
         lambda task, round_idx, address, reply: None if (task, round_idx, address) == ("train", 1, B) else reply,
@@ -100,7 +102,7 @@ def test_the_learned_weight_of_an_absent_site_does_not_move():
 def test_a_site_that_is_gone_and_comes_back_has_its_number(tmp_path):
     """At another address, with the memory that it kept in its folder."""
     options = {"rounds": 4, "optimizer_state": "kept"}
-    model = partial(Classifier, momentum)
+    model = partial(Plain, momentum)
     sites = in_memory(lambda: [FedAvgCallback()], model, **options)
     back = client_side(lambda: [FedAvgCallback()], model, 1, memory_folder=tmp_path, **options)
     sites.clients[B] = back
@@ -118,6 +120,25 @@ def test_a_site_that_is_gone_and_comes_back_has_its_number(tmp_path):
         side = deploy(lambda: [FedAvgCallback()], model, Restarted(sites, lambda *event: event[-1]), **options)
     assert side.roster.identities == NAMES
     assert differences(side, *simulate(lambda: [FedAvgCallback(), Lost()], model, **options)) == []
+
+
+def test_a_round_that_a_later_one_has_overtaken_changes_nothing(tmp_path):
+    class Recording(Scripted):
+        def ask(self, task, messages, timeout):
+            self.message = messages[B]
+            return super().ask(task, messages, timeout)
+
+    make = lambda: [ScaffoldCallback()]  # noqa: E731
+    sites = Recording(in_memory(make, rounds=1), lambda *event: event[-1])
+    late = client_side(make, part=1, rounds=1, memory_folder=tmp_path)
+    sites.inner.clients[B] = late
+    deploy(make, sites=sites, rounds=1)
+    kept = torch.load(tmp_path / "memory.pt", weights_only=True)
+    assert list(kept["rounds"]) == [0]
+    torch.save({**kept, "rounds": {5: kept["rounds"][0]}}, tmp_path / "memory.pt")
+    reply, memory = late.answer("train", sites.message)
+    assert (reply.error, memory) == ("a later round has begun meanwhile", None)
+    assert list(torch.load(tmp_path / "memory.pt", weights_only=True)["rounds"]) == [5]
 
 
 def test_a_site_that_has_lost_what_it_kept_does_not_go_on_with_other_values():
@@ -144,10 +165,10 @@ def test_a_server_that_was_killed_goes_on_with_the_bits_of_the_uninterrupted_run
         return reply
 
     options = {"rounds": 4, "enable_checkpointing": True}
-    model = Classifier
+    model = Plain
     if rule is not ScaffoldCallback:
         options["optimizer_state"] = "kept"
-        model = partial(Classifier, momentum)
+        model = partial(Plain, momentum)
     make = lambda: [rule()]  # noqa: E731
     sites = in_memory(make, model, **options)
     with pytest.raises(KeyError, match="killed"):
@@ -155,6 +176,13 @@ def test_a_server_that_was_killed_goes_on_with_the_bits_of_the_uninterrupted_run
     again = deploy(make, model, sites, folder=tmp_path, **options)
     assert differences(again, *simulate(make, model, **options)) == []
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_a_server_in_a_thread_of_its_own_saves_every_round(tmp_path):
+    """As an engine may start it."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(deploy, lambda: [FedAvgCallback()], folder=tmp_path, rounds=1).result()
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1
 
 
 def test_a_checkpoint_of_other_sites_is_refused(tmp_path):
@@ -200,11 +228,15 @@ def spoiled(message, change):
         ),
         (
             lambda reply: spoiled(reply, lambda array: array[:2]),
-            r"The update of site 'b' \(client 1\) in round 1 was left out: its `net.0.weight` is \[2, 6\], and the",
+            r"The reply of site 'b' \(client 1\) in round 1 was left out: its `net.0.weight` is \[2, 6\], and the",
         ),
         (lambda reply: spoiled(reply, lambda array: array.astype(int)), r"Site 'b' .* its message cannot be read"),
         (lambda reply: replace(reply, text="{}"), "site 'b' .* was left out: lacks"),
         (lambda reply: replace(reply, text="no"), "Site 'b' .* its message cannot be read"),
+        (
+            lambda reply: replace(reply, text=json.dumps({**json.loads(reply.text), "num_steps": -1})),
+            "its `num_steps` is -1",
+        ),
         (
             lambda reply: replace(reply, text=json.dumps({**json.loads(reply.text), "num_examples": 9999})),
             "it has 9999 training examples, and had 12 when it joined",
@@ -226,7 +258,7 @@ def test_a_site_that_sends_something_else_is_named_and_left_out(change, sentence
 
 
 def test_bytes_are_those_of_the_messages():
-    model = partial(Classifier, norm=True)
+    model = partial(Plain, norm=True)
     sites = Scripted(in_memory(lambda: [ScaffoldCallback()], model, rounds=1), lambda *event: event[-1])
     side = deploy(lambda: [ScaffoldCallback()], model, sites, rounds=1)
     summary = side.trainer.federation_summary
@@ -250,7 +282,7 @@ DISAGREEING = {
         "Two sites have the identity 'a'",
     ),
     "another model": (
-        lambda: client_side(lambda: [FedAvgCallback()], partial(Classifier, hidden=5), 1),
+        lambda: client_side(lambda: [FedAvgCallback()], partial(Plain, hidden=5), 1),
         r"Site 'b' has another model: its `net.0.weight` is \[5, 6\], and the server's is \[8, 6\]",
     ),
     "another split": (
@@ -334,13 +366,13 @@ def test_what_a_deployment_does_not_carry_is_refused_by_name():
     with pytest.raises(ValueError, match="`FedLAWCallback` works with data of the server's own, and there is none"):
         deploy(lambda: [FedLAWCallback()], rounds=1)
     with pytest.raises(ValueError, match="`num_sites` must say how many sites take part, got none"):
-        ServerSide(make_trainer(lambda: [FedAvgCallback()]), Classifier(), InMemorySites({}))
+        ServerSide(make_trainer(lambda: [FedAvgCallback()]), Plain(), InMemorySites({}))
     with pytest.raises(TypeError, match="`make_model` must be a function that can be called"):
-        ClientSide(make_trainer, "Classifier", samples)
+        ClientSide(make_trainer, "Plain", samples)
 
 
 def test_a_failure_at_all_sites_ends_the_run():
-    class Failing(Classifier):
+    class Failing(Plain):
         def training_step(self, batch, batch_idx):
             raise ZeroDivisionError("nobody divides here")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +15,12 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from lightning_fedhaw import DirichletPartitioner, FedAvgCallback, FederatedTrainer, FedHAWCallback, ScaffoldCallback
 
 NUM_SITES = 3
-RULES = {"FedAvg": FedAvgCallback, "FedHAW": FedHAWCallback, "SCAFFOLD": ScaffoldCallback}
+RULES = {
+    "FedAvg": FedAvgCallback,
+    # With a learned weight for each site.
+    "FedHAW": partial(FedHAWCallback, lr_lambda=0.3),
+    "SCAFFOLD": ScaffoldCallback,
+}
 
 
 class DigitClassifier(pl.LightningModule):
@@ -48,7 +54,7 @@ def make_trainer(rule: str, rounds: int) -> FederatedTrainer:
         callbacks=[RULES[rule]()],
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=rounds > 0,
+        enable_checkpointing=False,  # the server side keeps its own
         enable_progress_bar=False,
         enable_model_summary=False,
     )

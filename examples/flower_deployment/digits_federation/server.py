@@ -24,7 +24,7 @@ def main(grid: Grid, context: Context) -> None:
         num_sites=NUM_SITES,
         # A checkpoint after every round. The folder is outside of the app, which Flower unpacks anew for every run.
         folder=Path(str(context.run_config["folder"])) / rule,
-        wait_timeout=300.0,
-        round_timeout=180.0,
+        wait_timeout=1200.0,
+        round_timeout=1200.0,
     )
     strategy.start(grid)

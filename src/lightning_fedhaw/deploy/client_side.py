@@ -97,6 +97,8 @@ class ClientSide:
         except Exception as error:  # the user's code runs, which may raise anything; the server names the site
             return Message(error=f"{type(error).__name__}: {error}"), None
         if self._memory_file is not None and work.memory is not None:
+            if self._memory_file.exists() and work.is_overtaken(self._memory_file.read_bytes()):
+                return Message(error="a later round has begun meanwhile"), None
             write_bytes(self._memory_file, work.memory)
         return reply, work.memory
 
@@ -187,6 +189,12 @@ class _Work:
                 " parameters), and cannot go on with other values. Keep it in files by `memory_folder=`, or start a new"
                 " run"
             )
+
+    def is_overtaken(self, memory: bytes) -> bool:
+        """Return whether what the site keeps is of a later round of this run, because this one took too long."""
+        kept: Any = load_checked(io.BytesIO(memory), MEMORY_FILE)
+        is_of_this_run: bool = kept["run"] == self.content["run"]
+        return is_of_this_run and max(kept["rounds"]) > self.round
 
     def _keep(self, federation: Federation) -> bool:
         """Keep the state after this round, and the one before it, in case the server does not receive the update.

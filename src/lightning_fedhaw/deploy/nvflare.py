@@ -19,6 +19,9 @@ from lightning_fedhaw.deploy.sites import Sites, Task
 
 __all__ = ["collab_functions", "collab_recipe"]
 
+SYNC_SECONDS = 600
+"""Seconds in which the sites have to be ready for a job."""
+
 MakeSite = Callable[[str], ClientSide]
 MakeServer = Callable[[Sites], ServerSide]
 
@@ -115,4 +118,6 @@ def collab_recipe(name: str, federation: ModuleType, num_sites: int, **settings:
         ImportError: If ``nvflare`` is not installed, or in a version that was not tried.
     """
     recipe = engine_module("nvflare.collab").CollabRecipe
-    return recipe(name, server=federation, client=federation, min_clients=num_sites, **settings)
+    # The first thing that a site does is to import PyTorch, which may take longer than NVFlare's default of a minute.
+    arguments = {"sync_task_timeout": SYNC_SECONDS, **settings}
+    return recipe(name, server=federation, client=federation, min_clients=num_sites, **arguments)

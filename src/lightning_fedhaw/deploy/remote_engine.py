@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from math import isfinite
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -24,6 +25,9 @@ from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.repeated import RepeatedWarnings
 from lightning_fedhaw.federation.screening import NONFINITE
 from lightning_fedhaw.federation.shared_states import SHARED_CHANGES
+
+_MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
+"""What is raised by a reply that is none."""
 
 
 class Exchange(Protocol):
@@ -119,7 +123,7 @@ class RemoteEngine(SequentialEngine):
             try:
                 update = self._received(tasks_of[client], content)
                 end = state_from(content["end"])
-            except (KeyError, TypeError, ValueError) as error:
+            except _MALFORMED as error:
                 # A site may send anything; one that sends something else than an update is left out.
                 self._reject(client, error)
                 continue
@@ -140,7 +144,7 @@ class RemoteEngine(SequentialEngine):
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         self.warnings.warn(
             f"rejected {name}",
-            f"The update of site {name!r} (client {client}) in round {self.host.round} was left out: {reason}.",
+            f"The reply of site {name!r} (client {client}) in round {self.host.round} was left out: {reason}.",
         )
 
     # ------------------------------------------------------------------ messages
@@ -212,15 +216,18 @@ class RemoteEngine(SequentialEngine):
         changes = [{name: value.to(device) for name, value in change.items()} for change in content["changes"]]
         if len(changes) != len(self.sharing) or any(set(change) - set(self.layout.names) for change in changes):
             raise ValueError("its changes of shared states are those of other client objectives")
-        num_examples = int(content["num_examples"])
+        initial_loss = float(content["initial_loss"])
+        if self.needs_initial_loss and not isfinite(initial_loss):
+            raise ValueError("its loss at the model that it received is not finite")
+        num_examples = _count(content, "num_examples")
         expected = self.roster.sizes[task.client]
         if num_examples != expected:
             raise ValueError(f"it has {num_examples} training examples, and had {expected} when it joined")
         return ClientUpdate(
             client=task.client,
             num_examples=num_examples,
-            num_steps=int(content["num_steps"]),
-            num_skipped=int(content["num_skipped"]),
+            num_steps=_count(content, "num_steps"),
+            num_skipped=_count(content, "num_skipped"),
             displacement=displacement,
             buffers=buffers,
             logged=self._logged(content["logged"]),
@@ -230,8 +237,8 @@ class RemoteEngine(SequentialEngine):
                 SHARED_CHANGES: changes,
                 NONFINITE: content["nonfinite"],
             },
-            num_batches=int(content["num_batches"]),
-            initial_loss=float(content["initial_loss"]),
+            num_batches=_count(content, "num_batches"),
+            initial_loss=initial_loss,
             lr_scale=float(content["lr_scale"]),
             inverse_probability=task.inverse_probability,
         )
@@ -280,7 +287,22 @@ class RemoteEngine(SequentialEngine):
         num_examples = [0 for _ in clients]
         higher_is_better: dict[str, bool] = {}
         for client, content in self.exchange("evaluate", messages):
-            rows[client] = {name: float(value) for name, value in content["row"].items()}
-            num_examples[client] = int(content["num_examples"])
-            higher_is_better.update(content["higher_is_better"])
+            try:
+                rows[client] = {str(name): float(value) for name, value in content["row"].items()}
+                num_examples[client] = _count(content, "num_examples")
+                higher_is_better.update(content["higher_is_better"])
+            except _MALFORMED as error:
+                self._reject(client, error)
         return metrics_of_rows(rows, higher_is_better, torch.tensor(num_examples))
+
+
+def _count(content: Mapping[str, Any], name: str) -> int:
+    """Return a number of a reply.
+
+    Raises:
+        ValueError: If it is negative.
+    """
+    number = int(content[name])
+    if number < 0:
+        raise ValueError(f"its `{name}` is {number}")
+    return number

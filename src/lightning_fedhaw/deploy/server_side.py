@@ -154,6 +154,13 @@ class ServerSide:
             )
 
     def _meet(self) -> None:
+        """Wait for sites, and give them numbers; those without a number may join in a later round."""
+        self._await_sites()
+        for identity in list(self._addresses):
+            if self.roster.number(identity) is None:
+                del self._addresses[identity]
+
+    def _await_sites(self) -> None:
         """Wait until as many sites are there as are needed: all of them, or in a resumed run any of the roster.
 
         Raises:
