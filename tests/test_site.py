@@ -135,12 +135,16 @@ def test_search_finds_what_people_look_for(site, browser):
     for words, expected in WORDS.items():
         query.fill("")
         query.press_sequentially(words)
-        # The results of the words before are still there.
-        page.wait_for_timeout(1_000)
-        paths = page.locator("a.md-search-result__link").evaluate_all("links => links.map(link => link.pathname)")
-        # Links to parts of a page follow the one to the page.
-        pages = list(dict.fromkeys(path.strip("/") for path in paths))
-        assert expected & set(pages[:5]), f"{words}: {pages}"
+        # The results of the words before are still there, and new ones take a moment.
+        for _ in range(40):
+            page.wait_for_timeout(500)
+            paths = page.locator("a.md-search-result__link").evaluate_all("links => links.map(link => link.pathname)")
+            # Links to parts of a page follow the one to the page.
+            pages = list(dict.fromkeys(path.strip("/") for path in paths))
+            if expected & set(pages[:5]):
+                break
+        else:
+            pytest.fail(f"{words}: {pages}")
     page.close()
 
 

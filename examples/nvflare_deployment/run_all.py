@@ -79,6 +79,8 @@ class Deployment:
             stdout=log,
             stderr=log,
             start_new_session=True,
+            # The scripts of the kits call `python3`.
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
         )
 
     def kill_jobs(self, name: str) -> None:

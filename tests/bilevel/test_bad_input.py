@@ -115,6 +115,11 @@ def test_no_names(upper: Any) -> None:
         AggITDCallback(upper)
 
 
+def test_an_optimizer_of_matrices() -> None:
+    with pytest.raises(ValueError, match=r"`upper_optimizer` steps one vector of all upper .* Muon refuses"):
+        AGGITD(upper_optimizer=torch.optim.Muon)
+
+
 class Apart(Classifier):
     """Has a parameter that only the upper loss depends on."""
 

@@ -1,6 +1,7 @@
 """Sites that come and go, fail and send anything; servers that are started again."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -175,6 +176,13 @@ def test_a_server_that_was_killed_goes_on_with_the_bits_of_the_uninterrupted_run
     again = deploy(make, model, sites, folder=tmp_path, **options)
     assert differences(again, *simulate(make, model, **options)) == []
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_a_server_in_a_thread_of_its_own_saves_every_round(tmp_path):
+    """As an engine may start it."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(deploy, lambda: [FedAvgCallback()], folder=tmp_path, rounds=1).result()
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1
 
 
 def test_a_checkpoint_of_other_sites_is_refused(tmp_path):

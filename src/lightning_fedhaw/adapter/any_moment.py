@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -51,6 +51,7 @@ class BetweenRounds:
         schedules: The states of the trainer's learning-rate schedules.
         precision: The state of the precision plugin.
         counters: The counters of the fit loop, as :func:`counters_of` returns them.
+        thread: The thread in which the run is, which need not be the main one: an engine of a deployment may start it.
     """
 
     trainer: pl.Trainer
@@ -62,6 +63,7 @@ class BetweenRounds:
     schedules: list[dict[str, Any]]
     precision: dict[str, Any]
     counters: Counters
+    thread: threading.Thread = field(default_factory=threading.current_thread)
 
     @classmethod
     def now(cls, trainer: pl.Trainer, federation: Federation, snapshot: RoundSnapshot) -> BetweenRounds:
@@ -166,7 +168,8 @@ def _state_to_save(trainer: pl.Trainer) -> BetweenRounds | None:
         return between_rounds
     hook = trainer.lightning_module._current_fx_name or ""
     is_in_hook = hook.startswith("on_") and "_batch_" not in hook
-    if is_in_hook and threading.current_thread() is threading.main_thread():
+    is_in_thread_of_run = between_rounds is None or threading.current_thread() is between_rounds.thread
+    if is_in_hook and is_in_thread_of_run:
         return None
     return between_rounds
 

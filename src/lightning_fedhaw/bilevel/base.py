@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_fedhaw import arguments
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, configure_model
 from lightning_fedhaw.aggregation.base import AggregationRule, Weighting
-from lightning_fedhaw.aggregation.factories import OptimizerFactory, check_optimizer, optimizer_step
+from lightning_fedhaw.aggregation.factories import OptimizerFactory, optimizer_step
 from lightning_fedhaw.bilevel.estimates import (
     corrected_lower_steps,
     corrected_upper_steps,
@@ -26,7 +26,7 @@ from lightning_fedhaw.bilevel.estimates import (
 )
 from lightning_fedhaw.bilevel.lower_problem import check_lower_problem, rate_of_lower_step
 from lightning_fedhaw.bilevel.rounds import OuterRound, Progress, with_rider
-from lightning_fedhaw.bilevel.row_steps import step_of_rows
+from lightning_fedhaw.bilevel.row_steps import optimizer_of_vectors, step_of_rows
 from lightning_fedhaw.bilevel.variables import UpperVariables
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.inquiry import Answer, Answers, Inquiry, LocalProblem
@@ -90,7 +90,7 @@ class BilevelRule(AggregationRule):
         self.upper = UpperVariables(upper)
         self.upper_loss = arguments.optional(arguments.text, "upper_loss", upper_loss)
         self.upper_lr = arguments.number("upper_lr", upper_lr, above=0)
-        self._optimizer_name = type(check_optimizer("upper_optimizer", upper_optimizer, self.upper_lr)).__name__
+        self._optimizer_name = optimizer_of_vectors(upper_optimizer, self.upper_lr)
         self.upper_optimizer = upper_optimizer
         self.upper_steps = arguments.integer("upper_steps", upper_steps, minimum=1)
         self.lower_lr = arguments.optional(arguments.number, "lower_lr", lower_lr, above=0)
@@ -461,7 +461,7 @@ class BilevelRule(AggregationRule):
             self._rate = rate_of_lower_step(type(self).__name__, local_training.optimizers)
 
     def describe(self) -> str:
-        """Return the rule and its settings, for the start-up line."""
+        """Return the rule and its settings, for the start-up block."""
         return repr_settings(self, upper=repr(self.upper))
 
     @property

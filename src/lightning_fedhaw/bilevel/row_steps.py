@@ -1,4 +1,4 @@
-"""Steps of an optimizer on rows that belong to clients, each of which counts its own steps.
+"""Steps of an optimizer on upper variables: on rows that belong to clients, each of which counts its own steps.
 
 Shapes: S numbers in the rows of all clients.
 """
@@ -11,7 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.aggregation.factories import OptimizerFactory, optimizer_step
+from lightning_fedhaw.aggregation.factories import OptimizerFactory, check_optimizer, optimizer_step
+
+
+def optimizer_of_vectors(factory: OptimizerFactory, lr: float) -> str:
+    """Return the name of the optimizer that a factory makes, which has to step vectors.
+
+    Raises:
+        TypeError: If the factory makes no optimizer.
+        ValueError: If it is one of matrices.
+    """
+    name = type(check_optimizer("upper_optimizer", factory, lr)).__name__
+    vector = torch.zeros(2)
+    try:
+        optimizer_step(factory, lr, [vector], [vector], {})
+    except ValueError as error:
+        raise ValueError(
+            f"`upper_optimizer` steps one vector of all upper variables, and {name} refuses it: {error}. Use one that"
+            " is element-wise, such as `torch.optim.Adam`."
+        ) from error
+    return name
 
 
 def step_of_rows(
