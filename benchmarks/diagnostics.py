@@ -335,6 +335,7 @@ def fedlaw(run: Run, samples: Samples) -> dict[str, float]:
     measured = {
         "accuracy": 100 * fmean(history.curve("val_acc")[-10:]),
         "critical": nan if critical is None else critical + 1.0,
+        "coherence_first": fmean(coherence[:5]),
         "coherence_before": fmean(coherence[:end] or [nan]),
         "coherence_after": fmean(coherence[end:] or [nan]),
         "coherence_last": fmean(coherence[-10:]),
@@ -475,8 +476,9 @@ def print_fedlaw(records: Records) -> None:
     columns = {
         "accuracy": "accuracy, %",
         "critical": "critical round",
-        "coherence_before": "coherence before it",
-        "coherence_after": "after it",
+        "coherence_first": "coherence, first 5 rounds",
+        "coherence_before": "before the critical round",
+        "coherence_after": "after the critical round",
         "coherence_last": "last 10 rounds",
         "scale": "scale, last 10 rounds",
         "ratio": "ratio r",
@@ -525,7 +527,7 @@ def _defined(measured: Sequence[Mapping[str, float | None]], name: str) -> list[
     """Return a value of each seed in which it is defined."""
     values = []
     for record in measured:
-        value = record[name]
+        value = record.get(name)
         if value is not None:
             values.append(value)
     return values

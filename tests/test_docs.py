@@ -37,7 +37,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "REPOSITORY_URL": "https://example.org/repository"},
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
@@ -49,6 +49,10 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "lr_gamma=1.0" in text, "signatures have the defaults"
     assert 'id="lightning_fedhaw.FedHAWCallback.step"' not in page, "internals are left out"
     rules = (tmp_path / "site/rules/index.html").read_text()
+    assert 'href="https://example.org/repository"' in rules
+    assert "md-footer__link--prev" in rules
+    assert "md-footer__link--next" in rules
+    assert (tmp_path / "site/tutorial/index.html").read_text().count("<img alt=") == 4
     assert r'<div class="arithmatex">\[' in rules
     assert "$$" not in rules, "all formulas are typeset"
     for file in re.findall(r'(?:src|href)="([^"#]*katex[^"]*)"', rules):

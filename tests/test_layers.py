@@ -28,6 +28,7 @@ ROWS = {
         "files",
         "figures",
         "user_functions",
+        "starter",
     },
     2: {"options", "vectors", "cohort", "objectives", "models", "probe", "inquiry"},
     3: {"autodiff", "data", "rule"},

@@ -248,7 +248,7 @@ def test_a_graph_does_not_keep_the_tensors_that_it_was_traced_with():
     again = build([tensor.clone() for tensor in flat_call])
     del call, flat_call
     assert [reference() for reference in held] == [None] * 5
-    parameters, buffers, batch, index, starts, (state,) = again
+    parameters, buffers, batch, index, starts, (state,), _ = again
     assert [len(parameters), len(buffers), len(batch), index] == [1, 1, 1, 5]
     assert (starts.keys(), state.keys()) == ({"w"}, {"c"})
     _, build = _flattened(StepInputs(parameters, buffers, batch, index))

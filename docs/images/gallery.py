@@ -121,7 +121,7 @@ def draw_runs() -> None:
             run = fit(make(), data, seed, 40, 1, [], Digits(seed), client_eval=True)
             groups.setdefault(name, []).append(run)
     first = groups["FedHAW"][0]
-    save(partial(draw_bands, groups, ["val_acc", "train_loss"]), "bands")
+    save(partial(draw_bands, groups, ["val_acc"]), "bands")
     save(partial(draw_clients, groups, "val_acc"), "clients")
     save(partial(draw_labels, first), "labels")
     save(partial(draw_weights, first, title="weights that FedHAW learned"), "weights")

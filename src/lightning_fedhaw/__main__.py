@@ -8,13 +8,28 @@ from pathlib import Path
 
 from lightning_fedhaw import __version__
 
-DESCRIPTION = "Any LightningModule as a federation, from flags and YAML files."
+DESCRIPTION = (
+    "Any LightningModule as a federation, from flags and YAML files. Mistakes are reported in one sentence; with"
+    " `--debug`, an error comes with its traceback."
+)
+
+# Commands with parsers of their own, and the modules that run them. Imported where they are needed: pictures need
+# matplotlib and no jsonargparse, other commands the reverse.
+_MODULES = {
+    "plot": "lightning_fedhaw.report.plot_command",
+    "compare": "lightning_fedhaw.comparing.command",
+    "sweep": "lightning_fedhaw.sweeping.command",
+    "init": "lightning_fedhaw.starter.command",
+}
+
+_DEBUG = "--debug"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run ``fedhaw fit|validate|test|predict`` (:class:`~lightning_fedhaw.cli.FederatedCLI`), ``plot`` or ``compare``.
+    """Run ``fedhaw fit|validate|test|predict`` (:class:`~lightning_fedhaw.cli.FederatedCLI`), or another command.
 
-    Modules in the working directory can be named in class paths, as with ``python -m``.
+    Modules in the working directory can be named in class paths, as with ``python -m``. With ``--debug`` anywhere, a
+    mistake that would be reported in one sentence is raised with its traceback.
 
     Args:
         argv: The arguments after the command. Default: ``sys.argv[1:]``.
@@ -22,20 +37,33 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    arguments = sys.argv[1:]
+    # Of the process itself, so that the processes that it starts with the same arguments know none either.
+    words = sys.argv if argv is None else list(argv)
+    is_debugged = _DEBUG in words
+    while _DEBUG in words:
+        words.remove(_DEBUG)
     if argv is not None:
-        arguments = list(argv)
-    # Imported where they are needed: pictures need matplotlib and no jsonargparse, other commands the reverse.
-    if arguments[:1] == ["plot"]:
-        import_module("lightning_fedhaw.report.plot_command").main(arguments[1:])
-        return 0
-    status: int
-    if arguments[:1] == ["compare"]:
-        status = import_module("lightning_fedhaw.comparing.command").main(arguments[1:])
-        return status
-    if arguments[:1] == ["sweep"]:
-        status = import_module("lightning_fedhaw.sweeping.command").main(arguments[1:])
-        return status
+        argv = words
+    try:
+        return _run(argv, sys.argv[1:] if argv is None else argv)
+    except SystemExit as end:
+        # A parser ends the process while it handles the error.
+        if is_debugged and end.code and end.__context__ is not None:
+            raise end.__context__ from None
+        raise
+
+
+def _run(argv: list[str] | None, arguments: list[str]) -> int:
+    """Run a command.
+
+    Args:
+        argv: The arguments if they are not those of the process.
+        arguments: The arguments.
+    """
+    if arguments and arguments[0] in _MODULES:
+        result = import_module(_MODULES[arguments[0]]).main(arguments[1:])
+        # Drawing returns the paths of the pictures.
+        return result if isinstance(result, int) else 0
     try:
         from lightning_fedhaw.cli import FedhawCommand
     except ModuleNotFoundError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import register_type
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -17,13 +19,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of
 from lightning_fedhaw.aggregation.base import AggregationRule
-from lightning_fedhaw.cli_messages import FEDERATION, GROUPS, TRAINER, sentence
+from lightning_fedhaw.cli_messages import FEDERATION, GROUPS, TRAINER, dtype_of, offered_classes, rules_in, sentence
 from lightning_fedhaw.cli_yaml import limit_yaml
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.trainer import FederatedTrainer
 
 limit_yaml()
-register_type(torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), lambda name: getattr(torch, name))
+register_type(torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), dtype_of)
 
 
 class FederatedArgumentParser(LightningArgumentParser):
@@ -87,6 +89,11 @@ class FederatedArgumentParser(LightningArgumentParser):
         # The name of a subcommand's parser holds usage too: "fedhaw [options] fit".
         program = parser.prog.split(" [")[0]
         self.exit(2, f"{program}: error: {sentence(message)}\n")
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Return the help, without the base classes among the classes that an argument takes."""
+        help_text: str = super().format_help(*args, **kwargs)
+        return offered_classes(help_text)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -162,14 +169,18 @@ class FederatedCLI(LightningCLI):
         settings.update(inspect.signature(LightningCLI).bind_partial(*args, **kwargs).arguments)
         try:
             super().__init__(**settings)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ImportError, FileNotFoundError, MisconfigurationException) as error:
             refusal = _refusal(error)
             if refusal is None:
                 raise
             self._parser(self.subcommand).error(str(refusal), error)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and refuse a configuration that is another kind of file, such as a checkpoint, in one sentence."""
+        """Parse, and refuse two rules, and a configuration that is another kind of file, such as a checkpoint."""
+        words = sys.argv[1:] if args is None else args
+        rules = rules_in(words) if isinstance(words, list) else []
+        if len(rules) > 1:
+            parser.error(f"`--rule` is given {len(rules)} times ({', '.join(rules)}). A federation has one: keep one.")
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
@@ -187,8 +198,14 @@ class FederatedCLI(LightningCLI):
         """Create the trainer, with the federation's settings, the rule, channels and objectives.
 
         Raises:
-            ValueError: If ``fit`` has no rule.
+            ValueError: If ``fit`` has no rule or no data.
         """
+        has_data = self.datamodule is not None or is_overridden("train_dataloader", self.model)
+        if self.subcommand == "fit" and not has_data:
+            raise ValueError(
+                "`fit` needs data, got none. Add `--data=mine.MyData`, the import path of a LightningDataModule, or"
+                " define `train_dataloader` in the module."
+            )
         config = entry(self, self.config_init, "trainer")
         callbacks = _as_list(config.get("callbacks"))
         for group in GROUPS:
@@ -214,12 +231,13 @@ _FURTHER_COMMANDS = {
     "plot": "Draw pictures of finished runs.",
     "compare": "Compare rules on the same federations, over seeds and settings.",
     "sweep": "Run a W&B sweep file on this machine, without an account.",
+    "init": "Write a project to start from.",
 }
 """Commands with parsers of their own, and their purposes."""
 
 
 class FedhawCommand(FederatedCLI):
-    """The command ``fedhaw``, which lists ``plot`` and ``compare`` among its subcommands."""
+    """The command ``fedhaw``, which lists the commands with parsers of their own among its subcommands."""
 
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
@@ -243,8 +261,14 @@ def entry(cli: LightningCLI, config: Any, key: str) -> Any:
     return config.get(str(cli.subcommand), config).get(key)
 
 
+_NOT_OF_USERS = frozenset(
+    {"lightning_fedhaw", "lightning", "lightning_utilities", "jsonargparse", "contextlib", "fsspec"}
+)
+"""Packages between the command line and an error of Lightning that a configuration causes."""
+
+
 def _refusal(error: BaseException) -> BaseException | None:
-    """Find the error by which this package refuses an argument, among the causes of an error.
+    """Find the error by which this package or Lightning refuses an argument, among the causes of an error.
 
     Some mistakes are found only when ``fit`` has read the data.
 
@@ -252,17 +276,20 @@ def _refusal(error: BaseException) -> BaseException | None:
         error: The error that was raised; jsonargparse wraps the errors of constructors.
 
     Returns:
-        The error; None if a user needs the traceback, because it was raised in a round or by other code.
+        The error; None if a user needs the traceback, because it was raised in a round, by other code, or by Lightning
+        where the user's code calls it.
     """
     cause: BaseException | None = error
     while cause is not None:
-        raised_in = ""
+        packages = []
         for frame, _ in traceback.walk_tb(cause.__traceback__):
             if frame.f_code is Federation.run_round.__code__:
                 return None
-            # The last frame is where it was raised.
-            raised_in = str(frame.f_globals["__name__"])
-        if raised_in.startswith("lightning_fedhaw."):
+            packages.append(str(frame.f_globals.get("__name__", "")).partition(".")[0])
+        # The last frame is where it was raised.
+        if packages and packages[-1] == "lightning_fedhaw":
+            return cause
+        if packages and packages[-1] == "lightning" and _NOT_OF_USERS.issuperset(packages):
             return cause
         cause = cause.__cause__
     return None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 import lightning_fedhaw
@@ -18,7 +20,7 @@ from lightning_fedhaw.data.hold_out import HoldOut
 from lightning_fedhaw.data.partitioners import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.objectives.base import ClientObjective
-from lightning_fedhaw.options import FederationOptions
+from lightning_fedhaw.options import STORAGE_DTYPES, FederationOptions
 from lightning_fedhaw.trainer import FederatedTrainer
 
 FEDERATION = frozenset(field.name for field in fields(FederationOptions))
@@ -60,8 +62,16 @@ _NOISE: tuple[str, ...] = (
 )
 
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\w+)$")
-_UNKNOWN_ARGUMENT = re.compile(r"class_path '[\w.]*?(\w+)'.* Option '(\w+)' is not accepted")
+_UNKNOWN_ARGUMENT = re.compile(r"class_path '([\w.]+)'.* Option '(\w+)' is not accepted")
 _UNKNOWN_SETTING = re.compile(r"(?:arguments: --|accept option ')(federation|trainer)\.(\w+)")
+_CLASSLESS = re.compile(r"`--(\w+)`: .*class_path '[\w.]*\.(LightningModule|LightningDataModule)': Option '\w+' is not")
+_NO_MODULE = re.compile(r"No module named '([\w.]+)'$")
+_NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'$")
+_REQUIRED_MODEL = re.compile(r"arguments are required: (?:\w+\.)?model$")
+_LITERAL = re.compile(r"Expected a typing\.Literal\[([^\]]*)\]\.?")
+_NOT_OFFERED = re.compile(
+    r"lightning_fedhaw\.(?:channel\.\w*Channel|objectives\.ClientObjective|adapter\.[\w.]+)(?:, ?|(?=\)))"
+)
 _GIVEN_VALUE = re.compile(r"Given value: (?!NestedArg|Namespace|[{\[])(.+)")
 
 
@@ -72,24 +82,109 @@ def sentence(message: str) -> str:
         message: Its message, of many lines: one for each type that it tried.
     """
     text = _one_line(message)
+    rewritten = _about_classes(text)
+    if rewritten is not None:
+        return rewritten
     unknown_class = _UNKNOWN_CLASS.search(text)
     if unknown_class:
         return _unknown_class_sentence(text, unknown_class)
     unknown_argument = _UNKNOWN_ARGUMENT.search(text)
     if unknown_argument:
-        return f"{text}. {_class_argument_hint(unknown_argument[1], unknown_argument[2])}".strip()
+        hint = _class_argument_hint(unknown_argument[1], unknown_argument[2])
+        return f"{text.removesuffix('.')}. {hint}".strip()
     unknown_setting = _UNKNOWN_SETTING.search(text)
     if unknown_setting:
         settings = TRAINER
         if unknown_setting[1] == "federation":
             settings = FEDERATION
         return f"{text}. {_argument_hint(unknown_setting[2], settings)}".strip()
+    text = _with_choices(text)
+    if re.search(r"arguments: --lr\b", text):
+        return f"{text}. The learning rate of the clients is an argument of the model: `--model.lr`."
     value = _GIVEN_VALUE.search(message)
     if value and "but is abstract" in text:
         return _abstract_class_sentence(text, value[1])
     if value and value[1] not in text:
         return f"{text}, got {value[1]}"
     return text
+
+
+def _about_classes(text: str) -> str | None:
+    """Rewrite an error about the class of a model or of data; return None for another error.
+
+    Args:
+        text: The error in one line.
+    """
+    if _REQUIRED_MODEL.search(text):
+        return "`fit` needs a model, got none. Add `--model=mine.MyModel`, the import path of a LightningModule."
+    classless = _CLASSLESS.search(text)
+    if classless:
+        group = classless[1]
+        return (
+            f"The configuration has arguments of `{group}` without its class, as that of a program with a fixed class"
+            f" (`LightningCLI(MyModel, ...)`). Name the class before it: `--{group}=mine.MyClass --config=...`."
+        )
+    module = _NO_MODULE.search(text)
+    if module:
+        return f"{text}. Modules are looked for in the working directory and among installed packages."
+    attribute = _NO_ATTRIBUTE.search(text)
+    if attribute and attribute[1] in sys.modules:
+        names = [name for name in dir(sys.modules[attribute[1]]) if not name.startswith("_")]
+        return f"{text}. {_nearest(attribute[2], names)}".strip()
+    return None
+
+
+def _with_choices(text: str) -> str:
+    """Rewrite what is said of the values that an argument takes."""
+    choices: list[str] = []
+    for values in _LITERAL.findall(text):
+        choices += values.split(", ")
+    if not choices:
+        return text
+    beginning = text[: text.index("Expected")]
+    got = text.rpartition("Got value: ")
+    rewritten = f"{beginning}must be one of {', '.join(choices)}"
+    if got[1]:
+        rewritten += f", got {got[2]}"
+    return rewritten
+
+
+def rules_in(words: Iterable[str]) -> list[str]:
+    """Return the rules that some arguments of a command line name.
+
+    Args:
+        words: The arguments.
+    """
+    rules = []
+    is_next = False
+    for word in words:
+        if is_next:
+            rules.append(word)
+        option, equals, value = word.partition("=")
+        if option == "--rule" and equals:
+            rules.append(value)
+        is_next = word == "--rule"
+    return rules
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return a dtype of torch by its name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        names = [str(known).removeprefix("torch.") for known in STORAGE_DTYPES]
+        raise ValueError(f"`{name}` is no dtype of torch, such as {', '.join(names)}")
+    return dtype
+
+
+def offered_classes(help_text: str) -> str:
+    """Remove base classes and internal ones from the lists of classes in a help text."""
+    shorter = _NOT_OFFERED.sub("", help_text)
+    # A line of a list that held nothing else.
+    return re.sub(r"\n +(?=\n)", "", shorter)
 
 
 def _unknown_class_sentence(text: str, unknown_class: re.Match[str]) -> str:
@@ -119,9 +214,10 @@ def _abstract_class_sentence(text: str, path: str) -> str:
     return f"`--{argument}`: `{name}` is a base class. Give a class that derives from it: {', '.join(names)}."
 
 
-def _class_argument_hint(class_name: str, name: str) -> str:
+def _class_argument_hint(path: str, name: str) -> str:
     """Say where an argument that a class does not have belongs, or name the nearest argument of the class."""
-    kind = _public_classes().get(class_name)
+    module, _, class_name = path.rpartition(".")
+    kind = _public_classes().get(class_name) or getattr(sys.modules.get(module), class_name, None)
     if kind is None:
         return _argument_hint(name, ())
     elsewhere = getattr(kind, "arguments_elsewhere", {})

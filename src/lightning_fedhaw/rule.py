@@ -338,7 +338,7 @@ class Rule(ABC):
         return None
 
     def describe(self) -> str:
-        """Return the rule and its settings, for the start-up line."""
+        """Return the rule and its settings, for the start-up block."""
         return repr_settings(self)
 
     @property

@@ -99,7 +99,7 @@ class FederatedTrainer(pl.Trainer):
             ``"vectorized"``: many at once in one batched computation; needs a ``training_step`` without side effects.
             ``"auto"``: chosen by the rule in ``docs/speed.md``.
         compile_clients: Whether the vectorized engine compiles its step with ``torch.compile``, from the second round
-            on. This pays off for small models and many rounds.
+            on. This may pay off for small models and many rounds; on a CPU it is given up where it is slower.
         chunk_memory: Bytes that the vectorized engine may use at a time, such as ``2**30``. If not all clients fit,
             they are trained in chunks. Default: a quarter of the free memory.
         channels_last: Whether 4-D parameters and inputs are laid out channels-last while clients train, which is faster

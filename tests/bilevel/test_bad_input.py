@@ -115,6 +115,11 @@ def test_no_names(upper: Any) -> None:
         AggITDCallback(upper)
 
 
+def test_an_optimizer_of_matrices() -> None:
+    with pytest.raises(ValueError, match=r"`upper_optimizer` steps one vector of all upper .* Muon refuses"):
+        AGGITD(upper_optimizer=torch.optim.Muon)
+
+
 class Apart(Classifier):
     """Has a parameter that only the upper loss depends on."""
 
@@ -269,6 +274,11 @@ def test_several_rates() -> None:
         (AggITDCallback("net.3", lower_rounds=2), "upper='net.0'", "upper='net.3'"),
         (AggITDCallback("net.0", lower_rounds=3), "lower_rounds=2", "lower_rounds=3"),
         (AggITDCallback("net.0", lower_rounds=2, q="sum"), "q='random'", "q='sum'"),
+        (
+            AggITDCallback("net.0", lower_rounds=2, upper_optimizer=torch.optim.Adam),
+            "upper_optimizer=SGD",
+            "upper_optimizer=Adam",
+        ),
         (FedNestCallback("net.0"), "AggITDCallback", "FedNestCallback"),
     ],
 )

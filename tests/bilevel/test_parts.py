@@ -108,7 +108,7 @@ def test_only_clients_that_take_part_change_their_weights_also_with_memory() -> 
             continue
         own = {sample for client in cohorts[number] for sample in PARTS[client]}
         assert changed == own
-    memory = rule.state["memory"][0]
+    memory = rule.state["memory"]["placed"]["tensors"]
     absent = set(range(4)) - {client for cohort in cohorts[2::3] for client in cohort}
     for client in absent:
         assert not memory["exp_avg"][list(PARTS[client])].any()

@@ -257,6 +257,17 @@ def test_a_weight_decay_is_a_part_of_the_lower_problem(make: Any) -> None:
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-12)
 
 
+def test_a_gradient_that_grows_from_nothing_is_no_explosion() -> None:
+    class Far(Quadratic):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            # Flat at the start, where y is zero.
+            self.log("val_loss", (self.y**4).sum() * 1e9 + 1e-8 * self.y.sum())
+
+    rule = AggITDCallback("x", lower_rounds=3, q="sum", upper_lr=1e-12)
+    play(rule, Far(), rounds=4)
+    assert rule.state["outer_step"] >= 1
+
+
 def test_a_series_without_its_factor() -> None:
     scaled = hypergradient(FedNestCallback("x", upper_lr=1.0))
     unscaled = hypergradient(FedNestCallback("x", upper_lr=1.0, scales_series=False))

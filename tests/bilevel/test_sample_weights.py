@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 from federations import QUIET
 from lightning_fedhaw import FederatedDataModule, FederatedTrainer
 from lightning_fedhaw.bilevel import AggITDCallback, SampleWeights, with_indices
+from lightning_fedhaw.bilevel.row_steps import step_of_rows
 from lightning_fedhaw.data.labels import find_labels
 
 RATE = 0.5
@@ -194,6 +195,19 @@ def test_a_derivative_that_is_zero_is_one() -> None:
     after = rule.upper_step(state, torch.zeros(5, dtype=torch.float64), 0.0, others).state["upper"]
     # The momentum of those who answered goes on, and the others stand still.
     assert after.tolist() == [-1.5, -1.5, -1, -1, -1]
+
+
+def test_each_client_counts_its_own_steps() -> None:
+    """Adam's first step has the length of the rate, also where others have made many."""
+    values = torch.zeros(2, dtype=torch.float64)
+    memory: dict[str, Any] = {}
+    for rows in ([True, False],) * 9 + ([False, True], [True, True]):
+        values, memory = step_of_rows(
+            torch.optim.Adam, 0.1, values, torch.ones_like(values), torch.tensor(rows), memory
+        )
+    assert values.tolist() == [pytest.approx(-1.0), pytest.approx(-0.2)]
+    assert memory["steps"].tolist() == [10, 2]
+    assert sorted(memory["numbers"]) == [2, 10]
 
 
 class Normalized(Numbers):

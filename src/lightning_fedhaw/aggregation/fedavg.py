@@ -30,7 +30,7 @@ NO_WEIGHT = (
 """The note to the error of a round without any weight."""
 
 LONGEST_LIST = 4
-"""The number of weights up to which the start-up line shows them."""
+"""The number of weights up to which the start-up block shows them."""
 
 
 class FedAvgCallback(AggregationRule):
@@ -75,7 +75,7 @@ class FedAvgCallback(AggregationRule):
         return 1.0
 
     def describe(self) -> str:
-        """Return the rule and its weights, for the start-up line."""
+        """Return the rule and its weights, for the start-up block."""
         if self.weights is None:
             return repr_settings(self)
         shown = None

@@ -203,7 +203,7 @@ class FedOptCallback(AggregationRule):
         return self.rule.local_lr_scale(state["rule"], layout)
 
     def describe(self) -> str:
-        """Return the rule and its settings, for the start-up line."""
+        """Return the rule and its settings, for the start-up block."""
         inner = None if self.rule is None else self.rule.describe()
         probe = None if self.probe is None else repr(self.probe)
         return repr_settings(self, *self._implied_settings, rule=inner, probe=probe)

@@ -230,7 +230,7 @@ class LearningRule(AggregationRule):
         return self.learned.learn_from(probe, state)
 
     def describe(self) -> str:
-        """Return the rule and its settings, for the start-up line."""
+        """Return the rule and its settings, for the start-up block."""
         return repr_settings(self, probe=repr(self.probe))
 
     @property

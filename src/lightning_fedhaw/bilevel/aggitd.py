@@ -117,9 +117,10 @@ class AggITDCallback(BilevelRule):
 
     def _multiply(self, rate: float, problem: LocalProblem, sent: Mapping[str, Tensor]) -> Answer:
         vector = multiplied(problem, sent["vector"], rate)
-        if self.q == "sum":
-            vector = vector + problem.upper_gradients().lower
-        return {"vector": vector}
+        if self.q == "random":
+            return {"vector": vector}
+        gradient = problem.upper_gradients().lower
+        return {"vector": vector + gradient, "added norm": float(torch.linalg.vector_norm(gradient))}
 
     def _keep_vector(self, cohort: Cohort, answers: Answers | None, state: State) -> Progress:
         """Keep the mean of the clients' vectors."""
@@ -127,9 +128,8 @@ class AggITDCallback(BilevelRule):
             return Progress({"vector": None, "first_norm": None})
         vector = answers.vectors["vector"]
         norm = float(torch.linalg.vector_norm(vector))
-        first_norm = state.get("first_norm")
-        if first_norm is None:
-            first_norm = norm
+        # The gradient may be zero or tiny in the first round, and longer where it is added later.
+        first_norm = max(state.get("first_norm") or norm, answers.numbers.get("added norm", 0.0))
         vector = self.checked_vector(vector, first_norm)
         return Progress({"vector": vector, "first_norm": first_norm}, metrics={"bilevel/vector_norm": norm})
 

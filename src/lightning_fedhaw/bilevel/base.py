@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_fedhaw import arguments
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, configure_model
 from lightning_fedhaw.aggregation.base import AggregationRule, Weighting
-from lightning_fedhaw.aggregation.factories import OptimizerFactory, check_optimizer, optimizer_step
+from lightning_fedhaw.aggregation.factories import OptimizerFactory, optimizer_step
 from lightning_fedhaw.bilevel.estimates import (
     corrected_lower_steps,
     corrected_upper_steps,
@@ -26,6 +26,7 @@ from lightning_fedhaw.bilevel.estimates import (
 )
 from lightning_fedhaw.bilevel.lower_problem import check_lower_problem, rate_of_lower_step
 from lightning_fedhaw.bilevel.rounds import OuterRound, Progress, with_rider
+from lightning_fedhaw.bilevel.row_steps import optimizer_of_vectors, step_of_rows
 from lightning_fedhaw.bilevel.variables import UpperVariables
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
 from lightning_fedhaw.inquiry import Answer, Answers, Inquiry, LocalProblem
@@ -89,7 +90,7 @@ class BilevelRule(AggregationRule):
         self.upper = UpperVariables(upper)
         self.upper_loss = arguments.optional(arguments.text, "upper_loss", upper_loss)
         self.upper_lr = arguments.number("upper_lr", upper_lr, above=0)
-        check_optimizer("upper_optimizer", upper_optimizer, self.upper_lr)
+        self._optimizer_name = optimizer_of_vectors(upper_optimizer, self.upper_lr)
         self.upper_optimizer = upper_optimizer
         self.upper_steps = arguments.integer("upper_steps", upper_steps, minimum=1)
         self.lower_lr = arguments.optional(arguments.number, "lower_lr", lower_lr, above=0)
@@ -305,17 +306,25 @@ class BilevelRule(AggregationRule):
             FloatingPointError: If the upper variables would not be finite.
         """
         gradients = self.upper.split(direction.to(state["upper"]))
-        if "shared" in gradients:
-            gradients["shared"] = within(gradients["shared"], self.clip)
         values = self.upper.split(state["upper"])
-        stepped, memory = optimizer_step(
-            self.upper_optimizer, self.upper_lr, list(values.values()), list(gradients.values()), state["memory"]
-        )
+        memory = dict(state["memory"])
+        stepped: list[Tensor] = []
+        if "shared" in gradients:
+            gradient = within(gradients["shared"], self.clip)
+            own = {0: memory[0]} if 0 in memory else {}
+            shared, own = optimizer_step(self.upper_optimizer, self.upper_lr, [values["shared"]], [gradient], own)
+            stepped += shared
+            memory.update(own)
         if "placed" in gradients:
-            number = len(values) - 1
-            is_own = rows["placed"]
-            stepped[number] = torch.where(is_own, stepped[number], values["placed"])
-            memory = _kept_rows(memory, state["memory"], number, is_own)
+            placed, memory["placed"] = step_of_rows(
+                self.upper_optimizer,
+                self.upper_lr,
+                values["placed"],
+                gradients["placed"],
+                rows["placed"],
+                memory.get("placed", {}),
+            )
+            stepped.append(placed)
         upper = torch.cat(stepped)
         if not torch.isfinite(upper).all():
             raise FloatingPointError(
@@ -452,13 +461,13 @@ class BilevelRule(AggregationRule):
             self._rate = rate_of_lower_step(type(self).__name__, local_training.optimizers)
 
     def describe(self) -> str:
-        """Return the rule and its settings, for the start-up line."""
+        """Return the rule and its settings, for the start-up block."""
         return repr_settings(self, upper=repr(self.upper))
 
     @property
     def resume_key(self) -> str:
-        """The settings that a resumed run must share: the split of the variables, and the rounds of an outer step."""
-        settings = [f"upper={self.upper!r}"]
+        """The settings that a resumed run must share: variables, the optimizer's class, rounds of an outer step."""
+        settings = [f"upper={self.upper!r}", f"upper_optimizer={self._optimizer_name}"]
         for name in self.structure:
             settings.append(f"{name}={getattr(self, name)!r}")
         return f"{type(self).key}({', '.join(settings)})"
@@ -466,27 +475,6 @@ class BilevelRule(AggregationRule):
     def summary(self) -> dict[str, float]:
         """Return the number of finished outer steps."""
         return {"outer_steps": float(self.state.get("outer_step", 0))}
-
-
-def _kept_rows(memory: dict[Any, Any], before: Mapping[Any, Any], number: int, is_own: Tensor) -> dict[Any, Any]:
-    """Return an optimizer's memory in which the rows of clients that did not answer are as they were.
-
-    Args:
-        memory: The new memory, by the number of the tensor that it belongs to.
-        before: The memory before the step; empty before the first one.
-        number: The number of the clients' tensor.
-        is_own: ``[U]``, where a client that has answered has its rows.
-    """
-    kept: dict[str, Any] = {}
-    for name, value in memory.get(number, {}).items():
-        # Before the first step there is none, and rows without a gradient begin theirs in it.
-        old = before.get(number, {}).get(name, value)
-        if isinstance(value, Tensor) and value.shape == is_own.shape:
-            value = torch.where(is_own, value, old.to(value))
-        kept[name] = value
-    if not kept:
-        return memory
-    return {**memory, number: kept}
 
 
 def _nothing(state: State, server: ServerView) -> None:

@@ -4,6 +4,7 @@ from lightning_fedhaw.data.dogs import StanfordDogs
 from lightning_fedhaw.data.features import cache_features
 from lightning_fedhaw.data.hold_out import HoldOut
 from lightning_fedhaw.data.labels import find_labels
+from lightning_fedhaw.data.leaf import LeafDataModule
 from lightning_fedhaw.data.module import FederatedDataModule
 from lightning_fedhaw.data.partitioners import (
     DirichletPartitioner,
@@ -19,6 +20,7 @@ from lightning_fedhaw.data.partitioners import (
     ShardPartitioner,
 )
 from lightning_fedhaw.data.preview import draw_histogram, format_histogram
+from lightning_fedhaw.data.rows import RowsDataModule
 from lightning_fedhaw.data.samplers import (
     CohortSampler,
     FixedSequenceSampler,
@@ -41,11 +43,13 @@ __all__ = [
     "IIDPartitioner",
     "IndexPartitioner",
     "LabelSwapPartitioner",
+    "LeafDataModule",
     "LongTailPartitioner",
     "NaturalIdPartitioner",
     "Partition",
     "Partitioner",
     "QuantitySkewPartitioner",
+    "RowsDataModule",
     "ShardPartitioner",
     "StanfordDogs",
     "Synthetic",

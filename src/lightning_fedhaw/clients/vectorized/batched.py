@@ -53,6 +53,21 @@ class StepInputs(NamedTuple):
             tensors += state.values()
         return tensors
 
+    def first(self, rows: int) -> StepInputs:
+        """Return the inputs of the first rows."""
+        starts = None
+        if self.starts is not None:
+            starts = {name: value[:rows] for name, value in self.starts.items()}
+        return StepInputs(
+            parameters=[tensor[:rows].detach().requires_grad_() for tensor in self.parameters],
+            buffers=[tensor[:rows] for tensor in self.buffers],
+            batch=[tensor[:rows] for tensor in self.batch],
+            batch_index=self.batch_index,
+            starts=starts,
+            states=[{name: value[:rows] for name, value in state.items()} for state in self.states],
+            lengths=None if self.lengths is None else self.lengths[:rows],
+        )
+
 
 class StepOutputs(NamedTuple):
     """The outputs of one batched call.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_fedhaw.clients.vectorized.optimizers import RowIndex
@@ -155,9 +156,11 @@ class CallPlan:
         The arguments are those of :meth:`_separate_calls`. The step ignores the number of the batch.
         """
         size = self.batch_size
-        samples = pad_sequence(orders, batch_first=True)
         num_samples = [order.numel() for order in orders]
-        for batch in range(-(-max(num_samples) // size)):
+        num_batches = -(-max(num_samples) // size)
+        samples = pad_sequence(orders, batch_first=True)
+        samples = pad(samples, (0, num_batches * size - samples.shape[1]))
+        for batch in range(num_batches):
             begin = batch * size
             rows_by_length: dict[int, list[int]] = {}
             for row, count in enumerate(num_samples):
@@ -168,7 +171,7 @@ class CallPlan:
                 columns = samples[row_index, begin : begin + length]
                 if lengths is not None:
                     # A sample of the client's own, whose values are finite if those of the others are.
-                    counts = torch.arange(columns.shape[1]) < lengths[:, None]
+                    counts = torch.arange(length) < lengths[:, None]
                     columns = columns.where(counts, columns[:, :1])
                 yield Call(rows, row_index, columns, batches_before[rows[0]] + batch, lengths)
 

@@ -59,7 +59,7 @@ class Chunk:
         self.facts = facts
         # A graph would not carry tangents.
         self.compiled = compiled if engine.gradient_slope is None else None
-        self.quick_step = self.compiled or repeated or step
+        self.plain_step = repeated or step
         self.batch_size = engine.data.settings.batch_size
         self._sort(tasks)
         self.made = [0] * len(tasks)
@@ -234,7 +234,7 @@ class Chunk:
             lengths = torch.cat([lengths, lengths[-1:].expand(padding)]).to(self.engine.host.device)
         inputs = self._inputs(rows, padded_index, samples, call.batch_index)._replace(lengths=lengths)
         self.step.recorder.batch_size = samples.shape[1]
-        outputs = self._gradients(inputs, row_index)
+        outputs = self._gradients(inputs, row_index, len(rows))
         with torch.no_grad():
             if outputs.logged:
                 logged = outputs.logged
@@ -249,10 +249,18 @@ class Chunk:
         for row in rows:
             counts[row] += 1
 
-    def _gradients(self, inputs: StepInputs, row_index: RowIndex) -> Gradients:
-        """Compute the gradients of a call, and where a rate is learned their change along the tangents."""
+    def _gradients(self, inputs: StepInputs, row_index: RowIndex, num_rows: int) -> Gradients:
+        """Compute the gradients of a call, and where a rate is learned their change along the tangents.
+
+        Args:
+            inputs: The inputs of the call.
+            row_index: Its rows.
+            num_rows: Their number, without copies of the last one.
+        """
         if self.tangents is None:
-            return self.quick_step.gradients(self.trained, inputs)
+            if self.compiled is not None:
+                return self.compiled.gradients(self.trained, inputs, num_rows)
+            return self.plain_step.gradients(self.trained, inputs)
         with self.tangents.level():
             duals = list(inputs.parameters)
             for position, number in enumerate(self.stack_numbers):

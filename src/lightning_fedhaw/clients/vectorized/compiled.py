@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep, Gradients, StepInputs
 from lightning_fedhaw.clients.vectorized.recorder import PendingValue
+from lightning_fedhaw.clients.vectorized.repeated import RepeatedStep
 
 MAX_SHAPES = 64
 """The number of shapes that are compiled at most; other shapes run without a graph."""
@@ -22,6 +24,12 @@ TOLERANCE = 1e-3
 SMALLEST_BUCKET = 16
 """The number of rows that a graph is made for at least, if the chunk has as many."""
 
+SAMPLED = 4
+"""While speeds are compared, every so many calls one is made without a graph."""
+
+ENOUGH_SAMPLES = 16
+"""The number of these calls after which the speeds are compared."""
+
 Shapes = tuple[torch.Size, ...]
 """The shapes of a batch's tensors, which tell one graph from another."""
 
@@ -31,20 +39,35 @@ class CompiledStep:
 
     A graph contains the values that Python numbers had when it was traced. Therefore the first call of every graph is
     compared with the step itself, and so is, in every round, the first call of a graph from an earlier round. Where
-    they differ, or where nothing can be compiled, the step runs without graphs.
+    they differ, or where nothing can be compiled, the step runs without graphs. On the CPU the speed is compared, too:
+    graphs that turn out slower than the step are no longer used.
+
+    Attributes:
+        is_off: Whether graphs are no longer used.
     """
 
     def __init__(self) -> None:
         self.is_off = False
+        # While it is measured.
+        self._speed: _Speed | None = _Speed()
         self._graphs: dict[Shapes, _Graph] = {}
         self._to_check: set[Shapes] = set()
         self._num_new = 0
         self._seconds = 0.0
 
-    def begin(self, step: BatchedStep) -> None:
-        """Begin a round with its own batched step."""
+    def begin(self, step: BatchedStep, plain: BatchedStep | RepeatedStep) -> None:
+        """Begin a round.
+
+        Args:
+            step: The batched step of the round.
+            plain: The step that would make the calls without graphs.
+        """
         self.step = step
+        self.plain = plain
         self._to_check = set(self._graphs)
+        if step.host.device.type != "cpu":
+            # A call returns before the device has made it.
+            self._speed = None
 
     def padding(self, rows: int, at_most: int) -> int:
         """Return the number of rows to add to a call, so that graphs are needed for few numbers of rows only.
@@ -62,18 +85,34 @@ class CompiledStep:
             bucket *= 4
         return min(bucket, at_most) - rows
 
-    def gradients(self, trained: Sequence[int], inputs: StepInputs) -> Gradients:
-        """Compute losses and gradients; the arguments are those of :meth:`BatchedStep.gradients`."""
+    def gradients(self, trained: Sequence[int], inputs: StepInputs, rows: int) -> Gradients:
+        """Compute losses and gradients.
+
+        Args:
+            trained: The numbers of the parameters to differentiate with respect to.
+            inputs: The inputs of the call.
+            rows: The number of rows without those that :meth:`padding` added; outputs may be of these only.
+        """
+        if self.is_off:
+            return self.plain.gradients(trained, inputs)
         shape = tuple(tensor.shape for tensor in inputs.batch)
         if inputs.lengths is not None:
             shape += (inputs.lengths.shape,)
         is_new = shape not in self._graphs
-        if self.is_off or (is_new and len(self._graphs) >= MAX_SHAPES):
-            return self.step.gradients(trained, inputs)
+        if is_new and len(self._graphs) >= MAX_SHAPES:
+            return self.plain.gradients(trained, inputs)
+        if self._speed is not None and not is_new and self._speed.takes_sample():
+            with self._speed.of_plain_calls:
+                return self.plain.gradients(trained, inputs.first(rows))
         try:
             if is_new:
                 self._trace(shape, trained, inputs)
-            compiled = self._graphs[shape](inputs)
+            measured: AbstractContextManager[None] = nullcontext()
+            # The first calls of a round are compared with the step, and wait for the compiler.
+            if self._speed is not None and not is_new:
+                measured = self._speed.of_graphs
+            with measured:
+                compiled = self._graphs[shape](inputs)
         except Exception as error:
             # Tracing and compiling may raise anything, while the step itself has already run without graphs.
             first_line = str(error).strip().partition("\n")[0]
@@ -121,6 +160,62 @@ class CompiledStep:
             rank_zero_info(f"Compiled the clients' step for {self._num_new} shapes in {self._seconds:.1f} s.")
         self._num_new = 0
         self._seconds = 0.0
+        self._compare_speed()
+
+    def _compare_speed(self) -> None:
+        """Give up if the graphs are slower, as soon as enough is measured."""
+        speed = self._speed
+        if speed is None or self.is_off or speed.num_samples < ENOUGH_SAMPLES:
+            return
+        self._speed = None
+        if speed.of_graphs.mean > speed.of_plain_calls.mean:
+            self._give_up(
+                f"a call takes {1e3 * speed.of_graphs.mean:.2f} ms with a graph and"
+                f" {1e3 * speed.of_plain_calls.mean:.2f} ms without"
+            )
+
+
+class _Stopwatch:
+    """A context whose seconds are added up."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds.append(time.perf_counter() - self._begin)
+
+    @property
+    def mean(self) -> float:
+        """The mean, without the slowest tenth, in which another program was at work."""
+        fastest = sorted(self.seconds)[: max(1, len(self.seconds) * 9 // 10)]
+        return sum(fastest) / len(fastest)
+
+
+class _Speed:
+    """The speed of calls with graphs and without.
+
+    Attributes:
+        of_graphs: Measures calls with graphs.
+        of_plain_calls: Measures the others.
+    """
+
+    def __init__(self) -> None:
+        self.of_graphs = _Stopwatch()
+        self.of_plain_calls = _Stopwatch()
+        self._num_calls = 0
+
+    @property
+    def num_samples(self) -> int:
+        """The number of calls of the rarer kind that were measured."""
+        return min(len(self.of_graphs.seconds), len(self.of_plain_calls.seconds))
+
+    def takes_sample(self) -> bool:
+        """Return whether the next call is to be made without a graph."""
+        self._num_calls += 1
+        return self._num_calls % SAMPLED == 0
 
 
 class _Graph:

@@ -103,10 +103,10 @@ class VectorizedEngine(Engine):
             # From the second round on, so that a run of one round does not wait for the compiler.
             if self.compile_clients and self.rounds and self.compiled is None:
                 self.compiled = CompiledStep()
-            if self.compiled is not None:
-                self.compiled.begin(step)
             if self.repeated is not None:
                 self.repeated.begin(step)
+            if self.compiled is not None:
+                self.compiled.begin(step, self.repeated or step)
             self.rounds += 1
             while not self.gave_up:
                 chunk_tasks = failed.popleft() if failed else list(islice(pending, self.chunk))

@@ -14,7 +14,10 @@ from lightning_fedhaw.clients.vectorized.recording import DifferenceError, Patte
 from lightning_fedhaw.vectors.memory import is_out_of_memory
 
 MAX_CHANGES = 3
-"""How often a step may turn out to be another one before it is no longer recorded."""
+"""How often a step may turn out to be another one, with few calls between, before it is no longer recorded."""
+
+FEW_CALLS = 10
+"""The number of repeated calls that are worth a new recording."""
 
 _Key = tuple[object, ...]
 """What tells one program from another: the shapes and strides of the inputs, without the number of rows."""
@@ -105,7 +108,7 @@ class _Kind:
     Attributes:
         pending: The values that a call logs.
         is_current: Whether calls of this round have been compared with each other, or with those of earlier rounds.
-        num_changes: How often a recording was another one than those before it.
+        num_changes: How often a recording was another one than those before it, after few repeated calls.
     """
 
     def __init__(self) -> None:
@@ -114,6 +117,7 @@ class _Kind:
         self.num_changes = 0
         self._pattern: Pattern | None = None
         self._program: Program | None = None
+        self._num_repeated = 0
 
     def serves(self, rows: int) -> bool:
         """Return whether calls with a number of rows can be repeated in this round."""
@@ -122,6 +126,7 @@ class _Kind:
     def program(self) -> Program:
         """Return the program of the calls, which is written for the first one."""
         assert self._pattern is not None
+        self._num_repeated += 1
         if self._program is None:
             self._program = program_of(self._pattern)
         return self._program
@@ -134,8 +139,9 @@ class _Kind:
         if self._pattern is not None and self._confirms(self._pattern, recording, pending):
             self.is_current = True
             return
-        if self._pattern is not None:
+        if self._pattern is not None and self._num_repeated < FEW_CALLS:
             self.num_changes += 1
+        self._num_repeated = 0
         self._pattern = Pattern(recording)
         self._program = None
         self.pending = pending

@@ -1,0 +1,1 @@
+"""A project to start from: the files that ``fedhaw init`` writes, and the command."""
