@@ -4,6 +4,7 @@
     python benchmarks/speed.py --mnist SPLIT.npz                     (everything, about an hour and a half)
     python benchmarks/speed.py --quick                               (a small version of everything, as a test)
     python benchmarks/speed.py --work W1 W3 --contenders "ours*"     (a selection; the baseline is always included)
+    python benchmarks/speed.py --before OLD/src --out NEW.json       (an older checkout beside this one, in one run)
 
 Every run is a separate process that prints one JSON report. Runs are interleaved (A, B, C, A, B, C, ...). The figure of
 a run is the median of its rounds, a ratio is taken to the baseline of the same repetition, and the table shows medians
@@ -53,6 +54,7 @@ class Contender:
         threads: Threads of the process by workload, if its default is not its best choice.
         skip: Rounds before the timed ones; more than one if the first rounds compile.
         devices: Kinds of device on which it runs.
+        source: The folder that holds the package.
     """
 
     script: str
@@ -62,6 +64,7 @@ class Contender:
     threads: dict[str, int] = field(default_factory=dict)
     skip: int = 1
     devices: tuple[str, ...] = ("cpu",)
+    source: Path = SOURCE
 
 
 ANY = ("cpu", "cuda")
@@ -115,7 +118,7 @@ def title(work: str) -> str:
 
 def environment(contender: Contender, work: str, threads: int | None) -> dict[str, str]:
     """Return the environment of a run: it finds this folder's files, sends no telemetry, and wandb stays offline."""
-    paths = [str(HERE), str(SOURCE), os.environ.get("PYTHONPATH", "")]
+    paths = [str(HERE), str(contender.source), os.environ.get("PYTHONPATH", "")]
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "WANDB_MODE": "offline"}
     threads = contender.threads.get(work, threads)
     limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
@@ -156,13 +159,16 @@ def play(
 def chosen(work: str, args: argparse.Namespace) -> dict[str, Contender]:
     """Return the selected contenders of a workload, the baseline first."""
     kind = args.device.split(":")[0]
-    return {
-        name: one
-        for name, one in CONTENDERS.items()
-        if work.split(",")[0] in one.works.split()
-        and kind in one.devices
-        and (name == baseline(work) or any(fnmatch.fnmatch(name, pattern) for pattern in args.contenders))
-    }
+    selected = {}
+    for name, one in CONTENDERS.items():
+        if work.split(",")[0] not in one.works.split() or kind not in one.devices:
+            continue
+        if name != baseline(work) and not any(fnmatch.fnmatch(name, pattern) for pattern in args.contenders):
+            continue
+        selected[name] = one
+        if args.before is not None and one.script == "ours":
+            selected[f"before: {name}"] = replace(one, source=args.before)
+    return selected
 
 
 def jobs(work: str, folder: Path, args: argparse.Namespace) -> tuple[Job, float]:
@@ -358,6 +364,7 @@ def main() -> None:
     parser.add_argument(
         "--peers", type=Path, default=Path("outputs/peers"), help="folder with the environments of other libraries"
     )
+    parser.add_argument("--before", type=Path, help="the `src` of an older checkout, whose package runs as well")
     parser.add_argument("--threads", type=int, help="threads of every process; default: each contender's own choice")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", nargs="*", default=[], metavar="W=P", help="such as W4=bf16-mixed")
@@ -368,6 +375,8 @@ def main() -> None:
     args = parser.parse_args()
     args.precision = dict(pair.split("=") for pair in args.precision)
     args.peers = args.peers.absolute()
+    if args.before is not None:
+        args.before = args.before.absolute()
     args.mnist = os.path.abspath(args.mnist) if args.mnist else None
     if args.quick:
         args.repetitions = 1

@@ -60,6 +60,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "HoldOut.stratify": {"fraction": 0.5},
     "IndexPartitioner": {"indices": [[0]]},
     "NaturalIdPartitioner": {"keys": ["a"]},
+    "LeafDataModule": {"root": "nowhere"},
+    "RowsDataModule": {"train": [{"x": 1.0}, {"x": 2.0}]},
     "LabelSwapPartitioner": {"base": data.IIDPartitioner(), "fraction": 0.5},
     "LongTailPartitioner": {"rho": 2.0, "base": data.IIDPartitioner()},
     "MOON": {"representation": "encoder"},
@@ -121,6 +123,8 @@ WRONG: dict[str, Any] = {
     "client_val": 3,
     "clients": {"a": 3},
     "cohorts": [["a"]],
+    "RowsDataModule.columns": "x",
+    "LeafDataModule.shape": "flat",
     "Landscape.clients": [0, 1, 1],
     "collate_fn": 3,
     "groups": 3,
@@ -203,7 +207,7 @@ RECORDS |= {
 }
 
 # Reads files when it is made: only what it refuses before that is looked at.
-NEEDS_FILES = {"StanfordDogs"}
+NEEDS_FILES = {"LeafDataModule", "StanfordDogs"}
 
 
 @dataclass(frozen=True)

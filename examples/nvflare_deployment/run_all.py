@@ -86,7 +86,8 @@ class Deployment:
     def kill_jobs(self, name: str) -> None:
         """Kill the processes of a participant that work on a job; the participant itself stays."""
         for child in psutil.Process(self.processes[name].pid).children(recursive=True):
-            if any("runner_process" in argument for argument in child.cmdline()):
+            # The server's processes of a job and the sites' have different names.
+            if any(argument.endswith((".runner_process", ".worker_process")) for argument in child.cmdline()):
                 child.kill()
 
     def stop(self) -> None:

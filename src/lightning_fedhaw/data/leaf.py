@@ -31,8 +31,8 @@ class LeafDataModule(FederatedDataModule):
     """The users of a LEAF data set as clients, with their own test data.
 
     Numbers become float32 tensors and texts tensors of the numbers of their characters, so that every character is a
-    class; whole numbers as targets are classes too. If the test data is of the same users, each client has its own; if it is of other users (LEAF's split by
-    user), all of it together validates the global model.
+    class; whole numbers as targets are classes too. If the test data is of the same users, each client has its own; if
+    it is of other users (LEAF's split by user), all of it together validates the global model.
 
     Args:
         root: The folder that holds ``train`` and ``test``, each with one JSON file or more. Without ``test`` there is
@@ -68,6 +68,8 @@ class LeafDataModule(FederatedDataModule):
             self._shape = arguments.integers("shape", shape, minimum=1, allowed="a list of sizes")
         arguments.optional(arguments.integer, "max_clients", max_clients, minimum=1)
         arguments.integer("min_samples", min_samples, minimum=1)
+        # Before the files are read, which may take a while.
+        arguments.optional(arguments.integer, "batch_size", batch_size, minimum=1)
         self._number_of = {letter: number for number, letter in enumerate(arguments.text("letters", letters))}
         folder = Path(root)
         train = self._read(folder / "train", min_samples, max_clients)

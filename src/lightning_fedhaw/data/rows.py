@@ -82,10 +82,12 @@ class RowsDataModule(FederatedDataModule):
         rows = parts.get(_TRAIN, next(iter(parts.values())))
         names = _column_names(rows)
         for argument, name in (("client", client), ("label", label)):
-            if name is not None and name not in names:
+            if name is not None and arguments.text(argument, name) not in names:
                 raise arguments.invalid(argument, f"a column of the rows ({', '.join(names)})", name)
         if columns is None:
             columns = [name for name in names if name != client]
+        if isinstance(columns, str):
+            raise arguments.invalid("columns", "a list of names", columns)
         for name in columns:
             arguments.choice("columns", name, names)
         self.clients: tuple[object, ...] = ()
