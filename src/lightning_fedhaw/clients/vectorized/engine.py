@@ -155,6 +155,8 @@ class VectorizedEngine(Engine):
         """Make separate calls for shorter batches from now on."""
         self._tried = None
         self.facts = replace(self.facts, sharing=Sharing())
+        if self.repeated is not None:
+            self.repeated.must_not_change = False
 
     def _try(self, step: BatchedStep, tasks: Sequence[ClientTask]) -> Chunk | None:
         """Train some clients at once.

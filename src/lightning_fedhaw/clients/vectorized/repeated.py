@@ -79,10 +79,10 @@ class RepeatedStep:
             with torch.no_grad():
                 losses, gradients, replaced, logged = kind.program()(rows, tensors)
         except Exception as error:
-            self.is_off = True
             if is_out_of_memory(error):
                 raise
             # Any operation may fail in its own way; the step itself says where.
+            self.is_off = True
             raise RepeatError from error
         self.step.recorder.pend(kind.pending)
         return Gradients(losses, gradients, replaced, logged)
