@@ -109,6 +109,8 @@ def test_messages_come_above_the_bar_and_leave_no_copy_of_it(monkeypatch):
     handler = logging.StreamHandler(screen)
     logger = logging.getLogger("lightning.pytorch")
     monkeypatch.setattr(logger, "handlers", [*logger.handlers, handler])
+    # Where `pytorch_lightning` was imported too, messages would go to its logger.
+    monkeypatch.setattr("lightning_utilities.core.rank_zero.log", logger)
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setattr("shutil.get_terminal_size", lambda *_: (100, 24))
     bar = RoundProgressBar()
