@@ -28,6 +28,7 @@ RULES = {
 # The settings of a run; the script that starts all on one machine sets them in the environment of all.
 RULE = os.environ.get("DIGITS_RULE", "FedHAW")
 ROUNDS = int(os.environ.get("DIGITS_ROUNDS", "3"))
+TIMEOUT = float(os.environ.get("DIGITS_TIMEOUT", "600"))
 FOLDER = Path(os.environ.get("DIGITS_FOLDER", "digits"))
 
 
@@ -99,7 +100,7 @@ def make_server(sites: Sites) -> ServerSide:
         num_sites=len(SITES),
         folder=FOLDER / "server" / RULE,
         wait_timeout=600.0,
-        round_timeout=600.0,
+        round_timeout=TIMEOUT,
     )
 
 

@@ -86,12 +86,17 @@ class Deployment:
             env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
         )
 
-    def kill_jobs(self, name: str) -> None:
-        """Kill the processes of a participant that work on a job; the participant itself stays."""
-        for child in psutil.Process(self.processes[name].pid).children(recursive=True):
-            # The server's processes of a job and the sites' have different names.
-            if any(argument.endswith((".runner_process", ".worker_process")) for argument in child.cmdline()):
+    def kill_server_job(self) -> None:
+        """Kill the server's process of a job; the server itself stays."""
+        for child in psutil.Process(self.processes["localhost"].pid).children(recursive=True):
+            if any(argument.endswith(".runner_process") for argument in child.cmdline()):
                 child.kill()
+
+    def kill(self, name: str) -> None:
+        """Kill a participant with all its processes at once, as if its machine had failed."""
+        process = psutil.Process(self.processes.pop(name).pid)
+        for member in [process, *process.children(recursive=True)]:
+            member.kill()
 
     def stop(self) -> None:
         """Stop what was started, the sites first."""
@@ -185,10 +190,11 @@ def main() -> None:
             run = submit(deployment)
             if args.kill == "site":
                 wait("round 1", lambda: rounds_done(checkpoint) >= 1, 600)
-                deployment.kill_jobs("site-1")
+                deployment.kill("site-1")
+                print("site-1 was killed in round 2: the model is that of a federation in which it was absent")
             elif args.kill == "server":
                 wait("round 2", lambda: rounds_done(checkpoint) >= 2, 600)
-                deployment.kill_jobs("localhost")
+                deployment.kill_server_job()
                 run.get_result()
                 run = submit(deployment)
             run.get_result()
