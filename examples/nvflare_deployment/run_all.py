@@ -67,9 +67,12 @@ class Deployment:
     def start(self) -> None:
         """Start the server and the sites."""
         self.spawn("localhost")
-        wait("the server", lambda: is_open(self.port), 120)
+        wait("the server", lambda: is_open(self.port), 600)
         for site in ("site-0", "site-1", "site-2"):
             self.spawn(site)
+        for site in ("site-0", "site-1", "site-2"):
+            log = self.folder / f"{site}.log"
+            wait(site, lambda log=log: "Successfully registered" in log.read_text(), 600)
 
     def spawn(self, name: str) -> None:
         """Start a participant in a process group of its own, so that it can be stopped with its children."""
@@ -130,7 +133,7 @@ def submit(deployment: Deployment) -> Any:
 
     from lightning_fedhaw.deploy.nvflare import collab_recipe
 
-    recipe = collab_recipe("digits", digits_federation, num_sites=3)
+    recipe = collab_recipe("digits", digits_federation, min_sites=2)
     environment = ProdEnv(startup_kit_location=str(deployment.kits / ADMIN), username=ADMIN, login_timeout=60.0)
     return recipe.execute(environment)
 
@@ -173,7 +176,7 @@ def main() -> None:
 
         from lightning_fedhaw.deploy.nvflare import collab_recipe
 
-        recipe = collab_recipe("digits", digits_federation, num_sites=3)
+        recipe = collab_recipe("digits", digits_federation, min_sites=2)
         recipe.execute(SimEnv(clients=list(digits_federation.SITES), workspace_root=str(folder / "workspace")))
     else:
         deployment = Deployment(folder)

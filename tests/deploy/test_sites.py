@@ -64,7 +64,7 @@ def assert_same_end(first, second):
 @pytest.mark.parametrize("rule", [partial(FedHAWCallback, lr_lambda=1.0), ScaffoldCallback])
 def test_a_site_whose_update_is_lost_is_as_if_it_had_not_taken_part(rule):
     """It has trained, and forgets what it has kept of that: the server tells it which of its updates was received."""
-    options = {"rounds": 4}
+    options = {"rounds": 3}
     model = Plain
     if rule is not ScaffoldCallback:
         options["optimizer_state"] = "kept"
@@ -88,8 +88,8 @@ def test_the_learned_weight_of_an_absent_site_does_not_move():
         return None if task == "train" and round_idx > 0 and address == B else reply
 
     rule = FedHAWCallback(lr_lambda=1.0)
-    sites = Scripted(in_memory(lambda: [FedHAWCallback(lr_lambda=1.0)], rounds=4), lambda *event: event[-1])
-    side = server_side(lambda: [rule], sites, rounds=4)
+    sites = Scripted(in_memory(lambda: [FedHAWCallback(lr_lambda=1.0)], rounds=3), lambda *event: event[-1])
+    side = server_side(lambda: [rule], sites, rounds=3)
     sites.change = script
     rule.state = {"lambda_": torch.zeros(3)}
     with pytest.warns(UserWarning, match="Site 'b'"):
@@ -101,7 +101,7 @@ def test_the_learned_weight_of_an_absent_site_does_not_move():
 
 def test_a_site_that_is_gone_and_comes_back_has_its_number(tmp_path):
     """At another address, with the memory that it kept in its folder."""
-    options = {"rounds": 4, "optimizer_state": "kept"}
+    options = {"rounds": 3, "optimizer_state": "kept"}
     model = partial(Plain, momentum)
     sites = in_memory(lambda: [FedAvgCallback()], model, **options)
     back = client_side(lambda: [FedAvgCallback()], model, 1, memory_folder=tmp_path, **options)
@@ -164,7 +164,7 @@ def test_a_server_that_was_killed_goes_on_with_the_bits_of_the_uninterrupted_run
             raise KeyError("killed")
         return reply
 
-    options = {"rounds": 4, "enable_checkpointing": True}
+    options = {"rounds": 3, "enable_checkpointing": True}
     model = Plain
     if rule is not ScaffoldCallback:
         options["optimizer_state"] = "kept"
@@ -175,7 +175,7 @@ def test_a_server_that_was_killed_goes_on_with_the_bits_of_the_uninterrupted_run
         deploy(make, model, Scripted(sites, die), folder=tmp_path, **options)
     again = deploy(make, model, sites, folder=tmp_path, **options)
     assert differences(again, *simulate(make, model, **options)) == []
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
 
 
 def test_a_server_in_a_thread_of_its_own_saves_every_round(tmp_path):
@@ -331,8 +331,8 @@ def test_a_site_that_joins_later_gets_a_weight_to_learn_or_is_refused():
             return present
 
     make = lambda: [FedHAWCallback(lr_lambda=1.0, hyper_optimizer=torch.optim.Adam)]  # noqa: E731
-    sites = Growing(in_memory(make, rounds=4), lambda *event: event[-1])
-    side = deploy(lambda: [rule], sites=sites, num_sites=2, rounds=4)
+    sites = Growing(in_memory(make, rounds=3), lambda *event: event[-1])
+    side = deploy(lambda: [rule], sites=sites, num_sites=2, rounds=3)
     assert side.roster.identities == NAMES
     assert rule.state["lambda_"].shape == (3,)
     assert torch.exp(rule.state["lambda_"]).isfinite().all()

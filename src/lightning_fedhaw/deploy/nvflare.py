@@ -101,14 +101,15 @@ def collab_functions(make_server: MakeServer, make_site: MakeSite) -> tuple[Any,
     return main, answer
 
 
-def collab_recipe(name: str, federation: ModuleType, num_sites: int, **settings: Any) -> Any:
+def collab_recipe(name: str, federation: ModuleType, min_sites: int, **settings: Any) -> Any:
     """Make the recipe of a job, to run it in NVFlare's simulator or to submit it to a provisioned server.
 
     Args:
         name: The name of the job.
         federation: A module with the functions of :func:`collab_functions`. It has to import everything that it needs
             from installed packages: NVFlare sends this one file.
-        num_sites: Sites without which the job does not start.
+        min_sites: Sites without which NVFlare does not start the job, and ends it. With fewer than all of them, a job
+            goes on without a site that has died; submit it once all are connected.
         settings: Further arguments of ``nvflare.collab.CollabRecipe``.
 
     Returns:
@@ -120,4 +121,4 @@ def collab_recipe(name: str, federation: ModuleType, num_sites: int, **settings:
     recipe = engine_module("nvflare.collab").CollabRecipe
     # The first thing that a site does is to import PyTorch, which may take longer than NVFlare's default of a minute.
     arguments = {"sync_task_timeout": SYNC_SECONDS, **settings}
-    return recipe(name, server=federation, client=federation, min_clients=num_sites, **arguments)
+    return recipe(name, server=federation, client=federation, min_clients=min_sites, **arguments)

@@ -174,24 +174,13 @@ class ServerSide:
         while True:
             newcomers.update(self._look_around())
             newcomers = {identity: size for identity, size in newcomers.items() if identity in self._addresses}
+            still_missing = self.num_sites - len(newcomers)
             if is_resumed:
-                present = [identity for identity in self.roster.identities if identity in self._addresses]
-                if present:
-                    return
-                if len(newcomers) >= self.num_sites:
-                    raise ValueError(
-                        f"The checkpoint is of the sites {self.roster.identities}, and none of them is here, but"
-                        f" {sorted(newcomers)}. Start these sites, or give another `folder`."
-                    )
-                still_missing = 1
-            else:
-                still_missing = self.num_sites - len(newcomers)
-                if still_missing <= 0:
-                    # In an order that does not depend on who came first.
-                    for identity in sorted(newcomers)[: self.num_sites]:
-                        self.roster.add(identity, newcomers[identity])
-                    rank_zero_info(f"Sites: {', '.join(self._numbered())}.")
-                    return
+                still_missing = self._missing_of_roster(newcomers)
+            if still_missing <= 0:
+                if not is_resumed:
+                    self._number(newcomers)
+                return
             if still_missing != missing:
                 missing = still_missing
                 rank_zero_info(f"Waiting for {missing} of {self.num_sites} sites, {self.wait_timeout:.0f} s at most.")
@@ -199,9 +188,28 @@ class ServerSide:
                 raise TimeoutError(self._shortage(missing))
             time.sleep(min(POLL_SECONDS, self.wait_timeout))
 
-    def _numbered(self) -> Iterator[str]:
-        for number, entry in enumerate(self.roster.entries):
-            yield f"{number} is {entry.identity!r} with {entry.num_examples} samples"
+    def _missing_of_roster(self, newcomers: Mapping[str, int]) -> int:
+        """Return how many sites of a checkpoint's roster have to come before the run goes on: one, or none.
+
+        Raises:
+            ValueError: If as many others are there.
+        """
+        if any(identity in self._addresses for identity in self.roster.identities):
+            return 0
+        if len(newcomers) >= self.num_sites:
+            raise ValueError(
+                f"The checkpoint is of the sites {self.roster.identities}, and none of them is here, but"
+                f" {sorted(newcomers)}. Start these sites, or give another `folder`."
+            )
+        return 1
+
+    def _number(self, newcomers: Mapping[str, int]) -> None:
+        """Give the first sites their numbers, in an order that does not depend on who came first."""
+        described = []
+        for identity in sorted(newcomers)[: self.num_sites]:
+            number = self.roster.add(identity, newcomers[identity])
+            described.append(f"{number} is {identity!r} with {newcomers[identity]} samples")
+        rank_zero_info(f"Sites: {', '.join(described)}.")
 
     def _shortage(self, missing: int) -> str:
         sentence = f"{missing} of {self.num_sites} sites were missing after {self.wait_timeout:.0f} s."
@@ -252,9 +260,11 @@ class ServerSide:
             content = unpacked(reply)
             identity = vouched or content["name"] or address
             num_examples = int(content["num_examples"])
-            terms = content["terms"]
-        except (KeyError, TypeError, ValueError) as error:
-            self._refuse(address, f"Site {address!r} is left out: {error}.")
+            if num_examples < 1:
+                raise ValueError(f"it has {num_examples} training examples")
+            difference = disagreement(self._terms, content["terms"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            self._refuse(address, f"Site {address!r} is left out: {_without_stop(error)}.")
             return
         if identity in self._addresses:
             self._refuse(
@@ -263,7 +273,6 @@ class ServerSide:
                 " `name` of its own.",
             )
             return
-        difference = disagreement(self._terms, terms)
         if difference is not None:
             self._refuse(address, f"Site {identity!r} {difference}")
             return
@@ -353,7 +362,9 @@ class ServerSide:
                     raise ValueError(f"it failed: {reply.error}")
                 content = unpacked(reply)
             except ValueError as error:
-                failures.append(f"Site {self.roster.identities[client]!r} (client {client}) is left out: {error}.")
+                failures.append(
+                    f"Site {self.roster.identities[client]!r} (client {client}) is left out: {_without_stop(error)}."
+                )
                 self._warnings.warn(f"failed {client}", failures[-1])
                 continue
             yield client, content
@@ -406,3 +417,8 @@ def _number_of_sites(num_sites: int | None, num_clients: int | None) -> int:
             "`num_sites` must say how many sites take part, got none. Set it, or the trainer's `num_clients`."
         )
     return arguments.integer("num_sites", num_clients if num_sites is None else num_sites, minimum=1)
+
+
+def _without_stop(error: Exception) -> str:
+    """Return an error's sentence as a part of another one."""
+    return str(error).rstrip(".")
