@@ -91,10 +91,10 @@ def new_figure(width: float, height: float, missing: str = _MISSING) -> Figure:
 
 def _notebook_figure() -> type[Figure]:
     """Return the class of all figures; it is made when it is needed, because matplotlib is imported late."""
+    import matplotlib.figure
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    class NotebookFigure(Figure):
+    class NotebookFigure(matplotlib.figure.Figure):
         """A figure that a notebook shows as the value of a cell.
 
         Without pyplot, IPython prints only the size of a matplotlib figure.
