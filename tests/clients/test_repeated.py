@@ -30,7 +30,7 @@ def unequal(batch_size=8, **options):
     indices = [list(range(begin, end)) for begin, end in pairwise(ends)]
     loader = DataLoader(data, batch_size=batch_size, shuffle=True, drop_last=options.pop("drop_last", False))
     split = {"num_clients": None, "alpha": None, "partitioner": IndexPartitioner(indices)}
-    return {"data": loader, **split, **options}
+    return {"data": loader, "share_calls": True, **split, **options}
 
 
 class Logs(Classifier):

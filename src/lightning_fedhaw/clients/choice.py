@@ -44,6 +44,7 @@ def choose(
     cohort: int,
     chunk_memory: int | None,
     compile_clients: bool,
+    share_calls: bool = False,
     processes: int = 1,
 ) -> tuple[Engine, str]:
     """Choose the engine of a run.
@@ -54,6 +55,7 @@ def choose(
         cohort: The number of clients that one process trains in a round.
         chunk_memory: Bytes in use at a time; a quarter of the free memory by default.
         compile_clients: Whether the batched step is compiled.
+        share_calls: Whether shorter last batches may be part of a call with full ones.
         processes: The number of processes that train.
 
     Returns:
@@ -72,7 +74,14 @@ def choose(
             return sequential, _sequential_line(reason, compile_clients)
     host = sequential.host
     try:
-        facts = probe(host, sequential.layout, sequential.data, sequential.plan, sequential.objectives)
+        facts = probe(
+            host,
+            sequential.layout,
+            sequential.data,
+            sequential.plan,
+            sequential.objectives,
+            shares_calls=share_calls,
+        )
     except NotVectorizableError as error:
         if requested == "vectorized":
             raise ValueError(_refusal(error)) from error

@@ -222,6 +222,7 @@ class Federation:
             cohort=ceil(len(self.cohort(0)) / self.ranks.size),
             chunk_memory=self.options.chunk_memory,
             compile_clients=self.options.compile_clients,
+            share_calls=self.options.share_calls,
             processes=self.ranks.size,
         )
         return reason

@@ -72,6 +72,8 @@ def probe(
     data: ClientData,
     plan: LocalPlan,
     objectives: Sequence[ClientObjective] = (),
+    *,
+    shares_calls: bool = False,
 ) -> Facts:
     """Try a module's step on two clients at once, and compare it with each client alone.
 
@@ -83,6 +85,7 @@ def probe(
         data: The clients' data.
         plan: The local work of a client in a round.
         objectives: The terms that clients add to their loss.
+        shares_calls: Whether to find out which shorter batches may be part of a call with longer ones.
 
     Raises:
         NotVectorizableError: If the step has side effects or gives other values, with the reason and the line.
@@ -106,7 +109,8 @@ def probe(
     snapshot = Snapshot(host.module, host.optimizers, layout)
     with isolated_randomness(host.device), quiet_collector(), host.logging_to(NoLogger()), many_clients(host):
         try:
-            return _Trial(host, layout, data, plan, objectives, snapshot).facts(names, uses_index, data)
+            trial = _Trial(host, layout, data, plan, objectives, snapshot)
+            return trial.facts(names, uses_index, data, shares_calls)
         except NotVectorizableError as error:
             raise NotVectorizableError(f"{step} {error}") from error
         finally:
@@ -116,13 +120,14 @@ def probe(
 class _Trial(Pair):
     """A trial of a step, by two clients with different models and data."""
 
-    def facts(self, row_states: frozenset[str], uses_index: bool, data: ClientData) -> Facts:
+    def facts(self, row_states: frozenset[str], uses_index: bool, data: ClientData, shares_calls: bool) -> Facts:
         """Try the step, and return what was found out.
 
         Args:
             row_states: Names of the optimizer's states that have the parameter's shape.
             uses_index: Whether the step reads ``batch_idx``.
             data: The clients' data.
+            shares_calls: Whether to try shorter batches in calls with longer ones.
 
         Raises:
             NotVectorizableError: If the step cannot be batched.
@@ -138,7 +143,7 @@ class _Trial(Pair):
             draws_other |= self._try_together(guard)
             is_compared &= self._compare(draws_other)
         sharing = Sharing()
-        if is_compared and not (uses_index or guard.calls or draws_other):
+        if shares_calls and is_compared and not (uses_index or guard.calls or draws_other):
             sharing = self._sharing(data)
         return Facts(
             row_states=row_states,
