@@ -14,6 +14,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 NOTEBOOK = Path(__file__).with_name("tutorial.ipynb")
+# Lines of the log that are stored: the start-up block with its indented lines, and the engine.
+KEPT = ("Federation", "Engine", " ")
 IMAGE = re.compile(r'<img alt="([^"]*)" src="([^"]*)\.png"\s*/?>')
 
 
@@ -93,7 +95,7 @@ def execute() -> None:
 def without_notes(output: Any) -> Any:
     """Return an output without Lightning's notes and the paths of this machine; the package's own lines stay."""
     if output.get("name") == "stderr":
-        lines = [line for line in output.text.splitlines(keepends=True) if line.startswith(("Federation:", "Engine:"))]
+        lines = [line for line in output.text.splitlines(keepends=True) if line.startswith(KEPT)]
         output.text = "".join(lines)
     elif "text" in output:
         output.text = output.text.strip("\n") + "\n"

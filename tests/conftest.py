@@ -1,6 +1,5 @@
 """What every test shares."""
 
-import gc
 import os
 import random
 import sys
@@ -14,12 +13,6 @@ def pytest_configure(config):
     """Leave the order of tests to pytest-randomly, where it is installed, and random numbers to the hook below."""
     if hasattr(config.option, "randomly_reset_seed"):
         config.option.randomly_reset_seed = False
-
-
-def pytest_collection_finish(session):
-    """Spare the garbage collector what all tests share: torch, Lightning and the tests themselves."""
-    gc.collect()
-    gc.freeze()
 
 
 ENVIRONMENT = {"WANDB_MODE": "offline", **os.environ}

@@ -25,6 +25,7 @@ from lightning_fedhaw.clients.vectorized.compiled import _flattened
 from lightning_fedhaw.clients.vectorized.tracing import quiet_collector
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.federation import federation
+from lightning_fedhaw.federation.memory_advice import memory_advice
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.vectors import memory
 
@@ -138,6 +139,7 @@ def no_collection(monkeypatch):
     gc.disable()
     yield
     gc.enable()
+    gc.unfreeze()
 
 
 class Counts(FederatedCallback):
@@ -364,7 +366,8 @@ def test_on_a_gpu_the_advice_is_what_is_not_done_yet(monkeypatch):
         own.host.device = torch.device("cuda", 0)
         with monkeypatch.context() as patch:
             patch.setattr(ClientData, "device", torch.device(data_device))
-            return [part.split("`")[1] for part in own._memory_advice().split("; ")]
+            text = memory_advice(own.host.device, own.data, own.rule, own.options, is_summed=own.transport.is_summed)
+            return [part.split("`")[1] for part in text.split("; ")]
 
     assert advice(FedHAWCallback(lr_lambda=0.3, memory="host"), "cpu", storage="host") == ["batch_size"]
     assert advice(FedHAWCallback()) == ["batch_size", 'data_device="cpu"']
@@ -407,7 +410,12 @@ class Garbage(pl.Callback):
 @pytest.mark.parametrize("make_rule", [FedHAWCallback, ScaffoldCallback])
 def test_a_round_leaves_nothing_that_refers_in_a_circle(engine, make_rule):
     garbage = Garbage()
-    trainer(rounds=3, rule=make_rule(), callbacks=[garbage], engine=engine).fit(Classifier(), loader(), val_loader())
+    gc.freeze()  # what was there before takes most of the time of a collection
+    try:
+        runner = trainer(rounds=3, rule=make_rule(), callbacks=[garbage], engine=engine)
+        runner.fit(Classifier(), loader(), val_loader())
+    finally:
+        gc.unfreeze()
     assert garbage.found == []
 
 

@@ -109,8 +109,12 @@ def test_messages_come_above_the_bar_and_leave_no_copy_of_it(monkeypatch):
     handler = logging.StreamHandler(screen)
     logger = logging.getLogger("lightning.pytorch")
     monkeypatch.setattr(logger, "handlers", [*logger.handlers, handler])
+    # Where `pytorch_lightning` was imported too, messages would go to its logger.
+    monkeypatch.setattr("lightning_utilities.core.rank_zero.log", logger)
     monkeypatch.setattr("sys.stdout", screen)
-    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: (100, 24))
+    # tqdm asks them for a screen that is no real terminal.
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("LINES", "24")
     bar = RoundProgressBar()
     runner = trainer(rounds=2, enable_progress_bar=True, callbacks=[Talking(), bar], run_summary=False)
     show_warning = warnings.showwarning

@@ -19,6 +19,9 @@ NOT_COMPARED = ("seconds", "ModelCheckpoint", "RoundCheckpoint", "OnExceptionChe
 def record_of(trainer: pl.Trainer, checkpoint: Path) -> Record:
     """Return all that a run has led to: its last checkpoint, its metrics and its summary."""
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    summary = dict(getattr(trainer, "federation_summary", {}))
+    # The time and the memory of the run, and the places of its files.
+    summary.pop("run", None)
     return {
         "state_dict": saved["state_dict"],
         "global_step": saved["global_step"],
@@ -28,7 +31,7 @@ def record_of(trainer: pl.Trainer, checkpoint: Path) -> Record:
         "schedules": saved["lr_schedulers"],
         "federation": saved["loops"]["fit_loop"]["state_dict"]["federation"],
         "metrics": dict(trainer.callback_metrics),
-        "summary": getattr(trainer, "federation_summary", {}),
+        "summary": summary,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,8 @@ def new_figure(width: float, height: float, missing: str = _MISSING) -> Figure:
         ModuleNotFoundError: If matplotlib is missing.
     """
     try:
+        # Its parts may have been imported before it was made unavailable.
+        import_module("matplotlib")
         kind = _notebook_figure()
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(missing) from error
@@ -88,10 +91,10 @@ def new_figure(width: float, height: float, missing: str = _MISSING) -> Figure:
 
 def _notebook_figure() -> type[Figure]:
     """Return the class of all figures; it is made when it is needed, because matplotlib is imported late."""
+    import matplotlib.figure
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    class NotebookFigure(Figure):
+    class NotebookFigure(matplotlib.figure.Figure):
         """A figure that a notebook shows as the value of a cell.
 
         Without pyplot, IPython prints only the size of a matplotlib figure.

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain, islice
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
@@ -14,12 +16,13 @@ from lightning_fedhaw.clients.engine import ClientTask, Engine, locate, restore_
 from lightning_fedhaw.clients.plan import LocalPlan
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep
+from lightning_fedhaw.clients.vectorized.calls import Sharing
 from lightning_fedhaw.clients.vectorized.chunk import Chunk
 from lightning_fedhaw.clients.vectorized.compiled import CompiledStep
 from lightning_fedhaw.clients.vectorized.errors import NotVectorizableError
 from lightning_fedhaw.clients.vectorized.guard import StepGuard
 from lightning_fedhaw.clients.vectorized.recorder import StackRecorder
-from lightning_fedhaw.clients.vectorized.repeated import RepeatedStep, RepeatError
+from lightning_fedhaw.clients.vectorized.repeated import ChangedStepError, RepeatedStep, RepeatError
 from lightning_fedhaw.clients.vectorized.snapshot import Attributes
 from lightning_fedhaw.clients.vectorized.tracing import explained, quiet_collector
 from lightning_fedhaw.clients.vectorized.trial import Facts
@@ -80,6 +83,10 @@ class VectorizedEngine(Engine):
         self.repeated: RepeatedStep | None = None
         if facts.is_fixed and not _has_hooks(host.module):
             self.repeated = RepeatedStep()
+        # The state for which the trial found that calls may be shared.
+        self._tried: Attributes | None = None
+        if facts.sharing.lengths:
+            self._tried = Attributes(host.module, copies_tensors=False)
 
     @property
     def clients_at_once(self) -> int:
@@ -103,8 +110,10 @@ class VectorizedEngine(Engine):
             # From the second round on, so that a run of one round does not wait for the compiler.
             if self.compile_clients and self.rounds and self.compiled is None:
                 self.compiled = CompiledStep()
+            self._check_sharing()
             if self.repeated is not None:
                 self.repeated.begin(step)
+                self.repeated.must_not_change = self._tried is not None
             if self.compiled is not None:
                 self.compiled.begin(step, self.repeated or step)
             self.rounds += 1
@@ -133,6 +142,21 @@ class VectorizedEngine(Engine):
             self.fallback.optimizer_states = self.optimizer_states
             self.fallback.lr_scale = self.lr_scale
             yield from self.fallback.run(chain(*failed, pending))
+
+    def _check_sharing(self) -> None:
+        """Share no calls where the step may do something else than in the trial, or where that would not be noticed."""
+        if self._tried is None:
+            return
+        is_compared = self.repeated is not None and not torch.is_anomaly_enabled()
+        if not is_compared or self._tried.changed() is not None:
+            self._stop_sharing()
+
+    def _stop_sharing(self) -> None:
+        """Make separate calls for shorter batches from now on."""
+        self._tried = None
+        self.facts = replace(self.facts, sharing=Sharing())
+        if self.repeated is not None:
+            self.repeated.must_not_change = False
 
     def _try(self, step: BatchedStep, tasks: Sequence[ClientTask]) -> Chunk | None:
         """Train some clients at once.
@@ -184,8 +208,9 @@ class VectorizedEngine(Engine):
         Returns:
             Whether the clients can be trained again; false if neither helps.
         """
-        if isinstance(error, RepeatError):
-            # The step itself makes the calls from now on.
+        if isinstance(error, (RepeatError, ChangedStepError)):
+            # The step itself makes the calls from now on, or the shared ones are separate.
+            self._stop_sharing()
             return True
         if is_out_of_memory(error) and len(tasks) > 1:
             self.chunk = (len(tasks) + 1) // 2

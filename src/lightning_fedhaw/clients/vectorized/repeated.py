@@ -27,6 +27,10 @@ class RepeatError(Exception):
     """The error of a program, which the step itself may not have."""
 
 
+class ChangedStepError(Exception):
+    """The error of a step that does something else than in earlier calls, so that the trial's findings are void."""
+
+
 class RepeatedStep:
     """A batched step that repeats its operations, which takes half of the time for small models.
 
@@ -41,10 +45,12 @@ class RepeatedStep:
 
     Attributes:
         is_off: Whether all calls are made by the step itself.
+        must_not_change: Whether a step that has changed is an error.
     """
 
     def __init__(self) -> None:
         self.is_off = False
+        self.must_not_change = False
         self._kinds: dict[_Key, _Kind] = {}
 
     def begin(self, step: BatchedStep) -> None:
@@ -58,6 +64,7 @@ class RepeatedStep:
 
         Raises:
             RepeatError: If a program fails, after which all calls are made by the step itself.
+            ChangedStepError: If the step has changed, or cannot be compared, where it must not change.
         """
         if self.is_off or torch.is_anomaly_enabled():
             return self.step.gradients(trained, inputs)
@@ -72,10 +79,10 @@ class RepeatedStep:
             with torch.no_grad():
                 losses, gradients, replaced, logged = kind.program()(rows, tensors)
         except Exception as error:
-            self.is_off = True
             if is_out_of_memory(error):
                 raise
             # Any operation may fail in its own way; the step itself says where.
+            self.is_off = True
             raise RepeatError from error
         self.step.recorder.pend(kind.pending)
         return Gradients(losses, gradients, replaced, logged)
@@ -90,7 +97,11 @@ class RepeatedStep:
         return self._kinds.setdefault(tuple(key), _Kind())
 
     def _recorded(self, kind: _Kind, rows: int, trained: Sequence[int], inputs: StepInputs) -> Gradients:
-        """Make a call by the step, and learn from its operations."""
+        """Make a call by the step, and learn from its operations.
+
+        Raises:
+            ChangedStepError: If it has changed, or cannot be compared, where it must not change.
+        """
         recording = Recording(rows, inputs.tensors())
         with recording:
             outputs = self.step.gradients(trained, inputs)
@@ -98,7 +109,8 @@ class RepeatedStep:
         recorder = self.step.recorder
         pending = recorder.drop_pending()
         recorder.pend(pending)
-        kind.learn(recording, pending)
+        if kind.learn(recording, pending) and self.must_not_change:
+            raise ChangedStepError
         return outputs
 
 
@@ -131,14 +143,19 @@ class _Kind:
             self._program = program_of(self._pattern)
         return self._program
 
-    def learn(self, recording: Recording, pending: list[PendingValue]) -> None:
-        """Learn from a recording."""
+    def learn(self, recording: Recording, pending: list[PendingValue]) -> bool:
+        """Learn from a recording.
+
+        Returns:
+            Whether it is another one than those before it, or cannot be compared.
+        """
         if recording.obstacle is not None:
             self.num_changes = MAX_CHANGES + 1
-            return
+            return True
         if self._pattern is not None and self._confirms(self._pattern, recording, pending):
             self.is_current = True
-            return
+            return False
+        has_changed = self._pattern is not None
         if self._pattern is not None and self._num_repeated < FEW_CALLS:
             self.num_changes += 1
         self._num_repeated = 0
@@ -146,6 +163,7 @@ class _Kind:
         self._program = None
         self.pending = pending
         self.is_current = False
+        return has_changed
 
     def _confirms(self, pattern: Pattern, recording: Recording, pending: list[PendingValue]) -> bool:
         """Return whether a recording agrees with the pattern, which may now be one for more numbers of rows."""
