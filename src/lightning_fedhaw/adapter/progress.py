@@ -331,7 +331,12 @@ _STOCK_BARS = (TQDMProgressBar, RichProgressBar)
 
 def is_shown_live() -> bool:
     """Return whether the output shows a bar that moves: a terminal, or a notebook."""
-    return sys.stdout.isatty() or "ipykernel" in sys.modules
+    if sys.stdout.isatty():
+        return True
+    # A package that only starts notebooks imports the kernel, too, but has no shell with one.
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
 
 
 def replace_default_bar(trainer: pl.Trainer, user_callbacks: Collection[object] = ()) -> None:
