@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 import warnings
+from abc import abstractmethod
 from collections.abc import Collection
 from typing import Any, TextIO
 
@@ -74,6 +75,32 @@ class _CohortDescription:
         return f"{_TITLE} ({clients} of {self._cohort_size})"
 
 
+class _CohortBar(ProgressBar):
+    """What bars of both kinds share: they describe which clients of the round are training."""
+
+    _description: _CohortDescription
+
+    def on_federation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, federation: Federation) -> None:
+        """Store the federation, whose engine says how many clients train at once."""
+        self._description.begin(federation)
+
+    def on_round_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, round_idx: int, clients: list[int]
+    ) -> None:
+        """Describe the first clients of a cohort."""
+        if self.is_enabled:  # type: ignore[attr-defined]  # both kinds of bar have it, their base has not
+            self._describe(self._description.begin_round(len(clients)))
+
+    def on_client_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: ClientUpdate) -> None:
+        """Count a client, and describe the next ones."""
+        if self.is_enabled:  # type: ignore[attr-defined]  # both kinds of bar have it, their base has not
+            self._describe(self._description.count_client())
+
+    @abstractmethod
+    def _describe(self, text: str | None) -> None:
+        """Show a description; None leaves the one that is shown."""
+
+
 class _ClearedLine(logging.Filter):
     """Clears the line of a bar before a log message or a warning, which would otherwise begin in the middle of it.
 
@@ -109,7 +136,7 @@ class _ClearedLine(logging.Filter):
             warnings.showwarning = self._show_warning
 
 
-class RoundProgressBar(arguments.NamedArguments, TQDMProgressBar):
+class RoundProgressBar(arguments.NamedArguments, _CohortBar, TQDMProgressBar):
     """One bar over all rounds of a fit, with the clients that are training in its description.
 
     Args:
@@ -166,22 +193,6 @@ class RoundProgressBar(arguments.NamedArguments, TQDMProgressBar):
         if sys.stdout.isatty():
             self._cleared_line = _ClearedLine(bar)
 
-    def on_federation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, federation: Federation) -> None:
-        """Store the federation, whose engine says how many clients train at once."""
-        self._description.begin(federation)
-
-    def on_round_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, round_idx: int, clients: list[int]
-    ) -> None:
-        """Describe the first clients of a cohort."""
-        if self.is_enabled:
-            self._describe(self._description.begin_round(len(clients)))
-
-    def on_client_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: ClientUpdate) -> None:
-        """Count a client, and describe the next ones."""
-        if self.is_enabled:
-            self._describe(self._description.count_client())
-
     def _describe(self, text: str | None) -> None:
         if text is not None:
             self.train_progress_bar.set_description(text)
@@ -216,7 +227,7 @@ class RoundProgressBar(arguments.NamedArguments, TQDMProgressBar):
         self._cleared_line = None
 
 
-class RichRoundProgressBar(RichProgressBar):
+class RichRoundProgressBar(_CohortBar, RichProgressBar):
     """Lightning's bar by ``rich``, over all rounds of a fit. It replaces a ``RichProgressBar`` and has its settings.
 
     Args:
@@ -291,22 +302,6 @@ class RichRoundProgressBar(RichProgressBar):
         """Open no second bar while rounds are counted."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-
-    def on_federation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, federation: Federation) -> None:
-        """Store the federation, whose engine says how many clients train at once."""
-        self._description.begin(federation)
-
-    def on_round_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, round_idx: int, clients: list[int]
-    ) -> None:
-        """Describe the first clients of a cohort."""
-        if self.is_enabled:
-            self._describe(self._description.begin_round(len(clients)))
-
-    def on_client_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: ClientUpdate) -> None:
-        """Count a client, and describe the next ones."""
-        if self.is_enabled:
-            self._describe(self._description.count_client())
 
     def _describe(self, text: str | None) -> None:
         if text is not None and self.progress is not None and self.train_progress_bar_id is not None:

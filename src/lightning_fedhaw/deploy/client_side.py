@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -110,7 +111,7 @@ class ClientSide:
         return copy.deepcopy(self._model)
 
 
-class _Work:
+class _Work(ABC):
     """A piece of work of a site.
 
     Args:
@@ -143,9 +144,9 @@ class _Work:
         server.install(start, buffers)
         self._remember(federation)
 
+    @abstractmethod
     def do(self, federation: Federation) -> None:
         """Do the work."""
-        raise NotImplementedError
 
     def _start(self, federation: Federation) -> Tensor:
         """Return the parameters ``[P]`` that the server has sent.
