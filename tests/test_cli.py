@@ -213,6 +213,20 @@ def test_every_rule_survives_a_configuration_file(parser, name):
     assert rule.options == lightning_fedhaw.FederationOptions()
 
 
+class Shares(Network):
+    """Its union has float first, as any union has where another package has made it so."""
+
+    def __init__(self, share: float | int | None = None):
+        super().__init__()
+        self.share = share
+
+
+@pytest.mark.parametrize(("text", "kind"), [("1", int), ("1.0", float), ("0.5", float)])
+def test_whole_numbers_stay_whole(text, kind):
+    cli = run(f"--model={__name__}.Shares", f"--model.share={text}", "--data=cli_task.Samples", *QUIETLY, run=False)
+    assert type(cli.model.share) is kind
+
+
 def test_each_setting_of_the_federation_has_one_place(parser):
     config = parser.parse_args([*TASK, "--rule=FedAdpCallback", "--rule.gompertz=3", "--federation.alpha=0.1"])
     assert (config.rule.init_args.gompertz, config.federation.alpha) == (3.0, 0.1)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import inspect
 import sys
 import traceback
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 import torch
 from jsonargparse import ArgumentParser
@@ -26,6 +29,22 @@ from lightning_fedhaw.trainer import FederatedTrainer
 
 limit_yaml()
 register_type(torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), dtype_of)
+
+
+def _int_before_float(kind: Any) -> Any:
+    """Return a union with ``int`` before ``float``, so that ``10`` is read as a whole number.
+
+    The kinds of a union are tried in their order, and 1 client is not a share of 1.0. The order that was declared does
+    not survive: :mod:`typing` gives the same object for unions of the same kinds, whichever package made one first.
+    """
+    if get_origin(kind) not in (Union, UnionType):
+        return kind
+    kinds = list(get_args(kind))
+    if int not in kinds or float not in kinds or kinds.index(int) < kinds.index(float):
+        return kind
+    kinds[kinds.index(int)] = float
+    kinds[kinds.index(float)] = int
+    return reduce(or_, kinds)
 
 
 class FederatedArgumentParser(LightningArgumentParser):
@@ -55,6 +74,11 @@ class FederatedArgumentParser(LightningArgumentParser):
             # An argument that a rule of the user's own declares itself stays, whatever its name.
             skip |= FEDERATION - inspect.signature(theclass).parameters.keys()
         added: list[str] = super().add_class_arguments(theclass, nested_key, skip=skip, **kwargs)
+        for action in self._actions:
+            # jsonargparse keeps the type of an argument there; other actions have none.
+            kind = getattr(action, "_typehint", None)
+            if kind is not None:
+                action._typehint = _int_before_float(kind)  # type: ignore[attr-defined]
         return added
 
     def add_instantiator(self, instantiator: Any, class_type: type, **kwargs: Any) -> None:
