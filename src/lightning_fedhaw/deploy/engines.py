@@ -9,9 +9,6 @@ from types import ModuleType
 TRIED = {"flwr": "1.42", "nvflare": "2.9"}
 """The version of each engine with which its adapter was tried; later ones may have renamed what it uses."""
 
-EXTRAS = {"flwr": "flower", "nvflare": "nvflare"}
-"""The extra of this package that installs an engine."""
-
 
 def engine_module(name: str) -> ModuleType:
     """Import a module of an engine.
@@ -23,7 +20,7 @@ def engine_module(name: str) -> ModuleType:
         ImportError: If the engine is not installed, or in a version with which the adapter was not tried.
     """
     engine = name.partition(".")[0]
-    remedy = f'Install it by `pip install "lightning-fedhaw[{EXTRAS[engine]}]"`.'
+    remedy = f'Install it by `pip install "{engine}=={TRIED[engine]}.*"`.'
     try:
         installed = version(engine)
     except PackageNotFoundError as error:
