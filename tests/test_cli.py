@@ -3,7 +3,6 @@
 import inspect
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -436,58 +435,6 @@ def test_what_the_guide_says_is_understood(parser, page, tmp_path, monkeypatch):
         else:
             parser.parse_object({"model": "mine.MyModel", **configuration})
     assert lines or configurations
-
-
-def command(*args, **kwargs):
-    return subprocess.run(
-        [sys.executable, "-m", "lightning_fedhaw", *args], capture_output=True, text=True, timeout=200, **kwargs
-    )
-
-
-USER_FILE = """
-import torch
-from cli_task import Network, Samples
-class Mine(Network):
-    def on_fit_end(self):
-        print("rank", self.trainer.global_rank, "weights", float(sum(p.double().sum() for p in self.parameters())))
-"""
-
-
-def test_the_command_on_several_processes(tmp_path):
-    """Modules of the working directory have names, and the configuration is saved once."""
-    (tmp_path / "mine.py").write_text(USER_FILE)
-    paths = [*sys.path, os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "OMP_NUM_THREADS": "1"}
-    done = command(
-        "fit",
-        *SHORT,
-        *CSV,
-        "--model=mine.Mine",
-        "--model.hidden=4",
-        "--rule=FedHAWCallback",
-        "--trainer.devices=2",
-        cwd=tmp_path,
-        env=env,
-    )
-    assert done.returncode == 0, done.stderr
-    weights = {line.split("weights ")[1] for line in done.stdout.splitlines() if line.startswith("rank ")}
-    assert len(weights) == 1
-    assert done.stdout.count("rank ") == 2
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("config.yaml")] == [f"{SAVED}/config.yaml"]
-
-
-MISSING = """
-import sys
-sys.modules["jsonargparse"] = None  # makes its import fail
-from lightning_fedhaw.__main__ import main
-sys.exit(main(["fit"]))
-"""
-
-
-def test_without_jsonargparse_the_command_says_what_to_install():
-    done = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == '`fedhaw` needs jsonargparse: pip install "jsonargparse[signatures]"'
 
 
 def test_a_split_that_leaves_clients_too_small_is_one_sentence(capsys):

@@ -34,6 +34,8 @@ try:
     draw_comparison({"a": RunHistory()}, "a", [1])
 except ModuleNotFoundError as error:
     print(error)
+from lightning_fedhaw.__main__ import main
+print("status", main(["fit"]))
 """
 
 
@@ -41,3 +43,6 @@ def test_optional_packages_may_be_missing():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "pip install matplotlib" in done.stdout
+    assert done.stdout.splitlines()[-1] == "status 1"
+    said = done.stderr.strip().splitlines()[-1]
+    assert said == '`fedhaw` needs jsonargparse: pip install "jsonargparse[signatures]"'

@@ -151,12 +151,17 @@ RANK = """
 import lightning.pytorch as pl
 class Tell(pl.Callback):
     def on_fit_end(self, trainer, module):
-        print("rank", trainer.global_rank, "lr", module.lr, "val_acc", float(trainer.callback_metrics["val_acc"]))
+        weights = float(sum(p.double().sum() for p in module.parameters()))
+        val_acc = float(trainer.callback_metrics["val_acc"])
+        print("rank", trainer.global_rank, "lr", module.lr, "val_acc", val_acc, "weights", weights)
 """
 
 
 def test_the_shortest_runs_as_the_agent_would_start_it(tmp_path):
-    """On two processes, offline: one W&B run, with the same values on every process."""
+    """On two processes, offline: one W&B run, with the same values and the same result on every process.
+
+    The callback is of a module in the working directory.
+    """
     pytest.importorskip("wandb", reason="wandb is not installed")
     config_util = pytest.importorskip("wandb.sdk.lib.config_util")
     values = {**combinations(FILES["fedavg"]["parameters"])[0], "model.lr": 0.1}
@@ -190,7 +195,10 @@ def test_the_shortest_runs_as_the_agent_would_start_it(tmp_path):
     assert told[0] == told[1]
     assert told[0].startswith("0.1 ")
     assert [path.name.rpartition("-")[2] for path in tmp_path.glob("wandb/offline-run-*")] == ["run12345"]
-    saved = yaml.safe_load((tmp_path / "fedhaw-digits" / "run12345" / "config.yaml").read_text())
+    # Only one of the processes saves the configuration.
+    (configuration,) = tmp_path.rglob("fedhaw-digits/**/config.yaml")
+    assert configuration == tmp_path / "fedhaw-digits" / "run12345" / "config.yaml"
+    saved = yaml.safe_load(configuration.read_text())
     assert saved["model"]["init_args"]["lr"] == 0.1
     assert saved["rule"]["class_path"] == "lightning_fedhaw.FedAvgCallback"
 
