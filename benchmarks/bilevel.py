@@ -18,7 +18,6 @@ rounds; the test set is evaluated after every outer step.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import time
 import warnings
@@ -31,6 +30,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from journal import Journal
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
@@ -38,7 +38,7 @@ from torch.utils.data import TensorDataset
 from lightning_fedhaw import FedAvgCallback, FederatedDataModule, FederatedTrainer, IIDPartitioner, ShardPartitioner
 from lightning_fedhaw.bilevel import AggITDCallback, BilevelRule, FedNestCallback, SimFBOCallback
 
-RESULTS = Path(__file__).parent / "results" / "bilevel.jsonl"
+JOURNAL = Journal("bilevel", "task", "split", "rule", "seed", "outer_steps")
 TASKS = ("representation", "imbalance")
 SPLITS = ("iid", "non-iid")
 RULES = ("AggITD", "FedNest", "LFedNest", "SimFBO", "no tuning")
@@ -182,23 +182,11 @@ def run(path: str, task: str, split: str, rule_name: str, seed: int, outer_steps
     }
 
 
-def finished() -> list[dict[str, Any]]:
-    """Return the runs that are there."""
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
-
-
 def run_missing(path: str, cells: Sequence[tuple[str, str, str, int, int]]) -> None:
     """Run what is missing of some cells: task, split, rule, seed and outer steps."""
-    there = {tuple(r[name] for name in ("task", "split", "rule", "seed", "outer_steps")) for r in finished()}
     for cell in cells:
-        if cell in there:
-            continue
-        result = run(path, *cell)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(result) + "\n")
-        print(*cell, f"{result['curve'][-1][1]:.2f} in {result['seconds']:.0f} s", flush=True)
+        if not JOURNAL.has(*cell):
+            JOURNAL.add(run(path, *cell))
 
 
 def last_mean(result: dict[str, Any], until: int | None = None) -> float:
@@ -209,7 +197,7 @@ def last_mean(result: dict[str, Any], until: int | None = None) -> float:
 
 def table() -> str:
     """Return the table in Markdown: accuracy after equal rounds and after equal outer steps."""
-    runs = finished()
+    runs = JOURNAL.runs()
     lines = [
         "| task | split | rule | seeds | rounds an outer step | after the rounds of AggITD | at the end | rounds |",
         "|---|---|---|---:|---:|---:|---:|---:|",
@@ -247,7 +235,7 @@ def plot(picture: Path) -> None:
         for column, split in enumerate(SPLITS):
             axis = axes[row][column]
             for number, rule in enumerate(RULES):
-                for result in finished():
+                for result in JOURNAL.runs():
                     key = (result["task"], result["split"], result["rule"], result["outer_steps"])
                     if key != (task, split, rule, OUTER_STEPS):
                         continue

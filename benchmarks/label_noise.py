@@ -20,16 +20,15 @@ train_y, test_x and test_y; 5,000 training images of it, an MLP 784-128-10. Ever
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from journal import Journal
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
@@ -40,7 +39,7 @@ from torch.utils.data import TensorDataset
 from lightning_fedhaw import FedAvgCallback, FederatedDataModule, FederatedTrainer, IndexPartitioner
 from lightning_fedhaw.bilevel import AggITDCallback, SampleWeights, with_indices
 
-RESULTS = Path(__file__).parent / "results" / "label_noise.jsonl"
+JOURNAL = Journal("label_noise", "data", "method", "seed")
 METHODS = ("FedAvg", "AggITD", "FedAvg + held out", "only right labels")
 CLIENTS = 10
 NOISY_CLIENTS = 5
@@ -179,13 +178,6 @@ def run(path: str | None, method: str, seed: int) -> dict[str, Any]:
     return result
 
 
-def finished() -> list[dict[str, Any]]:
-    """Return the runs that are there."""
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
-
-
 def table() -> str:
     """Return the table in Markdown: means over seeds, with standard errors."""
     lines = [
@@ -194,7 +186,7 @@ def table() -> str:
     ]
     for data_name in ROUNDS:
         for method in METHODS:
-            chosen = [r for r in finished() if (r["data"], r["method"]) == (data_name, method)]
+            chosen = [r for r in JOURNAL.runs() if (r["data"], r["method"]) == (data_name, method)]
             if not chosen:
                 continue
             row = [data_name, method, str(len(chosen))]
@@ -230,16 +222,10 @@ def main() -> None:
         print(table())
         return
     data_name = "digits" if options.path is None else "MNIST"
-    there = {(r["data"], r["method"], r["seed"]) for r in finished()}
     for seed in options.seeds:
         for method in options.methods:
-            if (data_name, method, seed) in there:
-                continue
-            result = run(options.path, method, seed)
-            RESULTS.parent.mkdir(exist_ok=True)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            print(json.dumps(result), flush=True)
+            if not JOURNAL.has(data_name, method, seed):
+                JOURNAL.add(run(options.path, method, seed))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Every run adds one line to ``benchmarks/results/learned_server_optimizer.jsonl``
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import time
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from journal import Journal
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
@@ -32,7 +32,7 @@ from torch.utils.data import TensorDataset
 from lightning_fedhaw import FedAvgMCallback, FederatedDataModule, FederatedTrainer
 from lightning_fedhaw.data import IndexPartitioner
 
-RESULTS = Path(__file__).parent / "results" / "learned_server_optimizer.jsonl"
+JOURNAL = Journal("learned_server_optimizer", "trial", "rule")
 ROUNDS = 40
 COHORT = 20
 BATCH_SIZE = 10
@@ -192,23 +192,12 @@ def run(path: Path, trial: int, name: str, engine: str) -> dict[str, Any]:
     return {**cell, "rounds": testing.records, "diverged": diverged, "seconds": seconds}
 
 
-def finished() -> list[dict[str, Any]]:
-    """Return the runs that are there."""
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
-
-
 def run_all(arguments: argparse.Namespace) -> None:
     """Run what is missing, trial after trial."""
     for trial in range(arguments.trials):
         for name in RULES:
-            if (trial, name) in {(r["trial"], r["rule"]) for r in finished()}:
-                continue
-            result = run(arguments.text, trial, name, arguments.engine)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            print(result, flush=True)
+            if not JOURNAL.has(trial, name):
+                JOURNAL.add(run(arguments.text, trial, name, arguments.engine))
 
 
 def accuracy_of(result: dict[str, Any]) -> float:
@@ -229,8 +218,10 @@ def expected_maximum(values: list[float], draws: int) -> float:
 
 def table() -> str:
     """Return the table of all trials that have both runs, in Markdown."""
-    runs = {(r["trial"], r["rule"]): r for r in finished()}
+    runs = {(r["trial"], r["rule"]): r for r in JOURNAL.runs()}
     trials = sorted({trial for trial, _ in runs if all((trial, name) in runs for name in RULES)})
+    if not trials:
+        return "No trial has both runs yet.\n"
     draws = [draw for draw in (1, 3, 10) if draw < len(trials)]
     lines = [
         "| server rate and momentum | trials | best accuracy (%) | "

@@ -12,7 +12,6 @@ client rate.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import time
 import warnings
@@ -23,6 +22,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from journal import Journal
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -30,7 +30,7 @@ from lightning_fedhaw import FedAvgCallback, FederatedTrainer, LearnedWeightingC
 from lightning_fedhaw.data import Synthetic
 from lightning_fedhaw.extending import AggregationRule
 
-RESULTS = Path(__file__).parent / "results" / "learned_weighting.jsonl"
+JOURNAL = Journal("learned_weighting", "rule", "rate", "seed", "form")
 ROUNDS = (10, 50, 100, 200)
 CURVE = (1, *range(5, max(ROUNDS) + 1, 5))
 RATES = (0.03, 0.1)
@@ -112,13 +112,6 @@ def run(name: str, rate: float, seed: int, form: str) -> dict[str, Any]:
     return {**cell, "losses": record.losses, "exponents": record.exponents, "seconds": round(seconds, 1)}
 
 
-def finished() -> list[dict[str, Any]]:
-    """Return the runs that are there."""
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
-
-
 def cells(arguments: argparse.Namespace) -> Iterator[tuple[str, float, int, str]]:
     """Name the runs of the study, seed after seed."""
     for seed in arguments.seeds:
@@ -130,14 +123,8 @@ def cells(arguments: argparse.Namespace) -> Iterator[tuple[str, float, int, str]
 def run_all(arguments: argparse.Namespace) -> None:
     """Run what is missing."""
     for cell in cells(arguments):
-        # Read again for each: two of these programs may share the work.
-        there = {(r["rule"], r["rate"], r["seed"], r["form"]) for r in finished()}
-        if cell in there:
-            continue
-        result = run(*cell)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(result) + "\n")
-        print(result, flush=True)
+        if not JOURNAL.has(*cell):
+            JOURNAL.add(run(*cell))
 
 
 class Results:
@@ -148,7 +135,7 @@ class Results:
     """
 
     def __init__(self) -> None:
-        self.runs = {(r["rule"], r["rate"], r["seed"]): r for r in finished() if r["form"] == "parallel"}
+        self.runs = {(r["rule"], r["rate"], r["seed"]): r for r in JOURNAL.runs() if r["form"] == "parallel"}
         self.seeds: dict[float, list[int]] = {}
         for rate in RATES:
             seeds = sorted({seed for _, _, seed in self.runs})

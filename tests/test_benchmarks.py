@@ -276,3 +276,21 @@ def test_the_mean_of_the_best_of_some_draws(harness):
     assert mean_of_best([3.0, 1.0, 2.0], 1) == pytest.approx(2.0)
     # Of nine pairs of draws five have a 3, three have a 2 and no 3, and one has only a 1.
     assert mean_of_best([3.0, 1.0, 2.0], 2) == pytest.approx((5 * 3 + 3 * 2 + 1) / 9)
+
+
+def test_a_study_that_is_continued_repeats_no_run(harness, tmp_path, capsys):
+    journal = harness("journal").Journal("study", "rule", "seed")
+    journal.path = tmp_path / "results" / "study.jsonl"
+    assert journal.runs() == []
+    journal.add({"rule": "FedAvg", "seed": 1, "accuracy": 0.5})
+    assert journal.has("FedAvg", 1)
+    assert not journal.has("FedAvg", 2)
+    assert journal.runs() == [{"rule": "FedAvg", "seed": 1, "accuracy": 0.5}]
+    assert "0.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("study", ["bilevel", "label_noise", "learned_server_optimizer"])
+def test_a_table_is_there_before_the_first_run(harness, study, tmp_path):
+    program = harness(study)
+    program.JOURNAL.path = tmp_path / "study.jsonl"
+    assert program.table()
