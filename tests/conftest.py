@@ -1,6 +1,8 @@
 """What every test shares."""
 
+import functools
 import gc
+import importlib.metadata
 import os
 import random
 import sys
@@ -16,6 +18,8 @@ def pytest_configure(config):
         config.option.randomly_reset_seed = False
     # The oldest generation holds torch and Lightning, and looking through it took a tenth of the suite's time.
     gc.set_threshold(700, 10, 200)
+    # A trainer looks through all installed packages for callbacks, and none is installed while tests run.
+    importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 
 ENVIRONMENT = {"WANDB_MODE": "offline", **os.environ}

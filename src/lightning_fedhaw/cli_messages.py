@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 import lightning_fedhaw
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names
 from lightning_fedhaw.aggregation.base import AggregationRule
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.data.hold_out import HoldOut
@@ -223,7 +223,7 @@ def _class_argument_hint(path: str, name: str) -> str:
     elsewhere = getattr(kind, "arguments_elsewhere", {})
     if name in elsewhere:
         return f"It is an argument of `{elsewhere[name]}`."
-    return _argument_hint(name, arguments.constructor_names(kind))
+    return _argument_hint(name, argument_names.constructor_names(kind))
 
 
 def _one_line(message: str) -> str:

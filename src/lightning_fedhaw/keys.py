@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
 
-from lightning_fedhaw.arguments import NamedArguments
+from lightning_fedhaw.argument_names import NamedArguments
 
 
 class KeyedCallback(NamedArguments, Callback):

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from lightning_fedhaw import arguments, per_client
+from lightning_fedhaw import argument_names, arguments, per_client
 
 OptimizerState = Literal["fresh", "kept"]
 BufferPolicy = Literal["average", "keep", "local", "recalibrate"]
@@ -26,7 +26,7 @@ STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class FederationOptions(arguments.NamedArguments):
+class FederationOptions(argument_names.NamedArguments):
     """The arguments of a federation: its clients, their sampling and their local training.
 
     The same names are arguments of :class:`~lightning_fedhaw.FederatedTrainer` and of every rule callback. If an
@@ -336,7 +336,7 @@ def settings_of(owner: object, /, *hidden: str, **replacements: str | None) -> s
         replacements: Texts to use instead of a setting's value, by name.
     """
     settings = []
-    for name in arguments.constructor_names(type(owner)):
+    for name in argument_names.constructor_names(type(owner)):
         value = vars(owner).get(name)
         if name in hidden or value is None:
             continue

@@ -10,14 +10,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names, arguments
 
 ProbeSource = Literal["training", "validation", "cohort", "proxy"]
 ProbeForm = Literal["parallel", "sequential"]
 ProbeWeighting = Literal["examples", "uniform"]
 
 
-class Probe(arguments.NamedArguments):
+class Probe(argument_names.NamedArguments):
     """A second cohort, whose mean loss and gradient tell a rule in which direction to change what it learns.
 
     Args:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names, arguments
 from lightning_fedhaw.adapter.attach import install_loops
 from lightning_fedhaw.adapter.checkpoint import RoundCheckpoint, check_files
 from lightning_fedhaw.adapter.progress import replace_default_bar
@@ -276,7 +276,7 @@ def _check_names(kwargs: Mapping[str, object]) -> None:
     """Refuse arguments that neither this trainer nor the stock one has, naming the nearest."""
     # Read from the stock trainer, so that an argument of a later version is known.
     names = {*inspect.signature(pl.Trainer).parameters, *inspect.signature(FederatedTrainer).parameters}
-    arguments.check_names("FederatedTrainer", kwargs, names - {"kwargs"})
+    argument_names.check_names("FederatedTrainer", kwargs, names - {"kwargs"})
 
 
 def _round_checkpoint(rounds: int, enable_checkpointing: object) -> RoundCheckpoint:

@@ -21,7 +21,7 @@ from lightning_fedhaw.aggregation.fedhaw import (
     next_server_step,
     weight_hypergradient,
 )
-from lightning_fedhaw.arguments import constructor_names
+from lightning_fedhaw.argument_names import constructor_names
 from lightning_fedhaw.extending import RuleOutput
 
 SIZES = [1, 3]

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names, arguments
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.federation.federation import Federation
@@ -136,7 +136,7 @@ class _ClearedLine(logging.Filter):
             warnings.showwarning = self._show_warning
 
 
-class RoundProgressBar(arguments.NamedArguments, _CohortBar, TQDMProgressBar):
+class RoundProgressBar(argument_names.NamedArguments, _CohortBar, TQDMProgressBar):
     """One bar over all rounds of a fit, with the clients that are training in its description.
 
     Args:

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names
 from lightning_fedhaw.adapter.attach import attach
 from lightning_fedhaw.adapter.checkpoint import check_files
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
@@ -49,9 +49,11 @@ class AggregationRule(Rule, KeyedCallback):
 
     def __init__(self, **federation: Any) -> None:
         super().__init__()
-        own_names = arguments.constructor_names(type(self))
-        option_names = arguments.constructor_names(FederationOptions)
-        arguments.check_names(type(self).__name__, federation, [*own_names, *option_names], self.arguments_elsewhere)
+        own_names = argument_names.constructor_names(type(self))
+        option_names = argument_names.constructor_names(FederationOptions)
+        argument_names.check_names(
+            type(self).__name__, federation, [*own_names, *option_names], self.arguments_elsewhere
+        )
         self.options = FederationOptions(**federation)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names, arguments
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.keys import KeyedCallback
 from lightning_fedhaw.streams import PathPart, stream
@@ -342,7 +342,7 @@ class BlockChannel(Channel):
     key = "BlockChannel"
 
     def __init__(self, per: Per = "update", **channel: Any) -> None:
-        arguments.check_names(type(self).__name__, channel, arguments.constructor_names(type(self)))
+        argument_names.check_names(type(self).__name__, channel, argument_names.constructor_names(type(self)))
         super().__init__(**channel)
         self.per: Per = arguments.choice("per", per, Per)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names, arguments
 from lightning_fedhaw.channel.base import Channel, MessageSize
 from lightning_fedhaw.channel.quantized import check_bits, through_codes
 
@@ -84,7 +84,7 @@ class BitFlipChannel(Channel):
     key = "BitFlipChannel"
 
     def __init__(self, rate: float, bits: int = 32, **channel: Any) -> None:
-        arguments.check_names(type(self).__name__, channel, arguments.constructor_names(type(self)))
+        argument_names.check_names(type(self).__name__, channel, argument_names.constructor_names(type(self)))
         super().__init__(**channel)
         self.rate = arguments.probability("rate", rate)
         self.bits = check_bits(bits)

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names, arguments
 from lightning_fedhaw.channel.base import Channel, ChannelContext
 
 
 @dataclass(frozen=True)
-class GilbertElliott(arguments.NamedArguments):
+class GilbertElliott(argument_names.NamedArguments):
     """The Gilbert-Elliott model of burst losses: a Markov chain over rounds with a good and a bad state.
 
     In the long run the link is bad in a share ``enter / (enter + leave)`` of the rounds, and a bad period lasts
@@ -139,7 +139,7 @@ class ErasureChannel(Channel):
         legacy_seed: int | None = None,
         **channel: Any,
     ) -> None:
-        arguments.check_names(type(self).__name__, channel, arguments.constructor_names(type(self)))
+        argument_names.check_names(type(self).__name__, channel, argument_names.constructor_names(type(self)))
         super().__init__(**channel)
         models = {"probability": probability, "max_probability": max_probability, "burst": burst}
         names = []

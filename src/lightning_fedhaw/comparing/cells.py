@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names, arguments
 from lightning_fedhaw.options import FederationOptions
 
 _FIXED = ("seed", "client_eval", "run_summary")
@@ -28,7 +28,7 @@ _EXCLUSIVE = (
 
 
 @dataclass(frozen=True)
-class Cell(arguments.NamedArguments):
+class Cell(argument_names.NamedArguments):
     """The data, the model and the fixed settings of one federation.
 
     Attributes:
@@ -60,7 +60,7 @@ class Cell(arguments.NamedArguments):
                 )
             arguments.function(name, value, f"{name}()")
         arguments.optional(arguments.text, "metric", self.metric)
-        arguments.check_names("Cell", self.options, OPTIONS)
+        argument_names.check_names("Cell", self.options, OPTIONS)
 
 
 def merged_options(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

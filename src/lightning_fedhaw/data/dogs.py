@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names, arguments
 
 SITE = "http://vision.stanford.edu/aditya86/ImageNetDogs"
 
@@ -27,7 +27,7 @@ ARCHIVES = {
 Split = Literal["train", "test"]
 
 
-class StanfordDogs(arguments.NamedArguments, Dataset[tuple[Any, Any]]):
+class StanfordDogs(argument_names.NamedArguments, Dataset[tuple[Any, Any]]):
     """Stanford Dogs (Khosla et al., 2011) with its official split: 12,000 training images and 8,580 test images.
 
     The folder has the content of the official archives: ``Images/n02085620-Chihuahua/n02085620_10074.jpg`` and so on,

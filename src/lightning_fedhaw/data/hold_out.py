@@ -13,14 +13,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names, arguments
 from lightning_fedhaw.streams import stream
 from lightning_fedhaw.user_functions import called
 
 Keys = Iterable[Hashable] | Callable[[Any], Iterable[Hashable]]
 
 
-class HoldOut(arguments.NamedArguments):
+class HoldOut(argument_names.NamedArguments):
     """What is held out of each client's data: a random part, by class or by group, or given samples.
 
     At least one sample of each client is held out, and at least one stays in training. A client with a single sample

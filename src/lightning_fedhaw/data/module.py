@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, default_collate
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names, arguments
 from lightning_fedhaw.data.class_histogram import MAX_CLASSES, ClassHistogram, class_histogram
 from lightning_fedhaw.data.labels import find_classes
 from lightning_fedhaw.data.loader_settings import LoaderSettings, training_samples
@@ -27,7 +27,7 @@ Source = Dataset[object] | DataLoader[object] | Sequence[DataLoader[object]]
 OPTIONAL_LOADERS = ("val_dataloader", "test_dataloader", "predict_dataloader")
 
 
-class FederatedDataModule(arguments.NamedArguments, pl.LightningDataModule):
+class FederatedDataModule(argument_names.NamedArguments, pl.LightningDataModule):
     """Training data that is split over clients, together with validation, test and proxy data.
 
     In a federation every client trains on its share of ``train``; in a stock ``Trainer`` without a rule callback the

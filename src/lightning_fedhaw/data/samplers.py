@@ -10,11 +10,11 @@ from math import floor
 import torch
 from torch import Tensor
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names, arguments
 from lightning_fedhaw.streams import stream
 
 
-class CohortSampler(arguments.NamedArguments, ABC):
+class CohortSampler(argument_names.NamedArguments, ABC):
     """Base class of the client samplers, which choose the clients of a round.
 
     The choice depends on the arguments of :meth:`sample` alone, so that a resumed run repeats it.

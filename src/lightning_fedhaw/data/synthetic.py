@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names, arguments
 from lightning_fedhaw.data.module import FederatedDataModule
 from lightning_fedhaw.data.partitioners import IndexPartitioner
 from lightning_fedhaw.streams import stream
@@ -30,7 +30,7 @@ FEATURES = 60
 CLASSES = 10
 
 
-class Synthetic(arguments.NamedArguments):
+class Synthetic(argument_names.NamedArguments):
     """Generated classification data for a federation: 60 features, 10 classes, clients of very different size.
 
     The paper says neither whether its numbers are variances or standard deviations nor how it splits; as in the

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names, arguments
 from lightning_fedhaw.models import lora, weights
 from lightning_fedhaw.models.messages import listed
 
@@ -47,7 +47,7 @@ class _Backbone(Protocol):
         """Return patterns of parameter names that divide the model into blocks, in one of timm's forms."""
 
 
-class TimmClassifier(arguments.NamedArguments, pl.LightningModule):
+class TimmClassifier(argument_names.NamedArguments, pl.LightningModule):
     """A timm backbone without its own head, and a head for ``num_classes``.
 
     Parameters that do not train are frozen: they have no gradient, are not sent, and their layers stay in evaluation

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names, arguments
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.records import Report
 from lightning_fedhaw.observer import FederatedCallback
@@ -24,7 +24,7 @@ _LINES_A_HEAD = 40
 _MISSING = "-"
 
 
-class RoundTable(arguments.NamedArguments, FederatedCallback):
+class RoundTable(argument_names.NamedArguments, FederatedCallback):
     """Prints one line a round: its number, the clients whose updates arrived, its seconds, and metrics.
 
     It takes the place of the default progress bar where the output is no terminal, such as a file or the log of a

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 
 from lightning.pytorch import Callback
 from torch.optim import Optimizer
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.options import FederationOptions, repr_settings
@@ -60,14 +59,11 @@ def described_callbacks(callbacks: Iterable[Callback], kind: type[Channel] | typ
 def brief(owner: object) -> str:
     """Return the class name of an object with those of its settings that are not the defaults."""
     defaults = []
-    for base in type(owner).__mro__:
-        if "__init__" not in vars(base):
-            continue
-        for parameter in inspect.signature(vars(base)["__init__"]).parameters.values():
-            value = vars(owner).get(parameter.name)
-            # Identity and type first: comparing arrays gives an array.
-            if value is parameter.default or (isinstance(value, _PLAIN) and value == parameter.default):
-                defaults.append(parameter.name)
+    for parameter in argument_names.constructor_parameters(type(owner)):
+        value = vars(owner).get(parameter.name)
+        # Identity and type first: comparing arrays gives an array.
+        if value is parameter.default or (isinstance(value, _PLAIN) and value == parameter.default):
+            defaults.append(parameter.name)
     return repr_settings(owner, *defaults)
 
 
@@ -82,7 +78,7 @@ def plain_settings(rule: Rule, options: FederationOptions, callbacks: Iterable[C
         callbacks: The trainer's callbacks.
     """
     settings: dict[str, object] = {"rule": type(rule).__name__}
-    for name in arguments.constructor_names(type(rule)):
+    for name in argument_names.constructor_names(type(rule)):
         value = vars(rule).get(name)
         if value is not None and name not in FederationOptions.__dataclass_fields__:
             settings[f"rule.{name}"] = _plain(value)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fedhaw import arguments
+from lightning_fedhaw import argument_names, arguments
 from lightning_fedhaw.data.partitioners.partition import Integers, Partition
 from lightning_fedhaw.options import repr_settings
 
 
-class Partitioner(arguments.NamedArguments, ABC):
+class Partitioner(argument_names.NamedArguments, ABC):
     """A scheme that splits the samples of one data set over clients.
 
     A subclass implements :meth:`split`. Callers use :meth:`partition`, which checks its arguments and its result.
