@@ -100,7 +100,7 @@ class Terminal(StringIO):
 
 @contextmanager
 def terminal(monkeypatch):
-    """A terminal as the output of the process and of Lightning's log; a fixture comes too early for pytest's capture."""
+    """A terminal as the output of the process and of Lightning's log; pytest would undo a fixture."""
     screen = Terminal()
     logger = logging.getLogger("lightning.pytorch")
     monkeypatch.setattr(logger, "handlers", [*logger.handlers, logging.StreamHandler(screen)])
