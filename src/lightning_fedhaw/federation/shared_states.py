@@ -108,7 +108,7 @@ class SharedStates:
             stores: The stores of the changes.
             records: The updates that were received from their clients.
         """
-        if not records:
+        if not records or not self.sharing:
             return
         unweighted = [replace(record, unnormalized_weight=1.0) for record in records]
         # The states of clients that sent nothing are unchanged, so each change has the weight 1/N.
