@@ -18,6 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # one way. The table in docs/architecture.md is this one.
 ROWS = {
     1: {
+        "argument_names",
         "arguments",
         "per_client",
         "notes",

@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 import lightning_fedhaw
 from federations import Classifier, flat, loader, train, trainer
 from lightning_fedhaw import IndexPartitioner
-from lightning_fedhaw.clients.engine import restore_settings, restore_states, settings_of, states_of
+from lightning_fedhaw.clients.optimizer_states import restore_settings, restore_states, settings_of, states_of
 from lightning_fedhaw.clients.vectorized import optimizers
 from lightning_fedhaw.clients.vectorized.engine import VectorizedEngine
 from lightning_fedhaw.clients.vectorized.optimizers import StackedOptimizer

@@ -19,12 +19,12 @@ from lightning_fedhaw import arguments
 from lightning_fedhaw.adapter.site import options_of, run_at_site
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of
 from lightning_fedhaw.clients.engine import ClientTask
+from lightning_fedhaw.clients.evaluation import ClientEvaluation
 from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.deploy.agreement import terms_of
 from lightning_fedhaw.deploy.messages import Message, packed, unpacked
 from lightning_fedhaw.deploy.training_state import scale_from, sent_state, state_from
-from lightning_fedhaw.federation.client_evaluation import ClientEvaluation
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.files import load_checked, write_bytes
 
@@ -252,7 +252,6 @@ class _Training(_Work):
             update = federation.initial_losses.added_to(update, {self.client: start})
             self._read(federation, update)
             engine.commit(update)
-            federation.buffers.remember(update)
         end = engine.end_state()
         engine.restore_end_state([end])
         self.reply["end"] = sent_state(end)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.clients.choice import choose
 from lightning_fedhaw.clients.engine import ClientTask, Engine
+from lightning_fedhaw.clients.evaluation import ClientMetrics
 from lightning_fedhaw.clients.local_parameters import LocalParameters
 from lightning_fedhaw.clients.plan import LocalPlan
 from lightning_fedhaw.clients.records import merge
@@ -25,7 +26,6 @@ from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.checks import check_objectives, check_step, local_lr_scale
-from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
 from lightning_fedhaw.federation.client_statistics import Spread, spread_in_round
 from lightning_fedhaw.federation.full_gradient import FullGradient
 from lightning_fedhaw.federation.initial_loss import InitialLosses
@@ -126,6 +126,7 @@ class Federation:
         plan = LocalPlan.of(options, limit, data.num_clients)
         self.engine: Engine = SequentialEngine(host, self.layout, data, plan, objectives)
         self.engine.local_parameters = LocalParameters(server)
+        self.engine.local_buffers = self.buffers.local
         self.engine.gradient = FullGradient(host, server, data, self.seed, self.engine.local_parameters).compute
         self.initial_losses = InitialLosses(host, server, data, rule, self.buffers, self.seed)
         self.shared_states = SharedStates(objectives, self.layout, data.num_clients, rule, options, self.ranks)
@@ -144,8 +145,6 @@ class Federation:
         self.observation = Observation(host, server, self.seed)
         self.run_state = self._make_run_state(objectives)
         self.in_round = False
-        # Where clients are not in this process.
-        self.evaluate_elsewhere: Callable[[int | None], ClientMetrics] | None = None
         self.on_round_start: Callable[[int, list[int]], None] = _ignore
         self.on_snapshot: Callable[[RoundSnapshot], None] = _ignore
         self.on_client_start: Callable[[ClientTask], None] = _ignore
@@ -348,7 +347,6 @@ class Federation:
                 self.shared_states.collect(update, stores.shared)
                 self.engine.commit(update)
                 self.transport.remember(update, plan.start)
-                self.buffers.remember(update)
                 records.append(self._record(update, stores.displacements, received=True))
         for client in own_clients:
             substitute = self._substitute(plan, client)
@@ -516,11 +514,7 @@ class Federation:
         Args:
             batch_size: Samples in a batch; ``None`` for those of training.
         """
-        if self.evaluate_elsewhere is not None:
-            return self.evaluate_elsewhere(batch_size)
-        own = self.run_state.own_tensors_of_all(self.engine)
-        moving = self.layout.frozen_parameters
-        return ClientEvaluation(self.host, self.data, self.ranks, self.seed, own, moving, batch_size).evaluate()
+        return self.engine.evaluate(self.run_state.own_tensors_of_all(self.engine), self.ranks, batch_size)
 
     def close(self) -> None:
         """End a run, and release the memory of the model's device.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -31,12 +32,7 @@ class InitialLosses:
         rule: The aggregation rule, which says whether it needs the losses.
         buffers: The policy for buffers, which knows those that a client starts from.
         seed: The federation's seed, for models that draw.
-
-    Attributes:
-        are_sent: Whether clients are not in this process, and send their losses with their updates.
     """
-
-    are_sent = False
 
     def __init__(self, host: Host, server: Server, data: ClientData, rule: Rule, buffers: Buffers, seed: int) -> None:
         self.host = host
@@ -47,13 +43,13 @@ class InitialLosses:
         self.seed = seed
 
     def added_to(self, update: ClientUpdate, models: Mapping[int, Tensor]) -> ClientUpdate:
-        """Return a client's update with its initial loss, if the rule needs it.
+        """Return a client's update with its initial loss, if the rule needs it and the client has not sent it.
 
         Args:
             update: The client's update.
             models: The model that each client received, ``[P]``.
         """
-        if not self.rule.needs_initial_loss or self.are_sent:
+        if not self.rule.needs_initial_loss or not isnan(update.initial_loss):
             return update
         return replace(update, initial_loss=self.compute(update.client, models[update.client]))
 

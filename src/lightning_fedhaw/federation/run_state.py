@@ -11,11 +11,12 @@ from typing import Any, Protocol
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
-from torchmetrics import Metric
+from torch import Tensor
 
 from lightning_fedhaw.clients.attributes import AttributeState
 from lightning_fedhaw.clients.engine import Engine
+from lightning_fedhaw.clients.optimizer_states import OptimizerStates
+from lightning_fedhaw.clients.records import metrics_of
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.checkpoint_entry import FORMAT, check_entry, describe_parts, new_run
@@ -29,9 +30,6 @@ from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.rule import Rule
 from lightning_fedhaw.server import ModuleChanges, Server
 from lightning_fedhaw.vectors.memory import HOST
-
-OptimizerStates = list[dict[int, dict[str, Any]]]
-"""The states of a client's optimizers, each by position of the parameter."""
 
 ROUND_OPTIONS = ("clients_per_round", "local_epochs", "local_steps", "optimizer_state", "buffers")
 """Options that may differ between a run and its checkpoint, although they seldom should."""
@@ -124,7 +122,7 @@ class ProcessMemory:
         callbacks: The states of uplink channels and client objectives.
     """
 
-    optimizer_states: dict[int, OptimizerStates]
+    optimizer_states: dict[int, list[OptimizerStates]]
     local_buffers: dict[int, dict[str, Tensor]]
     local_parameters: dict[int, dict[str, Tensor]]
     callbacks: list[dict[str, Any]]
@@ -198,7 +196,7 @@ class RunState:
         self.server.adopt(changes)
         if own:
             self.rule.state = dict(self.rule.with_server_parameters(self.rule.state, own))
-        self.buffers.reset_local(changes.names)
+        self.buffers.local.forget(changes.names)
 
     def _check_changes(self, changes: ModuleChanges, own: Mapping[str, Tensor]) -> None:
         """Refuse changes of the global model that are not the same on all processes."""
@@ -340,7 +338,7 @@ class RunState:
         entries: dict[str, Any] = {
             "optimizers": dict(engine.optimizer_states),
             "attributes": engine.attributes.state_dict(),
-            "buffers": dict(self.buffers.local),
+            "buffers": dict(self.buffers.local.of_clients),
             "local_parameters": dict(engine.local_parameters.of_clients),
             "tally": self.tally.state_dict(),
         }
@@ -359,7 +357,7 @@ class RunState:
             engine: The engine, which holds the clients' optimizer states.
         """
         engine.optimizer_states = dict(entries["optimizers"])
-        self.buffers.load(entries["buffers"])
+        self.buffers.local.load(entries["buffers"])
         # A checkpoint of an earlier version has none.
         engine.local_parameters.of_clients = dict(entries.get("local_parameters", {}))
         self.tally = Tally.from_state(entries["tally"])
@@ -466,12 +464,14 @@ class RunState:
             return
         states = [move_data_to_device(callback.state_dict(), HOST) for callback in self.spread_callbacks]
         own = engine.local_parameters.of_clients
-        memories = self.ranks.gather_to_first(ProcessMemory(engine.optimizer_states, self.buffers.local, own, states))
+        memories = self.ranks.gather_to_first(
+            ProcessMemory(engine.optimizer_states, self.buffers.local.of_clients, own, states)
+        )
         if not memories:
             return
         merged = self.placement.merged
         engine.optimizer_states = merged([memory.optimizer_states for memory in memories])
-        self.buffers.local = merged([memory.local_buffers for memory in memories])
+        self.buffers.local.of_clients = merged([memory.local_buffers for memory in memories])
         engine.local_parameters.of_clients = merged([memory.local_parameters for memory in memories])
         for position, callback in enumerate(self.spread_callbacks):
             states = [memory.callbacks[position] for memory in memories]
@@ -494,7 +494,7 @@ class RunState:
             return {}
         own = {}
         for client, parameters in engine.local_parameters.of_clients.items():
-            own[client] = {**parameters, **self.buffers.local.get(client, {})}
+            own[client] = {**parameters, **self.buffers.local.start(client)}
         return own
 
     def own_tensors_of_all(self, engine: Engine) -> dict[int, dict[str, Tensor]]:
@@ -514,17 +514,12 @@ class RunState:
         is_in_use = bool(self.server.layout.local) or self.buffers.remembers
         if self.ranks.size == 1 or not is_in_use:
             return
-        memories = self.ranks.gather((engine.local_parameters.of_clients, self.buffers.local))
+        memories = self.ranks.gather((engine.local_parameters.of_clients, self.buffers.local.of_clients))
         engine.local_parameters.of_clients = self.placement.merged([parameters for parameters, _ in memories])
-        self.buffers.local = self.placement.merged([buffers for _, buffers in memories])
+        self.buffers.local.of_clients = self.placement.merged([buffers for _, buffers in memories])
 
 
 def _checksum(tensor: Tensor) -> str:
     """Return a checksum of a tensor's bytes."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(content.numpy().data).hexdigest()
-
-
-def metrics_of(module: nn.Module) -> list[Metric]:
-    """List the ``torchmetrics`` objects in a module."""
-    return [submodule for submodule in module.modules() if isinstance(submodule, Metric)]

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_fedhaw.federation.client_evaluation import measured_on
+from lightning_fedhaw.clients.evaluation import measured_on
 from lightning_fedhaw.federation.client_statistics import client_statistics, extreme_clients
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.records import INQUIRY_COUNTS, PROBE_COUNTS
