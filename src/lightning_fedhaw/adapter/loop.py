@@ -202,8 +202,8 @@ class RoundLoop(_FitLoop):
         self._reset_or_resume(federation, previous)
         federation.on_round_start = observers(trainer, "on_round_start")
         federation.on_snapshot = self._remember
-        federation.on_client_start = client_observer(trainer, federation)
-        federation.on_client_end = observers(trainer, "on_client_end")
+        federation.training.on_client_start = client_observer(trainer, federation)
+        federation.training.on_client_end = observers(trainer, "on_client_end")
         federation.on_round_end = observers(trainer, "on_round_end")
         federation.observation.observe = aggregation_observer(trainer)
         first_round = self.epoch_loop.global_step

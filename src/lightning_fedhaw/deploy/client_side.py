@@ -249,7 +249,7 @@ class _Training(_Work):
             update = next(updates)
             # Now, while the module holds the client's model.
             self._read_model(federation, update)
-            update = federation.initial_losses.added_to(update, {self.client: start})
+            update = federation.training.initial_losses.added_to(update, {self.client: start})
             self._read(federation, update)
             engine.commit(update)
         end = engine.end_state()

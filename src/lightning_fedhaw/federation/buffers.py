@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from lightning_fedhaw.channel.base import Link
 from lightning_fedhaw.clients.local_buffers import LocalBuffers
 from lightning_fedhaw.clients.records import LogRecorder
-from lightning_fedhaw.clients.steps import Host, turns
+from lightning_fedhaw.clients.steps import turns
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
-from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.federation.buffer_kinds import BufferKinds
 from lightning_fedhaw.federation.buffer_names import is_named, listed, policies_by_name
+from lightning_fedhaw.federation.context import RunContext
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
-from lightning_fedhaw.options import BufferPolicies, BufferPolicy
+from lightning_fedhaw.options import BufferPolicy
 from lightning_fedhaw.rule import RuleOutput
-from lightning_fedhaw.server import Server, all_finite, averaged_buffers
+from lightning_fedhaw.server import all_finite, averaged_buffers
 from lightning_fedhaw.streams import seed_of
 
 RECALIBRATION_BATCHES = 50
@@ -34,11 +34,7 @@ class Buffers:
     Frozen parameters that a pattern of it matches count as buffers.
 
     Args:
-        policies: The argument ``buffers``.
-        host: The trainer around the federation.
-        server: The global model.
-        data: The clients' data.
-        seed: The federation's seed, for models that draw while buffers are recalibrated.
+        context: What all steps of a round work with.
 
     Attributes:
         policy_of: The policy of each buffer by name.
@@ -49,20 +45,22 @@ class Buffers:
         ValueError: If a pattern matches nothing, or buffers cannot be recalibrated by the user's module.
     """
 
-    def __init__(self, policies: BufferPolicies, host: Host, server: Server, data: ClientData, seed: int) -> None:
-        self.policies = policies
-        self.policy_of = policies_by_name(policies, server.module, server.layout)
+    def __init__(self, context: RunContext) -> None:
+        host = context.host
+        server = context.server
+        self.policies = context.options.buffers
+        self.policy_of = policies_by_name(self.policies, server.module, server.layout)
         self.host = host
         self.server = server
-        self.data = data
-        self.seed = seed
+        self.data = context.data
+        self.seed = context.seed
         self.kinds = BufferKinds(host.module, server.buffers)
         # Derived buffers belong to the weights that a client receives, and not to those that it had before.
         kept = frozenset(name for name in self._names("local") if name not in self.kinds.derived_names)
         self.local = LocalBuffers(kept, is_in_use=self.remembers)
         self._averaged = [name for name in self.policy_of if self._is_averaged(name)]
         self._has_warned = False
-        if self._names("recalibrate") or policies == "recalibrate":
+        if self._names("recalibrate") or self.policies == "recalibrate":
             self._check_recalibration()
 
     def _check_recalibration(self) -> None:

@@ -17,18 +17,16 @@ from lightning_fedhaw.clients.attributes import AttributeState
 from lightning_fedhaw.clients.engine import Engine
 from lightning_fedhaw.clients.optimizer_states import OptimizerStates
 from lightning_fedhaw.clients.records import metrics_of
-from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.checkpoint_entry import FORMAT, check_entry, describe_parts, new_run
+from lightning_fedhaw.federation.context import RunContext
 from lightning_fedhaw.federation.placement import Placement
 from lightning_fedhaw.federation.records import Tally
 from lightning_fedhaw.federation.screening import Screening
 from lightning_fedhaw.federation.transport import Transport
 from lightning_fedhaw.objectives.base import ClientObjective
-from lightning_fedhaw.options import FederationOptions
-from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.rule import Rule
-from lightning_fedhaw.server import ModuleChanges, Server
+from lightning_fedhaw.server import ModuleChanges
 from lightning_fedhaw.vectors.memory import HOST
 
 ROUND_OPTIONS = ("clients_per_round", "local_epochs", "local_steps", "optimizer_state", "buffers")
@@ -132,17 +130,12 @@ class RunState:
     """The state of a run between rounds, most of which is stored by its owners: this class knows all of them.
 
     Args:
-        server: The global model.
-        rule: The aggregation rule.
-        data: The clients' data.
-        options: The federation's arguments.
+        context: What all steps of a round work with.
         buffers: The policy for buffers, which holds those that clients keep.
         transport: The channels.
         objectives: The client objectives.
         placement: The process of each client.
         screening: The screening of updates, which counts rounds.
-        ranks: The processes.
-        seed: The federation's seed.
 
     Attributes:
         run: The identity of the run, which a resumed run keeps.
@@ -151,30 +144,27 @@ class RunState:
 
     def __init__(
         self,
-        server: Server,
-        rule: Rule,
-        data: ClientData,
-        options: FederationOptions,
+        context: RunContext,
         *,
         buffers: Buffers,
         transport: Transport,
         objectives: Sequence[ClientObjective],
         placement: Placement,
         screening: Screening,
-        ranks: Ranks,
-        seed: int,
     ) -> None:
-        self.server = server
-        self.rule = rule
-        self.data = data
-        self.options = options
+        self.server = context.server
+        self.rule = context.rule
+        self.data = context.data
+        self.options = context.options
+        self.ranks = context.ranks
+        self.seed = context.seed
         self.buffers = buffers
         self.placement = placement
         self.screening = screening
-        self.ranks = ranks
-        self.seed = seed
         self.run = new_run()
-        self._samples = data.sample_hash() if rule.client_placed else None
+        self._samples: str | None = None
+        if self.rule.client_placed:
+            self._samples = self.data.sample_hash()
         self.tally = Tally()
         # Their state changes on the process that trains the client. The state of downlink channels is equal on all
         # processes, each of which computes the broadcast to all clients.
