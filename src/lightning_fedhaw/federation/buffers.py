@@ -21,8 +21,9 @@ from lightning_fedhaw.federation.context import RunContext
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.options import BufferPolicy
 from lightning_fedhaw.rule import RuleOutput
-from lightning_fedhaw.server import all_finite, averaged_buffers
+from lightning_fedhaw.server import averaged_buffers
 from lightning_fedhaw.streams import seed_of
+from lightning_fedhaw.vectors.kernels import all_finite
 
 RECALIBRATION_BATCHES = 50
 """The number of batches that buffers are recomputed on, over the whole cohort."""

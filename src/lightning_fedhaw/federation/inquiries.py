@@ -27,8 +27,8 @@ from lightning_fedhaw.federation.transport import Transport
 from lightning_fedhaw.inquiry import Answer, Answers, Inquiry
 from lightning_fedhaw.isolation import isolated_randomness
 from lightning_fedhaw.rule import Rule
-from lightning_fedhaw.server import all_finite
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
+from lightning_fedhaw.vectors.kernels import all_finite
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
 

@@ -29,9 +29,9 @@ from lightning_fedhaw.federation.transport import Transport
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.probe import Probe, ProbeForm, ProbeResult
 from lightning_fedhaw.rule import Batch, State
-from lightning_fedhaw.server import all_finite
 from lightning_fedhaw.streams import seed_of, stream
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
+from lightning_fedhaw.vectors.kernels import all_finite
 
 _NO_VECTOR = torch.empty(0)
 
