@@ -232,7 +232,7 @@ class RoundLoop(_FitLoop):
         elif self._federation_state is not None:
             path = self.trainer.ckpt_path
             federation.load_state_dict(self._federation_state, f"The checkpoint {str(path)!r}")
-            warn_of_other_runs(path, federation.run_state.run)
+            warn_of_other_runs(path, federation.run_state.identity.run)
         elif previous is not None:
             federation.load_state_dict(_state_for_second_fit(federation, previous), "The earlier `fit`")
         else:

@@ -94,7 +94,7 @@ class RemoteEngine(SequentialEngine):
         self.buffers = federation.buffers
         self.sharing = federation.shared_states.sharing
         self.seed = federation.seed
-        self.run_state = federation.run_state
+        self.identity = federation.run_state.identity
         self.needs_initial_loss = federation.rule.needs_initial_loss
         self.roster = roster
         self.exchange = exchange
@@ -171,7 +171,7 @@ class RemoteEngine(SequentialEngine):
             "round": self.host.round,
             "num_clients": self.data.num_clients,
             "seed": self.seed,
-            "run": self.run_state.run,
+            "run": self.identity.run,
         }
 
     def _own_part(self, client: int, round_idx: int) -> Message:

@@ -103,14 +103,7 @@ class Federation:
         self.probing = Probing(context, self.buffers, self.placement, self.transport, self.sampling)
         self.inquiries = Inquiries(context, self.buffers, self.transport, self.screening)
         self.observation = Observation(self.host, self.server, self.seed)
-        self.run_state = RunState(
-            context,
-            buffers=self.buffers,
-            transport=self.transport,
-            objectives=objectives,
-            placement=self.placement,
-            screening=self.screening,
-        )
+        self.run_state = self._make_run_state(objectives)
         self.in_round = False
         self.on_round_start: Callable[[int, list[int]], None] = _ignore
         self.on_snapshot: Callable[[RoundSnapshot], None] = _ignore
@@ -143,6 +136,17 @@ class Federation:
             self.data.num_examples, self.rule, drawn_uniformly=drawn_uniformly, clients_remember=clients_remember
         )
 
+    def _make_run_state(self, objectives: Sequence[ClientObjective]) -> RunState:
+        """Make the state of the run, which knows all owners of a part of it."""
+        return RunState(
+            self.context,
+            buffers=self.buffers,
+            transport=self.transport,
+            objectives=objectives,
+            placement=self.placement,
+            screening=self.screening,
+        )
+
     # ------------------------------------------------------------------ before a run
 
     @property
@@ -171,7 +175,7 @@ class Federation:
         Raises:
             ValueError: Naming the processes that differ.
         """
-        self.run_state.check_agreement()
+        self.run_state.identity.check_agreement()
 
     def choose_engine(self) -> str:
         """Use the engine that was requested, or that ``engine="auto"`` chooses.

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedhaw.clients.attributes import AttributeState
@@ -18,29 +17,16 @@ from lightning_fedhaw.clients.engine import Engine
 from lightning_fedhaw.clients.optimizer_states import OptimizerStates
 from lightning_fedhaw.clients.records import metrics_of
 from lightning_fedhaw.federation.buffers import Buffers
-from lightning_fedhaw.federation.checkpoint_entry import FORMAT, check_entry, describe_parts, new_run
 from lightning_fedhaw.federation.context import RunContext
 from lightning_fedhaw.federation.placement import Placement
 from lightning_fedhaw.federation.records import Tally
+from lightning_fedhaw.federation.run_identity import RunIdentity
 from lightning_fedhaw.federation.screening import Screening
 from lightning_fedhaw.federation.transport import Transport
 from lightning_fedhaw.objectives.base import ClientObjective
 from lightning_fedhaw.rule import Rule
 from lightning_fedhaw.server import ModuleChanges
 from lightning_fedhaw.vectors.memory import HOST
-
-ROUND_OPTIONS = ("clients_per_round", "local_epochs", "local_steps", "optimizer_state", "buffers")
-"""Options that may differ between a run and its checkpoint, although they seldom should."""
-
-FINGERPRINT_WORDS = {
-    "rule": "the rule",
-    "num_clients": "`num_clients`",
-    "seed": "`seed` (or that of `seed_everything`)",
-    "parameters": "the number of trainable parameters",
-    "local_parameters": "the set of local parameters",
-    "samples": "the checksum of the training samples, for which clients keep parameters,",
-}
-"""The entries of a fingerprint, apart from the split, in words."""
 
 
 class Stateful(Protocol):
@@ -138,7 +124,7 @@ class RunState:
         screening: The screening of updates, which counts rounds.
 
     Attributes:
-        run: The identity of the run, which a resumed run keeps.
+        identity: What makes this run the one that a checkpoint is of.
         tally: The costs and incidents of the run so far.
     """
 
@@ -154,22 +140,16 @@ class RunState:
     ) -> None:
         self.server = context.server
         self.rule = context.rule
-        self.data = context.data
-        self.options = context.options
         self.ranks = context.ranks
-        self.seed = context.seed
         self.buffers = buffers
         self.placement = placement
         self.screening = screening
-        self.run = new_run()
-        self._samples: str | None = None
-        if self.rule.client_placed:
-            self._samples = self.data.sample_hash()
         self.tally = Tally()
         # Their state changes on the process that trains the client. The state of downlink channels is equal on all
         # processes, each of which computes the broadcast to all clients.
         self.spread_callbacks: list[Stateful] = [*transport.uplink, *objectives]
         self.callbacks: list[Stateful] = [*transport.uplink, *transport.downlink, *objectives]
+        self.identity = RunIdentity(context, self.callbacks)
 
     # ------------------------------------------------------------------ changes between rounds
 
@@ -249,57 +229,6 @@ class RunState:
 
     # ------------------------------------------------------------------ checkpoints
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """The properties in which a run must agree with the checkpoint that it resumes from."""
-        fingerprint = {
-            "rule": self.rule.resume_key,
-            "num_clients": self.data.num_clients,
-            "split": self.data.partition.fingerprint(),
-            "parameters": self.server.layout.numel,
-            "seed": self.seed,
-        }
-        if self.server.layout.local:
-            fingerprint["local_parameters"] = list(self.server.layout.local)
-        if self._samples is not None:
-            # Parameters of samples are found by position, which another order of the same samples would change.
-            fingerprint["samples"] = self._samples
-        return fingerprint
-
-    @property
-    def parts(self) -> list[str]:
-        """The keys of the channels and the client objectives."""
-        return [callback.state_key for callback in self.callbacks]
-
-    @property
-    def round_options(self) -> dict[str, Any]:
-        """The values of ``ROUND_OPTIONS``, the batch size, and the clients' rates unless a function gives them."""
-        options = {name: getattr(self.options, name) for name in ROUND_OPTIONS}
-        options["batch_size"] = self.data.settings.batch_size
-        if not callable(self.options.client_lr_scale):
-            options["client_lr_scale"] = self.options.client_lr_scale
-        return options
-
-    def check_agreement(self) -> None:
-        """Refuse to continue where processes have different data or another split.
-
-        Raises:
-            ValueError: Naming the processes that differ.
-        """
-        if self.ranks.size == 1:
-            return
-        resume_keys = self.ranks.gather((self.fingerprint, self.data.sample_hash()))
-        different = []
-        for rank, resume_key in enumerate(resume_keys):
-            if resume_key != resume_keys[0]:
-                different.append(rank)
-        if different:
-            raise ValueError(
-                f"Processes {different} of {self.ranks.size} were given other training data, another split or another"
-                " seed than process 0, and every process must know the whole federation. Call `seed_everything` before"
-                " the data is made."
-            )
-
     def state_dict(self, engine: Engine) -> dict[str, Any]:
         """Return everything that is not in the module, the rule or another callback: plain values and tensors.
 
@@ -307,7 +236,7 @@ class RunState:
             engine: The engine, which holds the clients' optimizer states.
         """
         self._collect(engine)
-        state = {**self._resume_keys, **self.entries(engine)}
+        state = {**self.identity.entries, **self.entries(engine)}
         if not self.server.layout.is_exact:
             state["parameters"] = self.server.present().parameters.cpu()
         return state
@@ -318,7 +247,7 @@ class RunState:
         Args:
             snapshot: The state from before the round.
         """
-        state = {**self._resume_keys, **snapshot.entries}
+        state = {**self.identity.entries, **snapshot.entries}
         if not self.server.layout.is_exact:
             state["parameters"] = snapshot.parameters.cpu()
         return state
@@ -372,18 +301,6 @@ class RunState:
             model[name] = value.to(self.server.module.get_parameter(name).dtype, copy=True)
         return model
 
-    @property
-    def _resume_keys(self) -> dict[str, Any]:
-        """The entries of a checkpoint that a run compares with its own before it resumes from there."""
-        return {
-            "format": FORMAT,
-            "run_id": self.run,
-            "channels_and_objectives": self.parts,
-            "fingerprint": self.fingerprint,
-            "scheme": self.data.partition.scheme,
-            "round_options": self.round_options,
-        }
-
     def load_state_dict(self, state: Mapping[str, Any], engine: Engine, source: str) -> None:
         """Resume from a checkpoint.
 
@@ -395,58 +312,13 @@ class RunState:
         Raises:
             ValueError: If it is of another federation, has another format, or lacks a part.
         """
-        check_entry(state, source)
-        self._check_fingerprint(state["fingerprint"], state["scheme"], source)
-        self._warn_of_changes(state, source)
-        self.run = state.get("run_id", self.run)
+        self.identity.resume(state, source)
         self.take(state, engine)
         # A checkpoint of an earlier version has none.
         if "attributes" in state:
             engine.attributes.load_state_dict(state["attributes"])
         if "parameters" in state:
             self.server.install(state["parameters"].to(self.server.parameters()))
-
-    def _check_fingerprint(self, saved: Mapping[str, Any], scheme: str, source: str) -> None:
-        """Refuse to resume from a checkpoint of another federation.
-
-        Args:
-            saved: Its fingerprint.
-            scheme: The partitioner that made its split.
-            source: Its name.
-        """
-        current = self.fingerprint
-        changes = []
-        for name, words in FINGERPRINT_WORDS.items():
-            # Without local parameters there is no entry for them.
-            if saved.get(name) != current.get(name):
-                changes.append(f"{words} was {saved.get(name)!r} there and is {current.get(name)!r} here")
-        if saved["split"] != current["split"]:
-            if scheme != self.data.partition.scheme:
-                changes.append(f"the split was {scheme} there and is {self.data.partition.scheme} here")
-            elif saved["num_clients"] == current["num_clients"] and saved["seed"] == current["seed"]:
-                changes.append(
-                    f"the split, {scheme} here and there, gives clients other samples: the training data, its labels or"
-                    " what the partitioner was made with has changed"
-                )
-        if changes:
-            raise ValueError(
-                f"{source} is of another federation: {'; '.join(changes)}."
-                " Resume with the arguments of that run, or start a new run from its weights with"
-                " `load_from_checkpoint`."
-            )
-
-    def _warn_of_changes(self, state: Mapping[str, Any], source: str) -> None:
-        """Warn of options, channels and objectives that differ from those of the checkpoint."""
-        current = self.round_options
-        changes = []
-        for name, value in state["round_options"].items():
-            if name in current and value != current[name]:
-                changes.append(f"`{name}` from {value} to {current[name]}")
-        if changes:
-            rank_zero_warn(f"The run is resumed with other settings of a round: {', '.join(changes)}.")
-        parts = describe_parts(state.get("channels_and_objectives", self.parts), self.parts, source)
-        if parts:
-            rank_zero_warn(parts)
 
     def _collect(self, engine: Engine) -> None:
         """Gather the state that clients keep on other processes on process 0, which writes checkpoints."""
