@@ -7,7 +7,7 @@ early stopping, validation and resuming keep their meaning, and ``global_step`` 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -20,7 +20,6 @@ from lightning.pytorch.trainer.connectors.data_connector import _request_dataloa
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torchmetrics import Metric
 
 from lightning_fedhaw.adapter.any_moment import GATE, BetweenRounds, Counters, counters_of, in_use
 from lightning_fedhaw.adapter.assembly import (
@@ -34,16 +33,11 @@ from lightning_fedhaw.adapter.assembly import (
     reset,
 )
 from lightning_fedhaw.adapter.checkpoint_folder import warn_of_other_runs
-from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop, same_value
+from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop
 from lightning_fedhaw.adapter.exact_restore import restore_exactly
 from lightning_fedhaw.adapter.host import hook_owner
 from lightning_fedhaw.adapter.restart import is_validated, settle
-from lightning_fedhaw.adapter.round_log import (
-    as_logged,
-    forget_earlier_rounds,
-    names_for_callbacks,
-    show_earlier_rounds,
-)
+from lightning_fedhaw.adapter.round_log import RoundLog, show_earlier_rounds
 from lightning_fedhaw.adapter.run_reports import RunClock, close_run, open_run
 from lightning_fedhaw.adapter.stopping import ending_together, save_and_requeue
 from lightning_fedhaw.adapter.trainer_attributes import (
@@ -56,7 +50,6 @@ from lightning_fedhaw.adapter.trainer_attributes import (
     start_validation_clock,
 )
 from lightning_fedhaw.adapter.units import warn_of_units
-from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.federation.clients import FederationClients
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.records import Report
@@ -145,7 +138,7 @@ class RoundLoop(_FitLoop):
         if isinstance(trainer.val_check_interval, int):
             trainer.val_check_batch = trainer.val_check_interval
 
-    # ------------------------------------------------------------------ a run
+    # ------------------------------------------------------------------ the beginning of a run
 
     def run(self) -> None:
         """Run the rounds, and leave nothing on the device, however they end."""
@@ -158,24 +151,6 @@ class RoundLoop(_FitLoop):
                 self._close()
             raise
         self._close()
-
-    def _close(self) -> None:
-        if self._assigned is not None:
-            self._assigned.clients.release()
-        if self.federation is not None:
-            self.federation.close()
-        release()
-
-    @property
-    def skip(self) -> bool:
-        """Whether a fit ends without a run; one whose rounds are all over still evaluates the clients and reports."""
-        has_rounds = self.epoch_loop.global_step > 0 and self._assigned is not None
-        return bool(super().skip) and not has_rounds
-
-    def teardown(self) -> None:
-        """Finish, after callbacks have saved what was left of an interrupted run."""
-        self.between_rounds = None
-        super().teardown()
 
     def reset(self) -> None:
         """Begin where the last full round ended."""
@@ -242,28 +217,12 @@ class RoundLoop(_FitLoop):
             )
         self._federation_state = None
 
-    def _warn_if_modules_in_eval_mode(self) -> None:
-        """Warn as Lightning does, unless only frozen modules are in evaluation mode, where they belong."""
-        if any(not module.training and trainable(module) for module in self.trainer.lightning_module.modules()):
-            super()._warn_if_modules_in_eval_mode()
-
-    def _iteration_based_training(self) -> bool:
-        """Return False: with ``max_steps`` too, a step is a whole epoch, and a resumed run continues its count."""
-        return False
+    # ------------------------------------------------------------------ rounds
 
     def on_advance_start(self) -> None:
         """Begin an epoch."""
         self._counters = counters_of(self)
         super().on_advance_start()
-
-    def on_advance_end(self) -> None:
-        """End an epoch: from here on a checkpoint holds the state after its round, whoever asks for it."""
-        try:
-            super().on_advance_end()
-        finally:
-            # It may end in Lightning's exception for SIGTERM, when the epoch is complete.
-            if self.epoch_progress.current.completed == self.epoch_progress.current.ready:
-                self.between_rounds = None
 
     def advance(self) -> None:
         """Run one round, and its validation."""
@@ -278,6 +237,63 @@ class RoundLoop(_FitLoop):
                 return self.current_federation.run_round(self.epoch_loop.global_step)
             except CheckpointRequested:
                 save_and_requeue(self.trainer)
+
+    def on_advance_end(self) -> None:
+        """End an epoch: from here on a checkpoint holds the state after its round, whoever asks for it."""
+        try:
+            super().on_advance_end()
+        finally:
+            # It may end in Lightning's exception for SIGTERM, when the epoch is complete.
+            if self.epoch_progress.current.completed == self.epoch_progress.current.ready:
+                self.between_rounds = None
+
+    # ------------------------------------------------------------------ the end of a run
+
+    def on_run_end(self) -> None:
+        """Evaluate the clients, and report the run summary."""
+        super().on_run_end()
+        assert self._assigned is not None
+        close_run(
+            self.trainer,
+            self.current_federation,
+            rounds=self.epoch_loop.global_step,
+            clock=self._clock,
+            partitioner=self._assigned.partitioner,
+            rule_metrics=self.epoch_loop.round_log.rule_metrics,
+            is_validated=self.epoch_loop.val_loop._combined_loader is not None,
+            holding_other_values=self._holding_other_values,
+        )
+
+    def teardown(self) -> None:
+        """Finish, after callbacks have saved what was left of an interrupted run."""
+        self.between_rounds = None
+        super().teardown()
+
+    def _close(self) -> None:
+        if self._assigned is not None:
+            self._assigned.clients.release()
+        if self.federation is not None:
+            self.federation.close()
+        release()
+
+    # ------------------------------------------------------------------ what the stock loop asks
+
+    @property
+    def skip(self) -> bool:
+        """Whether a fit ends without a run; one whose rounds are all over still evaluates the clients and reports."""
+        has_rounds = self.epoch_loop.global_step > 0 and self._assigned is not None
+        return bool(super().skip) and not has_rounds
+
+    def _iteration_based_training(self) -> bool:
+        """Return False: with ``max_steps`` too, a step is a whole epoch, and a resumed run continues its count."""
+        return False
+
+    def _warn_if_modules_in_eval_mode(self) -> None:
+        """Warn as Lightning does, unless only frozen modules are in evaluation mode, where they belong."""
+        if any(not module.training and trainable(module) for module in self.trainer.lightning_module.modules()):
+            super()._warn_if_modules_in_eval_mode()
+
+    # ------------------------------------------------------------------ checkpoints
 
     def _remember(self, snapshot: RoundSnapshot) -> None:
         """Let checkpoints hold the present state from here on."""
@@ -299,23 +315,6 @@ class RoundLoop(_FitLoop):
         # After an error they still do: `teardown` ends it.
         self.between_rounds = None
 
-    def on_run_end(self) -> None:
-        """Evaluate the clients, and report the run summary."""
-        super().on_run_end()
-        assert self._assigned is not None
-        close_run(
-            self.trainer,
-            self.current_federation,
-            rounds=self.epoch_loop.global_step,
-            clock=self._clock,
-            partitioner=self._assigned.partitioner,
-            rule_metrics=self.epoch_loop.rule_metrics,
-            is_validated=self.epoch_loop.val_loop._combined_loader is not None,
-            holding_other_values=self._holding_other_values,
-        )
-
-    # ------------------------------------------------------------------ checkpoints
-
     def on_save_checkpoint(self) -> dict[str, Any]:
         """Return the stock loop's state with that of the federation.
 
@@ -323,7 +322,7 @@ class RoundLoop(_FitLoop):
             RuntimeError: If a client is training.
         """
         state = super().on_save_checkpoint()
-        state["rule_metrics"] = sorted(self.epoch_loop.rule_metrics)
+        state["rule_metrics"] = sorted(self.epoch_loop.round_log.rule_metrics)
         between_rounds = in_use()
         if between_rounds is not None:
             state["federation"] = between_rounds.federation_state()
@@ -356,7 +355,7 @@ class RoundLoop(_FitLoop):
         """Keep the federation's state until the federation is built."""
         restore_exactly(self.trainer)
         self._federation_state = state_dict.get("federation")
-        self.epoch_loop.rule_metrics.update(state_dict.get("rule_metrics", ()))
+        self.epoch_loop.round_log.rule_metrics.update(state_dict.get("rule_metrics", ()))
         super().on_load_checkpoint(state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
@@ -381,13 +380,12 @@ class _RoundEpochLoop(_TrainingEpochLoop):
     """An epoch with one batch, which is a round.
 
     Attributes:
-        rule_metrics: Names of all metrics that the rule and the round have logged.
+        round_log: What its rounds log.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.rule_metrics: set[str] = set()
-        self._logged_options: dict[str, dict[str, Any]] = {}
+    def __init__(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(trainer, *args, **kwargs)
+        self.round_log = RoundLog(trainer)
 
     @property
     def _round_loop(self) -> RoundLoop:
@@ -428,7 +426,7 @@ class _RoundEpochLoop(_TrainingEpochLoop):
         self.batch_progress.increment_processed()
         self._count_optimizer_step()
         # At once, so that the history has every round that counts, whatever fails from here on.
-        self._log(report)
+        self.round_log.add(report, self._results, self._round_loop.current_federation.rule.prog_bar)
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
         self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         self._round_loop.is_counted = True
@@ -459,48 +457,6 @@ class _RoundEpochLoop(_TrainingEpochLoop):
             if hook_owner(callback, name) == "lightning":
                 getattr(callback, name)(self.trainer, self.trainer.lightning_module, *args)
 
-    def _log(self, report: Report) -> None:
-        """Log what the clients, the rule and the round reported, as if ``training_step`` had logged it."""
-        module = self.trainer.lightning_module
-        values = {name: _merged_value(logged, module) for name, logged in report.logged.items()}
-        self._add_to_history(report, values)
-        # A metric that is composed of others reads theirs, so none is reset before all have been read.
-        for logged in report.logged.values():
-            metric = _metric_behind(logged, module)
-            if metric is not None:
-                metric.reset()
-        for name, logged in report.logged.items():
-            options = {option: logged.options[option] for option in ("prog_bar", "logger", "on_step", "on_epoch")}
-            self._log_value(name, values[name], options)
-        in_bar = self._round_loop.current_federation.rule.prog_bar
-        forget_earlier_rounds(self.trainer, self.rule_metrics, report.metrics)
-        self.rule_metrics |= report.metrics.keys()
-        for name, value in report.metrics.items():
-            self._log_value(name, value, {"on_step": True, "on_epoch": False, "prog_bar": name in in_bar})
-
-    def _add_to_history(self, report: Report, values: Mapping[str, float]) -> None:
-        row = {name: float(as_logged(value)) for name, value in report.metrics.items()}
-        for name, value in values.items():
-            row.update(dict.fromkeys(names_for_callbacks(name, report.logged[name].options), float(as_logged(value))))
-        find_history(callbacks_of(self.trainer)).add_round(report, row)
-
-    def _log_value(self, name: str, value: float, options: dict[str, Any]) -> None:
-        if self._logged_options.get(name) == options:
-            # `log` would build and move Lightning's whole record again, which takes a third of a round of tiny clients.
-            self._results.update_metrics(f"training_step.{name}", as_logged(value), batch_size=1)
-            return
-        self._logged_options[name] = options
-        self._results.log(
-            "training_step",
-            name,
-            as_logged(value),
-            batch_size=1,
-            # Every process has the same value: there is nothing to synchronize.
-            sync_dist=True,
-            sync_dist_fn=same_value,
-            **options,
-        )
-
 
 def _state_for_second_fit(federation: Federation, previous: Federation) -> dict[str, Any]:
     """Return the state of a federation for a further ``fit``, which starts from the weights that are in the module.
@@ -516,25 +472,3 @@ def _state_for_second_fit(federation: Federation, previous: Federation) -> dict[
     if not torch.equal(at_end.to(present.device), present):
         state.pop("parameters", None)  # the user has changed the weights since
     return state
-
-
-def _merged_value(logged: Logged, module: pl.LightningModule) -> float:
-    """Return the value of a logged name over all clients of a round.
-
-    Args:
-        logged: The merged record.
-        module: The module, in which a record from another process names its metric.
-    """
-    metric = _metric_behind(logged, module)
-    if metric is None:
-        return logged.value
-    return float(metric.compute())
-
-
-def _metric_behind(logged: Logged, module: pl.LightningModule) -> Metric | None:
-    """Return the metric that was logged under a name; None if a value was."""
-    if isinstance(logged.metric, str):
-        submodule = module.get_submodule(logged.metric)
-        assert isinstance(submodule, Metric)
-        return submodule
-    return logged.metric

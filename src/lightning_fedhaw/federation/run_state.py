@@ -227,6 +227,34 @@ class RunState:
         self.server.put_back(snapshot.parameters, snapshot.buffers)
         self.server.write_server_parameters(self.rule.server_parameters(snapshot.rule))
 
+    def state_before(self, snapshot: RoundSnapshot) -> dict[str, Any]:
+        """Return what :meth:`state_dict` returned before a round that is running; in one process only.
+
+        Args:
+            snapshot: The state from before the round.
+        """
+        state = {**self.identity.entries, **snapshot.entries}
+        if not self.server.layout.is_exact:
+            state["parameters"] = snapshot.parameters.cpu()
+        return state
+
+    def model_before(self, snapshot: RoundSnapshot) -> dict[str, Tensor]:
+        """Return the global model before a round as the module held it: parameters and buffers by name, as copies.
+
+        Args:
+            snapshot: The state from before the round.
+        """
+        layout = self.server.layout
+        model = {}
+        views = layout.views(snapshot.parameters.detach())
+        for dtype, (name, value) in zip(layout.dtypes, views.items(), strict=True):
+            model[name] = value.to(dtype, copy=True)
+        for name, value in {**self.server.local_parameters, **snapshot.buffers}.items():
+            model[name] = value.clone()
+        for name, value in self.rule.server_parameters(snapshot.rule).items():
+            model[name] = value.to(self.server.module.get_parameter(name).dtype, copy=True)
+        return model
+
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self, engine: Engine) -> dict[str, Any]:
@@ -241,16 +269,24 @@ class RunState:
             state["parameters"] = self.server.present().parameters.cpu()
         return state
 
-    def state_before(self, snapshot: RoundSnapshot) -> dict[str, Any]:
-        """Return what :meth:`state_dict` returned before a round that is running; in one process only.
+    def load_state_dict(self, state: Mapping[str, Any], engine: Engine, source: str) -> None:
+        """Resume from a checkpoint.
 
         Args:
-            snapshot: The state from before the round.
+            state: What :meth:`state_dict` returned.
+            engine: The engine, which holds the clients' optimizer states.
+            source: The name of the checkpoint, for errors and warnings.
+
+        Raises:
+            ValueError: If it is of another federation, has another format, or lacks a part.
         """
-        state = {**self.identity.entries, **snapshot.entries}
-        if not self.server.layout.is_exact:
-            state["parameters"] = snapshot.parameters.cpu()
-        return state
+        self.identity.resume(state, source)
+        self.take(state, engine)
+        # A checkpoint of an earlier version has none.
+        if "attributes" in state:
+            engine.attributes.load_state_dict(state["attributes"])
+        if "parameters" in state:
+            self.server.install(state["parameters"].to(self.server.parameters()))
 
     def entries(self, engine: Engine) -> dict[str, Any]:
         """Return what clients keep, and what the run counts, as entries of a checkpoint."""
@@ -284,42 +320,6 @@ class RunState:
         self.screening.nonfinite_rounds = entries.get("nonfinite_rounds", 0)
         self.placement.load_state_dict(entries.get("placement", {}))
 
-    def model_before(self, snapshot: RoundSnapshot) -> dict[str, Tensor]:
-        """Return the global model before a round as the module held it: parameters and buffers by name, as copies.
-
-        Args:
-            snapshot: The state from before the round.
-        """
-        layout = self.server.layout
-        model = {}
-        views = layout.views(snapshot.parameters.detach())
-        for dtype, (name, value) in zip(layout.dtypes, views.items(), strict=True):
-            model[name] = value.to(dtype, copy=True)
-        for name, value in {**self.server.local_parameters, **snapshot.buffers}.items():
-            model[name] = value.clone()
-        for name, value in self.rule.server_parameters(snapshot.rule).items():
-            model[name] = value.to(self.server.module.get_parameter(name).dtype, copy=True)
-        return model
-
-    def load_state_dict(self, state: Mapping[str, Any], engine: Engine, source: str) -> None:
-        """Resume from a checkpoint.
-
-        Args:
-            state: What :meth:`state_dict` returned.
-            engine: The engine, which holds the clients' optimizer states.
-            source: The name of the checkpoint, for errors and warnings.
-
-        Raises:
-            ValueError: If it is of another federation, has another format, or lacks a part.
-        """
-        self.identity.resume(state, source)
-        self.take(state, engine)
-        # A checkpoint of an earlier version has none.
-        if "attributes" in state:
-            engine.attributes.load_state_dict(state["attributes"])
-        if "parameters" in state:
-            self.server.install(state["parameters"].to(self.server.parameters()))
-
     def _collect(self, engine: Engine) -> None:
         """Gather the state that clients keep on other processes on process 0, which writes checkpoints."""
         if self.ranks.size == 1 or not self.placement.is_sticky:
@@ -342,6 +342,8 @@ class RunState:
             for name in names:
                 merged_state[name] = merged([state.get(name) for state in states])
             callback.load_state_dict(merged_state)
+
+    # ------------------------------------------------------------------ what distinguishes clients' models
 
     def own_tensors(self, engine: Engine) -> dict[int, dict[str, Tensor]]:
         """Return what distinguishes each client's model from the global one.
