@@ -1,5 +1,8 @@
 """The global model: its flat parameters, its buffers, and a loss that is differentiable in any flat vector.
 
+The user's module holds the global model between rounds, and other models for a while: a client's during its local
+training, and any parameters during a call. The server's own copy says which numbers are the global model's.
+
 Shapes: K clients are in the cohort, P trainable parameters.
 """
 
@@ -76,12 +79,15 @@ class Server:
         self._collate_fn = collate_fn
         self._prepare = prepare
         self._context = context
-        # Indexing whole tensors gives the batch that the default collation makes of single samples, only faster.
-        self._proxy_tensors = tensors_of(proxy_dataset) if collate_fn is default_collate else None
+        self._proxy_tensors: tuple[Tensor, ...] | None = None
+        if collate_fn is default_collate:
+            # Indexing whole tensors gives the batch that the default collation makes of single samples, only faster.
+            self._proxy_tensors = tensors_of(proxy_dataset)
         self._vector = layout.read(layout.tensors(module))  # [P]
+        # Clients' buffers are written into the module in place.
         own_memory(module)
         self.buffers = {name: buffer.detach().clone() for name, buffer in layout.tracked_buffers(module).items()}
-        self.local_parameters = {name: p.detach().clone() for name, p in layout.local_tensors(module).items()}
+        self.local_parameters = {name: value.detach().clone() for name, value in layout.local_tensors(module).items()}
 
     def parameters(self) -> Tensor:
         """Return the global parameters ``[P]``. Read only: a rule returns new ones instead of changing these."""
@@ -111,6 +117,7 @@ class Server:
             )
         self._vector = parameters.detach().to(self._vector)
         if buffers is not None:
+            # A new dictionary: the undo of a round holds the old one.
             self.buffers = {name: buffers[name].detach().clone() for name in self.buffers}
         self.write(self._vector, self.buffers)
 
@@ -167,11 +174,11 @@ class Server:
     # ------------------------------------------------------------------ what the user's code has changed in the module
 
     @torch.no_grad()
-    def present(self) -> ModuleChanges:
-        """Return the model that is in the module, and what of it is not what the server has written there.
+    def changes_in_module(self) -> ModuleChanges:
+        """Return the model that is in the module, and which tensors are not what the server has written there.
 
-        Where the module still holds a parameter as the server's vector was rounded for it, the vector keeps its
-        precision.
+        The vector may have more digits than the module's types hold. Where a parameter is still what the vector was
+        rounded to, the vector's digits stay.
         """
         written = {**self.layout.views(self.layout.rounded(self._vector)), **self.buffers}
         in_module = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
@@ -196,16 +203,16 @@ class Server:
         return ModuleChanges(changed, parameters, buffers)
 
     def adopt(self, changes: ModuleChanges) -> None:
-        """Make the model that is in the module the server's."""
+        """Make the model that :meth:`changes_in_module` has found in the module the global one."""
         if changes.names:
             self._vector = changes.parameters
             self.buffers = dict(changes.buffers)
 
     @torch.no_grad()
-    def changed_parameters(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def changed_server_parameters(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the present values of those parameters that are not what :meth:`write_server_parameters` wrote.
 
-        Where the module still holds a value as it was rounded for it, the value keeps its precision.
+        As in :meth:`changes_in_module`, digits that the module's types do not hold stay where nothing was changed.
 
         Args:
             values: What was written, by name.
@@ -247,7 +254,9 @@ class Server:
             ValueError: If ``training_step`` returns no loss.
         """
         output = self.call(training_step, vector, batch, batch_idx, buffers=buffers, local_parameters=local_parameters)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
+        loss = output
+        if isinstance(output, Mapping):
+            loss = output.get("loss")
         if not isinstance(loss, Tensor):
             raise ValueError("`training_step` must return a loss, or a dict with the key 'loss', got no loss.")
         return loss
@@ -280,7 +289,9 @@ class Server:
         Raises:
             TypeError: If the predictions are not a tensor.
         """
-        mode = nullcontext() if training else evaluation_mode(self.module)
+        mode: AbstractContextManager[object] = nullcontext()
+        if not training:
+            mode = evaluation_mode(self.module)
         with mode:
             predictions = self.call(function or forward, vector, batch, buffers=buffers)
         if not isinstance(predictions, Tensor):
@@ -308,6 +319,7 @@ class Server:
             log: Called instead of the module's ``log``; by default nothing is.
         """
         substitutes = buffers or {}
+        # All tensors that the function finds in the module: nothing that it does to them reaches the module's own.
         state: dict[str, Tensor] = {}
         views = self.layout.views(vector)
         for (name, view), dtype in zip(views.items(), self.layout.dtypes, strict=True):

@@ -162,11 +162,12 @@ class RoundLoop(_FitLoop):
         self._build()
         super().on_run_start()
         # After the hooks that start a run, because the vectorized engine tries the module's step.
-        with self._holding_other_values():
+        with self._holding_present_state():
             rank_zero_info(self.current_federation.choose_engine())
         warn_of_units(self.trainer, -1 if self.max_epochs is None else self.max_epochs)
 
     def _build(self) -> None:
+        """Build the federation, put it into the state in which it begins, and say what will run."""
         trainer = self.trainer
         assert self._assigned is not None
         previous = self.federation
@@ -175,12 +176,8 @@ class RoundLoop(_FitLoop):
         self.federation = federation
         federation.check_agreement()
         self._reset_or_resume(federation, previous)
-        federation.on_round_start = observers(trainer, "on_round_start")
-        federation.on_snapshot = self._remember
-        federation.training.on_client_start = client_observer(trainer, federation)
-        federation.training.on_client_end = observers(trainer, "on_client_end")
-        federation.on_round_end = observers(trainer, "on_round_end")
-        federation.observation.observe = aggregation_observer(trainer)
+        # After the state is there, so that no hook sees another one.
+        self._connect_hooks(federation)
         first_round = self.epoch_loop.global_step
         self._clock = RunClock.start(first_round)
         if options.sampler is not None and self.max_epochs is not None:
@@ -191,6 +188,15 @@ class RoundLoop(_FitLoop):
         observers(trainer, "on_federation_start")(federation)
         show_earlier_rounds(trainer, find_history(callbacks_of(trainer)).latest())
         open_run(trainer, federation, self._assigned.partitioner, self._assigned.assumed, first_round)
+
+    def _connect_hooks(self, federation: Federation) -> None:
+        """Let the federation call the hooks of callbacks, and this loop before anything changes in a round."""
+        federation.on_snapshot = self._hold_state_between_rounds
+        federation.on_round_start = observers(self.trainer, "on_round_start")
+        federation.training.on_client_start = client_observer(self.trainer, federation)
+        federation.training.on_client_end = observers(self.trainer, "on_client_end")
+        federation.on_round_end = observers(self.trainer, "on_round_end")
+        federation.observation.observe = aggregation_observer(self.trainer)
 
     def _reset_or_resume(self, federation: Federation, previous: Federation | None) -> None:
         """Start a federation from round 0, from a checkpoint, or from the end of the previous ``fit``.
@@ -261,7 +267,7 @@ class RoundLoop(_FitLoop):
             partitioner=self._assigned.partitioner,
             rule_metrics=self.epoch_loop.round_log.rule_metrics,
             is_validated=self.epoch_loop.val_loop._combined_loader is not None,
-            holding_other_values=self._holding_other_values,
+            holding_present_state=self._holding_present_state,
         )
 
     def teardown(self) -> None:
@@ -270,6 +276,7 @@ class RoundLoop(_FitLoop):
         super().teardown()
 
     def _close(self) -> None:
+        """Release the device: the clients' data, and the state that the federation keeps there."""
         if self._assigned is not None:
             self._assigned.clients.release()
         if self.federation is not None:
@@ -295,8 +302,12 @@ class RoundLoop(_FitLoop):
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _remember(self, snapshot: RoundSnapshot) -> None:
-        """Let checkpoints hold the present state from here on."""
+    def _hold_state_between_rounds(self, snapshot: RoundSnapshot) -> None:
+        """Let checkpoints hold the present state from here on, until the round and its validation are over.
+
+        Args:
+            snapshot: What the undo of the round restores.
+        """
         if self.current_federation.ranks.size > 1:
             # What clients keep is on all processes, which do not write a checkpoint together in the middle of a round.
             self._counters = {}
@@ -308,8 +319,8 @@ class RoundLoop(_FitLoop):
             self._counters = {}
 
     @contextmanager
-    def _holding_other_values(self) -> Iterator[None]:
-        """Let checkpoints hold the state as it is at the beginning, while the module holds other values."""
+    def _holding_present_state(self) -> Iterator[None]:
+        """Let checkpoints hold the present state, because inside of the context the module will hold other values."""
         self.current_federation.remember()
         yield
         # After an error they still do: `teardown` ends it.
@@ -317,6 +328,8 @@ class RoundLoop(_FitLoop):
 
     def on_save_checkpoint(self) -> dict[str, Any]:
         """Return the stock loop's state with that of the federation.
+
+        In the middle of a round it is the state before the round, from which the round can begin again.
 
         Raises:
             RuntimeError: If a client is training.

@@ -180,7 +180,7 @@ class _Work(ABC):
         if kept.get("run") == self.content["run"] and last_received in kept["rounds"]:
             state = kept["rounds"][last_received]
             self._earlier[last_received] = state
-            federation.run_state.take(state["entries"], federation.engine)
+            federation.run_state.load_entries(state["entries"], federation.engine)
             federation.engine.attributes.load_state_dict(state["entries"]["attributes"])
             for objective, states in zip(federation.engine.objectives, state["objectives"], strict=True):
                 objective.load_state_dict({"clients": states})

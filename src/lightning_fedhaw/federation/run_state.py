@@ -1,4 +1,9 @@
-"""The state that rounds change: the undo of a round that fails, and what a checkpoint holds."""
+"""The state that rounds change: the undo of a round that fails, and what a checkpoint holds.
+
+An owner of a part of it (server, rule, engine, buffers, channels, objectives) keeps that part and changes it; here are
+the places where all parts are read or written together. Owners replace what they keep and do not change it in place, so
+a snapshot costs references and no copies of tensors.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +69,7 @@ class RoundSnapshot:
         entries: What clients keep, and what the run counts, as entries of a checkpoint.
         attributes: The attributes of the module that clients keep.
         callbacks: The states of channels and client objectives.
-        rule: The state of the aggregation rule.
+        rule_state: The state of the aggregation rule.
         parameters: ``[P]``, the global parameters.
         buffers: The global buffers.
     """
@@ -72,7 +77,7 @@ class RoundSnapshot:
     entries: dict[str, Any]
     attributes: AttributeState
     callbacks: Sequence[CallbackState]
-    rule: dict[str, Any]
+    rule_state: dict[str, Any]
     parameters: Tensor
     buffers: dict[str, Tensor]
 
@@ -85,7 +90,7 @@ class RoundSnapshot:
             return None
         # Copies, because the rule and its objectives are at work.
         rule = copy.copy(callback)
-        rule.state = self.rule
+        rule.state = self.rule_state
         objectives = []
         for objective in callback.objectives:
             objective_before = copy.copy(objective)
@@ -159,19 +164,26 @@ class RunState:
         Raises:
             RuntimeError: If processes have made different changes.
         """
-        changes = self.server.present()
-        own = self.server.changed_parameters(self.rule.server_parameters(self.rule.state))
+        changes = self.server.changes_in_module()
+        # Parameters that only the server changes are in the rule's state, and not in the server's vector.
+        of_rule = self.server.changed_server_parameters(self.rule.server_parameters(self.rule.state))
         if self.ranks.size > 1:
-            self._check_changes(changes, own)
+            self._check_changes(changes, of_rule)
         self.server.adopt(changes)
-        if own:
-            self.rule.state = dict(self.rule.with_server_parameters(self.rule.state, own))
+        if of_rule:
+            self.rule.state = dict(self.rule.with_server_parameters(self.rule.state, of_rule))
+        # The user has set these buffers for everybody, so clients do not go on with their own.
         self.buffers.local.forget(changes.names)
 
-    def _check_changes(self, changes: ModuleChanges, own: Mapping[str, Tensor]) -> None:
-        """Refuse changes of the global model that are not the same on all processes."""
-        tensors = {**self.server.layout.views(changes.parameters), **changes.buffers, **own}
-        checksums = self.ranks.gather({name: _checksum(tensors[name]) for name in (*changes.names, *own)})
+    def _check_changes(self, changes: ModuleChanges, of_rule: Mapping[str, Tensor]) -> None:
+        """Refuse changes of the global model that are not the same on all processes.
+
+        Args:
+            changes: The changes of the server's parameters and buffers.
+            of_rule: The changed parameters of the rule, by name.
+        """
+        tensors = {**self.server.layout.views(changes.parameters), **changes.buffers, **of_rule}
+        checksums = self.ranks.gather({name: _checksum(tensors[name]) for name in (*changes.names, *of_rule)})
         for rank, other in enumerate(checksums):
             different = []
             for name in {**checksums[0], **other}:
@@ -190,20 +202,19 @@ class RunState:
     def snapshot(self, engine: Engine) -> RoundSnapshot:
         """Remember everything that the next round may change.
 
-        Values in these dictionaries are replaced and never changed in place, so shallow copies are enough.
-
         Args:
             engine: The engine of the round, which holds the clients' optimizer states.
         """
         callbacks = []
         for callback in self.callbacks:
+            # A callback may be the user's and add to its dictionaries in place, hence a copy of each.
             state = {name: copy.copy(value) for name, value in callback.state_dict().items()}
             callbacks.append(CallbackState(callback, state))
         return RoundSnapshot(
             entries=self.entries(engine),
             attributes=engine.attributes.snapshot(),
             callbacks=callbacks,
-            rule=self.rule.state,
+            rule_state=self.rule.state,
             parameters=self.server.parameters(),
             buffers=self.server.buffers,
         )
@@ -215,17 +226,17 @@ class RunState:
             engine: The engine of the round.
             snapshot: The state from before the round.
         """
-        self.take(snapshot.entries, engine)
+        self.load_entries(snapshot.entries, engine)
         engine.attributes.undo(snapshot.attributes)
         for saved in snapshot.callbacks:
             saved.callback.load_state_dict(saved.state)
         # The clients that had trained before the failure were counted in the module's metrics.
         for metric in metrics_of(self.server.module):
             metric.reset()
-        self.rule.state = snapshot.rule
+        self.rule.state = snapshot.rule_state
         # The module may hold the model of the client that failed.
         self.server.put_back(snapshot.parameters, snapshot.buffers)
-        self.server.write_server_parameters(self.rule.server_parameters(snapshot.rule))
+        self.server.write_server_parameters(self.rule.server_parameters(snapshot.rule_state))
 
     def state_before(self, snapshot: RoundSnapshot) -> dict[str, Any]:
         """Return what :meth:`state_dict` returned before a round that is running; in one process only.
@@ -251,7 +262,7 @@ class RunState:
             model[name] = value.to(dtype, copy=True)
         for name, value in {**self.server.local_parameters, **snapshot.buffers}.items():
             model[name] = value.clone()
-        for name, value in self.rule.server_parameters(snapshot.rule).items():
+        for name, value in self.rule.server_parameters(snapshot.rule_state).items():
             model[name] = value.to(self.server.module.get_parameter(name).dtype, copy=True)
         return model
 
@@ -266,7 +277,7 @@ class RunState:
         self._collect(engine)
         state = {**self.identity.entries, **self.entries(engine)}
         if not self.server.layout.is_exact:
-            state["parameters"] = self.server.present().parameters.cpu()
+            state["parameters"] = self.server.changes_in_module().parameters.cpu()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], engine: Engine, source: str) -> None:
@@ -281,7 +292,7 @@ class RunState:
             ValueError: If it is of another federation, has another format, or lacks a part.
         """
         self.identity.resume(state, source)
-        self.take(state, engine)
+        self.load_entries(state, engine)
         # A checkpoint of an earlier version has none.
         if "attributes" in state:
             engine.attributes.load_state_dict(state["attributes"])
@@ -304,8 +315,10 @@ class RunState:
             entries["placement"] = placement
         return entries
 
-    def take(self, entries: Mapping[str, Any], engine: Engine) -> None:
-        """Take what :meth:`entries` returned, except for the attributes, which an undo and a checkpoint restore apart.
+    def load_entries(self, entries: Mapping[str, Any], engine: Engine) -> None:
+        """Load what :meth:`entries` returned, except for the attributes.
+
+        Of these, an undo puts back what the round has replaced in the module, and a checkpoint does not know that.
 
         Args:
             entries: The entries, perhaps among others.
