@@ -18,7 +18,7 @@ from lightning_fedhaw.federation.shared_states import SHARED_CHANGES
 from lightning_fedhaw.federation.stores import VectorStore
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.rule import Rule
-from lightning_fedhaw.server import all_finite
+from lightning_fedhaw.vectors.kernels import all_finite
 
 NONFINITE = "non-finite content"
 """The entry of an update's memory that names what is not finite in the state that a client elsewhere keeps."""
