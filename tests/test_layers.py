@@ -33,7 +33,7 @@ ROWS = {
     },
     2: {"options", "vectors", "cohort", "objectives", "models", "probe", "inquiry"},
     3: {"autodiff", "data", "rule"},
-    4: {"server", "channel", "clients"},
+    4: {"module_calls", "server", "channel", "clients"},
     5: {"federation"},
     6: {"observer", "report"},
     7: {"adapter"},
