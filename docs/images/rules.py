@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
 from compare_rules import main  # noqa: E402
-from lightning_fedhaw.plotting import draw_curves  # noqa: E402
 from pictures import save_for_pages  # noqa: E402
+
+from lightning_fedhaw.plotting import draw_curves  # noqa: E402
 
 if __name__ == "__main__":
     results = main(["--output", str(ROOT / "outputs" / "rules")])
