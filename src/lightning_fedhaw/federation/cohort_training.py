@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -235,7 +235,9 @@ class CohortTraining:
             # metrics, which cannot be sent.
             buffers = self.buffers.changed(update)
             logged = {name: entry.located(self.host.module) for name, entry in logged.items()}
-        abridged = replace(update, displacement=_NO_VECTOR, buffers=buffers, logged=logged, memory={})
+        changes = {"displacement": _NO_VECTOR, "buffers": buffers, "logged": logged, "memory": {}}
+        # `replace` looks through the fields of the class for every client.
+        abridged = ClientUpdate(**{**vars(update), **changes})
         return UpdateRecord(abridged, received, unnormalized_weight, self.ranks.rank, rms)
 
 
