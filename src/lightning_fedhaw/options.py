@@ -352,10 +352,16 @@ def settings_of(owner: object, /, *hidden: str, **replacements: str | None) -> s
 def _short_repr(value: object) -> str:
     """Return a setting in few characters: functions and classes by name, large values by their type."""
     if isinstance(value, partial):
-        call_arguments = [_short_repr(argument) for argument in value.args]
+        called = value.func
+        positional = list(value.args)
+        if positional and called.__module__.partition(".")[0] == "jsonargparse":
+            # The command line makes a class through a function of its own, whose last argument is the class.
+            called = positional.pop()
+            positional.clear()
+        call_arguments = [_short_repr(argument) for argument in positional]
         for name, argument in value.keywords.items():
             call_arguments.append(f"{name}={_short_repr(argument)}")
-        return f"{_short_repr(value.func)}({', '.join(call_arguments)})"
+        return f"{_short_repr(called)}({', '.join(call_arguments)})"
     if isinstance(value, torch.Tensor) and value.numel() <= 4:
         return _short_repr(value.tolist())
     if isinstance(value, (tuple, list)) and len(value) <= 4:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedhaw import arguments
@@ -395,6 +396,12 @@ class BilevelRule(AggregationRule):
             )
         if not self.clients_train:
             self._refuse_settings_of_training(trainer)
+        rounds = trainer.max_epochs
+        if rounds is not None and 0 <= rounds < self.rounds_per_outer_step:
+            rank_zero_warn(
+                f"An outer step of {type(self).__name__} takes {self.rounds_per_outer_step} rounds, and the run has"
+                f" {rounds}: the upper variables will not change. Raise the number of rounds."
+            )
 
     def _refuse_settings_of_training(self, trainer: pl.Trainer) -> None:
         """Refuse what is for local training only, where clients do not train."""
@@ -462,7 +469,11 @@ class BilevelRule(AggregationRule):
 
     def describe(self) -> str:
         """Return the rule and its settings, for the start-up block."""
-        return repr_settings(self, upper=repr(self.upper))
+        upper = repr(self.upper)
+        if self.upper.layout.numel:
+            upper += f" ({self.upper.layout.numel:,} parameters)"
+        # The factory may have a rate of its own, in whose place `upper_lr` is.
+        return repr_settings(self, upper=upper, upper_optimizer=self._optimizer_name)
 
     @property
     def resume_key(self) -> str:

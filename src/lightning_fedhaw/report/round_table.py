@@ -56,18 +56,23 @@ class RoundTable(argument_names.NamedArguments, FederatedCallback):
         self._lines = 0
         self._begin = 0.0
         self._validated_in_round = False
+        self._columns: list[str] = []
+        self._training_names: set[str] = set()
 
     def on_federation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, federation: Federation) -> None:
         """Begin a new table."""
         self._rule_numbers = federation.rule.prog_bar
         self._report = None
         self._head = []
+        self._columns = []
+        self._training_names = set()
         self._begin = time.monotonic()
         self._validated_in_round = False
 
     def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: Report) -> None:
         """Keep the report of the round until it has been validated."""
         self._report = report
+        self._training_names |= report.logged.keys() | report.metrics.keys()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember that the metrics of the validation are of this round."""
@@ -110,20 +115,27 @@ class RoundTable(argument_names.NamedArguments, FederatedCallback):
     ) -> list[str]:
         if self.metrics is not None:
             return self.metrics
-        names = []
+        names = list(self._columns)
         for name in names_of_results(metrics, report.metrics.keys(), callbacks):
             # A round that is skipped reports none of the rule's numbers, whose earlier values callbacks still see.
             if name not in self._rule_numbers and not is_of_a_client(name):
                 names.append(name)
         for name in self._rule_numbers:
-            if name in metrics:
+            if name in metrics or name in report.metrics:
                 names.append(name)
-        return names[:_MOST_COLUMNS]
+        # Those that were shown stay, so that the table keeps its form where a metric is not of every round.
+        self._columns = list(dict.fromkeys(names))[:_MOST_COLUMNS]
+        return self._columns
 
     def _cell(self, metrics: Mapping[str, Tensor], report: Report, name: str) -> str:
         """Write a metric of the round; a value that is left from an earlier round is none of it."""
-        is_of_round = name in report.metrics or name.removesuffix("_step").removesuffix("_epoch") in report.logged
-        if name not in metrics or not (is_of_round or self._validated_in_round):
+        if name in report.metrics:
+            # Lightning shows callbacks a value of a step only after the next one.
+            return written(name, report.metrics[name])
+        logged_name = name.removesuffix("_step").removesuffix("_epoch")
+        is_of_training = logged_name in self._training_names
+        is_of_round = logged_name in report.logged if is_of_training else self._validated_in_round
+        if name not in metrics or not is_of_round:
             return _MISSING
         return written(name, float(metrics[name]))
 

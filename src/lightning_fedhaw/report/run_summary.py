@@ -18,7 +18,7 @@ from lightning_fedhaw.federation.records import INQUIRY_COUNTS, PROBE_COUNTS, Ta
 from lightning_fedhaw.report.history import RunHistory
 from lightning_fedhaw.report.metric_names import names_of_results
 from lightning_fedhaw.report.run_report import RunRecord, best_values, summary_of
-from lightning_fedhaw.report.settings_in_words import local_work_in_words, optimizers_in_words
+from lightning_fedhaw.report.settings_in_words import training_in_words
 from lightning_fedhaw.rule import Rule
 
 OfClients = Mapping[str, Mapping[str, float]]
@@ -186,8 +186,7 @@ def _run_entries(federation: Federation, facts: RunFacts) -> dict[str, object]:
     return {
         "seed": federation.options.resolved_seed,
         "split": facts.split,
-        "local_work": local_work_in_words(federation.options),
-        "optimizer": optimizers_in_words(federation.host.optimizers),
+        "training": training_in_words(federation.rule, federation.options, federation.host.optimizers),
         "wall_seconds": facts.wall_seconds,
         "rounds_per_second": rounds_per_second,
         "peak_memory_bytes": facts.peak_memory_bytes,

@@ -34,8 +34,14 @@ def optimizers_in_words(optimizers: Sequence[Optimizer]) -> str:
     return "; ".join(words)
 
 
-def local_work_in_words(options: FederationOptions) -> str:
-    """Return how long a client trains in a round."""
+def training_in_words(rule: Rule, options: FederationOptions, optimizers: Sequence[Optimizer]) -> str:
+    """Return how clients train in a round."""
+    if not rule.clients_train:
+        return "clients answer with gradients, and their optimizers take no steps"
+    return f"{_local_work_in_words(options)}, {optimizers_in_words(optimizers)}"
+
+
+def _local_work_in_words(options: FederationOptions) -> str:
     if options.local_steps is not None:
         return _amount(options.local_steps, "local step")
     if options.local_epochs is not None:

@@ -15,8 +15,7 @@ from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.report.settings_in_words import (
     brief,
     described_callbacks,
-    local_work_in_words,
-    optimizers_in_words,
+    training_in_words,
 )
 
 _MOST_NAMES = 5
@@ -76,8 +75,8 @@ def _entries(
         ),
         (
             "training",
-            f"{local_work_in_words(options)}, batch size {data.settings.batch_size},"
-            f" {optimizers_in_words(federation.host.optimizers)}",
+            f"{training_in_words(federation.rule, options, federation.host.optimizers)}, batch size"
+            f" {data.settings.batch_size}",
         ),
         ("model", f"{layout.numel:,} parameters, {_traffic(federation, cohort_size)} a round"),
     ]

@@ -123,7 +123,7 @@ def _setting_rows(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     return [
         ("split", f"{run['split']}, seed {run['seed']}"),
-        ("local training", f"{run['local_work']}, {run['optimizer']}"),
+        ("local training", run["training"]),
     ]
 
 
