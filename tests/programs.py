@@ -40,6 +40,7 @@ class Forked:
         warnings.resetwarnings()
         atexit._clear()
         os.environ.update(env)
+        sys.path[:0] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
         try:
             function()
         finally:
@@ -69,4 +70,5 @@ def run_module(name: str, *arguments: str, **kwargs: Any) -> tuple[int, str]:
 
 def _run_as_main(run: Callable[..., Any], target: str, name: str, arguments: Sequence[str]) -> None:
     sys.argv = [name, *arguments]
+    sys.path.insert(0, str(Path(name).parent))
     run(target, run_name="__main__")
