@@ -33,7 +33,8 @@ def pytest_collection_finish(session):
     move = _ResultMetric.to
 
     def move_unless_it_is_there(metric, device):
-        if device == cpu and metric.is_tensor and metric.value.device == cpu:
+        value = getattr(metric, "value", None)  # a metric that is logged comes after its first move
+        if device == cpu and (value is None or value.device == cpu):
             return metric
         return move(metric, device)
 
