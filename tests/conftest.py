@@ -60,7 +60,7 @@ def pytest_runtest_setup(item):
     torch.set_num_threads(1)
     # `torch.manual_seed` also keeps a trace of its caller for each kind of device, which takes a millisecond.
     torch.default_generator.manual_seed(0)
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(0)
     np.random.seed(0)
     random.seed(0)
