@@ -6,14 +6,17 @@ import argparse
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib import rcParams
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from pictures import save_for_pages
 from torch import Tensor, nn
 
 import lightning_fedhaw as fed
 from lightning_fedhaw.channel import AggregateChannel, Arrivals, Channel, ChannelContext, MessageSize
 from lightning_fedhaw.channel.awgn import rms
 from lightning_fedhaw.extending import ParameterLayout
+from lightning_fedhaw.figures.base import new_figure
 
 NUMBERS = 120
 CLIENTS = 10
@@ -89,9 +92,12 @@ def transmit(channel: Channel) -> tuple[Tensor, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "images" / "channels.png")
-    path = parser.parse_args().output
-    figure = Figure(figsize=(13, 13), layout="constrained")
-    FigureCanvasAgg(figure)
+    save_for_pages(draw, parser.parse_args().output, dpi=75)
+
+
+def draw() -> Figure:
+    """Draw what was sent and received by every channel, and which updates were lost."""
+    figure = new_figure(13, 13)
     panels = iter(figure.subplots(7, 2).flat)
     for name, channel in MESSAGES.items():
         prepare(channel)
@@ -107,12 +113,13 @@ def main() -> None:
         prepare(channel)
         lost = torch.stack([channel.outage(t, list(range(CLIENTS)), 0) for t in range(ROUNDS)], 1)
         axes = next(panels)
-        axes.imshow(lost, aspect="auto", cmap="Grays", interpolation="nearest", vmax=1.4)
+        page = rcParams["axes.facecolor"]
+        # Lost updates in gray on the page.
+        colors = ListedColormap([page, "#777777"])
+        axes.imshow(lost, aspect="auto", cmap=colors, interpolation="nearest")
         axes.set_title(name, fontsize=10, family="monospace")
         axes.set(xlabel="round", ylabel="client")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=75)
-    print(f"picture: {path}")
+    return figure
 
 
 if __name__ == "__main__":

@@ -399,7 +399,7 @@ def memory(lab: Lab) -> Iterator[tuple[str, Check]]:
         momentum = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
         run = lab.fit(partial(cnn, norm=True), optimizer=momentum, buffers="local", optimizer_state="kept")
         federation = run.trainer.fit_loop.federation
-        client_states = (federation.buffers.local, federation.engine.optimizer_states)
+        client_states = (federation.buffers.local.of_clients, federation.engine.optimizer_states)
         devices = {value.device.type for value in tensors(client_states)}
         return Finding(", ".join(sorted(devices)), "cpu", devices == {"cpu"})
 

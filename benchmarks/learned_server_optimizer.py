@@ -1,7 +1,7 @@
 """Reproduce Table 4 and Figure 6 of Federated Automatic Differentiation on a small scale: a play by its speakers.
 
     python benchmarks/learned_server_optimizer.py run --text PLAY.txt --trials 30
-    python benchmarks/learned_server_optimizer.py table
+    python benchmarks/learned_server_optimizer.py report   (the table, and docs/images/learned_server_optimizer.png)
 
 ``PLAY.txt`` has speeches that are divided by empty lines; the first line of each is the speaker's name and a colon. A
 client is a speaker, and predicts the next character by a GRU. The last fifth of each speaker's text is for testing.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import statistics
 import time
 import warnings
 from functools import lru_cache
@@ -44,6 +45,10 @@ MOST_TEST_WINDOWS = 10
 """Test samples of a speaker at most."""
 RATES = (1e-3, 10.0)
 RULES = ("fixed", "learned")
+START = {"lr": 1.0, "momentum": 0.9}
+"""The server's fixed numbers, from which the learned ones start."""
+LOOKS = {"fixed": ("#D55E00", "--", "x"), "learned": ("#0072B2", "-", "o")}
+"""Color, line and marker of each rule."""
 
 
 class Play(NamedTuple):
@@ -143,8 +148,8 @@ class Testing(pl.Callback):
 def rule_of(name: str) -> FedAvgMCallback:
     """Return the rule of a name in :data:`RULES`."""
     if name == "fixed":
-        return FedAvgMCallback(lr=1.0, momentum=0.9)
-    return FedAvgMCallback(lr=1.0, momentum=0.9, learn=("lr", "momentum"))
+        return FedAvgMCallback(**START)
+    return FedAvgMCallback(**START, learn=("lr", "momentum"))
 
 
 def rate_of(trial: int) -> float:
@@ -216,42 +221,100 @@ def expected_maximum(values: list[float], draws: int) -> float:
     return total
 
 
+Trials = dict[str, list[dict[str, Any]]]
+"""The runs of each rule, trial after trial."""
+
+
+def complete_trials() -> Trials:
+    """Return the trials that have both runs."""
+    runs = {(run["trial"], run["rule"]): run for run in JOURNAL.runs()}
+    numbers = sorted({trial for trial, _ in runs})
+    complete = [trial for trial in numbers if all((trial, name) in runs for name in RULES)]
+    return {name: [runs[trial, name] for trial in complete] for name in RULES}
+
+
 def table() -> str:
     """Return the table of all trials that have both runs, in Markdown."""
-    runs = {(r["trial"], r["rule"]): r for r in JOURNAL.runs()}
-    trials = sorted({trial for trial, _ in runs if all((trial, name) in runs for name in RULES)})
-    if not trials:
-        return "No trial has both runs yet.\n"
-    draws = [draw for draw in (1, 3, 10) if draw < len(trials)]
+    trials = complete_trials()
+    count = len(trials["fixed"])
+    if count < 2:
+        return "Fewer than two trials have both runs yet.\n"
+    draws = [draw for draw in (1, 3, 10) if draw < count]
     lines = [
         "| server rate and momentum | trials | best accuracy (%) | "
         + " | ".join(f"mean best of {draw}" for draw in draws)
         + " | diverged | best client rate |",
         "|---|" + "---:|" * (len(draws) + 4),
     ]
-    for name in RULES:
-        chosen = [runs[trial, name] for trial in trials]
-        values = [accuracy_of(result) for result in chosen]
-        best = chosen[values.index(max(values))]
+    for name, runs in trials.items():
+        values = [accuracy_of(run) for run in runs]
+        best = runs[values.index(max(values))]
         means = " | ".join(f"{expected_maximum(values, draw):.1f}" for draw in draws)
-        diverged = sum(result["diverged"] for result in chosen)
-        lines.append(f"| {name} | {len(trials)} | {max(values):.1f} | {means} | {diverged} | {best['rate']:.3g} |")
-    wins = sum(accuracy_of(runs[trial, "learned"]) > accuracy_of(runs[trial, "fixed"]) for trial in trials)
-    return "\n".join(lines) + f"\n\nLearned is better in {wins} of {len(trials)} trials.\n"
+        diverged = sum(run["diverged"] for run in runs)
+        lines.append(f"| {name} | {count} | {max(values):.1f} | {means} | {diverged} | {best['rate']:.3g} |")
+    differences = []
+    for fixed, learned in zip(trials["fixed"], trials["learned"], strict=True):
+        if not (fixed["diverged"] and learned["diverged"]):
+            differences.append(accuracy_of(learned) - accuracy_of(fixed))
+    wins = sum(difference > 0 for difference in differences)
+    mean = statistics.mean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return (
+        "\n".join(lines)
+        + f"\n\nIn {len(differences)} trials at least one run has not diverged. There learned minus fixed is "
+        + f"{mean:+.2f} +- {error:.2f} points, and learned is better in {wins}.\n"
+    )
+
+
+def draw(path: Path) -> None:
+    """Draw the expected best accuracy by the number of trials, the accuracy by client rate, and what is learned."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    trials = complete_trials()
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    expected, by_rate, learned = figure.subplots(1, 3)
+    for name, (color, line, marker) in LOOKS.items():
+        values = [accuracy_of(run) for run in trials[name]]
+        numbers = range(1, len(values) + 1)
+        maxima = [expected_maximum(values, number) for number in numbers]
+        expected.plot(numbers, maxima, line, color=color, label=name)
+        rates = [run["rate"] for run in trials[name]]
+        by_rate.plot(rates, values, marker, color=color, markerfacecolor="none", label=name)
+    for run in trials["learned"]:
+        if run["diverged"]:
+            continue
+        rounds = [record for record in run["rounds"] if "learned/lr" in record]
+        server_rates = [START["lr"], *(record["learned/lr"] for record in rounds)]
+        momenta = [START["momentum"], *(record["learned/momentum"] for record in rounds)]
+        learned.plot(server_rates, momenta, "-", color="#999999", lw=0.8)
+        learned.plot(server_rates[-1], momenta[-1], "o", color=LOOKS["learned"][0], ms=4)
+    expected.set(xlabel="trials", ylabel="expected best test accuracy (%)")
+    by_rate.set(xlabel="client learning rate", ylabel="test accuracy (%)", xscale="log")
+    learned.set(xlabel="server learning rate", ylabel="server momentum", title="learned, from 1 and 0.9 to round 40")
+    for axes in (expected, by_rate, learned):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, lw=0.6)
+    expected.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("command", choices=("run", "report"))
     parser.add_argument("--text", type=Path, help="the play, for `run`")
     parser.add_argument("--trials", type=int, default=30)
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/learned_server_optimizer.png"))
     parser.add_argument("--engine", choices=("auto", "sequential", "vectorized"), default="auto")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*val_dataloader.*|.*validation_step.*|.*num_workers.*")
-    if arguments.command == "table":
+    if arguments.command == "report":
         print(table())
+        draw(arguments.picture)
         return
     if arguments.text is None:
         parser.error("`run` needs the play: --text PLAY.txt")

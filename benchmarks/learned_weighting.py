@@ -16,19 +16,22 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from journal import Journal
+from matplotlib.figure import Figure
+from pictures import save_for_pages
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_fedhaw import FedAvgCallback, FederatedTrainer, LearnedWeightingCallback, Probe
 from lightning_fedhaw.data import Synthetic
 from lightning_fedhaw.extending import AggregationRule
+from lightning_fedhaw.figures.base import ink, new_figure
 
 JOURNAL = Journal("learned_weighting", "rule", "rate", "seed", "form")
 ROUNDS = (10, 50, 100, 200)
@@ -197,27 +200,24 @@ def envelope_table(results: Results) -> str:
 
 
 LOOKS = {
-    "examples": ("#444444", "--"),
+    "examples": (None, "--"),
     "uniform": ("#999999", "-."),
     "from 1, 0.01": ("#D55E00", ":"),
     "from 1, 0.05": ("#D55E00", "-"),
     "from 0, 0.01": ("#0072B2", ":"),
     "from 0, 0.05": ("#0072B2", "-"),
 }
-"""Color and line of each rule."""
+"""Color and line of each rule; None is the color of text."""
 
 
-def draw(results: Results, path: Path) -> None:
+def draw(results: Results) -> Figure:
     """Draw loss and exponent over rounds for both client rates: means, and bands of a standard error."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 7)
     panels = figure.subplots(2, len(RATES), sharex=True, sharey="row")
     for column, rate in enumerate(RATES):
         for axes, quantity in zip(panels[:, column], ("losses", "exponents"), strict=True):
-            for name, (color, line) in LOOKS.items():
+            for name, (own_color, line) in LOOKS.items():
+                color = own_color or ink()
                 curves = results.curves(name, rate, quantity)
                 if not curves.numel():
                     continue
@@ -234,8 +234,7 @@ def draw(results: Results, path: Path) -> None:
     panels[0, 0].set(ylabel="loss of all training samples")
     panels[1, 0].set(ylabel="exponent")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main() -> None:
@@ -255,7 +254,7 @@ def main() -> None:
         return
     results = Results()
     print(f"{table(results)}\n\n{envelope_table(results)}")
-    draw(results, arguments.picture)
+    save_for_pages(partial(draw, results), arguments.picture, dpi=110)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from pictures import save_for_pages
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -32,6 +34,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_fedhaw import DirichletPartitioner, IndexPartitioner
 from lightning_fedhaw.comparing import Cell, Comparison, compare
 from lightning_fedhaw.data import Partitioner
+from lightning_fedhaw.figures.base import ink, new_figure
 
 ROUNDS = 40
 LAST = 10
@@ -274,13 +277,9 @@ def spread(values: Sequence[float] | np.ndarray) -> str:
     return f"{np.mean(values):.1f} ± {deviation:.1f}"
 
 
-def draw(scores: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+def draw(scores: dict[str, dict[str, np.ndarray]]) -> Figure:
     """Draw the gain of each rule over FedAvg for every seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.5, 6.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.5, 6.2)
     axes = figure.subplots()
     looks = {TUNED: ("#D55E00", "s"), "default": ("#0072B2", "o"), "lr_gamma=0": ("#009E73", "^")}
     names = [cell for cell in scores if "FedAvg" in scores[cell]]
@@ -298,7 +297,7 @@ def draw(scores: dict[str, dict[str, np.ndarray]], path: Path) -> None:
                 *(gains.mean(), at + offset, marker),
                 **{"color": color, "ms": 8, "label": label if at == 0 else None},
             )
-    axes.axvline(0, color="black", lw=1)
+    axes.axvline(0, color=ink(), lw=1)
     axes.set_xscale("symlog", linthresh=5)
     axes.set_xticks([-50, -20, -5, -2, 0, 2, 5, 20, 50], ["-50", "-20", "-5", "-2", "0", "2", "5", "20", "50"])
     axes.set_yticks(range(len(names)), list(reversed(names)))
@@ -306,8 +305,7 @@ def draw(scores: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, lw=0.6)
     axes.legend(frameon=False, loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def main() -> None:
@@ -325,7 +323,8 @@ def main() -> None:
     markdown = table(results)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(markdown)
-    draw({name: scores for name, (scores, _) in results.items()}, args.picture)
+    all_scores = {name: scores for name, (scores, _) in results.items()}
+    save_for_pages(partial(draw, all_scores), args.picture, dpi=150)
     print(markdown)
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lightning_fedhaw
 from lightning_fedhaw import (
@@ -27,6 +28,13 @@ from lightning_fedhaw import (
 from lightning_fedhaw.deploy import flower, nvflare
 
 ROOT = Path(__file__).parents[1]
+JOURNALS = {
+    "IEEE TCCN": "IEEE Transactions on Cognitive Communications and Networking",
+    "IEEE TSP": "IEEE Transactions on Signal Processing",
+    "IEEE TWC": "IEEE Transactions on Wireless Communications",
+}
+VENUES = "|".join([*JOURNALS, "AISTATS", "CVPR Findings", "CVPR", "ICLR", "ICML", "MLSys", "NeurIPS"])
+SOURCE = re.compile(rf"Source(?:\*\*)?: ((?:(?!Source).){{1,250}}?)({VENUES}),? (\d{{4}})")
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -86,3 +94,23 @@ def test_the_reference_names_everything_public_once():
     assert len(set(map(id, shown))) == len(shown)
     for name in lightning_fedhaw.__all__:
         assert f"lightning_fedhaw.{name}" in paths, "a page names what users write as they import it"
+
+
+def test_papers_in_the_guide_are_those_of_the_citation_file():
+    papers = set()
+    urls = set()
+    for reference in yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["references"]:
+        venue = reference.get("journal") or reference.get("conference", {}).get("name")
+        papers.add((reference["authors"][0]["family-names"], venue, reference["year"]))
+        urls.add(reference["url"])
+    sources = set()
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = " ".join(page.read_text(encoding="utf-8").split())
+        for number in re.findall(r"(?:arXiv[ :]|arxiv\.org/abs/)(\d{4}\.\d{5})", text):
+            assert f"https://arxiv.org/abs/{number}" in urls, f"{page.name}: arXiv {number}"
+        for authors, venue, year in SOURCE.findall(text):
+            # Initials have one letter: "H.-Y. Chen, W.-L. Chao".
+            first = re.search(r"[A-Z][\w-]+", authors)[0]
+            sources.add((first, JOURNALS.get(venue, venue), int(year)))
+    assert len(sources) > 25
+    assert sources <= papers, sources - papers

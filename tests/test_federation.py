@@ -421,7 +421,7 @@ def test_local_buffers_stay_with_their_client():
 
     _, runner = buffers("local", callbacks=[Watch()])
     assert starts == {(0, 0): 3, (0, 1): 3, (1, 0): 6, (1, 1): 6}
-    assert set(runner.fit_loop.federation.buffers.local) == {0, 1}
+    assert set(runner.fit_loop.federation.buffers.local.of_clients) == {0, 1}
 
 
 def test_recalibrated_buffers_are_those_of_the_global_model():

@@ -18,6 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # one way. The table in docs/architecture.md is this one.
 ROWS = {
     1: {
+        "argument_names",
         "arguments",
         "per_client",
         "notes",
@@ -32,7 +33,7 @@ ROWS = {
     },
     2: {"options", "vectors", "cohort", "objectives", "models", "probe", "inquiry"},
     3: {"autodiff", "data", "rule"},
-    4: {"server", "channel", "clients"},
+    4: {"module_calls", "server", "channel", "clients"},
     5: {"federation"},
     6: {"observer", "report"},
     7: {"adapter"},

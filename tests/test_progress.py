@@ -1,7 +1,10 @@
 """What the progress bar and the table say of a round."""
 
 import logging
+import sys
 import warnings
+from contextlib import contextmanager
+from functools import partial
 from io import StringIO
 
 import pytest
@@ -95,32 +98,60 @@ class Terminal(StringIO):
         return shown
 
 
-def test_messages_come_above_the_bar_and_leave_no_copy_of_it(monkeypatch):
+@contextmanager
+def terminal(monkeypatch):
+    """A terminal as the output of the process and of Lightning's log; pytest would undo a fixture."""
     screen = Terminal()
-
-    class Talking(Callback):
-        def on_round_start(self, trainer, pl_module, round_idx, clients):
-            if round_idx == 1:
-                with pytest.warns(UserWarning, match="take care"):
-                    # As a warning goes to a terminal, where pytest catches it.
-                    warnings.warn("take care", stacklevel=1)
-                rank_zero_info("a message")
-
-    handler = logging.StreamHandler(screen)
     logger = logging.getLogger("lightning.pytorch")
-    monkeypatch.setattr(logger, "handlers", [*logger.handlers, handler])
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers, logging.StreamHandler(screen)])
     # Where `pytorch_lightning` was imported too, messages would go to its logger.
     monkeypatch.setattr("lightning_utilities.core.rank_zero.log", logger)
     monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("sys.stderr", screen)
     # tqdm asks them for a screen that is no real terminal.
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("LINES", "24")
+    yield screen
+    assert sys.stdout is screen
+    assert sys.stderr is screen
+    assert not any(isinstance(entry, logging.Filter) for handler in logger.handlers for entry in handler.filters)
+
+
+def show_warning(text):
+    """Show a warning as in a terminal; pytest would catch it."""
+    sys.stderr.write(warnings.formatwarning(text, UserWarning, __file__, 1))
+
+
+def test_messages_come_above_the_bar_and_leave_no_copy_of_it(monkeypatch):
+    class Talking(Callback):
+        def on_round_start(self, trainer, pl_module, round_idx, clients):
+            if round_idx == 1:
+                rank_zero_info("a message")
+
+        def on_client_start(self, trainer, pl_module, client):
+            # The bar is there again before each of them.
+            for say in (print, pl_module.print, partial(print, file=sys.stderr), show_warning):
+                bar.train_progress_bar.refresh()
+                say("take care")
+
     bar = RoundProgressBar()
     runner = trainer(rounds=2, enable_progress_bar=True, callbacks=[Talking(), bar], run_summary=False)
-    show_warning = warnings.showwarning
-    runner.fit(Classifier(), loader())
+    with terminal(monkeypatch) as screen:
+        runner.fit(Classifier(), loader())
     lines = screen.lines()
     assert "a message" in lines
+    clients = 2 * 4
+    assert lines.count("take care") == 3 * clients
+    assert sum(line.endswith("UserWarning: take care") for line in lines if line.startswith(__file__)) == clients
     assert [line[:12] for line in lines if "Rounds" in line] == ["Rounds: 100%"]
-    assert warnings.showwarning == show_warning
-    assert not any(isinstance(entry, logging.Filter) for entry in handler.filters)
+
+
+def test_a_run_that_fails_ends_its_bar(monkeypatch):
+    class Failing(Callback):
+        def on_round_end(self, trainer, pl_module, *_):
+            raise ZeroDivisionError
+
+    runner = trainer(rounds=2, enable_progress_bar=True, callbacks=[Failing(), RoundProgressBar()])
+    with terminal(monkeypatch) as screen, pytest.raises(ZeroDivisionError):
+        runner.fit(Classifier(), loader())
+    assert screen.lines()[-1] == "", "the error begins on a line of its own"

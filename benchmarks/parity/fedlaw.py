@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import partial
 from io import StringIO
 from itertools import product
 from pathlib import Path
@@ -32,7 +33,9 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from mnist import spread, write_csv
+from pictures import save_for_pages  # in a folder that the file above adds
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -45,6 +48,7 @@ from lightning_fedhaw import (
     FedLAWCallback,
     IIDPartitioner,
 )
+from lightning_fedhaw.figures.base import ink, new_figure
 
 ROUNDS, CLIENTS, PROXY_SAMPLES, TEST_SAMPLES = 40, 20, 200, 2000
 EARLY, MIDDLE, LATE = slice(0, 10), slice(10, 20), slice(30, 40)
@@ -231,14 +235,10 @@ def _count(holds: np.ndarray) -> str:
     return f"{int(holds.sum())} of {len(holds)}"
 
 
-def draw(runs: Runs, path: Path) -> None:
+def draw(runs: Runs) -> Figure:
     """The scale by round; bands are one standard deviation over seeds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = list(dict.fromkeys((name, local_epochs) for name, local_epochs, _ in runs))
-    figure = Figure(figsize=(5.2 * min(2, len(panels)), 3.4 * -(-len(panels) // 2)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.2 * min(2, len(panels)), 3.4 * -(-len(panels) // 2))
     grid = figure.subplots(-(-len(panels) // 2), min(2, len(panels)), squeeze=False).flatten()
     for axes, (name, local_epochs) in zip(grid, panels, strict=False):
         for split, (color, style) in STYLES.items():
@@ -247,7 +247,7 @@ def draw(runs: Runs, path: Path) -> None:
                 at = np.arange(1, len(mean) + 1)
                 axes.plot(at, mean, style, color=color, lw=1.8, label=split)
                 axes.fill_between(at, mean - deviation, mean + deviation, color=color, alpha=0.18, lw=0)
-        axes.axhline(1, color="black", lw=0.8)
+        axes.axhline(1, color=ink(), lw=0.8)
         axes.set(title=f"{name}, E = {local_epochs}", xlabel="communication round", ylabel="learned scale")
         axes.set_ylim(0.88, 1.12)
         axes.spines[["top", "right"]].set_visible(False)
@@ -255,8 +255,7 @@ def draw(runs: Runs, path: Path) -> None:
     for axes in grid[len(panels) :]:
         axes.remove()
     grid[0].legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def main() -> None:
@@ -290,7 +289,7 @@ def main() -> None:
         return
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "fedlaw_findings.md").write_text(table(runs))
-    draw(runs, args.pictures / "fedlaw_findings.png")
+    save_for_pages(partial(draw, runs), args.pictures / "fedlaw_findings.png", dpi=150)
     print(table(runs))
 
 

@@ -1,6 +1,7 @@
 """The FedHAW authors' MNIST experiment: FedHAW and other rules on their split of MNIST over ten clients.
 
-A. Nakai-Kasai and T. Wadayama: FedHAW, arXiv 2605.00458, section IV-B; https://github.com/a-nakai-k/FedHAW.
+A. Nakai-Kasai and T. Wadayama: Federated Learning with Hypergradient-based Online Update of Aggregation Weights,
+arXiv 2605.00458, section IV-B; https://github.com/a-nakai-k/FedHAW.
 
     python benchmarks/parity/mnist.py --data SPLIT.npz
     python benchmarks/parity/mnist.py --data SPLIT.npz --errors 0.2          clients that fail, section IV-C
@@ -15,8 +16,9 @@ that fails does not train, and the model that was just broadcast is used instead
 
 Every (variant, seed) writes its rounds to the folder ``--out`` when it is finished and is not repeated, so an
 interrupted experiment can be resumed. At the end, and with ``--report-only`` at any time, the script creates a table
-and a CSV file (``--results``) and a picture (``--pictures``) from the finished runs. Variants that have no finished run
-in ``--out`` keep what the table and the CSV file say of them.
+and a CSV file (``--results``) and a picture for light and one for dark pages (``--pictures``) from the finished runs.
+Variants that have no finished run in ``--out`` keep what the table and the CSV file say of them; so ``--report-only``
+without any run draws the stored results again.
 """
 
 from __future__ import annotations
@@ -24,15 +26,18 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler, Subset, TensorDataset
@@ -53,6 +58,11 @@ from lightning_fedhaw import (
     PublishedFedHAWCallback,
 )
 from lightning_fedhaw.extending import AggregationRule
+from lightning_fedhaw.figures.base import ink, new_figure
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pictures import save_for_pages
 
 LEARNING_RATE = 1e-3
 BATCH_SIZE = 64
@@ -103,7 +113,7 @@ LABELS = {
 }
 # Okabe and Ito's colors, told apart with any color vision; line styles tell them apart in gray.
 STYLES = {
-    "fedavg": ("#000000", "--"),
+    "fedavg": (None, "--"),
     "diagonal": ("#0072B2", "-"),
     "exact": ("#D55E00", "-"),
     "default": ("#009E73", "-."),
@@ -112,7 +122,7 @@ STYLES = {
     "fedhyper": ("#56B4E9", "-"),
     "fedlaw": ("#7F7F7F", "-"),
     "slow": ("#D55E00", "-"),
-    "fedprox": ("#000000", "--"),
+    "fedprox": (None, "--"),
     "fedprox_haw": ("#0072B2", "-"),
     "fedprox_default": ("#009E73", "-."),
     "scale_only": ("#CC79A7", ":"),
@@ -410,16 +420,13 @@ def lines_of(markdown: str) -> dict[str, str]:
     return lines
 
 
-def draw(rows: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
+def draw(rows: dict[str, list[dict[str, Any]]], title: str) -> Figure:
     """Accuracy and scale by round; bands are one standard deviation over seeds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.5, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10.5, 5.2)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     for variant, rounds in rows.items():
-        color, style = STYLES[variant]
+        own_color, style = STYLES[variant]
+        color = own_color or ink()
         for axes, name, factor in ((left, "test_accuracy", 100), (right, "scale", 1)):
             mean = factor * np.array([float(row[f"{name}_mean"]) for row in rounds])
             deviation = factor * np.array([float(row[f"{name}_std"]) for row in rounds])
@@ -434,20 +441,19 @@ def draw(rows: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
         axes.grid(alpha=0.25, lw=0.6)
         axes.margins(x=0.01)
     figure.suptitle(title, fontsize=12)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def report(runs: Runs, args: argparse.Namespace) -> None:
-    if not runs:
-        print("No finished runs.")
-        return
     name = "mnist_parity"
     name += "" if args.split == "alpha01" else f"_{args.split}"
     name += apart(args)
     args.results.mkdir(parents=True, exist_ok=True)
     table_file = args.results / f"{name}.md"
     rows = kept(args.results / f"{name}.csv", runs, args)
+    if not runs and not rows:
+        print("No finished runs.")
+        return
     for row in tidy(runs):
         rows.setdefault(row["variant"], []).append(row)
     rows = {variant: rows[variant] for variant in args.variants if variant in rows}
@@ -461,13 +467,13 @@ def report(runs: Runs, args: argparse.Namespace) -> None:
     seeds = max(int(rounds[0]["seeds"]) for rounds in rows.values())
     title = f"MNIST, ten clients, the FedHAW authors' Dirichlet({alpha}) split, mean of {seeds} seeds"
     title += f", error rates up to {args.errors:g}" if args.errors else ""
-    draw(rows, args.pictures / f"{name}.png", title)
+    save_for_pages(partial(draw, rows, title), args.pictures / f"{name}.png", dpi=150)
     print(markdown)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the split, an npz file")
+    parser.add_argument("--data", type=Path, help="the split, an npz file")
     parser.add_argument("--out", type=Path, default=Path("outputs/mnist_parity"), help="folder of the finished runs")
     parser.add_argument("--split", choices=["alpha01", "alpha1"], default="alpha01")
     parser.add_argument("--rounds", type=int, default=200)
@@ -480,6 +486,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, default=Path("docs/images"), help="folder of the picture")
     parser.add_argument("--report-only", action="store_true", help="run nothing, report on what is there")
     args = parser.parse_args()
+    if args.data is None and not args.report_only:
+        parser.error("runs need `--data`, the split")
     args.variants = args.variants or (ERROR_VARIANTS if args.errors else MAIN_VARIANTS)
     torch.set_num_threads(args.threads)
     data = None

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import torch  # noqa: E402
+from pictures import save_for_pages  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from diagnostics import PROXY, VALIDATION, Digits, digits, digits_samples, fit, part  # noqa: E402
@@ -49,7 +49,6 @@ from lightning_fedhaw.plotting import (  # noqa: E402
     draw_lines,
     draw_spread,
     draw_weights,
-    theme,
 )
 
 ROUNDS = 24
@@ -62,18 +61,13 @@ RULES = {
 
 
 def save(draw: Callable[[], Figure], name: str) -> None:
-    """Save a figure for light and for dark pages, in few colors, which makes a small file.
+    """Save a figure for light and for dark pages.
 
     Args:
         draw: Draws the figure in the present theme.
         name: The name of the file, without its suffix.
     """
-    for colors, suffix in (("light", ""), ("dark", "_dark")):
-        path = ROOT / "docs" / "images" / f"{name}{suffix}.png"
-        with theme(colors):
-            draw().savefig(path, dpi=100)
-        Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-        print(path, path.stat().st_size)
+    save_for_pages(draw, ROOT / "docs" / "images" / f"{name}.png")
 
 
 def runs() -> tuple[dict[str, list[RunHistory]], dict[str, Digits]]:

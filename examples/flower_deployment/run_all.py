@@ -36,6 +36,7 @@ sys.path.insert(0, str(HERE))
 from digits_federation.federation import NUM_SITES, DigitClassifier, make_trainer, samples_of  # noqa: E402
 
 from lightning_fedhaw import FederatedDataModule  # noqa: E402
+from lightning_fedhaw.deploy import rounds_done  # noqa: E402
 
 BIN = Path(sys.executable).parent
 
@@ -149,10 +150,9 @@ class Deployment:
             return str(entry["status"])
         return "unknown"
 
-    def rounds_done(self, rule: str) -> int:
-        """Count the rounds whose checkpoint is written."""
-        path = self.folder / "server" / rule / "last.ckpt"
-        return int(torch.load(path, weights_only=True)["global_step"]) if path.exists() else 0
+    def server_folder(self, rule: str) -> Path:
+        """Return the folder of the server's checkpoints."""
+        return self.folder / "server" / rule
 
     def await_end(self, run: str) -> None:
         """Wait until a run is over, and fail if it has failed."""
@@ -236,7 +236,7 @@ def simulated(rule: str, rounds: int) -> dict[str, torch.Tensor]:
 
 def compare(deployment: Deployment, rule: str, rounds: int) -> float:
     """Return the largest difference between the deployed model and the simulated one."""
-    path = deployment.folder / "server" / rule / "last.ckpt"
+    path = deployment.server_folder(rule) / "last.ckpt"
     deployed = torch.load(path, weights_only=True)["state_dict"]
     expected = simulated(rule, rounds)
     return max(float((deployed[name] - value).abs().max()) for name, value in expected.items())
@@ -244,7 +244,7 @@ def compare(deployment: Deployment, rule: str, rounds: int) -> float:
 
 def wait_for_rounds(deployment: Deployment, rule: str, rounds: int) -> None:
     """Wait until the checkpoint of a round is written."""
-    wait(f"round {rounds}", lambda: deployment.rounds_done(rule) >= rounds, 3600)
+    wait(f"round {rounds}", lambda: rounds_done(deployment.server_folder(rule)) >= rounds, 3600)
 
 
 def kill_site(deployment: Deployment, rule: str) -> None:

@@ -25,6 +25,8 @@ import psutil
 import torch
 from nvflare.recipe import ProdEnv, SimEnv
 
+from lightning_fedhaw.deploy import rounds_done
+
 HERE = Path(__file__).parent.resolve()
 ADMIN = "admin@example.org"
 
@@ -143,11 +145,6 @@ def submit(deployment: Deployment) -> Any:
     return recipe.execute(environment)
 
 
-def rounds_done(path: Path) -> int:
-    """Count the rounds whose checkpoint is written."""
-    return int(torch.load(path, weights_only=True)["global_step"]) if path.exists() else 0
-
-
 def compare(path: Path, rule: str) -> float:
     """Return the largest difference between the deployed model and that of the simulator."""
     from digits_federation import SITES, DigitClassifier, make_trainer, samples_of
@@ -174,7 +171,7 @@ def main() -> None:
         DIGITS_RULE=args.rule, DIGITS_ROUNDS=str(args.rounds), DIGITS_FOLDER=str(folder), OMP_NUM_THREADS="1"
     )
     sys.path.insert(0, str(HERE))
-    checkpoint = folder / "server" / args.rule / "last.ckpt"
+    server_folder = folder / "server" / args.rule
     begin = time.monotonic()
     if args.engine == "simulator":
         import digits_federation
@@ -189,24 +186,24 @@ def main() -> None:
             deployment.start()
             run = submit(deployment)
             if args.kill == "site":
-                wait("round 1", lambda: rounds_done(checkpoint) >= 1, 600)
+                wait("round 1", lambda: rounds_done(server_folder) >= 1, 600)
                 deployment.kill("site-1")
                 print("site-1 was killed in round 2: the model is that of a federation in which it was absent")
             elif args.kill == "server":
-                wait("round 2", lambda: rounds_done(checkpoint) >= 2, 600)
+                wait("round 2", lambda: rounds_done(server_folder) >= 2, 600)
                 deployment.kill_server_job()
                 run.get_result()
                 run = submit(deployment)
             # NVFlare waits for the end of a job at the killed site, which does not come.
-            wait("the last round", lambda: rounds_done(checkpoint) >= args.rounds, 3600)
+            wait("the last round", lambda: rounds_done(server_folder) >= args.rounds, 3600)
             if args.kill != "site":
                 run.get_result()
         finally:
             deployment.stop()
     seconds = time.monotonic() - begin
-    if rounds_done(checkpoint) < args.rounds:
-        raise SystemExit(f"Only {rounds_done(checkpoint)} rounds are done: see the logs in {folder}")
-    difference = compare(checkpoint, args.rule)
+    if rounds_done(server_folder) < args.rounds:
+        raise SystemExit(f"Only {rounds_done(server_folder)} rounds are done: see the logs in {folder}")
+    difference = compare(server_folder / "last.ckpt", args.rule)
     print(
         f"{args.rule}: {args.rounds} rounds in {seconds:.0f} s, difference to the simulator {difference:.3g}",
         flush=True,

@@ -139,6 +139,7 @@ class FederationOptions(argument_names.NamedArguments):
     def __post_init__(self) -> None:
         # One after another, because later checks use values that earlier ones have converted.
         self._assign(self._checked_split())
+        self._assign(self._checked_hold_out())
         self._assign(self._checked_round())
         self._assign(self._checked_engine())
 
@@ -151,10 +152,6 @@ class FederationOptions(argument_names.NamedArguments):
         if self.alpha is not None and self.partitioner is not None:
             raise ValueError(
                 "Give `alpha` or `partitioner`, not both: `alpha` is short for `DirichletPartitioner(alpha)`."
-            )
-        if self.client_val is not None and self.client_val_fraction:
-            raise ValueError(
-                "Give `client_val` or `client_val_fraction`, not both: the fraction is short for `HoldOut(fraction)`."
             )
         return {
             "num_clients": arguments.optional(arguments.integer, "num_clients", self.num_clients, minimum=1),
@@ -172,6 +169,15 @@ class FederationOptions(argument_names.NamedArguments):
             "min_client_samples": arguments.optional(
                 arguments.integer, "min_client_samples", self.min_client_samples, minimum=1
             ),
+            "seed": arguments.optional(arguments.integer, "seed", self.seed, minimum=0),
+        }
+
+    def _checked_hold_out(self) -> dict[str, object]:
+        if self.client_val is not None and self.client_val_fraction:
+            raise ValueError(
+                "Give `client_val` or `client_val_fraction`, not both: the fraction is short for `HoldOut(fraction)`."
+            )
+        return {
             "client_val": arguments.optional(
                 arguments.provider,
                 "client_val",
@@ -187,7 +193,6 @@ class FederationOptions(argument_names.NamedArguments):
                 below=1,
                 hint="0.1 holds out a tenth of each client's data.",
             ),
-            "seed": arguments.optional(arguments.integer, "seed", self.seed, minimum=0),
         }
 
     def _checked_round(self) -> dict[str, object]:

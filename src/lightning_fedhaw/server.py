@@ -1,15 +1,16 @@
 """The global model: its flat parameters, its buffers, and a loss that is differentiable in any flat vector.
 
+The user's module holds the global model between rounds, and other models for a while: a client's during its local
+training, and any parameters during a call. The server's own copy says which numbers are the global model's.
+
 Shapes: K clients are in the cohort, P trainable parameters.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from inspect import Parameter
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import default_collate
-from torchmetrics import Metric
 
 from lightning_fedhaw.data.labels import find_labels
 from lightning_fedhaw.data.tensors import tensors_of
 from lightning_fedhaw.isolation import evaluation_mode, isolated_randomness, substituted_tensors
+from lightning_fedhaw.module_calls import forward, training_step, without_side_effects
 from lightning_fedhaw.rule import Batch, PredictionFunction
+from lightning_fedhaw.vectors.kernels import all_finite
 from lightning_fedhaw.vectors.layout import ParameterLayout, own_memory
 
 
@@ -77,12 +79,15 @@ class Server:
         self._collate_fn = collate_fn
         self._prepare = prepare
         self._context = context
-        # Indexing whole tensors gives the batch that the default collation makes of single samples, only faster.
-        self._proxy_tensors = tensors_of(proxy_dataset) if collate_fn is default_collate else None
+        self._proxy_tensors: tuple[Tensor, ...] | None = None
+        if collate_fn is default_collate:
+            # Indexing whole tensors gives the batch that the default collation makes of single samples, only faster.
+            self._proxy_tensors = tensors_of(proxy_dataset)
         self._vector = layout.read(layout.tensors(module))  # [P]
+        # Clients' buffers are written into the module in place.
         own_memory(module)
         self.buffers = {name: buffer.detach().clone() for name, buffer in layout.tracked_buffers(module).items()}
-        self.local_parameters = {name: p.detach().clone() for name, p in layout.local_tensors(module).items()}
+        self.local_parameters = {name: value.detach().clone() for name, value in layout.local_tensors(module).items()}
 
     def parameters(self) -> Tensor:
         """Return the global parameters ``[P]``. Read only: a rule returns new ones instead of changing these."""
@@ -112,6 +117,7 @@ class Server:
             )
         self._vector = parameters.detach().to(self._vector)
         if buffers is not None:
+            # A new dictionary: the undo of a round holds the old one.
             self.buffers = {name: buffers[name].detach().clone() for name in self.buffers}
         self.write(self._vector, self.buffers)
 
@@ -122,11 +128,57 @@ class Server:
         self.write(parameters, buffers)
 
     @torch.no_grad()
-    def present(self) -> ModuleChanges:
-        """Return the model that is in the module, and what of it is not what the server has written there.
+    def write(self, parameters: Tensor, buffers: Mapping[str, Tensor]) -> None:
+        """Write parameters ``[P]`` and buffers into the module without making them the server's.
 
-        Where the module still holds a parameter as the server's vector was rounded for it, the vector keeps its
-        precision.
+        Local parameters get the global model's values.
+        """
+        # By name, because this also runs when a fit is interrupted, with other parameters trainable at the moment.
+        module_parameters = dict(self.module.named_parameters())
+        self.layout.write(parameters, [module_parameters[name] for name in self.layout.names])
+        for name, value in self.local_parameters.items():
+            module_parameters[name].copy_(value)
+        module_buffers: dict[str, Tensor] = dict(self.module.named_buffers())
+        for name in self.layout.frozen_parameters:
+            module_buffers[name] = module_parameters[name]
+        for name, value in buffers.items():
+            if name in module_buffers and module_buffers[name].shape == value.shape:
+                module_buffers[name].copy_(value)
+            else:  # an interrupted step has left something else under this name
+                owner, _, attribute = name.rpartition(".")
+                setattr(self.module.get_submodule(owner), attribute, value.clone())
+
+    @torch.no_grad()
+    def write_server_parameters(self, values: Mapping[str, Tensor]) -> None:
+        """Write the values of parameters that only the server changes into the module, by name."""
+        for name, value in values.items():
+            self.module.get_parameter(name).copy_(value)
+
+    def move(self, device: torch.device) -> None:
+        """Move parameters and buffers to another device; the module stays where it is."""
+        self._vector = self._vector.to(device)
+        self.buffers = {name: buffer.to(device) for name, buffer in self.buffers.items()}
+        self.local_parameters = {name: value.to(device) for name, value in self.local_parameters.items()}
+
+    def mixed_buffers(self, clients: Sequence[Mapping[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
+        """Return the buffers of a model that is a weighted mean of the clients' models, by :func:`averaged_buffers`.
+
+        Args:
+            clients: The K clients' buffers after training; empty where clients send none.
+            weights: ``[K]``, summing to one.
+        """
+        if len(clients) == 0:
+            return dict(self.buffers)
+        return averaged_buffers(self.buffers, clients, weights)
+
+    # ------------------------------------------------------------------ what the user's code has changed in the module
+
+    @torch.no_grad()
+    def changes_in_module(self) -> ModuleChanges:
+        """Return the model that is in the module, and which tensors are not what the server has written there.
+
+        The vector may have more digits than the module's types hold. Where a parameter is still what the vector was
+        rounded to, the vector's digits stay.
         """
         written = {**self.layout.views(self.layout.rounded(self._vector)), **self.buffers}
         in_module = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
@@ -151,37 +203,146 @@ class Server:
         return ModuleChanges(changed, parameters, buffers)
 
     def adopt(self, changes: ModuleChanges) -> None:
-        """Make the model that is in the module the server's."""
+        """Make the model that :meth:`changes_in_module` has found in the module the global one."""
         if changes.names:
             self._vector = changes.parameters
             self.buffers = dict(changes.buffers)
 
-    def move(self, device: torch.device) -> None:
-        """Move parameters and buffers to another device; the module stays where it is."""
-        self._vector = self._vector.to(device)
-        self.buffers = {name: buffer.to(device) for name, buffer in self.buffers.items()}
-        self.local_parameters = {name: value.to(device) for name, value in self.local_parameters.items()}
-
     @torch.no_grad()
-    def write(self, parameters: Tensor, buffers: Mapping[str, Tensor]) -> None:
-        """Write parameters ``[P]`` and buffers into the module without making them the server's.
+    def changed_server_parameters(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the present values of those parameters that are not what :meth:`write_server_parameters` wrote.
 
-        Local parameters get the global model's values.
+        As in :meth:`changes_in_module`, digits that the module's types do not hold stay where nothing was changed.
+
+        Args:
+            values: What was written, by name.
         """
-        # By name, because this also runs when a fit is interrupted, with other parameters trainable at the moment.
-        module_parameters = dict(self.module.named_parameters())
-        self.layout.write(parameters, [module_parameters[name] for name in self.layout.names])
-        for name, value in self.local_parameters.items():
-            module_parameters[name].copy_(value)
-        module_buffers: dict[str, Tensor] = dict(self.module.named_buffers())
+        in_module = {name: self.module.get_parameter(name) for name in values}
+        written = {name: value.to(in_module[name].dtype) for name, value in values.items()}
+        changed: dict[str, Tensor] = {}
+        for name in _changed(in_module, written):
+            present = in_module[name].detach()
+            changed[name] = torch.where(present == written[name], values[name], present.to(values[name]))
+        return changed
+
+    # ------------------------------------------------------------------ the module at other parameters
+
+    def loss(
+        self,
+        vector: Tensor,
+        batch: Batch,
+        batch_idx: int = 0,
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        local_parameters: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Return the module's training loss at any parameters, differentiable with respect to them.
+
+        The module itself does not change: buffers that the step changes are copies, and metrics do not count it.
+
+        Args:
+            vector: ``[P]``.
+            batch: A batch as the module's ``training_step`` takes it.
+            batch_idx: Its second argument, where it has one.
+            buffers: Buffers to use instead of the module's, by name.
+            local_parameters: The values of a client that has its own, by name; the global model's by default.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: If ``training_step`` returns no loss.
+        """
+        output = self.call(training_step, vector, batch, batch_idx, buffers=buffers, local_parameters=local_parameters)
+        loss = output
+        if isinstance(output, Mapping):
+            loss = output.get("loss")
+        if not isinstance(loss, Tensor):
+            raise ValueError("`training_step` must return a loss, or a dict with the key 'loss', got no loss.")
+        return loss
+
+    def predict(
+        self,
+        vector: Tensor,
+        batch: Batch,
+        function: PredictionFunction | None = None,
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        training: bool = False,
+    ) -> Tensor:
+        """Return the module's predictions at any parameters, differentiable with respect to them.
+
+        The module itself does not change.
+
+        Args:
+            vector: ``[P]``.
+            batch: A batch as the module's ``training_step`` takes it.
+            function: ``function(module, batch)`` returns the predictions. Default: the module's ``forward`` of the
+                batch, of its first element where it is a tuple or a list.
+            buffers: Buffers to use instead of the module's, by name.
+            training: Whether the module is in the modes in which clients train it, so that frozen layers that are in
+                evaluation mode stay in it; otherwise the whole module is in evaluation mode.
+
+        Returns:
+            ``[batch, ...]``.
+
+        Raises:
+            TypeError: If the predictions are not a tensor.
+        """
+        mode: AbstractContextManager[object] = nullcontext()
+        if not training:
+            mode = evaluation_mode(self.module)
+        with mode:
+            predictions = self.call(function or forward, vector, batch, buffers=buffers)
+        if not isinstance(predictions, Tensor):
+            raise TypeError(f"predictions must be a tensor [batch, ...], got {type(predictions).__name__}")
+        return predictions
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        vector: Tensor,
+        *arguments: Any,
+        buffers: Mapping[str, Tensor] | None = None,
+        local_parameters: Mapping[str, Tensor] | None = None,
+        log: Callable[..., None] | None = None,
+    ) -> Any:
+        """Return ``function(module, *arguments)`` with other parameters ``[P]`` and buffers in the module.
+
+        Args:
+            function: Called with the module.
+            vector: ``[P]``.
+            arguments: Its further arguments.
+            buffers: Buffers to use instead of the module's, by name.
+            local_parameters: Values of parameters that are not in the vector, by name; by default those of the global
+                model that stay with the clients.
+            log: Called instead of the module's ``log``; by default nothing is.
+        """
+        substitutes = buffers or {}
+        # All tensors that the function finds in the module: nothing that it does to them reaches the module's own.
+        state: dict[str, Tensor] = {}
+        views = self.layout.views(vector)
+        for (name, view), dtype in zip(views.items(), self.layout.dtypes, strict=True):
+            state[name] = view.to(dtype)
+        # Named explicitly, because the module may hold those of the client that trained last.
+        for name, value in (local_parameters or self.local_parameters).items():
+            state[name] = value.to(vector.device)
+        module_buffers = {**dict(self.module.named_buffers()), **self.layout.tracked_buffers(self.module)}
+        for name, module_buffer in module_buffers.items():
+            buffer = substitutes.get(name, module_buffer)
+            # A copy: a training step changes BatchNorm statistics in place.
+            state[name] = buffer.detach().to(vector.device, copy=True)
         for name in self.layout.frozen_parameters:
-            module_buffers[name] = module_parameters[name]
-        for name, value in buffers.items():
-            if name in module_buffers and module_buffers[name].shape == value.shape:
-                module_buffers[name].copy_(value)
-            else:  # an interrupted step has left something else under this name
-                owner, _, attribute = name.rpartition(".")
-                setattr(self.module.get_submodule(owner), attribute, value.clone())
+            # A step that moves a teacher may assign it again, which a module allows to a parameter only.
+            state[name] = nn.Parameter(state[name], requires_grad=False)
+        with (
+            self._context(),
+            without_side_effects(self.module, log),
+            substituted_tensors(self.module, state),
+        ):
+            return function(self.module, *arguments)
+
+    # ------------------------------------------------------------------ data of the server's own
 
     def proxy_batch(self, index: Tensor) -> Batch:
         """Return the proxy samples with these indices, as a batch on the model's device.
@@ -245,225 +406,6 @@ class Server:
                 " labels."
             ) from error
 
-    def loss(
-        self,
-        vector: Tensor,
-        batch: Batch,
-        batch_idx: int = 0,
-        *,
-        buffers: Mapping[str, Tensor] | None = None,
-        local_parameters: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """Return the module's training loss at any parameters, differentiable with respect to them.
-
-        The module itself does not change: buffers that the step changes are copies, and metrics do not count it.
-
-        Args:
-            vector: ``[P]``.
-            batch: A batch as the module's ``training_step`` takes it.
-            batch_idx: Its second argument, where it has one.
-            buffers: Buffers to use instead of the module's, by name.
-            local_parameters: The values of a client that has its own, by name; the global model's by default.
-
-        Returns:
-            A scalar.
-
-        Raises:
-            ValueError: If ``training_step`` returns no loss.
-        """
-        output = self.call(_training_step, vector, batch, batch_idx, buffers=buffers, local_parameters=local_parameters)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):
-            raise ValueError("`training_step` must return a loss, or a dict with the key 'loss', got no loss.")
-        return loss
-
-    def predict(
-        self,
-        vector: Tensor,
-        batch: Batch,
-        function: PredictionFunction | None = None,
-        *,
-        buffers: Mapping[str, Tensor] | None = None,
-        training: bool = False,
-    ) -> Tensor:
-        """Return the module's predictions at any parameters, differentiable with respect to them.
-
-        The module itself does not change.
-
-        Args:
-            vector: ``[P]``.
-            batch: A batch as the module's ``training_step`` takes it.
-            function: ``function(module, batch)`` returns the predictions. Default: the module's ``forward`` of the
-                batch, of its first element where it is a tuple or a list.
-            buffers: Buffers to use instead of the module's, by name.
-            training: Whether the module is in the modes in which clients train it, so that frozen layers that are in
-                evaluation mode stay in it; otherwise the whole module is in evaluation mode.
-
-        Returns:
-            ``[batch, ...]``.
-
-        Raises:
-            TypeError: If the predictions are not a tensor.
-        """
-        mode = nullcontext() if training else evaluation_mode(self.module)
-        with mode:
-            predictions = self.call(function or _forward, vector, batch, buffers=buffers)
-        if not isinstance(predictions, Tensor):
-            raise TypeError(f"predictions must be a tensor [batch, ...], got {type(predictions).__name__}")
-        return predictions
-
-    def mixed_buffers(self, clients: Sequence[Mapping[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
-        """Return the buffers of a model that is a weighted mean of the clients' models, by :func:`averaged_buffers`.
-
-        Args:
-            clients: The K clients' buffers after training; empty where clients send none.
-            weights: ``[K]``, summing to one.
-        """
-        if len(clients) == 0:
-            return dict(self.buffers)
-        return averaged_buffers(self.buffers, clients, weights)
-
-    @torch.no_grad()
-    def write_server_parameters(self, values: Mapping[str, Tensor]) -> None:
-        """Write the values of parameters that only the server changes into the module, by name."""
-        for name, value in values.items():
-            self.module.get_parameter(name).copy_(value)
-
-    @torch.no_grad()
-    def changed_parameters(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the present values of those parameters that are not what :meth:`write_server_parameters` wrote.
-
-        Where the module still holds a value as it was rounded for it, the value keeps its precision.
-
-        Args:
-            values: What was written, by name.
-        """
-        in_module = {name: self.module.get_parameter(name) for name in values}
-        written = {name: value.to(in_module[name].dtype) for name, value in values.items()}
-        changed: dict[str, Tensor] = {}
-        for name in _changed(in_module, written):
-            present = in_module[name].detach()
-            changed[name] = torch.where(present == written[name], values[name], present.to(values[name]))
-        return changed
-
-    def call(
-        self,
-        function: Callable[..., Any],
-        vector: Tensor,
-        *arguments: Any,
-        buffers: Mapping[str, Tensor] | None = None,
-        local_parameters: Mapping[str, Tensor] | None = None,
-        log: Callable[..., None] | None = None,
-    ) -> Any:
-        """Return ``function(module, *arguments)`` with other parameters ``[P]`` and buffers in the module.
-
-        Args:
-            function: Called with the module.
-            vector: ``[P]``.
-            arguments: Its further arguments.
-            buffers: Buffers to use instead of the module's, by name.
-            local_parameters: Values of parameters that are not in the vector, by name; by default those of the global
-                model that stay with the clients.
-            log: Called instead of the module's ``log``; by default nothing is.
-        """
-        substitutes = buffers or {}
-        state: dict[str, Tensor] = {}
-        views = self.layout.views(vector)
-        for (name, view), dtype in zip(views.items(), self.layout.dtypes, strict=True):
-            state[name] = view.to(dtype)
-        # Named explicitly, because the module may hold those of the client that trained last.
-        for name, value in (local_parameters or self.local_parameters).items():
-            state[name] = value.to(vector.device)
-        module_buffers = {**dict(self.module.named_buffers()), **self.layout.tracked_buffers(self.module)}
-        for name, module_buffer in module_buffers.items():
-            buffer = substitutes.get(name, module_buffer)
-            # A copy: a training step changes BatchNorm statistics in place.
-            state[name] = buffer.detach().to(vector.device, copy=True)
-        for name in self.layout.frozen_parameters:
-            # A step that moves a teacher may assign it again, which a module allows to a parameter only.
-            state[name] = nn.Parameter(state[name], requires_grad=False)
-        with (
-            self._context(),
-            _without_side_effects(self.module, log or _ignore),
-            substituted_tensors(self.module, state),
-        ):
-            return function(self.module, *arguments)
-
-
-def _training_step(module: Any, batch: Batch, batch_idx: int) -> Any:
-    if not getattr(module, "automatic_optimization", True):
-        raise ValueError("with `automatic_optimization=False`, `training_step` has no loss but steps by itself")
-    # Without the `dataloader_idx`: a training step has no such argument.
-    return module.training_step(*step_arguments(module.training_step, batch, batch_idx)[:2])
-
-
-def _forward(module: Any, batch: Batch) -> Any:
-    if isinstance(batch, (tuple, list)):
-        return module(batch[0])
-    return module(batch)
-
-
-@dataclass(frozen=True)
-class _MetricSnapshot:
-    """A metric as it was before a call.
-
-    Attributes:
-        metric: The metric itself.
-        attributes: Its attributes.
-        states: Copies of its states, which an update changes in place.
-    """
-
-    metric: Metric
-    attributes: dict[str, Any]
-    states: dict[str, Tensor | list[Any]]
-
-    @classmethod
-    def of(cls, metric: Metric) -> _MetricSnapshot:
-        states: dict[str, Tensor | list[Any]] = {}
-        for name in metric._defaults:
-            state = getattr(metric, name)
-            states[name] = state.clone() if isinstance(state, Tensor) else list(state)
-        return cls(metric, dict(vars(metric)), states)
-
-    def restore(self) -> None:
-        """Restore the metric, if it was updated in the meantime."""
-        if self.metric._update_count == self.attributes["_update_count"]:
-            return
-        vars(self.metric).clear()
-        vars(self.metric).update({**self.attributes, **self.states})
-
-
-@contextmanager
-def _without_side_effects(module: nn.Module, log: Callable[..., None]) -> Iterator[None]:
-    """Call another function instead of a module's ``log``, and restore its metrics afterwards."""
-    replaced_log = vars(module).get("log")
-    snapshots = [_MetricSnapshot.of(metric) for metric in module.modules() if isinstance(metric, Metric)]
-    # In the instance's own dictionary, where it hides the method of the class and can be removed again.
-    vars(module)["log"] = log
-    try:
-        yield
-    finally:
-        if replaced_log is None:
-            del vars(module)["log"]
-        else:
-            vars(module)["log"] = replaced_log
-        for snapshot in snapshots:
-            snapshot.restore()
-
-
-def step_arguments(step: Callable[..., Any], batch: Batch, batch_idx: int) -> tuple[Any, ...]:
-    """Return the arguments of a ``*_step`` method, whose ``batch_idx`` and ``dataloader_idx`` are optional."""
-    return (batch, batch_idx, 0)[: num_step_arguments(step)]
-
-
-def num_step_arguments(step: Callable[..., Any]) -> int:
-    """Count the arguments that a ``*_step`` method takes of batch, ``batch_idx`` and ``dataloader_idx``."""
-    kinds = [parameter.kind for parameter in inspect.signature(step).parameters.values()]
-    count = kinds.count(Parameter.POSITIONAL_ONLY) + kinds.count(Parameter.POSITIONAL_OR_KEYWORD)
-    if Parameter.VAR_POSITIONAL in kinds:
-        count = max(count, 2)
-    return max(count, 1)
-
 
 @torch.no_grad()
 def averaged_buffers(
@@ -497,14 +439,6 @@ def averaged_buffers(
     return averages
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Return whether every element is finite, in one read of the tensor where it is."""
-    # A finite sum proves it without a temporary; a sum can overflow, though, so the other answer is checked.
-    if torch.isfinite(tensor.sum()):
-        return True
-    return bool(torch.isfinite(tensor).all())
-
-
 def _changed(present: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> list[str]:
     """List the tensors that are not what was written.
 
@@ -533,7 +467,3 @@ def _equal(tensor: Tensor, other: Tensor) -> Tensor:
     other = other.to(tensor)
     # NaN is the number that differs from itself.
     return tensor.eq(other) | (tensor.ne(tensor) & other.ne(other))
-
-
-def _ignore(*_: object, **__: object) -> None:
-    return None

@@ -33,7 +33,7 @@ def seed_of(seed: int, *path: PathPart) -> int:
         >>> seed_of(0, "cohort", 3) == seed_of(0, "cohort", "3")
         False
     """
-    digest = hashlib.blake2b(digest_size=8)
+    name = b""
     for entry in (seed, *path):
         if isinstance(entry, bool) or not isinstance(entry, (str, int)):
             raise TypeError(
@@ -42,9 +42,10 @@ def seed_of(seed: int, *path: PathPart) -> int:
         # Type and length first, so that no two paths give the same bytes: ("ab", "c") and ("a", "bc") differ.
         kind = b"s" if isinstance(entry, str) else b"i"
         text = str(entry).encode()
-        digest.update(kind + len(text).to_bytes(4, "little") + text)
+        name += kind + len(text).to_bytes(4, "little") + text
+    digest = hashlib.blake2b(name, digest_size=8).digest()
     # One bit less than the digest, so that the seed is not negative as a signed 64-bit integer.
-    return int.from_bytes(digest.digest(), "little") >> 1
+    return int.from_bytes(digest, "little") >> 1
 
 
 def stream(seed: int, *path: PathPart) -> torch.Generator:

@@ -224,7 +224,7 @@ def test_larger_batches_have_the_same_derivatives_in_both_kinds_of_variables(kin
     settings = {**QUIET, "client_eval": False, "num_clients": 2, "client_val_fraction": 0.25}
     trainer = FederatedTrainer(rounds=1, callbacks=[rule], **settings)
     trainer.fit(kind(24), DataLoader(numbered(), batch_size=4))
-    passes = trainer.fit_loop.federation.inquiries._passes
+    passes = trainer.fit_loop.federation.inquiries.problems._passes
     assert passes[False].settings.batch_size == size
 
 

@@ -14,11 +14,11 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 import lightning_fedhaw
 from federations import Classifier, flat, loader, train, trainer
 from lightning_fedhaw import IndexPartitioner
-from lightning_fedhaw.clients.engine import restore_settings, restore_states, settings_of, states_of
+from lightning_fedhaw.clients import local_buffers
+from lightning_fedhaw.clients.optimizer_states import restore_settings, restore_states, settings_of, states_of
 from lightning_fedhaw.clients.vectorized import optimizers
 from lightning_fedhaw.clients.vectorized.engine import VectorizedEngine
 from lightning_fedhaw.clients.vectorized.optimizers import StackedOptimizer
-from lightning_fedhaw.federation import buffers as buffer_policies
 
 LAST = torch.channels_last
 
@@ -150,7 +150,7 @@ def test_on_a_cpu_data_stays_where_it_is(choice):
     runner, module = train(data_device=choice)
     data = runner.fit_loop.federation.data
     assert data.device == torch.device("cpu")
-    assert data._tensors[0].data_ptr() == data.dataset.tensors[0].data_ptr()
+    assert data.samples.tensors[0].data_ptr() == data.dataset.tensors[0].data_ptr()
     assert torch.equal(flat(module), flat(train()[1]))
 
 
@@ -300,7 +300,7 @@ def test_a_rate_that_another_process_sent_goes_where_the_rate_is():
 
 
 def test_buffers_that_stay_with_clients_are_in_host_memory(monkeypatch):
-    monkeypatch.setattr(buffer_policies, "HOST", torch.device("meta"))  # so that it is another place than the device
+    monkeypatch.setattr(local_buffers, "HOST", torch.device("meta"))  # so that it is another place than the device
     runner, _ = train(Classifier(norm=True), rounds=1, buffers="local", client_eval=False)
     buffers = runner.fit_loop.federation.state_dict()["buffers"]
     assert len(buffers) == 4

@@ -25,8 +25,14 @@ def test_a_researchers_task(tmp_path, capsys):
     runs = sorted((tmp_path / "out" / "runs" / "Network").iterdir())
     pictures = plot([*map(str, sorted(runs[0].iterdir())), "--output", str(tmp_path / "again")])
     assert (tmp_path / "again" / "val_acc.png") in pictures
-    assert compare(tmp_path, *OWN, "--rules", "FedAvg", own, *settings) == 0
-    assert "[1/" not in capsys.readouterr().out, "nothing is repeated"
+    pictures = ["--format", "svg", "--theme", "dark"]
+    assert compare(tmp_path, *OWN, "--rules", "FedAvg", own, *settings, *pictures) == 0
+    printed = capsys.readouterr().out
+    assert "[1/" not in printed, "nothing is repeated"
+    drawn = sorted((tmp_path / "out").glob("curves_*.svg"))
+    assert [str(path) in printed for path in drawn] == [True, True]
+    assert ".pdf" not in printed
+    assert "#1e2129" in drawn[0].read_text(), "the page of the dark theme"
 
 
 def test_a_failed_run_is_reported(tmp_path, capsys):

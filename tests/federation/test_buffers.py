@@ -195,7 +195,7 @@ def test_policies_by_name_survive_a_checkpoint(tmp_path):
     part = unequal(4, resumed, fit={"ckpt_path": tmp_path / "half.ckpt"}, **options)
     for name, value in straight.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    locals_of = [runner.fit_loop.federation.buffers.local for runner in (whole, part)]
+    locals_of = [runner.fit_loop.federation.buffers.local.of_clients for runner in (whole, part)]
     assert [local[1]["sum_a"].tolist() for local in locals_of] == [[20.0, 20.0]] * 2
 
 
@@ -397,7 +397,7 @@ def test_a_teacher_survives_a_checkpoint(tmp_path):
         assert torch.equal(straight.teacher.weight, resumed.teacher.weight)
         if policy == "local":
             # 5 (1 - 2^-4)
-            assert float(runner.fit_loop.federation.buffers.local[1]["teacher.weight"]) == 4.6875
+            assert float(runner.fit_loop.federation.buffers.local.of_clients[1]["teacher.weight"]) == 4.6875
 
 
 def test_the_closing_evaluation_does_not_move_a_teacher():
@@ -429,7 +429,7 @@ def test_a_round_that_fails_leaves_the_teacher_as_it_was():
         with pytest.raises(KeyError, match="lost"):
             unequal(2, module, buffers={"teacher.*": policy})
         assert float(module.teacher.weight) == (2.0 if policy == "average" else 0.0)
-        local = module.trainer.fit_loop.federation.buffers.local
+        local = module.trainer.fit_loop.federation.buffers.local.of_clients
         assert {client: float(own["teacher.weight"]) for client, own in local.items()} == (
             {} if policy == "average" else {0: 0.5, 1: 2.5}
         )

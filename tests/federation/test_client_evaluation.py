@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from federations import QUIET, Classifier, train, val_loader
 from lightning_fedhaw import FedAvgCallback, FederatedDataModule, FederatedTrainer, IndexPartitioner
+from lightning_fedhaw.clients import evaluation, module_snapshot
+from lightning_fedhaw.clients.evaluation import ClientMetrics
 from lightning_fedhaw.clients.vectorized import fingerprint
-from lightning_fedhaw.federation import client_evaluation, module_snapshot
-from lightning_fedhaw.federation.client_evaluation import ClientMetrics
 from lightning_fedhaw.federation.client_statistics import client_statistics
 from lightning_fedhaw.report.history import find_history
 from lightning_fedhaw.report.plotting import mean_and_deviation
@@ -441,7 +441,7 @@ def test_batches_for_evaluation_are_made_as_validation_makes_them():
 
 
 def test_clients_that_are_measured_on_a_part_count_with_all_their_samples(monkeypatch):
-    monkeypatch.setattr(client_evaluation, "EVALUATION_CAP", 2)
+    monkeypatch.setattr(evaluation, "EVALUATION_CAP", 2)
     metrics = metrics_of(Silent())
     runner = evaluated(Silent())
     values = torch.tensor(find_history(runner.callbacks).clients["value"])

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from federations import QUIET, Classifier, flat, loader, samples, trainer, val_loader
 from lightning_fedhaw import ErasureChannel, FedAvgCallback, FederatedTrainer, FedHAWCallback, IndexPartitioner
-from lightning_fedhaw.federation.client_evaluation import ClientMetrics
+from lightning_fedhaw.clients.evaluation import ClientMetrics
 from lightning_fedhaw.federation.client_statistics import spread_of, values_of_clients
 from lightning_fedhaw.plotting import RunHistory, draw_client_curves, draw_spread, main, read_run
 from resuming import assert_same, check_resume

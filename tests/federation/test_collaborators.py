@@ -125,10 +125,10 @@ def test_a_round_that_fails_is_undone_with_every_owner_of_a_state():
     before = federation.run_state.snapshot(federation.engine)
     mean = {name: value.clone() for name, value in objective.mean.items()}
     clients = set(before.entries["optimizers"])
-    assert clients == set(federation.buffers.local) == set(channel.state_dict()["received"])
+    assert clients == set(federation.buffers.local.of_clients) == set(channel.state_dict()["received"])
 
     federation.engine.optimizer_states = {}
-    federation.buffers.local[0] = {}
+    federation.buffers.local.of_clients[0] = {}
     channel.reset()
     objective.reset()
     rule.state = {"spoiled": 1}
@@ -136,7 +136,7 @@ def test_a_round_that_fails_is_undone_with_every_owner_of_a_state():
     federation.run_state.restore(federation.engine, before)
 
     assert set(federation.engine.optimizer_states) == set(channel.state_dict()["received"]) == clients
-    assert federation.buffers.local[0]
+    assert federation.buffers.local.of_clients[0]
     assert objective.mean.keys() == mean.keys()
     assert all(torch.equal(objective.mean[name], value) for name, value in mean.items())
     assert "spoiled" not in rule.state

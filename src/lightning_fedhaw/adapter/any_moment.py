@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, datamodule_of
-from lightning_fedhaw.clients.engine import settings_of
+from lightning_fedhaw.clients.optimizer_states import settings_of
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.run_state import RoundSnapshot
 from lightning_fedhaw.report.history import RunHistory, first_rounds

@@ -27,14 +27,15 @@ from lightning_fedhaw.data.partitioners import Partitioner
 from lightning_fedhaw.data.samplers import CohortSampler, FullParticipationSampler, UniformSampler
 from lightning_fedhaw.data.small_clients import large_clients, only
 from lightning_fedhaw.data.split import split
+from lightning_fedhaw.federation.context import RunContext
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.observation import Aggregated
-from lightning_fedhaw.objectives.base import find_objectives
+from lightning_fedhaw.objectives.base import ClientObjective, find_objectives
 from lightning_fedhaw.objectives.local_training import LocalTraining
 from lightning_fedhaw.observer import FederatedCallback
 from lightning_fedhaw.options import FederationOptions, patterns_of
 from lightning_fedhaw.ranks import Ranks
-from lightning_fedhaw.rule import find_rule
+from lightning_fedhaw.rule import Rule, find_rule
 from lightning_fedhaw.server import Server
 from lightning_fedhaw.vectors.layout import ParameterLayout
 from lightning_fedhaw.vectors.local_names import local_names
@@ -200,7 +201,41 @@ def build_federation(
     device = trainer.strategy.root_device
     data.place(_data_device(options.data_device, device, data), channels_last=options.channels_last)
     host = TrainerHost(trainer, data.device_of_batches, nonfinite_buffers)
-    objectives = find_objectives(callbacks)
+    local_training = _local_training(host, layout, rule, find_objectives(callbacks), options)
+    seed = options.resolved_seed
+    server = _server(trainer, host, layout, data, seed)
+    if aggregates:
+        rule.check(server)
+    cohort_cap = None
+    if is_development_run(trainer):
+        cohort_cap = DEVELOPMENT_CLIENTS
+        # As at the end of such a run: there may be many clients.
+        options = replace(options, client_eval_every_n_rounds=None)
+    if options.client_eval_every_n_rounds is not None:
+        _prepare_evaluation(trainer, host)
+    return Federation(
+        RunContext(host, server, data, rule, options, Ranks.of_group(device), seed),
+        _sampler(options),
+        callbacks,
+        local_training=local_training,
+        limit=_batch_limit(trainer),
+        cohort_cap=cohort_cap,
+    )
+
+
+def _local_training(
+    host: TrainerHost,
+    layout: ParameterLayout,
+    rule: Rule,
+    objectives: Sequence[ClientObjective],
+    options: FederationOptions,
+) -> LocalTraining:
+    """Describe how clients train, and show it to the rule and the client objectives.
+
+    Raises:
+        ValueError: If clients have no learning rates, or several, where the rule or an objective reads one for each
+            parameter.
+    """
     proximal = sum((objective.proximal for objective in objectives), 0.0)
     local_training = LocalTraining(host.module, host.optimizers, proximal, options.optimizer_state)
     # Before the rule is asked what it needs, which may depend on it.
@@ -214,36 +249,19 @@ def build_federation(
     if rule.needs_learning_rates or any(objective.needs_learning_rates for objective in objectives):
         # An optimizer without a rate for every parameter is refused now, and not in the middle of a round.
         host.learning_rates(layout)
-    server = Server(
+    return local_training
+
+
+def _server(trainer: pl.Trainer, host: TrainerHost, layout: ParameterLayout, data: ClientData, seed: int) -> Server:
+    """Make the server, which holds the global model and computes its loss as the trainer would."""
+    return Server(
         trainer.lightning_module,
         layout,
         _proxy_dataset(trainer),
-        seed=options.resolved_seed,
+        seed=seed,
         collate_fn=data.settings.collate_samples,
         prepare=host.prepare,
         context=host.precision.train_step_context,
-    )
-    if aggregates:
-        rule.check(server)
-    cohort_cap = None
-    if is_development_run(trainer):
-        cohort_cap = DEVELOPMENT_CLIENTS
-        # As at the end of such a run: there may be many clients.
-        options = replace(options, client_eval_every_n_rounds=None)
-    if options.client_eval_every_n_rounds is not None:
-        _prepare_evaluation(trainer, host)
-    return Federation(
-        host,
-        server,
-        data,
-        _sampler(options),
-        rule,
-        callbacks,
-        options,
-        limit=_batch_limit(trainer),
-        local_training=local_training,
-        cohort_cap=cohort_cap,
-        ranks=Ranks.of_group(device),
     )
 
 

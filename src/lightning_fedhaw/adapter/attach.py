@@ -19,7 +19,7 @@ from lightning_fedhaw.adapter.unsupported import check_callbacks, check_trainer
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.report.history import add_history
 from lightning_fedhaw.rule import find_rule
-from lightning_fedhaw.server import all_finite
+from lightning_fedhaw.vectors.kernels import all_finite
 
 
 def attach(trainer: object, module: pl.LightningModule, options: FederationOptions) -> None:

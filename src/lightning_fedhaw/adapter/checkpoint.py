@@ -179,7 +179,7 @@ class RoundCheckpoint(ModelCheckpoint):
         """Find the files that this run wrote before it was resumed."""
         earlier: dict[str, int] = {}
         if trainer.is_global_zero and trainer.global_step > 0 and "://" not in str(self.dirpath):
-            for path in files_of_run(Path(str(self.dirpath)), "round=*.ckpt", federation.run_state.run):
+            for path in files_of_run(Path(str(self.dirpath)), "round=*.ckpt", federation.run_state.identity.run):
                 number = re.match(r"round=(\d+)", path.name)
                 if number is not None:
                     # As Lightning puts it together, which compares such paths as texts.

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
-from lightning_fedhaw.server import num_step_arguments
+from lightning_fedhaw.module_calls import num_step_arguments
 
 
 class ClientValidation:

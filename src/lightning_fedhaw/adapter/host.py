@@ -24,9 +24,9 @@ from lightning_fedhaw.adapter.client_validation import ClientValidation
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of, client_of, datamodule_of, publish_client
 from lightning_fedhaw.clients.steps import BatchProgress, is_plain_sgd, trainable_among
 from lightning_fedhaw.clients.vectorized.snapshot import names_in_step
+from lightning_fedhaw.module_calls import step_arguments
 from lightning_fedhaw.ranks import REQUESTS
 from lightning_fedhaw.rule import Rule
-from lightning_fedhaw.server import step_arguments
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
 _BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")

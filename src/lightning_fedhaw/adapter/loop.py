@@ -7,7 +7,7 @@ early stopping, validation and resuming keep their meaning, and ``global_step`` 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -20,7 +20,6 @@ from lightning.pytorch.trainer.connectors.data_connector import _request_dataloa
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torchmetrics import Metric
 
 from lightning_fedhaw.adapter.any_moment import GATE, BetweenRounds, Counters, counters_of, in_use
 from lightning_fedhaw.adapter.assembly import (
@@ -34,16 +33,11 @@ from lightning_fedhaw.adapter.assembly import (
     reset,
 )
 from lightning_fedhaw.adapter.checkpoint_folder import warn_of_other_runs
-from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop, same_value
+from lightning_fedhaw.adapter.evaluation import SharedEvaluationLoop
 from lightning_fedhaw.adapter.exact_restore import restore_exactly
 from lightning_fedhaw.adapter.host import hook_owner
 from lightning_fedhaw.adapter.restart import is_validated, settle
-from lightning_fedhaw.adapter.round_log import (
-    as_logged,
-    forget_earlier_rounds,
-    names_for_callbacks,
-    show_earlier_rounds,
-)
+from lightning_fedhaw.adapter.round_log import RoundLog, show_earlier_rounds
 from lightning_fedhaw.adapter.run_reports import RunClock, close_run, open_run
 from lightning_fedhaw.adapter.stopping import ending_together, save_and_requeue
 from lightning_fedhaw.adapter.trainer_attributes import (
@@ -56,7 +50,6 @@ from lightning_fedhaw.adapter.trainer_attributes import (
     start_validation_clock,
 )
 from lightning_fedhaw.adapter.units import warn_of_units
-from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.federation.clients import FederationClients
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.records import Report
@@ -145,7 +138,7 @@ class RoundLoop(_FitLoop):
         if isinstance(trainer.val_check_interval, int):
             trainer.val_check_batch = trainer.val_check_interval
 
-    # ------------------------------------------------------------------ a run
+    # ------------------------------------------------------------------ the beginning of a run
 
     def run(self) -> None:
         """Run the rounds, and leave nothing on the device, however they end."""
@@ -159,24 +152,6 @@ class RoundLoop(_FitLoop):
             raise
         self._close()
 
-    def _close(self) -> None:
-        if self._assigned is not None:
-            self._assigned.clients.release()
-        if self.federation is not None:
-            self.federation.close()
-        release()
-
-    @property
-    def skip(self) -> bool:
-        """Whether a fit ends without a run; one whose rounds are all over still evaluates the clients and reports."""
-        has_rounds = self.epoch_loop.global_step > 0 and self._assigned is not None
-        return bool(super().skip) and not has_rounds
-
-    def teardown(self) -> None:
-        """Finish, after callbacks have saved what was left of an interrupted run."""
-        self.between_rounds = None
-        super().teardown()
-
     def reset(self) -> None:
         """Begin where the last full round ended."""
         settle(self)
@@ -187,11 +162,12 @@ class RoundLoop(_FitLoop):
         self._build()
         super().on_run_start()
         # After the hooks that start a run, because the vectorized engine tries the module's step.
-        with self._holding_other_values():
+        with self._holding_present_state():
             rank_zero_info(self.current_federation.choose_engine())
         warn_of_units(self.trainer, -1 if self.max_epochs is None else self.max_epochs)
 
     def _build(self) -> None:
+        """Build the federation, put it into the state in which it begins, and say what will run."""
         trainer = self.trainer
         assert self._assigned is not None
         previous = self.federation
@@ -200,12 +176,8 @@ class RoundLoop(_FitLoop):
         self.federation = federation
         federation.check_agreement()
         self._reset_or_resume(federation, previous)
-        federation.on_round_start = observers(trainer, "on_round_start")
-        federation.on_snapshot = self._remember
-        federation.on_client_start = client_observer(trainer, federation)
-        federation.on_client_end = observers(trainer, "on_client_end")
-        federation.on_round_end = observers(trainer, "on_round_end")
-        federation.observation.observe = aggregation_observer(trainer)
+        # After the state is there, so that no hook sees another one.
+        self._connect_hooks(federation)
         first_round = self.epoch_loop.global_step
         self._clock = RunClock.start(first_round)
         if options.sampler is not None and self.max_epochs is not None:
@@ -216,6 +188,15 @@ class RoundLoop(_FitLoop):
         observers(trainer, "on_federation_start")(federation)
         show_earlier_rounds(trainer, find_history(callbacks_of(trainer)).latest())
         open_run(trainer, federation, self._assigned.partitioner, self._assigned.assumed, first_round)
+
+    def _connect_hooks(self, federation: Federation) -> None:
+        """Let the federation call the hooks of callbacks, and this loop before anything changes in a round."""
+        federation.on_snapshot = self._hold_state_between_rounds
+        federation.on_round_start = observers(self.trainer, "on_round_start")
+        federation.training.on_client_start = client_observer(self.trainer, federation)
+        federation.training.on_client_end = observers(self.trainer, "on_client_end")
+        federation.on_round_end = observers(self.trainer, "on_round_end")
+        federation.observation.observe = aggregation_observer(self.trainer)
 
     def _reset_or_resume(self, federation: Federation, previous: Federation | None) -> None:
         """Start a federation from round 0, from a checkpoint, or from the end of the previous ``fit``.
@@ -232,7 +213,7 @@ class RoundLoop(_FitLoop):
         elif self._federation_state is not None:
             path = self.trainer.ckpt_path
             federation.load_state_dict(self._federation_state, f"The checkpoint {str(path)!r}")
-            warn_of_other_runs(path, federation.run_state.run)
+            warn_of_other_runs(path, federation.run_state.identity.run)
         elif previous is not None:
             federation.load_state_dict(_state_for_second_fit(federation, previous), "The earlier `fit`")
         else:
@@ -242,28 +223,12 @@ class RoundLoop(_FitLoop):
             )
         self._federation_state = None
 
-    def _warn_if_modules_in_eval_mode(self) -> None:
-        """Warn as Lightning does, unless only frozen modules are in evaluation mode, where they belong."""
-        if any(not module.training and trainable(module) for module in self.trainer.lightning_module.modules()):
-            super()._warn_if_modules_in_eval_mode()
-
-    def _iteration_based_training(self) -> bool:
-        """Return False: with ``max_steps`` too, a step is a whole epoch, and a resumed run continues its count."""
-        return False
+    # ------------------------------------------------------------------ rounds
 
     def on_advance_start(self) -> None:
         """Begin an epoch."""
         self._counters = counters_of(self)
         super().on_advance_start()
-
-    def on_advance_end(self) -> None:
-        """End an epoch: from here on a checkpoint holds the state after its round, whoever asks for it."""
-        try:
-            super().on_advance_end()
-        finally:
-            # It may end in Lightning's exception for SIGTERM, when the epoch is complete.
-            if self.epoch_progress.current.completed == self.epoch_progress.current.ready:
-                self.between_rounds = None
 
     def advance(self) -> None:
         """Run one round, and its validation."""
@@ -279,25 +244,16 @@ class RoundLoop(_FitLoop):
             except CheckpointRequested:
                 save_and_requeue(self.trainer)
 
-    def _remember(self, snapshot: RoundSnapshot) -> None:
-        """Let checkpoints hold the present state from here on."""
-        if self.current_federation.ranks.size > 1:
-            # What clients keep is on all processes, which do not write a checkpoint together in the middle of a round.
-            self._counters = {}
-            return
-        between_rounds = BetweenRounds.now(self.trainer, self.current_federation, snapshot)
-        with GATE:
-            self.is_counted = False
-            self.between_rounds = between_rounds
-            self._counters = {}
+    def on_advance_end(self) -> None:
+        """End an epoch: from here on a checkpoint holds the state after its round, whoever asks for it."""
+        try:
+            super().on_advance_end()
+        finally:
+            # It may end in Lightning's exception for SIGTERM, when the epoch is complete.
+            if self.epoch_progress.current.completed == self.epoch_progress.current.ready:
+                self.between_rounds = None
 
-    @contextmanager
-    def _holding_other_values(self) -> Iterator[None]:
-        """Let checkpoints hold the state as it is at the beginning, while the module holds other values."""
-        self.current_federation.remember()
-        yield
-        # After an error they still do: `teardown` ends it.
-        self.between_rounds = None
+    # ------------------------------------------------------------------ the end of a run
 
     def on_run_end(self) -> None:
         """Evaluate the clients, and report the run summary."""
@@ -309,21 +265,77 @@ class RoundLoop(_FitLoop):
             rounds=self.epoch_loop.global_step,
             clock=self._clock,
             partitioner=self._assigned.partitioner,
-            rule_metrics=self.epoch_loop.rule_metrics,
+            rule_metrics=self.epoch_loop.round_log.rule_metrics,
             is_validated=self.epoch_loop.val_loop._combined_loader is not None,
-            holding_other_values=self._holding_other_values,
+            holding_present_state=self._holding_present_state,
         )
+
+    def teardown(self) -> None:
+        """Finish, after callbacks have saved what was left of an interrupted run."""
+        self.between_rounds = None
+        super().teardown()
+
+    def _close(self) -> None:
+        """Release the device: the clients' data, and the state that the federation keeps there."""
+        if self._assigned is not None:
+            self._assigned.clients.release()
+        if self.federation is not None:
+            self.federation.close()
+        release()
+
+    # ------------------------------------------------------------------ what the stock loop asks
+
+    @property
+    def skip(self) -> bool:
+        """Whether a fit ends without a run; one whose rounds are all over still evaluates the clients and reports."""
+        has_rounds = self.epoch_loop.global_step > 0 and self._assigned is not None
+        return bool(super().skip) and not has_rounds
+
+    def _iteration_based_training(self) -> bool:
+        """Return False: with ``max_steps`` too, a step is a whole epoch, and a resumed run continues its count."""
+        return False
+
+    def _warn_if_modules_in_eval_mode(self) -> None:
+        """Warn as Lightning does, unless only frozen modules are in evaluation mode, where they belong."""
+        if any(not module.training and trainable(module) for module in self.trainer.lightning_module.modules()):
+            super()._warn_if_modules_in_eval_mode()
 
     # ------------------------------------------------------------------ checkpoints
 
+    def _hold_state_between_rounds(self, snapshot: RoundSnapshot) -> None:
+        """Let checkpoints hold the present state from here on, until the round and its validation are over.
+
+        Args:
+            snapshot: What the undo of the round restores.
+        """
+        if self.current_federation.ranks.size > 1:
+            # What clients keep is on all processes, which do not write a checkpoint together in the middle of a round.
+            self._counters = {}
+            return
+        between_rounds = BetweenRounds.now(self.trainer, self.current_federation, snapshot)
+        with GATE:
+            self.is_counted = False
+            self.between_rounds = between_rounds
+            self._counters = {}
+
+    @contextmanager
+    def _holding_present_state(self) -> Iterator[None]:
+        """Let checkpoints hold the present state, because inside of the context the module will hold other values."""
+        self.current_federation.remember()
+        yield
+        # After an error they still do: `teardown` ends it.
+        self.between_rounds = None
+
     def on_save_checkpoint(self) -> dict[str, Any]:
         """Return the stock loop's state with that of the federation.
+
+        In the middle of a round it is the state before the round, from which the round can begin again.
 
         Raises:
             RuntimeError: If a client is training.
         """
         state = super().on_save_checkpoint()
-        state["rule_metrics"] = sorted(self.epoch_loop.rule_metrics)
+        state["rule_metrics"] = sorted(self.epoch_loop.round_log.rule_metrics)
         between_rounds = in_use()
         if between_rounds is not None:
             state["federation"] = between_rounds.federation_state()
@@ -356,7 +368,7 @@ class RoundLoop(_FitLoop):
         """Keep the federation's state until the federation is built."""
         restore_exactly(self.trainer)
         self._federation_state = state_dict.get("federation")
-        self.epoch_loop.rule_metrics.update(state_dict.get("rule_metrics", ()))
+        self.epoch_loop.round_log.rule_metrics.update(state_dict.get("rule_metrics", ()))
         super().on_load_checkpoint(state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
@@ -381,13 +393,12 @@ class _RoundEpochLoop(_TrainingEpochLoop):
     """An epoch with one batch, which is a round.
 
     Attributes:
-        rule_metrics: Names of all metrics that the rule and the round have logged.
+        round_log: What its rounds log.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.rule_metrics: set[str] = set()
-        self._logged_options: dict[str, dict[str, Any]] = {}
+    def __init__(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(trainer, *args, **kwargs)
+        self.round_log = RoundLog(trainer)
 
     @property
     def _round_loop(self) -> RoundLoop:
@@ -428,7 +439,7 @@ class _RoundEpochLoop(_TrainingEpochLoop):
         self.batch_progress.increment_processed()
         self._count_optimizer_step()
         # At once, so that the history has every round that counts, whatever fails from here on.
-        self._log(report)
+        self.round_log.add(report, self._results, self._round_loop.current_federation.rule.prog_bar)
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
         self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         self._round_loop.is_counted = True
@@ -459,48 +470,6 @@ class _RoundEpochLoop(_TrainingEpochLoop):
             if hook_owner(callback, name) == "lightning":
                 getattr(callback, name)(self.trainer, self.trainer.lightning_module, *args)
 
-    def _log(self, report: Report) -> None:
-        """Log what the clients, the rule and the round reported, as if ``training_step`` had logged it."""
-        module = self.trainer.lightning_module
-        values = {name: _merged_value(logged, module) for name, logged in report.logged.items()}
-        self._add_to_history(report, values)
-        # A metric that is composed of others reads theirs, so none is reset before all have been read.
-        for logged in report.logged.values():
-            metric = _metric_behind(logged, module)
-            if metric is not None:
-                metric.reset()
-        for name, logged in report.logged.items():
-            options = {option: logged.options[option] for option in ("prog_bar", "logger", "on_step", "on_epoch")}
-            self._log_value(name, values[name], options)
-        in_bar = self._round_loop.current_federation.rule.prog_bar
-        forget_earlier_rounds(self.trainer, self.rule_metrics, report.metrics)
-        self.rule_metrics |= report.metrics.keys()
-        for name, value in report.metrics.items():
-            self._log_value(name, value, {"on_step": True, "on_epoch": False, "prog_bar": name in in_bar})
-
-    def _add_to_history(self, report: Report, values: Mapping[str, float]) -> None:
-        row = {name: float(as_logged(value)) for name, value in report.metrics.items()}
-        for name, value in values.items():
-            row.update(dict.fromkeys(names_for_callbacks(name, report.logged[name].options), float(as_logged(value))))
-        find_history(callbacks_of(self.trainer)).add_round(report, row)
-
-    def _log_value(self, name: str, value: float, options: dict[str, Any]) -> None:
-        if self._logged_options.get(name) == options:
-            # `log` would build and move Lightning's whole record again, which takes a third of a round of tiny clients.
-            self._results.update_metrics(f"training_step.{name}", as_logged(value), batch_size=1)
-            return
-        self._logged_options[name] = options
-        self._results.log(
-            "training_step",
-            name,
-            as_logged(value),
-            batch_size=1,
-            # Every process has the same value: there is nothing to synchronize.
-            sync_dist=True,
-            sync_dist_fn=same_value,
-            **options,
-        )
-
 
 def _state_for_second_fit(federation: Federation, previous: Federation) -> dict[str, Any]:
     """Return the state of a federation for a further ``fit``, which starts from the weights that are in the module.
@@ -516,25 +485,3 @@ def _state_for_second_fit(federation: Federation, previous: Federation) -> dict[
     if not torch.equal(at_end.to(present.device), present):
         state.pop("parameters", None)  # the user has changed the weights since
     return state
-
-
-def _merged_value(logged: Logged, module: pl.LightningModule) -> float:
-    """Return the value of a logged name over all clients of a round.
-
-    Args:
-        logged: The merged record.
-        module: The module, in which a record from another process names its metric.
-    """
-    metric = _metric_behind(logged, module)
-    if metric is None:
-        return logged.value
-    return float(metric.compute())
-
-
-def _metric_behind(logged: Logged, module: pl.LightningModule) -> Metric | None:
-    """Return the metric that was logged under a name; None if a value was."""
-    if isinstance(logged.metric, str):
-        submodule = module.get_submodule(logged.metric)
-        assert isinstance(submodule, Metric)
-        return submodule
-    return logged.metric

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-import warnings
 from abc import abstractmethod
 from collections.abc import Collection
 from typing import Any, TextIO
@@ -101,10 +100,37 @@ class _CohortBar(ProgressBar):
         """Show a description; None leaves the one that is shown."""
 
 
-class _ClearedLine(logging.Filter):
-    """Clears the line of a bar before a log message or a warning, which would otherwise begin in the middle of it.
+class _PrintedLines:
+    """A stream that clears the line of a bar before each line that is printed.
 
-    The bar appears again below the message with its next update.
+    Args:
+        stream: The stream of the process, to which the bar itself writes.
+        bar: The bar.
+    """
+
+    def __init__(self, stream: TextIO, bar: Tqdm) -> None:
+        # `tqdm.write`, which `self.print` of a module calls, looks for the stream of the bar under this name.
+        self._wrapped = stream
+        self._bar = bar
+        self._begins_line = True
+
+    def __getattr__(self, name: str) -> Any:
+        """Return everything else as the stream has it."""
+        return getattr(self._wrapped, name)
+
+    def write(self, text: str) -> int:
+        """Write a text, above the bar if a line begins with it."""
+        if self._begins_line:
+            self._bar.clear()
+        self._begins_line = text.endswith("\n")
+        return self._wrapped.write(text)
+
+
+class _ClearedLine(logging.Filter):
+    """Clears the line of a bar before what others write, which would otherwise begin in the middle of it.
+
+    These are prints, warnings, which Python prints to the present ``sys.stderr``, and messages of Lightning's log,
+    which holds the stream of before. The bar appears again below the message with its next update.
 
     Args:
         bar: The bar, in a terminal.
@@ -116,24 +142,24 @@ class _ClearedLine(logging.Filter):
         self._handlers = list(logging.getLogger("lightning.pytorch").handlers)
         for handler in self._handlers:
             handler.addFilter(self)
-        self._show_warning = warnings.showwarning
-        warnings.showwarning = self._show_below
+        self._streams: dict[str, _PrintedLines] = {}
+        for name in ("stdout", "stderr"):
+            self._streams[name] = _PrintedLines(getattr(sys, name), bar)
+            setattr(sys, name, self._streams[name])
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Clear the line, and let the record pass."""
         self._bar.clear()
         return True
 
-    def _show_below(self, *details: Any, **further: Any) -> None:
-        self._bar.clear()
-        self._show_warning(*details, **further)
-
     def end(self) -> None:
         """Leave messages alone again."""
         for handler in self._handlers:
             handler.removeFilter(self)
-        if warnings.showwarning == self._show_below:
-            warnings.showwarning = self._show_warning
+        for name, stream in self._streams.items():
+            # What somebody else has put there in the meantime stays.
+            if getattr(sys, name) is stream:
+                setattr(sys, name, stream._wrapped)
 
 
 class RoundProgressBar(argument_names.NamedArguments, _CohortBar, TQDMProgressBar):
@@ -215,9 +241,9 @@ class RoundProgressBar(argument_names.NamedArguments, _CohortBar, TQDMProgressBa
         super().on_train_end()
         self._leave_messages_alone()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Close the bar of a run that has failed too, so that the error begins on a line of its own."""
-        if stage == "fit" and self._cleared_line is not None:
+        if self._cleared_line is not None:
             self.train_progress_bar.close()
         self._leave_messages_alone()
 

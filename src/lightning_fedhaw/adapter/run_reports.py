@@ -71,7 +71,7 @@ def close_run(
     partitioner: Partitioner,
     rule_metrics: set[str],
     is_validated: bool,
-    holding_other_values: Callable[[], AbstractContextManager[None]],
+    holding_present_state: Callable[[], AbstractContextManager[None]],
 ) -> None:
     """Evaluate the clients, and report the run summary.
 
@@ -83,7 +83,7 @@ def close_run(
         partitioner: How the training data is split.
         rule_metrics: Names of the rule's and the round's own numbers.
         is_validated: Whether the global model is validated.
-        holding_other_values: Lets checkpoints hold the present state while the module holds other values.
+        holding_present_state: Lets checkpoints hold the present state while the module holds other values.
     """
     history = find_history(callbacks_of(trainer))
     federation.run_state.share_own_tensors(federation.engine)
@@ -92,7 +92,7 @@ def close_run(
         validated: Mapping[str, torch.Tensor] = {}
         if is_validated:
             validated = trainer.callback_metrics
-        with holding_other_values():
+        with holding_present_state():
             clients = evaluate_clients(federation, history, validated)
     facts = RunFacts(
         rounds=rounds,

@@ -1,7 +1,8 @@
 """FedHAW as published: learn the aggregation weights and the global scale by one hypergradient step a round.
 
-A. Nakai-Kasai and T. Wadayama: FedHAW, arXiv 2605.00458, and the authors' code (github.com/a-nakai-k/FedHAW, function
-``train_fedhaw``), whose formulas these are. The server uses only models it already has: no proxy data, no extra bytes.
+A. Nakai-Kasai and T. Wadayama: Federated Learning with Hypergradient-based Online Update of Aggregation Weights.
+arXiv:2605.00458, and the authors' code (github.com/a-nakai-k/FedHAW, function ``train_fedhaw``), whose formulas these
+are. The server uses only models it already has: no proxy data, no extra bytes.
 
 Symbols, here and in every state and log of the rule:
 

@@ -1,7 +1,7 @@
 """FedLWS: shrink the average layer by layer, the more the clients' updates disagree.
 
-C. Shi and others: FedLWS, federated learning with adaptive layer-wise weight shrinking. Formulas as in the authors'
-code.
+C. Shi, J. Li, H. Zhao, D. Guo, Y. Chang: FedLWS: Federated Learning with Adaptive Layer-wise Weight Shrinking. ICLR
+2025; formulas as in the authors' code.
 
 Per layer l, with ``w`` the broadcast model and ``d_k = w_k - w`` of the cohort's K clients::
 

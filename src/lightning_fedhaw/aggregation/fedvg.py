@@ -1,7 +1,7 @@
 """FedVG: weigh clients by how flat the loss of the server's data is at their models.
 
 A. Devkota, J. Thrasher, D. Adjeroh, B. Bhattarai, P. K. Gyawali: FedVG: Gradient-Guided Aggregation for Enhanced
-Federated Learning. CVPR 2026 Findings; formulas and defaults as in the authors' code (mode ``clientwise``).
+Federated Learning. CVPR Findings 2026; formulas and defaults as in the authors' code (mode ``clientwise``).
 
 With the received models ``w_k`` [P] and the training loss ``L`` on proxy data::
 

@@ -123,12 +123,7 @@ def _vectorized(
         compile_clients=compile_clients and facts.is_fixed,
         fallback=fallback,
     )
-    # States that a checkpoint was loaded into.
-    engine.optimizer_states = sequential.optimizer_states
-    engine.local_parameters = sequential.local_parameters
-    engine.attributes = sequential.attributes
-    engine.gradient = sequential.gradient
-    engine.gradient_slope = sequential.gradient_slope
+    engine.succeed(sequential)
     return engine
 
 

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_fedhaw.clients.attributes import Changes, ClientAttributes
+from lightning_fedhaw.clients.evaluation import ClientEvaluation, ClientMetrics
+from lightning_fedhaw.clients.local_buffers import LocalBuffers
 from lightning_fedhaw.clients.local_parameters import LocalParameters
+from lightning_fedhaw.clients.optimizer_states import OptimizerStates, Settings, states_of
 from lightning_fedhaw.clients.plan import LocalPlan
-from lightning_fedhaw.clients.steps import BatchData, Host, ScheduleStates, Terms, parameters_of
+from lightning_fedhaw.clients.steps import BatchData, Host, ScheduleStates, Terms
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.loader_settings import pass_lengths
 from lightning_fedhaw.notes import add_note
 from lightning_fedhaw.objectives.base import GRADIENT, ClientObjective, ClientState, Named
+from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.rule import LocalLRScale
 from lightning_fedhaw.vectors.layout import ParameterLayout
 from lightning_fedhaw.vectors.memory import is_out_of_memory
-
-ParameterState = dict[str, Any]
-"""The state that an optimizer keeps for one parameter, by name; values of any type, as in ``torch.optim``."""
-
-OptimizerStates = dict[int, ParameterState]
-"""The states of one optimizer, by position of the parameter in the optimizer's groups."""
-
-Settings = list[list[dict[str, Any]]]
-"""For each optimizer, and each of its parameter groups, the options by name."""
 
 
 class GradientSlope(Protocol):
@@ -90,7 +81,7 @@ class EndState(NamedTuple):
 
 
 class Engine(ABC):
-    """A way to train a cohort.
+    """The clients, as the rounds of a run use them: they train, keep what is theirs, and evaluate the global model.
 
     Args:
         host: The trainer around it.
@@ -105,6 +96,7 @@ class Engine(ABC):
         attributes: The attributes of the module that clients keep.
         lr_scale: The rule's scale of the clients' learning rates in this round; ``None`` without one.
         local_parameters: The parameters that stay with the clients.
+        local_buffers: The buffers that stay with the clients.
         gradient: Computes the gradient ``[P]`` of a client's mean loss at parameters ``[P]``, for objectives that need
             it.
         gradient_slope: Computes how the gradient of a batch changes along a tangent; ``None`` where the clients' rate
@@ -135,8 +127,22 @@ class Engine(ABC):
         self.attributes = ClientAttributes(host.module, host.device)
         self.lr_scale: LocalLRScale | None = None
         self.local_parameters: LocalParameters
+        self.local_buffers: LocalBuffers
         self.gradient: Callable[[int, Tensor], Tensor]
         self.gradient_slope: GradientSlope | None = None
+
+    def succeed(self, engine: Engine) -> None:
+        """Take over from another engine: what its clients keep, and what it was given for them.
+
+        Args:
+            engine: The engine that this one replaces. A checkpoint may have been loaded into it.
+        """
+        self.optimizer_states = engine.optimizer_states
+        self.local_parameters = engine.local_parameters
+        self.local_buffers = engine.local_buffers
+        self.attributes = engine.attributes
+        self.gradient = engine.gradient
+        self.gradient_slope = engine.gradient_slope
 
     @property
     def clients_at_once(self) -> int:
@@ -183,6 +189,17 @@ class Engine(ABC):
         for state in end_states:
             pending.update(state.attributes)
         self.attributes.finish(pending)
+
+    def evaluate(self, own: Mapping[int, Mapping[str, Tensor]], ranks: Ranks, batch_size: int | None) -> ClientMetrics:
+        """Evaluate the global model, which is in the module, on every client's own data.
+
+        Args:
+            own: The parameters and buffers that a client has instead of the global model's, by client and name.
+            ranks: The processes, each of which evaluates a part of the clients.
+            batch_size: Samples in a batch; ``None`` for those of training.
+        """
+        moving = self.layout.frozen_parameters
+        return ClientEvaluation(self.host, self.data, ranks, self.plan.seed, own, moving, batch_size).evaluate()
 
     def close(self) -> None:
         """Release what is needed during a round only."""
@@ -232,96 +249,10 @@ class Engine(ABC):
         if self.plan.optimizer_state == "kept":
             self.optimizer_states[update.client] = update.memory["optimizers"]
         self.local_parameters.commit(update)
+        self.local_buffers.commit(update)
         self.attributes.pending[update.client] = update.memory.get("attributes", {})
         for objective, state in zip(self.objectives, update.memory["objectives"], strict=True):
             objective.keep_client_state(update.client, state)
-
-
-def states_of(optimizer: Optimizer) -> OptimizerStates:
-    """Return an optimizer's states in host memory.
-
-    States that are there already are not copied. That is safe because :func:`restore_states` replaces them before the
-    next client trains.
-    """
-    states: OptimizerStates = {}
-    for index, parameter in enumerate(parameters_of(optimizer)):
-        if parameter not in optimizer.state:
-            continue
-        state = {}
-        for name, value in optimizer.state[parameter].items():
-            state[name] = value.cpu() if isinstance(value, Tensor) else value
-        states[index] = state
-    return states
-
-
-def device_of_state(name: str, device: torch.device, group: Mapping[str, Any]) -> torch.device:
-    """Return the device where an optimizer reads a state, as ``torch.optim.Optimizer.load_state_dict`` places it.
-
-    Args:
-        name: The state's name.
-        device: The device of its parameter.
-        group: The options of the parameter's group.
-    """
-    # Plain optimizers read `step` on the host in every step; fused and capturable kernels read it where they run.
-    if name == "step" and not (group.get("fused") or group.get("capturable")):
-        return torch.device("cpu")
-    return device
-
-
-def restore_states(optimizer: Optimizer, states: Mapping[int, Mapping[str, Any]]) -> None:
-    """Replace an optimizer's states by copies of those that :func:`states_of` returned."""
-    optimizer.state = defaultdict(dict)
-    if not states:
-        return
-    index = 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if index in states:
-                optimizer.state[parameter] = _placed_copy(states[index], parameter.device, group)
-            index += 1
-
-
-def _placed_copy(state: Mapping[str, Any], device: torch.device, group: Mapping[str, Any]) -> ParameterState:
-    """Copy a parameter's state to the devices where the optimizer reads it."""
-    copied = {}
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            copied[name] = value.to(device_of_state(name, device, group), copy=True)
-        else:
-            copied[name] = copy.deepcopy(value)
-    return copied
-
-
-def settings_of(optimizers: Sequence[Optimizer]) -> Settings:
-    """Copy the options of every parameter group, which a module may change while a client trains."""
-    settings = []
-    for optimizer in optimizers:
-        settings.append([_options_of(group) for group in optimizer.param_groups])
-    return settings
-
-
-def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    options = {}
-    for name, value in group.items():
-        if name != "params":
-            # A rate that is a tensor is changed in place by schedules.
-            options[name] = value.clone() if isinstance(value, Tensor) else value
-    return options
-
-
-def restore_settings(optimizers: Sequence[Optimizer], settings: Settings) -> None:
-    """Restore the options that :func:`settings_of` returned."""
-    for optimizer, groups in zip(optimizers, settings, strict=True):
-        for group, options in zip(optimizer.param_groups, groups, strict=True):
-            for name, value in options.items():
-                if not isinstance(value, Tensor):
-                    group[name] = value
-                    continue
-                # A copy, so that a rate changed in place does not change what it is restored to; and on the device of
-                # the present rate, because what another process sent is in host memory.
-                present = group.get(name)
-                device = present.device if isinstance(present, Tensor) else value.device
-                group[name] = value.to(device, copy=True)
 
 
 def locate(error: BaseException, circumstances: str, batch_size: int, full_batch: int, remedy: str = "") -> None:

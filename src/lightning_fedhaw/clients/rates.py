@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from lightning_fedhaw.clients.engine import EndState, restore_settings, settings_of
+from lightning_fedhaw.clients.engine import EndState
+from lightning_fedhaw.clients.optimizer_states import restore_settings, settings_of
 from lightning_fedhaw.clients.steps import Host
 
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fedhaw.clients.engine import ParameterState
+from lightning_fedhaw.clients.optimizer_states import ParameterState
 
 
 def rebind_optimizer(

@@ -337,3 +337,8 @@ def _stack(values: list[Number]) -> Tensor:
     if are_alike and len(tensors) == len(values):
         return torch.stack(tensors).double()
     return torch.stack([torch.as_tensor(value, device=first.device).double() for value in values])
+
+
+def metrics_of(module: nn.Module) -> list[Metric]:
+    """List the ``torchmetrics`` objects in a module."""
+    return [submodule for submodule in module.modules() if isinstance(submodule, Metric)]

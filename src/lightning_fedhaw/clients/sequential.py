@@ -10,19 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_fedhaw.clients.engine import (
-    ClientTask,
-    EndState,
-    Engine,
-    locate,
-    restore_settings,
-    restore_states,
-    settings_of,
-    states_of,
-)
+from lightning_fedhaw.clients.engine import ClientTask, EndState, Engine, locate
 from lightning_fedhaw.clients.frozen import FrozenTensors
 from lightning_fedhaw.clients.local_parameters import LOCAL_PARAMETERS, in_host_memory
 from lightning_fedhaw.clients.lr_scale import ScaledOptimizer, ScaledSteps, initial_scale_states
+from lightning_fedhaw.clients.optimizer_states import restore_settings, restore_states, settings_of, states_of
 from lightning_fedhaw.clients.rates import scale_rates, unscaled
 from lightning_fedhaw.clients.records import LogRecorder
 from lightning_fedhaw.clients.sequential_tangents import SequentialTangents

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from lightning_fedhaw.autodiff.duals import dual_of, load_rules, parts_of
-from lightning_fedhaw.clients.engine import OptimizerStates, ParameterState
+from lightning_fedhaw.clients.optimizer_states import OptimizerStates, ParameterState
 from lightning_fedhaw.clients.rebinding import rebind_optimizer
 from lightning_fedhaw.clients.steps import parameters_of
 from lightning_fedhaw.rule import LocalLRScale

@@ -12,7 +12,9 @@ from lightning_fedhaw.comparing import expressions
 from lightning_fedhaw.comparing.execution import cores
 from lightning_fedhaw.comparing.federations import CELLS
 from lightning_fedhaw.comparing.plan import BASELINES, SETTINGS
-from lightning_fedhaw.comparing.study import Comparison, compare
+from lightning_fedhaw.comparing.study import PICTURE_FORMATS, Comparison, compare
+from lightning_fedhaw.figures.base import theme
+from lightning_fedhaw.figures.command_line import add_picture_options
 
 _DESCRIPTION = "Compare methods: the same federations, cohorts, batches and initial models, over seeds."
 _EPILOG = f"""\
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         # Mistakes in the arguments, which all have been looked at before the first run, and processes that died.
         parser.error(str(error))
-    return report(comparison)
+    return report(comparison, args.formats, args.theme)
 
 
 def _parser(dotted: Sequence[str]) -> argparse.ArgumentParser:
@@ -90,6 +92,7 @@ def _parser(dotted: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=cores(), help="processes; default: one a core, here %(default)s")
     parser.add_argument("--accelerator", default="cpu", help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("comparison"), help="folder; default: %(default)s")
+    add_picture_options(parser, PICTURE_FORMATS)
     settings = parser.add_argument_group("settings, each with one value or several")
     for name in SETTINGS:
         settings.add_argument(*_flags(name), nargs="+", type=_value, dest=f"setting {name}", metavar="VALUE")
@@ -168,13 +171,20 @@ def _unknown_sentence(parser: argparse.ArgumentParser, option: str) -> str:
     return f"There is no option `{name}`. {hint}"
 
 
-def report(comparison: Comparison) -> int:
-    """Print tables and paths, draw the curves, and return the exit status: 1 if a run failed."""
+def report(comparison: Comparison, formats: Sequence[str], theme_name: str) -> int:
+    """Print tables and paths, draw the curves, and return the exit status: 1 if a run failed.
+
+    Args:
+        comparison: The results.
+        formats: The formats of the pictures.
+        theme_name: The theme of the pictures.
+    """
     paths = [comparison.output / name for name in ("table.tex", "table.md", "results.csv", "results.json")]
     if comparison.records:
         print(f"\n{comparison.table()}\n{comparison.differences()}")
         try:
-            paths += comparison.draw()
+            with theme(theme_name):
+                paths += comparison.draw(formats)
         except ModuleNotFoundError as error:
             print(f"{error} The tables are there without.", file=sys.stderr)
         print("written: " + ", ".join(map(str, paths)))

@@ -37,6 +37,9 @@ from lightning_fedhaw.report.plotting import draw_bands
 
 Created = TypeVar("Created")
 
+PICTURE_FORMATS = ("png", "pdf")
+"""The formats of pictures if nothing else is asked for: for pages, and for papers."""
+
 _SUFFIXES = {"text": "txt", "markdown": "md", "latex": "tex"}
 
 
@@ -102,7 +105,7 @@ class Comparison:
                 histories[method].append(history)
         return histories
 
-    def draw(self, formats: Sequence[str] = ("png", "pdf")) -> list[Path]:
+    def draw(self, formats: Sequence[str] = PICTURE_FORMATS) -> list[Path]:
         """Draw the curves of each group with bands over seeds.
 
         Args:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
@@ -20,12 +16,9 @@ from lightning_fedhaw.data.class_histogram import ClassHistogram, class_histogra
 from lightning_fedhaw.data.hold_out import HoldOut
 from lightning_fedhaw.data.labels import ClassLabels
 from lightning_fedhaw.data.loader_settings import LoaderSettings, pass_lengths
-from lightning_fedhaw.data.partitioners.partition import Partition, swap_labels
-from lightning_fedhaw.data.tensors import tensors_of
+from lightning_fedhaw.data.partitioners.partition import Partition
+from lightning_fedhaw.data.samples import Samples, SwappedLabels
 from lightning_fedhaw.streams import PathPart, stream
-
-_HASHED_ROWS = 1000
-"""About how many rows of each tensor are hashed, at most: enough to distinguish two data sets."""
 
 
 @dataclass(slots=True)  # not frozen, which would triple the time to construct one, for every batch
@@ -50,9 +43,6 @@ class Batch:
 class ClientData:
     """All clients' training data: a data set, and the indices of each client's samples.
 
-    Data that is tensors in memory (a ``TensorDataset``, also under ``Subset`` or ``ConcatDataset``) is sliced; anything
-    else is fetched and collated sample by sample.
-
     Args:
         dataset: A map-style data set.
         partition: The samples of each client.
@@ -64,6 +54,9 @@ class ClientData:
         evaluation: The clients' own data sets for evaluation, where they have some.
         evaluation_dataset: The same samples in the same order, as they are read for evaluation. Default: as for
             training.
+
+    Attributes:
+        samples: The samples as batches are made of them. Clients that are read in another way share them.
     """
 
     def __init__(
@@ -79,14 +72,13 @@ class ClientData:
         evaluation: ClientData | None = None,
         evaluation_dataset: Dataset[object] | None = None,
     ) -> None:
-        self.dataset = dataset
+        self.samples = Samples(dataset, may_be_sliced=settings.is_default)
         self.evaluation_dataset = evaluation_dataset
         self.labels = labels
         self.class_names = class_names
         self.partition = partition
         self.settings = settings
         self.seed = seed
-        self._channels_last = False
         self.evaluation = evaluation
         self.train_indices = tuple(partition.indices)
         self.held_out_indices = tuple(samples[:0] for samples in partition.indices)
@@ -133,13 +125,10 @@ class ClientData:
                 f" `batch_size`={batch_size} training samples. {remedy}"
             )
 
-    @cached_property
-    def _tensors(self) -> tuple[Tensor, ...] | None:
-        """The tensors in memory, on the device and in the layout of :meth:`place`; ``None`` if samples are fetched."""
-        if not self.settings.is_default:
-            # A custom function may make anything of a list of samples, so it has to receive such a list.
-            return None
-        return tensors_of(self.dataset)
+    @property
+    def dataset(self) -> Dataset[object]:
+        """The data set of which all clients have their samples."""
+        return self.samples.dataset
 
     @property
     def num_clients(self) -> int:
@@ -173,7 +162,7 @@ class ClientData:
         if for_evaluation and self.evaluation_dataset is not None:
             dataset = self.evaluation_dataset
         if client in self.partition.label_swaps:
-            dataset = _SwappedLabels(dataset, self.partition.label_swaps[client])
+            dataset = SwappedLabels(dataset, self.partition.label_swaps[client])
         return Subset(dataset, indices.tolist())
 
     def class_histogram(self) -> ClassHistogram | None:
@@ -185,35 +174,24 @@ class ClientData:
     @property
     def is_sliced(self) -> bool:
         """Whether batches are slices of tensors in memory."""
-        return self._tensors is not None
+        return self.samples.tensors is not None
 
     def sample_hash(self) -> str:
         """Hash some samples in memory and weights, by which processes find out whether they have the same data."""
-        digest = hashlib.blake2b(digest_size=16)
-        tensors = [*(self._tensors or ())]
+        weights: list[Tensor] = []
         if self.settings.draws is not None and self.settings.draws.weights is not None:
-            tensors.append(self.settings.draws.weights)
-        for tensor in tensors:
-            step = max(1, len(tensor) // _HASHED_ROWS)
-            rows = tensor[::step].cpu()
-            if self._channels_last and rows.ndim == 4:
-                rows = rows.movedim(-1, 1)
-            rows = rows.contiguous()
-            digest.update(rows.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+            weights.append(self.settings.draws.weights)
+        return self.samples.hash(weights)
 
     @property
     def device(self) -> torch.device | None:
         """The device of the tensors in memory, and so of the batches; ``None`` if there are several or none."""
-        devices = {tensor.device for tensor in self._tensors or ()}
-        return devices.pop() if len(devices) == 1 else None
+        return self.samples.device
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors in memory."""
-        nbytes = 0
-        for tensor in self._tensors or ():
-            nbytes += tensor.numel() * tensor.element_size()
+        nbytes = self.samples.nbytes
         if self.evaluation is not None:
             nbytes += self.evaluation.nbytes
         return nbytes
@@ -240,28 +218,11 @@ class ClientData:
         """
         if self.evaluation is not None:
             self.evaluation.place(device, channels_last=channels_last)
-        placed = None
-        if self._tensors is not None:
-            placed = tuple(self._placed(tensor, device, channels_last) for tensor in self._tensors)
-        # Both are set at the end: if memory runs out above, nothing has changed.
-        self._tensors = placed
-        self._channels_last = channels_last
-
-    def _placed(self, tensor: Tensor, device: torch.device | None, channels_last: bool) -> Tensor:
-        """Move a tensor in memory to a device and into a layout."""
-        if channels_last != self._channels_last and tensor.ndim == 4:
-            # Stored as [samples, H, W, C], because a gather of rows keeps the contiguous layout only.
-            axes = (0, 2, 3, 1) if channels_last else (0, 3, 1, 2)
-            tensor = tensor.permute(axes).contiguous()
-        if device is not None:
-            tensor = tensor.to(device)
-        return tensor
+        self.samples.place(device, channels_last=channels_last)
 
     def release(self) -> None:
         """Release copies of the data set's tensors, on any device; they are made again when they are needed."""
-        # The value of the `cached_property`: its next use reads the data set again.
-        vars(self).pop("_tensors", None)
-        self._channels_last = False
+        self.samples.release()
         if self.evaluation is not None:
             self.evaluation.release()
 
@@ -274,19 +235,7 @@ class ClientData:
         Returns:
             ``[*index.shape, ...]`` for each tensor.
         """
-        assert self._tensors is not None
-        flat = index.reshape(-1)
-        device = self.device
-        if device is not None and device.type == "cuda":
-            # From page-locked memory the copy is asynchronous: the host does not wait for the device's earlier work.
-            flat = flat.pin_memory().to(device, non_blocking=True)
-        gathered = []
-        for tensor in self._tensors:
-            rows = tensor.index_select(0, flat.to(tensor.device)).view(*index.shape, *tensor.shape[1:])
-            if self._channels_last and tensor.ndim == 4:
-                rows = rows.movedim(-1, -3)  # [..., C, H, W] for the model, in memory as [..., H, W, C]
-            gathered.append(rows)
-        return gathered
+        return self.samples.gather(index)
 
     def orders(
         self,
@@ -381,11 +330,11 @@ class ClientData:
         )
         if self.evaluation_dataset is None and collate_fn is self.settings.collate_fn:
             return reader
-        channels_last = self._channels_last
+        dataset = self.dataset
         if self.evaluation_dataset is not None:
-            reader.dataset = self.evaluation_dataset
-        reader.release()
-        reader.place(channels_last=channels_last)
+            dataset = self.evaluation_dataset
+        reader.samples = Samples(dataset, may_be_sliced=reader.settings.is_default)
+        reader.samples.place(None, channels_last=self.samples.channels_last)
         return reader
 
     def _evaluation_samples(self, client: int) -> Tensor:
@@ -493,65 +442,6 @@ class ClientData:
             workers: The name, within the client's streams, of the one from which worker processes draw.
         """
         swap = self.partition.label_swaps.get(client)
-        if self._tensors is not None:
-            return self._sliced(order, swap)
-        return self._fetched(order, swap, stream(self.seed, "client", client, *workers))
-
-    def _sliced(self, order: Tensor, swap: tuple[int, int] | None) -> Iterator[tuple[Any, int]]:
-        """Make batches as slices of the tensors in memory."""
-        # One gather for the whole pass, of which batches are views, is faster than one for each batch.
-        gathered = self.gather(order)
-        if swap is not None:
-            gathered[1] = swap_labels(gathered[1], swap)
-        if self.settings.pin_memory and torch.cuda.is_available():
-            gathered = [_pinned(tensor) for tensor in gathered]
-        columns = [torch.split(tensor, self.settings.batch_size) for tensor in gathered]
-        for views in zip(*columns, strict=True):
-            yield list(views), len(views[0])
-
-    def _fetched(
-        self, order: Tensor, swap: tuple[int, int] | None, generator: torch.Generator
-    ) -> Iterator[tuple[Any, int]]:
-        """Fetch and collate batches sample by sample."""
-        dataset = self.dataset
-        if swap is not None:
-            dataset = _SwappedLabels(dataset, swap)
-        chunks = [chunk.tolist() for chunk in torch.split(order, self.settings.batch_size)]
-        loader = self.settings.loader(dataset, chunks, generator)
-        for data, chunk in zip(loader, chunks, strict=True):
-            if self._channels_last:
-                data = apply_to_collection(data, Tensor, _channels_last)
-            yield data, len(chunk)
-
-
-class _SwappedLabels(Dataset[object]):
-    """The data set of a client in whose labels two classes are swapped."""
-
-    def __init__(self, dataset: Dataset[Any], swap: tuple[int, int]) -> None:
-        self.dataset = dataset
-        self.swap = swap
-
-    def __getitem__(self, index: int) -> Any:
-        # With bulk fetching, a list of indices and an array of labels.
-        sample = self.dataset[index]
-        label: Any = swap_labels(torch.as_tensor(sample[1]), self.swap)
-        # A Python number or list remains one, because a collate function may treat tensors differently.
-        if isinstance(sample[1], np.ndarray) and sample[1].ndim:
-            label = label.numpy()
-        elif not isinstance(sample[1], Tensor):
-            label = label.tolist()
-        return (sample[0], label, *sample[2:])
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    """Copy a tensor of the CPU into page-locked memory."""
-    if tensor.device.type != "cpu":
-        return tensor
-    return tensor.pin_memory()
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    """Lay out a batch of images ``[B, C, H, W]`` channels-last; return other tensors unchanged."""
-    if tensor.ndim != 4:
-        return tensor
-    return tensor.contiguous(memory_format=torch.channels_last)
+        if self.is_sliced:
+            return self.samples.slices(order, swap, self.settings)
+        return self.samples.fetched(order, swap, self.settings, stream(self.seed, "client", client, *workers))

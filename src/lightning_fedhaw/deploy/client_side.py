@@ -19,12 +19,12 @@ from lightning_fedhaw import arguments
 from lightning_fedhaw.adapter.site import options_of, run_at_site
 from lightning_fedhaw.adapter.trainer_attributes import callbacks_of
 from lightning_fedhaw.clients.engine import ClientTask
+from lightning_fedhaw.clients.evaluation import ClientEvaluation
 from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.deploy.agreement import terms_of
 from lightning_fedhaw.deploy.messages import Message, packed, unpacked
 from lightning_fedhaw.deploy.training_state import scale_from, sent_state, state_from
-from lightning_fedhaw.federation.client_evaluation import ClientEvaluation
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.files import load_checked, write_bytes
 
@@ -180,7 +180,7 @@ class _Work(ABC):
         if kept.get("run") == self.content["run"] and last_received in kept["rounds"]:
             state = kept["rounds"][last_received]
             self._earlier[last_received] = state
-            federation.run_state.take(state["entries"], federation.engine)
+            federation.run_state.load_entries(state["entries"], federation.engine)
             federation.engine.attributes.load_state_dict(state["entries"]["attributes"])
             for objective, states in zip(federation.engine.objectives, state["objectives"], strict=True):
                 objective.load_state_dict({"clients": states})
@@ -249,10 +249,9 @@ class _Training(_Work):
             update = next(updates)
             # Now, while the module holds the client's model.
             self._read_model(federation, update)
-            update = federation.initial_losses.added_to(update, {self.client: start})
+            update = federation.training.initial_losses.added_to(update, {self.client: start})
             self._read(federation, update)
             engine.commit(update)
-            federation.buffers.remember(update)
         end = engine.end_state()
         engine.restore_end_state([end])
         self.reply["end"] = sent_state(end)

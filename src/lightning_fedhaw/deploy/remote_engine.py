@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_fedhaw.clients.engine import ClientTask, EndState
+from lightning_fedhaw.clients.evaluation import ClientMetrics, metrics_of_rows
 from lightning_fedhaw.clients.local_parameters import LOCAL_PARAMETERS
 from lightning_fedhaw.clients.records import Logged
 from lightning_fedhaw.clients.sequential import SequentialEngine, furthest_of
@@ -20,11 +21,11 @@ from lightning_fedhaw.deploy.messages import Message, merged, packed
 from lightning_fedhaw.deploy.roster import Roster
 from lightning_fedhaw.deploy.sites import Task
 from lightning_fedhaw.deploy.training_state import sent_scale, sent_state, state_from
-from lightning_fedhaw.federation.client_evaluation import ClientMetrics, metrics_of_rows
 from lightning_fedhaw.federation.federation import Federation
 from lightning_fedhaw.federation.repeated import RepeatedWarnings
 from lightning_fedhaw.federation.screening import NONFINITE
 from lightning_fedhaw.federation.shared_states import SHARED_CHANGES
+from lightning_fedhaw.ranks import Ranks
 
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 """What is raised by a reply that is none."""
@@ -88,23 +89,18 @@ class RemoteEngine(SequentialEngine):
     def __init__(self, federation: Federation, roster: Roster, exchange: Exchange) -> None:
         engine = federation.engine
         super().__init__(engine.host, engine.layout, engine.data, engine.plan, engine.objectives)
-        self.local_parameters = engine.local_parameters
-        self.gradient = engine.gradient
-        self.attributes = engine.attributes
+        self.succeed(engine)
         self.server = federation.server
         self.buffers = federation.buffers
         self.sharing = federation.shared_states.sharing
         self.seed = federation.seed
-        self.run_state = federation.run_state
+        self.identity = federation.run_state.identity
         self.needs_initial_loss = federation.rule.needs_initial_loss
         self.roster = roster
         self.exchange = exchange
         self.absent: set[int] = set()
         self.warnings = RepeatedWarnings()
         self._remembering: dict[int, bool] = {}
-        federation.initial_losses.are_sent = True
-        federation.buffers.are_elsewhere = True
-        federation.evaluate_elsewhere = self.evaluate
 
     # ------------------------------------------------------------------ a round
 
@@ -175,7 +171,7 @@ class RemoteEngine(SequentialEngine):
             "round": self.host.round,
             "num_clients": self.data.num_clients,
             "seed": self.seed,
-            "run": self.run_state.run,
+            "run": self.identity.run,
         }
 
     def _own_part(self, client: int, round_idx: int) -> Message:
@@ -187,7 +183,7 @@ class RemoteEngine(SequentialEngine):
         """
         standing = self.roster.standing(client, round_idx)
         buffers = {}
-        kept_by_clients = self.buffers.kept_by_clients
+        kept_by_clients = self.buffers.local.names
         policies = self.buffers.policy_of
         derived = self.buffers.kinds.derived_names
         for name, value in self.server.buffers.items():
@@ -272,10 +268,12 @@ class RemoteEngine(SequentialEngine):
 
     # ------------------------------------------------------------------ evaluation
 
-    def evaluate(self, batch_size: int | None) -> ClientMetrics:
+    def evaluate(self, own: Mapping[int, Mapping[str, Tensor]], ranks: Ranks, batch_size: int | None) -> ClientMetrics:
         """Let all sites evaluate the global model on their own data; those that are absent have no values.
 
         Args:
+            own: Not used: each site has what is its own.
+            ranks: Not used.
             batch_size: Samples in a batch; ``None`` for those of a site's training.
         """
         common = packed({**self._model(self.server.parameters()), "batch_size": batch_size})

@@ -410,6 +410,20 @@ class _ServerCallback(pl.Callback):
         self.side.roster.load_state_dict(state_dict)
 
 
+def rounds_done(folder: str | Path) -> int:
+    """Return the number of rounds whose checkpoint a server has written, also from another process.
+
+    Args:
+        folder: The ``folder`` of a :class:`ServerSide`, which need not exist yet.
+    """
+    path = Path(folder) / LAST_CHECKPOINT
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        checkpoint: Any = load_checked(file, str(path))
+    return int(checkpoint["global_step"])
+
+
 def _number_of_sites(num_sites: int | None, num_clients: int | None) -> int:
     """Return the number of sites to wait for."""
     if num_sites is None and num_clients is None:

@@ -11,18 +11,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_fedhaw.channel.base import Link
+from lightning_fedhaw.clients.local_buffers import LocalBuffers
 from lightning_fedhaw.clients.records import LogRecorder
-from lightning_fedhaw.clients.steps import Host, turns
+from lightning_fedhaw.clients.steps import turns
 from lightning_fedhaw.cohort import ClientUpdate, Cohort
-from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.federation.buffer_kinds import BufferKinds
 from lightning_fedhaw.federation.buffer_names import is_named, listed, policies_by_name
+from lightning_fedhaw.federation.context import RunContext
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
-from lightning_fedhaw.options import BufferPolicies, BufferPolicy
+from lightning_fedhaw.options import BufferPolicy
 from lightning_fedhaw.rule import RuleOutput
-from lightning_fedhaw.server import Server, all_finite, averaged_buffers
+from lightning_fedhaw.server import averaged_buffers
 from lightning_fedhaw.streams import seed_of
-from lightning_fedhaw.vectors.memory import HOST
+from lightning_fedhaw.vectors.kernels import all_finite
 
 RECALIBRATION_BATCHES = 50
 """The number of batches that buffers are recomputed on, over the whole cohort."""
@@ -34,36 +35,33 @@ class Buffers:
     Frozen parameters that a pattern of it matches count as buffers.
 
     Args:
-        policies: The argument ``buffers``.
-        host: The trainer around the federation.
-        server: The global model.
-        data: The clients' data.
-        seed: The federation's seed, for models that draw while buffers are recalibrated.
+        context: What all steps of a round work with.
 
     Attributes:
         policy_of: The policy of each buffer by name.
         kinds: The kinds of the buffers.
-        local: Each client's own buffers, with ``"local"``, in host memory.
-        are_elsewhere: Whether clients are not in this process, and keep their own buffers themselves.
+        local: Each client's own buffers, with ``"local"``, which its engine keeps.
 
     Raises:
         ValueError: If a pattern matches nothing, or buffers cannot be recalibrated by the user's module.
     """
 
-    are_elsewhere = False
-
-    def __init__(self, policies: BufferPolicies, host: Host, server: Server, data: ClientData, seed: int) -> None:
-        self.policies = policies
-        self.policy_of = policies_by_name(policies, server.module, server.layout)
+    def __init__(self, context: RunContext) -> None:
+        host = context.host
+        server = context.server
+        self.policies = context.options.buffers
+        self.policy_of = policies_by_name(self.policies, server.module, server.layout)
         self.host = host
         self.server = server
-        self.data = data
-        self.seed = seed
+        self.data = context.data
+        self.seed = context.seed
         self.kinds = BufferKinds(host.module, server.buffers)
-        self.local: dict[int, dict[str, Tensor]] = {}
+        # Derived buffers belong to the weights that a client receives, and not to those that it had before.
+        kept = frozenset(name for name in self._names("local") if name not in self.kinds.derived_names)
+        self.local = LocalBuffers(kept, is_in_use=self.remembers)
         self._averaged = [name for name in self.policy_of if self._is_averaged(name)]
         self._has_warned = False
-        if self._names("recalibrate") or policies == "recalibrate":
+        if self._names("recalibrate") or self.policies == "recalibrate":
             self._check_recalibration()
 
     def _check_recalibration(self) -> None:
@@ -119,19 +117,14 @@ class Buffers:
         return ["buffers"] if self._averaged else []
 
     @property
-    def kept_by_clients(self) -> frozenset[str]:
-        """The names of the buffers of which each client has its own from its first update on."""
-        return frozenset(self._kept_by_clients(self.server.buffers))
-
-    @property
     def averaged(self) -> Sequence[str]:
         """The names of the buffers that the server combines, which clients have to send."""
         return self._averaged
 
     def start(self, client: int) -> Mapping[str, Tensor]:
         """Return the buffers that a client starts from."""
-        own = self.local.get(client)
-        if own is None:
+        own = self.local.start(client)
+        if not own:
             return self.server.buffers
         return {**self.server.buffers, **own}
 
@@ -150,39 +143,6 @@ class Buffers:
             if not _is_same(buffer, self.server.buffers[name]):
                 changed[name] = buffer.cpu()
         return changed
-
-    def remember(self, update: ClientUpdate) -> None:
-        """Keep the buffers of a client whose update was received for its next round, with ``"local"``."""
-        if not self.remembers or self.are_elsewhere:
-            return
-        own = self._kept_by_clients(update.buffers)
-        self.local[update.client] = {name: buffer.to(HOST) for name, buffer in own.items()}
-
-    def reset_local(self, names: Sequence[str]) -> None:
-        """Let all clients start from the server's buffers with these names, where they have kept their own."""
-        if not names:
-            return
-        for client, own in self.local.items():
-            remaining = dict(own)
-            for name in names:
-                remaining.pop(name, None)
-            # Replaced, not changed: the undo of a round holds the dictionaries themselves.
-            self.local[client] = remaining
-
-    def load(self, local: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Load clients' own buffers from a checkpoint, except those that are frozen or not local by now."""
-        self.local = {}
-        for client, buffers in local.items():
-            self.local[client] = self._kept_by_clients(buffers)
-
-    def _kept_by_clients(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Pick the buffers that clients keep."""
-        local = {}
-        for name, buffer in buffers.items():
-            # Derived buffers belong to the weights that a client receives, and not to those that it had before.
-            if self.policy_of.get(name) == "local" and name not in self.kinds.derived_names:
-                local[name] = buffer
-        return local
 
     def aggregate(
         self, cohort: Cohort, step: RuleOutput, updates: Sequence[ClientUpdate]

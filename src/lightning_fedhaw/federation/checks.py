@@ -27,6 +27,20 @@ def check_objectives(objectives: Sequence[ClientObjective], host: Host) -> None:
         )
 
 
+def check_probing(rule: Rule, host: Host) -> None:
+    """Refuse a rule with a probe that cannot learn from it, or where there is no loss to probe."""
+    if type(rule).learn_from is Rule.learn_from:
+        raise TypeError(
+            f"`{type(rule).__name__}` sets `probe` and has no method `learn_from`, which receives the answers."
+            " Implement `learn_from(probe, state, server)`, or leave `probe` out."
+        )
+    if not host.module.automatic_optimization:
+        raise ValueError(
+            f"`{type(rule).__name__}` probes the loss that `training_step` returns, and with"
+            " `automatic_optimization=False` it returns none. Use automatic optimization, or another rule."
+        )
+
+
 def check_inquiring(rule: Rule, host: Host, buffers: Buffers) -> None:
     """Refuse a rule that asks clients for derivatives where there is no loss to derive, or one that cannot be right."""
     if not host.module.automatic_optimization:

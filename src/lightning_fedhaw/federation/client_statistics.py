@@ -9,7 +9,7 @@ from math import inf
 
 from torch import Tensor
 
-from lightning_fedhaw.federation.client_evaluation import ClientMetrics
+from lightning_fedhaw.clients.evaluation import ClientMetrics
 from lightning_fedhaw.federation.records import Tally
 from lightning_fedhaw.notes import add_note
 from lightning_fedhaw.options import FederationOptions

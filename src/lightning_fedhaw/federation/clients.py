@@ -66,5 +66,5 @@ class FederationClients:
             client: The client's number.
         """
         federation = self._federation
-        own = {**federation.engine.local_parameters.start(client), **federation.buffers.local.get(client, {})}
+        own = {**federation.engine.local_parameters.start(client), **federation.buffers.local.start(client)}
         return {name: value.detach().cpu().clone() for name, value in own.items()}

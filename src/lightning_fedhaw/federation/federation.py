@@ -2,69 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
-import torch
 from lightning.fabric.utilities import move_data_to_device
-from torch import Tensor
 
 from lightning_fedhaw.channel.base import Channel
 from lightning_fedhaw.clients.choice import choose
-from lightning_fedhaw.clients.engine import ClientTask, Engine
+from lightning_fedhaw.clients.engine import Engine
+from lightning_fedhaw.clients.evaluation import ClientMetrics
 from lightning_fedhaw.clients.local_parameters import LocalParameters
 from lightning_fedhaw.clients.plan import LocalPlan
 from lightning_fedhaw.clients.records import merge
 from lightning_fedhaw.clients.sequential import SequentialEngine
-from lightning_fedhaw.clients.steps import Host
-from lightning_fedhaw.cohort import ClientUpdate, Cohort
-from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.cohort import Cohort
 from lightning_fedhaw.data.samplers import CohortSampler
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.checks import check_objectives, check_step, local_lr_scale
-from lightning_fedhaw.federation.client_evaluation import ClientEvaluation, ClientMetrics
 from lightning_fedhaw.federation.client_statistics import Spread, spread_in_round
+from lightning_fedhaw.federation.cohort_training import CohortTraining
+from lightning_fedhaw.federation.context import RunContext
 from lightning_fedhaw.federation.full_gradient import FullGradient
-from lightning_fedhaw.federation.initial_loss import InitialLosses
-from lightning_fedhaw.federation.inquiries import Inquired, Inquiries, ServerParametersPayload, note_idle_round
+from lightning_fedhaw.federation.inquiries import Inquired, Inquiries
 from lightning_fedhaw.federation.memory_advice import memory_advice
 from lightning_fedhaw.federation.observation import Observation
 from lightning_fedhaw.federation.placement import Placement, do_clients_remember
 from lightning_fedhaw.federation.probing import Probed, Probing
 from lightning_fedhaw.federation.rate_tangents import RateTangentPayload
-from lightning_fedhaw.federation.records import (
-    Aggregation,
-    LocalResults,
-    Received,
-    Report,
-    RoundPlan,
-    Tally,
-    UpdateRecord,
-    cohort_of,
-)
+from lightning_fedhaw.federation.records import Aggregation, Received, Report, RoundPlan, Tally, cohort_of
 from lightning_fedhaw.federation.run_state import RoundSnapshot, RunState
 from lightning_fedhaw.federation.sampling import Sampling
 from lightning_fedhaw.federation.screening import Screening
+from lightning_fedhaw.federation.server_parameters import ServerParametersPayload
 from lightning_fedhaw.federation.shared_states import SharedStates
-from lightning_fedhaw.federation.stores import RoundStores, VectorStore, make_store
+from lightning_fedhaw.federation.stores import VectorStore
 from lightning_fedhaw.federation.transport import SidePayload, Transport
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.notes import add_note
 from lightning_fedhaw.objectives.base import ClientObjective, find_objectives
 from lightning_fedhaw.objectives.local_training import LocalTraining
-from lightning_fedhaw.options import FederationOptions
-from lightning_fedhaw.ranks import Ranks
-from lightning_fedhaw.rule import Rule
-from lightning_fedhaw.server import Server
 from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
 from lightning_fedhaw.vectors.layout import ParameterLayout
 from lightning_fedhaw.vectors.memory import HOST, is_out_of_memory
-
-_NO_VECTOR = torch.empty(0)
 
 
 class Federation:
@@ -73,84 +54,77 @@ class Federation:
     The order of a round is here, in :meth:`_run_round`. The state of its steps is kept by collaborators.
 
     Args:
-        host: The trainer around it.
-        server: The global model.
-        data: The clients' data.
+        context: What all steps of a round work with: the trainer around them, server, data, rule, options, processes.
         sampler: How the clients of a round are sampled.
-        rule: How the server aggregates.
         callbacks: The trainer's callbacks, from which channels and client objectives are selected in list order.
-        options: The federation's arguments.
         local_training: How clients train, for the rule and the objectives.
         limit: Batches a local pass at most.
         cohort_cap: Clients a round at most, for a development run.
-        ranks: The processes that share the work; this one alone by default.
 
     Attributes:
         engine: The engine that trains clients; see :meth:`choose_engine`.
         in_round: Whether a round is running, so that the module may hold a client's model.
         on_round_start: Called with the round's number and the clients that were sampled.
         on_snapshot: Called with what the undo of the round restores, before anything changes.
-        on_client_start: Called with each task of this process, when an engine asks for it.
-        on_client_end: Called with each update of this process.
         on_round_end: Called with the round's report.
     """
 
     def __init__(
         self,
-        host: Host,
-        server: Server,
-        data: ClientData,
+        context: RunContext,
         sampler: CohortSampler,
-        rule: Rule,
         callbacks: Sequence[Any],
-        options: FederationOptions,
         *,
         local_training: LocalTraining,
         limit: int | float | None = None,
         cohort_cap: int | None = None,
-        ranks: Ranks | None = None,
     ) -> None:
-        self.host = host
-        self.server = server
-        self.data = data
-        self.rule = rule
-        self.options = options
+        self.context = context
+        self.host = context.host
+        self.server = context.server
+        self.data = context.data
+        self.rule = context.rule
+        self.options = context.options
+        self.ranks = context.ranks
+        self.seed = context.seed
         self.local_training = local_training
-        self.seed = options.resolved_seed
-        self.sampling = Sampling(sampler, data, self.seed, cohort_cap)
-        self.ranks = ranks or Ranks()
-        channels = [callback for callback in callbacks if isinstance(callback, Channel)]
+        self.sampling = Sampling(sampler, self.data, self.seed, cohort_cap)
         objectives = find_objectives(callbacks)
-        check_objectives(objectives, host)
-        self.buffers = Buffers(options.buffers, host, server, data, self.seed)
-        plan = LocalPlan.of(options, limit, data.num_clients)
-        self.engine: Engine = SequentialEngine(host, self.layout, data, plan, objectives)
-        self.engine.local_parameters = LocalParameters(server)
-        self.engine.gradient = FullGradient(host, server, data, self.seed, self.engine.local_parameters).compute
-        self.initial_losses = InitialLosses(host, server, data, rule, self.buffers, self.seed)
-        self.shared_states = SharedStates(objectives, self.layout, data.num_clients, rule, options, self.ranks)
-        rate_tangents = RateTangentPayload(host, server, rule, self.engine)
-        server_parameters = ServerParametersPayload(server, rule)
-        payloads: list[SidePayload] = [self.buffers, self.shared_states, rate_tangents, server_parameters]
-        self.transport = Transport(channels, self.layout, payloads, self.seed)
-        clients_remember = do_clients_remember(options, self.buffers, self.layout, self.uplink, objectives)
+        check_objectives(objectives, self.host)
+        self.buffers = Buffers(context)
+        self.engine: Engine = self._sequential_engine(objectives, limit)
+        self.shared_states = SharedStates(context, objectives)
+        self.transport = self._make_transport(callbacks)
+        clients_remember = do_clients_remember(self.options, self.buffers, self.layout, self.uplink, objectives)
         self.placement = Placement(self.ranks, is_sticky=clients_remember)
         self._prepare_transport(clients_remember)
-        self.screening = Screening(options, self.buffers, rule, self.transport.uplink)
-        self.probing = Probing(host, server, rule, options, self.buffers, self.placement, self.transport, self.sampling)
-        self.inquiries = Inquiries(
-            host, server, rule, options, self.buffers, data, self.transport, self.screening, self.ranks, self.seed
-        )
-        self.observation = Observation(host, server, self.seed)
+        self.screening = Screening(self.options, self.buffers, self.rule, self.uplink)
+        self.training = CohortTraining(context, self.buffers, self.shared_states, self.transport, self.screening)
+        self.probing = Probing(context, self.buffers, self.placement, self.transport, self.sampling)
+        self.inquiries = Inquiries(context, self.buffers, self.transport, self.screening)
+        self.observation = Observation(self.host, self.server, self.seed)
         self.run_state = self._make_run_state(objectives)
         self.in_round = False
-        # Where clients are not in this process.
-        self.evaluate_elsewhere: Callable[[int | None], ClientMetrics] | None = None
         self.on_round_start: Callable[[int, list[int]], None] = _ignore
         self.on_snapshot: Callable[[RoundSnapshot], None] = _ignore
-        self.on_client_start: Callable[[ClientTask], None] = _ignore
-        self.on_client_end: Callable[[ClientUpdate], None] = _ignore
         self.on_round_end: Callable[[Report], None] = _ignore
+
+    def _sequential_engine(self, objectives: Sequence[ClientObjective], limit: int | float | None) -> SequentialEngine:
+        """Make the engine that any module can train with, until another one is chosen."""
+        plan = LocalPlan.of(self.options, limit, self.data.num_clients)
+        engine = SequentialEngine(self.host, self.layout, self.data, plan, objectives)
+        engine.local_parameters = LocalParameters(self.server)
+        engine.local_buffers = self.buffers.local
+        engine.gradient = FullGradient(self.context, engine.local_parameters).compute
+        return engine
+
+    def _make_transport(self, callbacks: Sequence[Any]) -> Transport:
+        """Make the transport through the channels, with everything that is sent in addition to models."""
+        channels = [callback for callback in callbacks if isinstance(callback, Channel)]
+        rate_tangents = RateTangentPayload(self.host, self.server, self.rule, self.engine)
+        server_parameters = ServerParametersPayload(self.server, self.rule)
+        payloads: list[SidePayload] = [self.buffers, self.shared_states, rate_tangents, server_parameters]
+        return Transport(channels, self.layout, payloads, self.seed)
 
     def _prepare_transport(self, clients_remember: bool) -> None:
         """Describe the federation to the channels."""
@@ -163,18 +137,14 @@ class Federation:
         )
 
     def _make_run_state(self, objectives: Sequence[ClientObjective]) -> RunState:
+        """Make the state of the run, which knows all owners of a part of it."""
         return RunState(
-            self.server,
-            self.rule,
-            self.data,
-            self.options,
+            self.context,
             buffers=self.buffers,
             transport=self.transport,
             objectives=objectives,
             placement=self.placement,
             screening=self.screening,
-            ranks=self.ranks,
-            seed=self.seed,
         )
 
     # ------------------------------------------------------------------ before a run
@@ -205,7 +175,7 @@ class Federation:
         Raises:
             ValueError: Naming the processes that differ.
         """
-        self.run_state.check_agreement()
+        self.run_state.identity.check_agreement()
 
     def choose_engine(self) -> str:
         """Use the engine that was requested, or that ``engine="auto"`` chooses.
@@ -269,10 +239,10 @@ class Federation:
             plan = self._broadcast(round_idx, clients)
             own_clients = self.placement.assign(plan.slots, self.engine.cost)
         self.engine.lr_scale = local_lr_scale(self.rule, self.layout, self.engine.objectives)
-        stores = self._make_stores(plan, capacity=len(own_clients))
+        share = self.training.share(plan, own_clients, self.engine, self.tally)
         inquiry = self.rule.inquiry(self.rule.state, self.server)
         trains = inquiry is None or not inquiry.replaces_training
-        received = self._train(plan, own_clients, stores, trains=trains)
+        received = self.training.run(share, trains=trains)
         plan = plan.without(self.engine.absent)
         if trains:
             self.screening.check_round(plan, received)
@@ -280,9 +250,9 @@ class Federation:
             inquired = self.inquiries.run(inquiry, plan, received, self.engine, self.tally)
         probed = self.probing.at_start(plan, self.engine, self.tally)
         with self.tally.phase("aggregation"):
-            aggregation = self._aggregate(plan, received, stores.displacements, inquired)
+            aggregation = self._aggregate(plan, received, share.stores.displacements, inquired)
             if trains:
-                self.shared_states.aggregate(plan.start, stores.shared, received.from_clients)
+                self.shared_states.aggregate(plan.start, share.stores.shared, received.from_clients)
         probed = self.probing.at_end(plan, self.engine, self.tally, aggregation.metrics, probed)
         # A rule on the server, or the recalibration of buffers, may have run the module's step.
         self.engine.attributes.restore()
@@ -305,138 +275,6 @@ class Federation:
         lost = self.transport.uplink_outages(round_idx, list(broadcast.models))
         factors = self.sampling.inverse_probabilities(clients)
         return RoundPlan(round_idx, clients, start, broadcast.models, lost, factors, broadcast.outdated)
-
-    def _make_stores(self, plan: RoundPlan, capacity: int) -> RoundStores:
-        """Make the stores of the vectors that this process's clients send."""
-        shared = self.shared_states.make_stores(plan.start, capacity)
-        displacements = make_store(
-            self.rule, self.options, plan.start, capacity, self.ranks, summed=self.transport.is_summed
-        )
-        return RoundStores(displacements, shared)
-
-    def _train(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores, *, trains: bool) -> Received:
-        """Train the cohort on all processes, and gather their results; without training, only list who takes part."""
-        work = self._train_share if trains else self._idle_share
-        shares = self.ranks.exchange(lambda: work(plan, own_clients, stores))
-        self.engine.restore_end_state([share.end_state for share in shares])
-        records = [record for share in shares for record in share.records]
-        excluded: dict[int, str] = {}
-        for share in shares:
-            excluded.update(share.excluded)
-        # The same order for any number of processes.
-        slot_of = {client: slot for slot, client in enumerate(plan.slots)}
-        records.sort(key=lambda record: slot_of[record.update.client])
-        self.tally.nonfinite_updates += len(excluded)
-        return Received(records, excluded)
-
-    def _train_share(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores) -> LocalResults:
-        """Do this process's part of a round: local training, the uplink, and substitutes for lost messages."""
-        records: list[UpdateRecord] = []
-        excluded: dict[int, str] = {}
-        with closing(self.engine.run(self._tasks(plan, own_clients, stores.displacements))) as updates:
-            while True:
-                update = self._next_update(updates)
-                if update is None:
-                    break
-                with self.tally.phase("channel"):
-                    reason = self._send_up(plan.round, update, stores.displacements)
-                self.on_client_end(update)
-                if reason is not None:
-                    excluded[update.client] = reason
-                    continue
-                update = self.initial_losses.added_to(update, plan.models)
-                self.shared_states.collect(update, stores.shared)
-                self.engine.commit(update)
-                self.transport.remember(update, plan.start)
-                self.buffers.remember(update)
-                records.append(self._record(update, stores.displacements, received=True))
-        for client in own_clients:
-            substitute = self._substitute(plan, client)
-            if substitute is not None:
-                records.append(self._record(substitute, stores.displacements, received=False))
-        end_state = self.engine.end_state()
-        if self.ranks.size > 1:
-            # Tensors on this process's device cannot be read by the others.
-            end_state = move_data_to_device(end_state, HOST)
-        return LocalResults(records, excluded, end_state)
-
-    def _idle_share(self, plan: RoundPlan, own_clients: Sequence[int], stores: RoundStores) -> LocalResults:
-        """Do this process's part of a round in which clients answer an inquiry instead of training."""
-        records: list[UpdateRecord] = []
-        note_idle_round(self.engine, self.host)
-        for client in own_clients:
-            if client in plan.trainees:
-                update = self._update_without_training(plan, client, torch.zeros_like(plan.start), num_steps=0)
-                records.append(self._record(update, stores.displacements, received=True))
-        return LocalResults(records, {}, self.engine.end_state())
-
-    def _tasks(self, plan: RoundPlan, own_clients: Sequence[int], store: VectorStore) -> Iterator[ClientTask]:
-        """Yield one task after another, each when the engine asks for it."""
-        for client in own_clients:
-            if client not in plan.lost:
-                buffers = self.buffers.start(client)
-                task = ClientTask(client, plan.models[client], buffers, store.slot, plan.inverse_probability(client))
-                self.on_client_start(task)
-                yield task
-
-    def _next_update(self, updates: Generator[ClientUpdate, None, None]) -> ClientUpdate | None:
-        """Let the engine train until the next update; ``None`` after the last one."""
-        with self.tally.phase("local training"):
-            return next(updates, None)
-
-    def _send_up(self, round_idx: int, update: ClientUpdate, store: VectorStore) -> str | None:
-        """Send an update through the uplink.
-
-        Returns:
-            A sentence, if the update is not finite before or after, or if the store cannot hold it; else ``None``.
-        """
-        # A client that failed changes no channel's state.
-        reason = self.screening.nonfinite_reason(round_idx, update)
-        if reason is not None:
-            return reason
-        if self.transport.transmit(round_idx, update):
-            # A channel may have made a finite update non-finite.
-            reason = self.screening.nonfinite_reason(round_idx, update, " (they were finite when it sent them)")
-        return reason or self.screening.misfit_reason(round_idx, update, store)
-
-    def _substitute(self, plan: RoundPlan, client: int) -> ClientUpdate | None:
-        """Make the substitute for a client's lost update, if its channel provides one and the rule takes it."""
-        if client not in plan.lost or not self.rule.takes_substitutes:
-            return None
-        substitute = plan.lost[client].substitute(client, plan.start)
-        if substitute is None:
-            return None
-        return self._update_without_training(plan, client, substitute.displacement, substitute.num_steps)
-
-    def _update_without_training(
-        self, plan: RoundPlan, client: int, displacement: Tensor, num_steps: int
-    ) -> ClientUpdate:
-        """Make the update of a client that did not train in this round."""
-        return ClientUpdate(
-            client=client,
-            num_examples=len(self.data.train_indices[client]),
-            num_steps=num_steps,
-            num_skipped=0,
-            displacement=displacement,
-            num_batches=self.engine.num_batches(client),
-            lr_scale=self.engine.plan.lr_scale_of(client),
-            inverse_probability=plan.inverse_probability(client),
-        )
-
-    def _record(self, update: ClientUpdate, store: VectorStore, *, received: bool) -> UpdateRecord:
-        """Store an update's vector on this process, and make its record for all processes."""
-        unnormalized_weight = self.rule.weigh(update)
-        store.commit(update, unnormalized_weight)
-        rms = self.transport.rms(update) if received else 0.0
-        buffers = update.buffers
-        logged = update.logged
-        if self.ranks.size > 1:
-            # The record is sent to the other processes: without unchanged buffers, which they have, and without
-            # metrics, which cannot be sent.
-            buffers = self.buffers.changed(update)
-            logged = {name: entry.located(self.host.module) for name, entry in logged.items()}
-        abridged = replace(update, displacement=_NO_VECTOR, buffers=buffers, logged=logged, memory={})
-        return UpdateRecord(abridged, received, unnormalized_weight, self.ranks.rank, rms)
 
     def _aggregate(self, plan: RoundPlan, received: Received, store: VectorStore, inquired: Inquired) -> Aggregation:
         """Let the rule compute a new global model from the cohort, and install it."""
@@ -516,11 +354,7 @@ class Federation:
         Args:
             batch_size: Samples in a batch; ``None`` for those of training.
         """
-        if self.evaluate_elsewhere is not None:
-            return self.evaluate_elsewhere(batch_size)
-        own = self.run_state.own_tensors_of_all(self.engine)
-        moving = self.layout.frozen_parameters
-        return ClientEvaluation(self.host, self.data, self.ranks, self.seed, own, moving, batch_size).evaluate()
+        return self.engine.evaluate(self.run_state.own_tensors_of_all(self.engine), self.ranks, batch_size)
 
     def close(self) -> None:
         """End a run, and release the memory of the model's device.

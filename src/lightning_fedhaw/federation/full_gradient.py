@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_fedhaw.clients.local_parameters import LocalParameters
-from lightning_fedhaw.clients.steps import Host
-from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.federation.context import RunContext
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
-from lightning_fedhaw.server import Server
 from lightning_fedhaw.streams import seed_of
 
 
@@ -17,20 +15,15 @@ class FullGradient:
     """The gradients on all training data of a client, computed without changing the module.
 
     Args:
-        host: The trainer around the federation.
-        server: The global model, which computes the loss at any parameters.
-        data: The clients' data.
-        seed: The federation's seed, for models that draw.
+        context: What all steps of a round work with.
         local_parameters: The clients' own parameters, with which their loss is computed.
     """
 
-    def __init__(
-        self, host: Host, server: Server, data: ClientData, seed: int, local_parameters: LocalParameters
-    ) -> None:
-        self.host = host
-        self.server = server
-        self.data = data
-        self.seed = seed
+    def __init__(self, context: RunContext, local_parameters: LocalParameters) -> None:
+        self.host = context.host
+        self.server = context.server
+        self.data = context.data
+        self.seed = context.seed
         self.local_parameters = local_parameters
 
     def compute(self, client: int, start: Tensor) -> Tensor:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isnan
 
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.cohort import ClientUpdate
-from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.federation.buffers import Buffers
+from lightning_fedhaw.federation.context import RunContext
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
-from lightning_fedhaw.rule import Rule
-from lightning_fedhaw.server import Server
 from lightning_fedhaw.streams import seed_of
 
 
@@ -25,35 +23,26 @@ class InitialLosses:
     forward pass over the client's data, one client at a time in both engines, and leaves the module unchanged.
 
     Args:
-        host: The trainer around the federation.
-        server: The global model, which computes the loss at any parameters.
-        data: The clients' data.
-        rule: The aggregation rule, which says whether it needs the losses.
+        context: What all steps of a round work with.
         buffers: The policy for buffers, which knows those that a client starts from.
-        seed: The federation's seed, for models that draw.
-
-    Attributes:
-        are_sent: Whether clients are not in this process, and send their losses with their updates.
     """
 
-    are_sent = False
-
-    def __init__(self, host: Host, server: Server, data: ClientData, rule: Rule, buffers: Buffers, seed: int) -> None:
-        self.host = host
-        self.server = server
-        self.data = data
-        self.rule = rule
+    def __init__(self, context: RunContext, buffers: Buffers) -> None:
+        self.host = context.host
+        self.server = context.server
+        self.data = context.data
+        self.rule = context.rule
+        self.seed = context.seed
         self.buffers = buffers
-        self.seed = seed
 
     def added_to(self, update: ClientUpdate, models: Mapping[int, Tensor]) -> ClientUpdate:
-        """Return a client's update with its initial loss, if the rule needs it.
+        """Return a client's update with its initial loss, if the rule needs it and the client has not sent it.
 
         Args:
             update: The client's update.
             models: The model that each client received, ``[P]``.
         """
-        if not self.rule.needs_initial_loss or self.are_sent:
+        if not self.rule.needs_initial_loss or not isnan(update.initial_loss):
             return update
         return replace(update, initial_loss=self.compute(update.client, models[update.client]))
 

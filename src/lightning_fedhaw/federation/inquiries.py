@@ -1,74 +1,35 @@
 """The inquiries of a rule: what clients compute in addition to their updates, or instead of them.
 
-Shapes: P trainable parameters, U parameters that only the server changes.
+Shapes: P trainable parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import isfinite
 
 import torch
 from torch import Tensor
 
-from lightning_fedhaw.channel.base import Link
 from lightning_fedhaw.clients.engine import Engine
-from lightning_fedhaw.clients.steps import Host, turns
+from lightning_fedhaw.clients.steps import turns
 from lightning_fedhaw.cohort import ClientUpdate
-from lightning_fedhaw.data.client_data import Batch as ClientBatch
-from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.federation.buffers import Buffers
 from lightning_fedhaw.federation.checks import check_held_out, check_inquiring
-from lightning_fedhaw.federation.local_problem import BilevelLosses, ClientProblem, SizedBatch
-from lightning_fedhaw.federation.probe_batches import with_larger_batches
+from lightning_fedhaw.federation.client_problems import ClientProblems
+from lightning_fedhaw.federation.context import RunContext
 from lightning_fedhaw.federation.records import Received, RoundPlan, Tally, UpdateRecord
 from lightning_fedhaw.federation.sample_rows import SampleRows
 from lightning_fedhaw.federation.screening import Screening
 from lightning_fedhaw.federation.stores import VectorStore, make_sum
 from lightning_fedhaw.federation.transport import Transport
-from lightning_fedhaw.federation.weight_decay import weight_decay
 from lightning_fedhaw.inquiry import Answer, Answers, Inquiry
-from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
-from lightning_fedhaw.options import FederationOptions
-from lightning_fedhaw.ranks import Ranks
+from lightning_fedhaw.isolation import isolated_randomness
 from lightning_fedhaw.rule import Rule
-from lightning_fedhaw.server import Server, all_finite
-from lightning_fedhaw.streams import seed_of
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
+from lightning_fedhaw.vectors.kernels import all_finite
 from lightning_fedhaw.vectors.layout import ParameterLayout
-
-
-class ServerParametersPayload:
-    """The parameters that only the server changes, which clients are sent with the model.
-
-    Args:
-        server: The global model.
-        rule: The aggregation rule, which has the values.
-    """
-
-    links: Sequence[Link] = ("downlink",)
-
-    def __init__(self, server: Server, rule: Rule) -> None:
-        self.server = server
-        self.rule = rule
-
-    @property
-    def message_bytes(self) -> int:
-        """Bytes in addition to a model."""
-        total = 0
-        for name in self.rule.server_parameters(self.rule.state):
-            if name in self.rule.client_placed:
-                continue
-            parameter = self.server.module.get_parameter(name)
-            total += parameter.numel() * parameter.element_size()
-        return total
-
-    @property
-    def contents(self) -> list[str]:
-        """Nothing: clients do not send them."""
-        return []
 
 
 @dataclass(frozen=True)
@@ -91,20 +52,31 @@ class Inquired:
 
 
 @dataclass(frozen=True)
+class _ReceivedAnswer:
+    """What all processes know of one client's answer.
+
+    Attributes:
+        record: The record of the client's update, with which its answer arrives.
+        numbers: The numbers of the answer, by name.
+        rms: The root mean square of each of its vectors, by name, where a channel acts on the sum.
+    """
+
+    record: UpdateRecord
+    numbers: dict[str, float]
+    rms: dict[str, float]
+
+
+@dataclass(frozen=True)
 class _ShareOfAnswers:
     """The answers that one process has computed.
 
     Attributes:
-        records: One record an answer.
-        numbers: The numbers of each answer, by name.
-        rms: The root mean square of each vector of each answer, by name, where a channel acts on the sum.
+        answers: The answers that were received.
         excluded: A sentence for each client whose answer is not finite.
     """
 
-    records: list[UpdateRecord]
-    numbers: list[dict[str, float]]
-    rms: list[dict[str, float]]
-    excluded: list[tuple[int, str]]
+    answers: list[_ReceivedAnswer]
+    excluded: dict[int, str]
 
 
 class Inquiries:
@@ -115,55 +87,38 @@ class Inquiries:
     client's update or, in a round without training, as an update would.
 
     Args:
-        host: The trainer around the federation.
-        server: The global model.
-        rule: The aggregation rule.
-        options: The federation's arguments.
+        context: What all steps of a round work with.
         buffers: The policy for buffers, which knows those that a client starts from.
-        data: The clients' data.
         transport: The channels of the updates.
         screening: Ends the run where all answers are excluded.
-        ranks: The processes.
-        seed: The federation's seed.
 
     Raises:
         ValueError: If the rule needs held-out samples of every client, and a client has none; or if a channel or the
             module does not allow inquiries.
     """
 
-    def __init__(
-        self,
-        host: Host,
-        server: Server,
-        rule: Rule,
-        options: FederationOptions,
-        buffers: Buffers,
-        data: ClientData,
-        transport: Transport,
-        screening: Screening,
-        ranks: Ranks,
-        seed: int,
-    ) -> None:
-        self.host = host
+    def __init__(self, context: RunContext, buffers: Buffers, transport: Transport, screening: Screening) -> None:
+        rule = context.rule
+        server = context.server
+        self.host = context.host
         self.server = server
         self.rule = rule
-        self.options = options
-        self.buffers = buffers
-        self.data = data
-        self.ranks = ranks
-        self.seed = seed
+        self.options = context.options
+        self.data = context.data
+        self.ranks = context.ranks
         self.screening = screening
         self.transport = transport
+        self.problems = ClientProblems(context, buffers)
         self._transports: dict[tuple[str, ParameterLayout], Transport] = {}
-        self._passes: dict[bool, ClientData] = {}
         self._rows: SampleRows | None = None
         if type(rule).inquiry is Rule.inquiry:
             return
-        check_inquiring(rule, host, buffers)
+        check_inquiring(rule, self.host, buffers)
         if rule.needs_held_out_data:
-            check_held_out(rule, data)
+            check_held_out(rule, self.data)
         if rule.client_placed:
-            self._rows = SampleRows(data, {name: len(server.module.get_parameter(name)) for name in rule.client_placed})
+            num_rows = {name: len(server.module.get_parameter(name)) for name in rule.client_placed}
+            self._rows = SampleRows(self.data, num_rows)
         # A channel that does not take such messages says so now, and not in the middle of the run.
         self._transport("inquiry", server.layout)
 
@@ -194,42 +149,17 @@ class Inquiries:
         layouts = {**inquiry.vectors, **inquiry.placed}
         stores = {name: self._store(layout, len(own)) for name, layout in layouts.items()}
         shares = self.ranks.exchange(lambda: self._own_answers(inquiry, plan, own, stores, engine))
-        answered: dict[int, UpdateRecord] = {}
-        numbers_of: dict[int, Mapping[str, float]] = {}
-        rms_of: dict[int, Mapping[str, float]] = {}
-        excluded: dict[int, str] = {}
-        for share in shares:
-            for record, own_numbers, own_rms in zip(share.records, share.numbers, share.rms, strict=True):
-                answered[record.update.client] = record
-                numbers_of[record.update.client] = own_numbers
-                rms_of[record.update.client] = own_rms
-            excluded.update(share.excluded)
-        # The order of the cohort, for any number of processes.
-        records = [answered[record.update.client] for record in asked if record.update.client in answered]
-        clients = [record.update.client for record in records]
+        answers, excluded = _in_order(asked, shares)
         tally.nonfinite_answers += len(excluded)
-        self.screening.check_answers(plan, Received(records, excluded))
-        bytes_down, bytes_up = self._bytes(inquiry, plan, clients)
-        metrics = {"answers": float(len(records))}
-        if not records:
-            return Inquired(None, metrics, bytes_down, bytes_up, inquiry.replaces_training)
-        tally.answers += len(records)
-        tally.second_derivatives += len(records) * inquiry.products
-        weights = torch.tensor([record.unnormalized_weight for record in records], dtype=torch.float64)
-        weights = weights / weights.sum()
-        vectors: dict[str, Tensor] = {}
-        rows: dict[str, Tensor] = {}
-        for name, layout in inquiry.placed.items():
-            assert self._rows is not None
-            vectors[name] = self._sum(layout, stores[name], records)
-            rows[name] = self._rows.mask(clients, layout, vectors[name].device)
-        for name in inquiry.vectors:
-            store = stores[name]
-            named = [replace(record, rms=rms_of[record.update.client][name]) for record in records]
-            vectors[name] = self._mean(inquiry, plan, name, store, named, weights)
-        numbers = _mean_numbers([numbers_of[client] for client in clients], weights)
-        answers = Answers(vectors, numbers, len(records), rows)
-        return Inquired(answers, metrics, bytes_down, bytes_up, inquiry.replaces_training)
+        self.screening.check_answers(plan, Received([answer.record for answer in answers], excluded))
+        bytes_down, bytes_up = self._bytes(inquiry, plan, [answer.record.update.client for answer in answers])
+        averaged = None
+        if answers:
+            tally.answers += len(answers)
+            tally.second_derivatives += len(answers) * inquiry.products
+            averaged = self._average(inquiry, plan, answers, stores)
+        metrics = {"answers": float(len(answers))}
+        return Inquired(averaged, metrics, bytes_down, bytes_up, inquiry.replaces_training)
 
     def _store(self, layout: ParameterLayout, capacity: int) -> VectorStore:
         """Make a store of the weighted sum of one vector of the answers."""
@@ -245,30 +175,27 @@ class Inquiries:
         engine: Engine,
     ) -> _ShareOfAnswers:
         """Compute the answers of this process's clients, and send them up."""
-        share = _ShareOfAnswers([], [], [], [])
+        share = _ShareOfAnswers([], {})
         if not own:
             return share
-        self._settle_passes(engine)
+        self.problems.begin_round(engine)
         sent = self._send_down(inquiry, plan.round, [record.update.client for record in own])
-        decay = weight_decay(self.host.module, self.host.optimizers, self.server.layout)
         with turns(self.host):
             for record in own:
                 client = record.update.client
                 self.host.stop_if_asked()
                 self.host.client = client
                 with isolated_randomness(self.host.device):
-                    problem = replace(self._problem(inquiry, plan, client, engine), decay=decay)
+                    problem = self.problems.of(client, plan, engine)
                     answer = inquiry.answer(problem, {name: vectors[client] for name, vectors in sent.items()})
                 numbers = {name: float(value) for name, value in answer.items() if name not in stores}
                 rms = None
                 if all(map(isfinite, numbers.values())):
                     rms = self._send_up(inquiry, plan.round, record, answer, stores)
                 if rms is None:
-                    share.excluded.append((client, self._nonfinite_sentence(inquiry, plan.round, client)))
+                    share.excluded[client] = self._nonfinite_sentence(inquiry, plan.round, client)
                     continue
-                share.records.append(record)
-                share.rms.append(rms)
-                share.numbers.append(numbers)
+                share.answers.append(_ReceivedAnswer(record, numbers, rms))
         return share
 
     def _send_down(self, inquiry: Inquiry, round_idx: int, clients: Sequence[int]) -> dict[str, Mapping[int, Tensor]]:
@@ -325,6 +252,37 @@ class Inquiries:
             )
         return sentence
 
+    def _average(
+        self,
+        inquiry: Inquiry,
+        plan: RoundPlan,
+        answers: Sequence[_ReceivedAnswer],
+        stores: Mapping[str, VectorStore],
+    ) -> Answers:
+        """Return the weighted means of the answers, and the sums of the parameters that clients hold rows of.
+
+        Args:
+            inquiry: What the rule asked for.
+            plan: The plan of the round.
+            answers: The answers that were received, at least one, in the cohort's order.
+            stores: Their vectors, by name.
+        """
+        records = [answer.record for answer in answers]
+        clients = [record.update.client for record in records]
+        weights = torch.tensor([record.unnormalized_weight for record in records], dtype=torch.float64)
+        weights = weights / weights.sum()
+        vectors: dict[str, Tensor] = {}
+        rows: dict[str, Tensor] = {}
+        for name, layout in inquiry.placed.items():
+            assert self._rows is not None
+            vectors[name] = self._sum(layout, stores[name], records)
+            rows[name] = self._rows.mask(clients, layout, vectors[name].device)
+        for name in inquiry.vectors:
+            named = [replace(answer.record, rms=answer.rms[name]) for answer in answers]
+            vectors[name] = self._mean(inquiry, plan, name, stores[name], named, weights)
+        numbers = _mean_numbers([answer.numbers for answer in answers], weights)
+        return Answers(vectors, numbers, len(records), rows)
+
     def _sum(self, layout: ParameterLayout, store: VectorStore, records: Sequence[UpdateRecord]) -> Tensor:
         """Return the sum of what clients keep, each of whom has filled rows of its own."""
         start = torch.zeros(layout.numel, dtype=layout.dtype, device=self.server.parameters().device)
@@ -373,94 +331,24 @@ class Inquiries:
             up += self._transport(f"{name} up", layout).sent_bytes("uplink", plan.round, clients)
         return down, up
 
-    # ------------------------------------------------------------------ a client's problem
 
-    def _problem(self, inquiry: Inquiry, plan: RoundPlan, client: int, engine: Engine) -> ClientProblem:
-        """Make the problem of one client at the model that it received."""
-        layout, upper = self._upper()
-        losses = BilevelLosses(self.server, layout, self.rule.upper_loss)
-        name = ("client", client, "round", plan.round, "inquiry")
-        return ClientProblem(
-            losses=losses,
-            lower=plan.models[client],
-            upper=upper,
-            own={"buffers": self.buffers.start(client), "local_parameters": engine.local_parameters.start(client)},
-            seed=lambda number: seed_randomness(seed_of(self.seed, *name, number), self.host.device),
-            training=partial(self._training_pass, client, plan.round, engine),
-            held_out=partial(self._held_out_pass, client, plan.round, engine),
-            local_training=partial(self._local_training, client, plan.round, engine),
-        )
+def _in_order(
+    asked: Sequence[UpdateRecord], shares: Sequence[_ShareOfAnswers]
+) -> tuple[list[_ReceivedAnswer], dict[int, str]]:
+    """Merge the answers of all processes.
 
-    def _upper(self) -> tuple[ParameterLayout, Tensor]:
-        """Return the layout of the parameters that only the server changes, and their values ``[U]``."""
-        values = self.rule.server_parameters(self.rule.state)
-        # In the module's dtypes: the rule may keep the values in a wider one.
-        layout = ParameterLayout.of_tensors({name: self.server.module.get_parameter(name) for name in values})
-        return layout, layout.read(list(values.values()))
-
-    def _training_pass(self, client: int, round_idx: int, engine: Engine) -> Iterator[SizedBatch]:
-        """Make one pass over a client's training samples."""
-        data = self._passes[False]
-        return self._prepared(data.typical_pass(client, round_idx, limit=engine.plan.limit))
-
-    def _held_out_pass(self, client: int, round_idx: int, engine: Engine) -> Iterator[SizedBatch]:
-        """Make one pass over a client's held-out samples."""
-        data = self._passes[True]
-        return self._prepared(data.full_pass(client, round_idx, held_out=True, limit=engine.plan.limit))
-
-    def _settle_passes(self, engine: Engine) -> None:
-        """Choose how samples are read, once a run: in larger batches where they give the same gradients."""
-        if self._passes:
-            return
-        self._passes[False] = with_larger_batches(self.data, self._gradients, held_out=False, limit=engine.plan.limit)
-        if not self.rule.needs_held_out_data:
-            return
-        # As validation reads them, without what is for training only, such as augmentation.
-        held_out = self.data.for_evaluation(self.host.validation.collate_fn)
-        held_out.settings = replace(held_out.settings, drop_last=False)
-        gradients = partial(self._gradients, held_out=True)
-        self._passes[True] = with_larger_batches(held_out, gradients, held_out=True, limit=engine.plan.limit)
-
-    def _gradients(self, client: int, batches: Iterable[ClientBatch], *, held_out: bool = False) -> Sequence[Tensor]:
-        """Return the gradients ``[P]`` and ``[U]`` of one of the losses over some batches, at the global model."""
-        layout, upper = self._upper()
-        problem = ClientProblem(
-            losses=BilevelLosses(self.server, layout, self.rule.upper_loss),
-            lower=self.server.parameters(),
-            upper=upper,
-            own={"buffers": self.server.buffers, "local_parameters": self.server.local_parameters},
-            seed=lambda _: seed_randomness(seed_of(self.seed, "inquiry", "batch size"), self.host.device),
-            training=lambda: self._prepared(batches),
-            held_out=lambda: self._prepared(batches),
-            local_training=lambda: (),
-        )
-        with isolated_randomness(self.host.device), turns(self.host):
-            self.host.client = client
-            if not held_out:
-                return problem.lower_gradients()
-            gradients = problem.upper_gradients()
-            return gradients.lower, gradients.upper
-
-    def _local_training(self, client: int, round_idx: int, engine: Engine) -> Iterator[SizedBatch]:
-        """Make the batches of a client's local training in a round."""
-        plan = engine.plan
-        epochs = plan.epochs_of(client)
-        steps = plan.steps_of(client)
-        return self._prepared(self.data.batches(client, round_idx, epochs=epochs, num_batches=steps, limit=plan.limit))
-
-    def _prepared(self, batches: Iterable[ClientBatch]) -> Iterator[SizedBatch]:
-        """Move batches to the model's device, each when it is asked for."""
-        for batch in batches:
-            yield self.host.prepare(batch.data), batch.index, batch.size
-
-
-def note_idle_round(engine: Engine, host: Host) -> None:
-    """Let an engine note a round in which nobody trains, whose learning rates and schedules move on all the same."""
-    # Without tasks, as in a process that trains nobody, it notes the state of schedules.
-    list(engine.run(iter(())))
-    for optimizer in host.optimizers:
-        # A schedule steps after this round too, and would warn that no optimizer has.
-        optimizer._opt_called = True  # type: ignore[attr-defined]
+    Returns:
+        The answers in the order of the clients that were asked, for any number of processes; and a sentence for each
+        client whose answer is left out.
+    """
+    answer_of: dict[int, _ReceivedAnswer] = {}
+    excluded: dict[int, str] = {}
+    for share in shares:
+        for answer in share.answers:
+            answer_of[answer.record.update.client] = answer
+        excluded.update(share.excluded)
+    clients = [record.update.client for record in asked]
+    return [answer_of[client] for client in clients if client in answer_of], excluded
 
 
 def _rows_of(layouts: Mapping[str, ParameterLayout]) -> dict[str, int]:

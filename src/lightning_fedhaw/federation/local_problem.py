@@ -16,8 +16,9 @@ from torch import Tensor
 
 from lightning_fedhaw.inquiry import UpperGradients
 from lightning_fedhaw.isolation import evaluation_mode, twice_differentiable
+from lightning_fedhaw.module_calls import step_arguments
 from lightning_fedhaw.rule import Batch
-from lightning_fedhaw.server import Server, step_arguments
+from lightning_fedhaw.server import Server
 from lightning_fedhaw.vectors.layout import ParameterLayout
 
 SizedBatch = tuple[Batch, int, int]

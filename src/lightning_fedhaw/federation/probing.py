@@ -14,10 +14,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedhaw.clients.engine import Engine
-from lightning_fedhaw.clients.steps import Host, turns
+from lightning_fedhaw.clients.steps import turns
 from lightning_fedhaw.cohort import ClientUpdate
 from lightning_fedhaw.data.client_data import Batch as ClientBatch
 from lightning_fedhaw.federation.buffers import Buffers
+from lightning_fedhaw.federation.checks import check_probing
+from lightning_fedhaw.federation.context import RunContext
 from lightning_fedhaw.federation.placement import Placement
 from lightning_fedhaw.federation.probe_batches import with_batch_size, with_larger_batches
 from lightning_fedhaw.federation.records import RoundPlan, Tally, UpdateRecord
@@ -25,12 +27,11 @@ from lightning_fedhaw.federation.sampling import Sampling
 from lightning_fedhaw.federation.stores import VectorStore, make_sum
 from lightning_fedhaw.federation.transport import Transport
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
-from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.probe import Probe, ProbeForm, ProbeResult
-from lightning_fedhaw.rule import Batch, Rule, State
-from lightning_fedhaw.server import Server, all_finite
+from lightning_fedhaw.rule import Batch, State
 from lightning_fedhaw.streams import seed_of, stream
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
+from lightning_fedhaw.vectors.kernels import all_finite
 
 _NO_VECTOR = torch.empty(0)
 
@@ -90,50 +91,33 @@ class Probing:
     their own and without what channels keep from round to round, such as error feedback, which belongs to the updates.
 
     Args:
-        host: The trainer around the federation.
-        server: The global model.
-        rule: The aggregation rule.
-        options: The federation's arguments.
+        context: What all steps of a round work with.
         buffers: The policy for buffers, which are sent to clients with the model.
         placement: The process of each client.
         transport: The channels of the updates.
-        sampling: The draw of the clients of each round, with the clients' data.
+        sampling: The draw of the clients of each round.
     """
 
     def __init__(
-        self,
-        host: Host,
-        server: Server,
-        rule: Rule,
-        options: FederationOptions,
-        buffers: Buffers,
-        placement: Placement,
-        transport: Transport,
-        sampling: Sampling,
+        self, context: RunContext, buffers: Buffers, placement: Placement, transport: Transport, sampling: Sampling
     ) -> None:
+        host = context.host
+        server = context.server
+        rule = context.rule
         self.host = host
         self.server = server
         self.rule = rule
-        self.options = options
+        self.options = context.options
+        self.ranks = context.ranks
+        self.seed = context.seed
+        self.data = context.data
         self.buffers = buffers
         self.placement = placement
-        self.ranks = placement.ranks
-        self.seed = sampling.seed
         self.cohort_cap = sampling.cohort_cap
-        self.data = sampling.data
         probe = rule.probe
         if probe is None:
             return
-        if type(rule).learn_from is Rule.learn_from:
-            raise TypeError(
-                f"`{type(rule).__name__}` sets `probe` and has no method `learn_from`, which receives the answers."
-                " Implement `learn_from(probe, state, server)`, or leave `probe` out."
-            )
-        if not host.module.automatic_optimization:
-            raise ValueError(
-                f"`{type(rule).__name__}` probes the loss that `training_step` returns, and with"
-                " `automatic_optimization=False` it returns none. Use automatic optimization, or another rule."
-            )
+        check_probing(rule, host)
         if probe.batch_size is not None:
             self.data = with_batch_size(self.data, probe.batch_size)
         self._is_size_open = probe.batch_size is None and probe.source != "proxy"

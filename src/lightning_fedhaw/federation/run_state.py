@@ -1,4 +1,9 @@
-"""The state that rounds change: the undo of a round that fails, and what a checkpoint holds."""
+"""The state that rounds change: the undo of a round that fails, and what a checkpoint holds.
+
+An owner of a part of it (server, rule, engine, buffers, channels, objectives) keeps that part and changes it; here are
+the places where all parts are read or written together. Owners replace what they keep and do not change it in place, so
+a snapshot costs references and no copies of tensors.
+"""
 
 from __future__ import annotations
 
@@ -10,41 +15,23 @@ from typing import Any, Protocol
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
-from torchmetrics import Metric
+from torch import Tensor
 
 from lightning_fedhaw.clients.attributes import AttributeState
 from lightning_fedhaw.clients.engine import Engine
-from lightning_fedhaw.data.client_data import ClientData
+from lightning_fedhaw.clients.optimizer_states import OptimizerStates
+from lightning_fedhaw.clients.records import metrics_of
 from lightning_fedhaw.federation.buffers import Buffers
-from lightning_fedhaw.federation.checkpoint_entry import FORMAT, check_entry, describe_parts, new_run
+from lightning_fedhaw.federation.context import RunContext
 from lightning_fedhaw.federation.placement import Placement
 from lightning_fedhaw.federation.records import Tally
+from lightning_fedhaw.federation.run_identity import RunIdentity
 from lightning_fedhaw.federation.screening import Screening
 from lightning_fedhaw.federation.transport import Transport
 from lightning_fedhaw.objectives.base import ClientObjective
-from lightning_fedhaw.options import FederationOptions
-from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.rule import Rule
-from lightning_fedhaw.server import ModuleChanges, Server
+from lightning_fedhaw.server import ModuleChanges
 from lightning_fedhaw.vectors.memory import HOST
-
-OptimizerStates = list[dict[int, dict[str, Any]]]
-"""The states of a client's optimizers, each by position of the parameter."""
-
-ROUND_OPTIONS = ("clients_per_round", "local_epochs", "local_steps", "optimizer_state", "buffers")
-"""Options that may differ between a run and its checkpoint, although they seldom should."""
-
-FINGERPRINT_WORDS = {
-    "rule": "the rule",
-    "num_clients": "`num_clients`",
-    "seed": "`seed` (or that of `seed_everything`)",
-    "parameters": "the number of trainable parameters",
-    "local_parameters": "the set of local parameters",
-    "samples": "the checksum of the training samples, for which clients keep parameters,",
-}
-"""The entries of a fingerprint, apart from the split, in words."""
 
 
 class Stateful(Protocol):
@@ -82,7 +69,7 @@ class RoundSnapshot:
         entries: What clients keep, and what the run counts, as entries of a checkpoint.
         attributes: The attributes of the module that clients keep.
         callbacks: The states of channels and client objectives.
-        rule: The state of the aggregation rule.
+        rule_state: The state of the aggregation rule.
         parameters: ``[P]``, the global parameters.
         buffers: The global buffers.
     """
@@ -90,7 +77,7 @@ class RoundSnapshot:
     entries: dict[str, Any]
     attributes: AttributeState
     callbacks: Sequence[CallbackState]
-    rule: dict[str, Any]
+    rule_state: dict[str, Any]
     parameters: Tensor
     buffers: dict[str, Tensor]
 
@@ -103,7 +90,7 @@ class RoundSnapshot:
             return None
         # Copies, because the rule and its objectives are at work.
         rule = copy.copy(callback)
-        rule.state = self.rule
+        rule.state = self.rule_state
         objectives = []
         for objective in callback.objectives:
             objective_before = copy.copy(objective)
@@ -124,7 +111,7 @@ class ProcessMemory:
         callbacks: The states of uplink channels and client objectives.
     """
 
-    optimizer_states: dict[int, OptimizerStates]
+    optimizer_states: dict[int, list[OptimizerStates]]
     local_buffers: dict[int, dict[str, Tensor]]
     local_parameters: dict[int, dict[str, Tensor]]
     callbacks: list[dict[str, Any]]
@@ -134,54 +121,40 @@ class RunState:
     """The state of a run between rounds, most of which is stored by its owners: this class knows all of them.
 
     Args:
-        server: The global model.
-        rule: The aggregation rule.
-        data: The clients' data.
-        options: The federation's arguments.
+        context: What all steps of a round work with.
         buffers: The policy for buffers, which holds those that clients keep.
         transport: The channels.
         objectives: The client objectives.
         placement: The process of each client.
         screening: The screening of updates, which counts rounds.
-        ranks: The processes.
-        seed: The federation's seed.
 
     Attributes:
-        run: The identity of the run, which a resumed run keeps.
+        identity: What makes this run the one that a checkpoint is of.
         tally: The costs and incidents of the run so far.
     """
 
     def __init__(
         self,
-        server: Server,
-        rule: Rule,
-        data: ClientData,
-        options: FederationOptions,
+        context: RunContext,
         *,
         buffers: Buffers,
         transport: Transport,
         objectives: Sequence[ClientObjective],
         placement: Placement,
         screening: Screening,
-        ranks: Ranks,
-        seed: int,
     ) -> None:
-        self.server = server
-        self.rule = rule
-        self.data = data
-        self.options = options
+        self.server = context.server
+        self.rule = context.rule
+        self.ranks = context.ranks
         self.buffers = buffers
         self.placement = placement
         self.screening = screening
-        self.ranks = ranks
-        self.seed = seed
-        self.run = new_run()
-        self._samples = data.sample_hash() if rule.client_placed else None
         self.tally = Tally()
         # Their state changes on the process that trains the client. The state of downlink channels is equal on all
         # processes, each of which computes the broadcast to all clients.
         self.spread_callbacks: list[Stateful] = [*transport.uplink, *objectives]
         self.callbacks: list[Stateful] = [*transport.uplink, *transport.downlink, *objectives]
+        self.identity = RunIdentity(context, self.callbacks)
 
     # ------------------------------------------------------------------ changes between rounds
 
@@ -191,19 +164,26 @@ class RunState:
         Raises:
             RuntimeError: If processes have made different changes.
         """
-        changes = self.server.present()
-        own = self.server.changed_parameters(self.rule.server_parameters(self.rule.state))
+        changes = self.server.changes_in_module()
+        # Parameters that only the server changes are in the rule's state, and not in the server's vector.
+        of_rule = self.server.changed_server_parameters(self.rule.server_parameters(self.rule.state))
         if self.ranks.size > 1:
-            self._check_changes(changes, own)
+            self._check_changes(changes, of_rule)
         self.server.adopt(changes)
-        if own:
-            self.rule.state = dict(self.rule.with_server_parameters(self.rule.state, own))
-        self.buffers.reset_local(changes.names)
+        if of_rule:
+            self.rule.state = dict(self.rule.with_server_parameters(self.rule.state, of_rule))
+        # The user has set these buffers for everybody, so clients do not go on with their own.
+        self.buffers.local.forget(changes.names)
 
-    def _check_changes(self, changes: ModuleChanges, own: Mapping[str, Tensor]) -> None:
-        """Refuse changes of the global model that are not the same on all processes."""
-        tensors = {**self.server.layout.views(changes.parameters), **changes.buffers, **own}
-        checksums = self.ranks.gather({name: _checksum(tensors[name]) for name in (*changes.names, *own)})
+    def _check_changes(self, changes: ModuleChanges, of_rule: Mapping[str, Tensor]) -> None:
+        """Refuse changes of the global model that are not the same on all processes.
+
+        Args:
+            changes: The changes of the server's parameters and buffers.
+            of_rule: The changed parameters of the rule, by name.
+        """
+        tensors = {**self.server.layout.views(changes.parameters), **changes.buffers, **of_rule}
+        checksums = self.ranks.gather({name: _checksum(tensors[name]) for name in (*changes.names, *of_rule)})
         for rank, other in enumerate(checksums):
             different = []
             for name in {**checksums[0], **other}:
@@ -222,20 +202,19 @@ class RunState:
     def snapshot(self, engine: Engine) -> RoundSnapshot:
         """Remember everything that the next round may change.
 
-        Values in these dictionaries are replaced and never changed in place, so shallow copies are enough.
-
         Args:
             engine: The engine of the round, which holds the clients' optimizer states.
         """
         callbacks = []
         for callback in self.callbacks:
+            # A callback may be the user's and add to its dictionaries in place, hence a copy of each.
             state = {name: copy.copy(value) for name, value in callback.state_dict().items()}
             callbacks.append(CallbackState(callback, state))
         return RoundSnapshot(
             entries=self.entries(engine),
             attributes=engine.attributes.snapshot(),
             callbacks=callbacks,
-            rule=self.rule.state,
+            rule_state=self.rule.state,
             parameters=self.server.parameters(),
             buffers=self.server.buffers,
         )
@@ -247,82 +226,17 @@ class RunState:
             engine: The engine of the round.
             snapshot: The state from before the round.
         """
-        self.take(snapshot.entries, engine)
+        self.load_entries(snapshot.entries, engine)
         engine.attributes.undo(snapshot.attributes)
         for saved in snapshot.callbacks:
             saved.callback.load_state_dict(saved.state)
         # The clients that had trained before the failure were counted in the module's metrics.
         for metric in metrics_of(self.server.module):
             metric.reset()
-        self.rule.state = snapshot.rule
+        self.rule.state = snapshot.rule_state
         # The module may hold the model of the client that failed.
         self.server.put_back(snapshot.parameters, snapshot.buffers)
-        self.server.write_server_parameters(self.rule.server_parameters(snapshot.rule))
-
-    # ------------------------------------------------------------------ checkpoints
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """The properties in which a run must agree with the checkpoint that it resumes from."""
-        fingerprint = {
-            "rule": self.rule.resume_key,
-            "num_clients": self.data.num_clients,
-            "split": self.data.partition.fingerprint(),
-            "parameters": self.server.layout.numel,
-            "seed": self.seed,
-        }
-        if self.server.layout.local:
-            fingerprint["local_parameters"] = list(self.server.layout.local)
-        if self._samples is not None:
-            # Parameters of samples are found by position, which another order of the same samples would change.
-            fingerprint["samples"] = self._samples
-        return fingerprint
-
-    @property
-    def parts(self) -> list[str]:
-        """The keys of the channels and the client objectives."""
-        return [callback.state_key for callback in self.callbacks]
-
-    @property
-    def round_options(self) -> dict[str, Any]:
-        """The values of ``ROUND_OPTIONS``, the batch size, and the clients' rates unless a function gives them."""
-        options = {name: getattr(self.options, name) for name in ROUND_OPTIONS}
-        options["batch_size"] = self.data.settings.batch_size
-        if not callable(self.options.client_lr_scale):
-            options["client_lr_scale"] = self.options.client_lr_scale
-        return options
-
-    def check_agreement(self) -> None:
-        """Refuse to continue where processes have different data or another split.
-
-        Raises:
-            ValueError: Naming the processes that differ.
-        """
-        if self.ranks.size == 1:
-            return
-        resume_keys = self.ranks.gather((self.fingerprint, self.data.sample_hash()))
-        different = []
-        for rank, resume_key in enumerate(resume_keys):
-            if resume_key != resume_keys[0]:
-                different.append(rank)
-        if different:
-            raise ValueError(
-                f"Processes {different} of {self.ranks.size} were given other training data, another split or another"
-                " seed than process 0, and every process must know the whole federation. Call `seed_everything` before"
-                " the data is made."
-            )
-
-    def state_dict(self, engine: Engine) -> dict[str, Any]:
-        """Return everything that is not in the module, the rule or another callback: plain values and tensors.
-
-        Args:
-            engine: The engine, which holds the clients' optimizer states.
-        """
-        self._collect(engine)
-        state = {**self._resume_keys, **self.entries(engine)}
-        if not self.server.layout.is_exact:
-            state["parameters"] = self.server.present().parameters.cpu()
-        return state
+        self.server.write_server_parameters(self.rule.server_parameters(snapshot.rule_state))
 
     def state_before(self, snapshot: RoundSnapshot) -> dict[str, Any]:
         """Return what :meth:`state_dict` returned before a round that is running; in one process only.
@@ -330,42 +244,10 @@ class RunState:
         Args:
             snapshot: The state from before the round.
         """
-        state = {**self._resume_keys, **snapshot.entries}
+        state = {**self.identity.entries, **snapshot.entries}
         if not self.server.layout.is_exact:
             state["parameters"] = snapshot.parameters.cpu()
         return state
-
-    def entries(self, engine: Engine) -> dict[str, Any]:
-        """Return what clients keep, and what the run counts, as entries of a checkpoint."""
-        entries: dict[str, Any] = {
-            "optimizers": dict(engine.optimizer_states),
-            "attributes": engine.attributes.state_dict(),
-            "buffers": dict(self.buffers.local),
-            "local_parameters": dict(engine.local_parameters.of_clients),
-            "tally": self.tally.state_dict(),
-        }
-        if self.screening.nonfinite_rounds:
-            entries["nonfinite_rounds"] = self.screening.nonfinite_rounds
-        placement = self.placement.state_dict()
-        if placement:
-            entries["placement"] = placement
-        return entries
-
-    def take(self, entries: Mapping[str, Any], engine: Engine) -> None:
-        """Take what :meth:`entries` returned, except for the attributes, which an undo and a checkpoint restore apart.
-
-        Args:
-            entries: The entries, perhaps among others.
-            engine: The engine, which holds the clients' optimizer states.
-        """
-        engine.optimizer_states = dict(entries["optimizers"])
-        self.buffers.load(entries["buffers"])
-        # A checkpoint of an earlier version has none.
-        engine.local_parameters.of_clients = dict(entries.get("local_parameters", {}))
-        self.tally = Tally.from_state(entries["tally"])
-        # There is no entry if the last round was a good one.
-        self.screening.nonfinite_rounds = entries.get("nonfinite_rounds", 0)
-        self.placement.load_state_dict(entries.get("placement", {}))
 
     def model_before(self, snapshot: RoundSnapshot) -> dict[str, Tensor]:
         """Return the global model before a round as the module held it: parameters and buffers by name, as copies.
@@ -380,21 +262,23 @@ class RunState:
             model[name] = value.to(dtype, copy=True)
         for name, value in {**self.server.local_parameters, **snapshot.buffers}.items():
             model[name] = value.clone()
-        for name, value in self.rule.server_parameters(snapshot.rule).items():
+        for name, value in self.rule.server_parameters(snapshot.rule_state).items():
             model[name] = value.to(self.server.module.get_parameter(name).dtype, copy=True)
         return model
 
-    @property
-    def _resume_keys(self) -> dict[str, Any]:
-        """The entries of a checkpoint that a run compares with its own before it resumes from there."""
-        return {
-            "format": FORMAT,
-            "run_id": self.run,
-            "channels_and_objectives": self.parts,
-            "fingerprint": self.fingerprint,
-            "scheme": self.data.partition.scheme,
-            "round_options": self.round_options,
-        }
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self, engine: Engine) -> dict[str, Any]:
+        """Return everything that is not in the module, the rule or another callback: plain values and tensors.
+
+        Args:
+            engine: The engine, which holds the clients' optimizer states.
+        """
+        self._collect(engine)
+        state = {**self.identity.entries, **self.entries(engine)}
+        if not self.server.layout.is_exact:
+            state["parameters"] = self.server.changes_in_module().parameters.cpu()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any], engine: Engine, source: str) -> None:
         """Resume from a checkpoint.
@@ -407,58 +291,47 @@ class RunState:
         Raises:
             ValueError: If it is of another federation, has another format, or lacks a part.
         """
-        check_entry(state, source)
-        self._check_fingerprint(state["fingerprint"], state["scheme"], source)
-        self._warn_of_changes(state, source)
-        self.run = state.get("run_id", self.run)
-        self.take(state, engine)
+        self.identity.resume(state, source)
+        self.load_entries(state, engine)
         # A checkpoint of an earlier version has none.
         if "attributes" in state:
             engine.attributes.load_state_dict(state["attributes"])
         if "parameters" in state:
             self.server.install(state["parameters"].to(self.server.parameters()))
 
-    def _check_fingerprint(self, saved: Mapping[str, Any], scheme: str, source: str) -> None:
-        """Refuse to resume from a checkpoint of another federation.
+    def entries(self, engine: Engine) -> dict[str, Any]:
+        """Return what clients keep, and what the run counts, as entries of a checkpoint."""
+        entries: dict[str, Any] = {
+            "optimizers": dict(engine.optimizer_states),
+            "attributes": engine.attributes.state_dict(),
+            "buffers": dict(self.buffers.local.of_clients),
+            "local_parameters": dict(engine.local_parameters.of_clients),
+            "tally": self.tally.state_dict(),
+        }
+        if self.screening.nonfinite_rounds:
+            entries["nonfinite_rounds"] = self.screening.nonfinite_rounds
+        placement = self.placement.state_dict()
+        if placement:
+            entries["placement"] = placement
+        return entries
+
+    def load_entries(self, entries: Mapping[str, Any], engine: Engine) -> None:
+        """Load what :meth:`entries` returned, except for the attributes.
+
+        Of these, an undo puts back what the round has replaced in the module, and a checkpoint does not know that.
 
         Args:
-            saved: Its fingerprint.
-            scheme: The partitioner that made its split.
-            source: Its name.
+            entries: The entries, perhaps among others.
+            engine: The engine, which holds the clients' optimizer states.
         """
-        current = self.fingerprint
-        changes = []
-        for name, words in FINGERPRINT_WORDS.items():
-            # Without local parameters there is no entry for them.
-            if saved.get(name) != current.get(name):
-                changes.append(f"{words} was {saved.get(name)!r} there and is {current.get(name)!r} here")
-        if saved["split"] != current["split"]:
-            if scheme != self.data.partition.scheme:
-                changes.append(f"the split was {scheme} there and is {self.data.partition.scheme} here")
-            elif saved["num_clients"] == current["num_clients"] and saved["seed"] == current["seed"]:
-                changes.append(
-                    f"the split, {scheme} here and there, gives clients other samples: the training data, its labels or"
-                    " what the partitioner was made with has changed"
-                )
-        if changes:
-            raise ValueError(
-                f"{source} is of another federation: {'; '.join(changes)}."
-                " Resume with the arguments of that run, or start a new run from its weights with"
-                " `load_from_checkpoint`."
-            )
-
-    def _warn_of_changes(self, state: Mapping[str, Any], source: str) -> None:
-        """Warn of options, channels and objectives that differ from those of the checkpoint."""
-        current = self.round_options
-        changes = []
-        for name, value in state["round_options"].items():
-            if name in current and value != current[name]:
-                changes.append(f"`{name}` from {value} to {current[name]}")
-        if changes:
-            rank_zero_warn(f"The run is resumed with other settings of a round: {', '.join(changes)}.")
-        parts = describe_parts(state.get("channels_and_objectives", self.parts), self.parts, source)
-        if parts:
-            rank_zero_warn(parts)
+        engine.optimizer_states = dict(entries["optimizers"])
+        self.buffers.local.load(entries["buffers"])
+        # A checkpoint of an earlier version has none.
+        engine.local_parameters.of_clients = dict(entries.get("local_parameters", {}))
+        self.tally = Tally.from_state(entries["tally"])
+        # There is no entry if the last round was a good one.
+        self.screening.nonfinite_rounds = entries.get("nonfinite_rounds", 0)
+        self.placement.load_state_dict(entries.get("placement", {}))
 
     def _collect(self, engine: Engine) -> None:
         """Gather the state that clients keep on other processes on process 0, which writes checkpoints."""
@@ -466,12 +339,14 @@ class RunState:
             return
         states = [move_data_to_device(callback.state_dict(), HOST) for callback in self.spread_callbacks]
         own = engine.local_parameters.of_clients
-        memories = self.ranks.gather_to_first(ProcessMemory(engine.optimizer_states, self.buffers.local, own, states))
+        memories = self.ranks.gather_to_first(
+            ProcessMemory(engine.optimizer_states, self.buffers.local.of_clients, own, states)
+        )
         if not memories:
             return
         merged = self.placement.merged
         engine.optimizer_states = merged([memory.optimizer_states for memory in memories])
-        self.buffers.local = merged([memory.local_buffers for memory in memories])
+        self.buffers.local.of_clients = merged([memory.local_buffers for memory in memories])
         engine.local_parameters.of_clients = merged([memory.local_parameters for memory in memories])
         for position, callback in enumerate(self.spread_callbacks):
             states = [memory.callbacks[position] for memory in memories]
@@ -480,6 +355,8 @@ class RunState:
             for name in names:
                 merged_state[name] = merged([state.get(name) for state in states])
             callback.load_state_dict(merged_state)
+
+    # ------------------------------------------------------------------ what distinguishes clients' models
 
     def own_tensors(self, engine: Engine) -> dict[int, dict[str, Tensor]]:
         """Return what distinguishes each client's model from the global one.
@@ -494,7 +371,7 @@ class RunState:
             return {}
         own = {}
         for client, parameters in engine.local_parameters.of_clients.items():
-            own[client] = {**parameters, **self.buffers.local.get(client, {})}
+            own[client] = {**parameters, **self.buffers.local.start(client)}
         return own
 
     def own_tensors_of_all(self, engine: Engine) -> dict[int, dict[str, Tensor]]:
@@ -514,17 +391,12 @@ class RunState:
         is_in_use = bool(self.server.layout.local) or self.buffers.remembers
         if self.ranks.size == 1 or not is_in_use:
             return
-        memories = self.ranks.gather((engine.local_parameters.of_clients, self.buffers.local))
+        memories = self.ranks.gather((engine.local_parameters.of_clients, self.buffers.local.of_clients))
         engine.local_parameters.of_clients = self.placement.merged([parameters for parameters, _ in memories])
-        self.buffers.local = self.placement.merged([buffers for _, buffers in memories])
+        self.buffers.local.of_clients = self.placement.merged([buffers for _, buffers in memories])
 
 
 def _checksum(tensor: Tensor) -> str:
     """Return a checksum of a tensor's bytes."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(content.numpy().data).hexdigest()
-
-
-def metrics_of(module: nn.Module) -> list[Metric]:
-    """List the ``torchmetrics`` objects in a module."""
-    return [submodule for submodule in module.modules() if isinstance(submodule, Metric)]

@@ -18,7 +18,7 @@ from lightning_fedhaw.federation.shared_states import SHARED_CHANGES
 from lightning_fedhaw.federation.stores import VectorStore
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.rule import Rule
-from lightning_fedhaw.server import all_finite
+from lightning_fedhaw.vectors.kernels import all_finite
 
 NONFINITE = "non-finite content"
 """The entry of an update's memory that names what is not finite in the state that a client elsewhere keeps."""
@@ -235,6 +235,8 @@ def _sums_are_finite(tensors: Sequence[Tensor]) -> bool:
     """Return whether every tensor adds up to a finite number, which proves it finite; false for complex tensors."""
     if any(tensor.is_complex() for tensor in tensors):
         return False
+    sums = [tensor.sum() for tensor in tensors]
+    if len(sums) == 1:
+        return isfinite(sums[0].item())
     # One transfer to the host for all of them.
-    sums = torch.stack([tensor.sum().to(tensors[0]) for tensor in tensors])
-    return all(map(isfinite, sums.tolist()))
+    return all(map(isfinite, torch.stack([total.to(tensors[0]) for total in sums]).tolist()))

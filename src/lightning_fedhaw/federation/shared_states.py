@@ -10,13 +10,10 @@ from torch import Tensor
 
 from lightning_fedhaw.channel.base import Link
 from lightning_fedhaw.cohort import ClientUpdate
+from lightning_fedhaw.federation.context import RunContext
 from lightning_fedhaw.federation.records import UpdateRecord
 from lightning_fedhaw.federation.stores import VectorStore, make_sum
 from lightning_fedhaw.objectives.base import ClientObjective, ClientState
-from lightning_fedhaw.options import FederationOptions
-from lightning_fedhaw.ranks import Ranks
-from lightning_fedhaw.rule import Rule
-from lightning_fedhaw.vectors.layout import ParameterLayout
 
 SHARED_CHANGES = "changes of shared states"
 """The entry of an update's memory with the changes of shared states, where the client is not in this process."""
@@ -28,30 +25,18 @@ class SharedStates:
     The means themselves are stored by the objectives.
 
     Args:
+        context: What all steps of a round work with.
         objectives: All client objectives of the run, from which those that share a state are selected.
-        layout: Where each trainable parameter lives in the flat vector.
-        num_clients: N.
-        rule: The aggregation rule, for error messages.
-        options: The federation's arguments.
-        ranks: The processes.
     """
 
-    def __init__(
-        self,
-        objectives: Sequence[ClientObjective],
-        layout: ParameterLayout,
-        num_clients: int,
-        rule: Rule,
-        options: FederationOptions,
-        ranks: Ranks,
-    ) -> None:
+    def __init__(self, context: RunContext, objectives: Sequence[ClientObjective]) -> None:
         self.objectives = objectives
         self.sharing = [objective for objective in objectives if objective.shares_state]
-        self.layout = layout
-        self.num_clients = num_clients
-        self.rule = rule
-        self.options = options
-        self.ranks = ranks
+        self.layout = context.server.layout
+        self.num_clients = context.data.num_clients
+        self.rule = context.rule
+        self.options = context.options
+        self.ranks = context.ranks
 
     @property
     def links(self) -> Sequence[Link]:
@@ -108,7 +93,7 @@ class SharedStates:
             stores: The stores of the changes.
             records: The updates that were received from their clients.
         """
-        if not records:
+        if not records or not self.sharing:
             return
         unweighted = [replace(record, unnormalized_weight=1.0) for record in records]
         # The states of clients that sent nothing are unchanged, so each change has the weight 1/N.

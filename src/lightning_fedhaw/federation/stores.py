@@ -15,11 +15,11 @@ from lightning_fedhaw.federation.records import UpdateRecord
 from lightning_fedhaw.options import FederationOptions
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.rule import Rule
-from lightning_fedhaw.server import all_finite
 from lightning_fedhaw.vectors.accumulated import AccumulatedVectors
 from lightning_fedhaw.vectors.base import CohortVectors
 from lightning_fedhaw.vectors.client_vectors import ClientVectors
 from lightning_fedhaw.vectors.distributed import SpreadVectors
+from lightning_fedhaw.vectors.kernels import all_finite
 from lightning_fedhaw.vectors.memory import HOST, empty
 
 

@@ -13,7 +13,8 @@ import torch
 
 from lightning_fedhaw.federation.client_statistics import SPREAD, metrics_with_spread
 from lightning_fedhaw.federation.observation import PREFIX
-from lightning_fedhaw.figures.base import FORMATS, THEMES, save_figure, theme
+from lightning_fedhaw.figures.base import save_figure, theme
+from lightning_fedhaw.figures.command_line import add_picture_options
 from lightning_fedhaw.report.client_curves import draw_client_curves, metrics_of_each_client
 from lightning_fedhaw.report.client_pictures import draw_clients, draw_labels, draw_weights
 from lightning_fedhaw.report.history import RunHistory, read_runs
@@ -47,20 +48,14 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     )
     parser.add_argument("--output", type=Path, default=Path("pictures"), help="folder of the pictures")
     parser.add_argument("--metric", help="what the curves show; default: an accuracy, else a loss")
-    parser.add_argument(
-        "--format",
-        action="append",
-        choices=FORMATS,
-        help="format of the pictures, default png; give it again for several, such as `--format pdf --format svg`",
-    )
-    parser.add_argument("--theme", choices=THEMES, default="light", help="for light or for dark pages; default light")
+    add_picture_options(parser)
     args = parser.parse_args(argv)
     pictures = []
     try:
         groups = read_groups(args.runs)
         with theme(args.theme):
             for name, figure in _draw_all(groups, args.metric):
-                for suffix in args.format or ["png"]:
+                for suffix in args.formats:
                     picture = args.output / f"{name}.{suffix}"
                     save_figure(figure, picture)
                     pictures.append(picture)

@@ -10,14 +10,16 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_fedhaw.federation.client_evaluation import measured_on
+from lightning_fedhaw.channel.base import Channel
+from lightning_fedhaw.clients.evaluation import measured_on
 from lightning_fedhaw.federation.client_statistics import client_statistics, extreme_clients
 from lightning_fedhaw.federation.federation import Federation
-from lightning_fedhaw.federation.records import INQUIRY_COUNTS, PROBE_COUNTS
+from lightning_fedhaw.federation.records import INQUIRY_COUNTS, PROBE_COUNTS, Tally
 from lightning_fedhaw.report.history import RunHistory
 from lightning_fedhaw.report.metric_names import names_of_results
 from lightning_fedhaw.report.run_report import RunRecord, best_values, summary_of
 from lightning_fedhaw.report.settings_in_words import local_work_in_words, optimizers_in_words
+from lightning_fedhaw.rule import Rule
 
 OfClients = Mapping[str, Mapping[str, float]]
 """Numbers of a metric over the clients, by metric and by name."""
@@ -116,20 +118,6 @@ def run_summary(
     rule = federation.rule
     tally = federation.tally
     channels = (*federation.uplink, *federation.downlink)
-    channel_numbers: dict[str, float] = {}
-    for channel in channels:
-        channel_numbers.update(channel.summary())
-    learned = {}
-    for name in rule.summary_metrics:
-        # Missing if no round was aggregated.
-        if name in metrics:
-            learned[name] = float(metrics[name])
-    learned.update(rule.summary())
-    probe = {}
-    if rule.probe is not None:
-        probe = {name: getattr(tally, name) for name in PROBE_COUNTS}
-    if tally.answers:
-        probe.update({name: getattr(tally, name) for name in INQUIRY_COUNTS})
     results = {name: float(metrics[name]) for name in names_of_results(metrics, rule_metrics, callbacks)}
     record = RunRecord(
         rule=type(rule).__name__,
@@ -141,8 +129,8 @@ def run_summary(
         num_parameters=federation.layout.numel,
         local_parameters=federation.layout.local,
         metrics=results,
-        learned=learned,
-        channel_numbers=channel_numbers,
+        learned=_learned_numbers(rule, metrics),
+        channel_numbers=_channel_numbers(channels),
         client_metrics=clients.statistics,
         measured_on=measured_on(federation.data, federation.host.validation.collate_fn),
         bytes_down=tally.bytes_down,
@@ -152,13 +140,42 @@ def run_summary(
         skipped_rounds=tally.skipped_rounds,
         skipped_steps=tally.skipped_steps,
         seconds=tally.seconds,
-        probe=probe,
+        probe=_counts_of_questions(rule, tally),
         best=best_values(history, results),
         best_client=clients.best,
         worst_client=clients.worst,
         run=_run_entries(federation, facts),
     )
     return summary_of(record)
+
+
+def _learned_numbers(rule: Rule, metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the numbers in which a rule says what it has learned."""
+    learned: dict[str, float] = {}
+    for name in rule.summary_metrics:
+        # Missing if no round was aggregated.
+        if name in metrics:
+            learned[name] = float(metrics[name])
+    learned.update(rule.summary())
+    return learned
+
+
+def _channel_numbers(channels: Iterable[Channel]) -> dict[str, float]:
+    """Return the numbers of all channels."""
+    numbers: dict[str, float] = {}
+    for channel in channels:
+        numbers.update(channel.summary())
+    return numbers
+
+
+def _counts_of_questions(rule: Rule, tally: Tally) -> dict[str, int]:
+    """Return how often clients were asked for more than updates, by probes and inquiries; empty if they were not."""
+    counts: dict[str, int] = {}
+    if rule.probe is not None:
+        counts.update({name: getattr(tally, name) for name in PROBE_COUNTS})
+    if tally.answers:
+        counts.update({name: getattr(tally, name) for name in INQUIRY_COUNTS})
+    return counts
 
 
 def _run_entries(federation: Federation, facts: RunFacts) -> dict[str, object]:

@@ -38,11 +38,31 @@ def start_up_block(
         assumed: The assumptions about the split of the data.
         round_idx: The number of the first round that will run.
     """
+    entries = _entries(federation, list(callbacks), partitioner, cohort_size=len(federation.cohort(round_idx)))
+    assumptions = [*assumed, *_assumptions(federation.options)]
+    if assumptions:
+        entries.append(("assumed", "; ".join(assumptions)))
+    width = max(len(name) for name, _ in entries)
+    lines = ["Federation:"]
+    for name, text in entries:
+        lines.append(f"  {name:<{width}}  {text}")
+    return "\n".join(lines)
+
+
+def _entries(
+    federation: Federation, callbacks: Sequence[Callback], partitioner: Partitioner, cohort_size: int
+) -> list[tuple[str, str]]:
+    """Describe the parts of a run, each under its name.
+
+    Args:
+        federation: The federation.
+        callbacks: The trainer's callbacks.
+        partitioner: How the training data is split.
+        cohort_size: The number of clients in the first round.
+    """
     data = federation.data
     options = federation.options
     layout = federation.layout
-    cohort_size = len(federation.cohort(round_idx))
-    callbacks = list(callbacks)
     entries = [("rule", federation.rule.describe())]
     for name, kind in (("channels", Channel), ("objectives", ClientObjective)):
         described = described_callbacks(callbacks, kind)
@@ -72,14 +92,7 @@ def start_up_block(
         entries.append(("checkpoint", f"holds {megabytes:.3g} MB of client vectors"))
     if federation.ranks.size > 1:
         entries.append(("processes", str(federation.ranks.size)))
-    assumptions = [*assumed, *_assumptions(options)]
-    if assumptions:
-        entries.append(("assumed", "; ".join(assumptions)))
-    width = max(len(name) for name, _ in entries)
-    lines = ["Federation:"]
-    for name, text in entries:
-        lines.append(f"  {name:<{width}}  {text}")
-    return "\n".join(lines)
+    return entries
 
 
 def _traffic(federation: Federation, cohort_size: int) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from lightning_fedhaw.comparing.command import report
 from lightning_fedhaw.comparing.execution import cores
+from lightning_fedhaw.comparing.study import PICTURE_FORMATS
+from lightning_fedhaw.figures.command_line import add_picture_options
 from lightning_fedhaw.sweeping.study import best_run, sweep
 from lightning_fedhaw.sweeping.sweep_file import read_sweep
 
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         # Mistakes in the file and the arguments, which all have been looked at before the first run.
         parser.error(str(error))
-    status = report(comparison)
+    status = report(comparison, args.formats, args.theme)
     record = best_run(comparison, read_sweep(args.file).goal)
     if record is not None:
         print(f"best: {record['metric']} {record['curve'][-1]:.4g}, of")
@@ -71,4 +73,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", type=float, help="a value of the metric: adds the rounds that it takes")
     parser.add_argument("--jobs", type=int, default=cores(), help="processes; default: one a core, here %(default)s")
     parser.add_argument("--output", type=Path, help="folder; default: sweeps/NAME")
+    add_picture_options(parser, PICTURE_FORMATS)
     return parser

@@ -155,3 +155,11 @@ def column_pieces(rows: int, begin: int, end: int, like: Tensor, dtype: torch.dt
     for columns in ranges:
         width = columns.stop - columns.start
         yield columns, memory[: rows * width].view(rows, width)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether every element is finite, in one read of the tensor where it is."""
+    # A finite sum proves it without a temporary; a sum can overflow, though, so the other answer is checked.
+    if torch.isfinite(tensor.sum()):
+        return True
+    return bool(torch.isfinite(tensor).all())

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_fedhaw.clients.engine import ClientTask, Engine, locate, restore_settings, settings_of
+from lightning_fedhaw.clients.engine import ClientTask, Engine, locate
+from lightning_fedhaw.clients.optimizer_states import restore_settings, settings_of
 from lightning_fedhaw.clients.plan import LocalPlan
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.clients.vectorized.batched import BatchedStep

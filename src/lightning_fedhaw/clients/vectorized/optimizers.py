@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fedhaw.clients.engine import OptimizerStates, ParameterState, device_of_state
+from lightning_fedhaw.clients.optimizer_states import OptimizerStates, ParameterState, device_of_state
 from lightning_fedhaw.clients.plan import LocalPlan
 from lightning_fedhaw.clients.rates import PROPORTIONAL
 from lightning_fedhaw.clients.rebinding import rebind_optimizer

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_fedhaw.clients.engine import restore_settings, settings_of
+from lightning_fedhaw.clients.optimizer_states import restore_settings, settings_of
 from lightning_fedhaw.clients.vectorized.fingerprint import Fingerprint, Fingerprints, Undo, holds
 from lightning_fedhaw.clients.vectorized.tracing import is_users, is_users_class
 from lightning_fedhaw.vectors.layout import ParameterLayout

@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import DoublePrecision, Precision
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lightning_fedhaw.clients.engine import states_of
+from lightning_fedhaw.clients.optimizer_states import states_of
 from lightning_fedhaw.clients.plan import LocalPlan
 from lightning_fedhaw.clients.steps import Host
 from lightning_fedhaw.clients.vectorized.calls import Sharing, worth_sharing

@@ -16,12 +16,11 @@ from torch.utils.data import ConcatDataset, Subset, default_collate
 from torchmetrics import Metric
 from torchmetrics.utilities.prints import rank_zero_only
 
-from lightning_fedhaw.clients.records import EvaluationRecorder, Logged
+from lightning_fedhaw.clients.module_snapshot import ModuleSnapshot
+from lightning_fedhaw.clients.records import EvaluationRecorder, Logged, metrics_of
 from lightning_fedhaw.clients.steps import Host, Validation
 from lightning_fedhaw.data.client_data import ClientData
 from lightning_fedhaw.data.numbered import NumberedDataset
-from lightning_fedhaw.federation.module_snapshot import ModuleSnapshot
-from lightning_fedhaw.federation.run_state import metrics_of
 from lightning_fedhaw.isolation import isolated_randomness, seed_randomness
 from lightning_fedhaw.ranks import Ranks
 from lightning_fedhaw.streams import seed_of
