@@ -484,11 +484,11 @@ def test_mapped_weights_compute_what_the_packages_own_network_does():
 
 
 def test_a_head_on_pretrained_weights_beats_one_on_random_weights(tmp_path):
-    """On scikit-learn's handwritten digits, upscaled from 8x8 to 64x64, five unequal clients; heads alone train."""
+    """On scikit-learn's handwritten digits, upscaled from 8x8 to 48x48, five unequal clients; heads alone train."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()
-    x = torch.tensor(digits.images[:400], dtype=torch.float32)[:, None] / 8 - 1
-    x = nn.functional.interpolate(x, size=64, mode="bilinear").expand(-1, 3, -1, -1)
-    y = torch.tensor(digits.target[:400])
+    x = torch.tensor(digits.images[:300], dtype=torch.float32)[:, None] / 8 - 1
+    x = nn.functional.interpolate(x, size=48, mode="bilinear").expand(-1, 3, -1, -1)
+    y = torch.tensor(digits.target[:300])
     torch.save(lite0_weights()[0], tmp_path / "lite0.pth")
     accuracy = {}
     for start in (None, tmp_path / "lite0.pth"):
@@ -498,7 +498,7 @@ def test_a_head_on_pretrained_weights_beats_one_on_random_weights(tmp_path):
                 "tf_efficientnet_lite0", 10, checkpoint_path=start, trainable="head", optimizer="sgd", lr=0.1
             )
         known = features_of(module, TensorDataset(x, y)).tensors
-        train, val = (TensorDataset(*(t[part] for t in known)) for part in (slice(300), slice(300, None)))
+        train, val = (TensorDataset(*(t[part] for t in known)) for part in (slice(200), slice(200, None)))
         data = FederatedDataModule(train, num_clients=5, batch_size=16, val=val)
         runner = FederatedTrainer(rounds=10, alpha=1.0, client_eval=False, callbacks=[FedAvgCallback()], **QUIET)
         runner.fit(module.train(), data)

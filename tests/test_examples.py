@@ -1,8 +1,7 @@
-"""The examples run as a newcomer runs them; all but the first in this process, which has imported torch before."""
+"""The examples run as a newcomer runs them, but in this process, which has imported torch before."""
 
 import logging
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,18 +28,11 @@ def run_example(monkeypatch, capsys):
     logger.setLevel(level)
 
 
-def test_digits(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "digits.py"), "--rounds", "3", "--output", "pictures"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
+def test_digits(run_example, tmp_path):
+    printed = run_example("digits", "--rounds", "3", "--output", "pictures")
     for word in ("FedAvg", "FedHAW", "worst decile", "mean of last 10"):
-        assert word in done.stdout
-    assert "3/3" in done.stdout, "the bar counts rounds"
+        assert word in printed
+    assert "3/3" in printed, "the bar counts rounds"
     for name in ("digits_clients.png", "digits_weights.png"):
         assert (tmp_path / "pictures" / name).stat().st_size > 5_000
 

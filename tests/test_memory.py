@@ -109,7 +109,7 @@ RULES = {
     "FedHAW": FedHAWCallback,
     "FedOpt": lambda **options: FedOptCallback(rule=FedHAWCallback(), **options),
     "FedHyper": lambda **options: FedHyperCallback(adapt="G+CL", **options),
-    "FedLAW": FedLAWCallback,
+    "FedLAW": lambda **options: FedLAWCallback(server_epochs=3, **options),
     "SCAFFOLD": ScaffoldCallback,
 }
 

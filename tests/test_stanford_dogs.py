@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,37 +16,59 @@ PICTURES = ("clients.png", "weights.png", "confusion.png")
 SMALL = ["--demo", "--model", "test_vit", "--image-size", "32", "--local-epochs", "1"]
 
 
-@pytest.fixture
-def example(monkeypatch):
+@pytest.fixture(scope="module")
+def example():
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import stanford_dogs_vit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        import stanford_dogs_vit
 
-    yield stanford_dogs_vit
+        yield stanford_dogs_vit
     logger.setLevel(level)
 
 
-def test_the_demonstration(example, tmp_path, capsys):
-    example.main(["--demo", "--rounds", "2"])
-    printed = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def demonstration(example, tmp_path_factory):
+    """What the demonstration prints, and its folder, whose drawn dogs serve all tests."""
+    output = tmp_path_factory.mktemp("demonstration")
+    printed = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
+        example.main(["--demo", "--rounds", "2", "--output", str(output)])
+    return printed.getvalue(), output
+
+
+@pytest.fixture
+def small(demonstration):
+    """The arguments of a small run in a folder, which has its dogs already."""
+
+    def arguments(folder):
+        Path(folder).mkdir(exist_ok=True)
+        if not (Path(folder) / "data").exists():
+            (Path(folder) / "data").symlink_to(demonstration[1] / "data")
+        return [*SMALL, "--output", folder]
+
+    return arguments
+
+
+def test_the_demonstration(demonstration):
+    printed, output = demonstration
     assert printed.count("This is a demonstration: the ViT is tiny and its weights are random, the dogs are drawn") == 2
     for word in ("dalmatian", "worst decile", "accuracy on the test list", "most often confused"):
         assert word in printed
     assert "2/2" in printed
-    output = tmp_path / "outputs" / "stanford_dogs_demo"
     for name in PICTURES:
         assert (output / name).stat().st_size > 10_000
     assert len(list((output / "features").rglob("*.pt"))) == 2
     assert len(list((output / "data" / "Images").rglob("*.jpg"))) == 12 * 55
 
 
-def test_a_run_that_was_cut_off_goes_on(example, tmp_path):
+def test_a_run_that_was_cut_off_goes_on(example, small):
     """Two rounds and two more end where four do, with the same features."""
     models = []
     for output, legs in (("whole", [["4"]]), ("halves", [["2"], ["4", "--resume"]])):
         for leg in legs:
-            trainer = example.main([*SMALL, "--output", output, "--logger", "csv", "--rounds", *leg])
+            trainer = example.main([*small(output), "--logger", "csv", "--rounds", *leg])
         assert trainer.global_step == 4
         models.append(torch.cat([p.detach().flatten() for p in trainer.lightning_module.head.parameters()]))
     assert torch.equal(*models)
@@ -51,8 +76,8 @@ def test_a_run_that_was_cut_off_goes_on(example, tmp_path):
 
 
 @pytest.mark.parametrize("finetune", ["none", "1"])
-def test_a_fast_dev_run_shortens_the_federation_too(example, finetune, capsys):
-    trainer = example.main([*SMALL, "--fast-dev-run", "--finetune", finetune, "--num-workers", "0"])
+def test_a_fast_dev_run_shortens_the_federation_too(example, finetune, small, capsys):
+    trainer = example.main([*small("short"), "--fast-dev-run", "--finetune", finetune, "--num-workers", "0"])
     assert trainer.global_step == 2
     assert trainer.federation_summary["clients_per_round"] == 2
     assert not list(Path().rglob("*.ckpt"))

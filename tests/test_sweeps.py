@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import yaml
 
 import lightning_fedhaw
+import programs
 from cli_task import Network, Samples
 from federations import QUIET
 from lightning_fedhaw import FederatedTrainer, objectives
@@ -173,7 +173,6 @@ def test_the_shortest_runs_as_the_agent_would_start_it(tmp_path):
         str(tmp_path / "values.yaml"), {name: {"value": value} for name, value in values.items()}
     )
     env = {
-        **os.environ,
         "WANDB_MODE": "offline",
         "WANDB_SWEEP_ID": "abcd1234",
         "WANDB_RUN_ID": "run12345",
@@ -181,16 +180,9 @@ def test_the_shortest_runs_as_the_agent_would_start_it(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(SWEEPS), *filter(None, sys.path)]),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_fedhaw", "fit", *arguments, *short],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=env,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    told = [part.split(" lr ")[1] for part in done.stdout.splitlines() if part.startswith("rank ")]
+    code, printed = programs.run_module("lightning_fedhaw", "fit", *arguments, *short, env=env)
+    assert code == 0, printed
+    told = [part.split(" lr ")[1] for part in printed.splitlines() if part.startswith("rank ")]
     assert len(told) == 2
     assert told[0] == told[1]
     assert told[0].startswith("0.1 ")

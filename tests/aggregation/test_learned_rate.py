@@ -155,16 +155,23 @@ def test_the_derivative_on_a_quadratic(steps):
     assert_derivative(partial(Quadratic, OPTIMIZERS["SGD"]), points, rounds=2, local_steps=steps, engine="sequential")
 
 
-@pytest.mark.parametrize("engine", ["sequential", "vectorized"])
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(("steps", "engine"), [(1, "sequential"), (4, "vectorized")])
 def test_the_derivative_through_a_network(steps, engine):
     make = partial(Smooth, OPTIMIZERS["Nesterov with decay"], norm=True, dropout=0.3)
     assert_derivative(make, classes, rounds=2, engine=engine, local_steps=steps, client_lr_scale=[0.5, 1.0, 2.0])
 
 
-@pytest.mark.parametrize("engine", ["sequential", "vectorized"])
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize(
+    ("name", "optimizer", "engine"),
+    [
+        ("GRU", "SGD", "sequential"),
+        ("GRU", "Adam", "vectorized"),
+        ("transformer", "SGD", "vectorized"),
+        ("transformer", "Adam", "sequential"),
+        ("transformer with dropout", "SGD", "sequential"),
+        ("transformer with dropout", "Adam", "vectorized"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_the_derivative_through_sequence_models(name, optimizer, engine):
     make_optimizer = OPTIMIZERS[optimizer]

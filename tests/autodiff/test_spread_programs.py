@@ -122,12 +122,13 @@ def spread(size, path, task, reduction="ordered"):
     return [found[rank] for rank in range(size)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    yield all_values(ad.Clients(range(5)))
+    found = all_values(ad.Clients(range(5)))
     torch.set_default_dtype(before)
+    return found
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")

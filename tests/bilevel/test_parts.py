@@ -80,7 +80,7 @@ def play(rule: Any, rounds: int, module: pl.LightningModule | None = None, **opt
     ],
 )
 def test_wrong_labels_get_smaller_weights(rule: Any) -> None:
-    _, module = play(rule("weights", upper_lr=20.0), rounds=60)
+    _, module = play(rule("weights", upper_lr=60.0), rounds=24)
     weights = 2 * torch.sigmoid(module.weights.logits.detach())
     wrong = torch.zeros(36, dtype=torch.bool)
     wrong[WRONG] = True

@@ -160,7 +160,7 @@ def pictures(count=16, size=8):
 
 
 def resnet():
-    net = torchvision.models.resnet18(num_classes=10)
+    net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
     net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
     return net
