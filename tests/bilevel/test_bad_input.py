@@ -109,6 +109,12 @@ def test_all_parameters_upper() -> None:
     refused(r"`upper`='net' names all 4 trainable parameters, and none is left for clients", AggITDCallback("net"))
 
 
+def test_a_run_shorter_than_an_outer_step_is_told() -> None:
+    with pytest.warns(UserWarning, match="of AggITDCallback takes 2 rounds, and the run has 1: the upper variables"):
+        runner = fit(AGGITD(), rounds=1)
+    assert runner.federation_summary["outer_steps"] == 0
+
+
 @pytest.mark.parametrize("upper", ["", [], 3, None, [""], ["a", 3]])
 def test_no_names(upper: Any) -> None:
     with pytest.raises(ValueError, match="`upper` must be the name of a submodule or of a parameter"):
