@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from federations import Classifier, loader, trainer, val_loader
-from lightning_fedhaw import ErasureChannel, RoundProgressBar, RoundTable
+from lightning_fedhaw import ErasureChannel, FedAvgCallback, RoundProgressBar, RoundTable
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,29 @@ def test_the_table_shows_what_it_is_asked_for_when_it_is_asked_to(capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines] == ["round", "2/3", "3/3"]
     assert all(len(line) == 4 for line in lines)
+
+
+class Counting(FedAvgCallback):
+    """Reports the number of each second round."""
+
+    prog_bar = ("odd",)
+
+    def step(self, cohort, state, server):
+        output = super().step(cohort, state, server)
+        if cohort.round % 2:
+            output.metrics["odd"] = float(cohort.round)
+        return output
+
+
+def test_the_numbers_of_a_rule_are_those_of_the_round(capsys):
+    trainer(rounds=4, rule=Counting(), callbacks=[RoundTable()], run_summary=False).fit(
+        Classifier(), loader(), val_loader()
+    )
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    # The column is new in the second round and stays.
+    assert [line[0] for line in lines] == ["round", "1/4", "round", "2/4", "3/4", "4/4"]
+    column = lines[2].index("odd")
+    assert [line[column] for line in lines[3:]] == ["1", "-", "3"]
 
 
 class Terminal(StringIO):
