@@ -20,27 +20,6 @@ def pytest_configure(config):
     importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 
-def pytest_collection_finish(session):
-    """Spare the tests a copy that Lightning makes for nothing, which took a sixth of a small run's time.
-
-    With every value that is logged, it moves the whole record of that value to its device, though it is there already.
-    This hook is not called where tests are only handed out to other processes: no torch is imported there.
-    """
-    import torch
-    from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
-
-    cpu = torch.device("cpu")
-    move = _ResultMetric.to
-
-    def move_unless_it_is_there(metric, device):
-        value = getattr(metric, "value", None)  # a metric that is logged comes after its first move
-        if device == cpu and (value is None or value.device == cpu):
-            return metric
-        return move(metric, device)
-
-    _ResultMetric.to = move_unless_it_is_there
-
-
 ENVIRONMENT = {"WANDB_MODE": "offline", **os.environ}
 """The environment in which every test starts."""
 

@@ -27,7 +27,10 @@ class Forked:
     def __init__(self, function: Callable[[], Any], env: Mapping[str, str] | None = None, log: str = "log") -> None:
         self._log = Path(log)
         self._process = multiprocessing.get_context("fork").Process(target=self._run, args=(function, env or {}))
-        self._process.start()
+        with warnings.catch_warnings():
+            # Threads of libraries may run here; the copy uses none of them.
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            self._process.start()
 
     def _run(self, function: Callable[[], Any], env: Mapping[str, str]) -> None:
         # Nothing of the test session: its group of processes, its output, its warnings, its end.
