@@ -31,17 +31,28 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from journal import Journal
+from matplotlib.figure import Figure
+from pictures import save_for_pages
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedhaw import FedAvgCallback, FederatedDataModule, FederatedTrainer, IIDPartitioner, ShardPartitioner
 from lightning_fedhaw.bilevel import AggITDCallback, BilevelRule, FedNestCallback, SimFBOCallback
+from lightning_fedhaw.figures.base import new_figure
 
 JOURNAL = Journal("bilevel", "task", "split", "rule", "seed", "outer_steps")
 TASKS = ("representation", "imbalance")
 SPLITS = ("iid", "non-iid")
-RULES = ("AggITD", "FedNest", "LFedNest", "SimFBO", "no tuning")
+LOOKS = {
+    "AggITD": ("#0072B2", "-"),
+    "FedNest": ("#D55E00", "-"),
+    "LFedNest": ("#E69F00", "--"),
+    "SimFBO": ("#009E73", "-."),
+    "no tuning": ("#999999", ":"),
+}
+"""Color and line of each rule."""
+RULES = tuple(LOOKS)
 OUTER_STEPS = 100
 LONG_OUTER_STEPS = 500
 CLIENTS = 100
@@ -225,32 +236,29 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def plot(picture: Path) -> None:
-    """Plot the curves of all runs of 100 outer steps, a panel for each task and split."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.2), sharey="row", layout="constrained")
+def draw() -> Figure:
+    """Draw the curves of all runs of 100 outer steps, a panel for each task and split."""
+    figure = new_figure(9, 6.2)
+    panels = figure.subplots(len(TASKS), len(SPLITS), sharey="row")
+    runs = JOURNAL.runs()
     for row, task in enumerate(TASKS):
         for column, split in enumerate(SPLITS):
-            axis = axes[row][column]
-            for number, rule in enumerate(RULES):
-                for result in JOURNAL.runs():
+            axes = panels[row, column]
+            for rule, (color, line) in LOOKS.items():
+                for result in runs:
                     key = (result["task"], result["split"], result["rule"], result["outer_steps"])
-                    if key != (task, split, rule, OUTER_STEPS):
-                        continue
-                    label = rule if result["seed"] == 0 else None
-                    axis.plot(*zip(*result["curve"], strict=True), color=f"C{number}", label=label, linewidth=1.2)
-            axis.set_title(f"{task}, {split}", fontsize=10)
-            axis.grid(alpha=0.3)
-            if row == 1:
-                axis.set_xlabel("communication round")
-            if column == 0:
-                axis.set_ylabel("test accuracy in %")
-    axes[0][0].legend(fontsize=8, loc="lower right")
-    figure.savefig(picture, dpi=110)
+                    if key == (task, split, rule, OUTER_STEPS):
+                        axes.plot(*zip(*result["curve"], strict=True), line, color=color, lw=1.2)
+            axes.set_title(f"{task}, {split}", fontsize=10)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25, lw=0.6)
+        panels[row, 0].set(ylabel="test accuracy (%)")
+    for axes in panels[-1]:
+        axes.set(xlabel="communication round")
+    for rule, (color, line) in LOOKS.items():
+        panels[0, 0].plot([], [], line, color=color, label=rule)
+    figure.legend(loc="outside lower center", ncols=len(LOOKS), frameon=False)
+    return figure
 
 
 def main() -> None:
@@ -273,7 +281,7 @@ def main() -> None:
     if options.path is None:
         parser.error(f"`{options.command}` needs a path")
     if options.command == "plot":
-        plot(Path(options.path))
+        save_for_pages(draw, Path(options.path))
         return
     cells = []
     if options.command == "long":

@@ -26,12 +26,15 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from journal import Journal
+from matplotlib.figure import Figure
+from pictures import save_for_pages
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from lightning_fedhaw import FedAvgMCallback, FederatedDataModule, FederatedTrainer
 from lightning_fedhaw.data import IndexPartitioner
+from lightning_fedhaw.figures.base import new_figure
 
 JOURNAL = Journal("learned_server_optimizer", "trial", "rule")
 ROUNDS = 40
@@ -266,14 +269,10 @@ def table() -> str:
     )
 
 
-def draw(path: Path) -> None:
+def draw() -> Figure:
     """Draw the expected best accuracy by the number of trials, the accuracy by client rate, and what is learned."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     trials = complete_trials()
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 3.6)
     expected, by_rate, learned = figure.subplots(1, 3)
     for name, (color, line, marker) in LOOKS.items():
         values = [accuracy_of(run) for run in trials[name]]
@@ -297,8 +296,7 @@ def draw(path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, lw=0.6)
     expected.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main() -> None:
@@ -314,7 +312,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*val_dataloader.*|.*validation_step.*|.*num_workers.*")
     if arguments.command == "report":
         print(table())
-        draw(arguments.picture)
+        save_for_pages(draw, arguments.picture)
         return
     if arguments.text is None:
         parser.error("`run` needs the play: --text PLAY.txt")
