@@ -507,6 +507,7 @@ def test_a_bilevel_rule_has_all_its_arguments(parser, kind, tmp_path):
     optimizer = rule.upper_optimizer([torch.zeros(1)], lr=rule.upper_lr)
     assert type(optimizer) is torch.optim.Adam
     assert optimizer.defaults["weight_decay"] == 0.1
+    assert "upper_optimizer=Adam," in rule.describe()
     assert (rule.upper_lr, rule.lower_lr, rule.clip) == (0.03, 0.5, 10.0)
     assert (rule.weighting, rule.upper_loss, rule.upper_steps) == ("examples", None, 1)
 
@@ -528,6 +529,14 @@ def test_what_a_rule_learns_and_whom_it_asks(parser, kind):
     assert rule.probe.source == "validation"
     assert "hyper_optimizer=Adam, lr by exp" in rule.resume_key
     assert rule.learned.bounds == {"lr": (0.1, 2.0)}
+
+
+def test_an_optimizer_of_the_command_line_is_described_by_its_class(parser):
+    given = parser.parse_args([*TASK, "--rule=FedOptCallback", "--rule.optimizer=torch.optim.Adam"])
+    rule = parser.instantiate_classes(given)["rule"]
+    assert "optimizer=Adam(" in rule.describe()
+    assert "jsonargparse" not in rule.describe()
+    assert "call_without" not in rule.describe()
 
 
 def test_a_new_project_runs_and_is_not_overwritten(capsys, monkeypatch):

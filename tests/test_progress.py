@@ -82,7 +82,7 @@ def test_the_table_shows_what_it_is_asked_for_when_it_is_asked_to(capsys):
 
 
 class Counting(FedAvgCallback):
-    """Reports the number of each second round."""
+    """Reports the number of each second round, as a main number and as another one."""
 
     prog_bar = ("odd",)
 
@@ -90,6 +90,7 @@ class Counting(FedAvgCallback):
         output = super().step(cohort, state, server)
         if cohort.round % 2:
             output.metrics["odd"] = float(cohort.round)
+            output.metrics["of no interest"] = float(cohort.round)
         return output
 
 
@@ -97,7 +98,9 @@ def test_the_numbers_of_a_rule_are_those_of_the_round(capsys):
     trainer(rounds=4, rule=Counting(), callbacks=[RoundTable()], run_summary=False).fit(
         Classifier(), loader(), val_loader()
     )
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr().out
+    assert "interest" not in printed
+    lines = [line.split() for line in printed.splitlines()]
     # The column is new in the second round and stays.
     assert [line[0] for line in lines] == ["round", "1/4", "round", "2/4", "3/4", "4/4"]
     column = lines[2].index("odd")

@@ -353,11 +353,11 @@ def _short_repr(value: object) -> str:
     """Return a setting in few characters: functions and classes by name, large values by their type."""
     if isinstance(value, partial):
         called = value.func
-        positional = list(value.args)
+        positional = value.args
         if positional and called.__module__.partition(".")[0] == "jsonargparse":
             # The command line makes a class through a function of its own, whose last argument is the class.
-            called = positional.pop()
-            positional.clear()
+            called = positional[-1]
+            positional = ()
         call_arguments = [_short_repr(argument) for argument in positional]
         for name, argument in value.keywords.items():
             call_arguments.append(f"{name}={_short_repr(argument)}")

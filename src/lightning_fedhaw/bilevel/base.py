@@ -71,7 +71,7 @@ class BilevelRule(AggregationRule):
 
     takes_substitutes = False
     needs_held_out_data = True
-    prog_bar = ("bilevel/outer_step",)
+    prog_bar = ("bilevel/outer_step", "bilevel/upper_loss")
     summary_metrics = ("bilevel/upper_loss",)
 
     def __init__(

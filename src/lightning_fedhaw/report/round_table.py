@@ -57,7 +57,9 @@ class RoundTable(argument_names.NamedArguments, FederatedCallback):
         self._begin = 0.0
         self._validated_in_round = False
         self._columns: list[str] = []
-        self._training_names: set[str] = set()
+        # Names that rounds have reported so far. Callbacks go on seeing their last values in rounds without them.
+        self._rule_metrics: set[str] = set()
+        self._logged_names: set[str] = set()
 
     def on_federation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, federation: Federation) -> None:
         """Begin a new table."""
@@ -65,14 +67,16 @@ class RoundTable(argument_names.NamedArguments, FederatedCallback):
         self._report = None
         self._head = []
         self._columns = []
-        self._training_names = set()
+        self._rule_metrics = set()
+        self._logged_names = set()
         self._begin = time.monotonic()
         self._validated_in_round = False
 
     def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: Report) -> None:
         """Keep the report of the round until it has been validated."""
         self._report = report
-        self._training_names |= report.logged.keys() | report.metrics.keys()
+        self._rule_metrics |= report.metrics.keys()
+        self._logged_names |= report.logged.keys()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember that the metrics of the validation are of this round."""
@@ -116,12 +120,12 @@ class RoundTable(argument_names.NamedArguments, FederatedCallback):
         if self.metrics is not None:
             return self.metrics
         names = list(self._columns)
-        for name in names_of_results(metrics, report.metrics.keys(), callbacks):
+        for name in names_of_results(metrics, self._rule_metrics, callbacks):
             # A round that is skipped reports none of the rule's numbers, whose earlier values callbacks still see.
             if name not in self._rule_numbers and not is_of_a_client(name):
                 names.append(name)
         for name in self._rule_numbers:
-            if name in metrics or name in report.metrics:
+            if name in metrics:
                 names.append(name)
         # Those that were shown stay, so that the table keeps its form where a metric is not of every round.
         self._columns = list(dict.fromkeys(names))[:_MOST_COLUMNS]
@@ -129,12 +133,12 @@ class RoundTable(argument_names.NamedArguments, FederatedCallback):
 
     def _cell(self, metrics: Mapping[str, Tensor], report: Report, name: str) -> str:
         """Write a metric of the round; a value that is left from an earlier round is none of it."""
-        if name in report.metrics:
-            # Lightning shows callbacks a value of a step only after the next one.
-            return written(name, report.metrics[name])
         logged_name = name.removesuffix("_step").removesuffix("_epoch")
-        is_of_training = logged_name in self._training_names
-        is_of_round = logged_name in report.logged if is_of_training else self._validated_in_round
+        is_of_round = self._validated_in_round
+        if name in self._rule_metrics:
+            is_of_round = name in report.metrics
+        elif logged_name in self._logged_names:
+            is_of_round = logged_name in report.logged
         if name not in metrics or not is_of_round:
             return _MISSING
         return written(name, float(metrics[name]))
