@@ -240,8 +240,12 @@ def table() -> str:
     """Return the table of all trials that have both runs, in Markdown."""
     trials = complete_trials()
     count = len(trials["fixed"])
-    if count < 2:
-        return "Fewer than two trials have both runs yet.\n"
+    differences = []
+    for fixed, learned in zip(trials["fixed"], trials["learned"], strict=True):
+        if not (fixed["diverged"] and learned["diverged"]):
+            differences.append(accuracy_of(learned) - accuracy_of(fixed))
+    if len(differences) < 2:
+        return "Fewer than two trials have both runs, one of them not diverged.\n"
     draws = [draw for draw in (1, 3, 10) if draw < count]
     lines = [
         "| server rate and momentum | trials | best accuracy (%) | "
@@ -255,10 +259,6 @@ def table() -> str:
         means = " | ".join(f"{expected_maximum(values, draw):.1f}" for draw in draws)
         diverged = sum(run["diverged"] for run in runs)
         lines.append(f"| {name} | {count} | {max(values):.1f} | {means} | {diverged} | {best['rate']:.3g} |")
-    differences = []
-    for fixed, learned in zip(trials["fixed"], trials["learned"], strict=True):
-        if not (fixed["diverged"] and learned["diverged"]):
-            differences.append(accuracy_of(learned) - accuracy_of(fixed))
     wins = sum(difference > 0 for difference in differences)
     mean = statistics.mean(differences)
     error = statistics.stdev(differences) / math.sqrt(len(differences))
@@ -312,7 +312,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*val_dataloader.*|.*validation_step.*|.*num_workers.*")
     if arguments.command == "report":
         print(table())
-        save_for_pages(draw, arguments.picture)
+        if JOURNAL.runs():
+            save_for_pages(draw, arguments.picture)
         return
     if arguments.text is None:
         parser.error("`run` needs the play: --text PLAY.txt")
